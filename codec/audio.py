@@ -1,0 +1,195 @@
+"""Recordings in and out, resampling and mel filters: the only file that touches audio libraries.
+
+They are imported inside the functions that need them, so that importing `codec` stays light.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+MIN_RATE, MAX_RATE = 4_000, 384_000
+# Digital silence and what 16-bit dither leaves behind; a quiet voice peaks well above it.
+SILENCE_PEAK = 1e-4
+
+
+def read_audio(
+    path: str | Path, sample_rate: int, *, start: float = 0.0, duration: float | None = None
+) -> Float[np.ndarray, "S"]:
+    """One recording, averaged to mono and resampled, as float32 in [-1, 1].
+
+    `start` and `duration` are in seconds; `duration=None` reads to the end. Raises `ValueError`
+    that names the file when it is missing, empty, truncated, unreadable, silent or not finite.
+    """
+    blocks = list(_blocks(Path(path), sample_rate, 3600.0, start, duration))
+    wave = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+    _check_speech(wave, path)
+    return wave
+
+
+def stream_audio(
+    path: str | Path, sample_rate: int, block_seconds: float = 30.0
+) -> Iterator[Float[np.ndarray, "s"]]:
+    """The recording of `read_audio` in blocks, so that hours of it fit into bounded memory.
+
+    Concatenated, the blocks are what `read_audio` returns. A recording that turns out to be
+    silent as a whole raises `ValueError` after its last block.
+    """
+    peak = 0.0
+    for block in _blocks(Path(path), sample_rate, block_seconds, 0.0, None):
+        peak = max(peak, float(np.abs(block).max(initial=0.0)))
+        yield block
+    if peak < SILENCE_PEAK:
+        raise ValueError(f"{path}: the recording is silent (peak {peak:.1e}); record it again")
+
+
+def _blocks(
+    path: Path, sample_rate: int, block_seconds: float, start: float, duration: float | None
+) -> Iterator[np.ndarray]:
+    """Decode, check, average and resample block by block."""
+    import soundfile
+
+    if not path.exists():
+        raise ValueError(f"{path}: no such recording; check the path")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, not a recording; name a file in it")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty (0 bytes); copy or record it again")
+    try:
+        with soundfile.SoundFile(path) as file:
+            yield from _decode(file, path, sample_rate, block_seconds, start, duration)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(
+            f"{path}: cannot be read as audio ({error.error_string}); "
+            "WAV, FLAC, Ogg, Opus and MP3 work, and the file may be truncated"
+        ) from error
+
+
+def _decode(file, path: Path, sample_rate: int, block_seconds, start, duration):
+    import soxr
+
+    rate = file.samplerate
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise ValueError(f"{path}: sample rate {rate} Hz is not usable; convert it to 16000 Hz")
+    if rate < 0.75 * sample_rate:
+        logger.warning(
+            "%s: recorded at %d Hz, so nothing above %d Hz is in it; the codec expects %d Hz",
+            path, rate, rate // 2, sample_rate,
+        )  # fmt: skip
+    expected = file.frames - round(start * rate)
+    if duration is not None:
+        expected = min(expected, round(duration * rate))
+    if expected <= 0:
+        raise ValueError(f"{path}: holds no samples from second {start:g} on; record it again")
+    if start > 0:
+        file.seek(round(start * rate))
+    resampler = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32")
+    # One full block at least holds the resampler's delay, so no block comes out by chance empty.
+    block_frames, done = max(1, round(block_seconds * rate)), 0
+    while done < expected:
+        raw = file.read(min(block_frames, expected - done), dtype="float32", always_2d=True)
+        if len(raw) == 0:
+            # libsndfile does not know an MP3's length exactly: a short tail is no truncation.
+            if expected - done <= max(4608, 0.001 * expected):
+                break
+            raise ValueError(
+                f"{path}: truncated: {done / rate:.2f} s of {expected / rate:.2f} s are there; "
+                "copy it again"
+            )
+        if not np.isfinite(raw).all():
+            raise ValueError(f"{path}: holds NaN or infinite samples; export it again")
+        done += len(raw)
+        mono = np.clip(raw.mean(axis=1), -1.0, 1.0)
+        yield resampler.resample_chunk(mono) if rate != sample_rate else mono
+    if rate != sample_rate:
+        yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+
+
+def _check_speech(wave: np.ndarray, path: str | Path) -> None:
+    if wave.size == 0:
+        raise ValueError(f"{path}: holds no samples; record it again")
+    peak = float(np.abs(wave).max())
+    if peak < SILENCE_PEAK:
+        raise ValueError(f"{path}: the recording is silent (peak {peak:.1e}); record it again")
+
+
+def check_wave(wave: Float[np.ndarray, "S"], name: str | Path) -> None:
+    """Raise `ValueError` naming the recording when it is empty, silent or not finite."""
+    if not np.isfinite(wave).all():
+        raise ValueError(f"{name}: holds NaN or infinite samples; export it again")
+    _check_speech(wave, name)
+
+
+def resample(
+    wave: Float[np.ndarray, "S"], source_rate: int, target_rate: int
+) -> Float[np.ndarray, "s"]:
+    """Band-limited resampling of a mono wave between two rates in Hz (soxr, high quality)."""
+    import soxr
+
+    if source_rate == target_rate:
+        return wave.astype(np.float32, copy=False)
+    return soxr.resample(wave.astype(np.float32, copy=False), source_rate, target_rate)
+
+
+def write_audio(path: str | Path, wave: Float[np.ndarray, "S"], sample_rate: int) -> None:
+    """Write a mono wave as the format its suffix names (16 bit where WAV), whole or not at all.
+
+    The samples go to a temporary name first, so an interrupted or failed write leaves an earlier
+    file as it was. Raises `OSError` when the disk is full.
+    """
+    import soundfile
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        soundfile.write(partial, np.clip(wave, -1.0, 1.0), sample_rate)
+        os.replace(partial, path)
+    except soundfile.LibsndfileError as error:
+        raise OSError(f"{path}: cannot be written ({error.error_string}); is the disk full?") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def mel_filterbank(
+    *, sample_rate: int, num_mels: int, window: int, slaney_scale: bool = False
+) -> Float[Tensor, "F M"]:
+    """Triangular mel filters over the rfft bins of `window` samples, Slaney-normalised to unit area.
+
+    The HTK mel scale is SpeechTokenizer's choice, Slaney's scale LM-SPT's. Range 0 Hz to Nyquist.
+    """
+    import warnings
+
+    from torchaudio.functional import melscale_fbanks
+
+    with warnings.catch_warnings():
+        # Narrow low filters of a short window may hold no bin; such a row is zero and harmless.
+        warnings.filterwarnings("ignore", message="At least one mel filterbank")
+        return melscale_fbanks(
+            n_freqs=window // 2 + 1, f_min=0.0, f_max=sample_rate / 2, n_mels=num_mels,
+            sample_rate=sample_rate, norm="slaney", mel_scale="slaney" if slaney_scale else "htk",
+        )  # fmt: skip
+
+
+def magnitude_spectrogram(
+    wave: Float[Tensor, "B S"], *, window: int, hop: int
+) -> Float[Tensor, "B F T"]:
+    """Magnitudes of a Hann-windowed STFT, frame j centred on sample (j + 1/2) hop.
+
+    Reflect-padded by (window - hop) / 2 on both sides, as HiFi-GAN and SpeechTokenizer do.
+    """
+    pad = (window - hop) // 2
+    padded = torch.nn.functional.pad(wave.unsqueeze(1), (pad, pad), mode="reflect").squeeze(1)
+    spectrum = torch.stft(
+        padded, window, hop, window=torch.hann_window(window, device=wave.device),
+        center=False, return_complex=True,
+    )  # fmt: skip
+    # The floor keeps the gradient of the square root finite where a bin is exactly zero.
+    return (spectrum.real.square() + spectrum.imag.square() + 1e-9).sqrt()

@@ -1,0 +1,297 @@
+"""Frozen configurations of the codec: architecture, losses and training. They know no config library."""
+
+from dataclasses import dataclass, field, is_dataclass
+from math import prod
+from typing import Any, Literal, TypeVar, cast, get_type_hints
+
+C = TypeVar("C")
+
+Family = Literal["seanet", "spectral"]
+LOSS_NAMES = ("wave", "mel", "magnitude", "commitment", "adversarial", "feature")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SEANetConfig:
+    """SpeechTokenizer's and DM-Codec's encoder and decoder (arXiv 2308.16692, section 3.1)."""
+
+    num_filters: int = 64
+    """Channels of the first convolution; each stride doubles them."""
+    strides: tuple[int, ...] = (8, 5, 4, 2)
+    """Upsampling factors of the decoder; the encoder uses them in reverse."""
+    dimension: int = 1024
+    """Features D of the latent."""
+    semantic_dimension: int = 768
+    """Width that codebook 1 is projected to for a semantic teacher."""
+    bidirectional: bool = True
+    """LSTM of the encoder in both directions; the decoder's is always causal."""
+    dilation_base: int = 2
+    """Residual layer i is dilated by this to the power i."""
+    residual_kernel_size: int = 3
+    """Samples of a residual unit's dilated convolution."""
+    num_residual_layers: int = 1
+    """Residual units per stride."""
+    num_lstm_layers: int = 2
+    """LSTM layers; 0 leaves the LSTM out."""
+    activation: Literal["elu", "snake"] = "elu"
+    """Nonlinearity; Snake is AnyGPT's variant of the released model."""
+
+    def __post_init__(self) -> None:
+        if not self.strides or min(self.strides) < 1:
+            raise ValueError(f"seanet.strides must be positive integers, got {self.strides}")
+        if min(self.num_filters, self.dimension, self.num_residual_layers) < 1:
+            raise ValueError("seanet: num_filters, dimension and num_residual_layers must be >= 1")
+
+    @property
+    def hop_length(self) -> int:
+        """Samples per frame."""
+        return prod(self.strides)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpectralConfig:
+    """Frame-rate networks: ConvNeXt on log-mel frames in, Vocos (arXiv 2306.00814) out."""
+
+    num_mels: int = 100
+    """Mel bins that the encoder hears."""
+    window: int = 640
+    """Samples of the STFT window, in and out."""
+    hop: int = 160
+    """Samples between mel frames."""
+    strides: tuple[int, ...] = (2, 2)
+    """Downsampling of mel frames to codec frames."""
+    encoder_width: int = 256
+    """Channels of the encoder's ConvNeXt blocks."""
+    encoder_depths: tuple[int, ...] = (3, 3, 3)
+    """Blocks before the first stride, between strides and after the last."""
+    dimension: int = 256
+    """Features D of the latent."""
+    decoder_width: int = 320
+    """Channels of the decoder's ConvNeXt blocks."""
+    decoder_depths: tuple[int, ...] = (4, 4, 4)
+    """Blocks at the codec's rate, between upsamplings and at the mel rate."""
+    kernel_size: int = 7
+    """Frames of a block's depthwise convolution."""
+
+    def __post_init__(self) -> None:
+        for name, depths in (("encoder", self.encoder_depths), ("decoder", self.decoder_depths)):
+            if len(depths) != len(self.strides) + 1:
+                raise ValueError(
+                    f"spectral.{name}_depths needs {len(self.strides) + 1} numbers (one more than "
+                    f"spectral.strides), got {depths}"
+                )
+        if (self.window - self.hop) % 2 or self.window < 2 * self.hop:
+            raise ValueError(
+                f"spectral.window must be at least twice spectral.hop and differ from it by an even "
+                f"number, got {self.window} and {self.hop}"
+            )
+
+    @property
+    def hop_length(self) -> int:
+        """Samples per codec frame."""
+        return self.hop * prod(self.strides)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizerConfig:
+    """Residual vector quantiser with EMA codebooks (arXiv 2107.03312, section III.C)."""
+
+    num_codebooks: int = 8
+    """Q."""
+    codebook_size: int = 1024
+    """K, the same for every codebook."""
+    decay: float = 0.99
+    """Of the EMA statistics, per training step."""
+    kmeans_iterations: int = 10
+    """Lloyd iterations of the initialisation on the first batch (SpeechTokenizer: 50)."""
+    kmeans_samples: int = 16_384
+    """Vectors at most that the initialisation looks at."""
+    revival_ratio: float = 0.1
+    """An entry used less than this share of the mean is moved onto a vector of the batch; 0: never.
+
+    SpeechTokenizer's absolute threshold of 2 a batch would revive most entries of small batches.
+    """
+    dropout: float = 0.0
+    """Share of a training batch's items that keep a random number of first codebooks only."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_codebooks or not 2 <= self.codebook_size <= 65_536:
+            raise ValueError(
+                "quantizer: num_codebooks must be at least 1 and codebook_size between 2 and 65536, "
+                f"got {self.num_codebooks} and {self.codebook_size}"
+            )
+        if not 0 <= self.dropout <= 1 or not 0 < self.decay < 1:
+            raise ValueError("quantizer.dropout must lie in [0, 1] and quantizer.decay in (0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodecConfig:
+    """Architecture of one codec: everything that its weights depend on."""
+
+    family: Family = "spectral"
+    """Which networks surround the quantiser."""
+    sample_rate: int = 16_000
+    """Hz."""
+    seanet: SEANetConfig = field(default_factory=SEANetConfig)
+    """Read when family is seanet."""
+    spectral: SpectralConfig = field(default_factory=SpectralConfig)
+    """Read when family is spectral."""
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    """The codebooks."""
+
+    def __post_init__(self) -> None:
+        if self.family not in ("seanet", "spectral"):
+            raise ValueError(f"family must be seanet or spectral, got {self.family!r}")
+        if self.sample_rate < 1:
+            raise ValueError(f"sample_rate must be positive, got {self.sample_rate}")
+
+    @property
+    def hop_length(self) -> int:
+        """Samples per codec frame."""
+        return (self.seanet if self.family == "seanet" else self.spectral).hop_length
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MelScaleConfig:
+    """One resolution of the mel loss."""
+
+    window: int = 1024
+    """Samples of the STFT window."""
+    hop: int = 240
+    """Samples between frames."""
+    num_mels: int = 80
+    """Mel bins."""
+    weight: float = 1.0
+    """Of this resolution inside the mel loss."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """Which losses train the generator, and how much each counts. A loss without weight is not computed."""
+
+    weights: dict[str, float] = field(
+        default_factory=lambda: {"mel": 1.0, "magnitude": 1.0, "commitment": 0.25}
+    )
+    """Weight by name: wave, mel, magnitude, commitment, adversarial, feature."""
+    mel_scales: tuple[MelScaleConfig, ...] = (
+        MelScaleConfig(window=2048, hop=512, num_mels=160),
+        MelScaleConfig(window=1024, hop=256, num_mels=100),
+        MelScaleConfig(window=512, hop=128, num_mels=64),
+        MelScaleConfig(window=256, hop=64, num_mels=32),
+    )
+    """Resolutions of the mel loss."""
+    mel_l2_weight: float = 0.0
+    """Weight of the squared log-mel difference beside the absolute one (the papers': 1)."""
+    magnitude_windows: tuple[int, ...] = (2048, 512, 128)
+    """STFT windows of the relative magnitude loss; the hop is a quarter of each."""
+    adversarial_form: Literal["least_squares", "hinge"] = "least_squares"
+    """The released code's form is least squares, the papers' hinge."""
+    normalize_features: bool = False
+    """Divide each feature-matching term by the mean magnitude of the real features (the papers)."""
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.weights) - set(LOSS_NAMES)):
+            raise ValueError(f"losses.weights: unknown {unknown}; choose from {list(LOSS_NAMES)}")
+        if not any(self.weights.values()):
+            raise ValueError("losses.weights: at least one loss needs a weight other than 0")
+
+    @property
+    def needs_discriminators(self) -> bool:
+        """Whether the generator is trained against discriminators."""
+        return bool(self.weights.get("adversarial") or self.weights.get("feature"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiscriminatorConfig:
+    """HiFi-GAN's period and scale discriminators (arXiv 2010.05646) and EnCodec's STFT one (2210.13438)."""
+
+    periods: tuple[int, ...] = (2, 3, 5, 7, 11)
+    """Samples per row of each multi-period discriminator; empty: none."""
+    num_scales: int = 3
+    """Multi-scale discriminators, each at half the rate of the one before; 0: none."""
+    stft_windows: tuple[int, ...] = (1024, 2048, 512, 256, 128)
+    """Windows of the multi-scale STFT discriminators; empty: none."""
+    stft_filters: int = 32
+    """Channels of the STFT discriminators."""
+    width_divisor: int = 1
+    """Divides the published channel counts of the period and scale discriminators (miniatures)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CropConfig:
+    """How recordings become training batches."""
+
+    seconds: float = 1.2
+    """Length of a training crop; shorter recordings are padded with zeros."""
+    batch_size: int = 16
+    """Crops per process and step."""
+    num_workers: int = 0
+    """Loader processes per rank."""
+    max_validation_seconds: float = 10.0
+    """Validation recordings are cut to this length."""
+    num_validation: int = 32
+    """Recordings of the dev list that a validation looks at."""
+
+    def __post_init__(self) -> None:
+        if self.seconds <= 0 or self.max_validation_seconds <= 0:
+            raise ValueError(f"data.seconds must be positive, got {self.seconds}")
+        if self.batch_size < 1:
+            raise ValueError(f"data.batch_size must be at least 1, got {self.batch_size}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """Optimiser, schedule and rhythm of a codec run."""
+
+    steps: int = 200
+    """Optimiser steps in all."""
+    lr: float = 1e-3
+    """Peak learning rate of the generator."""
+    discriminator_lr: float = 1e-4
+    """Peak learning rate of the discriminators."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Of AdamW, generator and discriminators alike."""
+    weight_decay: float = 0.0
+    """Of AdamW, on tensors of two and more dimensions only."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up; a cosine to `final_lr_ratio` follows."""
+    final_lr_ratio: float = 0.05
+    """Learning rate at the last step over the peak."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0: never."""
+    accumulate_steps: int = 1
+    """Batches per optimiser step."""
+    discriminator_start: int = 0
+    """First step at which the discriminators train and count."""
+    log_every: int = 10
+    """Steps between logged scalars."""
+    eval_every: int = 500
+    """Steps between validations."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.lr <= 0:
+            raise ValueError(f"optim.steps and optim.lr must be positive, got {self.steps}, {self.lr}")
+        if min(self.log_every, self.eval_every, self.save_every) < 1:
+            raise ValueError("optim.log_every, eval_every and save_every must be at least 1")
+
+
+def codec_config_from_dict(data: dict[str, Any]) -> CodecConfig:
+    """The inverse of `dataclasses.asdict`, with a `ValueError` for unknown keys."""
+    return _from_dict(CodecConfig, data, "config")
+
+
+def _from_dict(cls: type[C], data: dict[str, Any], where: str) -> C:
+    hints = get_type_hints(cls)
+    if unknown := sorted(set(data) - set(hints)):
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {sorted(hints)}")
+    values = {}
+    for name, value in data.items():
+        if is_dataclass(hints[name]) and isinstance(value, dict):
+            values[name] = _from_dict(cast(type, hints[name]), value, f"{where}.{name}")
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"{where}: ill-typed value ({error})") from error

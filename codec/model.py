@@ -1,0 +1,336 @@
+"""Codec: recordings to codes and back, whatever networks its configuration names."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from codec.config import CodecConfig, codec_config_from_dict
+from codec.layers import Lengths, ceil_div
+from codec.quantize import Quantized, ResidualVQ
+from codec.seanet import SEANetDecoder, SEANetEncoder
+from codec.spectral import SpectralDecoder, SpectralEncoder
+from codec.tokens import CodecStamp
+
+WEIGHTS_FILE = "model.safetensors"
+# Longer recordings are coded in pieces of this length, each with CONTEXT on both sides. The
+# frame-rate networks look 1 s far at most, so there the pieces change nothing; SEANet's LSTMs
+# look further, and what that changes is measured in the tests.
+CHUNK_SECONDS = 30.0
+CONTEXT_SECONDS = 2.0
+
+
+class Codes(NamedTuple):
+    """Codes of a batch and how many frames of each item count."""
+
+    codes: Int[Tensor, "B Q T"]
+    lengths: Int[Tensor, " B"]
+
+
+class CodecOutput(NamedTuple):
+    """What a training step needs of one pass."""
+
+    wave: Float[Tensor, "B 1 S"]
+    quantized: Quantized
+
+
+class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["speech-codec"]):
+    """A trainable speech codec.
+
+    `from_pretrained(folder or hub id)`, `save_pretrained(folder)` and `push_to_hub(id)` move it;
+    a folder holds config.json and model.safetensors.
+    """
+
+    def __init__(self, config: CodecConfig | dict[str, Any]) -> None:
+        """`config` may be the content of a config.json, which is how the hub mixin hands it over."""
+        super().__init__()
+        if isinstance(config, dict):
+            config = codec_config_from_dict(config)
+        self.config = config
+        self.source = "untitled"
+        if config.family == "seanet":
+            self.encoder, dimension = SEANetEncoder(config.seanet), config.seanet.dimension
+            self.decoder = SEANetDecoder(config.seanet)
+            self.semantic_head = _semantic_head(dimension, config.seanet.semantic_dimension)
+        else:
+            self.encoder = SpectralEncoder(config.spectral, config.sample_rate)
+            self.decoder, dimension = SpectralDecoder(config.spectral), config.spectral.dimension
+        self.quantizer = ResidualVQ(dimension, config.quantizer)
+
+    @property
+    def sample_rate(self) -> int:
+        """Hz, of waves in and out."""
+        return self.config.sample_rate
+
+    @property
+    def hop_length(self) -> int:
+        """Samples per frame."""
+        return self.config.hop_length
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames per second."""
+        return self.sample_rate / self.hop_length
+
+    @property
+    def num_codebooks(self) -> int:
+        """Q."""
+        return self.config.quantizer.num_codebooks
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """K of every codebook."""
+        return (self.config.quantizer.codebook_size,) * self.num_codebooks
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def stamp(self) -> CodecStamp:
+        """Names this codec and its very weights in token shards."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return CodecStamp(
+            id=self.source,
+            digest=digest.hexdigest()[:16],
+            sample_rate=self.sample_rate,
+            frame_rate=self.frame_rate,
+            num_codebooks=self.num_codebooks,
+            codebook_sizes=self.codebook_sizes,
+        )
+
+    def forward(self, wave: Float[Tensor, "B 1 S"]) -> CodecOutput:
+        """Code and decode for training; the output has the input's length."""
+        quantized = self.quantizer(self.encoder(wave))
+        return CodecOutput(self.decoder(quantized.latent)[..., : wave.shape[-1]], quantized)
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        wave: Float[Tensor, "B 1 S"],
+        lengths: Int[Tensor, " B"] | None = None,
+        num_codebooks: int | None = None,
+    ) -> Codes:
+        """Codes of a batch, T = ceil(S / hop_length); `lengths` are samples per item.
+
+        Each item of a padded batch gets the codes that it gets alone. Input of any length is coded
+        in bounded memory. Raises `ValueError` for input that is not mono or empty.
+        """
+        self._check_wave(wave, lengths)
+        self._check_num_codebooks(num_codebooks)
+        wave = wave.to(self.device)
+        if lengths is None:
+            frames = torch.full((len(wave),), ceil_div(wave.shape[-1], self.hop_length))
+        else:
+            lengths = lengths.to(self.device)
+            frames = ceil_div(lengths, self.hop_length)
+        pieces = []
+        for piece in _pieces(ceil_div(wave.shape[-1], self.hop_length), *self._chunk_frames):
+            start, stop = (frame * self.hop_length for frame in (piece.start, piece.stop))
+            inside = None if lengths is None else (lengths - start).clamp(1, stop - start)
+            codes = self._encode_piece(wave[..., start:stop], inside, num_codebooks)
+            pieces.append(codes[..., piece.keep])
+        return Codes(torch.cat(pieces, dim=-1), frames.to(self.device))
+
+    @torch.inference_mode()
+    def encode_stream(
+        self, blocks: Iterable[Float[np.ndarray, "s"]], num_codebooks: int | None = None
+    ) -> Int[np.ndarray, "Q T"]:
+        """Codes of one recording that arrives in blocks of samples, in bounded memory.
+
+        Equal to `encode` of the blocks joined. Raises `ValueError` when there are no samples.
+        """
+        self._check_num_codebooks(num_codebooks)
+        hop, (chunk, context) = self.hop_length, self._chunk_frames
+        # `held` starts at frame `origin`; frames before `done` are coded.
+        held, origin, done, codes = np.zeros(0, np.float32), 0, 0, []
+        for block in blocks:
+            held = np.concatenate([held, block])
+            while origin * hop + len(held) >= (done + chunk + context) * hop + 1:
+                stop = (done + chunk + context - origin) * hop
+                codes.append(self._encode_held(held[:stop], done - origin, chunk, num_codebooks))
+                done += chunk
+                drop = max(done - context, 0) - origin
+                held, origin = held[drop * hop :], origin + drop
+        total = origin + ceil_div(len(held), hop)
+        if total == 0:
+            raise ValueError("the recording holds no samples; record it again")
+        while done < total:
+            keep = min(chunk, total - done)
+            stop = (done + chunk + context - origin) * hop
+            start = max(done - context, 0) - origin
+            piece = held[start * hop : stop]
+            codes.append(self._encode_held(piece, done - origin - start, keep, num_codebooks))
+            done += keep
+        return np.concatenate(codes, axis=1)
+
+    @torch.inference_mode()
+    def decode(
+        self, codes: Int[Tensor, "B Q T"], lengths: Int[Tensor, " B"] | None = None
+    ) -> Float[Tensor, "B 1 S"]:
+        """Waves of S = T * hop_length samples from the first codebooks, any number of them.
+
+        `lengths` are frames per item; what lies beyond them in the waves is undefined. Raises
+        `ValueError` for codes that this codec cannot have made.
+        """
+        codes = self._check_codes(codes)
+        lengths = None if lengths is None else lengths.to(self.device)
+        pieces = []
+        for piece in _pieces(codes.shape[-1], *self._chunk_frames):
+            size = piece.stop - piece.start
+            inside = None if lengths is None else (lengths - piece.start).clamp(1, size)
+            part = codes[..., piece.start : piece.stop]
+            wave = self.decoder(self.quantizer.decode(part), inside)
+            keep = slice(piece.keep.start * self.hop_length, piece.keep.stop * self.hop_length)
+            pieces.append(wave[..., keep])
+        return torch.cat(pieces, dim=-1)
+
+    @torch.inference_mode()
+    def decode_stream(self, codes: Int[np.ndarray, "Q T"]) -> Iterator[Float[np.ndarray, "s"]]:
+        """The wave of one recording, block after block: `decode` for hours of speech."""
+        whole = self._check_codes(torch.from_numpy(codes.astype(np.int64)).unsqueeze(0))
+        for piece in _pieces(whole.shape[-1], *self._chunk_frames):
+            wave = self.decoder(self.quantizer.decode(whole[..., piece.start : piece.stop]))
+            keep = slice(piece.keep.start * self.hop_length, piece.keep.stop * self.hop_length)
+            yield wave[0, 0, keep].cpu().numpy()
+
+    @property
+    def _chunk_frames(self) -> tuple[int, int]:
+        return round(CHUNK_SECONDS * self.frame_rate), round(CONTEXT_SECONDS * self.frame_rate)
+
+    def _encode_piece(self, wave: Tensor, lengths: Lengths | None, count: int | None) -> Tensor:
+        return self.quantizer.encode(self.encoder(wave, lengths), count)
+
+    def _encode_held(
+        self, samples: np.ndarray, skip: int, keep: int, count: int | None
+    ) -> Int[np.ndarray, "Q T"]:
+        wave = torch.from_numpy(np.ascontiguousarray(samples)).to(self.device)[None, None]
+        return self._encode_piece(wave, None, count)[0, :, skip : skip + keep].cpu().numpy()
+
+    def _check_wave(self, wave: Tensor, lengths: Tensor | None) -> None:
+        if wave.ndim != 3 or wave.shape[1] != 1:
+            raise ValueError(
+                f"codec expects waves (batch, 1, samples), got {tuple(wave.shape)}; "
+                "average the channels of a stereo recording first"
+            )
+        if wave.shape[-1] == 0 or (lengths is not None and int(lengths.min()) < 1):
+            raise ValueError("the recording holds no samples; record it again")
+        if lengths is not None and int(lengths.max()) > wave.shape[-1]:
+            raise ValueError(f"lengths {lengths.tolist()} exceed {wave.shape[-1]} samples")
+
+    def _check_num_codebooks(self, num_codebooks: int | None) -> None:
+        if num_codebooks is not None and not 1 <= num_codebooks <= self.num_codebooks:
+            raise ValueError(
+                f"num_codebooks must lie between 1 and {self.num_codebooks}, got {num_codebooks}"
+            )
+
+    def _check_codes(self, codes: Tensor) -> Tensor:
+        if codes.ndim != 3 or not 1 <= codes.shape[1] <= self.num_codebooks or not codes.shape[2]:
+            raise ValueError(
+                f"codec expects codes (batch, 1 to {self.num_codebooks} codebooks, frames), "
+                f"got {tuple(codes.shape)}"
+            )
+        low, high, size = int(codes.min()), int(codes.max()), self.codebook_sizes[0]
+        if low < 0 or high >= size:
+            raise ValueError(f"codes must lie in 0..{size - 1}, got {low}..{high}: another codec's?")
+        return codes.to(self.device)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        config: dict[str, Any] | CodecConfig | None = None,
+        map_location: str = "cpu",
+        **download: Any,
+    ) -> "Codec":
+        """Part of `from_pretrained`: build from config.json and load every tensor, strictly."""
+        if config is None:
+            raise ValueError(f"{model_id}: no config.json there; is it the folder of a codec?")
+        try:
+            codec = cls(config)
+        except ValueError as error:
+            raise ValueError(f"{model_id}/config.json: {error}") from error
+        file = Path(model_id) / WEIGHTS_FILE
+        if not Path(model_id).is_dir():
+            keys = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+            options = {key: download[key] for key in keys if key in download}
+            file = Path(hf_hub_download(model_id, WEIGHTS_FILE, **options))
+        _load_weights(codec, file)
+        codec.source = model_id
+        return codec.to(map_location).eval()
+
+
+def load_codec(path_or_hub_id: str | Path, device: str = "cpu") -> Codec:
+    """A trained codec, ready to encode and decode, from a local folder or a hub id.
+
+    Raises `ValueError` when it is missing or its files do not fit together.
+    """
+    path = Path(path_or_hub_id)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"{path}: no config.json there; is it the folder of a codec?")
+    try:
+        return Codec.from_pretrained(str(path_or_hub_id), map_location=device)
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
+        raise ValueError(
+            f"{path_or_hub_id}: no such folder, and not to be had from the hub either "
+            f"({type(error).__name__}); check the name"
+        ) from error
+
+
+class _Piece(NamedTuple):
+    """A stretch of frames [start, stop) and which of its frames are kept."""
+
+    start: int
+    stop: int
+    keep: slice
+
+
+def _pieces(frames: int, chunk: int, context: int) -> Iterator[_Piece]:
+    for first in range(0, frames, chunk):
+        last = min(first + chunk, frames)
+        start, stop = max(first - context, 0), min(last + context, frames)
+        yield _Piece(start, stop, slice(first - start, last - start))
+
+
+def _semantic_head(dimension: int, semantic_dimension: int) -> nn.Module:
+    """Projects codebook 1 to the width of a semantic teacher; used by distillation only."""
+    if dimension == semantic_dimension:
+        return nn.Identity()
+    return nn.Linear(dimension, semantic_dimension)
+
+
+def _load_weights(codec: nn.Module, file: Path) -> None:
+    """Every tensor, with its shape, or a `ValueError` that names the first misfit."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; a codec folder holds config.json and {WEIGHTS_FILE}")
+    try:
+        found = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error}); copy it again") from error
+    expected = codec.state_dict()
+    for name, tensor in expected.items():
+        if name not in found:
+            raise ValueError(f"{file}: the tensor {name} is missing; is config.json another codec's?")
+        if found[name].shape != tensor.shape:
+            raise ValueError(
+                f"{file}: the tensor {name} has shape {tuple(found[name].shape)}, config.json asks "
+                f"for {tuple(tensor.shape)}"
+            )
+    if unknown := sorted(set(found) - set(expected)):
+        raise ValueError(f"{file}: holds the unknown tensor {unknown[0]}; is config.json another's?")
+    codec.load_state_dict(found)

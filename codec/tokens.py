@@ -1,0 +1,323 @@
+"""The token shard: Parquet files of codes, which any Parquet reader opens as they are.
+
+Columns: id, text, speaker, language, duration, num_frames, codes (row-major Q x T). The schema's
+metadata says which codec the codes belong to. This file is all that `slm` knows of `codec`.
+"""
+
+import json
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FORMAT_VERSION = 1
+ROWS_PER_GROUP = 256
+"""A reader holds one group's codes at a time; 256 utterances are about 2 MB."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodecStamp:
+    """Which codec made, or can decode, some codes."""
+
+    id: str
+    """The folder or hub id that the codec was loaded from: for people."""
+    digest: str
+    """The first 16 hex digits of its weights' SHA-256: what is compared."""
+    sample_rate: int
+    frame_rate: float
+    num_codebooks: int
+    codebook_sizes: tuple[int, ...]
+
+
+class TokenRow(NamedTuple):
+    """One utterance."""
+
+    id: str
+    text: str
+    speaker: str
+    language: str
+    duration: float
+    """Seconds."""
+    codes: np.ndarray
+    """(Q, T) uint16."""
+
+    @property
+    def num_frames(self) -> int:
+        return self.codes.shape[1]
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path`; what is there at the end is synced and renamed to `path`.
+
+    `path` is absent or whole at any moment, whatever is killed. After an error the temporary file
+    is gone and an earlier `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Threads and processes that write the same file at the same time must not share a temporary name.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        yield temporary
+        descriptor = os.open(temporary, os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_shard(
+    path: str | Path,
+    rows: Iterable[TokenRow],
+    stamp: CodecStamp,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Writes one shard, whole or not at all.
+
+    `notes` are further strings for the metadata. Raises ValueError for codes that `stamp`'s codec
+    cannot have made, and for an id that comes twice.
+    """
+    import pyarrow.parquet as pq
+
+    path = Path(path)
+    seen: set[str] = set()
+    schema = _schema(stamp, notes or {})
+    with written_whole(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for group in _groups(rows):
+            for row in group:
+                _check_row(row, stamp)
+                if row.id in seen:
+                    raise ValueError(f"{path}: the id {row.id!r} comes twice; ids must be unique")
+                seen.add(row.id)
+            writer.write_batch(_record_batch(group, schema))
+
+
+class TokenShard:
+    """One shard, or a folder of them opened as one. Codes are read as they are asked for.
+
+    Safe to hand to data-loading processes: files are opened by the process that reads them.
+    """
+
+    def __init__(self, files: Sequence[Path], tables: Sequence["pa.Table"], stamp: CodecStamp):
+        self.stamp = stamp
+        self.files = tuple(files)
+        self.ids: list[str] = _joined(tables, "id")
+        self.texts: list[str] = _joined(tables, "text")
+        self.speakers: list[str] = _joined(tables, "speaker")
+        self.languages: list[str] = _joined(tables, "language")
+        self.durations = np.array(_joined(tables, "duration"), dtype=np.float64)
+        self.num_frames = np.array(_joined(tables, "num_frames"), dtype=np.int64)
+        self._file_starts = np.cumsum([0, *(table.num_rows for table in tables)])
+        self._readers: dict[tuple[int, int], Any] = {}
+        self._group: tuple[tuple[int, int, int], Any] | None = None
+
+    @classmethod
+    def open(cls, path: str | Path, expect: CodecStamp | None = None) -> "TokenShard":
+        """Opens a .parquet file or a folder of them, sorted by name.
+
+        Raises ValueError when it is missing, cut, of a later format or of mixed codecs, when an id
+        comes twice, and when `expect` is given and another codec made the codes.
+        """
+        path = Path(path)
+        files = _shard_files(path)
+        opened = [_open_file(file) for file in files]
+        stamp = opened[0][0]
+        for file, (other, _) in zip(files, opened, strict=True):
+            if other.digest != stamp.digest:
+                raise ValueError(
+                    f"{file}: made by codec {_name(other)}, but {files[0].name} beside it by "
+                    f"{_name(stamp)}; keep one codec's shards in a folder"
+                )
+        if expect is not None and expect.digest != stamp.digest:
+            raise ValueError(
+                f"{path}: made by codec {_name(stamp)}, but codec {_name(expect)} is in use; "
+                "export the tokens again with it, or pass the codec that made them"
+            )
+        shard = cls(files, [table for _, table in opened], stamp)
+        if len(set(shard.ids)) < len(shard):
+            seen: set[str] = set()
+            twice = next(id for id in shard.ids if id in seen or seen.add(id))
+            raise ValueError(f"{path}: the id {twice!r} comes twice; ids must be unique")
+        return shard
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> TokenRow:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        index %= len(self)
+        file = int(np.searchsorted(self._file_starts, index, side="right")) - 1
+        flat = self._codes(file, index - int(self._file_starts[file]))
+        return TokenRow(
+            id=self.ids[index],
+            text=self.texts[index],
+            speaker=self.speakers[index],
+            language=self.languages[index],
+            duration=float(self.durations[index]),
+            codes=flat.reshape(self.stamp.num_codebooks, -1),
+        )
+
+    def __iter__(self) -> Iterator[TokenRow]:
+        return (self[index] for index in range(len(self)))
+
+    def notes(self) -> list[dict[str, str]]:
+        """The metadata that each file's writer added."""
+        return [read_notes(file) for file in self.files]
+
+    def _codes(self, file: int, row: int) -> np.ndarray:
+        import pyarrow.parquet as pq
+
+        # A handle must not cross a fork: two processes would move one file position.
+        key = (os.getpid(), file)
+        if key not in self._readers:
+            self._readers[key] = pq.ParquetFile(self.files[file])
+        reader = self._readers[key]
+        group, row_in_group = _find_group(reader.metadata, row)
+        if self._group is None or self._group[0] != (*key, group):
+            column = reader.read_row_group(group, columns=["codes"])["codes"].combine_chunks()
+            self._group = ((*key, group), column)
+        values = self._group[1][row_in_group].values
+        return values.to_numpy(zero_copy_only=False).astype(np.uint16, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_readers": {}, "_group": None}
+
+
+def read_notes(path: str | Path) -> dict[str, str]:
+    """The metadata of one shard file that its writer added to the codec's stamp."""
+    metadata = _read_metadata(Path(path))
+    return json.loads(metadata["notes"])
+
+
+def _schema(stamp: CodecStamp, notes: Mapping[str, str]) -> "pa.Schema":
+    import pyarrow as pa
+
+    columns = [
+        ("id", pa.string()),
+        ("text", pa.string()),
+        ("speaker", pa.string()),
+        ("language", pa.string()),
+        ("duration", pa.float64()),
+        ("num_frames", pa.int32()),
+        ("codes", pa.list_(pa.uint16())),
+    ]
+    metadata = {f"codec_{key}": json.dumps(value) for key, value in asdict(stamp).items()}
+    metadata["format_version"] = str(FORMAT_VERSION)
+    metadata["notes"] = json.dumps(dict(notes))
+    return pa.schema(columns, metadata=metadata)
+
+
+def _groups(rows: Iterable[TokenRow]) -> Iterator[list[TokenRow]]:
+    group: list[TokenRow] = []
+    for row in rows:
+        group.append(row)
+        if len(group) == ROWS_PER_GROUP:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _check_row(row: TokenRow, stamp: CodecStamp) -> None:
+    if row.codes.ndim != 2 or row.codes.shape[0] != stamp.num_codebooks:
+        raise ValueError(
+            f"{row.id}: codes have shape {row.codes.shape}, "
+            f"but codec {_name(stamp)} has {stamp.num_codebooks} codebooks"
+        )
+    if row.codes.shape[1] == 0:
+        raise ValueError(f"{row.id}: no frames")
+    for book, (codes, size) in enumerate(zip(row.codes, stamp.codebook_sizes, strict=True)):
+        if codes.min() < 0 or codes.max() >= size:
+            raise ValueError(
+                f"{row.id}: codebook {book + 1} has {size} entries, but the codes range from "
+                f"{codes.min()} to {codes.max()}"
+            )
+
+
+def _record_batch(rows: Sequence[TokenRow], schema: "pa.Schema") -> "pa.RecordBatch":
+    import pyarrow as pa
+
+    flat = [row.codes.astype(np.uint16).reshape(-1) for row in rows]
+    ends = np.cumsum([0, *(len(codes) for codes in flat)])
+    codes = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(np.concatenate(flat)))
+    columns = [
+        pa.array([getattr(row, field.name) for row in rows], field.type) for field in list(schema)[:-1]
+    ]
+    return pa.RecordBatch.from_arrays([*columns, codes], schema=schema)
+
+
+def _shard_files(path: Path) -> list[Path]:
+    if path.is_dir():
+        files = sorted(path.glob("*.parquet"))
+        if not files:
+            raise ValueError(f"{path}: no token shard (*.parquet) in this folder")
+        return files
+    if not path.exists():
+        raise ValueError(f"{path}: no such token shard")
+    return [path]
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    """A shard file's own metadata, checked to be of a format that we know."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        raw = pq.read_schema(path).metadata or {}
+    except pa.ArrowInvalid as error:
+        raise ValueError(
+            f"{path}: not a whole token shard (cut short, or not Parquet); export it again"
+        ) from error
+    metadata = {key.decode(): value.decode() for key, value in raw.items()}
+    if "format_version" not in metadata or "codec_digest" not in metadata:
+        raise ValueError(f"{path}: a Parquet file, but not a token shard; use `codec encode`")
+    if int(metadata["format_version"]) > FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: token format {metadata['format_version']}, but this version of parlance "
+            f"reads up to {FORMAT_VERSION}; update parlance"
+        )
+    return metadata
+
+
+def _open_file(path: Path) -> tuple[CodecStamp, "pa.Table"]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    metadata = _read_metadata(path)
+    values = {field.name: json.loads(metadata[f"codec_{field.name}"]) for field in fields(CodecStamp)}
+    values["codebook_sizes"] = tuple(values["codebook_sizes"])
+    names = ["id", "text", "speaker", "language", "duration", "num_frames"]
+    try:
+        table = pq.read_table(path, columns=names, partitioning=None)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: damaged ({error}); export it again") from error
+    return CodecStamp(**values), table
+
+
+def _joined(tables: Sequence["pa.Table"], column: str) -> list[Any]:
+    return [value for table in tables for value in table[column].to_pylist()]
+
+
+def _find_group(metadata: Any, row: int) -> tuple[int, int]:
+    """The row group that holds a file's `row`, and the row's place in it."""
+    for group in range(metadata.num_row_groups):
+        size = metadata.row_group(group).num_rows
+        if row < size:
+            return group, row
+        row -= size
+    raise AssertionError("row beyond the file's end")
+
+
+def _name(stamp: CodecStamp) -> str:
+    return f"{stamp.id} ({stamp.digest})"
