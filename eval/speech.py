@@ -1,0 +1,116 @@
+"""Scores of a degraded wave against its original: STOI, PESQ wide band, mel distance."""
+
+import warnings
+
+import numpy as np
+from jaxtyping import Float
+
+LIBRARIES = {"stoi": ("pystoi",), "pesq": ("pesq",), "mel_distance": ("torch", "torchaudio")}
+
+MAX_TRIM_SECONDS = 0.16
+"""Waves may differ by this much in length, one frame of 6.25 Hz; the longer one is cut."""
+
+PESQ_SAMPLE_RATE = 16000
+PESQ_PIECE_SECONDS = 20.0  # the reference code keeps tables for 50 utterances only
+
+MEL_SAMPLE_RATE = 16000
+
+Wave = Float[np.ndarray, " S"]
+
+
+def resample(wave: Wave, source_rate: int, target_rate: int) -> Wave:
+    """The wave at another sample rate."""
+    if source_rate == target_rate:
+        return wave
+    import soxr
+
+    return soxr.resample(wave, source_rate, target_rate).astype(wave.dtype)
+
+
+def check_wave(wave: np.ndarray, name: str) -> None:
+    """Raises ValueError for what no score is defined on."""
+    if wave.ndim != 1:
+        raise ValueError(f"the {name} wave must have one dimension, got shape {wave.shape}")
+    if not wave.size:
+        raise ValueError(f"the {name} wave is empty")
+    if not np.isfinite(wave).all():
+        raise ValueError(f"the {name} wave holds NaN or infinite samples")
+    if not wave.any():
+        raise ValueError(f"the {name} wave is silent")
+
+
+def align(reference: Wave, degraded: Wave, sample_rate: int) -> tuple[Wave, Wave]:
+    """Both waves at the shorter one's length; ValueError when they differ by over a frame."""
+    check_wave(reference, "reference")
+    check_wave(degraded, "degraded")
+    excess = abs(reference.size - degraded.size) / sample_rate
+    if excess > MAX_TRIM_SECONDS:
+        raise ValueError(
+            f"the waves differ by {excess:.2f} s in length ({reference.size} and {degraded.size} "
+            f"samples); at most {MAX_TRIM_SECONDS} s can be cut"
+        )
+    size = min(reference.size, degraded.size)
+    return reference[:size], degraded[:size]
+
+
+def stoi(reference: Wave, degraded: Wave, sample_rate: int) -> float:
+    """Short-time objective intelligibility (Taal et al. 2011), at most 1."""
+    from pystoi import stoi as measure
+
+    reference, degraded = align(reference, degraded, sample_rate)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        value = float(measure(reference, degraded, sample_rate))
+    if any("Not enough STFT frames" in str(warning.message) for warning in caught):
+        raise ValueError("STOI needs about 0.4 s of speech after silence is removed")
+    return value
+
+
+def pesq_wb(reference: Wave, degraded: Wave, sample_rate: int) -> float:
+    """PESQ wide band (ITU-T P.862.2) at 16 kHz, 1.04 to 4.64; over 20 s the mean of pieces."""
+    import pesq
+
+    reference, degraded = align(reference, degraded, sample_rate)
+    reference = resample(reference, sample_rate, PESQ_SAMPLE_RATE)
+    degraded = resample(degraded, sample_rate, PESQ_SAMPLE_RATE)
+    num_pieces = int(np.ceil(reference.size / (PESQ_PIECE_SECONDS * PESQ_SAMPLE_RATE)))
+    values: list[float] = []
+    for clean, coded in zip(
+        np.array_split(reference, num_pieces), np.array_split(degraded, num_pieces), strict=True
+    ):
+        try:
+            values.append(float(pesq.pesq(PESQ_SAMPLE_RATE, clean, coded, "wb")))
+        except pesq.NoUtterancesError:
+            continue  # a pause fills this piece
+        except pesq.BufferTooShortError as error:
+            raise ValueError("PESQ needs at least 0.25 s") from error
+    if not values or not np.isfinite(values).all():
+        raise ValueError("PESQ found no utterance: the wave is too quiet or holds no speech")
+    return float(np.mean(values))
+
+
+def mel_distance(reference: Wave, degraded: Wave, sample_rate: int) -> float:
+    """Mean absolute difference of natural log mel magnitudes at 16 kHz.
+
+    80 Slaney bands from 0 to 8 kHz, Hann window 1024, hop 256, floor 1e-5.
+    """
+    reference, degraded = align(reference, degraded, sample_rate)
+    return float(np.abs(_log_mel(reference, sample_rate) - _log_mel(degraded, sample_rate)).mean())
+
+
+def _log_mel(wave: Wave, sample_rate: int) -> Float[np.ndarray, "D T"]:
+    import torch
+    from torchaudio.functional import melscale_fbanks
+
+    wave = resample(wave, sample_rate, MEL_SAMPLE_RATE)
+    if wave.size <= 512:
+        raise ValueError(f"the mel distance needs more than 512 samples at 16 kHz, got {wave.size}")
+    spectrum = torch.stft(
+        torch.from_numpy(np.ascontiguousarray(wave, np.float32)),
+        n_fft=1024,
+        hop_length=256,
+        window=torch.hann_window(1024),
+        return_complex=True,
+    ).abs()  # (513, T)
+    bands = melscale_fbanks(513, 0.0, 8000.0, 80, MEL_SAMPLE_RATE, norm="slaney", mel_scale="slaney")
+    return (bands.T @ spectrum).clamp(min=1e-5).log().numpy()

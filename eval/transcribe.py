@@ -1,0 +1,104 @@
+"""The judge: Whisper through faster-whisper, greedy in temperature so that a score repeats."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from eval.speech import resample
+
+LIBRARIES = ("faster-whisper", "ctranslate2")
+
+SAMPLE_RATE = 16000
+SILENCE_PEAK = 1e-4
+"""A wave that never exceeds this (-80 dBFS) holds nothing to transcribe."""
+BLOCK_SECONDS = 300.0
+PAUSE_SEARCH_SECONDS = 30.0
+
+
+class Judge:
+    """Transcribes waves with one Whisper model in a CTranslate2 folder."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        num_threads: int = 2,
+        device: str = "auto",
+        language: str | None = "en",
+        beam_size: int = 5,
+    ) -> None:
+        """`device`: cpu, cuda or auto; `language` None lets the model detect it."""
+        self.folder = Path(folder)
+        if not (self.folder / "model.bin").is_file():
+            raise ValueError(
+                f"{self.folder} holds no CTranslate2 Whisper model (model.bin); `make models` makes "
+                "models/whisper-base"
+            )
+        self.num_threads = num_threads
+        self.language = language
+        self.beam_size = beam_size
+        self.device = device
+
+    @cached_property
+    def compute_type(self) -> str:
+        return "int8" if self._device == "cpu" else "float16"
+
+    @cached_property
+    def _device(self) -> str:
+        if self.device != "auto":
+            return self.device
+        import ctranslate2
+
+        return "cuda" if ctranslate2.get_cuda_device_count() else "cpu"
+
+    @cached_property
+    def model(self) -> Any:
+        """The faster-whisper model, read at the first transcription."""
+        from faster_whisper import WhisperModel
+
+        try:
+            return WhisperModel(
+                str(self.folder),
+                device=self._device,
+                compute_type=self.compute_type,
+                cpu_threads=self.num_threads,
+                local_files_only=True,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"cannot read the judge in {self.folder}: {error}") from error
+
+    def transcribe(self, wave: Float[np.ndarray, " S"], sample_rate: int) -> str:
+        """The words of a wave; "" when it is empty or silent. Long waves go in pieces."""
+        if wave.size and not np.isfinite(wave).all():
+            raise ValueError("the wave to transcribe holds NaN or infinite samples")
+        if not wave.size or np.abs(wave).max() < SILENCE_PEAK:
+            return ""
+        wave = resample(np.asarray(wave, np.float32), sample_rate, SAMPLE_RATE)
+        texts: list[str] = []
+        for block in split_at_pauses(wave):
+            segments, _ = self.model.transcribe(
+                block,
+                language=self.language,
+                beam_size=self.beam_size,
+                temperature=0.0,
+                condition_on_previous_text=False,
+            )
+            texts += [segment.text.strip() for segment in segments]
+        return " ".join(text for text in texts if text)
+
+
+def split_at_pauses(wave: Float[np.ndarray, " S"]) -> Iterator[Float[np.ndarray, " P"]]:
+    """Pieces of at most 300 s, cut at the quietest 0.2 s of each piece's last 30 s (16 kHz)."""
+    size, search = int(BLOCK_SECONDS * SAMPLE_RATE), int(PAUSE_SEARCH_SECONDS * SAMPLE_RATE)
+    window = SAMPLE_RATE // 5
+    while wave.size > size:
+        tail = np.square(wave[size - search : size], dtype=np.float64)
+        energy = tail.reshape(-1, window).sum(1)
+        cut = size - search + int(energy.argmin()) * window + window // 2
+        yield wave[:cut]
+        wave = wave[cut:]
+    yield wave
