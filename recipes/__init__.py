@@ -1,0 +1,1 @@
+"""Programs: they parse, build and call. Nothing imports them but themselves."""

@@ -1,0 +1,369 @@
+"""What every recipe shares: its configuration, its run folder, its exit status.
+
+The run folder holds config.yaml, run.json (git revision, seed, versions and machine of each
+start), metrics.jsonl, TensorBoard events and checkpoints/step-00000500. A stage is a subfolder.
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    set_seed,
+)
+from tqdm import tqdm
+
+from recipes.checkpoints import cut_metrics, is_whole, is_write_failure, remove, seal, step_of, sync
+from recipes.configuration import leaves, load_config, resolved
+
+__all__ = ["Run", "git_revision", "load_config", "make_accelerator", "run_program", "start_run"]
+
+logger = logging.getLogger(__name__)
+
+# DeepSpeed picks its device when it is first imported, which the Accelerator does.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "accelerate", "transformers", "peft", "deepspeed", "numpy", "lhotse")
+"""Packages whose versions a run notes."""
+
+
+def run_program(main: Callable[[list[str]], None]) -> None:
+    """Runs a recipe's `main(argv)` and turns people's mistakes into one line and exit status 2."""
+    alone = int(os.environ.get("RANK", 0)) == 0
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO if alone else logging.WARNING,
+        format="%(asctime)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        if os.environ.get("PARLANCE_TRACEBACK") == "1":
+            raise
+        if not isinstance(error, _SaidElsewhere):
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def make_accelerator(
+    folder: Path | None = None,
+    *,
+    gradient_accumulation_steps: int = 1,
+    tracker: str | None = "tensorboard",
+) -> Accelerator:
+    """An Accelerator for the launch that we are in, on GPUs or, where there is none, the CPU.
+
+    World size, precision and ZeRO come from accelerate's file. Where the machine lacks bf16 it is
+    replaced by float32, so that one file serves both. `folder` gets the tracker's events.
+    """
+    cpu = not torch.cuda.is_available()
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and (
+        cpu or not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        logger.info("no bf16 on this machine: training in float32")
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    # DeepSpeed launches set this to 1, and it would win over the argument below.
+    os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(gradient_accumulation_steps)
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    return Accelerator(
+        # With cpu=True accelerate forgets DeepSpeed; without it, it forgets to wrap in DDP.
+        cpu=cpu and not deepspeed,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        log_with=tracker if folder is not None else None,
+        project_config=ProjectConfiguration(str(folder), str(folder)) if folder else None,
+        # Without a backend each process of a CPU-only DeepSpeed launch believes that it is alone.
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if cpu else [],
+    )
+
+
+def start_run(
+    config: Any,
+    folder: str | Path,
+    *,
+    seed: int,
+    accelerator: Accelerator | None = None,
+    keep: int = 2,
+) -> "Run":
+    """Opens a run folder, new or to go on in, and seeds every generator. All ranks call it.
+
+    Raises ValueError when another process runs in the folder, or when it was begun with another
+    configuration (the message names the keys that differ). `keep` is the number of checkpoints
+    that stay.
+    """
+    folder = Path(folder)
+    accelerator = accelerator or make_accelerator(folder)
+    lock = None
+    failure: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            lock = _lock(folder)
+            _claim(folder, resolved(config))
+            _note_start(folder, seed, accelerator)
+        except (ValueError, OSError) as error:
+            failure = [error]
+    _share(failure, accelerator)
+    set_seed(seed)
+    if accelerator.log_with:
+        accelerator.init_trackers("tensorboard")
+    return Run(folder, accelerator, seed=seed, keep=keep, lock=lock)
+
+
+class Run:
+    """One stage of a run folder: its metrics and its checkpoints."""
+
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        *,
+        seed: int,
+        keep: int = 2,
+        prefix: str = "",
+        lock: Any = None,
+    ):
+        self.folder = folder
+        self.accelerator = accelerator
+        self.seed = seed
+        self._keep = keep
+        self._prefix = prefix
+        self._lock = lock
+        self._checkpoints = folder / "checkpoints"
+
+    def stage(self, name: str) -> "Run":
+        """A stage with its own checkpoints and metrics, in the subfolder `name`.
+
+        A checkpoint holds all that the accelerator has prepared: call `accelerator.free_memory()`
+        before the next stage prepares its own.
+        """
+        stage = Run(
+            self.folder / name,
+            self.accelerator,
+            seed=self.seed,
+            keep=self._keep,
+            prefix=f"{self._prefix}{name}/",
+            lock=self._lock,
+        )
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        return stage
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Notes numbers of a step, on the main process, in metrics.jsonl and for the tracker."""
+        if not self.accelerator.is_main_process:
+            return
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        self.accelerator.log(
+            {self._prefix + key: value for key, value in values.items()}, step=step
+        )
+
+    def progress(self, total: int, initial: int, label: str) -> tqdm:
+        """A progress bar on standard error, shown by the main process only."""
+        return tqdm(
+            total=total,
+            initial=initial,
+            desc=label,
+            disable=not self.accelerator.is_main_process,
+            dynamic_ncols=True,
+        )
+
+    def save(self, step: int) -> None:
+        """Saves all that the accelerator has prepared, and every generator. All ranks call it.
+
+        The checkpoint is written under a temporary name and renamed, so a kill at any moment
+        leaves whole ones only. When the disk is full the temporary files go, earlier checkpoints
+        stay, and OSError is raised.
+        """
+        path = self._checkpoints / f"step-{step:08d}"
+        if path.exists():  # The one that this run went on from, or saved at this very step.
+            return
+        temporary = self._checkpoints / f".{path.name}.tmp"
+        main = self.accelerator.is_main_process
+        try:
+            if main:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            self.accelerator.save_state(str(temporary))
+            self.accelerator.wait_for_everyone()
+            if main:
+                seal(temporary, {"step": step, **_world(self.accelerator)})
+                temporary.rename(path)
+                sync(self._checkpoints)
+        except Exception as error:
+            # No collective here: another rank may be waiting in one, and the launcher ends it.
+            shutil.rmtree(temporary, ignore_errors=True)
+            if is_write_failure(error):
+                free = shutil.disk_usage(self.folder).free // 2**20
+                reason = str(error).splitlines()[0]
+                raise OSError(
+                    f"{path}: could not be written ({reason}; {free} MB free on this disk); "
+                    "earlier checkpoints are whole: make room and start again to go on from them"
+                ) from error
+            raise
+        if main:
+            for old in self._saved()[self._keep :]:
+                remove(old)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> int:
+        """Loads the newest whole checkpoint and returns its step; 0 when there is none.
+
+        All ranks call it, after `accelerator.prepare`. Checkpoints with a missing or short file
+        are skipped with a warning. Later lines of metrics.jsonl go: the run writes them again.
+        """
+        newest: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            for leftover in self._checkpoints.glob(".step-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            newest = [next((path for path in self._saved() if is_whole(path)), None)]
+            cut_metrics(self.folder / "metrics.jsonl", step_of(newest[0]) if newest[0] else -1)
+        newest = self._broadcast(newest)
+        if newest[0] is None:
+            # Models are built alike on all ranks; from here on each rank draws for itself.
+            set_seed(self.seed, device_specific=True)
+            return 0
+        written = json.loads((newest[0] / "whole.json").read_text())
+        for key, value in _world(self.accelerator).items():
+            if written[key] != value:
+                raise ValueError(
+                    f"{newest[0]}: written with {key} {written[key]}, but this launch has {value}; "
+                    "launch as before to go on, or choose another run folder"
+                )
+        self.accelerator.load_state(str(newest[0]))
+        logger.info("going on from %s", newest[0])
+        return step_of(newest[0])
+
+    def _saved(self) -> list[Path]:
+        """Checkpoints, the newest first."""
+        return sorted(self._checkpoints.glob("step-*"), reverse=True)
+
+    def _broadcast(self, values: list[Any]) -> list[Any]:
+        return broadcast_object_list(values) if self.accelerator.num_processes > 1 else values
+
+
+class _SaidElsewhere(ValueError):
+    """An error that the main process reports."""
+
+
+def git_revision() -> str:
+    """The revision of this checkout, with `-dirty` when tracked files differ; else `unknown`."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(REPOSITORY), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != REPOSITORY:
+            return "unknown"  # Installed inside somebody else's repository.
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _lock(folder: Path) -> Any:
+    """The folder's lock, held until the returned file is closed or the process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")  # noqa: SIM115 - held open on purpose
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(
+            f"{folder}: another process is running in this folder; wait for it or choose another"
+        ) from None
+    # A forked data worker that outlives a killed parent must not keep the lock.
+    reference = weakref.ref(file)
+    os.register_at_fork(after_in_child=lambda: (held := reference()) and held.close())
+    return file
+
+
+def _claim(folder: Path, config: dict[str, Any]) -> None:
+    """Writes config.yaml, or checks that the folder was begun with the same one."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        temporary.rename(path)
+        return
+    before, now = dict(leaves(yaml.safe_load(path.read_text()))), dict(leaves(config))
+    differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if differing:
+        changes = ", ".join(f"{key} ({before.get(key)} -> {now.get(key)})" for key in differing[:5])
+        raise ValueError(
+            f"{folder}: begun with another configuration: {changes}"
+            f"{', ...' if len(differing) > 5 else ''}; choose another folder, or remove this one"
+        )
+
+
+def _note_start(folder: Path, seed: int, accelerator: Accelerator) -> None:
+    """Adds this start to run.json."""
+    path = folder / "run.json"
+    starts = json.loads(path.read_text())["starts"] if path.exists() else []
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    starts.append(
+        {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "git": git_revision(),
+            "packages": {name: _version(name) for name in PACKAGES},
+            "machine": {
+                "python": platform.python_version(),
+                "system": platform.platform(),
+                "cores": os.cpu_count(),
+                "gpu": gpu,
+            },
+            "precision": accelerator.mixed_precision,
+            **_world(accelerator),
+        }
+    )
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"seed": seed, "starts": starts}, indent=2) + "\n")
+    temporary.rename(path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _world(accelerator: Accelerator) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be loaded."""
+    plugin = (
+        accelerator.state.deepspeed_plugin if accelerator.distributed_type == "DEEPSPEED" else None
+    )
+    return {
+        "num_processes": accelerator.num_processes,
+        "zero_stage": plugin.zero_stage if plugin else None,
+    }
+
+
+def _share(failure: list[Any], accelerator: Accelerator) -> None:
+    """Raises the main process's error on all ranks, before any of them waits for it in vain."""
+    shared = [str(failure[0]) if failure[0] else None]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(shared)
+    if failure[0]:
+        raise failure[0]
+    if shared[0]:
+        raise _SaidElsewhere(shared[0])

@@ -1,0 +1,1 @@
+"""Tests need no network and no downloaded models."""
