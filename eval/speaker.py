@@ -32,6 +32,9 @@ BATCH_SIZE = 64
 class SpeakerEncoder(nn.Module):
     """Embeds a recording of one speaker into a unit vector."""
 
+    bands: Tensor
+    window: Tensor
+
     def __init__(
         self,
         *,

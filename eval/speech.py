@@ -15,10 +15,10 @@ PESQ_PIECE_SECONDS = 20.0  # the reference code keeps tables for 50 utterances o
 
 MEL_SAMPLE_RATE = 16000
 
-Wave = Float[np.ndarray, " S"]
 
-
-def resample(wave: Wave, source_rate: int, target_rate: int) -> Wave:
+def resample(
+    wave: Float[np.ndarray, " S"], source_rate: int, target_rate: int
+) -> Float[np.ndarray, " R"]:
     """The wave at another sample rate."""
     if source_rate == target_rate:
         return wave
@@ -39,10 +39,19 @@ def check_wave(wave: np.ndarray, name: str) -> None:
         raise ValueError(f"the {name} wave is silent")
 
 
-def align(reference: Wave, degraded: Wave, sample_rate: int) -> tuple[Wave, Wave]:
-    """Both waves at the shorter one's length; ValueError when they differ by over a frame."""
+def align(
+    reference: Float[np.ndarray, " S"], degraded: Float[np.ndarray, " R"], sample_rate: int
+) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
+    """Both waves, checked, at the shorter one's length."""
     check_wave(reference, "reference")
     check_wave(degraded, "degraded")
+    return trim(reference, degraded, sample_rate)
+
+
+def trim(
+    reference: Float[np.ndarray, " S"], degraded: Float[np.ndarray, " R"], sample_rate: int
+) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
+    """Both waves at the shorter one's length; ValueError when they differ by over a frame."""
     excess = abs(reference.size - degraded.size) / sample_rate
     if excess > MAX_TRIM_SECONDS:
         raise ValueError(
@@ -53,7 +62,9 @@ def align(reference: Wave, degraded: Wave, sample_rate: int) -> tuple[Wave, Wave
     return reference[:size], degraded[:size]
 
 
-def stoi(reference: Wave, degraded: Wave, sample_rate: int) -> float:
+def stoi(
+    reference: Float[np.ndarray, " S"], degraded: Float[np.ndarray, " R"], sample_rate: int
+) -> float:
     """Short-time objective intelligibility (Taal et al. 2011), at most 1."""
     from pystoi import stoi as measure
 
@@ -66,7 +77,9 @@ def stoi(reference: Wave, degraded: Wave, sample_rate: int) -> float:
     return value
 
 
-def pesq_wb(reference: Wave, degraded: Wave, sample_rate: int) -> float:
+def pesq_wb(
+    reference: Float[np.ndarray, " S"], degraded: Float[np.ndarray, " R"], sample_rate: int
+) -> float:
     """PESQ wide band (ITU-T P.862.2) at 16 kHz, 1.04 to 4.64; over 20 s the mean of pieces."""
     import pesq
 
@@ -78,6 +91,8 @@ def pesq_wb(reference: Wave, degraded: Wave, sample_rate: int) -> float:
     for clean, coded in zip(
         np.array_split(reference, num_pieces), np.array_split(degraded, num_pieces), strict=True
     ):
+        if not clean.any():
+            continue
         try:
             values.append(float(pesq.pesq(PESQ_SAMPLE_RATE, clean, coded, "wb")))
         except pesq.NoUtterancesError:
@@ -89,7 +104,9 @@ def pesq_wb(reference: Wave, degraded: Wave, sample_rate: int) -> float:
     return float(np.mean(values))
 
 
-def mel_distance(reference: Wave, degraded: Wave, sample_rate: int) -> float:
+def mel_distance(
+    reference: Float[np.ndarray, " S"], degraded: Float[np.ndarray, " R"], sample_rate: int
+) -> float:
     """Mean absolute difference of natural log mel magnitudes at 16 kHz.
 
     80 Slaney bands from 0 to 8 kHz, Hann window 1024, hop 256, floor 1e-5.
@@ -98,7 +115,7 @@ def mel_distance(reference: Wave, degraded: Wave, sample_rate: int) -> float:
     return float(np.abs(_log_mel(reference, sample_rate) - _log_mel(degraded, sample_rate)).mean())
 
 
-def _log_mel(wave: Wave, sample_rate: int) -> Float[np.ndarray, "D T"]:
+def _log_mel(wave: Float[np.ndarray, " S"], sample_rate: int) -> Float[np.ndarray, "D T"]:
     import torch
     from torchaudio.functional import melscale_fbanks
 
@@ -112,5 +129,7 @@ def _log_mel(wave: Wave, sample_rate: int) -> Float[np.ndarray, "D T"]:
         window=torch.hann_window(1024),
         return_complex=True,
     ).abs()  # (513, T)
-    bands = melscale_fbanks(513, 0.0, 8000.0, 80, MEL_SAMPLE_RATE, norm="slaney", mel_scale="slaney")
+    bands = melscale_fbanks(
+        513, 0.0, 8000.0, 80, MEL_SAMPLE_RATE, norm="slaney", mel_scale="slaney"
+    )
     return (bands.T @ spectrum).clamp(min=1e-5).log().numpy()

@@ -35,8 +35,8 @@ class Judge:
         self.folder = Path(folder)
         if not (self.folder / "model.bin").is_file():
             raise ValueError(
-                f"{self.folder} holds no CTranslate2 Whisper model (model.bin); `make models` makes "
-                "models/whisper-base"
+                f"{self.folder} holds no CTranslate2 Whisper model (model.bin); "
+                "`make models` makes models/whisper-base"
             )
         self.num_threads = num_threads
         self.language = language
