@@ -1,0 +1,308 @@
+"""The AR: a pretrained causal LM whose vocabulary has gained codebook 1.
+
+Its folder, `ar/` of a voice:
+
+    base.json          which LLM it grew from: name, digest, layers kept, adapter or whole weights
+    vocabulary.json    the id map
+    coverage.json      what the training texts held (slm/prompts.py)
+    adapter_*          peft's own files, the rows of the new tokens included; or the whole model
+    tokenizer*         the LLM's tokenizer, so that whole weights need no base
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional
+
+from codec.tokens import CodecStamp, written_whole
+from slm.config import ARConfig, LoRAConfig
+from slm.data import IGNORE, ARBatch
+from slm.prompts import TASKS
+from slm.vocab import Vocabulary, extend, row_parameters
+
+BASE_FILE = "base.json"
+SAMPLES_PER_TENSOR = 4096
+
+
+class Scores(NamedTuple):
+    """Sums over targets, one entry per group of them (the model's `groups` names them)."""
+
+    nll: Float[Tensor, "G"]
+    correct: Float[Tensor, "G"]
+    """Targets that are the likeliest token."""
+    count: Float[Tensor, "G"]
+
+
+class Base(NamedTuple):
+    """A text LLM as it was loaded, before anything was added."""
+
+    lm: Any
+    tokenizer: Any
+    digest: str
+    """Over names, shapes and samples of its parameters, whatever precision they are loaded in."""
+
+
+def load_base(
+    name: str | Path, num_layers: int | None = None, dtype: torch.dtype = torch.float32
+) -> Base:
+    """Loads a causal LM by hub id, local folder or .gguf file. Raises ValueError when it cannot be."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(name)
+    where: dict[str, Any] = {}
+    source = str(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"{path}: no such .gguf file")
+        source, where = str(path.parent), {"gguf_file": path.name}
+    elif not path.is_dir() and (path.is_absolute() or str(name).count("/") != 1):
+        raise ValueError(f"{name}: no such folder of a text LLM, nor a hub id (owner/name)")
+    try:
+        config = AutoConfig.from_pretrained(source, **where)
+        if num_layers is not None:
+            _keep_layers(config, num_layers, str(name))
+        with _quiet():
+            lm, info = AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype=dtype, attn_implementation="sdpa",
+                output_loading_info=True, **where,
+            )  # fmt: skip
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{name}: cannot be loaded as a text LLM: {reason}") from error
+    if lacking := sorted(info["missing_keys"]):
+        raise ValueError(f"{name}: its weights lack {', '.join(lacking[:3])}; fetch it again")
+    return Base(lm, tokenizer, digest_of(lm))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers from listing the layers that a miniature leaves behind."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def _keep_layers(config: Any, num_layers: int, name: str) -> None:
+    if num_layers > config.num_hidden_layers:
+        raise ValueError(
+            f"ar.num_layers is {num_layers}, but {name} has only {config.num_hidden_layers} layers"
+        )
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]
+
+
+def digest_of(lm: nn.Module) -> str:
+    """16 hex digits over up to 4096 evenly spaced values of every parameter, in bfloat16.
+
+    It tells one LLM from another in well under a second; it is no proof against tampering.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(lm.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // SAMPLES_PER_TENSOR)]
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class SpeechLM(nn.Module):
+    """A causal LM over text and codebook 1. Make it by `create` or `load`."""
+
+    groups = TASKS
+
+    def __init__(self, lm: Any, tokenizer: Any, vocabulary: Vocabulary, origin: dict[str, Any]):
+        super().__init__()
+        self.lm = lm
+        self.tokenizer = tokenizer
+        self.vocabulary = vocabulary
+        self.origin = origin
+        self.config = lm.config
+
+    @classmethod
+    def create(cls, config: ARConfig, codec: CodecStamp, seed: int) -> "SpeechLM":
+        """The pretrained LLM with rows for `codec`'s codebook 1, and adapters if so configured."""
+        base = load_base(config.base, config.num_layers)
+        vocabulary = Vocabulary.of(base.lm, base.tokenizer, codec)
+        extend(base.lm, vocabulary, seed, config.init_scale)
+        lm = base.lm
+        if config.gradient_checkpointing:
+            lm.gradient_checkpointing_enable({"use_reentrant": False})
+            lm.enable_input_require_grads()
+        if config.lora is not None:
+            lm = _add_adapters(lm, config.lora, vocabulary, seed)
+        origin = {
+            "name": config.base,
+            "digest": base.digest,
+            "num_layers": config.num_layers,
+            "adapter": config.lora is not None,
+        }
+        return cls(lm, base.tokenizer, vocabulary, origin)
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence that the LLM was made for."""
+        return int(getattr(self.config, "max_position_embeddings", 1 << 20))
+
+    def forward(self, batch: ARBatch) -> Scores:
+        """Losses at target positions only: no other position's logits are computed."""
+        keep = batch.labels != IGNORE  # (B, L)
+        with _gathered(self.head, keep):
+            logits = self.lm(input_ids=batch.tokens, use_cache=False).logits[0]  # (N, V)
+        labels = batch.labels[keep]
+        tasks = batch.tasks[:, None].expand_as(keep)[keep]
+        return score(logits, labels, tasks, len(TASKS))
+
+    @property
+    def head(self) -> nn.Module:
+        return self.lm.get_output_embeddings()
+
+    def save(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Writes the folder described above.
+
+        `state` holds the trained parameters by name, where an engine has them in pieces
+        (slm/train.py gathers them); without it they are the model's own.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = dict(self.state_dict()) if state is None else dict(state)
+        weights = {name.removeprefix("lm."): value for name, value in weights.items()}
+        if self.origin["adapter"]:
+            # `auto` would look for the base on the hub, and would copy the whole table.
+            self.lm.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+            (folder / "README.md").unlink(missing_ok=True)
+        else:
+            self.lm.save_pretrained(folder, state_dict=weights)
+        self.tokenizer.save_pretrained(folder)
+        self.vocabulary.save(folder)
+        origin = dict(self.origin)
+        if Path(origin["name"]).exists():
+            origin["relative"] = os.path.relpath(origin["name"], folder)
+        with written_whole(folder / BASE_FILE) as temporary:
+            temporary.write_text(json.dumps(origin, indent=1))
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, base: str | Path | None = None, dtype: torch.dtype = torch.float32
+    ) -> "SpeechLM":
+        """For generation: adapters are merged. `base` says where the LLM is, if it has moved."""
+        folder = Path(folder)
+        vocabulary = Vocabulary.load(folder)
+        try:
+            origin = json.loads((folder / BASE_FILE).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder / BASE_FILE}: missing or damaged ({error})") from error
+        if origin["adapter"]:
+            lm, tokenizer = _load_adapted(folder, origin, vocabulary, base, dtype)
+        else:
+            loaded = load_base(folder, None, dtype)
+            lm, tokenizer = loaded.lm, loaded.tokenizer
+        if lm.get_input_embeddings().weight.shape[0] != vocabulary.size:
+            raise ValueError(f"{folder}: its table of tokens does not fit its vocabulary.json")
+        return cls(lm, tokenizer, vocabulary, origin).eval().requires_grad_(False)
+
+
+def score(
+    logits: Float[Tensor, "N V"], labels: Tensor, groups: Tensor, num_groups: int
+) -> Scores:
+    """Sums over targets by group; logits are raised to float32 first."""
+    logits = logits.float()
+    nll = functional.cross_entropy(logits, labels, reduction="none")
+    correct = (logits.detach().argmax(-1) == labels).float()
+    zeros = torch.zeros(num_groups, device=logits.device)
+    return Scores(
+        nll=zeros.index_add(0, groups, nll),
+        correct=zeros.index_add(0, groups, correct),
+        count=zeros.index_add(0, groups, torch.ones_like(nll)),
+    )
+
+
+@contextmanager
+def _gathered(head: nn.Module, keep: Tensor) -> Iterator[None]:
+    """While it lasts, the head sees only the kept positions: (1, N, D) instead of (B, L, D)."""
+
+    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][keep][None], *args[1:])
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _add_adapters(lm: Any, config: LoRAConfig, vocabulary: Vocabulary, seed: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_dropout=config.dropout,
+        target_modules=list(config.targets) or "all-linear",
+        trainable_token_indices=row_parameters(lm, vocabulary),
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(lm, settings)
+
+
+def _find_base(folder: Path, origin: Mapping[str, Any], base: str | Path | None) -> str | Path:
+    """Where the LLM is: as told, beside the voice as when it was saved, as named, or on the hub."""
+    if base is not None:
+        return base
+    named, relative = origin["name"], origin.get("relative")
+    candidates = [folder / relative] if relative else []
+    candidates += [folder.parent / named, Path(named)]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    if relative is None and named.count("/") == 1:
+        return named
+    raise ValueError(
+        f"{folder / BASE_FILE}: its text LLM {named} is not there; put its path (absolute, or relative "
+        "to the voice folder) or hub id in place of `name`"
+    )
+
+
+def _load_adapted(
+    folder: Path,
+    origin: Mapping[str, Any],
+    vocabulary: Vocabulary,
+    base: str | Path | None,
+    dtype: torch.dtype,
+) -> tuple[Any, Any]:
+    from peft import PeftModel
+
+    found = _find_base(folder, origin, base)
+    loaded = load_base(found, origin["num_layers"], dtype)
+    if loaded.digest != origin["digest"]:
+        raise ValueError(
+            f"{found}: not the text LLM that {folder} was trained on: its digest is {loaded.digest}, "
+            f"{BASE_FILE} says {origin['digest']}"
+        )
+    extend(loaded.lm, vocabulary, seed=0)
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ValueError(f"{folder}/adapter_model.safetensors is missing; copy the voice again")
+    try:
+        lm = PeftModel.from_pretrained(loaded.lm, str(folder))
+    except (RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder}: its adapter does not fit its text LLM: {reason}") from error
+    return lm.merge_and_unload(), loaded.tokenizer

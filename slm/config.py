@@ -1,0 +1,211 @@
+"""Frozen configurations of the speech language model. The defaults are the smoke configuration."""
+
+from dataclasses import dataclass, field
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        if value <= 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+
+
+def _share(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoRAConfig:
+    """Low-rank adapters beside frozen weights; the rows of the new tokens are trained as they are."""
+
+    rank: int = 16
+    """Inner dimension of an adapter."""
+    alpha: float = 32.0
+    """An adapter's output is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout before an adapter."""
+    targets: tuple[str, ...] = ()
+    """Names of the linear layers that get one, such as q_proj; empty: every one but the head."""
+
+    def __post_init__(self) -> None:
+        _positive(**{"lora.rank": self.rank, "lora.alpha": self.alpha})
+        _share(**{"lora.dropout": self.dropout})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskConfig:
+    """How often a recording is drawn for each task, relative to the others."""
+
+    tts: float = 1.0
+    """Text to codes."""
+    asr: float = 1.0
+    """Codes to text."""
+
+    def __post_init__(self) -> None:
+        if min(self.tts, self.asr) < 0 or self.tts + self.asr <= 0:
+            raise ValueError(
+                f"tasks: weights must not be negative nor all zero, got tts={self.tts} asr={self.asr}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ARConfig:
+    """The autoregressive model of codebook 1: a pretrained text LLM with an extended vocabulary."""
+
+    base: str = "models/smollm2-135m-instruct"
+    """The text LLM: hub id, local folder, or a .gguf file."""
+    num_layers: int | None = None
+    """Keep only the LLM's first layers (miniatures); null keeps all."""
+    lora: LoRAConfig | None = field(default_factory=LoRAConfig)
+    """Adapters; null trains every weight."""
+    tasks: TaskConfig = field(default_factory=TaskConfig)
+    """Mixing weights."""
+    init_scale: float = 1.0
+    """Spread of the new rows: 1 draws them like the old rows, 0 puts them at the old rows' mean."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+
+    def __post_init__(self) -> None:
+        if not self.base:
+            raise ValueError("ar.base is empty; name a hub id, a folder or a .gguf file")
+        if self.num_layers is not None:
+            _positive(**{"ar.num_layers": self.num_layers})
+        if self.init_scale < 0:
+            raise ValueError(f"ar.init_scale must not be negative, got {self.init_scale}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NARConfig:
+    """The non-autoregressive model of codebooks 2 to Q: a bidirectional Transformer."""
+
+    codebook_sizes: tuple[int, ...] = ()
+    """Entries of every codebook, the first included; empty: as the token shards say."""
+    num_layers: int = 4
+    num_heads: int = 4
+    width: int = 256
+    """Features of a position."""
+    feedforward: int = 1024
+    """Features inside a layer's feed-forward part."""
+    dropout: float = 0.1
+    prompt_share: tuple[float, float] = (0.1, 0.5)
+    """In training the prompt is this share of an utterance's start, drawn uniformly."""
+    prompt_frames: int = 150
+    """No training prompt is longer."""
+
+    def __post_init__(self) -> None:
+        # A config that comes back from JSON has lists where tuples were.
+        object.__setattr__(self, "codebook_sizes", tuple(self.codebook_sizes))
+        object.__setattr__(self, "prompt_share", tuple(self.prompt_share))
+        _positive(
+            **{
+                "nar.num_layers": self.num_layers,
+                "nar.num_heads": self.num_heads,
+                "nar.width": self.width,
+                "nar.feedforward": self.feedforward,
+            }
+        )
+        _share(**{"nar.dropout": self.dropout})
+        low, high = self.prompt_share
+        if not 0 <= low <= high < 1:
+            raise ValueError(f"nar.prompt_share must rise within [0, 1), got {self.prompt_share}")
+        if self.prompt_frames < 0:
+            raise ValueError(f"nar.prompt_frames must not be negative, got {self.prompt_frames}")
+        if self.width % (2 * self.num_heads):
+            raise ValueError(
+                f"nar.width {self.width} must be a multiple of twice nar.num_heads {self.num_heads}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchConfig:
+    """Length-bucketed batches under a budget of positions."""
+
+    positions: int = 2048
+    """Padded positions of one micro-batch on one rank: longest item times number of items."""
+    max_items: int = 64
+    """Most items of a micro-batch."""
+
+    def __post_init__(self) -> None:
+        _positive(**{"batch.positions": self.positions, "batch.max_items": self.max_items})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW with warm-up and a cosine, and when to log, evaluate and save."""
+
+    steps: int = 20
+    """Optimiser steps."""
+    lr: float = 1e-3
+    """Highest learning rate."""
+    warmup_steps: int = 5
+    """Steps of linear rise."""
+    final_lr_share: float = 0.1
+    """The cosine ends at this share of lr."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    """Applied to matrices, not to vectors."""
+    clip_norm: float = 1.0
+    """Largest gradient norm."""
+    accumulate: int = 1
+    """Micro-batches of a step on each rank."""
+    log_every: int = 5
+    """Steps."""
+    eval_every: int = 10
+    """Steps."""
+    eval_batches: int = 16
+    """Most micro-batches of one evaluation on each rank."""
+    save_every: int = 10
+    """Steps."""
+
+    def __post_init__(self) -> None:
+        for name in ("accumulate", "log_every", "eval_every", "eval_batches", "save_every"):
+            _positive(**{f"optim.{name}": getattr(self, name)})
+        _positive(**{"optim.lr": self.lr, "optim.clip_norm": self.clip_norm})
+        _share(**{"optim.final_lr_share": self.final_lr_share})
+        if self.steps < 0 or self.warmup_steps < 0 or self.weight_decay < 0:
+            raise ValueError("optim: steps, warmup_steps and weight_decay must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingConfig:
+    """Generation. Repetition-aware sampling as VALL-E 2 describes it, defaults as CosyVoice's."""
+
+    greedy: bool = False
+    """Take the likeliest token; a retry samples all the same."""
+    temperature: float = 1.0
+    top_p: float = 0.8
+    """The nucleus: the likeliest tokens that together have this probability."""
+    top_k: int = 25
+    """No more than so many of them."""
+    window: int = 10
+    """Tokens back that are searched for the drawn one."""
+    threshold: float = 0.1
+    """A token that fills this share of the window is drawn again from the whole distribution."""
+    frames_per_token: tuple[float, float] = (2.0, 20.0)
+    """Bounds of the speech in frames per text token, for 25 frames a second; scaled to the codec."""
+    spare_seconds: float = 2.0
+    """Added to the upper bound, for silence around few words."""
+    loop_seconds: float = 2.0
+    """A pattern that repeats itself for so long is a loop."""
+    tries: int = 3
+    """A failed generation is made again under a new seed, until so many were made."""
+
+    def __post_init__(self) -> None:
+        _positive(
+            **{
+                "sampling.temperature": self.temperature,
+                "sampling.top_p": self.top_p,
+                "sampling.top_k": self.top_k,
+                "sampling.loop_seconds": self.loop_seconds,
+                "sampling.tries": self.tries,
+            }
+        )
+        _share(**{"sampling.top_p": self.top_p, "sampling.threshold": self.threshold})
+        low, high = self.frames_per_token
+        if not 0 <= low <= high:
+            raise ValueError(
+                f"sampling.frames_per_token must rise from at least 0, got {self.frames_per_token}"
+            )
+        if self.window < 0 or self.spare_seconds < 0:
+            raise ValueError("sampling: window and spare_seconds must not be negative")

@@ -1,0 +1,129 @@
+"""Layouts of ASR and TTS, what the loss covers, and what may be said at all.
+
+    TTS   <|text|> prompt text + target text <|speech|> | s1 s2 ... <|/speech|>
+    ASR   <|speech|> s1 s2 ... <|/speech|> <|text|> | transcript eos
+
+The loss covers what stands behind the bar, its end token included. A zero-shot prompt is the
+prompt's codes right after <|speech|>: the model goes on from there.
+"""
+
+import json
+import logging
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from codec.tokens import written_whole
+from slm.vocab import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+TASKS = ("tts", "asr")
+TTS, ASR = range(len(TASKS))
+COVERAGE_FILE = "coverage.json"
+
+
+class Layout(NamedTuple):
+    """One sequence; what follows its first `num_context` tokens is the target."""
+
+    tokens: np.ndarray
+    """(L,) int64."""
+    num_context: int
+
+
+def tts_context(vocabulary: Vocabulary, text: Sequence[int], prompt: np.ndarray) -> list[int]:
+    """What stands before the first generated token; `prompt` is codes of codebook 1, (T,)."""
+    speech = vocabulary.encode_speech(prompt).tolist()
+    return [vocabulary.text, *text, vocabulary.speech, *speech]
+
+
+def asr_context(vocabulary: Vocabulary, codes: np.ndarray) -> list[int]:
+    """What stands before a transcript; `codes` of codebook 1, (T,)."""
+    speech = vocabulary.encode_speech(codes).tolist()
+    return [vocabulary.speech, *speech, vocabulary.speech_end, vocabulary.text]
+
+
+def tts_layout(vocabulary: Vocabulary, text: Sequence[int], codes: np.ndarray) -> Layout:
+    context = tts_context(vocabulary, text, codes[:0])
+    target = [*vocabulary.encode_speech(codes).tolist(), vocabulary.speech_end]
+    return Layout(np.array(context + target), len(context))
+
+
+def asr_layout(vocabulary: Vocabulary, text: Sequence[int], codes: np.ndarray) -> Layout:
+    context = asr_context(vocabulary, codes)
+    return Layout(np.array([*context, *text, vocabulary.eos]), len(context))
+
+
+def layout(task: int, vocabulary: Vocabulary, text: Sequence[int], codes: np.ndarray) -> Layout:
+    """The training sequence of a task, an index into TASKS."""
+    return (tts_layout, asr_layout)[task](vocabulary, text, codes)
+
+
+def layout_length(num_text: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
+    """Tokens of the longest layout of an utterance."""
+    return num_text + num_frames + 4
+
+
+def join_texts(prompt_text: str, text: str) -> str:
+    """The prompt's transcript and the text to speak, as one utterance's transcript reads."""
+    return " ".join(part for part in (prompt_text.strip(), text.strip()) if part)
+
+
+def has_words(text: str) -> bool:
+    """Whether there is anything to say."""
+    return any(unicodedata.category(letter)[0] in "LN" for letter in text)
+
+
+def script_of(letter: str) -> str:
+    """LATIN, CYRILLIC, CJK, ... : the first word of the letter's Unicode name."""
+    return unicodedata.name(letter, "UNKNOWN").split()[0]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Coverage:
+    """What a model's training texts held: which scripts and characters it can be asked to speak."""
+
+    scripts: tuple[str, ...]
+    characters: str
+    """Every character that occurred, sorted."""
+    longest_frames: int
+    """Frames of the longest training utterance."""
+
+    @classmethod
+    def of(cls, texts: Iterable[str], longest_frames: int) -> "Coverage":
+        characters = sorted(set().union(*map(set, texts)))
+        scripts = sorted({script_of(letter) for letter in characters if letter.isalpha()})
+        return cls(
+            scripts=tuple(scripts), characters="".join(characters), longest_frames=longest_frames
+        )
+
+    def check(self, text: str) -> None:
+        """Raises ValueError for a text with nothing to say, or with a letter of an unknown script."""
+        if not has_words(text):
+            raise ValueError(f"the text {text!r} has nothing to say; give it a letter or a number")
+        for letter in text:
+            if letter.isalpha() and script_of(letter) not in self.scripts:
+                raise ValueError(
+                    f"the text has {letter!r} of the script {script_of(letter)}; this model was "
+                    f"trained on {', '.join(self.scripts)}"
+                )
+        unseen = sorted({c for c in text if not c.isspace()} - set(self.characters))
+        if unseen:
+            logger.warning("characters that no training text had: %s", " ".join(unseen))
+
+    def save(self, folder: str | Path) -> None:
+        with written_whole(Path(folder) / COVERAGE_FILE) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=1))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Coverage":
+        path = Path(folder) / COVERAGE_FILE
+        try:
+            record = json.loads(path.read_text())
+            return cls(**{**record, "scripts": tuple(record["scripts"])})
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: missing or damaged ({error}); save the voice again") from error

@@ -1,0 +1,228 @@
+"""The only place where text ids, special ids and speech ids meet.
+
+    0 .. text_size - 1     the LLM's own rows: text, and rows that pad its table; never touched
+    then the specials      <|text|> <|speech|> <|/speech|>, and <|/text|> if the LLM has no end token
+    then codebook 1        one id per entry
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from codec.tokens import CodecStamp, written_whole
+
+FILE_NAME = "vocabulary.json"
+FORMAT_VERSION = 1
+SPECIALS = ("<|text|>", "<|speech|>", "<|/speech|>")
+OWN_EOS = "<|/text|>"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vocabulary:
+    """Which ids are text, which are special, which are speech, and of which codec."""
+
+    num_text: int
+    """Ids that the tokenizer knows; a transcript has no others."""
+    text_size: int
+    """Rows of the LLM's table before it was extended: the first new id."""
+    text_eos: int | None
+    """The LLM's own end token; None if it has none."""
+    codebook_size: int
+    """Entries of codebook 1."""
+    codec: CodecStamp
+
+    def __post_init__(self) -> None:
+        if not 0 < self.num_text <= self.text_size:
+            raise ValueError(f"num_text {self.num_text} must be in 1..{self.text_size}")
+        if self.text_eos is not None and not 0 <= self.text_eos < self.num_text:
+            raise ValueError(f"end token {self.text_eos} is not one of {self.num_text} text ids")
+        if self.codebook_size != self.codec.codebook_sizes[0]:
+            raise ValueError(
+                f"codebook size {self.codebook_size} is not the codec's {self.codec.codebook_sizes[0]}"
+            )
+
+    @classmethod
+    def of(cls, lm: Any, tokenizer: Any, codec: CodecStamp) -> "Vocabulary":
+        """The map for a causal LM as it was loaded, and its tokenizer."""
+        num_rows = lm.get_input_embeddings().weight.shape[0]
+        return cls(
+            num_text=len(tokenizer),
+            # Tables are often padded beyond the tokenizer: those rows stay what they are.
+            text_size=max(num_rows, len(tokenizer)),
+            text_eos=tokenizer.eos_token_id,
+            codebook_size=codec.codebook_sizes[0],
+            codec=codec,
+        )
+
+    @property
+    def specials(self) -> tuple[str, ...]:
+        return SPECIALS if self.text_eos is not None else (*SPECIALS, OWN_EOS)
+
+    @property
+    def text(self) -> int:
+        """Id of <|text|>."""
+        return self.text_size
+
+    @property
+    def speech(self) -> int:
+        """Id of <|speech|>."""
+        return self.text_size + 1
+
+    @property
+    def speech_end(self) -> int:
+        """Id of <|/speech|>."""
+        return self.text_size + 2
+
+    @property
+    def eos(self) -> int:
+        """Id that ends a transcript."""
+        return self.text_eos if self.text_eos is not None else self.text_size + 3
+
+    @property
+    def first_speech(self) -> int:
+        """Id of entry 0 of codebook 1."""
+        return self.text_size + len(self.specials)
+
+    @property
+    def size(self) -> int:
+        """Rows of the extended table."""
+        return self.first_speech + self.codebook_size
+
+    @property
+    def new_ids(self) -> range:
+        """Every id that the LLM did not have."""
+        return range(self.text_size, self.size)
+
+    def encode_speech(self, codes: np.ndarray) -> np.ndarray:
+        """Codes of codebook 1, (T,), to ids (T,)."""
+        codes = np.asarray(codes, dtype=np.int64)
+        outside = codes[(codes < 0) | (codes >= self.codebook_size)]
+        if outside.size:
+            raise ValueError(
+                f"code {outside[0]} is outside codebook 1 of {self.codebook_size} entries; "
+                "were these codes made by another codec?"
+            )
+        return codes + self.first_speech
+
+    def decode_speech(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Ids (T,) back to codes of codebook 1, (T,)."""
+        codes = np.asarray(ids, dtype=np.int64) - self.first_speech
+        outside = codes[(codes < 0) | (codes >= self.codebook_size)]
+        if outside.size:
+            raise ValueError(f"id {outside[0] + self.first_speech} is not a speech id")
+        return codes
+
+    def encode_text(self, tokenizer: Any, text: str) -> list[int]:
+        """Text to ids. What looks like a special token in it is spelt out as text."""
+        return encode_texts(tokenizer, [text])[0]
+
+    def decode_text(self, tokenizer: Any, ids: Sequence[int]) -> str:
+        """Ids of a transcript, without its end token, back to text."""
+        outside = [id for id in ids if not 0 <= id < self.num_text]
+        if outside:
+            raise ValueError(f"id {outside[0]} is not a text id")
+        return tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    def check_codec(self, stamp: CodecStamp, what: str) -> None:
+        """Raises ValueError if `what` belongs to another codec."""
+        if stamp.digest != self.codec.digest:
+            raise ValueError(
+                f"{what}: codec {stamp.id} ({stamp.digest}) is not the one that the model was "
+                f"trained with, {self.codec.id} ({self.codec.digest}); use that one"
+            )
+
+    def save(self, folder: str | Path) -> None:
+        with written_whole(Path(folder) / FILE_NAME) as temporary:
+            record = {"format": FORMAT_VERSION, **asdict(self), "specials": self.specials}
+            temporary.write_text(json.dumps(record, indent=1))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Vocabulary":
+        path = Path(folder) / FILE_NAME
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; is {folder} the ar/ folder of a voice?")
+        try:
+            record = json.loads(path.read_text())
+            if record.pop("format") != FORMAT_VERSION:
+                raise ValueError("it is of another format; update parlance or train again")
+            del record["specials"]
+            stamp = record.pop("codec")
+            stamp["codebook_sizes"] = tuple(stamp["codebook_sizes"])
+            return cls(codec=CodecStamp(**stamp), **record)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not a vocabulary map: {error}") from error
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """A list of texts to ids, with no token that is not in the text."""
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)
+    return encoded["input_ids"]
+
+
+def extend(lm: Any, vocabulary: Vocabulary, seed: int, scale: float = 1.0) -> None:
+    """Gives a causal LM the vocabulary's new rows, in place. Call it before any engine wraps `lm`.
+
+    The new rows are drawn from a normal distribution with the mean of the LLM's text rows and
+    scale**2 times their covariance, seeded. Old rows keep their ids and values to the bit. A tied
+    head stays tied; an untied one is extended from its own rows.
+    """
+    embedding = lm.get_input_embeddings()
+    head = lm.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    rows_before = min(embedding.weight.shape[0], vocabulary.num_text)
+    lm.resize_token_embeddings(vocabulary.size, mean_resizing=False)
+    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    if tied != (head.weight is embedding.weight):
+        raise RuntimeError("resizing changed whether the head is tied to the embeddings")
+    generator = torch.Generator().manual_seed(seed)
+    first = vocabulary.text_size
+    with torch.no_grad():
+        for table in [embedding] if tied else [embedding, head]:
+            count = vocabulary.size - first
+            table.weight[first:] = _draw_rows(table.weight[:rows_before], count, scale, generator)
+        if not tied and getattr(head, "bias", None) is not None:
+            head.bias[first:] = head.bias[:rows_before].mean()
+
+
+def _draw_rows(
+    old: Float[Tensor, "V D"], count: int, scale: float, generator: torch.Generator
+) -> Float[Tensor, "N D"]:
+    """Normal rows with the mean and covariance of `old`; in chunks, so that no copy of it is made."""
+    num_rows, width = old.shape
+    mean = torch.zeros(width, dtype=torch.float64)
+    for chunk in old.split(8192):
+        mean += chunk.double().cpu().sum(0) / num_rows
+    covariance = torch.zeros(width, width, dtype=torch.float64)
+    for chunk in old.split(8192):
+        centred = chunk.double().cpu() - mean
+        covariance += centred.T @ centred / num_rows
+    # Fewer rows than features, or features that never vary, leave it singular: a millionth of its
+    # average variance on the diagonal makes the factor exist.
+    covariance.diagonal().add_(1e-6 * covariance.diagonal().mean() + 1e-30)
+    factor = torch.linalg.cholesky(covariance)
+    noise = torch.randn(count, width, dtype=torch.float64, generator=generator)
+    return (mean + scale * noise @ factor.T).to(old)
+
+
+def row_parameters(lm: nn.Module, vocabulary: Vocabulary) -> dict[str, list[int]]:
+    """For peft's `trainable_token_indices`: the tables that have new rows, by module name.
+
+    A tied head follows the embeddings by itself and is left out.
+    """
+    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()  # type: ignore[operator]
+    tables = [embedding] if head.weight is embedding.weight else [embedding, head]
+    if getattr(head, "bias", None) is not None and len(tables) == 2:
+        raise ValueError(
+            "this LLM's head has a bias, which the adapter cannot extend; train it whole (ar.lora=null)"
+        )
+    names = {id(module): name for name, module in lm.named_modules()}
+    return {names[id(table)]: list(vocabulary.new_ids) for table in tables}

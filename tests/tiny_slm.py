@@ -1,0 +1,80 @@
+"""Tiny text LLMs, tokenizers and token shards for the tests of slm."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from codec.tokens import CodecStamp, TokenRow, write_shard
+
+SIZES = (24, 16, 16)
+STAMP = CodecStamp(
+    id="tiny", digest="0123456789abcdef", sample_rate=16000, frame_rate=25.0,
+    num_codebooks=len(SIZES), codebook_sizes=SIZES,
+)  # fmt: skip
+WORDS = "the cat sat on a mat and dog ran far away from red hen in sun now".split()
+
+
+def save_base(
+    folder: Path,
+    *,
+    kind: str = "llama",
+    tied: bool = True,
+    eos: bool = True,
+    pad_rows: int = 5,
+    seed: int = 0,
+) -> Path:
+    """A random-weight LLM of two layers with a byte-level tokenizer, as a Hugging Face folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(alphabet)}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    extra = {"eos_token": "<|end|>"} if eos else {}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **extra)
+    torch.manual_seed(seed)
+    rows = len(tokenizer) + pad_rows
+    if kind == "llama":
+        lm = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=rows, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+                tie_word_embeddings=tied, bos_token_id=None, eos_token_id=None,
+            )
+        )  # fmt: skip
+    else:
+        lm = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=rows, n_embd=32, n_layer=2, n_head=4, n_positions=256,
+                tie_word_embeddings=tied, bos_token_id=None, eos_token_id=None,
+            )
+        )  # fmt: skip
+    # Larger than the usual 0.02, so that what it computes is no noise.
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.2)
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_rows(count: int, *, seed: int = 0, most_frames: int = 40) -> list[TokenRow]:
+    """Random codes and words: nothing to learn but by heart."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for index in range(count):
+        frames = int(random.integers(12, most_frames))
+        codes = np.stack([random.integers(0, size, frames) for size in SIZES]).astype(np.uint16)
+        text = " ".join(random.choice(WORDS, size=3))
+        rows.append(TokenRow(f"item-{index}", text, f"s{index % 2}", "en", frames / 25, codes))
+    return rows
+
+
+def save_shard(path: Path, count: int = 12, **kwargs: int) -> Path:
+    write_shard(path, make_rows(count, **kwargs), STAMP)
+    return path
