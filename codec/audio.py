@@ -5,7 +5,7 @@ They are imported inside the functions that need them, so that importing `codec`
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +21,18 @@ SILENCE_PEAK = 1e-4
 
 
 def read_audio(
-    path: str | Path, sample_rate: int, *, start: float = 0.0, duration: float | None = None
-) -> Float[np.ndarray, "S"]:
+    path: str | Path, sample_rate: int, *, start: float = 0.0, duration: float | None = None,
+    allow_silence: bool = False,
+) -> Float[np.ndarray, "S"]:  # fmt: skip
     """One recording, averaged to mono and resampled, as float32 in [-1, 1].
 
     `start` and `duration` are in seconds; `duration=None` reads to the end. Raises `ValueError`
-    that names the file when it is missing, empty, truncated, unreadable, silent or not finite.
+    that names the file when it is missing, empty, truncated, unreadable, not finite, or silent
+    (a stretch of a longer recording may be: `allow_silence`).
     """
     blocks = list(_blocks(Path(path), sample_rate, 3600.0, start, duration))
     wave = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
-    _check_speech(wave, path)
+    _check_speech(wave, path, allow_silence)
     return wave
 
 
@@ -112,19 +114,21 @@ def _decode(file, path: Path, sample_rate: int, block_seconds, start, duration):
         yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
 
 
-def _check_speech(wave: np.ndarray, path: str | Path) -> None:
+def _check_speech(wave: np.ndarray, path: str | Path, allow_silence: bool) -> None:
     if wave.size == 0:
         raise ValueError(f"{path}: holds no samples; record it again")
     peak = float(np.abs(wave).max())
-    if peak < SILENCE_PEAK:
+    if peak < SILENCE_PEAK and not allow_silence:
         raise ValueError(f"{path}: the recording is silent (peak {peak:.1e}); record it again")
 
 
-def check_wave(wave: Float[np.ndarray, "S"], name: str | Path) -> None:
+def check_wave(
+    wave: Float[np.ndarray, "S"], name: str | Path, *, allow_silence: bool = False
+) -> None:
     """Raise `ValueError` naming the recording when it is empty, silent or not finite."""
     if not np.isfinite(wave).all():
         raise ValueError(f"{name}: holds NaN or infinite samples; export it again")
-    _check_speech(wave, name)
+    _check_speech(wave, name, allow_silence)
 
 
 def resample(
@@ -138,8 +142,12 @@ def resample(
     return soxr.resample(wave.astype(np.float32, copy=False), source_rate, target_rate)
 
 
-def write_audio(path: str | Path, wave: Float[np.ndarray, "S"], sample_rate: int) -> None:
-    """Write a mono wave as the format its suffix names (16 bit where WAV), whole or not at all.
+def write_audio(
+    path: str | Path,
+    wave: Float[np.ndarray, "S"] | Iterable[Float[np.ndarray, "s"]],
+    sample_rate: int,
+) -> None:
+    """Write a mono wave, or its blocks, as the format the suffix names (WAV: 16 bit).
 
     The samples go to a temporary name first, so an interrupted or failed write leaves an earlier
     file as it was. Raises `OSError` when the disk is full.
@@ -150,7 +158,9 @@ def write_audio(path: str | Path, wave: Float[np.ndarray, "S"], sample_rate: int
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
-        soundfile.write(partial, np.clip(wave, -1.0, 1.0), sample_rate)
+        with soundfile.SoundFile(partial, "w", sample_rate, 1) as file:
+            for block in [wave] if isinstance(wave, np.ndarray) else wave:
+                file.write(np.clip(block, -1.0, 1.0))
         os.replace(partial, path)
     except soundfile.LibsndfileError as error:
         raise OSError(f"{path}: cannot be written ({error.error_string}); is the disk full?") from error

@@ -7,7 +7,6 @@ from typing import Any, Literal, TypeVar, cast, get_type_hints
 C = TypeVar("C")
 
 Family = Literal["seanet", "spectral"]
-LOSS_NAMES = ("wave", "mel", "magnitude", "commitment", "adversarial", "feature")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,13 +164,33 @@ class MelScaleConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LossConfig:
-    """Which losses train the generator, and how much each counts. A loss without weight is not computed."""
+class LossWeights:
+    """How much each loss counts; one of weight 0 is not computed."""
 
-    weights: dict[str, float] = field(
-        default_factory=lambda: {"mel": 1.0, "magnitude": 1.0, "commitment": 0.25}
-    )
-    """Weight by name: wave, mel, magnitude, commitment, adversarial, feature."""
+    wave: float = 0.0
+    """Absolute difference of samples."""
+    mel: float = 1.0
+    """Log-mel difference at several resolutions."""
+    magnitude: float = 1.0
+    """Relative STFT magnitude difference."""
+    commitment: float = 0.25
+    """Distance of the latent to its codebook entries."""
+    adversarial: float = 0.0
+    """Verdict of the discriminators."""
+    feature: float = 0.0
+    """Distance of the discriminators' features."""
+
+    def __post_init__(self) -> None:
+        if not (self.wave or self.mel or self.magnitude):
+            raise ValueError("losses.weights: one of wave, mel and magnitude must not be 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """Which losses train the generator, and their forms."""
+
+    weights: LossWeights = field(default_factory=LossWeights)
+    """Weight by name."""
     mel_scales: tuple[MelScaleConfig, ...] = (
         MelScaleConfig(window=2048, hop=512, num_mels=160),
         MelScaleConfig(window=1024, hop=256, num_mels=100),
@@ -188,16 +207,10 @@ class LossConfig:
     normalize_features: bool = False
     """Divide each feature-matching term by the mean magnitude of the real features (the papers)."""
 
-    def __post_init__(self) -> None:
-        if unknown := sorted(set(self.weights) - set(LOSS_NAMES)):
-            raise ValueError(f"losses.weights: unknown {unknown}; choose from {list(LOSS_NAMES)}")
-        if not any(self.weights.values()):
-            raise ValueError("losses.weights: at least one loss needs a weight other than 0")
-
     @property
     def needs_discriminators(self) -> bool:
         """Whether the generator is trained against discriminators."""
-        return bool(self.weights.get("adversarial") or self.weights.get("feature"))
+        return bool(self.weights.adversarial or self.weights.feature)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

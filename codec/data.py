@@ -1,0 +1,138 @@
+"""Cuts to crops to batches. Every batch is a pure function of (seed, step, rank): resuming at a
+step needs no sampler state, and any number of loader processes yields the same crops."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from codec.audio import check_wave, read_audio, resample
+
+if TYPE_CHECKING:
+    from lhotse import CutSet
+    from lhotse.cut import Cut
+
+logger = logging.getLogger(__name__)
+
+
+def read_cuts(path: str | Path) -> "CutSet":
+    """A lhotse manifest (cuts.jsonl.gz), whole in memory. `ValueError` when missing or broken."""
+    from lhotse import CutSet
+
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such list of cuts; make it with recipes/prepare_data.py")
+    try:
+        cuts = CutSet.from_jsonl(path).to_eager()
+    except Exception as error:
+        raise ValueError(
+            f"{path}: not a whole list of cuts ({type(error).__name__}: {error}); make it again"
+        ) from error
+    if len(cuts) == 0:
+        raise ValueError(f"{path}: the list of cuts is empty")
+    return cuts
+
+
+def load_cut(
+    cut: "Cut", sample_rate: int, *, start: float = 0.0, duration: float | None = None,
+    allow_silence: bool = False,
+) -> Float[np.ndarray, "S"]:  # fmt: skip
+    """A cut's samples as `codec.audio.read_audio` gives them; `start` counts from the cut's start.
+
+    Raises `ValueError` naming the recording when it cannot be used.
+    """
+    rest = cut.duration - start
+    duration = rest if duration is None else min(duration, rest)
+    source = _single_file(cut)
+    if source is not None:
+        end_of_file = abs(cut.start + start + duration - cut.recording.duration) < 1e-6
+        return read_audio(
+            source, sample_rate, start=cut.start + start,
+            duration=None if end_of_file else duration, allow_silence=allow_silence,
+        )  # fmt: skip
+    wave = cut.truncate(offset=start, duration=duration).load_audio()
+    mono = resample(np.clip(wave.mean(axis=0), -1, 1), cut.sampling_rate, sample_rate)
+    check_wave(mono, cut.id, allow_silence=allow_silence)
+    return mono
+
+
+def _single_file(cut: Any) -> str | None:
+    """The file behind a plain cut, or None where lhotse has more to do (archives, mixtures)."""
+    recording = getattr(cut, "recording", None)
+    if recording is None or recording.transforms or len(recording.sources) != 1:
+        return None
+    return recording.sources[0].source if recording.sources[0].type == "file" else None
+
+
+class CropDataset(Dataset):
+    """Crop number i of an endless stream: epoch i // N, shuffled anew for every epoch.
+
+    A recording that cannot be read costs itself: the crop comes from the next one of the epoch,
+    and `bad` collects its id and why (in the process that met it).
+    """
+
+    def __init__(self, cuts: Sequence["Cut"], *, sample_rate: int, seconds: float, seed: int):
+        self.cuts, self.sample_rate, self.seed = list(cuts), sample_rate, seed
+        self.seconds, self.samples = seconds, round(seconds * sample_rate)
+        self.bad: dict[str, str] = {}
+
+    def __getitem__(self, index: int) -> Float[Tensor, "1 S"]:
+        epoch, position = divmod(index, len(self.cuts))
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.cuts))
+        for shift in range(len(self.cuts)):
+            cut = self.cuts[order[(position + shift) % len(self.cuts)]]
+            if cut.id in self.bad:
+                continue
+            try:
+                return self._crop(cut, np.random.default_rng((self.seed, index, 1)))
+            except ValueError as error:
+                self.bad[cut.id] = str(error)
+                logger.warning("skipped from now on: %s", error)
+        raise ValueError("none of the recordings of the training list can be read")
+
+    def _crop(self, cut: "Cut", generator: np.random.Generator) -> Float[Tensor, "1 S"]:
+        spare = max(cut.duration - self.seconds, 0.0)
+        start = float(generator.uniform(0, spare))
+        # A crop may fall into a pause; whether the whole is silent, prepare_data.py has checked.
+        wave = load_cut(
+            cut, self.sample_rate, start=start, duration=self.seconds, allow_silence=True
+        )[: self.samples]
+        wave = np.pad(wave, (0, self.samples - len(wave)))
+        return torch.from_numpy(wave).unsqueeze(0)
+
+
+class _Indices(torch.utils.data.Sampler):
+    """Batches of crop numbers for one rank, from one batch number on, to the last."""
+
+    def __init__(self, *, first: int, last: int, batch_size: int, rank: int, world: int) -> None:
+        self.first, self.last, self.batch_size = first, last, batch_size
+        self.rank, self.world = rank, world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in range(self.first, self.last):
+            start = (batch * self.world + self.rank) * self.batch_size
+            yield list(range(start, start + self.batch_size))
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+
+def crop_batches(
+    dataset: CropDataset, *, batch_size: int, first: int, last: int, rank: int, world: int,
+    num_workers: int = 0,
+) -> DataLoader:  # fmt: skip
+    """Batches number `first` to `last` - 1 of this rank, each (B,1,S)."""
+    sampler = _Indices(first=first, last=last, batch_size=batch_size, rank=rank, world=world)
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        # Forking after threads have started can hang; workers start afresh instead.
+        multiprocessing_context="spawn" if num_workers else None,
+    )

@@ -1,0 +1,149 @@
+"""Discriminators: multi-period, multi-scale (arXiv 2010.05646) and multi-scale STFT (2210.13438)."""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+
+from codec.config import DiscriminatorConfig
+
+SLOPE = 0.1
+PERIOD_WIDTHS = (32, 128, 512, 1024, 1024)
+# (channels, kernel, stride, groups) of each layer of a scale discriminator.
+SCALE_LAYERS = (
+    (128, 15, 1, 1),
+    (128, 41, 2, 4),
+    (256, 41, 2, 16),
+    (512, 41, 4, 16),
+    (1024, 41, 4, 16),
+    (1024, 41, 1, 16),
+    (1024, 5, 1, 1),
+)
+STFT_DILATIONS = (1, 2, 4)
+
+
+class Judgement(NamedTuple):
+    """What one sub-discriminator says of a wave: real near 1, fake near 0 (hinge: below -1)."""
+
+    score: Tensor
+    features: list[Tensor]
+
+
+class Discriminators(nn.Module):
+    """All sub-discriminators that the configuration names, as one module (one DDP wrapper)."""
+
+    def __init__(self, config: DiscriminatorConfig) -> None:
+        super().__init__()
+        divisor = config.width_divisor
+        self.scale_discriminators = nn.ModuleList(
+            ScaleDiscriminator(divisor, norm=spectral_norm if index == 0 else weight_norm)
+            for index in range(config.num_scales)
+        )
+        self.others = nn.ModuleList(
+            [
+                *(PeriodDiscriminator(period, divisor) for period in config.periods),
+                *(STFTDiscriminator(window, config.stft_filters) for window in config.stft_windows),
+            ]
+        )
+        if not len(self.scale_discriminators) + len(self.others):
+            raise ValueError(
+                "discriminators: periods, num_scales and stft_windows leave none; set one of them, "
+                "or give the losses adversarial and feature no weight"
+            )
+
+    def forward(self, wave: Float[Tensor, "B 1 S"]) -> list[Judgement]:
+        judgements = [discriminator(wave) for discriminator in self.others]
+        for index, discriminator in enumerate(self.scale_discriminators):
+            if index > 0:
+                wave = functional.avg_pool1d(wave, 4, stride=2, padding=2)
+            judgements.append(discriminator(wave))
+        return judgements
+
+
+class PeriodDiscriminator(nn.Module):
+    """2-D convolutions over the wave folded into rows of `period` samples."""
+
+    def __init__(self, period: int, width_divisor: int = 1) -> None:
+        super().__init__()
+        self.period = period
+        widths = [1, *(max(width // width_divisor, 4) for width in PERIOD_WIDTHS)]
+        self.convs = nn.ModuleList(
+            weight_norm(
+                nn.Conv2d(
+                    widths[index], widths[index + 1], (5, 1),
+                    stride=(3 if index < len(PERIOD_WIDTHS) - 1 else 1, 1), padding=(2, 0),
+                )  # fmt: skip
+            )
+            for index in range(len(PERIOD_WIDTHS))
+        )
+        self.conv_out = weight_norm(nn.Conv2d(widths[-1], 1, (3, 1), padding=(1, 0)))
+
+    def forward(self, wave: Float[Tensor, "B 1 S"]) -> Judgement:
+        padded = functional.pad(wave, (0, -wave.shape[-1] % self.period), mode="reflect")
+        x = rearrange(padded, "b c (t p) -> b c t p", p=self.period)
+        return _judge(self.convs, self.conv_out, x)
+
+
+class ScaleDiscriminator(nn.Module):
+    """Grouped strided 1-D convolutions on the wave at one rate."""
+
+    def __init__(self, width_divisor: int = 1, *, norm=weight_norm) -> None:
+        super().__init__()
+        self.convs, channels_in = nn.ModuleList(), 1
+        for channels, kernel, stride, groups in SCALE_LAYERS:
+            width = max(channels // width_divisor, 16)
+            self.convs.append(
+                norm(
+                    nn.Conv1d(
+                        channels_in, width, kernel, stride, padding=kernel // 2, groups=groups
+                    )
+                )
+            )
+            channels_in = width
+        self.conv_out = norm(nn.Conv1d(channels_in, 1, 3, padding=1))
+
+    def forward(self, wave: Float[Tensor, "B 1 S"]) -> Judgement:
+        return _judge(self.convs, self.conv_out, wave)
+
+
+class STFTDiscriminator(nn.Module):
+    """Dilated 2-D convolutions over the real and imaginary parts of one STFT."""
+
+    def __init__(self, window: int, filters: int) -> None:
+        super().__init__()
+        self.window_size = window
+        self.register_buffer("window", torch.hann_window(window), persistent=False)
+        layers = [nn.Conv2d(2, filters, (3, 9), padding=(1, 4))]
+        for dilation in STFT_DILATIONS:
+            layers.append(
+                nn.Conv2d(
+                    filters, filters, (3, 9), stride=(1, 2), dilation=(dilation, 1),
+                    padding=(dilation, 4),
+                )  # fmt: skip
+            )
+        layers.append(nn.Conv2d(filters, filters, (3, 3), padding=1))
+        self.convs = nn.ModuleList(weight_norm(layer) for layer in layers)
+        self.conv_out = weight_norm(nn.Conv2d(filters, 1, (3, 3), padding=1))
+
+    def forward(self, wave: Float[Tensor, "B 1 S"]) -> Judgement:
+        with torch.autocast(wave.device.type, enabled=False):
+            spectrum = torch.stft(
+                wave.squeeze(1).float(), self.window_size, self.window_size // 4,
+                window=self.get_buffer("window"), normalized=True, center=False,
+                return_complex=True,
+            )  # fmt: skip
+        x = rearrange(torch.view_as_real(spectrum), "b f t c -> b c t f")
+        return _judge(self.convs, self.conv_out, x)
+
+
+def _judge(convs: nn.ModuleList, conv_out: nn.Module, x: Tensor) -> Judgement:
+    features = []
+    for conv in convs:
+        x = functional.leaky_relu(conv(x), SLOPE)
+        features.append(x)
+    score = conv_out(x)
+    return Judgement(score.float(), [*features, score])

@@ -1,0 +1,347 @@
+"""GAN training of a codec: steps are functions of models and batch, the loop owns the rest."""
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from codec.config import CropConfig, LossConfig, MelScaleConfig, OptimConfig
+from codec.data import CropDataset, crop_batches, load_cut
+from codec.discriminators import Discriminators
+from codec.losses import (
+    adversarial_loss,
+    discriminator_loss,
+    feature_loss,
+    log_mel,
+    magnitude_loss,
+    mel_loss,
+    wave_loss,
+)
+from codec.model import Codec, CodecOutput
+from codec.quantize import codebook_use, count_codes
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from lhotse.cut import Cut
+
+logger = logging.getLogger(__name__)
+
+NUM_SHOWN = 3
+PLOT_SCALE = MelScaleConfig(window=1024, hop=256, num_mels=80)
+
+
+class Run(Protocol):
+    """A run folder: what the loop needs of it (recipes/common.py has one)."""
+
+    folder: Path
+    accelerator: "Accelerator"
+
+    def log(self, values: Mapping[str, float], step: int) -> None: ...
+    def save(self, step: int) -> None: ...
+    def resume(self) -> int: ...
+    def progress(self, total: int, initial: int, label: str) -> Any: ...
+
+
+class Losses(NamedTuple):
+    """The weighted sum that is minimised, and each part before its weight."""
+
+    total: Float[Tensor, ""]
+    parts: dict[str, Float[Tensor, ""]]
+
+
+@dataclass
+class Models:
+    """What is trained. `discriminators` is None where no adversarial loss has a weight."""
+
+    codec: nn.Module
+    discriminators: nn.Module | None
+
+
+def generator_step(
+    out: CodecOutput,
+    wave: Float[Tensor, "B 1 S"],
+    discriminators: nn.Module | None,
+    config: LossConfig,
+    sample_rate: int,
+) -> Losses:
+    """Losses of one codec pass. `discriminators` None leaves the adversarial terms out."""
+    parts, weights = {}, config.weights
+    if weights.wave:
+        parts["wave"] = wave_loss(out.wave, wave)
+    if weights.mel:
+        parts["mel"] = mel_loss(
+            out.wave, wave, config.mel_scales,
+            sample_rate=sample_rate, l2_weight=config.mel_l2_weight,
+        )  # fmt: skip
+    if weights.magnitude:
+        parts["magnitude"] = magnitude_loss(out.wave, wave, config.magnitude_windows)
+    if weights.commitment:
+        parts["commitment"] = out.quantized.commitment
+    if discriminators is not None:
+        with torch.no_grad():
+            real = discriminators(wave)
+        fake = discriminators(out.wave)
+        parts["adversarial"] = adversarial_loss(fake, config.adversarial_form)
+        parts["feature"] = feature_loss(real, fake, normalize=config.normalize_features)
+    total = torch.stack([getattr(weights, name) * part for name, part in parts.items()]).sum()
+    return Losses(total, parts)
+
+
+def discriminator_step(
+    out: CodecOutput, wave: Float[Tensor, "B 1 S"], discriminators: nn.Module, config: LossConfig
+) -> Losses:
+    """The discriminators' loss on the real wave and the detached output.
+
+    One pass over both: DDP allows one forward per backward.
+    """
+    both = discriminators(torch.cat([wave, out.wave.detach().to(wave.dtype)]))
+    real = [each._replace(score=each.score[: len(wave)]) for each in both]
+    fake = [each._replace(score=each.score[len(wave) :]) for each in both]
+    loss = discriminator_loss(real, fake, config.adversarial_form)
+    return Losses(loss, {"discriminator": loss})
+
+
+def learning_rate(step: int, peak: float, config: OptimConfig) -> float:
+    """Linear warm-up, then a cosine to `final_lr_ratio`: a function of the step, so resuming is exact."""
+    if step < config.warmup_steps:
+        return peak * (step + 1) / config.warmup_steps
+    share = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    floor = config.final_lr_ratio
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
+
+
+def fit(
+    codec: Codec,
+    discriminators: Discriminators | None,
+    train: Sequence["Cut"],
+    dev: Sequence["Cut"],
+    run: Run,
+    *,
+    crops: CropConfig,
+    losses: LossConfig,
+    optim: OptimConfig,
+) -> None:
+    """Train to `optim.steps`, from the newest checkpoint of `run` where there is one.
+
+    The trained codec ends in `run.folder / "codec"`. The seed of crops is torch's initial seed.
+    """
+    accelerator = run.accelerator
+    models, optimizers = _prepare(codec, discriminators, accelerator, optim)
+    first = run.resume()
+    world, rank = accelerator.num_processes, accelerator.process_index
+    dataset = CropDataset(
+        train, sample_rate=codec.sample_rate, seconds=crops.seconds, seed=getattr(run, "seed", 0)
+    )
+    batches = iter(
+        crop_batches(
+            dataset, batch_size=crops.batch_size, first=first * optim.accumulate_steps,
+            last=optim.steps * optim.accumulate_steps, rank=rank, world=world,
+            num_workers=crops.num_workers,
+        )  # fmt: skip
+    )
+    window = _Window(codec)
+    bar = run.progress(optim.steps, first, "codec")
+    for step in range(first, optim.steps + 1):
+        last = step == optim.steps
+        if last or (step > first and step % optim.eval_every == 0):
+            run.log(validate(codec, dev, run, crops, losses, step), step)
+        if last or (step > first and step % optim.save_every == 0):
+            run.save(step)
+        if last:
+            break
+        _set_rates(optimizers, step, optim)
+        adversarial = step >= optim.discriminator_start
+        for _ in range(optim.accumulate_steps):
+            wave = next(batches).to(accelerator.device)
+            window.add(_train_step(models, optimizers, wave, accelerator, losses, optim, adversarial))
+        bar.update()
+        if (step + 1) % optim.log_every == 0:
+            values = window.means(accelerator, crops.seconds * crops.batch_size * world)
+            bar.set_postfix_str(_line(values))
+            run.log({f"train/{name}": value for name, value in values.items()}, step + 1)
+    bar.close()
+    if dataset.bad:
+        logger.warning("%d recordings could not be read: %s", len(dataset.bad), sorted(dataset.bad))
+    if accelerator.is_main_process:
+        save_whole(codec, run.folder / "codec")
+    accelerator.wait_for_everyone()
+
+
+def _prepare(codec: Codec, discriminators: Discriminators | None, accelerator, optim: OptimConfig):
+    """Wrap models and optimisers. A head that no loss reaches stays as it is."""
+    if accelerator.distributed_type.value == "DEEPSPEED":
+        raise ValueError(
+            "the codec's two optimisers do not train under DeepSpeed; launch with "
+            "recipes/accelerate/ddp.yaml (or cpu.yaml)"
+        )
+    if hasattr(codec, "semantic_head"):
+        codec.semantic_head.requires_grad_(False)
+    codec.train()
+    generator = _adamw(codec, optim.lr, optim)
+    wrapped, generator = accelerator.prepare(codec, generator)
+    if discriminators is None:
+        return Models(wrapped, None), [generator]
+    judge = _adamw(discriminators, optim.discriminator_lr, optim)
+    judges, judge = accelerator.prepare(discriminators, judge)
+    return Models(wrapped, judges), [generator, judge]
+
+
+def _adamw(model: nn.Module, lr: float, optim: OptimConfig) -> torch.optim.AdamW:
+    trained = [each for each in model.parameters() if each.requires_grad]
+    groups = [
+        {"params": [each for each in trained if each.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [each for each in trained if each.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=optim.betas)
+
+
+def _set_rates(optimizers: Sequence[Any], step: int, optim: OptimConfig) -> None:
+    for optimizer, peak in zip(optimizers, (optim.lr, optim.discriminator_lr), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, peak, optim)
+
+
+def _train_step(
+    models: Models, optimizers, wave: Tensor, accelerator, losses: LossConfig, optim: OptimConfig,
+    adversarial: bool,
+) -> tuple[CodecOutput, dict[str, Tensor]]:  # fmt: skip
+    """One batch: discriminators on the detached output, then the codec against them."""
+    judges = models.discriminators if adversarial else None
+    trained = [models.codec] if judges is None else [models.codec, judges]
+    parts = {}
+    with accelerator.accumulate(*trained):
+        out: CodecOutput = models.codec(wave)
+        if judges is not None:
+            with accelerator.autocast():
+                judged = discriminator_step(out, wave, judges, losses)
+            accelerator.backward(judged.total)
+            parts |= judged.parts
+            _update(optimizers[1], judges, accelerator, optim)
+        # The codec's loss must not reach the discriminators' gradients, nor their DDP reducer.
+        raw = None if judges is None else accelerator.unwrap_model(judges).requires_grad_(False)
+        sample_rate = accelerator.unwrap_model(models.codec).sample_rate
+        with accelerator.autocast():
+            made = generator_step(out, wave, raw, losses, sample_rate)
+        accelerator.backward(made.total)
+        if raw is not None:
+            raw.requires_grad_(True)
+        parts |= made.parts
+        _update(optimizers[0], models.codec, accelerator, optim)
+    return out, parts
+
+
+def _update(optimizer: Any, model: nn.Module, accelerator, optim: OptimConfig) -> None:
+    if accelerator.sync_gradients and optim.max_grad_norm:
+        accelerator.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+class _Window:
+    """Means of the losses and the use of codes since the last logged step."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.codebook_size, self.num_codebooks = codec.codebook_sizes[0], codec.num_codebooks
+        self._clear()
+
+    def _clear(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts = torch.zeros(self.num_codebooks, self.codebook_size, dtype=torch.long)
+        self.batches, self.started = 0, time.perf_counter()
+
+    def add(self, result: tuple[CodecOutput, dict[str, Tensor]]) -> None:
+        out, parts = result
+        for name, part in parts.items():
+            self.sums[name] = self.sums.get(name, 0) + part.detach()
+        # Entry counts stay on the device; moving them every step would wait for it.
+        self.counts = self.counts.to(out.wave.device)
+        self.counts += count_codes(out.quantized.codes, self.codebook_size)
+        self.batches += 1
+
+    def means(self, accelerator, audio_seconds: float) -> dict[str, float]:
+        values = {name: float(total) / self.batches for name, total in self.sums.items()}
+        use = codebook_use(accelerator.reduce(self.counts))
+        values |= {"use": float(use.share.mean()), "perplexity": float(use.perplexity.mean())}
+        values["audio_seconds_per_second"] = self.batches * audio_seconds / (time.perf_counter() - self.started)
+        self._clear()
+        return values
+
+
+def _line(values: dict[str, float]) -> str:
+    return " ".join(
+        f"{name.removesuffix('_seconds_per_second')} {value:.3g}" for name, value in values.items()
+    )
+
+
+@torch.no_grad()
+def validate(
+    codec: Codec, dev: Sequence["Cut"], run: Run, crops: CropConfig, losses: LossConfig, step: int
+) -> dict[str, float]:
+    """Mel and wave distance and codebook use on the dev list, shared out over all ranks.
+
+    It calls the codec itself, not its DDP wrapper, and meets the others in one reduction, so no
+    rank can wait for another in vain.
+    """
+    accelerator = run.accelerator
+    codec.eval()
+    size = codec.codebook_sizes[0]
+    sums = torch.zeros(3, dtype=torch.float64)
+    counts = torch.zeros(codec.num_codebooks, size, dtype=torch.long, device=accelerator.device)
+    chosen = list(dev)[: crops.num_validation]
+    for index in range(accelerator.process_index, len(chosen), accelerator.num_processes):
+        try:
+            samples = load_cut(
+                chosen[index], codec.sample_rate, duration=crops.max_validation_seconds
+            )
+        except ValueError as error:
+            logger.warning("skipped in validation: %s", error)
+            continue
+        wave = torch.from_numpy(samples)[None, None].to(accelerator.device)
+        if wave.shape[-1] < max(scale.window for scale in losses.mel_scales):
+            continue
+        codes = codec.encode(wave).codes
+        fake = codec.decode(codes)[..., : wave.shape[-1]]
+        mel = mel_loss(fake, wave, losses.mel_scales, sample_rate=codec.sample_rate)
+        sums += torch.tensor([float(mel), float(wave_loss(fake, wave)), 1.0], dtype=torch.float64)
+        counts += count_codes(codes, size)
+        if index < NUM_SHOWN and accelerator.is_main_process:
+            _show(accelerator, f"dev/{index}", wave, fake, codec.sample_rate, step)
+    codec.train()
+    sums, counts = accelerator.reduce(sums.to(accelerator.device)), accelerator.reduce(counts)
+    use = codebook_use(counts)
+    number = max(float(sums[2]), 1.0)
+    values = {"mel": float(sums[0]) / number, "wave": float(sums[1]) / number, "n": float(sums[2])}
+    for index in range(codec.num_codebooks):
+        values[f"use_{index + 1}"] = float(use.share[index])
+        values[f"perplexity_{index + 1}"] = float(use.perplexity[index])
+    return {f"dev/{name}": value for name, value in values.items()}
+
+
+def _show(accelerator, name: str, real: Tensor, fake: Tensor, sample_rate: int, step: int) -> None:
+    """Sound and log-mel picture (original above, reconstruction below) for TensorBoard."""
+    writers = [tracker.writer for tracker in accelerator.trackers if tracker.name == "tensorboard"]
+    for writer in writers:
+        writer.add_audio(f"{name}/reconstruction", fake[0], step, sample_rate=sample_rate)
+        if step == 0:
+            writer.add_audio(f"{name}/original", real[0], step, sample_rate=sample_rate)
+        pictures = [log_mel(wave, PLOT_SCALE, sample_rate)[0].flip(0) for wave in (real, fake)]
+        picture = torch.cat(pictures)
+        low, high = picture.min(), picture.max()
+        writer.add_image(f"{name}/mel", ((picture - low) / (high - low)).unsqueeze(0), step)
+
+
+def save_whole(codec: Codec, folder: Path) -> None:
+    """Save beside and rename, so that `folder` is never half a codec."""
+    beside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    codec.save_pretrained(beside)
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)

@@ -1,0 +1,73 @@
+"""Trains a codec on a list of cuts: `accelerate launch recipes/train_codec.py --config FILE key=value`.
+
+The run folder ends with `codec/`, which `load_codec` and the command `codec` take.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate.utils import DistributedDataParallelKwargs
+
+from codec import Codec
+from codec.config import (
+    CodecConfig,
+    CropConfig,
+    DiscriminatorConfig,
+    LossConfig,
+    OptimConfig,
+)
+from codec.data import read_cuts
+from codec.discriminators import Discriminators
+from codec.train import fit
+from recipes.common import load_config, make_accelerator, run_program, start_run
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainCodecConfig:
+    """One codec run."""
+
+    out: str = "out/smoke/codec"
+    """Run folder: goes on where an earlier start with the same configuration stopped."""
+    train: str = "out/smoke/data/train.jsonl.gz"
+    """Cuts to train on (recipes/prepare_data.py makes them)."""
+    dev: str = "out/smoke/data/dev.jsonl.gz"
+    """Cuts to validate on: speakers that are not in `train`."""
+    seed: int = 0
+    """Of initial weights and crops."""
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    """Architecture."""
+    discriminators: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    """Used where the adversarial or the feature loss has a weight."""
+    losses: LossConfig = field(default_factory=LossConfig)
+    """Objectives."""
+    data: CropConfig = field(default_factory=CropConfig)
+    """Crops and batches."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser and schedule."""
+
+
+def main(argv: list[str]) -> None:
+    config = load_config(TrainCodecConfig, argv, "Train a speech codec.")
+    accelerator = make_accelerator(
+        Path(config.out),
+        gradient_accumulation_steps=config.optim.accumulate_steps,
+        # The codebooks are buffers that all ranks compute alike; nothing needs to be copied.
+        handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    train, dev = read_cuts(config.train), read_cuts(config.dev)
+    run = start_run(config, config.out, seed=config.seed, accelerator=accelerator)
+    codec = Codec(config.codec)
+    judges = Discriminators(config.discriminators) if config.losses.needs_discriminators else None
+    logger.info(
+        "%.1f M parameters, %g Hz, %d codebooks of %d; %d cuts to train on, %d to validate on",
+        sum(each.numel() for each in codec.parameters()) / 1e6, codec.frame_rate,
+        codec.num_codebooks, codec.codebook_sizes[0], len(train), len(dev),
+    )  # fmt: skip
+    fit(codec, judges, train, dev, run, crops=config.data, losses=config.losses, optim=config.optim)
+
+
+if __name__ == "__main__":
+    run_program(main)
