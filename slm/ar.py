@@ -36,10 +36,11 @@ SAMPLES_PER_TENSOR = 4096
 class Scores(NamedTuple):
     """Sums over targets, one entry per group of them (the model's `groups` names them)."""
 
-    nll: Float[Tensor, "G"]
-    correct: Float[Tensor, "G"]
+    nll: Float[Tensor, " G"]
+    correct: Float[Tensor, " G"]
     """Targets that are the likeliest token."""
-    count: Float[Tensor, "G"]
+    targets: Float[Tensor, " G"]
+    """Their number."""
 
 
 class Base(NamedTuple):
@@ -54,7 +55,7 @@ class Base(NamedTuple):
 def load_base(
     name: str | Path, num_layers: int | None = None, dtype: torch.dtype = torch.float32
 ) -> Base:
-    """Loads a causal LM by hub id, local folder or .gguf file. Raises ValueError when it cannot be."""
+    """Loads a causal LM by hub id, folder or .gguf file. Raises ValueError when it cannot."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     path = Path(name)
@@ -71,10 +72,11 @@ def load_base(
         if num_layers is not None:
             _keep_layers(config, num_layers, str(name))
         with _quiet():
-            lm, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, config=config, dtype=dtype, attn_implementation="sdpa",
                 output_loading_info=True, **where,
             )  # fmt: skip
+        lm, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -191,8 +193,17 @@ class SpeechLM(nn.Module):
             self.lm.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
         self.vocabulary.save(folder)
-        origin = dict(self.origin)
-        if Path(origin["name"]).exists():
+        self.save_origin(folder)
+
+    def save_origin(self, folder: str | Path, beside: str | Path | None = None) -> None:
+        """Writes base.json. A local LLM is noted relative to the folder, so both can move together.
+
+        `beside` is the folder that this AR was loaded from, if it was.
+        """
+        folder, origin = Path(folder), dict(self.origin)
+        if beside is not None and "relative" in origin:
+            origin["relative"] = os.path.relpath(Path(beside) / origin["relative"], folder)
+        elif Path(origin["name"]).exists():
             origin["relative"] = os.path.relpath(origin["name"], folder)
         with written_whole(folder / BASE_FILE) as temporary:
             temporary.write_text(json.dumps(origin, indent=1))
@@ -218,9 +229,7 @@ class SpeechLM(nn.Module):
         return cls(lm, tokenizer, vocabulary, origin).eval().requires_grad_(False)
 
 
-def score(
-    logits: Float[Tensor, "N V"], labels: Tensor, groups: Tensor, num_groups: int
-) -> Scores:
+def score(logits: Float[Tensor, "N V"], labels: Tensor, groups: Tensor, num_groups: int) -> Scores:
     """Sums over targets by group; logits are raised to float32 first."""
     logits = logits.float()
     nll = functional.cross_entropy(logits, labels, reduction="none")
@@ -229,7 +238,7 @@ def score(
     return Scores(
         nll=zeros.index_add(0, groups, nll),
         correct=zeros.index_add(0, groups, correct),
-        count=zeros.index_add(0, groups, torch.ones_like(nll)),
+        targets=zeros.index_add(0, groups, torch.ones_like(nll)),
     )
 
 
@@ -276,8 +285,8 @@ def _find_base(folder: Path, origin: Mapping[str, Any], base: str | Path | None)
     if relative is None and named.count("/") == 1:
         return named
     raise ValueError(
-        f"{folder / BASE_FILE}: its text LLM {named} is not there; put its path (absolute, or relative "
-        "to the voice folder) or hub id in place of `name`"
+        f"{folder / BASE_FILE}: its text LLM {named} is not there; put its path "
+        "(absolute, or relative to the voice folder) or hub id in place of `name`"
     )
 
 
@@ -294,8 +303,8 @@ def _load_adapted(
     loaded = load_base(found, origin["num_layers"], dtype)
     if loaded.digest != origin["digest"]:
         raise ValueError(
-            f"{found}: not the text LLM that {folder} was trained on: its digest is {loaded.digest}, "
-            f"{BASE_FILE} says {origin['digest']}"
+            f"{found}: not the text LLM that {folder} was trained on: its digest is "
+            f"{loaded.digest}, {BASE_FILE} says {origin['digest']}"
         )
     extend(loaded.lm, vocabulary, seed=0)
     if not (folder / "adapter_model.safetensors").is_file():

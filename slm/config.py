@@ -17,7 +17,7 @@ def _share(**values: float) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoRAConfig:
-    """Low-rank adapters beside frozen weights; the rows of the new tokens are trained as they are."""
+    """Low-rank adapters beside frozen weights; the rows of the new tokens are trained themselves."""
 
     rank: int = 16
     """Inner dimension of an adapter."""
@@ -45,7 +45,7 @@ class TaskConfig:
     def __post_init__(self) -> None:
         if min(self.tts, self.asr) < 0 or self.tts + self.asr <= 0:
             raise ValueError(
-                f"tasks: weights must not be negative nor all zero, got tts={self.tts} asr={self.asr}"
+                f"tasks: weights must not be negative nor all zero, got {self.tts} and {self.asr}"
             )
 
 
@@ -183,7 +183,7 @@ class SamplingConfig:
     threshold: float = 0.1
     """A token that fills this share of the window is drawn again from the whole distribution."""
     frames_per_token: tuple[float, float] = (2.0, 20.0)
-    """Bounds of the speech in frames per text token, for 25 frames a second; scaled to the codec."""
+    """Bounds of the speech in frames per text token at 25 frames a second; scaled to the codec."""
     spare_seconds: float = 2.0
     """Added to the upper bound, for silence around few words."""
     loop_seconds: float = 2.0

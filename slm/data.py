@@ -34,7 +34,7 @@ class ARBatch(NamedTuple):
     tokens: Int[Tensor, "B L"]
     labels: Int[Tensor, "B L"]
     """The next token where it is a target, else IGNORE."""
-    tasks: Int[Tensor, "B"]
+    tasks: Int[Tensor, " B"]
     """Indices into TASKS."""
 
 
@@ -44,11 +44,11 @@ class NARBatch(NamedTuple):
     text: Int[Tensor, "B N"]
     text_mask: Bool[Tensor, "B N"]
     codes: Int[Tensor, "B Q T"]
-    lengths: Int[Tensor, "B"]
+    lengths: Int[Tensor, " B"]
     """Frames, the prompt included."""
-    prompt_lengths: Int[Tensor, "B"]
+    prompt_lengths: Int[Tensor, " B"]
     """Frames whose every codebook is given."""
-    stages: Int[Tensor, "S"]
+    stages: Int[Tensor, " S"]
     """Codebooks to predict, counted from 0."""
 
 
@@ -87,7 +87,7 @@ class Plan:
         return len(self._starts) - 1
 
     def epoch(self, epoch: int) -> list[np.ndarray]:
-        """The batches of an epoch, as item indices: items shuffled in their bucket, then batches."""
+        """The batches of an epoch as item indices: items shuffled in their bucket, then batches."""
         if self._cache is None or self._cache[0] != epoch:
             random = np.random.default_rng((self._seed, epoch))
             order = np.lexsort((random.random(len(self._bucket)), self._bucket))
@@ -142,10 +142,13 @@ class Corpus:
         return self.shard[int(self.items[item])].codes.astype(np.int64)
 
 
-def usable(shard: TokenShard, texts: list[Sequence[int]], longest: int, name: str) -> Corpus:
+def usable(
+    shard: TokenShard, texts: list[Sequence[int]], longest: int, name: str, limit: int | None = None
+) -> Corpus:
     """Drops what cannot be trained on; counts and lists it in the log.
 
-    `texts` are the text ids of every row, `longest` is the most positions that an item may take.
+    `texts` are the text ids of every row, `longest` is the most positions that an item may take,
+    `limit` keeps the first usable items only.
     """
     lengths = layout_length(np.array([len(text) for text in texts]), shard.num_frames)
     empty = np.array([not has_words(text) for text in shard.texts], dtype=bool)
@@ -164,9 +167,11 @@ def usable(shard: TokenShard, texts: list[Sequence[int]], longest: int, name: st
                 "%s: skipped %d items %s: %s%s",
                 name, len(ids), reason, ", ".join(ids[:NUM_LISTED]), tail,
             )  # fmt: skip
-    items = np.flatnonzero(keep)
+    items = np.flatnonzero(keep)[:limit]
     if not items.size:
-        raise ValueError(f"{name}: no item is usable; raise batch.positions, or export other tokens")
+        raise ValueError(
+            f"{name}: no item is usable; raise batch.positions, or export other tokens"
+        )
     kept = [texts[i] for i in items]
     num_text = np.array([len(text) for text in kept], dtype=np.int64)
     return Corpus(shard, items, kept, shard.num_frames[items], num_text)
@@ -176,7 +181,12 @@ class ARData:
     """Batches for the AR: every epoch draws the task of every item anew."""
 
     def __init__(
-        self, corpus: Corpus, vocabulary: Vocabulary, tasks: TaskConfig, batch: BatchConfig, seed: int
+        self,
+        corpus: Corpus,
+        vocabulary: Vocabulary,
+        tasks: TaskConfig,
+        batch: BatchConfig,
+        seed: int,
     ):
         vocabulary.check_codec(corpus.shard.stamp, str(corpus.shard.files[0].parent))
         self.corpus, self.vocabulary, self._seed = corpus, vocabulary, seed
@@ -190,10 +200,10 @@ class ARData:
     @classmethod
     def open(
         cls, shard: TokenShard, tokenizer: Any, vocabulary: Vocabulary, tasks: TaskConfig,
-        batch: BatchConfig, seed: int, *, longest: int, name: str,
+        batch: BatchConfig, seed: int, *, longest: int, name: str, limit: int | None = None,
     ) -> "ARData":  # fmt: skip
         texts = encode_texts(tokenizer, shard.texts)
-        corpus = usable(shard, [*texts], min(longest, batch.positions), name)
+        corpus = usable(shard, [*texts], min(longest, batch.positions), name, limit)
         return cls(corpus, vocabulary, tasks, batch, seed)
 
     def num_steps(self, world: int, accumulate: int) -> int:
@@ -250,10 +260,11 @@ class NARData:
 
     @classmethod
     def open(
-        cls, shard: TokenShard, config: NARConfig, batch: BatchConfig, seed: int, *, name: str
-    ) -> "NARData":
+        cls, shard: TokenShard, config: NARConfig, batch: BatchConfig, seed: int, *,
+        name: str, limit: int | None = None,
+    ) -> "NARData":  # fmt: skip
         texts: list[Sequence[int]] = [text_bytes(text) for text in shard.texts]
-        return cls(usable(shard, texts, batch.positions, name), config, batch, seed)
+        return cls(usable(shard, texts, batch.positions, name, limit), config, batch, seed)
 
     def num_steps(self, world: int, accumulate: int) -> int:
         return self._plan.num_groups(world * accumulate)
@@ -280,7 +291,9 @@ class NARData:
         """Frames of each item's prompt; at least one frame is left to predict."""
         frames = self.corpus.num_frames[items]
         share = random.uniform(*self._config.prompt_share, size=len(items))
-        return np.minimum(np.minimum(frames * share, self._config.prompt_frames), frames - 1).astype(int)
+        return np.minimum(
+            np.minimum(frames * share, self._config.prompt_frames), frames - 1
+        ).astype(int)
 
     def _collate(self, items: np.ndarray, prompts: np.ndarray, stages: list[int]) -> NARBatch:
         return nar_batch(

@@ -66,7 +66,9 @@ class NAR(
         for stage in batch.stages.tolist():
             logits = self._logits(self._hidden(batch, stage)[target], stage)
             labels = batch.codes[:, stage][target]
-            parts.append(score(logits, labels, torch.full_like(labels, stage - 1), len(self.groups)))
+            parts.append(
+                score(logits, labels, torch.full_like(labels, stage - 1), len(self.groups))
+            )
         return Scores(*(torch.stack(sums).sum(0) for sums in zip(*parts, strict=True)))
 
     def _hidden(self, batch: NARBatch, stage: int) -> Float[Tensor, "B T D"]:
@@ -91,7 +93,7 @@ class NAR(
         return self.head(hidden, slice(self._starts[stage], self._starts[stage + 1]))
 
     def _place(self, features: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
-        """Adds sinusoids; text and speech each count from 0, so padding between them is no matter."""
+        """Adds sinusoids; text and speech each count from 0: padding between them is no matter."""
         half = self.config.width // 2
         positions = torch.arange(features.shape[1], device=features.device, dtype=torch.float32)
         rates = torch.exp(torch.arange(half, device=features.device) * (-math.log(1e4) / half))
@@ -117,7 +119,9 @@ class NAR(
         assert not self.training
         joined = []
         for prompt, row in zip(prompts, first, strict=True):
-            codes = np.zeros((len(self.config.codebook_sizes), prompt.shape[1] + len(row)), np.int64)
+            codes = np.zeros(
+                (len(self.config.codebook_sizes), prompt.shape[1] + len(row)), np.int64
+            )
             codes[:, : prompt.shape[1]] = prompt
             codes[0, prompt.shape[1] :] = row
             joined.append(codes)
@@ -177,7 +181,7 @@ class AdaptiveNorm(nn.Module):
         self.project = nn.Linear(width, 2 * width)
 
     def forward(
-        self, hidden: Float[Tensor, "B L D"], condition: Float[Tensor, "D"]
+        self, hidden: Float[Tensor, "B L D"], condition: Float[Tensor, " D"]
     ) -> Float[Tensor, "B L D"]:
         scale, shift = self.project(condition).chunk(2)
         return functional.layer_norm(hidden, hidden.shape[-1:]) * (1 + scale) + shift
@@ -201,7 +205,7 @@ class Layer(nn.Module):
         self,
         hidden: Float[Tensor, "B L D"],
         valid: Bool[Tensor, "B 1 1 L"],
-        condition: Float[Tensor, "D"],
+        condition: Float[Tensor, " D"],
     ) -> Float[Tensor, "B L D"]:
         projected = self.query_key_value(self.attention_norm(hidden, condition))
         query, key, value = rearrange(

@@ -84,6 +84,38 @@ def script_of(letter: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """A recording whose voice is to be taken on."""
+
+    codes: np.ndarray
+    """(Q, T)."""
+    text: str
+    """Its transcript."""
+    credit: str = ""
+    """Whose recording it is, and under which licence."""
+
+    def save(self, folder: str | Path, name: str) -> None:
+        record = {"text": self.text, "credit": self.credit, "codes": self.codes.tolist()}
+        with written_whole(Path(folder) / f"{name}.json") as temporary:
+            temporary.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+
+
+def load_prompts(folder: str | Path) -> dict[str, Prompt]:
+    """The shipped prompts of a voice by name; none where there is no such folder."""
+    prompts = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            codes = np.array(record["codes"], dtype=np.int64)
+            if codes.ndim != 2:
+                raise ValueError("its codes are not one row per codebook")
+            prompts[path.stem] = Prompt(codes=codes, text=record["text"], credit=record["credit"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not a prompt: {error}") from error
+    return prompts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Coverage:
     """What a model's training texts held: which scripts and characters it can be asked to speak."""
 
@@ -102,7 +134,7 @@ class Coverage:
         )
 
     def check(self, text: str) -> None:
-        """Raises ValueError for a text with nothing to say, or with a letter of an unknown script."""
+        """Raises ValueError for a text with nothing to say, or a letter of an unknown script."""
         if not has_words(text):
             raise ValueError(f"the text {text!r} has nothing to say; give it a letter or a number")
         for letter in text:
@@ -126,4 +158,6 @@ class Coverage:
             record = json.loads(path.read_text())
             return cls(**{**record, "scripts": tuple(record["scripts"])})
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: missing or damaged ({error}); save the voice again") from error
+            raise ValueError(
+                f"{path}: missing or damaged ({error}); save the voice again"
+            ) from error

@@ -64,7 +64,12 @@ def learning_rate(step: int, config: OptimConfig) -> float:
 
 
 def fit(
-    model: nn.Module, step_losses: Step, train: Data, dev: Data | None, run: Run, config: OptimConfig
+    model: nn.Module,
+    step_losses: Step,
+    train: Data,
+    dev: Data | None,
+    run: Run,
+    config: OptimConfig,
 ) -> nn.Module:
     """Trains to `config.steps`, from the newest checkpoint if there is one.
 
@@ -75,7 +80,9 @@ def fit(
     optimizer = make_optimizer(model, config)
     _tell_engine(accelerator, config)
     model, optimizer = accelerator.prepare(model, optimizer)
-    logger.info("%s; padding %.1f %% of positions", describe(accelerator, model), 100 * train.padding_share)
+    logger.info(
+        "%s; padding %.1f %% of positions", describe(accelerator, model), 100 * train.padding_share
+    )
     start = run.resume()
     meter = Meter(groups)
     bar = run.progress(config.steps, start, "/".join(groups[:2]))
@@ -126,7 +133,9 @@ def _train_step(
         group["lr"] = rate
     for share in shares:
         with accelerator.accumulate(model):
-            losses = step_losses(model, to_device(share.batch, accelerator.device), share.num_targets)
+            losses = step_losses(
+                model, to_device(share.batch, accelerator.device), share.num_targets
+            )
             accelerator.backward(losses.total)
             if accelerator.sync_gradients:
                 # DeepSpeed has clipped and stepped inside backward; here it only tells the norm.
@@ -151,7 +160,11 @@ def evaluate(
         losses = step_losses(model, to_device(share.batch, accelerator.device), share.num_targets)
         meter.add(Scores(*(sums * share.weight for sums in losses.scores)))
     values = meter.values(accelerator)
-    return {name.replace("train/", "dev/"): value for name, value in values.items() if "per_s" not in name}
+    return {
+        name.replace("train/", "dev/"): value
+        for name, value in values.items()
+        if "per_s" not in name
+    }
 
 
 class Meter:
@@ -174,17 +187,17 @@ class Meter:
         """Means over all ranks, and begins anew. All ranks call it."""
         assert self._sums is not None
         sums: Any = accelerator.reduce(self._sums.float(), reduction="sum")
-        nll, correct, count = sums.tolist()
+        nll, correct, targets = sums.tolist()
         values = {
-            "train/loss": sum(nll) / max(1.0, sum(count)),
-            "train/accuracy": sum(correct) / max(1.0, sum(count)),
-            "train/tokens_per_s": sum(count) / max(1e-9, time.monotonic() - self._since),
+            "train/loss": sum(nll) / max(1.0, sum(targets)),
+            "train/accuracy": sum(correct) / max(1.0, sum(targets)),
+            "train/tokens_per_s": sum(targets) / max(1e-9, time.monotonic() - self._since),
             "train/grad_norm": self.norm,
         }
         for index, name in enumerate(self.groups):
-            if count[index]:
-                values[f"train/{name}_loss"] = nll[index] / count[index]
-                values[f"train/{name}_accuracy"] = correct[index] / count[index]
+            if targets[index]:
+                values[f"train/{name}_loss"] = nll[index] / targets[index]
+                values[f"train/{name}_accuracy"] = correct[index] / targets[index]
         self._clear()
         return values
 
@@ -208,7 +221,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def _tell_engine(accelerator: Accelerator, config: OptimConfig) -> None:
-    """Accumulation and clipping are ours to configure; DeepSpeed does both itself, so it is told."""
+    """Accumulation and clipping are ours to configure; DeepSpeed does both, so it is told."""
     accelerator.gradient_accumulation_steps = config.accumulate
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is None:
@@ -246,7 +259,8 @@ def gather(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
     Only the main process gets them; ZeRO-3 gathers one at a time.
     """
     state: dict[str, Tensor] = {}
-    for name, parameter in accelerator.unwrap_model(model).named_parameters():
+    whole: nn.Module = accelerator.unwrap_model(model)
+    for name, parameter in whole.named_parameters():
         if not parameter.requires_grad:
             continue
         with _whole(parameter):

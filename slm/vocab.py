@@ -1,8 +1,8 @@
 """The only place where text ids, special ids and speech ids meet.
 
-    0 .. text_size - 1     the LLM's own rows: text, and rows that pad its table; never touched
-    then the specials      <|text|> <|speech|> <|/speech|>, and <|/text|> if the LLM has no end token
-    then codebook 1        one id per entry
+0 .. text_size - 1     the LLM's own rows: text, and rows that pad its table; never touched
+then the specials      <|text|> <|speech|> <|/speech|>, and <|/text|> if the LLM has no end token
+then codebook 1        one id per entry
 """
 
 import json
@@ -45,7 +45,8 @@ class Vocabulary:
             raise ValueError(f"end token {self.text_eos} is not one of {self.num_text} text ids")
         if self.codebook_size != self.codec.codebook_sizes[0]:
             raise ValueError(
-                f"codebook size {self.codebook_size} is not the codec's {self.codec.codebook_sizes[0]}"
+                f"codebook size {self.codebook_size} is not the codec's "
+                f"{self.codec.codebook_sizes[0]}"
             )
 
     @classmethod
@@ -125,7 +126,7 @@ class Vocabulary:
 
     def decode_text(self, tokenizer: Any, ids: Sequence[int]) -> str:
         """Ids of a transcript, without its end token, back to text."""
-        outside = [id for id in ids if not 0 <= id < self.num_text]
+        outside = [token for token in ids if not 0 <= token < self.num_text]
         if outside:
             raise ValueError(f"id {outside[0]} is not a text id")
         return tokenizer.decode(list(ids), skip_special_tokens=True).strip()
@@ -196,7 +197,7 @@ def extend(lm: Any, vocabulary: Vocabulary, seed: int, scale: float = 1.0) -> No
 def _draw_rows(
     old: Float[Tensor, "V D"], count: int, scale: float, generator: torch.Generator
 ) -> Float[Tensor, "N D"]:
-    """Normal rows with the mean and covariance of `old`; in chunks, so that no copy of it is made."""
+    """Normal rows with the mean and covariance of `old`, which is read in chunks: no copy."""
     num_rows, width = old.shape
     mean = torch.zeros(width, dtype=torch.float64)
     for chunk in old.split(8192):
@@ -222,7 +223,8 @@ def row_parameters(lm: nn.Module, vocabulary: Vocabulary) -> dict[str, list[int]
     tables = [embedding] if head.weight is embedding.weight else [embedding, head]
     if getattr(head, "bias", None) is not None and len(tables) == 2:
         raise ValueError(
-            "this LLM's head has a bias, which the adapter cannot extend; train it whole (ar.lora=null)"
+            "the head of this LLM has a bias, which the adapter cannot extend; "
+            "train the whole model (ar.lora=null)"
         )
     names = {id(module): name for name, module in lm.named_modules()}
     return {names[id(table)]: list(vocabulary.new_ids) for table in tables}

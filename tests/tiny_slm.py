@@ -12,7 +12,7 @@ STAMP = CodecStamp(
     id="tiny", digest="0123456789abcdef", sample_rate=16000, frame_rate=25.0,
     num_codebooks=len(SIZES), codebook_sizes=SIZES,
 )  # fmt: skip
-WORDS = "the cat sat on a mat and dog ran far away from red hen in sun now".split()
+WORDS = "the cat sat on a mat and dog ran far away from red hen in sun now"
 
 
 def save_base(
@@ -26,8 +26,13 @@ def save_base(
 ) -> Path:
     """A random-weight LLM of two layers with a byte-level tokenizer, as a Hugging Face folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-    from transformers import PreTrainedTokenizerFast
+    from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+    )
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: index for index, letter in enumerate(alphabet)}
@@ -70,7 +75,7 @@ def make_rows(count: int, *, seed: int = 0, most_frames: int = 40) -> list[Token
     for index in range(count):
         frames = int(random.integers(12, most_frames))
         codes = np.stack([random.integers(0, size, frames) for size in SIZES]).astype(np.uint16)
-        text = " ".join(random.choice(WORDS, size=3))
+        text = " ".join(random.choice(WORDS.split(), size=3))
         rows.append(TokenRow(f"item-{index}", text, f"s{index % 2}", "en", frames / 25, codes))
     return rows
 

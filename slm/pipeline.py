@@ -1,0 +1,342 @@
+"""Voice: text and a prompt recording to a wave, a wave to text. A codec, an AR and a NAR as one.
+
+Its folder:
+
+    codec/   ar/   nar/     the models (no nar/ where the codec has one codebook, or for ASR alone)
+    prompts/NAME.json       codes, transcript and credit of each shipped prompt
+    README.md               the card
+"""
+
+import logging
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from codec import Codec, load_codec
+from slm.ar import SpeechLM
+from slm.config import SamplingConfig
+from slm.generate import (
+    Request,
+    first_codes,
+    generate,
+    restrict_context,
+    speech_bounds,
+    speech_only,
+    text_bound,
+    text_only,
+)
+from slm.nar import NAR
+from slm.prompts import Coverage, Prompt, asr_context, join_texts, load_prompts, tts_context
+
+logger = logging.getLogger(__name__)
+
+SILENCE_RMS = 1e-4
+QUIET_SEARCH = 1 / 3
+"""A long recording is split at the quietest spot of this last share of a window."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Utterance:
+    """What is to be said, checked and encoded: `Voice.prepare` makes it."""
+
+    text: str
+    prompt: Prompt
+    context: list[int]
+    """What the AR goes on from."""
+    bounds: tuple[int, int]
+    """Least and most frames."""
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Speech:
+    """What was said: the new part alone."""
+
+    wave: np.ndarray
+    """(S,) float32 at the codec's sample rate."""
+    codes: np.ndarray
+    """(Q, T)."""
+    text: str
+    prompt_text: str
+    failure: str | None
+    """None, or what is wrong with it after the last try: empty, loop or cut."""
+    tries: int
+    seed: int
+
+
+class Models(NamedTuple):
+    """What a voice is made of."""
+
+    codec: Codec
+    lm: SpeechLM
+    nar: NAR | None
+    coverage: Coverage
+
+
+class Voice:
+    """Speaks and transcribes. Everything that a person can get wrong raises ValueError."""
+
+    def __init__(
+        self,
+        models: Models,
+        prompts: dict[str, Prompt] | None = None,
+        *,
+        sampling: SamplingConfig | None = None,
+        longest_prompt: float = 15.0,
+        folder: Path | None = None,
+    ):
+        """`longest_prompt` in seconds: a longer recording is cut there."""
+        self.codec, self.lm, self.nar, self.coverage = models
+        self.prompts = prompts or {}
+        self.sampling = sampling or SamplingConfig()
+        self.longest_prompt = longest_prompt
+        self.folder = folder
+        stamp = self.codec.stamp
+        self.lm.vocabulary.check_codec(stamp, "codec/")
+        if self.nar is not None and self.nar.config.codebook_sizes != stamp.codebook_sizes:
+            raise ValueError(
+                f"nar/ predicts codebooks of {self.nar.config.codebook_sizes} entries, but the "
+                f"codec has {stamp.codebook_sizes}"
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        base: str | Path | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> "Voice":
+        """A voice from its folder or a hub id. `base`: where its text LLM is, if it has moved."""
+        folder = _local(path_or_hub_id)
+        for part in ("codec", "ar"):
+            if not (folder / part).is_dir():
+                raise ValueError(f"{folder}: not a voice folder, {part}/ is missing")
+        codec = load_codec(folder / "codec", device)
+        lm = SpeechLM.load(folder / "ar", base, dtype).to(device)
+        nar = NAR.load(folder / "nar", dtype).to(device) if (folder / "nar").is_dir() else None
+        coverage = Coverage.load(folder / "ar")
+        models = Models(codec, lm, nar, coverage)
+        return cls(models, load_prompts(folder / "prompts"), folder=folder)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Copies the voice, prompts that were added included."""
+        assert self.folder is not None, "recipes/tts.py writes a voice that was never loaded"
+        folder = Path(folder)
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+        self.lm.save_origin(folder / "ar", self.folder / "ar")
+        for name, prompt in self.prompts.items():
+            prompt.save(folder / "prompts", name)
+
+    def tts(
+        self,
+        text: str,
+        prompt: Float[np.ndarray, " S"] | Prompt | str,
+        prompt_text: str | None = None,
+        seed: int = 0,
+    ) -> Speech:
+        """Says `text` in the voice of `prompt`: a wave at the codec's sample rate, codes, or the
+        name of a shipped prompt. Without `prompt_text` the model transcribes the prompt itself."""
+        return self.speak([self.prepare(text, self.prompt(prompt, prompt_text), seed)])[0]
+
+    def tts_batch(
+        self, texts: Sequence[str], prompts: Sequence[Prompt], seeds: Sequence[int] | None = None
+    ) -> list[Speech]:
+        """Many at once; each is what `tts` gives alone under its seed."""
+        seeds = seeds if seeds is not None else [0] * len(texts)
+        return self.speak([self.prepare(*one) for one in zip(texts, prompts, seeds, strict=True)])
+
+    def prompt(
+        self, prompt: Float[np.ndarray, " S"] | Prompt | str, prompt_text: str | None = None
+    ) -> Prompt:
+        """Codes and transcript of a prompt."""
+        if isinstance(prompt, Prompt):
+            return prompt if prompt_text is None else replace(prompt, text=prompt_text)
+        if isinstance(prompt, str):
+            if prompt not in self.prompts:
+                known = ", ".join(sorted(self.prompts)) or "none"
+                raise ValueError(f"no prompt is named {prompt!r}; this voice has: {known}")
+            return self.prompts[prompt]
+        most = round(self.longest_prompt * self.codec.sample_rate)
+        if len(prompt) > most:
+            logger.warning(
+                "the prompt has %.1f s; its first %g s are used, and transcribed by the model",
+                len(prompt) / self.codec.sample_rate, self.longest_prompt,
+            )  # fmt: skip
+            prompt, prompt_text = prompt[:most], None
+        (codes,) = self._encode([prompt])
+        if prompt_text is None:
+            (prompt_text,) = self.transcribe([codes[0]])
+            logger.info("the prompt says: %s", prompt_text)
+        return Prompt(codes=codes, text=prompt_text)
+
+    def prepare(self, text: str, prompt: Prompt, seed: int = 0) -> Utterance:
+        """Checks a text, and what the models will be given. Raises ValueError.
+
+        A prompt with an empty transcript is a beginning: `text` holds its words as well.
+        """
+        if self.nar is None and self.codec.num_codebooks > 1:
+            raise ValueError("this voice has no nar/: it transcribes, but cannot speak")
+        self.coverage.check(text)
+        vocabulary, tokenizer = self.lm.vocabulary, self.lm.tokenizer
+        joined = vocabulary.encode_text(tokenizer, join_texts(prompt.text, text))
+        num_tokens = len(vocabulary.encode_text(tokenizer, text))
+        context = tts_context(vocabulary, joined, prompt.codes[0])
+        least, most = speech_bounds(num_tokens, self.codec.frame_rate, self.sampling)
+        if not prompt.text:
+            spoken = prompt.codes.shape[1]
+            least, most = max(0, least - spoken), max(1, most - spoken)
+        most = restrict_context(self.lm.max_positions, context, least, most)
+        return Utterance(text=text, prompt=prompt, context=context, bounds=(least, most), seed=seed)
+
+    def speak(self, utterances: Sequence[Utterance]) -> list[Speech]:
+        """One batch through the AR, the NAR and the codec."""
+        requests = [
+            Request(
+                context=one.context,
+                min_tokens=one.bounds[0],
+                max_tokens=one.bounds[1],
+                seed=one.seed,
+            )
+            for one in utterances
+        ]
+        made = generate(self.lm, requests, speech_only(self.lm, self.sampling), self.sampling)
+        first = [first_codes(self.lm, one) for one in made]
+        codes = self._complete(utterances, first)
+        speeches = []
+        for one, result, new in zip(utterances, made, codes, strict=True):
+            wave = self.decode(one.prompt.codes, new)
+            silent = wave.size == 0 or float(np.sqrt(np.mean(wave**2))) < SILENCE_RMS
+            speeches.append(
+                Speech(
+                    wave=wave,
+                    codes=new,
+                    text=one.text,
+                    prompt_text=one.prompt.text,
+                    failure="empty" if silent else result.failure,
+                    tries=result.tries,
+                    seed=result.seed,
+                )
+            )
+        return speeches
+
+    def asr(self, waves: Sequence[Float[np.ndarray, " S"]]) -> list[str]:
+        """Transcripts of waves at the codec's sample rate, in one batch."""
+        if any(len(wave) > self._longest_piece() for wave in waves):
+            return [self.asr_stream([wave]) for wave in waves]
+        return self.transcribe([codes[0] for codes in self._encode(waves)])
+
+    def asr_stream(self, blocks: Iterable[Float[np.ndarray, " S"]], batch: int = 8) -> str:
+        """Transcript of one recording of any length, in bounded memory."""
+        texts: list[str] = []
+        waiting: list[np.ndarray] = []
+        for piece in split_at_quiet(blocks, self._longest_piece()):
+            if float(np.abs(piece).max(initial=0.0)) < SILENCE_RMS:
+                continue
+            waiting.append(piece)
+            if len(waiting) == batch:
+                texts += self.transcribe([codes[0] for codes in self._encode(waiting)])
+                waiting = []
+        if waiting:
+            texts += self.transcribe([codes[0] for codes in self._encode(waiting)])
+        return " ".join(text for text in texts if text)
+
+    def _longest_piece(self) -> int:
+        """Samples of the longest stretch that is transcribed at once: as in training, or 1 s."""
+        seconds = max(1.0, self.coverage.longest_frames / self.codec.frame_rate)
+        room = self.lm.max_positions / (self.codec.frame_rate + 8.0)
+        return int(min(seconds, room) * self.codec.sample_rate)
+
+    @torch.inference_mode()
+    def _encode(self, waves: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Codes (Q, T) of each wave."""
+        lengths = torch.tensor([len(wave) for wave in waves])
+        if int(lengths.min()) == 0:
+            raise ValueError("a wave without samples cannot be encoded")
+        batch = torch.zeros(len(waves), 1, int(lengths.max()))
+        for row, wave in enumerate(waves):
+            batch[row, 0, : len(wave)] = torch.from_numpy(np.ascontiguousarray(wave, np.float32))
+        device = self.codec.device
+        codes = self.codec.encode(batch.to(device), lengths.to(device))
+        return [
+            item[:, :length].cpu().numpy()
+            for item, length in zip(codes.codes, codes.lengths.tolist(), strict=True)
+        ]
+
+    def transcribe(self, first: Sequence[np.ndarray]) -> list[str]:
+        """Transcripts of codes of codebook 1, each (T,)."""
+        vocabulary, rate = self.lm.vocabulary, self.codec.frame_rate
+        requests = []
+        for codes in first:
+            context = asr_context(vocabulary, codes)
+            most = restrict_context(self.lm.max_positions, context, 1, text_bound(len(codes), rate))
+            requests.append(Request(context=context, min_tokens=0, max_tokens=most, seed=0))
+        likeliest = replace(self.sampling, greedy=True)
+        made = generate(self.lm, requests, text_only(self.lm), likeliest)
+        failed = [one.failure for one in made if one.failure is not None]
+        if failed:
+            logger.warning(
+                "%d of %d transcripts failed: %s", len(failed), len(made), ", ".join(failed)
+            )
+        return [vocabulary.decode_text(self.lm.tokenizer, one.tokens) for one in made]
+
+    def _complete(
+        self, utterances: Sequence[Utterance], first: Sequence[np.ndarray]
+    ) -> list[np.ndarray]:
+        """Codes (Q, T) of the new parts."""
+        if self.nar is None:
+            return [row[None] for row in first]
+        texts = [join_texts(one.prompt.text, one.text) for one in utterances]
+        return self.nar.decode(texts, [one.prompt.codes for one in utterances], first)
+
+    @torch.inference_mode()
+    def decode(self, prompt: np.ndarray, new: np.ndarray) -> np.ndarray:
+        """The wave of the new part. The prompt is decoded before it, so that it starts clean."""
+        joined = np.concatenate([prompt, new], axis=1).astype(np.int64)
+        if joined.shape[1] == 0:
+            return np.zeros(0, np.float32)
+        wave = self.codec.decode(torch.from_numpy(joined)[None].to(self.codec.device))
+        return wave[0, 0, prompt.shape[1] * self.codec.hop_length :].float().cpu().numpy()
+
+
+def split_at_quiet(
+    blocks: Iterable[Float[np.ndarray, " S"]], longest: int
+) -> Iterator[Float[np.ndarray, " P"]]:
+    """Cuts a recording that comes in blocks into pieces of at most `longest` samples."""
+    held = np.zeros(0, np.float32)
+    window = max(1, longest // 100)
+    for block in blocks:
+        held = np.concatenate([held, block])
+        while len(held) > longest:
+            start = longest - int(longest * QUIET_SEARCH)
+            count = (longest - start) // window
+            tail = held[start : start + count * window].reshape(count, window)
+            cut = start + int(np.square(tail).sum(1).argmin()) * window + window // 2
+            yield held[:cut]
+            held = held[cut:]
+    if len(held):
+        yield held
+
+
+def _local(path_or_hub_id: str | Path) -> Path:
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or str(path_or_hub_id).count("/") != 1:
+        raise ValueError(f"{path_or_hub_id}: no such voice folder, nor a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path_or_hub_id)))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path_or_hub_id}: no such voice folder, and not to be had from the hub either "
+            f"({type(error).__name__}); check the name"
+        ) from error
