@@ -17,7 +17,7 @@ def _share(**values: float) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoRAConfig:
-    """Low-rank adapters beside frozen weights; the rows of the new tokens are trained themselves."""
+    """Low-rank adapters beside frozen weights; the new tokens' rows are trained whole."""
 
     rank: int = 16
     """Inner dimension of an adapter."""

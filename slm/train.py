@@ -259,7 +259,7 @@ def gather(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
     Only the main process gets them; ZeRO-3 gathers one at a time.
     """
     state: dict[str, Tensor] = {}
-    whole: nn.Module = accelerator.unwrap_model(model)
+    whole: Any = accelerator.unwrap_model(model)
     for name, parameter in whole.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -68,18 +68,43 @@ def save_base(
     return folder
 
 
-def make_rows(count: int, *, seed: int = 0, most_frames: int = 40) -> list[TokenRow]:
+def make_rows(
+    count: int, *, seed: int = 0, most_frames: int = 40, sizes: tuple[int, ...] = SIZES
+) -> list[TokenRow]:
     """Random codes and words: nothing to learn but by heart."""
     random = np.random.default_rng(seed)
     rows = []
     for index in range(count):
         frames = int(random.integers(12, most_frames))
-        codes = np.stack([random.integers(0, size, frames) for size in SIZES]).astype(np.uint16)
+        codes = np.stack([random.integers(0, size, frames) for size in sizes]).astype(np.uint16)
         text = " ".join(random.choice(WORDS.split(), size=3))
         rows.append(TokenRow(f"item-{index}", text, f"s{index % 2}", "en", frames / 25, codes))
     return rows
 
 
-def save_shard(path: Path, count: int = 12, **kwargs: int) -> Path:
-    write_shard(path, make_rows(count, **kwargs), STAMP)
+def save_shard(path: Path, count: int = 12, stamp: CodecStamp = STAMP, **kwargs: int) -> Path:
+    write_shard(path, make_rows(count, sizes=stamp.codebook_sizes, **kwargs), stamp)
     return path
+
+
+def save_codec(folder: Path) -> CodecStamp:
+    """A codec of 25 frames a second with three codebooks that has seen noise only; its stamp."""
+    from codec import Codec, CodecConfig, load_codec
+    from codec.config import QuantizerConfig, SpectralConfig
+
+    torch.manual_seed(0)
+    codec = Codec(
+        CodecConfig(
+            spectral=SpectralConfig(
+                encoder_width=16,
+                encoder_depths=(1, 1, 1),
+                dimension=16,
+                decoder_width=16,
+                decoder_depths=(1, 1, 1),
+            ),
+            quantizer=QuantizerConfig(num_codebooks=3, codebook_size=16),
+        )
+    )
+    codec.train()(torch.randn(2, 1, 16000))  # fills the codebooks
+    codec.save_pretrained(folder)
+    return load_codec(folder).stamp
