@@ -1,0 +1,136 @@
+"""The Debian packages of recorded telephone prompts, as FLAC files and a list, without root.
+
+568 prompts, 25 minutes, one American woman (Allison Smith), 16 kHz G.722, CC BY-SA 3.0.
+"""
+
+import gzip
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from codec.audio import write_audio
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("asterisk-core-sounds-en-g722", "asterisk-core-sounds-en")
+SOUNDS = Path("usr/share/asterisk/sounds/en_US_f_Allison")
+TRANSCRIPTS = Path("usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz")
+SAMPLE_RATE = 16000
+SPEAKER = "allison-smith"
+CREDIT = """\
+---
+license: cc-by-sa-3.0
+---
+# Recorded prompts
+
+Spoken by Allison Smith, recorded for the Asterisk project with contributions by Digium, Inc.;
+taken from Debian's packages asterisk-core-sounds-en and asterisk-core-sounds-en-g722.
+Decoded from G.722 to 16 kHz FLAC.
+"""
+
+
+def unpack_prompts(out: Path, packages: Path | None = None) -> Path:
+    """Makes OUT/prompts.jsonl and OUT/prompts/*.flac; returns the list.
+
+    `packages` is a folder that holds the .deb files; without it apt-get downloads them. What is
+    there already is kept.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    listed, folder = out / "prompts.jsonl", out / "prompts"
+    if listed.exists():
+        logger.info("%s is there already", listed)
+        return listed
+    with tempfile.TemporaryDirectory(dir=out, prefix=".packages-") as temporary:
+        tree = Path(temporary) / "tree"
+        for deb in _find(packages) if packages else _download(Path(temporary)):
+            _run(["dpkg-deb", "-x", str(deb), str(tree)])
+        if not (tree / SOUNDS).is_dir() or not (tree / TRANSCRIPTS).is_file():
+            raise ValueError(f"the packages {', '.join(PACKAGES)} are not laid out as expected")
+        lines: list[str] = []
+        for name, text in tqdm(list(_transcripts(tree / TRANSCRIPTS)), "prompts", unit="file"):
+            source = tree / SOUNDS / f"{name}.g722"
+            if not source.is_file():
+                continue
+            flac = folder / f"{name.replace('/', '-')}.flac"
+            if not flac.exists():
+                write_audio(flac, decode_g722(source), SAMPLE_RATE)
+            line = {"id": flac.stem, "audio": f"prompts/{flac.name}", "text": text}
+            lines.append(json.dumps(line | {"speaker": SPEAKER, "language": "en"}))
+    (folder / "README.md").write_text(CREDIT, encoding="utf-8")
+    partial = out / ".prompts.partial.jsonl"
+    partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    os.replace(partial, listed)
+    return listed
+
+
+def decode_g722(path: Path) -> np.ndarray:
+    """A raw 64 kbit/s G.722 file as float32 samples at 16 kHz."""
+    import av
+
+    try:
+        with av.open(str(path), format="g722") as container:
+            frames = [frame.to_ndarray().ravel() for frame in container.decode(audio=0)]
+    except OSError as error:  # av raises its errors as kinds of OSError
+        raise ValueError(f"{path}: cannot be read as G.722 ({error})") from error
+    return np.concatenate(frames).astype(np.float32) / 32768
+
+
+def _transcripts(path: Path) -> Iterator[tuple[str, str]]:
+    """Name and words of every prompt that is speech and nothing else."""
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            name, colon, text = line.strip().partition(": ")
+            spoken = colon and not line.startswith(";") and not re.search(r"[\[\]<>()]", text)
+            if spoken and re.search(r"\w", text):
+                yield name, " ".join(text.split())
+
+
+def _find(folder: Path) -> list[Path]:
+    found: list[Path] = []
+    for package in PACKAGES:
+        matches = sorted(folder.glob(f"{package}_*.deb"))
+        if not matches:
+            raise ValueError(f"{folder}: holds no {package}_*.deb")
+        found.append(matches[-1])
+    return found
+
+
+def _download(folder: Path) -> list[Path]:
+    """Fetches the packages; apt checks them against its signed lists."""
+    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
+        raise ValueError(
+            "recorded prompts come from Debian packages, but here is no apt-get; name a folder "
+            f"with {' and '.join(PACKAGES)} with --packages, or prepare recordings of your own"
+        )
+    try:
+        _run(["apt-get", "download", *PACKAGES], folder)
+    except ConnectionError:
+        # No package lists, or stale ones, and perhaps no right to renew them: use lists of our own.
+        logger.info("reading the package lists anew")
+        (folder / "lists" / "partial").mkdir(parents=True)
+        (folder / "cache" / "archives" / "partial").mkdir(parents=True)
+        own = [f"Dir::State::Lists={folder / 'lists'}", f"Dir::Cache={folder / 'cache'}"]
+        own.append("APT::Sandbox::User=")  # another user could not write here
+        options = [word for option in own for word in ("-o", option)]
+        _run(["apt-get", *options, "update"], folder)
+        _run(["apt-get", *options, "download", *PACKAGES], folder)
+    return _find(folder)
+
+
+def _run(command: Sequence[str], folder: Path | None = None) -> None:
+    result = subprocess.run(command, cwd=folder, stdout=2, stderr=subprocess.PIPE, text=True)
+    if result.returncode:
+        reasons = [line for line in result.stderr.splitlines() if line.startswith("E:")]
+        raise ConnectionError(
+            f"{' '.join(command[:1])} failed ({' '.join(reasons) or result.stderr.strip()}); check "
+            "the network and apt's sources, or name a folder of packages with --packages"
+        )

@@ -1,0 +1,340 @@
+"""Corpora to lists of cuts: OUT/<split>.jsonl.gz for lhotse, and OUT/skipped.jsonl.
+
+    python recipes/prepare_data.py librispeech|libritts|ljspeech|vctk CORPUS --out OUT [--download]
+    python recipes/prepare_data.py folder FOLDER --out OUT      recordings, NAME.txt beside each
+    python recipes/prepare_data.py list LIST.jsonl --out OUT    keys audio, text, speaker, ...
+    python recipes/prepare_data.py prompts --out OUT            Debian's recorded telephone prompts
+
+Every recording is decoded once to check it. A bad one costs itself: it is left out, counted and
+listed with the reason.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tqdm import tqdm
+
+from codec.audio import stream_audio
+from recipes.corpora import CORPORA, download_corpus, read_corpus
+
+if TYPE_CHECKING:
+    from lhotse.cut import Cut
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = frozenset(
+    {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64"}
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One utterance of a corpus, before its recording has been looked at."""
+
+    id: str
+    audio: Path
+    text: str
+    speaker: str
+    language: str
+    split: str = "all"
+    duration: float | None = None
+    """Seconds that the list promises; a shorter recording is truncated."""
+    fault: str | None = None
+    """Why it cannot be used, where that is known already."""
+
+
+class Skipped(NamedTuple):
+    id: str
+    audio: str
+    reason: str
+
+
+class Prepared(NamedTuple):
+    """Checked cuts by split, and what was left out."""
+
+    cuts: dict[str, list["Cut"]]
+    skipped: list[Skipped]
+
+
+def entries_of_list(path: Path, language: str) -> Iterator[Entry]:
+    """The lines of a JSON Lines list; relative recordings lie beside the list."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such list")
+    with open(path, encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                stored = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{where}: no JSON ({error})") from error
+            if not isinstance(stored, dict) or not isinstance(stored.get("audio"), str):
+                raise ValueError(f"{where}: needs an object with the key audio")
+            if not isinstance(stored.get("text"), str):
+                raise ValueError(f'{where}: needs the key text ("" where there is no transcript)')
+            audio = path.parent / stored["audio"]
+            yield Entry(
+                id=str(stored.get("id", audio.stem)),
+                audio=audio,
+                text=stored["text"].strip(),
+                speaker=str(stored.get("speaker", "unknown")),
+                language=str(stored.get("language", language)),
+                split=str(stored.get("split", "all")),
+                duration=stored.get("duration"),
+            )
+
+
+def entries_of_folder(folder: Path, language: str, *, need_text: bool = True) -> Iterator[Entry]:
+    """Every recording below a folder with NAME.txt beside it; a subfolder names the speaker."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder of recordings")
+    for audio in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
+        relative = audio.relative_to(folder)
+        if any(part.startswith(".") for part in relative.parts):
+            continue
+        text, fault = "", None
+        try:
+            text = audio.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
+        except FileNotFoundError:
+            if need_text:
+                fault = f"{audio.stem}.txt is not beside it (--no-text does without)"
+        except UnicodeDecodeError:
+            fault = f"{audio.stem}.txt is not UTF-8"
+        yield Entry(
+            id=relative.with_suffix("").as_posix().replace("/", "-"),
+            audio=audio,
+            text=text,
+            speaker=audio.parent.name if len(relative.parts) > 1 else folder.resolve().name,
+            language=language,
+            fault=fault,
+        )
+
+
+def cut_of(entry: Entry) -> "Cut":
+    """The entry as a lhotse cut over its whole recording; ValueError when there is none."""
+    import soundfile
+    from lhotse import AudioSource, Recording, SupervisionSegment
+
+    path = entry.audio.resolve()
+    if entry.fault is not None:
+        raise ValueError(entry.fault)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such recording")
+    try:
+        header = soundfile.info(path)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{path}: cannot be read as audio ({error.error_string})") from error
+    duration = header.frames / header.samplerate
+    if entry.duration is not None and duration < 0.98 * entry.duration - 0.1:
+        raise ValueError(f"{path}: truncated: {duration:.2f} of {entry.duration:.2f} s are there")
+    if header.frames <= 0:
+        raise ValueError(f"{path}: holds no samples")
+    channels = list(range(header.channels))
+    recording = Recording(
+        id=entry.id,
+        sources=[AudioSource(type="file", channels=channels, source=str(path))],
+        sampling_rate=header.samplerate,
+        num_samples=header.frames,
+        duration=duration,
+        channel_ids=channels,
+    )
+    cut: Any = recording.to_cut().with_id(entry.id)
+    cut.supervisions = [
+        SupervisionSegment(
+            id=entry.id,
+            recording_id=entry.id,
+            start=0.0,
+            duration=duration,
+            channel=channels if len(channels) > 1 else 0,
+            text=entry.text,
+            language=entry.language,
+            speaker=entry.speaker,
+        )
+    ]
+    return cut
+
+
+def source_of(cut: Any) -> str:
+    """Path of a cut's recording."""
+    return cut.recording.sources[0].source
+
+
+def find_fault(cut: Any) -> str | None:
+    """Decodes a cut's recording from end to end in bounded memory; what is wrong with it."""
+    try:
+        for _ in stream_audio(source_of(cut), cut.recording.sampling_rate):
+            pass
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
+
+
+def check_ids(names: Iterable[tuple[str, str]]) -> None:
+    """Raises ValueError when two recordings share an id."""
+    seen: dict[str, str] = {}
+    for name, audio in names:
+        if name in seen:
+            raise ValueError(f"two recordings have the id {name!r}: {seen[name]} and {audio}")
+        seen[name] = audio
+
+
+def prepare_entries(entries: Iterable[Entry], *, check: bool, num_threads: int) -> Prepared:
+    """Cuts of the entries whose recordings are whole."""
+    listed = list(entries)
+    check_ids((entry.id, str(entry.audio)) for entry in listed)
+
+    def examine(entry: Entry) -> tuple["Cut | None", str | None]:
+        try:
+            cut = cut_of(entry)
+        except (ValueError, OSError) as error:
+            return None, str(error)
+        return cut, find_fault(cut) if check else None
+
+    prepared = Prepared(defaultdict(list), [])
+    with ThreadPoolExecutor(num_threads) as pool:  # decoding releases the interpreter's lock
+        results = tqdm(pool.map(examine, listed), "recordings", total=len(listed), unit="file")
+        for entry, (cut, fault) in zip(listed, results, strict=True):
+            if cut is None or fault is not None:
+                prepared.skipped.append(Skipped(entry.id, str(entry.audio), str(fault)))
+            else:
+                prepared.cuts[entry.split].append(cut)
+    return prepared
+
+
+def prepare_corpus(
+    corpus: str, folder: Path, parts: Sequence[str], *, check: bool, num_threads: int
+) -> Prepared:
+    """Cuts of a published corpus whose recordings are whole."""
+    found = read_corpus(corpus, folder, parts)
+    prepared = Prepared(defaultdict(list), [])
+
+    def examine(cut: Any) -> str | None:
+        fault = found.faults.get(source_of(cut))
+        return find_fault(cut) if fault is None and check else fault
+
+    for split, cuts in found.cuts.items():
+        check_ids((cut.id, source_of(cut)) for cut in cuts)
+        with ThreadPoolExecutor(num_threads) as pool:
+            results = tqdm(pool.map(examine, cuts), split, total=len(cuts), unit="file")
+            for cut, fault in zip(cuts, results, strict=True):
+                if fault is None:
+                    prepared.cuts[split].append(cut)
+                else:
+                    prepared.skipped.append(Skipped(cut.id, source_of(cut), fault))
+    return prepared
+
+
+def hold_out(prepared: Prepared, num_speakers: int, num_cuts: int) -> Prepared:
+    """Moves some of split `all` to `dev` and calls the rest `train`; which ones, names decide."""
+    if not num_speakers and not num_cuts:
+        return prepared
+    cuts = prepared.cuts.pop("all", [])
+
+    def order(name: str) -> bytes:
+        return hashlib.sha256(name.encode()).digest()
+
+    def speaker(cut: Any) -> str:
+        return cut.supervisions[0].speaker
+
+    speakers = sorted({speaker(cut) for cut in cuts}, key=order)[:num_speakers]
+    names = sorted((cut.id for cut in cuts), key=order)[:num_cuts]
+    dev = [cut for cut in cuts if speaker(cut) in set(speakers) or cut.id in set(names)]
+    held = {cut.id for cut in dev}
+    prepared.cuts["dev"] += dev
+    prepared.cuts["train"] += [cut for cut in cuts if cut.id not in held]
+    if not prepared.cuts["train"] or not prepared.cuts["dev"]:
+        raise ValueError(
+            f"cannot hold out {num_speakers} speakers and {num_cuts} cuts of {len(cuts)} cuts: "
+            "one side would be empty"
+        )
+    return prepared
+
+
+def save(prepared: Prepared, out: Path) -> None:
+    """Writes the lists, each under a temporary name first, and prints what is in them."""
+    from lhotse import CutSet
+
+    out.mkdir(parents=True, exist_ok=True)
+    for reason in prepared.skipped[:5]:
+        logger.warning("skipped %s", reason.reason)
+    total = sum(map(len, prepared.cuts.values()))
+    if not total:
+        reasons = "; ".join(skipped.reason for skipped in prepared.skipped[:3])
+        raise ValueError(f"no usable recording: {reasons or 'there is none at all'}")
+    listed = [json.dumps(skipped._asdict(), ensure_ascii=False) for skipped in prepared.skipped]
+    partial = out / f".{os.getpid()}.partial.jsonl"
+    partial.write_text("".join(line + "\n" for line in listed), encoding="utf-8")
+    os.replace(partial, out / "skipped.jsonl")
+    for split, cuts in prepared.cuts.items():
+        partial = out / f".{os.getpid()}.partial.jsonl.gz"
+        CutSet.from_cuts(cuts).to_file(partial)
+        path = out / f"{split}.jsonl.gz"
+        os.replace(partial, path)
+        hours = sum(cut.duration for cut in cuts) / 3600
+        speakers = Counter(cut.supervisions[0].speaker for cut in cuts)
+        print(f"{path}: {len(cuts)} cuts, {hours:.2f} h, {len(speakers)} speakers")
+    print(f"{out / 'skipped.jsonl'}: {len(prepared.skipped)} of {total + len(listed)} skipped")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--out", type=Path, required=True, help="folder for the lists")
+    shared.add_argument("--no-check", action="store_true", help="do not decode every recording")
+    shared.add_argument("--threads", type=int, default=2, help="for decoding (default: 2)")
+    shared.add_argument("--dev-speakers", type=int, default=0, help="speakers to hold out as dev")
+    shared.add_argument("--dev-cuts", type=int, default=0, help="cuts to hold out as dev")
+    parser = argparse.ArgumentParser(description="Corpora to lists of cuts.")
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    for corpus in CORPORA:
+        kind = kinds.add_parser(corpus, parents=[shared], help=f"{corpus} through lhotse's recipe")
+        kind.add_argument("source", type=Path, help="the corpus folder (with --download: above it)")
+        kind.add_argument("--parts", nargs="*", default=[], help="default: all that are there")
+        kind.add_argument("--download", action="store_true", help="fetch it first")
+    for name, what in (("folder", "recordings with NAME.txt"), ("list", "a JSON Lines list")):
+        kind = kinds.add_parser(name, parents=[shared], help=what)
+        kind.add_argument("source", type=Path)
+        kind.add_argument("--language", default="en", help="where nothing says (default: en)")
+        if name == "folder":
+            kind.add_argument("--no-text", action="store_true", help="transcripts may be missing")
+    kind = kinds.add_parser("prompts", parents=[shared], help="Debian's recorded prompts")
+    kind.add_argument("--packages", type=Path, help="folder with the .deb files, else downloaded")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prepares one corpus."""
+    args = parse(argv)
+    how: dict[str, Any] = {"check": not args.no_check, "num_threads": max(1, args.threads)}
+    if args.kind in CORPORA:
+        folder = args.source
+        if args.download:
+            folder = download_corpus(args.kind, folder, args.parts)
+        prepared = prepare_corpus(args.kind, folder, args.parts, **how)
+    elif args.kind == "list":
+        prepared = prepare_entries(entries_of_list(args.source, args.language), **how)
+    elif args.kind == "folder":
+        found = entries_of_folder(args.source, args.language, need_text=not args.no_text)
+        prepared = prepare_entries(found, **how)
+    else:
+        from recipes.debian_prompts import unpack_prompts
+
+        prompts = unpack_prompts(args.out, args.packages)
+        prepared = prepare_entries(entries_of_list(prompts, "en"), **how)
+    save(hold_out(prepared, args.dev_speakers, args.dev_cuts), args.out)
+
+
+if __name__ == "__main__":
+    from recipes.common import run_program
+
+    run_program(main)
