@@ -37,6 +37,10 @@ class CodecStamp:
     codebook_sizes: tuple[int, ...]
 
 
+class DamagedShard(ValueError):
+    """The file was whole once, and is no more; exporting it again mends it."""
+
+
 class TokenRow(NamedTuple):
     """One utterance."""
 
@@ -277,7 +281,7 @@ def _read_metadata(path: Path) -> dict[str, str]:
     try:
         raw = pq.read_schema(path).metadata or {}
     except pa.ArrowInvalid as error:
-        raise ValueError(
+        raise DamagedShard(
             f"{path}: not a whole token shard (cut short, or not Parquet); export it again"
         ) from error
     metadata = {key.decode(): value.decode() for key, value in raw.items()}
@@ -304,7 +308,7 @@ def _open_file(path: Path) -> tuple[CodecStamp, "pa.Table"]:
     try:
         table = pq.ParquetFile(path).read(columns=names)
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: damaged ({error}); export it again") from error
+        raise DamagedShard(f"{path}: damaged ({error}); export it again") from error
     return CodecStamp(**values), table
 
 

@@ -55,17 +55,17 @@ def step_of(checkpoint: Path) -> int:
 
 def is_write_failure(error: Exception) -> bool:
     """torch and safetensors report a failed write with classes of their own."""
-    said = ("PytorchStreamWriter", "unexpected pos", "file write failed", "iostream", "os error")
+    said = ("pytorchstreamwriter", "unexpected pos", "file write failed", "iostream", "os error")
     return isinstance(error, OSError) or any(words in str(error).lower() for words in said)
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Drops lines after `step`, and one that a kill cut short."""
+    """Drops lines from `step` on, and one that a kill cut short."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
+        if line.endswith("\n") and json.loads(line)["step"] < step:
             kept.append(line)
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))

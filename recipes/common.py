@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import (
     InitProcessGroupKwargs,
+    KwargsHandler,
     ProjectConfiguration,
     broadcast_object_list,
     set_seed,
@@ -55,6 +56,8 @@ def run_program(main: Callable[[list[str]], None]) -> None:
         format="%(asctime)s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )
+    # Ten lines a checkpoint.
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
@@ -70,6 +73,7 @@ def make_accelerator(
     *,
     gradient_accumulation_steps: int = 1,
     tracker: str | None = "tensorboard",
+    handlers: Sequence[KwargsHandler] = (),
 ) -> Accelerator:
     """An Accelerator for the launch that we are in, on GPUs or, where there is none, the CPU.
 
@@ -77,14 +81,13 @@ def make_accelerator(
     replaced by float32, so that one file serves both. `folder` gets the tracker's events.
     """
     cpu = not torch.cuda.is_available()
-    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and (
-        cpu or not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and not _has_bf16():
         logger.info("no bf16 on this machine: training in float32")
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     # DeepSpeed launches set this to 1, and it would win over the argument below.
     os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(gradient_accumulation_steps)
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    gloo = cpu and (deepspeed or int(os.environ.get("WORLD_SIZE", "1")) > 1)
     return Accelerator(
         # With cpu=True accelerate forgets DeepSpeed; without it, it forgets to wrap in DDP.
         cpu=cpu and not deepspeed,
@@ -92,8 +95,16 @@ def make_accelerator(
         log_with=tracker if folder is not None else None,
         project_config=ProjectConfiguration(str(folder), str(folder)) if folder else None,
         # Without a backend each process of a CPU-only DeepSpeed launch believes that it is alone.
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if cpu else [],
+        kwargs_handlers=[*handlers, *([InitProcessGroupKwargs(backend="gloo")] if gloo else [])],
     )
+
+
+def _has_bf16() -> bool:
+    """Whether this machine multiplies bfloat16 in hardware: emulated, it is slower than float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def start_run(
@@ -123,6 +134,7 @@ def start_run(
             failure = [error]
     _share(failure, accelerator)
     set_seed(seed)
+    logger.info("%s: %s", folder, _launch(accelerator))
     if accelerator.log_with:
         accelerator.init_trackers("tensorboard")
     return Run(folder, accelerator, seed=seed, keep=keep, lock=lock)
@@ -229,14 +241,15 @@ class Run:
         """Loads the newest whole checkpoint and returns its step; 0 when there is none.
 
         All ranks call it, after `accelerator.prepare`. Checkpoints with a missing or short file
-        are skipped with a warning. Later lines of metrics.jsonl go: the run writes them again.
+        are skipped with a warning. Lines of metrics.jsonl from that step on go: the run notes that
+        step again.
         """
         newest: list[Any] = [None]
         if self.accelerator.is_main_process:
             for leftover in self._checkpoints.glob(".step-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             newest = [next((path for path in self._saved() if is_whole(path)), None)]
-            cut_metrics(self.folder / "metrics.jsonl", step_of(newest[0]) if newest[0] else -1)
+            cut_metrics(self.folder / "metrics.jsonl", step_of(newest[0]) if newest[0] else 0)
         newest = self._broadcast(newest)
         if newest[0] is None:
             # Models are built alike on all ranks; from here on each rank draws for itself.
@@ -345,6 +358,15 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _launch(accelerator: Accelerator) -> str:
+    world = _world(accelerator)
+    zero = f"DeepSpeed ZeRO-{world['zero_stage']}" if world["zero_stage"] is not None else "no ZeRO"
+    return (
+        f"{world['num_processes']} process(es) on {accelerator.device.type}, "
+        f"precision {accelerator.mixed_precision}, {zero}"
+    )
 
 
 def _world(accelerator: Accelerator) -> dict[str, Any]:

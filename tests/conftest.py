@@ -1,1 +1,64 @@
 """Tests need no network and no downloaded models."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    import torch
+
+    # Two test processes share the machine, and some tests start processes of their own.
+    torch.set_num_threads(1)
+
+
+def voiced(seconds: float, sample_rate: int = 16_000, seed: int = 0) -> np.ndarray:
+    """Something like speech: harmonics with a wandering pitch and a syllable's envelope, (S,)."""
+    generator = np.random.default_rng(seed)
+    times = np.arange(round(seconds * sample_rate)) / sample_rate
+    pitch = 120 + 30 * np.sin(2 * np.pi * 0.7 * times + generator.uniform(0, 6))
+    phase = 2 * np.pi * np.cumsum(pitch) / sample_rate
+    wave = sum(np.sin(harmonic * phase) / harmonic for harmonic in range(1, 12))
+    envelope = 0.55 + 0.45 * np.sin(2 * np.pi * 4 * times)
+    noise = 0.01 * generator.standard_normal(len(times))
+    return (0.2 * envelope * wave + noise).astype(np.float32)
+
+
+@pytest.fixture
+def write_wav() -> Callable[..., Path]:
+    """`write_wav(path, seconds, sample_rate=16000, seed=0)` writes a recording."""
+    import soundfile
+
+    def write(path: Path, seconds: float, sample_rate: int = 16_000, seed: int = 0) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, voiced(seconds, sample_rate, seed), sample_rate)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved codec of 3 codebooks of 32 entries at 25 Hz, with random weights."""
+    import torch
+    from codec import Codec, CodecConfig
+    from codec.config import QuantizerConfig, SpectralConfig
+
+    torch.manual_seed(0)
+    networks = SpectralConfig(
+        num_mels=20,
+        encoder_width=8,
+        encoder_depths=(1, 1, 1),
+        dimension=8,
+        decoder_width=8,
+        decoder_depths=(1, 1, 1),
+    )
+    quantizer = QuantizerConfig(num_codebooks=3, codebook_size=32)
+    codec = Codec(CodecConfig(spectral=networks, quantizer=quantizer))
+    wave = torch.from_numpy(np.stack([voiced(2.0, seed=seed) for seed in range(4)]))[:, None]
+    codec.train()(wave)  # Fills the codebooks.
+    folder = tmp_path_factory.mktemp("codecs") / "tiny"
+    codec.eval().save_pretrained(folder)
+    return folder

@@ -1,0 +1,251 @@
+"""The command `codec`: recordings to token shards and back, and what is in a folder.
+
+codec info DIR
+codec encode --codec DIR IN... --out TOKENS.parquet
+codec decode --codec DIR TOKENS.parquet --out DIR
+codec reconstruct --codec DIR [--codebooks N] IN... --out DIR
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import numpy as np
+
+from codec.tokens import CodecStamp, TokenRow, TokenShard, write_shard
+
+if TYPE_CHECKING:
+    from codec.model import Codec
+
+logger = logging.getLogger("codec")
+T = TypeVar("T")
+
+SUFFIXES = (
+    *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc"),
+    *(".au", ".caf", ".rf64", ".w64", ".voc"),
+)
+"""Files that count as recordings inside a folder; a file that is named is tried whatever it is."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command line and exits: 0 done, 2 the user can mend it, 1 a fault of ours."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        if os.environ.get("PARLANCE_TRACEBACK") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="codec", description="Recordings to codes and back.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="what a codec or a token shard is, as JSON")
+    info.add_argument("path", metavar="DIR", help="codec folder, hub id, token shard, or shards")
+    info.set_defaults(run=_info)
+
+    encode = commands.add_parser("encode", help="recordings to one token shard")
+    encode.set_defaults(run=_encode)
+    decode = commands.add_parser("decode", help="a token shard to recordings")
+    decode.add_argument("tokens", metavar="TOKENS.parquet", help="a shard, or a folder of them")
+    decode.set_defaults(run=_decode)
+    reconstruct = commands.add_parser("reconstruct", help="recordings through the codec and back")
+    reconstruct.add_argument(
+        "--codebooks", type=int, metavar="N", help="decode from the first N only"
+    )
+    reconstruct.set_defaults(run=_reconstruct)
+    for command in (encode, reconstruct):
+        command.add_argument(
+            "inputs", nargs="+", metavar="IN", type=Path, help="recordings, or folders of them"
+        )
+    for command, out in ((encode, "TOKENS.parquet"), (decode, "DIR"), (reconstruct, "DIR")):
+        command.add_argument("--codec", required=True, metavar="DIR", help="folder or hub id")
+        command.add_argument("--out", required=True, type=Path, metavar=out)
+        command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    return parser
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    path = Path(arguments.path)
+    if path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet"))):
+        shard = TokenShard.open(path)
+        facts = {
+            "kind": "token shard",
+            "files": len(shard.files),
+            "utterances": len(shard),
+            "hours": round(float(shard.durations.sum()) / 3600, 4),
+            "frames": int(shard.num_frames.sum()),
+            "speakers": len(set(shard.speakers)),
+            "codec": _facts(shard.stamp),
+        }
+    else:
+        codec = _load(arguments.path, "cpu")
+        parameters = sum(parameter.numel() for parameter in codec.parameters())
+        facts = {"kind": "codec", "parameters": parameters, **_facts(codec.stamp)}
+    print(json.dumps(facts, indent=2, ensure_ascii=False))
+
+
+def _facts(stamp: CodecStamp) -> dict[str, object]:
+    bits = stamp.frame_rate * float(np.log2(stamp.codebook_sizes).sum())
+    return {**asdict(stamp), "bits_per_second": round(bits, 1)}
+
+
+def _encode(arguments: argparse.Namespace) -> None:
+    recordings = list(_find(arguments.inputs))
+    codec = _load(arguments.codec, arguments.device)
+    skipped: list[str] = []
+
+    def rows() -> Iterator[TokenRow]:
+        for name, codes, seconds in _encoded(codec, recordings, skipped):
+            yield TokenRow(name, "", "", "", seconds, codes)
+
+    if arguments.out.suffix != ".parquet":
+        raise ValueError(f"{arguments.out}: --out names the shard to write: TOKENS.parquet")
+    write_shard(arguments.out, rows(), codec.stamp)
+    _report(arguments.out, len(recordings), skipped)
+
+
+def _decode(arguments: argparse.Namespace) -> None:
+    codec = _load(arguments.codec, arguments.device)
+    shard = TokenShard.open(arguments.tokens, expect=codec.stamp)
+    targets = [_target(arguments.out, name) for name in shard.ids]
+    for row, target in zip(shard, _bar(targets), strict=True):
+        _write(codec, row.codes, row.duration, target)
+    _report(arguments.out, len(shard), [])
+
+
+def _reconstruct(arguments: argparse.Namespace) -> None:
+    recordings = list(_find(arguments.inputs))
+    codec = _load(arguments.codec, arguments.device)
+    books = codec.num_codebooks if arguments.codebooks is None else arguments.codebooks
+    if not 1 <= books <= codec.num_codebooks:
+        raise ValueError(f"--codebooks must lie between 1 and {codec.num_codebooks}, got {books}")
+    sources = {recording.path.resolve() for recording in recordings}
+    targets = {recording.name: _target(arguments.out, recording.name) for recording in recordings}
+    for target in targets.values():
+        if target.resolve() in sources:
+            raise ValueError(f"{target}: is one of the recordings; choose another --out")
+    skipped: list[str] = []
+    for name, codes, seconds in _encoded(codec, recordings, skipped):
+        _write(codec, codes[:books], seconds, targets[name])
+    _report(arguments.out, len(recordings), skipped)
+
+
+class Recording(NamedTuple):
+    """An input and the name that its results get."""
+
+    path: Path
+    name: str
+
+
+def _find(inputs: Sequence[Path]) -> Iterator[Recording]:
+    """Named files by their stem, files in folders by their path inside, without suffix.
+
+    Where two would get one name, the later gets -2, -3 and so on.
+    """
+    taken: set[str] = set()
+    for given in inputs:
+        if not given.exists():
+            raise ValueError(f"{given}: no such recording or folder")
+        files = [given]
+        if given.is_dir():
+            inside = sorted(given.rglob("*"))
+            files = [path for path in inside if path.suffix.lower() in SUFFIXES and path.is_file()]
+            if not files:
+                raise ValueError(f"{given}: no recording in this folder")
+        for path in files:
+            stem = path.relative_to(given).with_suffix("") if given.is_dir() else Path(path.stem)
+            name, count = stem.as_posix(), 1
+            while name in taken:
+                count += 1
+                name = f"{stem.as_posix()}-{count}"
+            if count > 1:
+                logger.warning("%s: %s is taken, named %s", path, stem, name)
+            taken.add(name)
+            yield Recording(path, name)
+
+
+def _encoded(
+    codec: "Codec", recordings: Sequence[Recording], skipped: list[str]
+) -> Iterator[tuple[str, np.ndarray, float]]:
+    """Name, codes and seconds of each readable recording, in bounded memory for long ones.
+
+    Unreadable ones are added to `skipped`. Raises ValueError when that leaves none.
+    """
+    from codec.audio import stream_audio
+
+    for recording in _bar(recordings):
+        counted = _Counted(stream_audio(recording.path, codec.sample_rate))
+        try:
+            codes = codec.encode_stream(counted)
+        except ValueError as error:
+            skipped.append(str(error))
+            if len(skipped) < len(recordings):
+                continue
+            others = f" (and {len(skipped) - 1} more unreadable)" if len(skipped) > 1 else ""
+            raise ValueError(f"{error}{others}") from error
+        yield recording.name, codes.astype(np.uint16), counted.samples / codec.sample_rate
+
+
+class _Counted:
+    """Blocks that pass through, counted."""
+
+    def __init__(self, blocks: Iterable[np.ndarray]):
+        self.blocks, self.samples = blocks, 0
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for block in self.blocks:
+            self.samples += len(block)
+            yield block
+
+
+def _write(codec: "Codec", codes: np.ndarray, seconds: float, target: Path) -> None:
+    from codec.audio import write_audio
+
+    def blocks() -> Iterator[np.ndarray]:
+        left = round(seconds * codec.sample_rate)  # The last frame is longer than the recording.
+        for block in codec.decode_stream(codes):
+            yield block[:left]
+            left -= len(block[:left])
+
+    write_audio(target, blocks(), codec.sample_rate)
+
+
+def _target(folder: Path, name: str) -> Path:
+    target = folder / f"{name}.wav"
+    if ".." in Path(name).parts or Path(name).is_absolute():
+        raise ValueError(f"the id {name!r} leads out of {folder}; rename it in the shard")
+    return target
+
+
+def _report(out: Path, total: int, skipped: Sequence[str]) -> None:
+    for reason in skipped:
+        logger.warning("skipped: %s", reason)
+    done = {"out": str(out), "recordings": total - len(skipped), "skipped": len(skipped)}
+    print(json.dumps(done, ensure_ascii=False))
+
+
+def _load(path: str, device: str) -> "Codec":
+    from codec.model import load_codec
+
+    return load_codec(path, device=device)
+
+
+def _bar(items: Sequence[T]) -> Iterable[T]:
+    from tqdm import tqdm
+
+    return tqdm(items, disable=len(items) < 2 or not sys.stderr.isatty())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Cuts to token shards: batched, split over ranks, and resumable after a kill at any moment.
+
+The cuts are split into numbered parts, and part i belongs to rank i % world. A part is written
+whole or not at all, so a restart goes on at the first part that is not there.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from codec.data import load_cut
+from codec.tokens import (
+    CodecStamp,
+    DamagedShard,
+    TokenRow,
+    TokenShard,
+    read_notes,
+    write_shard,
+    written_whole,
+)
+
+if TYPE_CHECKING:
+    from lhotse.cut import Cut
+
+logger = logging.getLogger(__name__)
+
+
+class Encoder(Protocol):
+    """What the export needs of a codec."""
+
+    @property
+    def sample_rate(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def stamp(self) -> CodecStamp: ...
+    def encode(self, wave: Tensor, lengths: Tensor | None = None) -> Any: ...
+
+
+class Skipped(NamedTuple):
+    """A cut that could not be read."""
+
+    id: str
+    reason: str
+
+
+class Summary(NamedTuple):
+    """A finished export."""
+
+    num_utterances: int
+    hours: float
+    skipped: list[Skipped]
+
+
+def export(
+    cuts: Sequence["Cut"],
+    codec: Encoder,
+    folder: str | Path,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    cuts_per_part: int = 500,
+    batch_seconds: float = 120.0,
+    on_part: Callable[[int], object] = lambda num_cuts: None,
+) -> None:
+    """Writes this rank's parts, `tokens-00003-of-00042.parquet` and so on, that are not there yet.
+
+    Cuts that cannot be read are noted in their part and cost only themselves. A batch holds up to
+    `batch_seconds` of audio, padding included. `on_part` is told of each part's number of cuts,
+    also of those that were there. Raises ValueError when the folder holds the parts of another
+    codec, another list of cuts or another `cuts_per_part`.
+    """
+    folder = Path(folder)
+    parts = _split(cuts, cuts_per_part)
+    names = part_names(len(parts))
+    strangers = sorted({path.name for path in folder.glob("*.parquet")} - set(names))
+    if strangers:
+        raise ValueError(
+            f"{folder}: {strangers[0]} is no part of this export, which has {len(parts)} parts; "
+            "choose an empty folder"
+        )
+    stamp = codec.stamp  # Hashes all weights: once.
+    for part in range(rank, len(parts), world):
+        path = folder / names[part]
+        digest = _list_digest(parts[part])
+        if not _is_done(path, stamp, digest):
+            for leftover in folder.glob(f".{path.name}.*.tmp"):  # Of a run that was killed.
+                leftover.unlink(missing_ok=True)
+            rows, skipped = _encode_part(parts[part], codec, batch_seconds)
+            notes = {"cuts": digest, "skipped": json.dumps(skipped)}
+            write_shard(path, rows, stamp, notes)
+        on_part(len(parts[part]))
+
+
+def summarize(folder: str | Path, num_parts: int) -> Summary:
+    """Reads all parts once every rank is done, and writes skipped.jsonl (one rank calls it).
+
+    Raises ValueError when no recording at all could be read.
+    """
+    folder = Path(folder)
+    files = [folder / name for name in part_names(num_parts)]
+    shard = TokenShard.open(folder)
+    skipped = [
+        Skipped(*entry) for file in files for entry in json.loads(read_notes(file)["skipped"])
+    ]
+    with written_whole(folder / "skipped.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(entry._asdict()) + "\n" for entry in skipped))
+    if len(shard) == 0:
+        raise ValueError(
+            f"none of the {len(skipped)} recordings could be read; the first: {skipped[0].reason}"
+        )
+    return Summary(len(shard), float(shard.durations.sum()) / 3600, skipped)
+
+
+def num_parts(num_cuts: int, cuts_per_part: int) -> int:
+    return -(-num_cuts // cuts_per_part)
+
+
+def part_names(num_parts: int) -> list[str]:
+    return [f"tokens-{part:05d}-of-{num_parts:05d}.parquet" for part in range(num_parts)]
+
+
+def _split(cuts: Sequence["Cut"], cuts_per_part: int) -> list[list["Cut"]]:
+    if not cuts:
+        raise ValueError("the list of cuts is empty: nothing to export")
+    seen: set[str] = set()
+    for cut in cuts:
+        if cut.id in seen:
+            raise ValueError(f"the cut id {cut.id!r} comes twice in the list; ids must be unique")
+        seen.add(cut.id)
+    total = num_parts(len(cuts), cuts_per_part)
+    return [list(cuts[part * cuts_per_part :][:cuts_per_part]) for part in range(total)]
+
+
+def _list_digest(cuts: Sequence["Cut"]) -> str:
+    listed = "\n".join(f"{cut.id}\t{cut.duration}\t{_text(cut)}" for cut in cuts)
+    return hashlib.sha256(listed.encode()).hexdigest()[:16]
+
+
+def _is_done(path: Path, stamp: CodecStamp, digest: str) -> bool:
+    if not path.exists():
+        return False
+    try:
+        TokenShard.open(path, expect=stamp)
+        notes = read_notes(path)
+    except DamagedShard as error:
+        logger.warning("%s; writing it again", error)
+        return False
+    if notes.get("cuts") != digest:
+        raise ValueError(f"{path}: made from another list of cuts; choose an empty folder")
+    return True
+
+
+def _encode_part(
+    cuts: Sequence["Cut"], codec: Encoder, batch_seconds: float
+) -> tuple[list[TokenRow], list[Skipped]]:
+    rows: dict[str, TokenRow] = {}
+    skipped: list[Skipped] = []
+    for batch in _loaded(_batches(cuts, batch_seconds), codec.sample_rate):
+        readable = [(cut, wave) for cut, wave in batch if isinstance(wave, np.ndarray)]
+        for cut, reason in batch:
+            if isinstance(reason, str):
+                logger.warning("skipped %s: %s", cut.id, reason)
+                skipped.append(Skipped(cut.id, reason))
+        if readable:
+            all_codes = _encode([wave for _, wave in readable], codec)
+            for (cut, wave), codes in zip(readable, all_codes, strict=True):
+                rows[cut.id] = _row(cut, len(wave) / codec.sample_rate, codes)
+    return [rows[cut.id] for cut in cuts if cut.id in rows], skipped
+
+
+def _batches(cuts: Sequence["Cut"], batch_seconds: float) -> Iterator[list["Cut"]]:
+    """Cuts of like length together; a cut that is longer than a batch goes alone."""
+    batch: list[Cut] = []
+    for cut in sorted(cuts, key=lambda cut: cut.duration, reverse=True):
+        if batch and batch[0].duration * (len(batch) + 1) > batch_seconds:
+            yield batch
+            batch = []
+        batch.append(cut)
+    if batch:
+        yield batch
+
+
+def _loaded(
+    batches: Iterator[list["Cut"]], sample_rate: int
+) -> Iterator[list[tuple["Cut", np.ndarray | str]]]:
+    """Each cut with its wave, or with why it has none; one batch is read ahead of the codec."""
+
+    def load(cut: "Cut") -> np.ndarray | str:
+        try:
+            return load_cut(cut, sample_rate)
+        except ValueError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        ahead: list[tuple[list[Cut], Iterator[np.ndarray | str]]] = []
+        for batch in batches:
+            ahead.append((batch, pool.map(load, batch)))
+            if len(ahead) == 2:
+                ready, waves = ahead.pop(0)
+                yield list(zip(ready, waves, strict=True))
+        for ready, waves in ahead:
+            yield list(zip(ready, waves, strict=True))
+
+
+def _encode(waves: Sequence[np.ndarray], codec: Encoder) -> list[np.ndarray]:
+    """Each wave's codes (Q, T), from one padded batch."""
+    lengths = torch.tensor([len(wave) for wave in waves])
+    padded = torch.zeros(len(waves), 1, int(lengths.max()))
+    for row, wave in zip(padded, waves, strict=True):
+        row[0, : len(wave)] = torch.from_numpy(wave)
+    with torch.inference_mode():
+        encoded = codec.encode(padded.to(codec.device), lengths.to(codec.device))
+    batch = encoded.codes.cpu().numpy()
+    frames = encoded.lengths.tolist()
+    return [codes[:, :length] for codes, length in zip(batch, frames, strict=True)]
+
+
+def _row(cut: "Cut", seconds: float, codes: np.ndarray) -> TokenRow:
+    first = cut.supervisions[0] if cut.supervisions else None
+    return TokenRow(
+        id=cut.id,
+        text=_text(cut),
+        speaker=(first and first.speaker) or "",
+        language=(first and first.language) or "",
+        duration=seconds,
+        codes=codes.astype(np.uint16),
+    )
+
+
+def _text(cut: "Cut") -> str:
+    return " ".join(part.text for part in cut.supervisions if part.text)

@@ -1,0 +1,80 @@
+"""Cuts to token shards with a trained codec, on one process or many.
+
+python recipes/export_tokens.py cuts=data/dev.jsonl.gz codec=out/codec out=out/tokens/dev
+accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 8 \\
+    recipes/export_tokens.py --config recipes/configs/export/paper.yaml
+
+Stopped or killed, it goes on where it was when it is started again. Recordings that cannot be read
+are skipped and listed in skipped.jsonl beside the shards.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from codec import load_codec
+from codec.data import read_cuts
+from codec.export import export, num_parts, summarize
+from recipes.common import load_config, make_accelerator, run_program
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportConfig:
+    cuts: Path = Path("out/smoke/cuts/train.jsonl.gz")
+    """A lhotse list of cuts (recipes/prepare_data.py makes them)."""
+    codec: str = "out/smoke/codec/codec"
+    """A codec folder or a hub id."""
+    out: Path = Path("out/smoke/tokens/train")
+    """The folder for the shards."""
+    cuts_per_part: int = 500
+    """Cuts in one Parquet file; at most this many are encoded twice after a kill."""
+    batch_seconds: float = 120.0
+    """Seconds of audio, padding included, that are encoded at once: bounds the memory."""
+
+    def __post_init__(self) -> None:
+        if self.cuts_per_part < 1:
+            raise ValueError(f"cuts_per_part must be at least 1, got {self.cuts_per_part}")
+        if self.batch_seconds <= 0:
+            raise ValueError(f"batch_seconds must be positive, got {self.batch_seconds}")
+
+
+def main(argv: list[str]) -> None:
+    config = load_config(ExportConfig, argv, __doc__ or "")
+    accelerator = make_accelerator()
+    cuts = list(read_cuts(config.cuts))
+    codec = load_codec(config.codec, device=str(accelerator.device))
+    rank, world = accelerator.process_index, accelerator.num_processes
+    with tqdm(total=len(cuts), desc="export", unit="cut", disable=rank > 0) as bar:
+        export(
+            cuts,
+            codec,
+            config.out,
+            rank=rank,
+            world=world,
+            cuts_per_part=config.cuts_per_part,
+            batch_seconds=config.batch_seconds,
+            # The other ranks are about as far as this one.
+            on_part=lambda num_cuts: bar.update(min(num_cuts * world, len(cuts) - bar.n)),
+        )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        summary = summarize(config.out, num_parts(len(cuts), config.cuts_per_part))
+        for skipped in summary.skipped:
+            logger.warning("skipped %s: %s", skipped.id, skipped.reason)
+        results = {
+            "out": str(config.out),
+            "utterances": summary.num_utterances,
+            "hours": round(summary.hours, 3),
+            "skipped": len(summary.skipped),
+        }
+        print(json.dumps(results))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,204 @@
+import dataclasses
+import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from codec.tokens import (
+    FORMAT_VERSION,
+    CodecStamp,
+    DamagedShard,
+    TokenRow,
+    TokenShard,
+    read_notes,
+    write_shard,
+)
+
+STAMP = CodecStamp(
+    id="models/tiny",
+    digest="0123456789abcdef",
+    sample_rate=16_000,
+    frame_rate=12.5,
+    num_codebooks=2,
+    codebook_sizes=(8, 65_536),
+)
+
+
+def row(name: str, frames: int = 5, seed: int = 0) -> TokenRow:
+    generator = np.random.default_rng(seed)
+    books = [generator.integers(0, size, frames) for size in STAMP.codebook_sizes]
+    codes = np.stack(books).astype(np.uint16)
+    return TokenRow(name, f"text of {name}", "anna", "en", frames / 12.5, codes)
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    write_shard(tmp_path / "a.parquet", [row("a", 4, 1), row("b", 7, 2)], STAMP, {"made": "today"})
+    return tmp_path / "a.parquet"
+
+
+def altered(path: Path, **metadata: str) -> Path:
+    """The shard `path`, rewritten with other metadata."""
+    table = pq.read_table(path)
+    old = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+    pq.write_table(table.replace_schema_metadata({**old, **metadata}), path)
+    return path
+
+
+def test_rows_come_back_as_written(shard: Path) -> None:
+    opened = TokenShard.open(shard, expect=STAMP)
+    assert opened.stamp == STAMP
+    assert opened.ids == ["a", "b"]
+    assert opened.num_frames.tolist() == [4, 7]
+    for index, wrote in enumerate([row("a", 4, 1), row("b", 7, 2)]):
+        read = opened[index]
+        assert read[:5] == wrote[:5]
+        assert read.codes.dtype == np.uint16
+        np.testing.assert_array_equal(read.codes, wrote.codes)
+    assert read_notes(shard) == {"made": "today"}
+    assert opened[-1].id == "b"
+    with pytest.raises(IndexError):
+        opened[2]
+
+
+def test_any_parquet_reader_sees_the_columns_of_the_contract(shard: Path) -> None:
+    table = pq.read_table(shard)
+    names = ["id", "text", "speaker", "language", "duration", "num_frames", "codes"]
+    assert table.schema.names == names
+    assert table.schema.field("codes").type.value_type == pa.uint16()
+    assert table["codes"][1].as_py() == row("b", 7, 2).codes.reshape(-1).tolist()  # Row-major.
+    assert table["num_frames"].to_pylist() == [4, 7]
+    metadata = table.schema.metadata
+    assert metadata[b"format_version"] == b"1"
+    assert metadata[b"codec_codebook_sizes"] == b"[8, 65536]"
+
+
+def test_a_folder_is_one_shard_across_row_groups(tmp_path: Path) -> None:
+    rows = [row(f"{number:03d}", 1 + number % 9, number) for number in range(300)]
+    write_shard(tmp_path / "1.parquet", rows[:200], STAMP)
+    write_shard(tmp_path / "2.parquet", rows[200:], STAMP)
+    opened = TokenShard.open(tmp_path)
+    assert len(opened) == 300
+    for index in np.random.default_rng(0).permutation(300):
+        np.testing.assert_array_equal(opened[int(index)].codes, rows[index].codes)
+
+
+def test_an_empty_part_opens(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.parquet", [], STAMP)
+    assert len(TokenShard.open(tmp_path)) == 0
+
+
+def test_processes_may_share_an_opened_shard(shard: Path) -> None:
+    opened = TokenShard.open(shard)
+    expected = [opened[0].codes, opened[1].codes]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        got = pool.map(opened.__getitem__, [0, 1])
+    for read, codes in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(read.codes, codes)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (row("x")._replace(codes=np.zeros((3, 5), np.uint16)), "x: codes have shape"),
+        (row("x")._replace(codes=np.zeros((2, 0), np.uint16)), "x: no frames"),
+        (row("x")._replace(codes=np.full((2, 5), 8)), "x: codebook 1 has 8 entries"),
+        (row("x")._replace(codes=np.full((2, 5), -1)), "x: codebook 1 has 8 entries"),
+        (row("a"), "the id 'a' comes twice"),
+    ],
+)
+def test_impossible_rows_are_refused_and_leave_the_old_file(
+    shard: Path, bad: TokenRow, message: str
+) -> None:
+    before = shard.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        write_shard(shard, [row("a"), bad], STAMP)
+    assert shard.read_bytes() == before
+    assert [path.name for path in shard.parent.iterdir()] == ["a.parquet"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_shard_cut_short_says_so(shard: Path, share: float) -> None:
+    content = shard.read_bytes()
+    shard.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(DamagedShard, match=r"a\.parquet: not a whole token shard"):
+        TokenShard.open(shard)
+
+
+def test_a_shard_damaged_in_the_middle_says_so(shard: Path) -> None:
+    content = bytearray(shard.read_bytes())
+    content[4:200] = bytes(196)
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.parquet"):
+        TokenShard.open(shard)[0]
+
+
+def test_another_codec_is_named(shard: Path) -> None:
+    other = dataclasses.replace(STAMP, id="models/other", digest="f" * 16)
+    with pytest.raises(ValueError, match=r"made by codec models/tiny .* but codec models/other"):
+        TokenShard.open(shard, expect=other)
+    # The same weights in another place are the same codec.
+    TokenShard.open(shard, expect=dataclasses.replace(STAMP, id="elsewhere"))
+
+
+def test_mixed_codecs_in_a_folder_are_refused(shard: Path) -> None:
+    other = dataclasses.replace(STAMP, id="models/other", digest="f" * 16)
+    write_shard(shard.with_name("b.parquet"), [row("c")], other)
+    with pytest.raises(ValueError, match=r"b\.parquet: made by codec models/other"):
+        TokenShard.open(shard.parent)
+
+
+def test_one_id_in_two_files_is_refused(shard: Path) -> None:
+    write_shard(shard.with_name("b.parquet"), [row("b")], STAMP)
+    with pytest.raises(ValueError, match="the id 'b' comes twice"):
+        TokenShard.open(shard.parent)
+
+
+def test_a_later_format_asks_for_an_update(shard: Path) -> None:
+    altered(shard, format_version=str(FORMAT_VERSION + 1))
+    with pytest.raises(ValueError, match="token format 2.*update parlance"):
+        TokenShard.open(shard)
+
+
+@pytest.mark.parametrize("what", ["missing", "empty folder", "text file", "foreign parquet"])
+def test_what_is_no_shard_is_named(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "tokens.parquet"
+    if what == "empty folder":
+        path = tmp_path
+    elif what == "text file":
+        path.write_text("id,text\n")
+    elif what == "foreign parquet":
+        pq.write_table(pa.table({"id": ["a"]}), path)
+    with pytest.raises(ValueError, match=str(path)):
+        TokenShard.open(path)
+
+
+FULL_DISK = """
+import resource, signal, sys
+import numpy as np
+from codec.tokens import CodecStamp, TokenRow, write_shard
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+stamp = CodecStamp(id="", digest="", sample_rate=1, frame_rate=1.0, num_codebooks=1,
+                   codebook_sizes=(65536,))
+noise = np.random.default_rng(0)
+rows = (TokenRow(str(i), "", "", "", 1.0, noise.integers(0, 65536, (1, 999))) for i in range(100))
+try:
+    write_shard(sys.argv[1], rows, stamp)
+except OSError as error:
+    print("OSError", error)
+"""
+
+
+def test_a_full_disk_leaves_the_earlier_shard(shard: Path) -> None:
+    before = shard.read_bytes()
+    command = [sys.executable, "-c", FULL_DISK, str(shard)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("OSError"), done.stderr
+    assert shard.read_bytes() == before
+    assert [path.name for path in shard.parent.iterdir()] == ["a.parquet"]
