@@ -16,6 +16,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 MIN_RATE, MAX_RATE = 4_000, 384_000
+OGG_PAGE_LIMIT = 65_307
 # Digital silence and what 16-bit dither leaves behind; a quiet voice peaks well above it.
 SILENCE_PEAK = 1e-4
 
@@ -38,7 +39,7 @@ def read_audio(
 
 def stream_audio(
     path: str | Path, sample_rate: int, block_seconds: float = 30.0
-) -> Iterator[Float[np.ndarray, "s"]]:
+) -> Iterator[Float[np.ndarray, "_"]]:
     """The recording of `read_audio` in blocks, so that hours of it fit into bounded memory.
 
     Concatenated, the blocks are what `read_audio` returns. A recording that turns out to be
@@ -64,6 +65,7 @@ def _blocks(
         raise ValueError(f"{path}: is a folder, not a recording; name a file in it")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty (0 bytes); copy or record it again")
+    _check_whole(path)
     try:
         with soundfile.SoundFile(path) as file:
             yield from _decode(file, path, sample_rate, block_seconds, start, duration)
@@ -72,6 +74,29 @@ def _blocks(
             f"{path}: cannot be read as audio ({error.error_string}); "
             "WAV, FLAC, Ogg, Opus and MP3 work, and the file may be truncated"
         ) from error
+
+
+def _check_whole(path: Path) -> None:
+    """Notice a cut WAV or Ogg file: libsndfile reads what is left of one without a word."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(12)
+        if head[:4] == b"RIFF":
+            promised = int.from_bytes(head[4:8], "little") + 8
+            # Programs that write to a pipe leave the size open: 0 or close to 4 GiB.
+            cut = 8 < promised < 0xFFFF_0000 and size < promised
+        elif head[:4] == b"OggS":
+            file.seek(max(0, size - OGG_PAGE_LIMIT))
+            tail = file.read()
+            # Byte 5 of a page's header holds its flags, 4 for the stream's last page; byte 26 the
+            # number of its segments, whose sizes follow.
+            page = tail[max(tail.rfind(b"OggS"), 0) :]
+            segments = page[27 : 27 + page[26]] if len(page) > 26 else b""
+            cut = not page[5:6] > b"\x03" or len(page) < 27 + len(segments) + sum(segments)
+        else:
+            cut = False
+    if cut:
+        raise ValueError(f"{path}: truncated: the file ends too early; copy it again")
 
 
 def _decode(file, path: Path, sample_rate: int, block_seconds, start, duration):
@@ -144,7 +169,7 @@ def resample(
 
 def write_audio(
     path: str | Path,
-    wave: Float[np.ndarray, "S"] | Iterable[Float[np.ndarray, "s"]],
+    wave: Float[np.ndarray, "S"] | Iterable[Float[np.ndarray, "_"]],
     sample_rate: int,
 ) -> None:
     """Write a mono wave, or its blocks, as the format the suffix names (WAV: 16 bit).

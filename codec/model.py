@@ -118,11 +118,11 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
     @torch.inference_mode()
     def encode(
         self,
-        wave: Float[Tensor, "B 1 S"],
+        wave: Float[Tensor, "B C S"],
         lengths: Int[Tensor, " B"] | None = None,
         num_codebooks: int | None = None,
     ) -> Codes:
-        """Codes of a batch, T = ceil(S / hop_length); `lengths` are samples per item.
+        """Codes of a batch of mono waves (B,1,S), T = ceil(S / hop_length); `lengths` are samples per item.
 
         Each item of a padded batch gets the codes that it gets alone. Input of any length is coded
         in bounded memory. Raises `ValueError` for input that is not mono or empty.
@@ -145,7 +145,7 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
 
     @torch.inference_mode()
     def encode_stream(
-        self, blocks: Iterable[Float[np.ndarray, "s"]], num_codebooks: int | None = None
+        self, blocks: Iterable[Float[np.ndarray, "_"]], num_codebooks: int | None = None
     ) -> Int[np.ndarray, "Q T"]:
         """Codes of one recording that arrives in blocks of samples, in bounded memory.
 
@@ -177,7 +177,7 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
 
     @torch.inference_mode()
     def decode(
-        self, codes: Int[Tensor, "B Q T"], lengths: Int[Tensor, " B"] | None = None
+        self, codes: Int[Tensor, "B q T"], lengths: Int[Tensor, " B"] | None = None
     ) -> Float[Tensor, "B 1 S"]:
         """Waves of S = T * hop_length samples from the first codebooks, any number of them.
 
@@ -196,12 +196,12 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
             pieces.append(wave[..., keep])
         return torch.cat(pieces, dim=-1)
 
-    @torch.inference_mode()
-    def decode_stream(self, codes: Int[np.ndarray, "Q T"]) -> Iterator[Float[np.ndarray, "s"]]:
+    def decode_stream(self, codes: Int[np.ndarray, "Q T"]) -> Iterator[Float[np.ndarray, "_"]]:
         """The wave of one recording, block after block: `decode` for hours of speech."""
         whole = self._check_codes(torch.from_numpy(codes.astype(np.int64)).unsqueeze(0))
         for piece in _pieces(whole.shape[-1], *self._chunk_frames):
-            wave = self.decoder(self.quantizer.decode(whole[..., piece.start : piece.stop]))
+            with torch.inference_mode():
+                wave = self.decoder(self.quantizer.decode(whole[..., piece.start : piece.stop]))
             keep = slice(piece.keep.start * self.hop_length, piece.keep.stop * self.hop_length)
             yield wave[0, 0, keep].cpu().numpy()
 

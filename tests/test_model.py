@@ -1,0 +1,201 @@
+"""Codec: the contract that every family keeps."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from codec import Codec, CodecConfig, load_codec, read_audio
+from codec.config import QuantizerConfig, SEANetConfig, SpectralConfig
+from codec.model import CONTEXT_SECONDS
+
+SPECTRAL = CodecConfig(
+    spectral=SpectralConfig(
+        num_mels=20, encoder_width=16, encoder_depths=(1, 1, 1), dimension=8,
+        decoder_width=16, decoder_depths=(1, 1, 1),
+    ),
+    quantizer=QuantizerConfig(num_codebooks=3, codebook_size=16),
+)  # fmt: skip
+SEANET = CodecConfig(
+    family="seanet",
+    seanet=SEANetConfig(
+        num_filters=4, strides=(8, 5, 4), dimension=8, semantic_dimension=6, activation="snake",
+        num_residual_layers=2, num_lstm_layers=1,
+    ),
+    quantizer=QuantizerConfig(num_codebooks=3, codebook_size=16),
+)  # fmt: skip
+
+
+@pytest.fixture(params=[SPECTRAL, SEANET], ids=["spectral", "seanet"])
+def codec(request, write_wav, tmp_path) -> Codec:
+    """Random networks with codebooks made from 12 s of something like speech."""
+    torch.manual_seed(0)
+    codec = Codec(request.param).train()
+    wave = read_audio(write_wav(tmp_path / "train.wav", 12.0), 16_000)
+    codec(torch.from_numpy(wave)[None, None])
+    return codec.eval()
+
+
+@pytest.fixture
+def speech(write_wav, tmp_path) -> torch.Tensor:
+    wave = read_audio(write_wav(tmp_path / "a.wav", 2.0, seed=3), 16_000)
+    return torch.from_numpy(wave)[None, None]
+
+
+def test_lengths_of_any_input(codec: Codec, speech) -> None:
+    for size in (1, 2, 159, 160, 161, 639, 640, 641, 12_345):
+        codes, lengths = codec.encode(speech[..., :size])
+        frames = -(-size // codec.hop_length)
+        assert codes.shape == (1, 3, frames)
+        assert codes.dtype == torch.int64
+        assert lengths.tolist() == [frames]
+        assert codec.decode(codes).shape == (1, 1, frames * codec.hop_length)
+
+
+def test_padded_batch_equals_single_items(codec: Codec, speech) -> None:
+    sizes = torch.tensor([32_000, 20_001, 641, 1])
+    batch = speech.repeat(4, 1, 1)
+    codes, lengths = codec.encode(batch, sizes)
+    waves = codec.decode(codes, lengths)
+    for item, size in enumerate(sizes):
+        alone = codec.encode(speech[..., :size]).codes
+        frames = alone.shape[-1]
+        assert torch.equal(codes[item, :, :frames], alone[0])
+        samples = frames * codec.hop_length
+        torch.testing.assert_close(
+            waves[item, :, :samples], codec.decode(alone)[0], atol=1e-5, rtol=0
+        )
+
+
+def test_any_number_of_first_codebooks(codec: Codec, speech) -> None:
+    codes = codec.encode(speech).codes
+    assert torch.equal(codec.encode(speech, num_codebooks=2).codes, codes[:, :2])
+    waves = [codec.decode(codes[:, :count]) for count in (1, 2, 3)]
+    assert not torch.equal(waves[0], waves[2])
+    with pytest.raises(ValueError, match="between 1 and 3"):
+        codec.encode(speech, num_codebooks=4)
+
+
+def long_speech(write_wav, tmp_path, seconds: float) -> torch.Tensor:
+    wave = read_audio(write_wav(tmp_path / "long.wav", seconds, seed=5), 16_000)
+    return torch.from_numpy(wave)[None, None]
+
+
+def test_long_recordings_in_pieces(codec: Codec, write_wav, tmp_path) -> None:
+    """Pieces with context against one pass: equal for the frame-rate family, which looks 1 s far;
+    SEANet's LSTM looks further, and less than 2 % of its codes change."""
+    speech = long_speech(write_wav, tmp_path, 75.3)
+    with torch.inference_mode():
+        whole = codec.quantizer.encode(codec.encoder(speech))
+        wave = codec.decoder(codec.quantizer.decode(whole))
+    pieces = codec.encode(speech).codes
+    assert pieces.shape == whole.shape
+    mismatch = (pieces != whole).float().mean()
+    assert mismatch <= (0.0 if codec.config.family == "spectral" else 0.02)
+    error = (codec.decode(whole) - wave).abs().max() / wave.abs().max()
+    assert error <= (1e-4 if codec.config.family == "spectral" else 0.05)
+
+
+def test_streams_equal_batches(codec: Codec, write_wav, tmp_path) -> None:
+    speech = long_speech(write_wav, tmp_path, 66.0)
+    expected = codec.encode(speech).codes[0].numpy()
+    for cuts in ([100_000, 100_001, 500_000], list(range(7000, speech.shape[-1], 7000)), []):
+        blocks = np.split(speech[0, 0].numpy(), cuts)
+        np.testing.assert_array_equal(codec.encode_stream(blocks), expected)
+    wave = np.concatenate(list(codec.decode_stream(expected)))
+    np.testing.assert_array_equal(wave, codec.decode(torch.from_numpy(expected)[None])[0, 0])
+
+
+def test_streams_hold_a_piece_at_a_time(codec: Codec, monkeypatch) -> None:
+    """Ten minutes: the networks never see more than a piece and its context."""
+    longest = 0
+    forward = codec.encoder.forward
+
+    def spy(wave, lengths=None):
+        nonlocal longest
+        longest = max(longest, wave.shape[-1])
+        return forward(wave, lengths)
+
+    monkeypatch.setattr(codec.encoder, "forward", spy)
+    generator = np.random.default_rng(0)
+    blocks = (generator.standard_normal(16_000).astype(np.float32) for _ in range(120))
+    codes = codec.encode_stream(blocks)
+    assert codes.shape == (3, -(-120 * 16_000 // codec.hop_length))
+    assert longest <= (30 + 2 * CONTEXT_SECONDS) * 16_000
+
+
+def test_bad_input_is_refused_in_words(codec: Codec, speech) -> None:
+    with pytest.raises(ValueError, match="average the channels"):
+        codec.encode(speech.repeat(1, 2, 1))
+    with pytest.raises(ValueError, match="no samples"):
+        codec.encode(speech[..., :0])
+    with pytest.raises(ValueError, match="no samples"):
+        codec.encode(speech, torch.tensor([0]))
+    with pytest.raises(ValueError, match="exceed"):
+        codec.encode(speech, torch.tensor([10**6]))
+    with pytest.raises(ValueError, match="no samples"):
+        codec.encode_stream([])
+    with pytest.raises(ValueError, match=r"0\.\.15"):
+        codec.decode(torch.full((1, 3, 5), 16))
+    with pytest.raises(ValueError, match="1 to 3 codebooks"):
+        codec.decode(torch.zeros(1, 4, 5, dtype=torch.long))
+
+
+def test_a_folder_brings_back_the_very_codec(codec: Codec, speech, tmp_path, capfd) -> None:
+    codec.save_pretrained(tmp_path / "codec")
+    again = load_codec(tmp_path / "codec")
+    assert capfd.readouterr().out == ""
+    assert again.config == codec.config
+    assert again.stamp.digest == codec.stamp.digest
+    assert not again.training
+    assert torch.equal(again.encode(speech).codes, codec.encode(speech).codes)
+    assert json.loads((tmp_path / "codec" / "config.json").read_text())["sample_rate"] == 16_000
+    with torch.no_grad():
+        next(again.parameters()).add_(1e-3)
+    assert again.stamp.digest != codec.stamp.digest
+
+
+def test_broken_folders_are_named(codec: Codec, tmp_path) -> None:
+    codec.save_pretrained(tmp_path / "good")
+    weights = load_file(tmp_path / "good" / "model.safetensors")
+    name = "decoder.conv_out.conv.bias" if "decoder.conv_out.conv.bias" in weights else "decoder.head.bias"
+
+    def damaged(**change) -> str:
+        folder = tmp_path / "bad"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "good", folder)
+        if "weights" in change:
+            save_file(change["weights"], folder / "model.safetensors")
+        if "config" in change:
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps({**config, **change["config"]}))
+        if "cut" in change:
+            whole = (folder / "model.safetensors").read_bytes()
+            (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+        for gone in change.get("without", ()):
+            (folder / gone).unlink()
+        with pytest.raises(ValueError, match="bad") as caught:
+            load_codec(folder)
+        return str(caught.value)
+
+    assert f"{name} is missing" in damaged(
+        weights={key: value for key, value in weights.items() if key != name}
+    )
+    assert "has shape (99,)" in damaged(weights={**weights, name: torch.zeros(99)})
+    assert "unknown tensor extra" in damaged(weights={**weights, "extra": torch.zeros(1)})
+    assert "not a whole safetensors file" in damaged(cut=True)
+    assert "unknown key 'colour'" in damaged(config={"colour": "red"})
+    assert "family" in damaged(config={"family": "organ"})
+    assert "sample_rate" in damaged(config={"sample_rate": "fast"})
+    assert "no such file" in damaged(without=["model.safetensors"])
+    assert "no config.json" in damaged(without=["config.json"])
+
+
+def test_a_name_that_is_nowhere(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in (str(tmp_path / "nothing here"), "some/codec"):
+        with pytest.raises(ValueError, match="no such folder"):
+            load_codec(name)
