@@ -5,12 +5,14 @@ later; `rows_of` turns a list's utterances into rows: one per utterance and metr
 metric for the whole list (`utterance` is None).
 """
 
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -188,8 +190,16 @@ def _measure(
             missing[metric] = str(error)
 
 
-def rows_of(list_name: str, utterances: Sequence[Utterance], provenance: Provenance) -> list[Row]:
-    """Rows of every utterance, then of the list: rates of summed counts, means of the others."""
+def rows_of(
+    list_name: str,
+    utterances: Sequence[Utterance],
+    provenance: Provenance,
+    constants: Mapping[str, float] | None = None,
+) -> list[Row]:
+    """Rows of every utterance, then of the list: rates of summed counts, means of the others.
+
+    `constants` are numbers of the system that no utterance changes, such as its bitrate.
+    """
     if not utterances:
         raise ValueError(f"the list {list_name} holds no utterance to score")
     rows: list[Row] = []
@@ -212,6 +222,8 @@ def rows_of(list_name: str, utterances: Sequence[Utterance], provenance: Provena
             sum(words, text.WordErrors()),
             sum(characters, text.ErrorCounts()),
         )
+    for metric, value in (constants or {}).items():
+        add(None, metric, value, len(utterances))
     return rows
 
 
@@ -260,6 +272,13 @@ def library_of(metric: str, origin: Provenance) -> str:
     return ", ".join(versions + [extra] * bool(extra))
 
 
+def digest_of(path: str | Path) -> str:
+    """The first 16 hex digits of a file's SHA-256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+@cache
 def machine() -> str:
     """Processor architecture, cores, and the GPU if there is one."""
     import torch

@@ -75,11 +75,12 @@ def unpack_prompts(out: Path, packages: Path | None = None) -> Path:
 def decode_g722(path: Path) -> np.ndarray:
     """A raw 64 kbit/s G.722 file as float32 samples at 16 kHz."""
     import av
+    from av.error import FFmpegError
 
     try:
         with av.open(str(path), format="g722") as container:
             frames = [frame.to_ndarray().ravel() for frame in container.decode(audio=0)]
-    except OSError as error:  # av raises its errors as kinds of OSError
+    except FFmpegError as error:
         raise ValueError(f"{path}: cannot be read as G.722 ({error})") from error
     return np.concatenate(frames).astype(np.float32) / 32768
 
