@@ -214,7 +214,7 @@ def _write(codec: "Codec", codes: np.ndarray, seconds: float, target: Path) -> N
 
     def blocks() -> Iterator[np.ndarray]:
         left = round(seconds * codec.sample_rate)  # The last frame is longer than the recording.
-        for block in codec.decode_stream(codes):
+        for block in codec.decode_stream(codes.astype(np.int64)):
             yield block[:left]
             left -= len(block[:left])
 

@@ -10,13 +10,13 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from codec.data import load_cut
+from codec.model import Codec
 from codec.tokens import (
     CodecStamp,
     DamagedShard,
@@ -31,18 +31,6 @@ if TYPE_CHECKING:
     from lhotse.cut import Cut
 
 logger = logging.getLogger(__name__)
-
-
-class Encoder(Protocol):
-    """What the export needs of a codec."""
-
-    @property
-    def sample_rate(self) -> int: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def stamp(self) -> CodecStamp: ...
-    def encode(self, wave: Tensor, lengths: Tensor | None = None) -> Any: ...
 
 
 class Skipped(NamedTuple):
@@ -62,7 +50,7 @@ class Summary(NamedTuple):
 
 def export(
     cuts: Sequence["Cut"],
-    codec: Encoder,
+    codec: Codec,
     folder: str | Path,
     *,
     rank: int = 0,
@@ -160,7 +148,7 @@ def _is_done(path: Path, stamp: CodecStamp, digest: str) -> bool:
 
 
 def _encode_part(
-    cuts: Sequence["Cut"], codec: Encoder, batch_seconds: float
+    cuts: Sequence["Cut"], codec: Codec, batch_seconds: float
 ) -> tuple[list[TokenRow], list[Skipped]]:
     rows: dict[str, TokenRow] = {}
     skipped: list[Skipped] = []
@@ -211,14 +199,13 @@ def _loaded(
             yield list(zip(ready, waves, strict=True))
 
 
-def _encode(waves: Sequence[np.ndarray], codec: Encoder) -> list[np.ndarray]:
+def _encode(waves: Sequence[np.ndarray], codec: Codec) -> list[np.ndarray]:
     """Each wave's codes (Q, T), from one padded batch."""
     lengths = torch.tensor([len(wave) for wave in waves])
     padded = torch.zeros(len(waves), 1, int(lengths.max()))
     for row, wave in zip(padded, waves, strict=True):
         row[0, : len(wave)] = torch.from_numpy(wave)
-    with torch.inference_mode():
-        encoded = codec.encode(padded.to(codec.device), lengths.to(codec.device))
+    encoded = codec.encode(padded.to(codec.device), lengths.to(codec.device))
     batch = encoded.codes.cpu().numpy()
     frames = encoded.lengths.tolist()
     return [codes[:, :length] for codes, length in zip(batch, frames, strict=True)]

@@ -1,10 +1,16 @@
 """Tests need no network and no downloaded models."""
 
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,6 +49,7 @@ def write_wav() -> Callable[..., Path]:
 def tiny_codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved codec of 3 codebooks of 32 entries at 25 Hz, with random weights."""
     import torch
+
     from codec import Codec, CodecConfig
     from codec.config import QuantizerConfig, SpectralConfig
 
@@ -62,3 +69,25 @@ def tiny_codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("codecs") / "tiny"
     codec.eval().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def launch() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`launch("zero2", script, *arguments)` runs a script on two CPU processes with accelerate."""
+
+    def run(config: str, script: str | Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        command = [
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *("--config_file", str(ROOT / "recipes" / "accelerate" / f"{config}.yaml")),
+            *("--num_processes", "2", "--main_process_port", str(port)),
+            *(str(script), *arguments),
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment, timeout=240
+        )
+
+    return run

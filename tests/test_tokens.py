@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from codec.tokens import (
     FORMAT_VERSION,
     CodecStamp,
@@ -161,7 +162,7 @@ def test_one_id_in_two_files_is_refused(shard: Path) -> None:
 
 def test_a_later_format_asks_for_an_update(shard: Path) -> None:
     altered(shard, format_version=str(FORMAT_VERSION + 1))
-    with pytest.raises(ValueError, match="token format 2.*update parlance"):
+    with pytest.raises(ValueError, match=r"token format 2.*update parlance"):
         TokenShard.open(shard)
 
 

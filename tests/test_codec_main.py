@@ -1,0 +1,185 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from codec import load_codec, read_audio
+from codec.__main__ import main
+from codec.tokens import TokenShard, write_shard
+
+Write = Callable[..., Path]
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Runs a command line that must end with status 2 and one line; returns the line."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def run(*arguments: object) -> None:
+    main([str(argument) for argument in arguments])
+
+
+def test_encode_and_decode_keep_names_and_lengths(
+    tmp_path: Path, tiny_codec_folder: Path, write_wav: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_wav(tmp_path / "in" / "two words.wav", 1.03)
+    write_wav(tmp_path / "in" / "\u8bed\u97f3.flac", 0.71, 24_000)
+    tokens = tmp_path / "t.parquet"
+    run("encode", "--codec", tiny_codec_folder, tmp_path / "in", "--out", tokens)
+    assert json.loads(capsys.readouterr().out)["recordings"] == 2
+    run("decode", "--codec", tiny_codec_folder, tokens, "--out", tmp_path / "out")
+    made = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert made == ["two words.wav", "\u8bed\u97f3.wav"]
+    assert len(read_audio(tmp_path / "out" / "two words.wav", 16_000)) == round(1.03 * 16_000)
+    assert len(read_audio(tmp_path / "out" / "\u8bed\u97f3.wav", 16_000)) == round(0.71 * 16_000)
+
+
+def test_same_names_in_different_folders_overwrite_nothing(
+    tmp_path: Path, tiny_codec_folder: Path, write_wav: Write
+) -> None:
+    first = write_wav(tmp_path / "a" / "x.wav", 0.5)
+    second = write_wav(tmp_path / "b" / "x.wav", 0.8)
+    write_wav(tmp_path / "tree" / "sub" / "x.wav", 0.3)
+    out = tmp_path / "out"
+    run(
+        *("reconstruct", "--codec", tiny_codec_folder),
+        *(first, second, tmp_path / "tree", "--out", out),
+    )
+    made = {str(path.relative_to(out)): path for path in out.rglob("*.wav")}
+    lengths = {name: len(read_audio(path, 16_000)) for name, path in made.items()}
+    assert lengths == {"x.wav": 8_000, "x-2.wav": 12_800, "sub/x.wav": 4_800}
+
+
+def test_reconstruct_takes_any_number_of_codebooks(
+    tmp_path: Path, tiny_codec_folder: Path, write_wav: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wave = write_wav(tmp_path / "x.wav", 0.5)
+    command = ["reconstruct", "--codec", tiny_codec_folder, wave]
+    run(*command, "--out", tmp_path / "all")
+    run(*command, "--out", tmp_path / "one", "--codebooks", 1)
+    whole, coarse = (read_audio(tmp_path / name / "x.wav", 16_000) for name in ("all", "one"))
+    assert len(whole) == len(coarse)
+    assert np.abs(whole - coarse).max() > 0
+    codec = load_codec(tiny_codec_folder)
+    codes = codec.encode_stream([read_audio(wave, 16_000)])
+    expected = np.concatenate(list(codec.decode_stream(codes[:1])))[: len(coarse)]
+    np.testing.assert_allclose(coarse, np.clip(expected, -1, 1), atol=1e-4)
+    assert "between 1 and 3" in failure(capsys, *command, "--out", tmp_path, "--codebooks", 4)
+
+
+def test_reconstruct_never_writes_over_its_input(
+    tmp_path: Path, tiny_codec_folder: Path, write_wav: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wave = write_wav(tmp_path / "x.wav", 0.5)
+    before = wave.read_bytes()
+    said = failure(capsys, "reconstruct", "--codec", tiny_codec_folder, wave, "--out", tmp_path)
+    assert "x.wav: is one of the recordings" in said
+    assert wave.read_bytes() == before
+
+
+def test_a_bad_recording_in_a_folder_costs_itself(
+    tmp_path: Path, tiny_codec_folder: Path, write_wav: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_wav(tmp_path / "in" / "good.wav", 0.5)
+    (tmp_path / "in" / "empty.wav").write_bytes(b"")
+    soundfile.write(tmp_path / "in" / "silent.wav", np.zeros(8_000), 16_000)
+    tokens = tmp_path / "t.parquet"
+    run("encode", "--codec", tiny_codec_folder, tmp_path / "in", "--out", tokens)
+    assert json.loads(capsys.readouterr().out)["skipped"] == 2
+    assert TokenShard.open(tokens).ids == ["good"]
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "truncated", "silent", "nan", "no audio"])
+def test_a_single_bad_recording_is_named(
+    tmp_path: Path,
+    tiny_codec_folder: Path,
+    write_wav: Write,
+    kind: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wave = tmp_path / "bad one.wav"
+    if kind == "empty":
+        wave.touch()
+    elif kind == "truncated":
+        write_wav(wave, 0.5)
+        wave.write_bytes(wave.read_bytes()[:30])
+    elif kind == "silent":
+        soundfile.write(wave, np.zeros(8_000), 16_000)
+    elif kind == "nan":
+        soundfile.write(wave, np.full(8_000, np.nan), 16_000, subtype="FLOAT")
+    elif kind == "no audio":
+        wave.write_text("hello")
+    tokens = tmp_path / "t.parquet"
+    tokens.write_bytes(b"earlier")
+    said = failure(capsys, "encode", "--codec", tiny_codec_folder, wave, "--out", tokens)
+    assert "bad one.wav" in said
+    assert tokens.read_bytes() == b"earlier"
+    made = {path.name for path in tmp_path.iterdir()} - {"bad one.wav"}
+    assert made == {"t.parquet"}
+
+
+def test_info_tells_a_codec_from_a_shard(
+    tmp_path: Path, tiny_codec_folder: Path, write_wav: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("info", tiny_codec_folder)
+    codec = json.loads(capsys.readouterr().out)
+    assert codec["kind"] == "codec"
+    assert codec["codebook_sizes"] == [32, 32, 32]
+    assert codec["bits_per_second"] == 25 * 3 * 5
+    tokens = tmp_path / "t.parquet"
+    wave = write_wav(tmp_path / "x.wav", 0.5)
+    run("encode", "--codec", tiny_codec_folder, wave, "--out", tokens)
+    capsys.readouterr()
+    run("info", tokens)
+    shard = json.loads(capsys.readouterr().out)
+    assert (shard["kind"], shard["utterances"], shard["frames"]) == ("token shard", 1, 13)
+    assert shard["codec"]["digest"] == codec["digest"]
+
+
+def test_decode_refuses_what_it_cannot_decode(
+    tmp_path: Path, tiny_codec_folder: Path, write_wav: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = tmp_path / "t.parquet"
+    wave = write_wav(tmp_path / "x.wav", 0.5)
+    run("encode", "--codec", tiny_codec_folder, wave, "--out", tokens)
+    row = TokenShard.open(tokens)[0]
+    codec = load_codec(tiny_codec_folder)
+    write_shard(tokens, [row._replace(id="../x")], codec.stamp)
+    decode = ["decode", "--codec", tiny_codec_folder, tokens, "--out", tmp_path / "out"]
+    assert "leads out of" in failure(capsys, *decode)
+    next(codec.parameters()).data.add_(1)
+    write_shard(tokens, [row], codec.stamp)
+    assert "made by codec" in failure(capsys, *decode)
+    tokens.write_bytes(tokens.read_bytes()[:50])
+    assert "not a whole token shard" in failure(capsys, *decode)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_codec_is_named(
+    tmp_path: Path, write_wav: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wave = write_wav(tmp_path / "x.wav", 0.5)
+    said = failure(capsys, "encode", "--codec", tmp_path, wave, "--out", tmp_path / "t.parquet")
+    assert str(tmp_path) in said
+    (tmp_path / "none").mkdir()
+    encode = ["encode", "--codec", tmp_path, tmp_path / "none", "--out", "t.parquet"]
+    assert "no recording in this folder" in failure(capsys, *encode)
+
+
+def test_the_installed_command_ends_with_status_2_and_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "codec", "info", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,185 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lhotse import CutSet, Recording, SupervisionSegment
+from lhotse.cut import MonoCut
+
+from codec import load_codec, read_audio
+from codec.export import export, num_parts, part_names, summarize
+from codec.tokens import TokenShard
+
+SECONDS = [0.5, 1.7, 0.9, 1.2, 0.7, 1.9, 0.8, 1.1]
+
+
+@pytest.fixture
+def cuts(tmp_path: Path, write_wav: Callable[..., Path]) -> list[MonoCut]:
+    """Eight cuts of different lengths; number 2 is empty, number 5 cut in half."""
+    cuts = []
+    for number, seconds in enumerate(SECONDS):
+        path = write_wav(tmp_path / "audio" / f"rec {number}.flac", seconds, seed=number)
+        recording = Recording.from_file(path, recording_id=f"cut-{number}")
+        words = SupervisionSegment(
+            f"s{number}", recording.id, 0.0, seconds, text=f"text {number}", speaker="anna"
+        )
+        cuts.append(
+            MonoCut(f"cut-{number}", 0.0, seconds, 0, recording=recording, supervisions=[words])
+        )
+    broken = [tmp_path / "audio" / f"rec {number}.flac" for number in (2, 5)]
+    broken[0].write_bytes(b"")
+    broken[1].write_bytes(broken[1].read_bytes()[: broken[1].stat().st_size // 2])
+    return cuts
+
+
+def contents(folder: Path) -> dict[str, tuple]:
+    shard = TokenShard.open(folder)
+    return {row.id: (row.text, row.speaker, row.duration, row.codes.tobytes()) for row in shard}
+
+
+def test_ranks_write_every_readable_cut_once_in_order(
+    cuts: list[MonoCut], tiny_codec_folder: Path, tmp_path: Path
+) -> None:
+    codec = load_codec(tiny_codec_folder)
+    for rank in (1, 0):
+        export(cuts, codec, tmp_path / "out", rank=rank, world=2, cuts_per_part=3)
+    summary = summarize(tmp_path / "out", num_parts(len(cuts), 3))
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.parquet")) == part_names(3)
+    readable = [f"cut-{number}" for number in (0, 1, 3, 4, 6, 7)]
+    shard = TokenShard.open(tmp_path / "out", expect=codec.stamp)
+    assert shard.ids == readable
+    assert shard.texts == [f"text {name[-1]}" for name in readable]
+    assert shard.speakers == ["anna"] * 6
+    assert [skipped.id for skipped in summary.skipped] == ["cut-2", "cut-5"]
+    assert "rec 2.flac" in summary.skipped[0].reason
+    listed = (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in listed] == ["cut-2", "cut-5"]
+    assert summary.num_utterances == 6
+
+
+def test_batches_give_the_codes_of_single_recordings(
+    cuts: list[MonoCut], tiny_codec_folder: Path, tmp_path: Path
+) -> None:
+    codec = load_codec(tiny_codec_folder)
+    export(cuts, codec, tmp_path / "out", batch_seconds=6.0)
+    for row in TokenShard.open(tmp_path / "out"):
+        wave = read_audio(tmp_path / "audio" / f"rec {row.id[-1]}.flac", codec.sample_rate)
+        alone = codec.encode_stream([wave])
+        assert row.duration == len(wave) / codec.sample_rate
+        assert row.codes.shape == alone.shape
+        # Padding may turn the last float and with it a near tie; never more.
+        assert np.mean(row.codes != alone) < 0.02
+
+
+def test_a_batch_never_exceeds_its_seconds(cuts: list[MonoCut]) -> None:
+    from codec.export import _batches
+
+    batches = list(_batches(cuts, 3.9))
+    assert sorted(cut.id for batch in batches for cut in batch) == [cut.id for cut in cuts]
+    assert all(len(batch) * max(cut.duration for cut in batch) <= 3.9 for batch in batches)
+    assert [len(batch) for batch in _batches(cuts, 0.1)] == [1] * len(cuts)
+
+
+def test_whole_parts_are_kept_and_damaged_ones_written_again(
+    cuts: list[MonoCut], tiny_codec_folder: Path, tmp_path: Path
+) -> None:
+    codec = load_codec(tiny_codec_folder)
+    export(cuts, codec, tmp_path, cuts_per_part=3)
+    before = contents(tmp_path)
+    first, second, third = sorted(tmp_path.glob("*.parquet"))
+    kept = first.stat().st_mtime_ns
+    second.unlink()
+    third.write_bytes(third.read_bytes()[:100])
+    (tmp_path / f".{second.name}.1-2.tmp").write_bytes(b"left by a killed run")
+    told: list[int] = []
+    export(cuts, codec, tmp_path, cuts_per_part=3, on_part=told.append)
+    assert contents(tmp_path) == before
+    assert first.stat().st_mtime_ns == kept
+    assert told == [3, 3, 2]
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_other_codecs_lists_and_part_sizes_are_refused(
+    cuts: list[MonoCut], tiny_codec_folder: Path, tmp_path: Path
+) -> None:
+    codec = load_codec(tiny_codec_folder)
+    export(cuts, codec, tmp_path, cuts_per_part=4)
+    with pytest.raises(ValueError, match="is no part of this export"):
+        export(cuts, codec, tmp_path, cuts_per_part=3)
+    with pytest.raises(ValueError, match="another list of cuts"):
+        export(cuts[::-1], codec, tmp_path, cuts_per_part=4)
+    next(codec.parameters()).data.add_(1)
+    with pytest.raises(ValueError, match="made by codec"):
+        export(cuts, codec, tmp_path, cuts_per_part=4)
+    with pytest.raises(ValueError, match="'cut-0' comes twice"):
+        export([cuts[0], cuts[0]], codec, tmp_path / "twice")
+
+
+def test_nothing_readable_is_an_error(
+    cuts: list[MonoCut], tiny_codec_folder: Path, tmp_path: Path
+) -> None:
+    export([cuts[2], cuts[5]], load_codec(tiny_codec_folder), tmp_path / "out")
+    with pytest.raises(ValueError, match="none of the 2 recordings could be read"):
+        summarize(tmp_path / "out", 1)
+    assert len((tmp_path / "out" / "skipped.jsonl").read_text().splitlines()) == 2
+
+
+def recipe(*settings: str) -> list[str]:
+    script = Path(__file__).parent.parent / "recipes" / "export_tokens.py"
+    return [sys.executable, str(script), *settings]
+
+
+def test_killed_at_any_moment_the_export_ends_as_if_it_never_was(
+    cuts: list[MonoCut], tiny_codec_folder: Path, tmp_path: Path
+) -> None:
+    codec = load_codec(tiny_codec_folder)
+    export(cuts, codec, tmp_path / "whole", cuts_per_part=1)
+    CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
+    out = tmp_path / "killed"
+    command = recipe(
+        f"cuts={tmp_path / 'cuts.jsonl.gz'}",
+        f"codec={tiny_codec_folder}",
+        f"out={out}",
+        "cuts_per_part=1",
+    )
+    # Killed as soon as there are as many files in the folder, temporary ones included.
+    for files in (1, 4):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 120
+        while not (out.exists() and len(list(out.iterdir())) >= files):
+            assert process.poll() is None, process.stderr and process.stderr.read().decode()
+            assert time.monotonic() < deadline
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        for path in out.glob("*.parquet"):
+            TokenShard.open(path)  # Whole, whatever the moment.
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["utterances"], result["skipped"]) == (6, 2)
+    assert "rec 5.flac" in done.stderr
+    assert contents(out) == contents(tmp_path / "whole")
+    assert not list(out.glob(".*.tmp"))
+
+
+def test_two_launched_ranks_share_the_parts(
+    cuts: list[MonoCut], tiny_codec_folder: Path, tmp_path: Path, launch: Callable
+) -> None:
+    CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
+    script, *settings = recipe(
+        f"cuts={tmp_path / 'cuts.jsonl.gz'}",
+        f"codec={tiny_codec_folder}",
+        f"out={tmp_path / 'two'}",
+        "cuts_per_part=3",
+    )[1:]
+    done = launch("ddp", script, *settings)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["utterances"] == 6
+    export(cuts, load_codec(tiny_codec_folder), tmp_path / "one", cuts_per_part=3)
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
