@@ -12,6 +12,7 @@ Its folder, `ar/` of a voice:
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -67,23 +68,30 @@ def load_base(
         source, where = str(path.parent), {"gguf_file": path.name}
     elif not path.is_dir() and (path.is_absolute() or str(name).count("/") != 1):
         raise ValueError(f"{name}: no such folder of a text LLM, nor a hub id (owner/name)")
-    try:
+    with _told(name):
         config = AutoConfig.from_pretrained(source, **where)
-        if num_layers is not None:
-            _keep_layers(config, num_layers, str(name))
-        with _quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, config=config, dtype=dtype, attn_implementation="sdpa",
-                output_loading_info=True, **where,
-            )  # fmt: skip
+    if num_layers is not None:
+        _keep_layers(config, num_layers, str(name))
+    with _told(name), _quiet():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, attn_implementation="sdpa",
+            output_loading_info=True, **where,
+        )  # fmt: skip
         lm, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{name}: cannot be loaded as a text LLM: {reason}") from error
     if lacking := sorted(info["missing_keys"]):
         raise ValueError(f"{name}: its weights lack {', '.join(lacking[:3])}; fetch it again")
     return Base(lm, tokenizer, digest_of(lm))
+
+
+@contextmanager
+def _told(name: str | Path) -> Iterator[None]:
+    """Turns what transformers raises into one line that names the LLM."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{name}: cannot be loaded as a text LLM: {reason}") from error
 
 
 @contextmanager
@@ -297,7 +305,7 @@ def _load_adapted(
     base: str | Path | None,
     dtype: torch.dtype,
 ) -> tuple[Any, Any]:
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     found = _find_base(folder, origin, base)
     loaded = load_base(found, origin["num_layers"], dtype)
@@ -307,11 +315,19 @@ def _load_adapted(
             f"{loaded.digest}, {BASE_FILE} says {origin['digest']}"
         )
     extend(loaded.lm, vocabulary, seed=0)
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ValueError(f"{folder}/adapter_model.safetensors is missing; copy the voice again")
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ValueError(f"{file} is missing; copy the voice again")
     try:
-        lm = PeftModel.from_pretrained(loaded.lm, str(folder))
-    except (RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{folder}: its adapter does not fit its text LLM: {reason}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # What is missing is an error, below.
+            lm = PeftModel.from_pretrained(loaded.lm, str(folder))
+        with safe_open(file, "pt") as stored:
+            names = set(stored.keys())
+    except (RuntimeError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{file}: it does not fit its text LLM: {reason}") from error
+    expected = get_peft_model_state_dict(lm, save_embedding_layers=False)
+    if lacking := sorted(expected.keys() - names):
+        raise ValueError(f"{file}: it lacks {lacking[0]}; copy the voice again")
     return lm.merge_and_unload(), loaded.tokenizer

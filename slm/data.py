@@ -137,7 +137,7 @@ class Corpus:
     num_frames: np.ndarray
     num_text: np.ndarray
 
-    def codes(self, item: int) -> np.ndarray:
+    def codes(self, item: int | np.integer) -> np.ndarray:
         """(Q, T) int64."""
         return self.shard[int(self.items[item])].codes.astype(np.int64)
 

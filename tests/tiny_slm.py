@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from codec.tokens import CodecStamp, TokenRow, write_shard
@@ -87,24 +88,11 @@ def save_shard(path: Path, count: int = 12, stamp: CodecStamp = STAMP, **kwargs:
     return path
 
 
-def save_codec(folder: Path) -> CodecStamp:
-    """A codec of 25 frames a second with three codebooks that has seen noise only; its stamp."""
-    from codec import Codec, CodecConfig, load_codec
-    from codec.config import QuantizerConfig, SpectralConfig
-
-    torch.manual_seed(0)
-    codec = Codec(
-        CodecConfig(
-            spectral=SpectralConfig(
-                encoder_width=16,
-                encoder_depths=(1, 1, 1),
-                dimension=16,
-                decoder_width=16,
-                decoder_depths=(1, 1, 1),
-            ),
-            quantizer=QuantizerConfig(num_codebooks=3, codebook_size=16),
-        )
-    )
-    codec.train()(torch.randn(2, 1, 16000))  # fills the codebooks
-    codec.save_pretrained(folder)
-    return load_codec(folder).stamp
+def quiet() -> list[pytest.MarkDecorator]:
+    """What libraries warn of, and we can do nothing about."""
+    return [
+        # peft asks transformers for an attribute under its old name.
+        pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+        # peft sets right by itself what GPT-2's transposed layers need.
+        pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
+    ]

@@ -1,0 +1,205 @@
+"""slm/ar.py: any LLM, adapters that train only what is new, folders that come back."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_slm import STAMP, quiet, save_base, save_shard
+
+from codec.tokens import TokenShard
+from slm.ar import BASE_FILE, SpeechLM, digest_of, load_base
+from slm.config import ARConfig, BatchConfig, LoRAConfig, TaskConfig
+from slm.data import IGNORE, ARBatch, ARData
+
+pytestmark = quiet()
+
+BASES = [("llama", True), ("llama", False), ("gpt2", True), ("gpt2", False)]
+
+
+def make(tmp_path: Path, lora: LoRAConfig | None = LoRAConfig(rank=2), **kwargs) -> SpeechLM:  # noqa: B008
+    base = save_base(tmp_path / "base", **kwargs)
+    return SpeechLM.create(ARConfig(base=str(base), lora=lora), STAMP, seed=0)
+
+
+def batch_of(lm: SpeechLM, path: Path) -> ARBatch:
+    shard = TokenShard.open(save_shard(path, 6))
+    data = ARData.open(
+        shard, lm.tokenizer, lm.vocabulary, TaskConfig(), BatchConfig(positions=300), 0,
+        longest=256, name="train",
+    )  # fmt: skip
+    return data.collate(np.arange(4), np.array([0, 1, 0, 1]))
+
+
+def train(lm: SpeechLM, batch: ARBatch, steps: int = 3) -> None:
+    optimizer = torch.optim.SGD([p for p in lm.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(steps):
+        (lm(batch).nll.sum() / 50).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_loss_is_that_of_plain_logits_at_targets(tmp_path: Path) -> None:
+    lm = make(tmp_path).eval()
+    batch = batch_of(lm, tmp_path / "a.parquet")
+    scores = lm(batch)
+    logits = lm.lm(input_ids=batch.tokens).logits
+    nll = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), batch.labels, ignore_index=IGNORE, reduction="none"
+    ).sum(1)
+    by_task = [nll[batch.tasks == task].sum() for task in range(2)]
+    torch.testing.assert_close(scores.nll, torch.stack(by_task), rtol=1e-5, atol=1e-3)
+    targets = (batch.labels != IGNORE).sum(1)
+    assert scores.targets.tolist() == [targets[batch.tasks == t].sum().item() for t in range(2)]
+
+
+def test_padding_changes_nothing(tmp_path: Path) -> None:
+    lm = make(tmp_path).eval()
+    batch = batch_of(lm, tmp_path / "a.parquet")
+    row = 0
+    length = int((batch.labels[row] != IGNORE).nonzero().max()) + 2
+    alone = lm(ARBatch(batch.tokens[:1, :length], batch.labels[:1, :length], batch.tasks[:1]))
+    padded = lm(ARBatch(batch.tokens[:1], batch.labels[:1], batch.tasks[:1]))
+    torch.testing.assert_close(alone.nll, padded.nll, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "tied"), BASES)
+def test_adapters_train_only_themselves_and_new_rows(tmp_path: Path, kind: str, tied: bool) -> None:
+    lm = make(tmp_path, kind=kind, tied=tied)
+    trained = [name for name, p in lm.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name or "trainable_tokens_delta" in name for name in trained)
+    frozen = {n: p.detach().clone() for n, p in lm.named_parameters() if not p.requires_grad}
+    before = {n: p.detach().clone() for n, p in lm.named_parameters() if p.requires_grad}
+    train(lm, batch_of(lm, tmp_path / "a.parquet"))
+    after = dict(lm.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in frozen.items())
+    deltas = [name for name in before if "trainable_tokens_delta" in name]
+    assert len(deltas) == (1 if tied else 2)
+    for name in deltas:
+        assert before[name].shape[0] == len(lm.vocabulary.new_ids)
+        assert not torch.equal(after[name], before[name])
+
+
+@pytest.mark.parametrize(("kind", "tied"), BASES)
+@pytest.mark.parametrize("lora", [LoRAConfig(rank=2), None])
+def test_a_saved_folder_gives_the_same_losses(
+    tmp_path: Path, kind: str, tied: bool, lora: LoRAConfig | None
+) -> None:
+    lm = make(tmp_path, lora, kind=kind, tied=tied)
+    batch = batch_of(lm, tmp_path / "a.parquet")
+    train(lm, batch)
+    expected = lm.eval()(batch)
+    state = {n: p.detach().clone() for n, p in lm.named_parameters() if p.requires_grad}
+    lm.save(tmp_path / "ar", state)
+    assert not list((tmp_path / "ar").glob("*.bin"))
+    loaded = SpeechLM.load(tmp_path / "ar")  # adapters merged
+    torch.testing.assert_close(loaded(batch).nll, expected.nll, rtol=1e-5, atol=1e-3)
+    assert loaded.vocabulary == lm.vocabulary
+    embedding, head = (loaded.lm.get_input_embeddings(), loaded.lm.get_output_embeddings())
+    assert (embedding.weight is head.weight) == tied
+
+
+def test_first_layers_only(tmp_path: Path) -> None:
+    base = load_base(save_base(tmp_path), num_layers=1)
+    assert len(base.lm.model.layers) == 1
+    with pytest.raises(ValueError, match=r"ar\.num_layers is 3.*only 2 layers"):
+        load_base(tmp_path, num_layers=3)
+
+
+def test_digest_tells_llms_apart_whatever_the_precision(tmp_path: Path) -> None:
+    one, other = (save_base(tmp_path / str(seed), seed=seed) for seed in range(2))
+    digests = {digest_of(load_base(one).lm), load_base(one, dtype=torch.bfloat16).digest}
+    assert len(digests) == 1
+    assert load_base(other).digest not in digests
+
+
+def test_another_base_is_refused(tmp_path: Path) -> None:
+    lm = make(tmp_path)
+    lm.save(tmp_path / "ar")
+    other = save_base(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="not the text LLM"):
+        SpeechLM.load(tmp_path / "ar", base=other)
+
+
+def test_voice_and_base_move_together(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    lm = make(tmp_path / "here")
+    lm.save(tmp_path / "here" / "voice" / "ar")
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    SpeechLM.load(tmp_path / "there" / "voice" / "ar")
+
+
+def test_a_base_that_is_gone_is_named_and_can_be_put_right(tmp_path: Path) -> None:
+    lm = make(tmp_path)
+    folder = tmp_path / "voice" / "ar"
+    lm.save(folder)
+    shutil.move(tmp_path / "base", tmp_path / "voice" / "llm")
+    with pytest.raises(ValueError, match=r"base\.json.*is not there"):
+        SpeechLM.load(folder)
+    SpeechLM.load(folder, base=tmp_path / "voice" / "llm")
+    record = json.loads((folder / BASE_FILE).read_text())
+    (folder / BASE_FILE).write_text(json.dumps({**record, "name": "llm"}))
+    SpeechLM.load(folder)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "no/such/folder", "gone.gguf"])
+def test_a_missing_base_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        load_base(tmp_path / name)
+
+
+def test_a_folder_that_is_no_llm_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be loaded as a text LLM"):
+        load_base(tmp_path)
+
+
+def test_damaged_weights_are_named(tmp_path: Path) -> None:
+    base = save_base(tmp_path)
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        load_base(base)
+
+
+def test_missing_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base = save_base(tmp_path)
+    tensors = load_file(base / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    kept = {key: value for key, value in tensors.items() if key != name}
+    save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"lack {name}"):
+        load_base(base)
+    save_file({**kept, name: torch.zeros(3, 3)}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_base(base)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "base.json", "vocabulary.json"])
+def test_an_ar_folder_that_lacks_a_file(tmp_path: Path, file: str) -> None:
+    make(tmp_path).save(tmp_path / "ar")
+    (tmp_path / "ar" / file).unlink()
+    with pytest.raises(ValueError, match=file):
+        SpeechLM.load(tmp_path / "ar")
+
+
+def test_a_damaged_adapter_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    make(tmp_path).save(tmp_path / "ar")
+    file = tmp_path / "ar" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "lora_A" in name)
+    save_file({**tensors, name: torch.zeros(1, 1)}, file)
+    with pytest.raises(ValueError, match="does not fit"):
+        SpeechLM.load(tmp_path / "ar")
+    save_file({key: value for key, value in tensors.items() if key != name}, file)
+    with pytest.raises(ValueError, match="lacks"):
+        SpeechLM.load(tmp_path / "ar")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="does not fit"):
+        SpeechLM.load(tmp_path / "ar")

@@ -1,0 +1,99 @@
+"""slm/prompts.py: the layouts, what the loss covers, what may be said."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_slm import STAMP, quiet, save_base
+
+from slm.ar import load_base
+from slm.prompts import (
+    Coverage,
+    Prompt,
+    asr_layout,
+    join_texts,
+    load_prompts,
+    tts_context,
+    tts_layout,
+)
+from slm.vocab import Vocabulary
+
+pytestmark = quiet()
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
+    base = load_base(save_base(tmp_path_factory.mktemp("base")))
+    return Vocabulary.of(base.lm, base.tokenizer, STAMP)
+
+
+def test_tts_layout(vocabulary: Vocabulary) -> None:
+    tokens, num_context = tts_layout(vocabulary, [5, 6], np.array([3, 0]))
+    first = vocabulary.first_speech
+    context = [vocabulary.text, 5, 6, vocabulary.speech]
+    target = [first + 3, first, vocabulary.speech_end]
+    assert tokens.tolist() == context + target
+    assert num_context == len(context)
+
+
+def test_asr_layout(vocabulary: Vocabulary) -> None:
+    tokens, num_context = asr_layout(vocabulary, [5, 6], np.array([3, 0]))
+    first = vocabulary.first_speech
+    context = [vocabulary.speech, first + 3, first, vocabulary.speech_end, vocabulary.text]
+    assert tokens.tolist() == [*context, 5, 6, vocabulary.eos]
+    assert num_context == len(context)
+
+
+def test_a_prompt_stands_where_its_codes_stood_in_training(vocabulary: Vocabulary) -> None:
+    codes = np.array([3, 0, 2, 1])
+    trained = tts_layout(vocabulary, [5, 6], codes).tokens.tolist()
+    context = tts_context(vocabulary, [5, 6], codes[:2])
+    assert trained[: len(context)] == context
+
+
+def test_texts_are_joined_like_one_transcript() -> None:
+    assert join_texts(" one two ", "three") == "one two three"
+    assert join_texts("", "three") == "three"
+
+
+COVERAGE = Coverage.of(["Hello there.", "bye 7"], longest_frames=100)
+
+
+def test_coverage_names_the_letter_and_its_script() -> None:
+    with pytest.raises(ValueError, match=r"'\u043f' of the script CYRILLIC.*trained on LATIN"):
+        COVERAGE.check("hello \u043f")
+
+
+@pytest.mark.parametrize("text", ["", "  ", "...!", "\u3002"])
+def test_a_text_with_nothing_to_say(text: str) -> None:
+    with pytest.raises(ValueError, match="has nothing to say"):
+        COVERAGE.check(text)
+
+
+def test_known_scripts_pass_and_unseen_characters_are_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        COVERAGE.check("Hello")
+        assert not caplog.records
+        COVERAGE.check("h\u00e9llo")
+    assert "\u00e9" in caplog.text
+
+
+def test_coverage_comes_back(tmp_path: Path) -> None:
+    COVERAGE.save(tmp_path)
+    assert Coverage.load(tmp_path) == COVERAGE
+    (tmp_path / "coverage.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"coverage\.json"):
+        Coverage.load(tmp_path)
+
+
+def test_prompts_come_back(tmp_path: Path) -> None:
+    Prompt(codes=np.array([[1, 2], [3, 4]]), text="na\u00efve", credit="X").save(tmp_path, "ann")
+    prompt = load_prompts(tmp_path)["ann"]
+    assert prompt.codes.tolist() == [[1, 2], [3, 4]]
+    assert (prompt.text, prompt.credit) == ("na\u00efve", "X")
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"bad\.json"):
+        load_prompts(tmp_path)

@@ -1,0 +1,128 @@
+"""slm/vocab.py: ids never collide, old rows stay, new rows are drawn from them."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_slm import STAMP, quiet, save_base
+
+from slm.ar import load_base
+from slm.vocab import FILE_NAME, Vocabulary, extend
+
+pytestmark = quiet()
+
+BASES = [("llama", True), ("llama", False), ("gpt2", True), ("gpt2", False)]
+
+
+def vocabulary_of(folder: Path) -> Vocabulary:
+    base = load_base(folder)
+    return Vocabulary.of(base.lm, base.tokenizer, STAMP)
+
+
+def test_ids_do_not_collide_and_codes_come_back(tmp_path: Path) -> None:
+    vocabulary = vocabulary_of(save_base(tmp_path))
+    codes = np.arange(STAMP.codebook_sizes[0])
+    ids = vocabulary.encode_speech(codes)
+    specials = [vocabulary.text, vocabulary.speech, vocabulary.speech_end]
+    everything = [*range(vocabulary.text_size), *specials, *ids]
+    assert sorted(everything) == list(range(vocabulary.size))
+    assert np.array_equal(vocabulary.decode_speech(ids), codes)
+
+
+def test_rows_that_pad_the_table_are_not_used(tmp_path: Path) -> None:
+    vocabulary = vocabulary_of(save_base(tmp_path, pad_rows=7))
+    assert vocabulary.text_size == vocabulary.num_text + 7
+    assert vocabulary.new_ids[0] == vocabulary.text_size
+
+
+def test_an_llm_without_end_token_gets_one(tmp_path: Path) -> None:
+    vocabulary = vocabulary_of(save_base(tmp_path, eos=False))
+    assert vocabulary.eos == vocabulary.text_size + 3
+    assert vocabulary.first_speech == vocabulary.eos + 1
+
+
+@pytest.mark.parametrize("code", [-1, STAMP.codebook_sizes[0]])
+def test_a_code_outside_codebook_1_is_named(tmp_path: Path, code: int) -> None:
+    vocabulary = vocabulary_of(save_base(tmp_path))
+    with pytest.raises(ValueError, match=f"code {code} is outside codebook 1"):
+        vocabulary.encode_speech(np.array([0, code]))
+
+
+def test_text_that_looks_like_a_special_token_is_text(tmp_path: Path) -> None:
+    base = load_base(save_base(tmp_path))
+    vocabulary = Vocabulary.of(base.lm, base.tokenizer, STAMP)
+    ids = vocabulary.encode_text(base.tokenizer, "a<|end|>b")
+    assert vocabulary.eos not in ids
+    assert vocabulary.decode_text(base.tokenizer, ids) == "a<|end|>b"
+    with pytest.raises(ValueError, match="is not a text id"):
+        vocabulary.decode_text(base.tokenizer, [vocabulary.speech])
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    vocabulary = vocabulary_of(save_base(tmp_path / "base"))
+    vocabulary.save(tmp_path)
+    assert Vocabulary.load(tmp_path) == vocabulary
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"format": 99}'])
+def test_a_damaged_map_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / FILE_NAME).write_text(content)
+    with pytest.raises(ValueError, match=FILE_NAME):
+        Vocabulary.load(tmp_path)
+
+
+def test_a_missing_map_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is missing"):
+        Vocabulary.load(tmp_path)
+
+
+def test_another_codec_is_refused(tmp_path: Path) -> None:
+    vocabulary = vocabulary_of(save_base(tmp_path))
+    other = dataclasses.replace(STAMP, digest="f" * 16)
+    with pytest.raises(ValueError, match="ffffffffffffffff"):
+        vocabulary.check_codec(other, "tokens")
+
+
+@pytest.mark.parametrize(("kind", "tied"), BASES)
+def test_extending_keeps_old_logits_and_ties(tmp_path: Path, kind: str, tied: bool) -> None:
+    base = load_base(save_base(tmp_path, kind=kind, tied=tied))
+    vocabulary = Vocabulary.of(base.lm, base.tokenizer, STAMP)
+    base.lm.eval()
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    before = base.lm(tokens).logits
+    rows_before = base.lm.get_input_embeddings().weight.detach().clone()
+    extend(base.lm, vocabulary, seed=0)
+    after = base.lm(tokens).logits
+    assert after.shape[-1] == vocabulary.size
+    torch.testing.assert_close(after[..., : vocabulary.text_size], before, rtol=1e-5, atol=1e-5)
+    embedding, head = base.lm.get_input_embeddings(), base.lm.get_output_embeddings()
+    assert torch.equal(embedding.weight[: vocabulary.text_size], rows_before)
+    assert (embedding.weight is head.weight) == tied
+    assert head.weight.shape[0] == vocabulary.size
+
+
+def test_new_rows_have_the_old_ones_mean_and_covariance(tmp_path: Path) -> None:
+    base = load_base(save_base(tmp_path, pad_rows=0))
+    stamp = dataclasses.replace(STAMP, codebook_sizes=(4096,), num_codebooks=1)
+    vocabulary = Vocabulary.of(base.lm, base.tokenizer, stamp)
+    weight = base.lm.get_input_embeddings().weight
+    with torch.no_grad():  # features that vary together, and not about zero
+        weight[:, 1] = weight[:, 0] * 0.5 + 1.0
+    old = weight.detach().clone()
+    extend(base.lm, vocabulary, seed=0)
+    new = base.lm.get_input_embeddings().weight.detach()[vocabulary.text_size :]
+    torch.testing.assert_close(new.mean(0), old.mean(0), rtol=0, atol=0.02)
+    torch.testing.assert_close(new.T.cov(), old.T.cov(), rtol=0, atol=0.01)
+
+
+def test_new_rows_follow_the_seed(tmp_path: Path) -> None:
+    def rows(seed: int) -> torch.Tensor:
+        base = load_base(save_base(tmp_path))
+        vocabulary = Vocabulary.of(base.lm, base.tokenizer, STAMP)
+        extend(base.lm, vocabulary, seed=seed)
+        return base.lm.get_input_embeddings().weight.detach()
+
+    assert torch.equal(rows(1), rows(1))
+    assert not torch.equal(rows(1), rows(2))
