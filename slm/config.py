@@ -1,6 +1,8 @@
 """Frozen configurations of the speech language model. The defaults are the smoke configuration."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 
 def _positive(**values: float | int) -> None:
@@ -94,9 +96,6 @@ class NARConfig:
     """No training prompt is longer."""
 
     def __post_init__(self) -> None:
-        # A config that comes back from JSON has lists where tuples were.
-        object.__setattr__(self, "codebook_sizes", tuple(self.codebook_sizes))
-        object.__setattr__(self, "prompt_share", tuple(self.prompt_share))
         _positive(
             **{
                 "nar.num_layers": self.num_layers,
@@ -115,6 +114,13 @@ class NARConfig:
             raise ValueError(
                 f"nar.width {self.width} must be a multiple of twice nar.num_heads {self.num_heads}"
             )
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "NARConfig":
+        """From a config.json, which has lists where tuples were."""
+        known = {f.name for f in fields(cls)} & values.keys()
+        listed = {key: values[key] for key in known}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in listed.items()})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -107,6 +107,8 @@ def generate(
     results: list[Generated | None] = [None] * len(requests)
     waiting = list(range(len(requests)))
     for attempt in range(config.tries):
+        if not waiting:
+            break
         seeds = {index: requests[index].seed + 7919 * attempt for index in waiting}
         # The likeliest token fails the same way twice: a retry samples.
         drawn = config if attempt == 0 else replace(config, greedy=False)
@@ -120,9 +122,8 @@ def generate(
         waiting = [
             i for i in waiting if (made := results[i]) is not None and made.failure is not None
         ]
-        if not waiting:
-            break
-        logger.info("try %d of %d failed for %d items", attempt + 1, config.tries, len(waiting))
+        if waiting:
+            logger.info("try %d of %d failed for %d items", attempt + 1, config.tries, len(waiting))
     return [made for made in results if made is not None]
 
 

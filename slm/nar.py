@@ -5,15 +5,19 @@ of every codebook within the prompt. Each layer's norms are adapted to the stage
 codebook predicted, counted from 0.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
 from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Bool, Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -31,8 +35,11 @@ class NAR(
 ):
     """Predicts codebook `stage` from the text, the prompt and the codebooks below."""
 
-    def __init__(self, config: NARConfig):
+    def __init__(self, config: NARConfig | dict[str, Any]):
+        """`config`: a dict, when it comes from a config.json."""
         super().__init__()
+        if isinstance(config, dict):
+            config = NARConfig.from_json(config)
         sizes = config.codebook_sizes
         if len(sizes) < 2:
             raise ValueError(f"a NAR needs two codebooks or more, got codebook_sizes={sizes}")
@@ -145,11 +152,14 @@ class NAR(
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "NAR":
         """For generation. Raises ValueError when the folder is not whole."""
-        if not (Path(folder) / "config.json").is_file():
-            raise ValueError(f"{folder}: no NAR here (config.json is missing)")
+        folder = Path(folder)
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder}: no NAR here ({name} is missing)")
         try:
-            nar = cls.from_pretrained(str(folder), strict=True)
-        except (RuntimeError, OSError, TypeError) as error:
+            nar = cls(json.loads((folder / "config.json").read_text()))
+            nar.load_state_dict(load_file(folder / "model.safetensors"))
+        except (RuntimeError, TypeError, ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{folder}: not a whole NAR: {reason[:300]}") from error
         return nar.to(dtype).eval().requires_grad_(False)

@@ -1,0 +1,215 @@
+"""slm/generate.py: cached equals uncached, batched equals single, bounds, failures and retries."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_slm import STAMP, quiet, save_base
+
+from slm.ar import SpeechLM
+from slm.config import ARConfig, SamplingConfig
+from slm.generate import (
+    Allowed,
+    Request,
+    draw,
+    generate,
+    is_loop,
+    restrict_context,
+    speech_bounds,
+    speech_only,
+    text_only,
+)
+from slm.prompts import asr_context, tts_context
+
+pytestmark = quiet()
+
+TEXTS = [("hello", 3), ("a", 0), ("the cat sat", 10)]
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def lm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SpeechLM:
+    base = save_base(tmp_path_factory.mktemp("base"), kind=request.param)
+    config = ARConfig(base=str(base), lora=None)
+    # In float64 a near tie between two tokens does not depend on how they were batched.
+    return SpeechLM.create(config, STAMP, seed=1).double().eval()
+
+
+def requests(lm: SpeechLM, least: int = 3, most: int = 40) -> list[Request]:
+    vocabulary = lm.vocabulary
+    return [
+        Request(
+            context=tts_context(
+                vocabulary, vocabulary.encode_text(lm.tokenizer, text), np.arange(frames)
+            ),
+            min_tokens=least,
+            max_tokens=most,
+            seed=seed,
+        )
+        for seed, (text, frames) in enumerate(TEXTS)
+    ]
+
+
+def uncached(lm: SpeechLM, request: Request, allowed: Allowed) -> tuple[int, ...]:
+    """The reference: the whole sequence again for every token, argmax over the allowed ids."""
+    tokens = list(request.context)
+    ids = torch.tensor([*range(allowed.first, allowed.stop), allowed.end])
+    while len(tokens) - len(request.context) < request.max_tokens:
+        logits = lm.lm(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1]
+        mask = torch.full_like(logits, -torch.inf)
+        mask[ids] = 0
+        if len(tokens) - len(request.context) < request.min_tokens:
+            mask[allowed.end] = -torch.inf
+        token = int((logits + mask).argmax())
+        if token == allowed.end:
+            break
+        tokens.append(token)
+    return tuple(tokens[len(request.context) :])
+
+
+NO_LOOPS = SamplingConfig(greedy=True, tries=1, loop_seconds=1000.0)
+
+
+def test_cached_greedy_equals_uncached(lm: SpeechLM) -> None:
+    allowed = speech_only(lm, NO_LOOPS)
+    made = generate(lm, requests(lm), allowed, NO_LOOPS)
+    assert [one.tokens for one in made] == [uncached(lm, r, allowed) for r in requests(lm)]
+    assert len({len(one.tokens) for one in made}) > 1 or made[0].tokens != made[1].tokens
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_batched_equals_single_under_the_same_seeds(lm: SpeechLM, greedy: bool) -> None:
+    config = SamplingConfig(greedy=greedy, tries=2)
+    allowed = speech_only(lm, config)
+    together = generate(lm, requests(lm), allowed, config)
+    alone = [generate(lm, [one], allowed, config)[0] for one in requests(lm)]
+    assert together == alone
+
+
+def test_seeds_matter(lm: SpeechLM) -> None:
+    config = SamplingConfig(tries=1)
+    same = requests(lm)[0]
+    other = Request(context=same.context, min_tokens=10, max_tokens=40, seed=99)
+    one = Request(context=same.context, min_tokens=10, max_tokens=40, seed=98)
+    first, second = generate(lm, [one, other], speech_only(lm, config), config)
+    assert first.tokens != second.tokens
+
+
+def test_only_allowed_ids_come_out(lm: SpeechLM) -> None:
+    vocabulary, config = lm.vocabulary, SamplingConfig(top_p=1.0, top_k=10_000)
+    for made in generate(lm, requests(lm), speech_only(lm, config), config):
+        vocabulary.decode_speech(np.array(made.tokens))
+    context = asr_context(vocabulary, np.arange(5))
+    request = Request(context=context, min_tokens=20, max_tokens=40, seed=0)
+    (made,) = generate(lm, [request], text_only(lm), config)
+    assert all(token < vocabulary.num_text for token in made.tokens)
+    assert vocabulary.eos not in made.tokens
+
+
+def test_bounds_are_kept_and_the_end_ignored_below(lm: SpeechLM) -> None:
+    config = SamplingConfig(loop_seconds=1000.0)
+    for least, most in ((0, 5), (30, 32)):
+        for made in generate(lm, requests(lm, least, most), speech_only(lm, config), config):
+            assert least <= len(made.tokens) <= most
+
+
+def test_bounds_follow_text_and_frame_rate() -> None:
+    config = SamplingConfig(frames_per_token=(2.0, 20.0), spare_seconds=0.0)
+    assert speech_bounds(10, 25.0, config) == (20, 201)
+    assert speech_bounds(10, 50.0, config) == (40, 401)
+
+
+def test_a_text_that_cannot_fit_is_refused() -> None:
+    assert restrict_context(100, [0] * 40, 20, 300) == 60
+    with pytest.raises(ValueError, match="too long for the model"):
+        restrict_context(100, [0] * 90, 20, 300)
+
+
+class Script(torch.nn.Module):
+    """A language model that says what it is told, one script per try."""
+
+    def __init__(self, real: SpeechLM, scripts: list[list[int]]):
+        super().__init__()
+        self.config, self.vocabulary = real.config, real.vocabulary
+        self.scripts, self.tries = scripts, 0
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids: torch.Tensor, **_):
+        if input_ids.shape[1] > 1:  # a new try
+            self.said, self.tries = 0, self.tries + 1
+        script = self.scripts[min(self.tries, len(self.scripts)) - 1]
+        logits = torch.full((1, 1, self.vocabulary.size), -30.0)
+        code = script[self.said % len(script)]
+        token = self.vocabulary.speech_end if code < 0 else self.vocabulary.first_speech + code
+        logits[0, 0, token] = 30.0
+        self.said += 1
+        return type("Output", (), {"logits": logits})()
+
+
+def stub(real: SpeechLM, scripts: list[list[int]]) -> SpeechLM:
+    return SpeechLM(Script(real, scripts), real.tokenizer, real.vocabulary, {})
+
+
+GOOD = [*range(12), -1]
+END = [-1]
+
+
+@pytest.mark.parametrize(
+    ("bad", "failure"), [([3], "loop"), ([1, 2, 3, 4], "loop"), (END, "empty")]
+)
+def test_a_failure_is_found_and_tried_again(lm: SpeechLM, bad: list[int], failure: str) -> None:
+    config = SamplingConfig(loop_seconds=0.8)
+    request = Request(context=[0, 1, 2], min_tokens=0, max_tokens=200, seed=5)
+    (made,) = generate(stub(lm, [bad, GOOD]), [request], speech_only(lm, config), config)
+    assert (made.failure, made.tries) == (None, 2)
+    assert made.seed != 5
+    assert len(made.tokens) == 12
+    (made,) = generate(stub(lm, [bad]), [request], speech_only(lm, config), config)
+    assert (made.failure, made.tries) == (failure, config.tries)
+    assert len(made.tokens) < 60  # a loop is not followed to the upper bound
+
+
+def test_a_sequence_without_end_is_cut(lm: SpeechLM) -> None:
+    config = SamplingConfig(tries=1, loop_seconds=10.0)
+    request = Request(context=[0, 1], min_tokens=0, max_tokens=30, seed=0)
+    script = np.random.default_rng(0).integers(0, 24, 100).tolist()
+    (made,) = generate(stub(lm, [script]), [request], speech_only(lm, config), config)
+    assert made.failure == "cut"
+    assert len(made.tokens) == 30
+
+
+def test_loops() -> None:
+    random = np.random.default_rng(0).integers(0, 1000, 100).tolist()
+    assert not is_loop(random, 20)
+    assert is_loop([*random, *[7] * 20], 20)
+    assert not is_loop([*random, *[7] * 19], 20)
+    assert is_loop([*random, *[1, 2, 3] * 7], 20)
+    # A phrase said twice is none; three times it is.
+    assert not is_loop([*random, *range(10), *range(10)], 20)
+    assert is_loop([*random, *range(10), *range(10), *range(10)], 20)
+
+
+def test_nucleus_and_repetition() -> None:
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
+    config = SamplingConfig(top_p=0.7, top_k=25)
+
+    def drawn(recent: list[int], config: SamplingConfig) -> set[int]:
+        generator = torch.Generator().manual_seed(0)
+        return {draw(logits, recent, generator, config) for _ in range(300)}
+
+    assert drawn([], config) == {0, 1}
+    assert drawn([], SamplingConfig(top_p=1.0, top_k=3)) == {0, 1, 2}
+    # What came just before is drawn again from the whole distribution.
+    assert drawn([0, 1], config) == {0, 1, 2, 3}
+    assert drawn([0, 1], SamplingConfig(top_p=0.7, window=0)) == {0, 1}
+
+
+def test_the_greedy_option_takes_the_likeliest() -> None:
+    logits = torch.tensor([0.0, 0.1, 0.05])
+    generator = torch.Generator().manual_seed(0)
+    config = SamplingConfig(greedy=True)
+    assert {draw(logits, [1] * 10, generator, config) for _ in range(20)} == {1}
+
+
+def test_a_prompt_of_nothing_is_no_matter(lm: SpeechLM, tmp_path: Path) -> None:
+    assert generate(lm, [], speech_only(lm, NO_LOOPS), NO_LOOPS) == []
