@@ -133,6 +133,9 @@ def crop_batches(
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
+        # Its own generator: a loader would draw a number from the global one that a run which
+        # was not interrupted does not draw.
+        generator=torch.Generator(),
         # Forking after threads have started can hang; workers start afresh instead.
         multiprocessing_context="spawn" if num_workers else None,
     )

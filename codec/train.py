@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -38,6 +38,7 @@ NUM_SHOWN = 3
 PLOT_SCALE = MelScaleConfig(window=1024, hop=256, num_mels=80)
 
 
+@runtime_checkable
 class Run(Protocol):
     """A run folder: what the loop needs of it (recipes/common.py has one)."""
 

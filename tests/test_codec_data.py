@@ -1,0 +1,92 @@
+"""Cuts to crops: pure functions of seed and number, and bad recordings cost only themselves."""
+
+import gzip
+
+import numpy as np
+import pytest
+import torch
+from lhotse import CutSet, Recording
+
+from codec.data import CropDataset, crop_batches, load_cut, read_cuts
+
+
+@pytest.fixture
+def cuts(write_wav, tmp_path) -> CutSet:
+    made = []
+    for index, seconds in enumerate((1.0, 0.2, 2.0)):
+        file = write_wav(tmp_path / "wavs" / f"{index}.wav", seconds, seed=index)
+        made.append(Recording.from_file(file, recording_id=f"rec {index}").to_cut())
+    return CutSet.from_cuts(made)
+
+
+def dataset(cuts: CutSet, seed: int = 0) -> CropDataset:
+    return CropDataset(list(cuts), sample_rate=16_000, seconds=0.5, seed=seed)
+
+
+def test_crops_are_a_function_of_seed_and_number(cuts) -> None:
+    again, other = dataset(cuts), dataset(cuts, seed=1)
+    crops = [dataset(cuts)[index] for index in range(30)]
+    for index in (29, 3, 17):
+        assert torch.equal(again[index], crops[index])
+    assert not all(torch.equal(other[index], crops[index]) for index in range(6))
+    assert all(crop.shape == (1, 8000) for crop in crops)
+
+
+def test_an_epoch_holds_every_recording_once_and_pads_short_ones(cuts) -> None:
+    for epoch in range(5):
+        crops = [dataset(cuts)[3 * epoch + position] for position in range(3)]
+        padded = [bool((crop[0, 3200:] == 0).all()) for crop in crops]
+        assert sum(padded) == 1
+        assert crops[padded.index(True)][0, :3200].abs().max() > 0.05
+
+
+def test_ranks_share_the_batch_and_a_later_start_goes_on(cuts) -> None:
+    def batches(**where) -> list[torch.Tensor]:
+        return list(crop_batches(dataset(cuts), batch_size=2, last=4, **where))
+
+    one = list(crop_batches(dataset(cuts), batch_size=4, first=0, last=4, rank=0, world=1))
+    two = [batches(first=0, rank=rank, world=2) for rank in (0, 1)]
+    for step in range(4):
+        assert torch.equal(torch.cat([two[0][step], two[1][step]]), one[step])
+    later = batches(first=2, rank=1, world=2)
+    assert len(later) == 2
+    assert torch.equal(later[0], two[1][2])
+
+
+def test_a_bad_recording_costs_itself(cuts, tmp_path, caplog) -> None:
+    bad = tmp_path / "wavs" / "2.wav"
+    bad.write_bytes(bad.read_bytes()[:1000])
+    data = dataset(cuts)
+    for index in range(12):
+        assert data[index].abs().max() > 0.05
+    assert [name.startswith("rec 2") for name in data.bad] == [True]
+    assert "2.wav" in next(iter(data.bad.values()))
+    assert caplog.text.count("2.wav") == 1
+
+
+def test_nothing_readable_is_an_error(cuts, tmp_path) -> None:
+    for file in (tmp_path / "wavs").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the recordings"):
+        dataset(cuts)[0]
+
+
+def test_load_cut_reads_the_stretch_it_names(cuts) -> None:
+    whole = load_cut(list(cuts)[2], 16_000)
+    assert len(whole) == 32_000
+    part = load_cut(list(cuts)[2].truncate(offset=0.5, duration=1.0), 16_000, start=0.25)
+    np.testing.assert_array_equal(part, whole[12_000:24_000])
+
+
+def test_lists_of_cuts(cuts, tmp_path) -> None:
+    cuts.to_file(tmp_path / "cuts.jsonl.gz")
+    assert len(read_cuts(tmp_path / "cuts.jsonl.gz")) == 3
+    with pytest.raises(ValueError, match="no such list"):
+        read_cuts(tmp_path / "missing.jsonl.gz")
+    with gzip.open(tmp_path / "broken.jsonl.gz", "wt") as file:
+        file.write("{not json\n")
+    whole = (tmp_path / "cuts.jsonl.gz").read_bytes()
+    (tmp_path / "half.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    for name in ("broken.jsonl.gz", "half.jsonl.gz"):
+        with pytest.raises(ValueError, match=f"{name}: not a whole list"):
+            read_cuts(tmp_path / name)

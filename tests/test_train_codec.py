@@ -1,0 +1,218 @@
+"""Codec training: steps, ranks, and runs that are killed and started again."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lhotse import CutSet, Recording
+from safetensors.torch import load_file
+
+from codec import Codec, CodecConfig
+from codec.config import (
+    DiscriminatorConfig,
+    LossConfig,
+    LossWeights,
+    MelScaleConfig,
+    OptimConfig,
+    QuantizerConfig,
+    SpectralConfig,
+)
+from codec.discriminators import Discriminators
+from codec.train import discriminator_step, generator_step, learning_rate
+
+TINY = CodecConfig(
+    spectral=SpectralConfig(
+        num_mels=20, encoder_width=16, encoder_depths=(1, 1, 1), dimension=8,
+        decoder_width=16, decoder_depths=(1, 1, 1),
+    ),
+    quantizer=QuantizerConfig(num_codebooks=2, codebook_size=16, decay=0.8),
+)  # fmt: skip
+SCALES = (MelScaleConfig(window=512, hop=128, num_mels=40),)
+JUDGES = DiscriminatorConfig(
+    periods=(2,), num_scales=1, stft_windows=(128,), stft_filters=4, width_divisor=64
+)
+
+
+@pytest.fixture
+def wave(write_wav, tmp_path) -> torch.Tensor:
+    import soundfile
+
+    waves = [
+        soundfile.read(write_wav(tmp_path / f"{seed}.wav", 1.0, seed=seed), dtype="float32")[0]
+        for seed in range(4)
+    ]
+    return torch.stack([torch.from_numpy(each) for each in waves]).unsqueeze(1)
+
+
+def test_only_weighted_losses_are_computed_and_weights_multiply(wave) -> None:
+    torch.manual_seed(0)
+    out = Codec(TINY).train()(wave)
+    config = LossConfig(
+        weights=LossWeights(mel=2.0, magnitude=0.0, wave=3.0, commitment=0.0), mel_scales=SCALES
+    )
+    losses = generator_step(out, wave, None, config, 16_000)
+    assert set(losses.parts) == {"mel", "wave"}
+    expected = 2 * losses.parts["mel"] + 3 * losses.parts["wave"]
+    torch.testing.assert_close(losses.total, expected)
+
+
+def test_each_step_trains_its_own_side(wave) -> None:
+    torch.manual_seed(0)
+    codec, judges = Codec(TINY).train(), Discriminators(JUDGES)
+    config = LossConfig(weights=LossWeights(adversarial=1.0, feature=1.0), mel_scales=SCALES)
+    out = codec(wave)
+    discriminator_step(out, wave, judges, config).total.backward()
+    assert all(each.grad is None for each in codec.parameters())
+    assert all(each.grad is not None for each in judges.parameters())
+    judges.zero_grad()
+    judges.requires_grad_(False)
+    losses = generator_step(out, wave, judges, config, 16_000)
+    losses.total.backward()
+    assert {"adversarial", "feature"} < set(losses.parts)
+    assert all(each.grad is None for each in judges.parameters())
+    assert all(each.grad is not None for each in codec.parameters())
+
+
+def test_learning_rate_warms_up_and_falls_to_its_floor() -> None:
+    optim = OptimConfig(steps=100, warmup_steps=10, final_lr_ratio=0.1)
+    rates = [learning_rate(step, 2.0, optim) for step in range(101)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9] == max(rates) == 2.0
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert rates[100] == pytest.approx(0.2)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _train_on_rank(rank: int, world: int, port: int, waves: torch.Tensor, out: str) -> None:
+    """Four steps of generator training; writes the codebooks after each and the final weights."""
+    torch.set_num_threads(1)
+    if world > 1:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
+        )
+    torch.manual_seed(0)
+    codec = Codec(TINY).train()
+    model = codec
+    if world > 1:
+        model = torch.nn.parallel.DistributedDataParallel(codec, broadcast_buffers=False)
+    optimizer = torch.optim.SGD(codec.parameters(), 1e-2)
+    config, books = LossConfig(mel_scales=SCALES), []
+    for step in range(4):
+        batch = waves[step].chunk(world)[rank]
+        generator_step(model(batch), batch, None, config, 16_000).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        books.append([book.state_dict() for book in codec.quantizer.codebooks])
+        books[-1] = [{name: each.clone() for name, each in book.items()} for book in books[-1]]
+    torch.save({"books": books, "weights": codec.state_dict()}, f"{out}.{rank}.pt")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_hold_the_codebooks_of_one_process_on_the_joined_batch(wave, tmp_path) -> None:
+    """Defect 2 of the public code: there, rank 0's statistics overwrite the others'."""
+    generator = torch.Generator().manual_seed(0)
+    gains = 0.5 + torch.rand(4, 4, 1, 1, generator=generator)
+    waves = gains * wave + 0.02 * torch.randn(4, *wave.shape, generator=generator)
+    port = _free_port()
+    torch.multiprocessing.spawn(
+        _train_on_rank, (2, port, waves, str(tmp_path / "two")), nprocs=2, join=True
+    )
+    _train_on_rank(0, 1, port, waves, str(tmp_path / "one"))
+    first, second, joined = (
+        torch.load(tmp_path / name, weights_only=True)
+        for name in ("two.0.pt", "two.1.pt", "one.0.pt")
+    )
+    for step in range(4):
+        for index in range(2):
+            for name, entries in first["books"][step][index].items():
+                assert torch.equal(entries, second["books"][step][index][name]), (step, name)
+                torch.testing.assert_close(
+                    entries, joined["books"][step][index][name], atol=1e-4, rtol=1e-3
+                )
+    for name, weights in joined["weights"].items():
+        torch.testing.assert_close(first["weights"][name], weights, atol=1e-4, rtol=1e-3)
+
+
+@pytest.fixture
+def recipe(write_wav, tmp_path) -> list[str]:
+    """The recipe's command line for a miniature with discriminators and gradient accumulation."""
+    cuts = [
+        Recording.from_file(write_wav(tmp_path / f"{seed}.wav", 1.5, seed=seed)).to_cut()
+        for seed in range(5)
+    ]
+    CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
+    settings = {
+        "train": tmp_path / "cuts.jsonl.gz", "dev": tmp_path / "cuts.jsonl.gz",
+        "codec.spectral.num_mels": 20, "codec.spectral.encoder_width": 16,
+        "codec.spectral.encoder_depths": "[1,1,1]", "codec.spectral.dimension": 8,
+        "codec.spectral.decoder_width": 16, "codec.spectral.decoder_depths": "[1,1,1]",
+        "codec.quantizer.num_codebooks": 2, "codec.quantizer.codebook_size": 16,
+        "codec.quantizer.dropout": 0.5,
+        "losses.weights.adversarial": 1, "losses.weights.feature": 1,
+        "discriminators.periods": "[2]", "discriminators.num_scales": 1,
+        "discriminators.stft_windows": "[128]", "discriminators.stft_filters": 4,
+        "discriminators.width_divisor": 64,
+        "data.seconds": 0.5, "data.batch_size": 2, "data.num_validation": 2,
+        "optim.steps": 20, "optim.accumulate_steps": 2, "optim.save_every": 5,
+        "optim.eval_every": 10, "optim.log_every": 5,
+    }  # fmt: skip
+    script = Path(__file__).parent.parent / "recipes" / "train_codec.py"
+    return [sys.executable, str(script), *(f"{key}={value}" for key, value in settings.items())]
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "codec" / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_ends_with_the_same_weights(recipe, tmp_path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run([*recipe, f"out={whole}"], check=True, env=environment, capture_output=True)
+    for checkpoint in ("step-00000010",):
+        process = subprocess.Popen(
+            [*recipe, f"out={broken}"], env=environment, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 120
+        while not (broken / "checkpoints" / checkpoint).exists():
+            assert process.poll() is None, "ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert not (broken / "codec").exists()
+    last = subprocess.run(
+        [*recipe, f"out={broken}"], check=True, env=environment, capture_output=True, text=True
+    )
+    assert "going on from" in last.stderr
+    expected, found = _weights(whole), _weights(broken)
+    assert all(torch.equal(found[name], each) for name, each in expected.items())
+    final = [
+        load_file(folder / "checkpoints" / "step-00000020" / "model_1.safetensors")
+        for folder in (whole, broken)
+    ]
+    assert all(torch.equal(final[1][name], each) for name, each in final[0].items())
+
+
+def test_deepspeed_is_refused_in_words(recipe, tmp_path) -> None:
+    pytest.importorskip("deepspeed")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    file = Path(__file__).parent.parent / "recipes" / "accelerate" / "zero2.yaml"
+    done = subprocess.run(
+        [*launch, str(file), *recipe[1:], f"out={tmp_path / 'run'}"],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "error: the codec's two optimisers do not train under DeepSpeed" in done.stderr
