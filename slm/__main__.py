@@ -192,14 +192,21 @@ def _result(audio: str, entry: Mapping[str, str], speech: "Speech") -> dict[str,
 
 
 def _made(results: Path, out: Path) -> set[str]:
-    """Ids that a result names and whose wave is there. A torn last line is cut off."""
+    """Ids that are done. Results without a wave, and a torn last line, are taken out."""
     if not results.exists():
         return set()
-    stored = results.read_bytes()
-    whole = stored[: stored.rfind(b"\n") + 1]
-    results.write_bytes(whole)
-    records = [json.loads(line) for line in whole.decode().splitlines()]
-    return {record["id"] for record in records if (out / record["audio"]).is_file()}
+    kept = {}
+    for line in results.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if (out / record["audio"]).is_file():
+            kept[record["id"]] = line
+    temporary = results.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept.values()), encoding="utf-8")
+    temporary.replace(results)
+    return set(kept)
 
 
 def _asr(arguments: argparse.Namespace) -> None:

@@ -227,14 +227,14 @@ class Voice:
             )
         return speeches
 
-    def asr(self, waves: Sequence[Float[np.ndarray, " S"]]) -> list[str]:
-        """Transcripts of waves at the codec's sample rate, in one batch."""
+    def asr(self, waves: Sequence[np.ndarray]) -> list[str]:
+        """Transcripts of waves (S,) at the codec's sample rate, in one batch."""
         if any(len(wave) > self._longest_piece() for wave in waves):
             return [self.asr_stream([wave]) for wave in waves]
         return self.transcribe([codes[0] for codes in self._encode(waves)])
 
-    def asr_stream(self, blocks: Iterable[Float[np.ndarray, " S"]], batch: int = 8) -> str:
-        """Transcript of one recording of any length, in bounded memory."""
+    def asr_stream(self, blocks: Iterable[np.ndarray], batch: int = 8) -> str:
+        """Transcript of one recording that comes in blocks (S,), of any length in bounded memory."""
         texts: list[str] = []
         waiting: list[np.ndarray] = []
         for piece in split_at_quiet(blocks, self._longest_piece()):
@@ -306,9 +306,7 @@ class Voice:
         return wave[0, 0, prompt.shape[1] * self.codec.hop_length :].float().cpu().numpy()
 
 
-def split_at_quiet(
-    blocks: Iterable[Float[np.ndarray, " S"]], longest: int
-) -> Iterator[Float[np.ndarray, " P"]]:
+def split_at_quiet(blocks: Iterable[np.ndarray], longest: int) -> Iterator[np.ndarray]:
     """Cuts a recording that comes in blocks into pieces of at most `longest` samples."""
     held = np.zeros(0, np.float32)
     window = max(1, longest // 100)

@@ -1,0 +1,333 @@
+"""slm/pipeline.py and the command slm: a voice speaks, transcribes, and says what is wrong."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import voiced
+from tiny_slm import quiet, save_base
+
+from codec import load_codec
+from slm.__main__ import main
+from slm.ar import SpeechLM
+from slm.config import ARConfig, LoRAConfig, NARConfig, SamplingConfig
+from slm.nar import NAR
+from slm.pipeline import Voice, split_at_quiet
+from slm.prompts import Coverage, Prompt
+
+pytestmark = quiet()
+
+TEXT = "the cat sat on a mat"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_codec_folder: Path) -> Path:
+    """A voice whose models know nothing."""
+    root = tmp_path_factory.mktemp("voices")
+    base = save_base(root / "base")
+    voice = root / "a voice"
+    codec = load_codec(tiny_codec_folder)
+    codec.save_pretrained(voice / "codec")
+    config = ARConfig(base=str(base), lora=LoRAConfig(rank=2))
+    SpeechLM.create(config, codec.stamp, seed=0).save(voice / "ar")
+    Coverage.of([TEXT], longest_frames=60).save(voice / "ar")
+    torch.manual_seed(0)
+    nar = NARConfig(
+        codebook_sizes=codec.codebook_sizes, num_layers=1, num_heads=2, width=16, feedforward=16
+    )
+    NAR(nar).save_pretrained(voice / "nar")
+    Prompt(codes=np.zeros((3, 10), np.int64), text="a cat", credit="nobody").save(
+        voice / "prompts", "ann"
+    )
+    return voice
+
+
+@pytest.fixture(scope="module")
+def voice(folder: Path) -> Voice:
+    loaded = Voice.from_pretrained(folder)
+    loaded.sampling = SamplingConfig(frames_per_token=(0.5, 1.0), spare_seconds=0.0, tries=1)
+    return loaded
+
+
+def test_only_the_new_part_is_returned(voice: Voice) -> None:
+    prompt = voiced(1.0)
+    speech = voice.tts("a cat", prompt, "the dog", seed=1)
+    assert speech.codes.shape[0] == 3
+    assert len(speech.wave) == speech.codes.shape[1] * voice.codec.hop_length
+    # The bounds count the text alone.
+    assert 2 <= speech.codes.shape[1] <= 6
+    assert speech.wave.dtype == np.float32
+
+
+def test_the_wave_goes_on_from_the_prompt(voice: Voice) -> None:
+    codes = np.random.default_rng(0).integers(0, 32, (3, 20))
+    whole = voice.decode(codes[:, :0], codes)
+    assert np.allclose(voice.decode(codes[:, :12], codes[:, 12:]), whole[12 * 640 :], atol=1e-5)
+
+
+def test_a_batch_is_what_single_items_are(voice: Voice) -> None:
+    prompts = [voice.prompt(voiced(seconds), "the dog") for seconds in (0.5, 1.0)]
+    together = voice.tts_batch(["a cat", TEXT], prompts, seeds=[3, 4])
+    for speech, text, prompt, seed in zip(together, ["a cat", TEXT], prompts, [3, 4], strict=True):
+        alone = voice.tts(text, prompt, seed=seed)
+        assert np.array_equal(speech.codes, alone.codes)
+        assert np.allclose(speech.wave, alone.wave, atol=1e-5)
+
+
+def test_a_prompt_without_transcript_is_transcribed_by_the_model(
+    voice: Voice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(voice, "transcribe", lambda first: ["red hen"] * len(first))
+    assert voice.prompt(voiced(0.5)).text == "red hen"
+    assert voice.prompt(voiced(0.5), "sun").text == "sun"
+
+
+def test_a_long_prompt_is_cut_and_transcribed_anew(
+    voice: Voice, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(voice, "transcribe", lambda first: ["red hen"])
+    monkeypatch.setattr(voice, "longest_prompt", 1.0)
+    with caplog.at_level(logging.WARNING):
+        prompt = voice.prompt(voiced(2.0), "much more than that")
+    assert prompt.codes.shape[1] == 25
+    assert prompt.text == "red hen"
+    assert "2.0 s" in caplog.text
+
+
+def test_an_unknown_prompt_name_lists_the_shipped_ones(voice: Voice) -> None:
+    assert voice.prompt("ann").credit == "nobody"
+    with pytest.raises(ValueError, match="'bob'; this voice has: ann"):
+        voice.prompt("bob")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("...", "nothing to say"),
+        ("\u4f60\u597d", "CJK"),
+        ("cat " * 200, "too long for the model"),
+    ],
+)
+def test_texts_that_cannot_be_spoken(voice: Voice, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        voice.tts(text, "ann")
+
+
+def test_a_silent_wave_is_a_failure(voice: Voice, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(voice, "decode", lambda prompt, new: np.zeros(100, np.float32))
+    assert voice.tts("a cat", "ann").failure == "empty"
+
+
+def test_asr_batch_is_what_single_waves_give(voice: Voice) -> None:
+    waves = [voiced(0.5, seed=1), voiced(1.2, seed=2)]
+    assert voice.asr(waves) == [voice.asr([wave])[0] for wave in waves]
+
+
+def test_a_long_recording_is_transcribed_in_pieces(
+    voice: Voice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+
+    def transcribe(first: list[np.ndarray]) -> list[str]:
+        lengths.extend(len(codes) for codes in first)
+        return ["w"] * len(first)
+
+    monkeypatch.setattr(voice, "transcribe", transcribe)
+    blocks = (voiced(3.0, seed=seed) for seed in range(10))
+    text = voice.asr_stream(blocks)
+    assert text.split() == ["w"] * len(lengths)
+    assert max(lengths) <= 60  # the longest training utterance
+    assert sum(lengths) >= 30 * 25
+
+
+def test_splitting_loses_nothing_and_cuts_where_it_is_quiet() -> None:
+    random = np.random.default_rng(0)
+    wave = random.standard_normal(5000).astype(np.float32)
+    wave[800:850] = 0.0
+    pieces = list(split_at_quiet(np.split(wave, 7 * [0] + [1234, 3000]), 1000))
+    assert np.array_equal(np.concatenate(pieces), wave)
+    assert max(map(len, pieces)) <= 1000
+    assert 800 <= len(pieces[0]) <= 850
+
+
+def test_save_and_load(voice: Voice, tmp_path: Path) -> None:
+    expected = voice.tts("a cat", "ann", seed=7)
+    voice.save_pretrained(tmp_path / "copy")
+    loaded = Voice.from_pretrained(tmp_path / "copy")
+    loaded.sampling = voice.sampling
+    assert np.array_equal(loaded.tts("a cat", "ann", seed=7).codes, expected.codes)
+
+
+def test_folders_that_are_no_voice(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such voice folder"):
+        Voice.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="codec/ is missing"):
+        Voice.from_pretrained(tmp_path)
+
+
+def copy_of(folder: Path, tmp_path: Path) -> Path:
+    shutil.copytree(folder.parent, tmp_path / "copy")
+    return tmp_path / "copy" / folder.name
+
+
+def test_the_wrong_codec_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = copy_of(folder, tmp_path)
+    codec = load_codec(other / "codec")
+    with torch.no_grad():
+        next(iter(codec.parameters())).add_(1.0)
+    codec.save_pretrained(other / "codec")
+    with pytest.raises(ValueError, match="is not the one that the model was trained with"):
+        Voice.from_pretrained(other)
+
+
+def test_without_nar_it_transcribes_but_does_not_speak(folder: Path, tmp_path: Path) -> None:
+    other = copy_of(folder, tmp_path)
+    shutil.rmtree(other / "nar")
+    voice = Voice.from_pretrained(other)
+    assert isinstance(voice.asr([voiced(0.5)])[0], str)
+    with pytest.raises(ValueError, match="cannot speak"):
+        voice.tts("a cat", "ann")
+
+
+def run(*arguments: str | Path) -> int:
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models know no end: keep what they say short."""
+    original = Voice.from_pretrained.__func__  # type: ignore[attr-defined]
+
+    def load(cls, *args, **kwargs) -> Voice:
+        voice = original(cls, *args, **kwargs)
+        voice.sampling = replace(
+            voice.sampling, frames_per_token=(0.2, 0.5), spare_seconds=0.0, tries=2
+        )
+        return voice
+
+    monkeypatch.setattr(Voice, "from_pretrained", classmethod(load))
+
+
+@pytest.mark.usefixtures("brief")
+def test_command_tts(
+    folder: Path, tmp_path: Path, write_wav: Callable[..., Path], capsys: pytest.CaptureFixture
+) -> None:
+    prompt = write_wav(tmp_path / "\u043f\u0440\u043e\u0431\u0430 1.wav", 1.0, 8000)
+    out = tmp_path / "new folder" / "\u00e9.wav"
+    arguments = ["--voice", folder, "--text", TEXT, "--prompt", prompt]
+    assert run("tts", *arguments, "--prompt-text", "red hen", "--seed", "3", "--out", out) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["prompt_text"] == "red hen"
+    wave, rate = soundfile.read(out)
+    assert rate == 16000
+    assert len(wave) > 0
+    assert run("tts", "--voice", folder, "--text", TEXT, "--prompt", "ann", "--out", out) == 0
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_list_costs_only_its_bad_lines(
+    folder: Path,
+    tmp_path: Path,
+    write_wav: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    write_wav(tmp_path / "p.wav", 0.5)
+    (tmp_path / "empty.wav").write_bytes(b"")
+    lines = [
+        {"id": "one", "text": TEXT, "prompt": "ann"},
+        {"id": "two words", "text": "a cat", "prompt": "p.wav", "prompt_text": "red hen"},
+        {"id": "script", "text": "\u043f\u0440\u0438", "prompt": "ann"},
+        {"id": "gone", "text": TEXT, "prompt": "no.wav"},
+        {"id": "empty", "text": TEXT, "prompt": "empty.wav"},
+        {"id": "../out", "text": TEXT, "prompt": "ann"},
+        {"id": "one", "text": TEXT, "prompt": "ann"},
+        {"text": TEXT, "prompt": "ann"},
+    ]
+    listed = tmp_path / "list.jsonl"
+    listed.write_text("\n".join(map(json.dumps, lines)) + "\nnot json\n", encoding="utf-8")
+    out = tmp_path / "out"
+    with caplog.at_level(logging.INFO):
+        assert run("tts", "--voice", folder, "--list", listed, "--out", out) == 0
+    for number in range(3, 10):
+        assert f"skipped line {number}:" in caplog.text
+    assert "9 lines: 7 skipped" in caplog.text
+    records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [record["id"] for record in records] == ["one", "two words"]
+    expected = {"id", "audio", "text", "prompt", "prompt_text", "failure", "tries", "seed"}
+    assert set(records[0]) == expected
+    assert sorted(path.name for path in out.glob("*.wav")) == ["one.wav", "two words.wav"]
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_list_goes_on_where_it_stopped(folder: Path, tmp_path: Path) -> None:
+    listed, out = tmp_path / "list.jsonl", tmp_path / "out"
+    lines = [json.dumps({"id": str(i), "text": TEXT, "prompt": "ann"}) for i in range(3)]
+    listed.write_text("\n".join(lines[:2]))
+    assert run("tts", "--voice", folder, "--list", listed, "--out", out) == 0
+    before = (out / "0.wav").stat().st_mtime_ns
+    (out / "1.wav").unlink()  # its result alone does not count
+    with open(out / "results.jsonl", "a") as file:
+        file.write('{"id": "torn')
+    listed.write_text("\n".join(lines))
+    assert run("tts", "--voice", folder, "--list", listed, "--out", out) == 0
+    assert (out / "0.wav").stat().st_mtime_ns == before
+    records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [record["id"] for record in records] == ["0", "1", "2"]
+
+
+@pytest.mark.usefixtures("brief")
+def test_command_asr(
+    folder: Path, tmp_path: Path, write_wav: Callable[..., Path], capsys: pytest.CaptureFixture
+) -> None:
+    good = write_wav(tmp_path / "a b.wav", 0.6, 44100)
+    (tmp_path / "bad.wav").write_bytes(b"RIFF")
+    assert run("asr", "--voice", folder, good, tmp_path / "bad.wav") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["audio"] == str(good)
+    assert run("asr", "--voice", folder, tmp_path / "bad.wav") == 2
+    assert "bad.wav" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", "hi"], "give --text and --prompt, or --list"),
+        (["--text", "hi", "--list", "x"], "not both"),
+        (["--list", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--text", "...", "--prompt", "ann"], "nothing to say"),
+        (["--text", "hi", "--prompt", "nowhere.wav"], "nowhere.wav"),
+    ],
+)
+def test_what_people_get_wrong_is_one_line_and_status_2(
+    folder: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert run("tts", "--voice", folder, *arguments, "--out", tmp_path / "o.wav") == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+    assert not (tmp_path / "o.wav").exists()
+
+
+@pytest.mark.parametrize("kind", ["silent", "nan", "truncated"])
+def test_prompts_that_cannot_be_used(
+    folder: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / f"{kind}.wav"
+    wave = {"silent": np.zeros(16000), "nan": np.full(16000, np.nan), "truncated": voiced(1.0)}
+    soundfile.write(path, wave[kind], 16000, subtype="FLOAT" if kind == "nan" else "PCM_16")
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:20])
+    arguments = ["--text", TEXT, "--prompt", path, "--out", tmp_path / "o.wav"]
+    assert run("tts", "--voice", folder, *arguments) == 2
+    assert path.name in capsys.readouterr().err
