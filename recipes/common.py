@@ -127,14 +127,17 @@ def start_run(
     failure: list[Any] = [None]
     if accelerator.is_main_process:
         try:
-            lock = _lock(folder)
+            lock = _Lock(folder)
             _claim(folder, resolved(config))
             _note_start(folder, seed, accelerator)
         except (ValueError, OSError) as error:
             failure = [error]
     _share(failure, accelerator)
     set_seed(seed)
-    logger.info("%s: %s", folder, _launch(accelerator))
+    world = _world(accelerator)
+    zero = "" if world["zero_stage"] is None else f", DeepSpeed ZeRO-{world['zero_stage']}"
+    place = f"{world['num_processes']} process(es) on {accelerator.device.type}"
+    logger.info("%s: %s, precision %s%s", folder, place, accelerator.mixed_precision, zero)
     if accelerator.log_with:
         accelerator.init_trackers("tensorboard")
     return Run(folder, accelerator, seed=seed, keep=keep, lock=lock)
@@ -151,7 +154,7 @@ class Run:
         seed: int,
         keep: int = 2,
         prefix: str = "",
-        lock: Any = None,
+        lock: "_Lock | None" = None,
     ):
         self.folder = folder
         self.accelerator = accelerator
@@ -177,6 +180,11 @@ class Run:
         )
         stage.folder.mkdir(parents=True, exist_ok=True)
         return stage
+
+    def close(self) -> None:
+        """Gives the folder's lock back; the end of the process does so as well."""
+        if self._lock is not None:
+            self._lock.close()
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Notes numbers of a step, on the main process, in metrics.jsonl and for the tracker."""
@@ -293,21 +301,27 @@ def git_revision() -> str:
         return "unknown"
 
 
-def _lock(folder: Path) -> Any:
-    """The folder's lock, held until the returned file is closed or the process ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")  # noqa: SIM115 - held open on purpose
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(
-            f"{folder}: another process is running in this folder; wait for it or choose another"
-        ) from None
-    # A forked data worker that outlives a killed parent must not keep the lock.
-    reference = weakref.ref(file)
-    os.register_at_fork(after_in_child=lambda: (held := reference()) and held.close())
-    return file
+class _Lock:
+    """The folder's lock, held until it is closed or forgotten, or the process ends."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._descriptor: int | None = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = "another process is running in this folder; wait for it or choose another"
+            raise ValueError(f"{folder}: {message}") from None
+        # A forked data worker that outlives a killed parent must not keep the lock.
+        reference = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: (held := reference()) and held.close())
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    __del__ = close
 
 
 def _claim(folder: Path, config: dict[str, Any]) -> None:
@@ -358,15 +372,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _launch(accelerator: Accelerator) -> str:
-    world = _world(accelerator)
-    zero = f"DeepSpeed ZeRO-{world['zero_stage']}" if world["zero_stage"] is not None else "no ZeRO"
-    return (
-        f"{world['num_processes']} process(es) on {accelerator.device.type}, "
-        f"precision {accelerator.mixed_precision}, {zero}"
-    )
 
 
 def _world(accelerator: Accelerator) -> dict[str, Any]:

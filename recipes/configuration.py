@@ -41,11 +41,38 @@ def load_config(cls: type[C], argv: Sequence[str], description: str = "") -> C:
         for tail, leaf in leaves(parsed["value"]):
             config = _merged(config, f"{key}.{tail}" if tail else key, leaf, where="")
     try:
-        return typing.cast(C, OmegaConf.to_object(config))
+        return _built(cls, OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
     except MissingMandatoryValue as error:
         raise ValueError(f"{error.full_key} has no default: give {error.full_key}=VALUE") from None
     except OmegaConfBaseException as error:
         raise ValueError(_first_line(error)) from None
+
+
+def _built(hint: Any, value: Any) -> Any:
+    """Plain containers as the dataclasses and tuples that `hint` names.
+
+    OmegaConf's own conversion leaves the dataclasses inside a tuple as unchecked dictionaries.
+    """
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        hints = typing.get_type_hints(hint)
+        fields = {key: _built(hints[key], child) for key, child in value.items()}
+        return typing.cast(type, hint)(**fields)
+    if isinstance(value, list | tuple) and typing.get_origin(hint) is tuple:
+        kinds = typing.get_args(hint)
+        if len(kinds) == 2 and kinds[1] is Ellipsis:
+            kinds = (kinds[0],) * len(value)
+        return tuple(_element(kind, child) for kind, child in zip(kinds, value, strict=True))
+    options = [option for option in _union(hint) if option is not type(None)]
+    if value is not None and len(options) == 1 and options[0] is not hint:
+        return _built(options[0], value)
+    return value
+
+
+def _element(kind: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        checked = OmegaConf.merge(OmegaConf.structured(kind), value)
+        value = OmegaConf.to_container(checked, resolve=True, throw_on_missing=True)
+    return _built(kind, value)
 
 
 def resolved(config: Any) -> dict[str, Any]:

@@ -5,11 +5,11 @@ usage: tiny_training.py FOLDER STEPS [DIE_AT]
 
 import os
 import signal
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from recipes.common import run_program, start_run
 
 
@@ -38,7 +38,10 @@ def main(argv: list[str]) -> None:
         if step == die_at and accelerator.is_main_process:
             os.kill(os.getpid(), signal.SIGKILL)
         draw = torch.Generator().manual_seed(1000 * step + accelerator.process_index)
-        loss = model(torch.randn(2, 4, generator=draw)).pow(2).mean()
+        # DeepSpeed keeps bf16 weights and leaves casting the input to us.
+        wave = torch.randn(2, 4, generator=draw).to(next(model.parameters()).dtype)
+        with accelerator.autocast():
+            loss = model(wave).float().pow(2).mean()
         accelerator.backward(loss)
         optimizer.step()
         schedule.step()

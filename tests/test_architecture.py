@@ -1,0 +1,231 @@
+"""The rules of the house that a machine can check; each says what to do when it is broken."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from recipes.common import load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = ("codec", "slm", "eval", "recipes")
+SOURCES = sorted(path for package in OURS for path in (ROOT / package).rglob("*.py"))
+EVERYTHING = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
+TEXTS = sorted(
+    path
+    for pattern in ("*.py", "*.md", "*.toml", "*.txt", "*.yaml", "*.json", "Makefile", ".ci/run")
+    for path in ROOT.rglob(pattern)
+    if not {".venv", ".git", "out", "data", "models"} & set(path.relative_to(ROOT).parts)
+    and ".egg-info" not in str(path)
+)
+# What `slm` may know of `codec`, and what only a voice, made of both, may.
+CONTRACT = "codec.tokens"
+PIPELINE = "slm/pipeline.py"
+# Imports that cost seconds or need more than codec's own five libraries.
+HEAVY = (
+    *("transformers", "peft", "accelerate", "deepspeed", "lhotse", "soundfile", "soxr"),
+    *("torchaudio", "pyarrow", "tensorboard", "matplotlib", "gradio", "scipy", "pandas"),
+    *("jiwer", "faster_whisper", "pesq", "pystoi", "omegaconf", "tqdm.notebook"),
+)
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Our own modules that a file imports anywhere, also for types only and inside functions."""
+    package = path.relative_to(ROOT).parts[0]
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] in OURS)
+        elif isinstance(node, ast.ImportFrom):
+            module = f"{package}.{node.module or ''}".rstrip(".") if node.level else node.module
+            if module and module.split(".")[0] in OURS:
+                yield module
+                yield from (f"{module}.{alias.name}" for alias in node.names if module in OURS)
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_imports_follow_the_data(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    for module in imports(path):
+        target = module.split(".")[0]
+        if target == package or package == "recipes":
+            continue
+        assert package == "slm", f"{name(path)} imports {module}: {package} imports none of ours"
+        assert target == "codec", f"{name(path)} imports {module}: slm knows only {CONTRACT}"
+        allowed = name(path) == PIPELINE or module.startswith(CONTRACT)
+        assert allowed, f"{name(path)} imports {module}: only {PIPELINE} may, others {CONTRACT}"
+
+
+def test_imports_have_no_circles() -> None:
+    graph = {}
+    for path in SOURCES:
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        graph[module] = {
+            other for other in imports(path) if (ROOT / f"{other.replace('.', '/')}.py").exists()
+        }
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join((*trail[trail.index(module) :], module))
+        if module not in done:
+            for other in sorted(graph.get(module, ())):
+                visit(other, (*trail, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_every_room_has_a_noun() -> None:
+    nameless = {"utils", "util", "helpers", "helper", "misc", "common"}
+    named = [name(path) for path in SOURCES if nameless & {*path.parts[:-1], path.stem}]
+    assert named == ["recipes/common.py"]
+
+
+def test_no_recipe_shadows_a_package() -> None:
+    # `accelerate launch recipes/x.py` puts recipes/ first on sys.path.
+    shadowing = {"codec", "slm", "eval", "tests", "launched", *sys.stdlib_module_names}
+    assert not {path.stem for path in (ROOT / "recipes").glob("*.py")} & shadowing
+
+
+@pytest.mark.parametrize("path", EVERYTHING, ids=name)
+def test_rooms_are_small(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    assert lines <= 400, f"{name(path)} has {lines} lines: give a part of it another room"
+    for function in functions(path):
+        assert function.end_lineno is not None
+        length = function.end_lineno - function.lineno + 1
+        assert length <= 60, f"{name(path)}: {function.name} has {length} lines"
+        arguments = function.args
+        names = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+        count = len([argument for argument in names if argument.arg not in ("self", "cls")])
+        assert count <= 8, f"{name(path)}: {function.name} has {count} arguments"
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=name)
+def test_text_is_ascii_and_names_no_machine(path: Path) -> None:
+    text = path.read_text()
+    assert text.isascii(), f"{name(path)}: {[c for c in text if not c.isascii()][:3]}"
+    # Spelt apart, or this file would find itself.
+    hosts = "|".join(["pypi" + r"\.org", "python" + "hosted", "registry" + r"\.npmjs"])
+    found = re.findall(rf"(?:/wor[k]/|/roo[t]/|/hom[e]/\w|file:/[/]/|{hosts})", text)
+    assert not found, f"{name(path)} names {found}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_shapes_are_checked_where_they_are_written(path: Path) -> None:
+    source = path.read_text()
+    if "jaxtyping" in source:
+        later = "from __future__ import " + "annotations"
+        assert later not in source, f"{name(path)}: defeats jaxtyping's checks"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_configurations_are_frozen_and_explained(path: Path) -> None:
+    for node in ast.walk(tree(path)):
+        if not isinstance(node, ast.ClassDef) or not node.name.endswith("Config"):
+            continue
+        made = [ast.unparse(decorator) for decorator in node.decorator_list]
+        assert made == ["dataclass(frozen=True, kw_only=True, slots=True)"], f"{node.name}: {made}"
+        for field, following in zip(node.body, [*node.body[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign):
+                explained = isinstance(following, ast.Expr)
+                explained = explained and isinstance(following.value, ast.Constant)
+                assert explained, f"{node.name}.{ast.unparse(field.target)} has no docstring"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_no_pickle_is_read(path: Path) -> None:
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("pickle.load", "pickle.loads", "joblib.load"), name(path)
+            if called == "torch.load":
+                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert keywords.get("weights_only") == "True", f"{name(path)}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("test_*.py")), ids=name)
+def test_tests_mirror_the_tree(path: Path) -> None:
+    """test_<file>.py, or test_<package>_<file>.py where two packages have such a file."""
+    mirrored = {"architecture", *(source.stem.strip("_") for source in SOURCES)}
+    mirrored |= {f"{name(source.parent)}_{source.stem.strip('_')}" for source in SOURCES}
+    assert path.stem.removeprefix("test_") in mirrored, f"{path.name} mirrors no file"
+
+
+SETTINGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
+
+
+def config_class(path: Path) -> type:
+    """The dataclass that the recipe of recipes/configs/<recipe>/x.yaml loads."""
+    import importlib
+
+    folder = path.relative_to(ROOT / "recipes" / "configs").parts[0]
+    stems = {"codec": "train_codec", "export": "export_tokens"}
+    module = importlib.import_module(f"recipes.{stems.get(folder, folder)}")
+    source = (ROOT / "recipes" / f"{stems.get(folder, folder)}.py").read_text()
+    (loaded,) = set(re.findall(r"load_config\(\s*(\w+)", source))
+    return getattr(module, loaded)
+
+
+@pytest.mark.parametrize("path", SETTINGS, ids=name)
+def test_every_shipped_yaml_parses(path: Path) -> None:
+    load_config(config_class(path), ["--config", str(path)])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=name)
+def test_every_launch_file_parses(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    launch = load_config_from_file(str(path))
+    if path.stem.startswith("zero"):
+        assert launch.distributed_type == "DEEPSPEED"
+        assert launch.deepspeed_config["zero_stage"] == int(path.stem[-1])
+    # Without it, ZeRO-3 saves models of empty tensors.
+    assert path.stem != "zero3" or launch.deepspeed_config["zero3_save_16bit_model"] is True
+
+
+def test_every_version_is_pinned() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert lines
+    for line in lines:
+        assert re.fullmatch(r"[\w.-]+==[\w.+!-]+", line), f"constraints.txt: {line}"
+
+
+@pytest.mark.parametrize("package", ["codec", "slm"])
+def test_importing_a_package_stays_light(package: str) -> None:
+    code = f"import sys, {package}; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert not loaded & set(HEAVY), f"import {package} loads {sorted(loaded & set(HEAVY))}"
+
+
+def test_the_contract_needs_no_torch() -> None:
+    """Reading token shards costs no import of torch once `codec` itself is not asked for."""
+    code = (
+        "import importlib.util as util, sys; "
+        f"spec = util.spec_from_file_location('tokens', {str(ROOT / 'codec' / 'tokens.py')!r}); "
+        "sys.modules['tokens'] = module = util.module_from_spec(spec); "
+        "spec.loader.exec_module(module); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,317 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from launched.tiny_training import TinyConfig
+
+from recipes import common
+from recipes.checkpoints import is_write_failure
+from recipes.common import Run, git_revision, run_program, start_run
+
+TRAINING = Path(__file__).parent / "launched" / "tiny_training.py"
+CHECKPOINTS = "checkpoints/step-0000000"
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    """One process on the CPU; accelerate's global state is put back afterwards."""
+    yield Accelerator(cpu=True)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture
+def run(tmp_path: Path, accelerator: Accelerator) -> Run:
+    return start_run(TinyConfig(), tmp_path / "run", seed=0, accelerator=accelerator)
+
+
+def prepare(accelerator: Accelerator) -> tuple[torch.nn.Module, Any, Any]:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    return accelerator.prepare(model, optimizer, schedule)
+
+
+def step(model: torch.nn.Module, optimizer: Any, schedule: Any) -> None:
+    model(torch.rand(4, 3)).square().mean().backward()
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+
+
+# Run folders
+
+
+def test_the_run_folder_says_what_ran(run: Run) -> None:
+    assert yaml.safe_load((run.folder / "config.yaml").read_text()) == {"width": 8}
+    noted = json.loads((run.folder / "run.json").read_text())
+    assert noted["seed"] == 0
+    (start,) = noted["starts"]
+    assert start["git"] == git_revision()
+    assert start["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert start["num_processes"] == 1
+    assert start["machine"]["cores"] == os.cpu_count()
+
+
+def test_two_runs_in_one_folder_are_refused_until_the_first_ends(
+    run: Run, accelerator: Accelerator
+) -> None:
+    with pytest.raises(ValueError, match="another process is running in this folder"):
+        start_run(TinyConfig(), run.folder, seed=0, accelerator=accelerator)
+    folder = run.folder
+    run.close()
+    start_run(TinyConfig(), folder, seed=0, accelerator=accelerator).close()
+    assert len(json.loads((folder / "run.json").read_text())["starts"]) == 2
+
+
+def test_a_forked_child_does_not_keep_the_lock(run: Run, accelerator: Accelerator) -> None:
+    ready, go = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(ready[1], b"x")
+        os.read(go[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    run.close()
+    start_run(TinyConfig(), run.folder, seed=0, accelerator=accelerator).close()
+    os.write(go[1], b"x")
+    os.waitpid(child, 0)
+
+
+def test_another_configuration_is_refused_by_key(run: Run, accelerator: Accelerator) -> None:
+    run.close()
+    with pytest.raises(ValueError, match=r"another configuration: width \(8 -> 9\)"):
+        start_run(TinyConfig(width=9), run.folder, seed=0, accelerator=accelerator)
+
+
+def test_git_revision_outside_a_checkout_is_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "REPOSITORY", tmp_path)
+    assert git_revision() == "unknown"
+
+
+# Checkpoints
+
+
+def test_resuming_restores_weights_schedule_and_generators(
+    run: Run, accelerator: Accelerator
+) -> None:
+    objects = prepare(accelerator)
+    assert run.resume() == 0
+    step(*objects)
+    run.save(1)
+    step(*objects)
+    expected = objects[0].weight.detach().clone(), objects[2].get_last_lr(), torch.rand(3)
+    step(*objects)
+    torch.rand(5)
+    assert run.resume() == 1
+    step(*objects)
+    assert torch.equal(objects[0].weight, expected[0])
+    assert objects[2].get_last_lr() == expected[1]
+    assert torch.equal(torch.rand(3), expected[2])
+
+
+def test_only_the_newest_checkpoints_stay(run: Run, accelerator: Accelerator) -> None:
+    prepare(accelerator)
+    for number in (2, 4, 6, 6, 8):
+        run.save(number)
+    names = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
+    assert names == ["step-00000006", "step-00000008"]
+
+
+@pytest.mark.parametrize("harm", ["missing file", "short file", "no seal"])
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
+    run: Run, accelerator: Accelerator, harm: str
+) -> None:
+    prepare(accelerator)
+    run.save(1)
+    run.save(2)
+    newest = run.folder / f"{CHECKPOINTS}2"
+    weights = newest / "model.safetensors"
+    if harm == "missing file":
+        weights.unlink()
+    elif harm == "short file":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    else:
+        (newest / "whole.json").unlink()
+    assert run.resume() == 1
+
+
+def test_temporary_folders_of_a_killed_run_go(run: Run, accelerator: Accelerator) -> None:
+    prepare(accelerator)
+    run.save(1)
+    leftover = run.folder / "checkpoints" / ".step-00000002.tmp"
+    leftover.mkdir()
+    assert run.resume() == 1
+    assert not leftover.exists()
+
+
+def test_a_launch_of_another_size_is_refused(run: Run, accelerator: Accelerator) -> None:
+    prepare(accelerator)
+    run.save(1)
+    seal = run.folder / f"{CHECKPOINTS}1" / "whole.json"
+    seal.write_text(seal.read_text().replace('"num_processes": 1', '"num_processes": 4'))
+    with pytest.raises(ValueError, match="num_processes 4, but this launch has 1"):
+        run.resume()
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from accelerate import Accelerator
+from recipes.common import start_run
+from launched.tiny_training import TinyConfig
+run = start_run(TinyConfig(), Path(sys.argv[1]), seed=0, accelerator=Accelerator(cpu=True))
+model = torch.nn.Linear(300, 300)
+model, optimizer = run.accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+run.save(1)
+model(torch.rand(1, 300)).sum().backward()
+optimizer.step()  # Its state makes the next checkpoint larger.
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+limit = 400_000 if sys.argv[2] == "optimizer" else 100_000
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+    run.save(2)
+except OSError as error:
+    print(type(error).__name__, error)
+print(run.resume())
+"""
+
+
+@pytest.mark.parametrize("part", ["weights", "optimizer"])
+def test_a_full_disk_leaves_earlier_checkpoints(tmp_path: Path, part: str) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), part]
+    environment = {**os.environ, "PYTHONPATH": str(TRAINING.parent.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    said, step_loaded = done.stdout.splitlines()
+    assert said.startswith(f"OSError {tmp_path / (CHECKPOINTS + '2')}: could not be written")
+    assert step_loaded == "1"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_other_errors_are_no_full_disk() -> None:
+    assert not is_write_failure(RuntimeError("CUDA out of memory"))
+    assert not is_write_failure(KeyError("weight"))
+
+
+# Metrics
+
+
+def test_metrics_are_lines_and_resuming_drops_what_will_be_repeated(
+    run: Run, accelerator: Accelerator
+) -> None:
+    prepare(accelerator)
+    for number in range(4):
+        run.log({"loss": number / 2}, step=number)
+        if number == 1:
+            run.save(2)
+    metrics = run.folder / "metrics.jsonl"
+    with open(metrics, "a") as file:
+        file.write('{"step": 4, "lo')  # Killed here.
+    run.resume()
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert lines == [{"step": 0, "loss": 0.0}, {"step": 1, "loss": 0.5}]
+
+
+def test_a_stage_has_its_own_metrics_and_checkpoints(run: Run, accelerator: Accelerator) -> None:
+    prepare(accelerator)
+    stage = run.stage("ar")
+    stage.log({"loss": 1.0}, step=0)
+    stage.save(3)
+    assert (run.folder / "ar" / "metrics.jsonl").is_file()
+    assert run.resume() == 0
+    assert run.stage("ar").resume() == 3
+
+
+# Programs
+
+
+def test_mistakes_end_with_status_2_and_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["recipe", "a=1"])
+
+    def mistake(argv: list[str]) -> None:
+        raise ValueError(f"{argv[0]}: no such key")
+
+    with pytest.raises(SystemExit) as stopped:
+        run_program(mistake)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: a=1: no such key\n"
+
+    def fault(argv: list[str]) -> None:
+        raise KeyError("ours")
+
+    with pytest.raises(KeyError):
+        run_program(fault)
+    monkeypatch.setenv("PARLANCE_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no such key"):
+        run_program(mistake)
+
+
+# Launches
+
+
+def final(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "final.pt", weights_only=True)
+
+
+def check_equal_runs(one: Path, other: Path, engine: str) -> None:
+    expected, got = final(one), final(other)
+    assert (expected["engine"], expected["world"]) == (engine, 2)
+    assert expected["weights"].keys() == got["weights"].keys()
+    assert all(torch.equal(expected["weights"][key], got["weights"][key]) for key in got["weights"])
+    # Losses and learning rates of every step, each written once.
+    assert (one / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_deepspeed_ranks_resume_bit_for_bit(
+    stage: int, tmp_path: Path, launch: Callable[..., Any]
+) -> None:
+    whole = launch(f"zero{stage}", TRAINING, str(tmp_path / "a"), "6")
+    assert whole.returncode == 0, whole.stderr
+    assert "2 process(es) on cpu" in whole.stderr
+    assert f"DeepSpeed ZeRO-{stage}" in whole.stderr
+    # What a kill between two renames leaves: one checkpoint, half of the next, metrics beyond it.
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / "final.pt").unlink()
+    newest = tmp_path / "b" / f"{CHECKPOINTS}6"
+    newest.rename(newest.with_name(f".{newest.name}.tmp"))
+    resumed = launch(f"zero{stage}", TRAINING, str(tmp_path / "b"), "6")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"going on from {tmp_path / 'b' / CHECKPOINTS}4" in resumed.stderr
+    check_equal_runs(tmp_path / "a", tmp_path / "b", "DeepSpeedEngine")
+
+
+def test_killed_in_mid_run_two_ddp_ranks_end_alike(
+    tmp_path: Path, launch: Callable[..., Any]
+) -> None:
+    killed = launch("ddp", TRAINING, str(tmp_path / "b"), "6", "5")
+    assert "SIGKILL" in killed.stderr
+    for name in ("a", "b"):
+        done = launch("ddp", TRAINING, str(tmp_path / name), "6")
+        assert done.returncode == 0, done.stderr
+    check_equal_runs(tmp_path / "a", tmp_path / "b", "DistributedDataParallel")
+
+
+def test_a_mistake_under_two_ranks_is_said_once(tmp_path: Path, launch: Callable[..., Any]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("width: 7\n")
+    done = launch("ddp", TRAINING, str(tmp_path / "run"), "6")
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert "width (7 -> 8)" in done.stderr

@@ -1,0 +1,140 @@
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+
+from recipes.configuration import describe, load_config, resolved
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scale:
+    window: int = 64
+    """Samples."""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Optim:
+    lr: float = 1e-3
+    """Peak learning
+    rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"optim.lr must be positive, got {self.lr}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    out: Path
+    """The run folder."""
+    family: Literal["seanet", "spectral"] = "spectral"
+    optim: Optim = field(default_factory=Optim)
+    extra: Optim | None = None
+    steps: int = 3
+    weights: dict[str, float] = field(default_factory=lambda: {"mel": 1.0})
+    scales: tuple[Scale, ...] = (Scale(), Scale(window=128))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Callable[[str], str]:
+    def write(text: str) -> str:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_defaults_then_files_then_settings(file: Callable[[str], str]) -> None:
+    first = file("steps: 5\noptim:\n  lr: 1e-4\n  betas: [0.5, 0.6]\n")
+    second = file("steps: 7\n")
+    config = load_config(
+        Config, ["--config", first, f"--config={second}", "out=a b=c", "optim.lr=2e-4"]
+    )
+    expected = Config(out=Path("a b=c"), steps=7, optim=Optim(lr=2e-4, betas=(0.5, 0.6)))
+    assert config == expected
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.steps = 1
+
+
+def test_nested_dataclasses_keep_their_types(file: Callable[[str], str]) -> None:
+    config = load_config(
+        Config,
+        ["--config", file("scales:\n- window: 32\n"), "out=x", "extra.lr=0.5", "weights.wave=2"],
+    )
+    assert config.scales == (Scale(window=32),)
+    assert config.extra == Optim(lr=0.5)
+    assert config.weights == {"mel": 1.0, "wave": 2.0}
+    assert load_config(Config, ["out=x"]).scales == (Scale(), Scale(window=128))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("optim.lrr=1", "optim.lrr: Key 'lrr' not in 'Optim'. Did you mean: 'lr'?"),
+        ("step=1", "step: Key 'step' not in 'Config'. Did you mean: 'steps'?"),
+        ("steps=many", "steps=many: Value 'many' of type 'str' could not be converted to Integer"),
+        ("family=dac", "family=dac: Invalid value 'dac', expected one of ['seanet', 'spectral']"),
+        ("optim.betas=[1]", "optim.betas=[1]: TupleConfig length 1 does not match"),
+        ("optim.betas=[a,b]", "optim.betas=['a', 'b']: a value of the wrong type"),
+        ("optim=3", "optim=3: "),
+        ("steps=null", "steps=None: "),
+        ("steps=[", "steps=[: the value is not valid YAML"),
+        ("optim.lr=-1", "optim.lr must be positive, got -1"),
+        ("scales=[{windw: 3}]", "Key 'windw' not in 'Scale'. Did you mean: 'window'?"),
+        ("--lr", "--lr: settings are key=value or --config FILE"),
+        ("steps", "steps: settings are key=value or --config FILE"),
+        ("--config", "--config needs a file name"),
+        ("--config=nowhere.yaml", "nowhere.yaml: no such configuration file"),
+    ],
+)
+def test_mistakes_are_one_line(setting: str, message: str) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        load_config(Config, ["out=x", setting])
+    said = str(caught.value)
+    assert said.startswith(message)
+    assert "\n" not in said
+
+
+def test_mistakes_in_a_file_name_it(file: Callable[[str], str]) -> None:
+    for text, message in [
+        ("optim:\n  lrr: 1\n", "optim.lrr: Key 'lrr'"),
+        ("- 1\n", "a configuration file holds `key: value`"),
+        ("a: [\n", "not valid YAML"),
+    ]:
+        path = file(text)
+        with pytest.raises(ValueError, match=r".") as caught:
+            load_config(Config, ["--config", path])
+        assert str(caught.value).startswith(f"{path}: {message}")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_key_without_default_is_asked_for() -> None:
+    with pytest.raises(ValueError, match=r"^out has no default: give out=VALUE$"):
+        load_config(Config, [])
+
+
+def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        load_config(Config, ["--help"], "Trains.")
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert text.strip() == describe(Config, "Trains.").strip()
+    assert text.startswith("Trains.\n")
+    assert "  out: Path\n      The run folder.\n" in text
+    assert "  optim.lr: float = 0.001\n      Peak learning rate.\n" in text
+    assert "  family: Literal['seanet', 'spectral'] = spectral\n" in text
+    assert "  extra: Optim or null = None\n" in text
+    assert "  extra.lr: float = 0.001\n" in text
+
+
+def test_what_is_resolved_loads_again(tmp_path: Path) -> None:
+    config = load_config(Config, ["out=x", "optim.lr=0.5", "scales=[{window: 8}]"])
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(resolved(config)))
+    assert load_config(Config, ["--config", str(tmp_path / "c.yaml")]) == config
