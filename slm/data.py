@@ -7,7 +7,7 @@ without any sampler state, and one rank that accumulates two batches sees what t
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -63,6 +63,7 @@ class Share(NamedTuple):
     """0 for a batch that only fills up the last step of an evaluation."""
 
 
+@runtime_checkable
 class Data(Protocol):
     """What the training loop needs to know of data."""
 

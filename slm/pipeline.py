@@ -234,7 +234,7 @@ class Voice:
         return self.transcribe([codes[0] for codes in self._encode(waves)])
 
     def asr_stream(self, blocks: Iterable[np.ndarray], batch: int = 8) -> str:
-        """Transcript of one recording that comes in blocks (S,), of any length in bounded memory."""
+        """Transcript of a recording that comes in blocks (S,); any length in bounded memory."""
         texts: list[str] = []
         waiting: list[np.ndarray] = []
         for piece in split_at_quiet(blocks, self._longest_piece()):

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +17,7 @@ from slm.data import ARBatch, Data, NARBatch, Share
 logger = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Run(Protocol):
     """A stage of a run folder; recipes/common.py has it."""
 
