@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -81,7 +81,7 @@ class Utterance:
         return json.dumps(asdict(self), ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, line: str) -> Self:
+    def from_json(cls, line: str) -> "Utterance":
         stored = json.loads(line)
         for name, counts in (("words", text.WordErrors), ("characters", text.ErrorCounts)):
             stored[name] = None if stored[name] is None else counts(**stored[name])
@@ -161,15 +161,18 @@ def score_tts(
 
     `prompt` is a wave with its sample rate; `failure` is what the synthesiser itself reported.
     """
-    values = {"failure": float(failure is not None or not wave.size)}
+    nothing = not wave.any()
+    values = {"failure": float(failure is not None or nothing)}
     values["seconds"] = wave.size / sample_rate
     missing: dict[str, str] = {}
-    if embed is not None and prompt is not None:
+    if nothing:
+        missing["similarity"] = "nothing was spoken"
+    elif embed is not None and prompt is not None:
         measures = {
             "similarity": lambda: speaker.similarity(embed(*prompt), embed(wave, sample_rate))
         }
         _measure(measures, values, missing)
-    heard = score_asr(utterance, target, transcribe(wave, sample_rate) if wave.size else "")
+    heard = score_asr(utterance, target, "" if nothing else transcribe(wave, sample_rate))
     return Utterance(
         id=utterance,
         values=values,

@@ -8,7 +8,6 @@ detector is left out: trim long silences before embedding.
 
 import json
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
@@ -69,7 +68,7 @@ class SpeakerEncoder(nn.Module):
         self.register_buffer("window", torch.hann_window(self.window_length), persistent=False)
 
     @classmethod
-    def from_folder(cls, folder: str | Path, device: str = "cpu") -> Self:
+    def from_folder(cls, folder: str | Path, device: str = "cpu") -> "SpeakerEncoder":
         """Reads config.json and model.safetensors."""
         folder = Path(folder)
         config, weights = folder / "config.json", folder / "model.safetensors"

