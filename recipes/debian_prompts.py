@@ -112,6 +112,7 @@ def _download(folder: Path) -> list[Path]:
             "recorded prompts come from Debian packages, but here is no apt-get; name a folder "
             f"with {' and '.join(PACKAGES)} with --packages, or prepare recordings of your own"
         )
+    folder = folder.resolve()  # apt-get runs inside it
     try:
         _run(["apt-get", "download", *PACKAGES], folder)
     except ConnectionError:

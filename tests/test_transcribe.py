@@ -80,3 +80,16 @@ def test_broken_model_is_said(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"nothing of a model")
     with pytest.raises(ValueError, match="cannot read the judge"):
         _ = Judge(tmp_path, device="cpu").model
+
+
+MODEL = Path(__file__).parent.parent / "models" / "whisper-base"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MODEL.is_dir(), reason="`make models` has not run")
+@pytest.mark.filterwarnings("default")
+def test_the_real_judge_repeats_itself_and_stays_within_bounds() -> None:
+    judge = Judge(MODEL, num_threads=1, device="cpu")
+    first = judge.transcribe(noise(2.0), SAMPLE_RATE)
+    assert judge.transcribe(noise(2.0), SAMPLE_RATE) == first
+    assert len(first.split()) <= max_tokens(2.0)
