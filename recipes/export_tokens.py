@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportConfig:
-    cuts: Path = Path("out/smoke/cuts/train.jsonl.gz")
+    cuts: Path = Path("out/demo/cuts/train.jsonl.gz")
     """A lhotse list of cuts (recipes/prepare_data.py makes them)."""
     codec: str = "out/smoke/codec/codec"
     """A codec folder or a hub id."""
