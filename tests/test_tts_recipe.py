@@ -1,0 +1,192 @@
+"""recipes/tts.py and recipes/asr.py as people start them; killed under DeepSpeed as well."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import ROOT, voiced
+from tiny_slm import quiet, save_base, save_shard
+
+from codec import load_codec
+from recipes.asr import ASRConfig
+from recipes.asr import main as asr
+from recipes.common import load_config
+from recipes.overfit_check import main as overfit_check
+from recipes.tts import TTSConfig
+from recipes.tts import main as tts
+from slm.pipeline import Voice
+from slm.prompts import Prompt
+
+pytestmark = quiet()
+
+CONFIGS = ROOT / "recipes" / "configs"
+SMALL = [
+    "ar.lora.rank=2", "batch.positions=300", "nar_batch.positions=300",
+    "nar.num_layers=1", "nar.num_heads=2", "nar.width=16", "nar.feedforward=16",
+    *(f"{optim}.{key}" for optim in ("optim", "nar_optim") for key in
+      ("steps=6", "save_every=2", "eval_every=4", "log_every=2", "eval_batches=2")),
+]  # fmt: skip
+FILES = ("ar/adapter_model.safetensors", "nar/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_codec_folder: Path) -> list[str]:
+    """An LLM, a codec and tokens, as overrides."""
+    root = tmp_path_factory.mktemp("inputs")
+    stamp = load_codec(tiny_codec_folder).stamp
+    save_shard(root / "train.parquet", 16, stamp)
+    save_shard(root / "dev.parquet", 6, stamp, seed=1)
+    return [
+        f"ar.base={save_base(root / 'base')}",
+        f"codec={tiny_codec_folder}",
+        f"train={root / 'train.parquet'}",
+        f"dev={root / 'dev.parquet'}",
+    ]
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "tts").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_tts_config_is_read(path: Path) -> None:
+    config = load_config(TTSConfig, ["--config", str(path)])
+    if path.name == "paper.yaml":
+        sizes = (config.nar.num_layers, config.nar.num_heads, config.nar.width)
+        assert (*sizes, config.nar.feedforward) == (12, 16, 1024, 4096)
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "asr").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_asr_config_is_read(path: Path) -> None:
+    assert load_config(ASRConfig, ["--config", str(path)]).ar.tasks.tts == 0
+
+
+def test_one_process_trains_speaks_and_scores(
+    inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    small = [*inputs, *SMALL, "speak.num_items=3", "speak.sampling.frames_per_token=[0.2,1.0]"]
+    tts([f"out={out}", *small])
+    assert "dev-continuation" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    assert {row["list"] for row in rows} == {"dev-asr", "dev-continuation", "dev-cross"}
+    waves = sorted((out / "speak" / "continuation").glob("*.wav"))
+    assert len(waves) == 3
+    assert soundfile.info(waves[0]).samplerate == 16000
+    for stage in ("ar", "nar"):
+        lines = [json.loads(s) for s in (out / stage / "metrics.jsonl").read_text().splitlines()]
+        assert any("dev/loss" in line for line in lines)
+    voice = Voice.from_pretrained(out / "voice")
+    prompt = Prompt(codes=np.zeros((3, 10), np.int64), text="a cat")
+    assert voice.tts("the dog", prompt).codes.shape[0] == 3
+    assert isinstance(voice.asr([voiced(0.5)])[0], str)
+    capsys.readouterr()
+    overfit_check([f"voice={out / 'voice'}", inputs[2].replace("train=", "tokens=")])
+    result = json.loads(capsys.readouterr().out)
+    assert 0 <= result["ar_share"] <= 1
+    assert 0 <= result["nar_share"] <= 1
+    # Started again it has nothing to do but speak.
+    before = [(out / "voice" / name).read_bytes() for name in FILES]
+    tts([f"out={out}", *small])
+    assert [(out / "voice" / name).read_bytes() for name in FILES] == before
+
+
+def test_asr_says_its_dev_wer(
+    inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    small = [key for key in SMALL if not key.startswith("nar")]
+    asr([f"out={tmp_path / 'run'}", *inputs, *small, "num_items=2"])
+    assert "dev-asr" in capsys.readouterr().out
+    rows = [json.loads(s) for s in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()]
+    assert any(row["metric"] == "wer" and row["utterance"] is None for row in rows)
+    assert Voice.from_pretrained(tmp_path / "run" / "voice").nar is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("codec=/no/codec", "/no/codec"),
+        ("train=nowhere.parquet", "nowhere.parquet"),
+        ("ar.base=/no/llm", "/no/llm"),
+        ("ar.num_layers=9", "ar.num_layers"),
+        ("ar.lora.rank=0", "lora.rank must be positive"),
+        ("nar.codebook_sizes=[4,4]", "nar.codebook_sizes"),
+        ("batch.positions=3", "raise batch.positions"),
+        ("optim.lr=fast", "lr"),
+    ],
+)
+def test_what_people_get_wrong(
+    inputs: list[str], tmp_path: Path, override: str, message: str
+) -> None:
+    steps = ["optim.steps=0", "nar_optim.steps=0"]
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        tts([f"out={tmp_path / 'run'}", *inputs, *SMALL, *steps, override])
+
+
+def test_tokens_of_another_codec_are_refused(inputs: list[str], tmp_path: Path) -> None:
+    other = save_shard(tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match=r"other\.parquet.*codec"):
+        tts([f"out={tmp_path / 'run'}", *inputs, *SMALL, f"train={other}"])
+
+
+def start(config: str, out: Path, inputs: list[str]) -> tuple[list[str], dict[str, str]]:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"),
+        *("--config_file", str(ROOT / "recipes" / "accelerate" / f"{config}.yaml")),
+        *("--main_process_port", str(port), str(ROOT / "recipes" / "tts.py")),
+        *(f"out={out}", *inputs, *SMALL, "speak.num_items=0"),
+    ]
+    return command, {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run_whole(config: str, out: Path, inputs: list[str]) -> str:
+    command, environment = start(config, out, inputs)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+def run_killed(config: str, out: Path, inputs: list[str], at: Path) -> None:
+    """Kills every process of a run with -9 as soon as the checkpoint `at` is there."""
+    command, environment = start(config, out, inputs)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not at.exists():
+        assert process.poll() is None, f"the run ended before {at} was there"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("config", "zero"), [("zero2", 2), ("zero3", 3)])
+def test_killed_under_deepspeed_it_ends_with_the_very_same_weights(
+    config: str, zero: int, inputs: list[str], tmp_path: Path
+) -> None:
+    log = run_whole(config, tmp_path / "whole", inputs)
+    engine = f"DeepSpeedEngine, ZeRO stage {zero}, world size 2"
+    assert log.count(engine) == 2, log  # one for the AR, one for the NAR
+    out = tmp_path / "killed"
+    for stage in ("ar", "nar"):
+        checkpoint = out / stage / "checkpoints" / "step-00000002"
+        run_killed(config, out, inputs, checkpoint)
+        assert not (out / "voice" / stage).exists()
+    log = run_whole(config, out, inputs)
+    assert "going on from" in log
+    for name in FILES:
+        whole, resumed = (folder / "voice" / name for folder in (tmp_path / "whole", out))
+        assert whole.read_bytes() == resumed.read_bytes(), name
