@@ -180,24 +180,25 @@ run.save(1)
 model(torch.rand(1, 300)).sum().backward()
 optimizer.step()  # Its state makes the next checkpoint larger.
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-limit = 400_000 if sys.argv[2] == "optimizer" else 100_000
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-try:
-    run.save(2)
-except OSError as error:
-    print(type(error).__name__, error)
+for limit in (400_000, 100_000):  # Too small for the optimiser's state; for the weights, too.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        run.save(2)
+    except OSError as error:
+        print(type(error).__name__, error)
 print(run.resume())
 """
 
 
-@pytest.mark.parametrize("part", ["weights", "optimizer"])
-def test_a_full_disk_leaves_earlier_checkpoints(tmp_path: Path, part: str) -> None:
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), part]
+def test_a_full_disk_leaves_earlier_checkpoints(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(TRAINING.parent.parent)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    said, step_loaded = done.stdout.splitlines()
-    assert said.startswith(f"OSError {tmp_path / (CHECKPOINTS + '2')}: could not be written")
+    *said, step_loaded = done.stdout.splitlines()
+    assert len(said) == 2
+    for line in said:
+        assert line.startswith(f"OSError {tmp_path / (CHECKPOINTS + '2')}: could not be written")
     assert step_loaded == "1"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
