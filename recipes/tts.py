@@ -104,14 +104,14 @@ def train_ar(
 ) -> None:
     """Trains the AR in the stage `ar` and writes voice/ar."""
 
-    def data(shard: TokenShard, name: str, limit: int | None) -> ARData:
+    def data(shard: TokenShard, limit: int | None = None) -> ARData:
         return ARData.open(
             shard, lm.tokenizer, lm.vocabulary, config.ar.tasks, config.batch, config.seed,
-            longest=lm.max_positions, name=name, limit=limit,
+            longest=lm.max_positions, limit=limit,
         )  # fmt: skip
 
-    train_data = data(train, config.train, config.limit)
-    dev_data = data(dev, config.dev, None) if dev is not None else None
+    train_data = data(train, config.limit)
+    dev_data = data(dev) if dev is not None else None
     engine = fit(lm, ar_step, train_data, dev_data, run.stage("ar"), config.optim)
     state = gather(run.accelerator, engine)
     if run.accelerator.is_main_process:
@@ -136,12 +136,10 @@ def train_nar(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         nar = NAR(settings)
-    train_data = NARData.open(
-        train, settings, config.nar_batch, config.seed, name=config.train, limit=config.limit
-    )
+    train_data = NARData.open(train, settings, config.nar_batch, config.seed, limit=config.limit)
     dev_data = None
     if dev is not None:
-        dev_data = NARData.open(dev, settings, config.nar_batch, config.seed, name=str(config.dev))
+        dev_data = NARData.open(dev, settings, config.nar_batch, config.seed)
     engine = fit(nar, nar_step, train_data, dev_data, run.stage("nar"), config.nar_optim)
     state = gather(run.accelerator, engine)
     if run.accelerator.is_main_process:

@@ -74,28 +74,23 @@ def _tts(arguments: argparse.Namespace) -> None:
     if arguments.list:
         _tts_list(voice, entries, Path(arguments.list).parent, arguments)
         return
-    from codec import write_audio
-
     entry = {"text": arguments.text, "prompt": arguments.prompt}
     if arguments.prompt_text is not None:
         entry["prompt_text"] = arguments.prompt_text
     (speech,) = voice.speak([_prepare(voice, entry, Path(), arguments.seed)])
-    write_audio(arguments.out, speech.wave, voice.codec.sample_rate)
+    speech.save(arguments.out)
     print(json.dumps(_result(arguments.out, entry, speech), ensure_ascii=False))
 
 
 def _prepare(voice: "Voice", entry: Mapping[str, str], folder: Path, seed: int) -> "Utterance":
     """Reads and checks a line. A prompt's path counts from the current folder, then the list's."""
-    from codec import read_audio
-
     voice.coverage.check(entry["text"])
     name = entry["prompt"]
     if name in voice.prompts:
         prompt = voice.prompt(name, entry.get("prompt_text"))
     else:
         path = next((p for p in (Path(name), folder / name) if p.exists()), Path(name))
-        wave = read_audio(path, voice.codec.sample_rate)
-        prompt = voice.prompt(wave, entry.get("prompt_text"))
+        prompt = voice.prompt(path, entry.get("prompt_text"))
     return voice.prepare(entry["text"], prompt, seed)
 
 
@@ -166,12 +161,10 @@ def _tts_list(
 def _speak(
     voice: "Voice", waiting: list[tuple[dict[str, str], "Utterance"]], out: Path, file: Any
 ) -> None:
-    from codec import write_audio
-
     speeches = voice.speak([utterance for _, utterance in waiting])
     for (entry, _), speech in zip(waiting, speeches, strict=True):
         name = f"{entry['id']}.wav"
-        write_audio(out / name, speech.wave, voice.codec.sample_rate)
+        speech.save(out / name)
         record = {"id": entry["id"], **_result(name, entry, speech)}
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
         file.flush()
@@ -210,13 +203,11 @@ def _made(results: Path, out: Path) -> set[str]:
 
 
 def _asr(arguments: argparse.Namespace) -> None:
-    from codec.audio import stream_audio
-
     voice = _load(arguments)
     failed = []
     for path in arguments.recordings:
         try:
-            text = voice.asr_stream(stream_audio(path, voice.codec.sample_rate), arguments.batch)
+            text = voice.asr_file(path, arguments.batch)
         except (ValueError, OSError) as error:
             if len(arguments.recordings) == 1:
                 raise

@@ -84,12 +84,15 @@ class NARConfig:
     codebook_sizes: tuple[int, ...] = ()
     """Entries of every codebook, the first included; empty: as the token shards say."""
     num_layers: int = 4
+    """Transformer layers."""
     num_heads: int = 4
+    """Attention heads of a layer."""
     width: int = 256
     """Features of a position."""
     feedforward: int = 1024
     """Features inside a layer's feed-forward part."""
     dropout: float = 0.1
+    """Of embeddings, attention output and feed-forward part."""
     prompt_share: tuple[float, float] = (0.1, 0.5)
     """In training the prompt is this share of an utterance's start, drawn uniformly."""
     prompt_frames: int = 150
@@ -119,8 +122,10 @@ class NARConfig:
     def from_json(cls, values: Mapping[str, Any]) -> "NARConfig":
         """From a config.json, which has lists where tuples were."""
         known = {f.name for f in fields(cls)} & values.keys()
-        listed = {key: values[key] for key in known}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in listed.items()})
+        held: dict[str, Any] = {key: values[key] for key in known}
+        for key, value in held.items():
+            held[key] = tuple(value) if isinstance(value, list) else value
+        return cls(**held)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,6 +154,7 @@ class OptimConfig:
     final_lr_share: float = 0.1
     """The cosine ends at this share of lr."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's averages."""
     weight_decay: float = 0.01
     """Applied to matrices, not to vectors."""
     clip_norm: float = 1.0
@@ -180,6 +186,7 @@ class SamplingConfig:
     greedy: bool = False
     """Take the likeliest token; a retry samples all the same."""
     temperature: float = 1.0
+    """Divides the logits."""
     top_p: float = 0.8
     """The nucleus: the likeliest tokens that together have this probability."""
     top_k: int = 25

@@ -144,13 +144,14 @@ class Corpus:
 
 
 def usable(
-    shard: TokenShard, texts: list[Sequence[int]], longest: int, name: str, limit: int | None = None
+    shard: TokenShard, texts: list[Sequence[int]], longest: int, limit: int | None = None
 ) -> Corpus:
     """Drops what cannot be trained on; counts and lists it in the log.
 
     `texts` are the text ids of every row, `longest` is the most positions that an item may take,
     `limit` keeps the first usable items only.
     """
+    name = _name(shard)
     lengths = layout_length(np.array([len(text) for text in texts]), shard.num_frames)
     empty = np.array([not has_words(text) for text in shard.texts], dtype=bool)
     reasons = {
@@ -178,6 +179,11 @@ def usable(
     return Corpus(shard, items, kept, shard.num_frames[items], num_text)
 
 
+def _name(shard: TokenShard) -> str:
+    """For messages: its file, or the folder of its files."""
+    return str(shard.files[0] if len(shard.files) == 1 else shard.files[0].parent)
+
+
 class ARData:
     """Batches for the AR: every epoch draws the task of every item anew."""
 
@@ -189,7 +195,7 @@ class ARData:
         batch: BatchConfig,
         seed: int,
     ):
-        vocabulary.check_codec(corpus.shard.stamp, str(corpus.shard.files[0].parent))
+        vocabulary.check_codec(corpus.shard.stamp, _name(corpus.shard))
         self.corpus, self.vocabulary, self._seed = corpus, vocabulary, seed
         self._weights = np.array([getattr(tasks, name) for name in TASKS], dtype=float)
         self._weights /= self._weights.sum()
@@ -201,10 +207,10 @@ class ARData:
     @classmethod
     def open(
         cls, shard: TokenShard, tokenizer: Any, vocabulary: Vocabulary, tasks: TaskConfig,
-        batch: BatchConfig, seed: int, *, longest: int, name: str, limit: int | None = None,
+        batch: BatchConfig, seed: int, *, longest: int, limit: int | None = None,
     ) -> "ARData":  # fmt: skip
         texts = encode_texts(tokenizer, shard.texts)
-        corpus = usable(shard, [*texts], min(longest, batch.positions), name, limit)
+        corpus = usable(shard, [*texts], min(longest, batch.positions), limit)
         return cls(corpus, vocabulary, tasks, batch, seed)
 
     def num_steps(self, world: int, accumulate: int) -> int:
@@ -262,10 +268,10 @@ class NARData:
     @classmethod
     def open(
         cls, shard: TokenShard, config: NARConfig, batch: BatchConfig, seed: int, *,
-        name: str, limit: int | None = None,
+        limit: int | None = None,
     ) -> "NARData":  # fmt: skip
         texts: list[Sequence[int]] = [text_bytes(text) for text in shard.texts]
-        return cls(usable(shard, texts, batch.positions, name, limit), config, batch, seed)
+        return cls(usable(shard, texts, batch.positions, limit), config, batch, seed)
 
     def num_steps(self, world: int, accumulate: int) -> int:
         return self._plan.num_groups(world * accumulate)

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from codec import Codec, load_codec
+from codec import Codec, load_codec, read_audio, write_audio
+from codec.audio import stream_audio
 from slm.ar import SpeechLM
 from slm.config import SamplingConfig
 from slm.generate import (
@@ -68,6 +69,11 @@ class Speech:
     """None, or what is wrong with it after the last try: empty, loop or cut."""
     tries: int
     seed: int
+    sample_rate: int
+
+    def save(self, path: str | Path) -> None:
+        """Writes the wave; the file is whole or absent."""
+        write_audio(path, self.wave, self.sample_rate)
 
 
 class Models(NamedTuple):
@@ -138,12 +144,13 @@ class Voice:
     def tts(
         self,
         text: str,
-        prompt: Float[np.ndarray, " S"] | Prompt | str,
+        prompt: Float[np.ndarray, " S"] | Path | Prompt | str,
         prompt_text: str | None = None,
         seed: int = 0,
     ) -> Speech:
-        """Says `text` in the voice of `prompt`: a wave at the codec's sample rate, codes, or the
-        name of a shipped prompt. Without `prompt_text` the model transcribes the prompt itself."""
+        """Says `text` in the voice of `prompt`: a wave at the codec's sample rate, the path of a
+        recording, codes, or the name of a shipped prompt. Without `prompt_text` the model
+        transcribes the prompt itself."""
         return self.speak([self.prepare(text, self.prompt(prompt, prompt_text), seed)])[0]
 
     def tts_batch(
@@ -154,9 +161,9 @@ class Voice:
         return self.speak([self.prepare(*one) for one in zip(texts, prompts, seeds, strict=True)])
 
     def prompt(
-        self, prompt: Float[np.ndarray, " S"] | Prompt | str, prompt_text: str | None = None
+        self, prompt: Float[np.ndarray, " S"] | Path | Prompt | str, prompt_text: str | None = None
     ) -> Prompt:
-        """Codes and transcript of a prompt."""
+        """Codes and transcript of a prompt; see `tts`."""
         if isinstance(prompt, Prompt):
             return prompt if prompt_text is None else replace(prompt, text=prompt_text)
         if isinstance(prompt, str):
@@ -164,6 +171,8 @@ class Voice:
                 known = ", ".join(sorted(self.prompts)) or "none"
                 raise ValueError(f"no prompt is named {prompt!r}; this voice has: {known}")
             return self.prompts[prompt]
+        if isinstance(prompt, Path):
+            prompt = read_audio(prompt, self.codec.sample_rate)
         most = round(self.longest_prompt * self.codec.sample_rate)
         if len(prompt) > most:
             logger.warning(
@@ -223,6 +232,7 @@ class Voice:
                     failure="empty" if silent else result.failure,
                     tries=result.tries,
                     seed=result.seed,
+                    sample_rate=self.codec.sample_rate,
                 )
             )
         return speeches
@@ -232,6 +242,10 @@ class Voice:
         if any(len(wave) > self._longest_piece() for wave in waves):
             return [self.asr_stream([wave]) for wave in waves]
         return self.transcribe([codes[0] for codes in self._encode(waves)])
+
+    def asr_file(self, path: str | Path, batch: int = 8) -> str:
+        """Transcript of a recording of any length, `batch` pieces at a time."""
+        return self.asr_stream(stream_audio(path, self.codec.sample_rate), batch)
 
     def asr_stream(self, blocks: Iterable[np.ndarray], batch: int = 8) -> str:
         """Transcript of a recording that comes in blocks (S,); any length in bounded memory."""

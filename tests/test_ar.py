@@ -28,7 +28,7 @@ def batch_of(lm: SpeechLM, path: Path) -> ARBatch:
     shard = TokenShard.open(save_shard(path, 6))
     data = ARData.open(
         shard, lm.tokenizer, lm.vocabulary, TaskConfig(), BatchConfig(positions=300), 0,
-        longest=256, name="train",
+        longest=256,
     )  # fmt: skip
     return data.collate(np.arange(4), np.array([0, 1, 0, 1]))
 

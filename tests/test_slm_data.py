@@ -31,7 +31,7 @@ def vocabulary(base) -> Vocabulary:
 
 
 def ar_data(path: Path, base, vocabulary: Vocabulary, **kwargs) -> ARData:
-    settings = {"tasks": TaskConfig(), "batch": BATCH, "seed": 0, "longest": 256, "name": "train"}
+    settings = {"tasks": TaskConfig(), "batch": BATCH, "seed": 0, "longest": 256}
     return ARData.open(TokenShard.open(path), base.tokenizer, vocabulary, **{**settings, **kwargs})
 
 
@@ -71,7 +71,7 @@ def test_two_ranks_see_what_one_rank_accumulates(tmp_path, base, vocabulary, kin
         data = ar_data(path, base, vocabulary)
     else:
         config = NARConfig(codebook_sizes=SIZES)
-        data = NARData.open(TokenShard.open(path), config, BATCH, 0, name="train")
+        data = NARData.open(TokenShard.open(path), config, BATCH, 0)
     for step in range(5):
         for slot in range(2):
             alone = data.share(step, slot, 0, 1, 2)
@@ -155,7 +155,7 @@ def test_task_weights(tmp_path, base, vocabulary) -> None:
 def test_nar_stages_and_prompts(tmp_path) -> None:
     config = NARConfig(codebook_sizes=SIZES, prompt_share=(0.2, 0.4), prompt_frames=6)
     shard = TokenShard.open(save_shard(tmp_path / "a.parquet", 30))
-    data = NARData.open(shard, config, BATCH, 0, name="train")
+    data = NARData.open(shard, config, BATCH, 0)
     stages = set()
     for step in range(20):
         batch = data.share(step, 0, 0, 1, 1).batch
