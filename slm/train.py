@@ -3,7 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -86,6 +87,7 @@ def fit(
     )
     start = run.resume()
     meter = Meter(groups)
+    shares = _ahead(train, range(start, config.steps), run, config)
     bar = run.progress(config.steps, start, "/".join(groups[:2]))
     for step in range(start, config.steps + 1):
         last = step == config.steps
@@ -97,14 +99,16 @@ def fit(
         if last:
             break
         rate = learning_rate(step, config)
-        meter.norm = _train_step(model, optimizer, step_losses, _shares(train, step, run, config),
-                                 accelerator, config, rate, meter)  # fmt: skip
+        meter.norm = _train_step(
+            model, optimizer, step_losses, next(shares), accelerator, config, rate, meter
+        )
         if due(step + 1, config.log_every, step + 1 == config.steps):
             values = meter.values(accelerator)
             run.log({**values, "train/lr": rate}, step + 1)
             bar.set_postfix_str(meter.line(values), refresh=False)
         bar.update(1)
     bar.close()
+    shares.close()
     return model
 
 
@@ -116,17 +120,29 @@ def _epoch(data: Data, run: Run, config: OptimConfig) -> int:
     return data.num_steps(run.accelerator.num_processes, config.accumulate)
 
 
-def _shares(data: Data, step: int, run: Run, config: OptimConfig) -> Iterator[Share]:
-    """This rank's micro-batches of a step."""
+def _ahead(
+    data: Data, steps: range, run: Run, config: OptimConfig
+) -> Generator[list[Share], None, None]:
+    """This rank's micro-batches of each step, made by a thread while the step before it trains."""
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
-    for micro in range(config.accumulate):
-        yield data.share(step, micro, rank, world, config.accumulate)
+
+    def shares(step: int) -> list[Share]:
+        micros = range(config.accumulate)
+        return [data.share(step, micro, rank, world, config.accumulate) for micro in micros]
+
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(shares, steps[0]) if steps else None
+        for step in steps:
+            assert following is not None
+            made = following.result()
+            following = pool.submit(shares, step + 1) if step + 1 in steps else None
+            yield made
 
 
 def _train_step(
-    model: nn.Module, optimizer: Any, step_losses: Step, shares: Iterator[Share],
+    model: nn.Module, optimizer: Any, step_losses: Step, shares: Sequence[Share],
     accelerator: Accelerator, config: OptimConfig, rate: float, meter: "Meter",
-) -> float:  # fmt: skip
+) -> Any:  # fmt: skip
     """One optimiser step; returns the gradient's norm before it was clipped."""
     norm: Any = 0.0
     model.train()
@@ -144,7 +160,7 @@ def _train_step(
             optimizer.step()
             optimizer.zero_grad()
         meter.add(losses.scores)
-    return float(norm or 0.0)
+    return norm
 
 
 @torch.no_grad()
@@ -173,7 +189,7 @@ class Meter:
 
     def __init__(self, groups: tuple[str, ...]):
         self.groups = groups
-        self.norm = 0.0
+        self.norm: Any = 0.0
         self._clear()
 
     def _clear(self) -> None:
@@ -193,7 +209,7 @@ class Meter:
             "train/loss": sum(nll) / max(1.0, sum(targets)),
             "train/accuracy": sum(correct) / max(1.0, sum(targets)),
             "train/tokens_per_s": sum(targets) / max(1e-9, time.monotonic() - self._since),
-            "train/grad_norm": self.norm,
+            "train/grad_norm": float(self.norm or 0.0),
         }
         for index, name in enumerate(self.groups):
             if targets[index]:
