@@ -145,6 +145,59 @@ def test_a_base_that_is_gone_is_named_and_can_be_put_right(tmp_path: Path) -> No
     SpeechLM.load(folder)
 
 
+def save_gguf(base: Path, path: Path) -> None:
+    """The LLM of a folder as one .gguf file."""
+    from gguf import GGUFWriter
+
+    source = load_base(base)
+    config = source.lm.config
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    names = {index: token for token, index in source.tokenizer.get_vocab().items()}
+    writer.add_token_list([names[index] for index in range(len(names))])
+    writer.add_token_types([1] * len(names))
+    writer.add_token_merges(["a t"])
+    writer.add_eos_token_id(source.tokenizer.eos_token_id)
+    parts = {
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm", "model.layers": "blk", "model.norm": "output_norm",
+        "model.embed_tokens": "token_embd",
+    }  # fmt: skip
+    for name, value in source.lm.named_parameters():
+        for ours, theirs in parts.items():
+            name = name.replace(ours, theirs)
+        writer.add_tensor(name, value.detach().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.filterwarnings("ignore")  # of reading the file, all of transformers' own
+def test_a_gguf_file_is_a_base_too(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", pad_rows=0)
+    (tmp_path / "a file").mkdir()
+    path = tmp_path / "a file" / "tiny.gguf"
+    save_gguf(base, path)
+    rows = load_base(base).lm.get_input_embeddings().weight
+    lm = SpeechLM.create(ARConfig(base=str(path), num_layers=1), STAMP, seed=0).eval()
+    assert torch.equal(lm.lm.get_input_embeddings().weight[: len(rows)], rows)
+    batch = batch_of(lm, tmp_path / "a.parquet")
+    lm.save(tmp_path / "ar")
+    loaded = SpeechLM.load(tmp_path / "ar")
+    torch.testing.assert_close(loaded(batch).nll, lm(batch).nll, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["nowhere", "no/such/folder", "gone.gguf"])
 def test_a_missing_base_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=name):

@@ -37,7 +37,8 @@ def save_base(
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: index for index, letter in enumerate(alphabet)}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    vocabulary["at"] = len(vocabulary)
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "t")]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     extra = {"eos_token": "<|end|>"} if eos else {}
