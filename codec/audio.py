@@ -24,7 +24,7 @@ SILENCE_PEAK = 1e-4
 def read_audio(
     path: str | Path, sample_rate: int, *, start: float = 0.0, duration: float | None = None,
     allow_silence: bool = False,
-) -> Float[np.ndarray, "S"]:  # fmt: skip
+) -> Float[np.ndarray, " S"]:  # fmt: skip
     """One recording, averaged to mono and resampled, as float32 in [-1, 1].
 
     `start` and `duration` are in seconds; `duration=None` reads to the end. Raises `ValueError`
@@ -39,7 +39,7 @@ def read_audio(
 
 def stream_audio(
     path: str | Path, sample_rate: int, block_seconds: float = 30.0
-) -> Iterator[Float[np.ndarray, "_"]]:
+) -> Iterator[Float[np.ndarray, " _"]]:
     """The recording of `read_audio` in blocks, so that hours of it fit into bounded memory.
 
     Concatenated, the blocks are what `read_audio` returns. A recording that turns out to be
@@ -148,7 +148,7 @@ def _check_speech(wave: np.ndarray, path: str | Path, allow_silence: bool) -> No
 
 
 def check_wave(
-    wave: Float[np.ndarray, "S"], name: str | Path, *, allow_silence: bool = False
+    wave: Float[np.ndarray, " S"], name: str | Path, *, allow_silence: bool = False
 ) -> None:
     """Raise `ValueError` naming the recording when it is empty, silent or not finite."""
     if not np.isfinite(wave).all():
@@ -157,8 +157,8 @@ def check_wave(
 
 
 def resample(
-    wave: Float[np.ndarray, "S"], source_rate: int, target_rate: int
-) -> Float[np.ndarray, "s"]:
+    wave: Float[np.ndarray, " S"], source_rate: int, target_rate: int
+) -> Float[np.ndarray, " s"]:
     """Band-limited resampling of a mono wave between two rates in Hz (soxr, high quality)."""
     import soxr
 
@@ -169,7 +169,7 @@ def resample(
 
 def write_audio(
     path: str | Path,
-    wave: Float[np.ndarray, "S"] | Iterable[Float[np.ndarray, "_"]],
+    wave: Float[np.ndarray, " S"] | Iterable[Float[np.ndarray, " _"]],
     sample_rate: int,
 ) -> None:
     """Write a mono wave, or its blocks, as the format the suffix names (WAV: 16 bit).
@@ -188,7 +188,9 @@ def write_audio(
                 file.write(np.clip(block, -1.0, 1.0))
         os.replace(partial, path)
     except soundfile.LibsndfileError as error:
-        raise OSError(f"{path}: cannot be written ({error.error_string}); is the disk full?") from error
+        raise OSError(
+            f"{path}: cannot be written ({error.error_string}); is the disk full?"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -196,7 +198,7 @@ def write_audio(
 def mel_filterbank(
     *, sample_rate: int, num_mels: int, window: int, slaney_scale: bool = False
 ) -> Float[Tensor, "F M"]:
-    """Triangular mel filters over the rfft bins of `window` samples, Slaney-normalised to unit area.
+    """Triangular mel filters over the rfft bins of `window` samples, each of unit area (Slaney).
 
     The HTK mel scale is SpeechTokenizer's choice, Slaney's scale LM-SPT's. Range 0 Hz to Nyquist.
     """

@@ -1,4 +1,4 @@
-"""Frozen configurations of the codec: architecture, losses and training. They know no config library."""
+"""Frozen configurations of the codec: architecture, losses, training. No config library here."""
 
 from dataclasses import dataclass, field, is_dataclass
 from math import prod
@@ -80,8 +80,8 @@ class SpectralConfig:
                 )
         if (self.window - self.hop) % 2 or self.window < 2 * self.hop:
             raise ValueError(
-                f"spectral.window must be at least twice spectral.hop and differ from it by an even "
-                f"number, got {self.window} and {self.hop}"
+                f"spectral.window must be at least twice spectral.hop and differ from it by an "
+                f"even number, got {self.window} and {self.hop}"
             )
 
     @property
@@ -113,10 +113,10 @@ class QuantizerConfig:
     """Share of a training batch's items that keep a random number of first codebooks only."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_codebooks or not 2 <= self.codebook_size <= 65_536:
+        if self.num_codebooks < 1 or not 2 <= self.codebook_size <= 65_536:
             raise ValueError(
-                "quantizer: num_codebooks must be at least 1 and codebook_size between 2 and 65536, "
-                f"got {self.num_codebooks} and {self.codebook_size}"
+                "quantizer: num_codebooks must be at least 1 and codebook_size between 2 and 65536,"
+                f" got {self.num_codebooks} and {self.codebook_size}"
             )
         if not 0 <= self.dropout <= 1 or not 0 < self.decay < 1:
             raise ValueError("quantizer.dropout must lie in [0, 1] and quantizer.decay in (0, 1)")
@@ -215,7 +215,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DiscriminatorConfig:
-    """HiFi-GAN's period and scale discriminators (arXiv 2010.05646) and EnCodec's STFT one (2210.13438)."""
+    """Period and scale discriminators of HiFi-GAN (arXiv 2010.05646), STFT ones of EnCodec."""
 
     periods: tuple[int, ...] = (2, 3, 5, 7, 11)
     """Samples per row of each multi-period discriminator; empty: none."""
@@ -266,12 +266,12 @@ class OptimConfig:
     weight_decay: float = 0.0
     """Of AdamW, on tensors of two and more dimensions only."""
     warmup_steps: int = 20
-    """Steps of linear warm-up; a cosine to `final_lr_ratio` follows."""
-    final_lr_ratio: float = 0.05
+    """Steps of linear warm-up; a cosine to `final_lr_share` follows."""
+    final_lr_share: float = 0.05
     """Learning rate at the last step over the peak."""
-    max_grad_norm: float = 1.0
+    clip_norm: float = 1.0
     """Gradients are clipped to this norm; 0: never."""
-    accumulate_steps: int = 1
+    accumulate: int = 1
     """Batches per optimiser step."""
     discriminator_start: int = 0
     """First step at which the discriminators train and count."""
@@ -284,7 +284,9 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.lr <= 0:
-            raise ValueError(f"optim.steps and optim.lr must be positive, got {self.steps}, {self.lr}")
+            raise ValueError(
+                f"optim.steps and optim.lr must be positive, got {self.steps}, {self.lr}"
+            )
         if min(self.log_every, self.eval_every, self.save_every) < 1:
             raise ValueError("optim.log_every, eval_every and save_every must be at least 1")
 

@@ -41,7 +41,7 @@ def read_cuts(path: str | Path) -> "CutSet":
 def load_cut(
     cut: "Cut", sample_rate: int, *, start: float = 0.0, duration: float | None = None,
     allow_silence: bool = False,
-) -> Float[np.ndarray, "S"]:  # fmt: skip
+) -> Float[np.ndarray, " S"]:  # fmt: skip
     """A cut's samples as `codec.audio.read_audio` gives them; `start` counts from the cut's start.
 
     Raises `ValueError` naming the recording when it cannot be used.
@@ -50,7 +50,8 @@ def load_cut(
     duration = rest if duration is None else min(duration, rest)
     source = _single_file(cut)
     if source is not None:
-        end_of_file = abs(cut.start + start + duration - cut.recording.duration) < 1e-6
+        # Up to the end of the file, whatever its header promised: a cut file is noticed there.
+        end_of_file = abs(cut.start + start + duration - _recording(cut).duration) < 1e-6
         return read_audio(
             source, sample_rate, start=cut.start + start,
             duration=None if end_of_file else duration, allow_silence=allow_silence,
@@ -63,10 +64,14 @@ def load_cut(
 
 def _single_file(cut: Any) -> str | None:
     """The file behind a plain cut, or None where lhotse has more to do (archives, mixtures)."""
-    recording = getattr(cut, "recording", None)
+    recording = _recording(cut)
     if recording is None or recording.transforms or len(recording.sources) != 1:
         return None
     return recording.sources[0].source if recording.sources[0].type == "file" else None
+
+
+def _recording(cut: Any) -> Any:
+    return getattr(cut, "recording", None)
 
 
 class CropDataset(Dataset):

@@ -1,4 +1,4 @@
-"""Discriminators: multi-period, multi-scale (arXiv 2010.05646) and multi-scale STFT (2210.13438)."""
+"""Multi-period and multi-scale (arXiv 2010.05646) and STFT discriminators (2210.13438)."""
 
 from typing import NamedTuple
 
@@ -74,9 +74,12 @@ class PeriodDiscriminator(nn.Module):
         self.convs = nn.ModuleList(
             weight_norm(
                 nn.Conv2d(
-                    widths[index], widths[index + 1], (5, 1),
-                    stride=(3 if index < len(PERIOD_WIDTHS) - 1 else 1, 1), padding=(2, 0),
-                )  # fmt: skip
+                    widths[index],
+                    widths[index + 1],
+                    (5, 1),
+                    stride=(3 if index < len(PERIOD_WIDTHS) - 1 else 1, 1),
+                    padding=(2, 0),
+                )
             )
             for index in range(len(PERIOD_WIDTHS))
         )
@@ -121,9 +124,13 @@ class STFTDiscriminator(nn.Module):
         for dilation in STFT_DILATIONS:
             layers.append(
                 nn.Conv2d(
-                    filters, filters, (3, 9), stride=(1, 2), dilation=(dilation, 1),
+                    filters,
+                    filters,
+                    (3, 9),
+                    stride=(1, 2),
+                    dilation=(dilation, 1),
                     padding=(dilation, 4),
-                )  # fmt: skip
+                )
             )
         layers.append(nn.Conv2d(filters, filters, (3, 3), padding=1))
         self.convs = nn.ModuleList(weight_norm(layer) for layer in layers)
@@ -132,10 +139,14 @@ class STFTDiscriminator(nn.Module):
     def forward(self, wave: Float[Tensor, "B 1 S"]) -> Judgement:
         with torch.autocast(wave.device.type, enabled=False):
             spectrum = torch.stft(
-                wave.squeeze(1).float(), self.window_size, self.window_size // 4,
-                window=self.get_buffer("window"), normalized=True, center=False,
+                wave.squeeze(1).float(),
+                self.window_size,
+                self.window_size // 4,
+                window=self.get_buffer("window"),
+                normalized=True,
+                center=False,
                 return_complex=True,
-            )  # fmt: skip
+            )
         x = rearrange(torch.view_as_real(spectrum), "b f t c -> b c t f")
         return _judge(self.convs, self.conv_out, x)
 

@@ -1,5 +1,7 @@
 """Building blocks: convolutions that know lengths, residual units, Snake, LSTM, ConvNeXt blocks."""
 
+from typing import TypeVar
+
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
@@ -8,6 +10,7 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 
 Lengths = Int[Tensor, " B"]
+Integers = TypeVar("Integers", int, Tensor)
 
 
 def length_mask(lengths: Lengths, size: int) -> Float[Tensor, "B 1 T"]:
@@ -16,7 +19,7 @@ def length_mask(lengths: Lengths, size: int) -> Float[Tensor, "B 1 T"]:
     return inside.unsqueeze(1).float()
 
 
-def ceil_div(a: Lengths | int, b: int):
+def ceil_div(a: Integers, b: int) -> Integers:
     """The quotient rounded up, of integers or integer tensors."""
     return -(-a // b)
 
@@ -50,7 +53,13 @@ class PaddedConv1d(nn.Module):
     """
 
     def __init__(
-        self, channels_in: int, channels_out: int, kernel: int, *, stride: int = 1, dilation: int = 1
+        self,
+        channels_in: int,
+        channels_out: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
     ) -> None:
         super().__init__()
         self.stride = stride
@@ -168,9 +177,7 @@ class ConvNeXtBlock(nn.Module):
 
     def __init__(self, channels: int, *, kernel: int, scale: float) -> None:
         super().__init__()
-        self.depthwise = nn.Conv1d(
-            channels, channels, kernel, padding=kernel // 2, groups=channels
-        )
+        self.depthwise = nn.Conv1d(channels, channels, kernel, padding=kernel // 2, groups=channels)
         self.norm = nn.LayerNorm(channels, eps=1e-6)
         self.widen = nn.Linear(channels, 3 * channels)
         self.narrow = nn.Linear(3 * channels, channels)

@@ -1,4 +1,4 @@
-"""Pure loss functions of waves and discriminator outputs. Every one returns a mean over the batch."""
+"""Pure loss functions of waves and of what discriminators say. Each is a mean over the batch."""
 
 from collections.abc import Sequence
 
@@ -115,6 +115,8 @@ def feature_loss(
         for a, b in zip(on_real.features, on_fake.features, strict=True):
             # The real side is a target: a gradient there would train nothing.
             distance = functional.l1_loss(b, a.detach())
-            terms.append(distance / a.detach().abs().mean().clamp(min=1e-6) if normalize else distance)
+            terms.append(
+                distance / a.detach().abs().mean().clamp(min=1e-6) if normalize else distance
+            )
     stacked = torch.stack(terms)
     return stacked.mean() if normalize else 2 * stacked.sum()

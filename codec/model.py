@@ -49,7 +49,7 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
     """
 
     def __init__(self, config: CodecConfig | dict[str, Any]) -> None:
-        """`config` may be the content of a config.json, which is how the hub mixin hands it over."""
+        """`config` may be a config.json's content, which is how the hub mixin hands it over."""
         super().__init__()
         if isinstance(config, dict):
             config = codec_config_from_dict(config)
@@ -122,8 +122,9 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
         lengths: Int[Tensor, " B"] | None = None,
         num_codebooks: int | None = None,
     ) -> Codes:
-        """Codes of a batch of mono waves (B,1,S), T = ceil(S / hop_length); `lengths` are samples per item.
+        """Codes of a batch of mono waves (B,1,S), T = ceil(S / hop_length).
 
+        `lengths` are samples per item.
         Each item of a padded batch gets the codes that it gets alone. Input of any length is coded
         in bounded memory. Raises `ValueError` for input that is not mono or empty.
         """
@@ -145,7 +146,7 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
 
     @torch.inference_mode()
     def encode_stream(
-        self, blocks: Iterable[Float[np.ndarray, "_"]], num_codebooks: int | None = None
+        self, blocks: Iterable[Float[np.ndarray, " _"]], num_codebooks: int | None = None
     ) -> Int[np.ndarray, "Q T"]:
         """Codes of one recording that arrives in blocks of samples, in bounded memory.
 
@@ -196,7 +197,7 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
             pieces.append(wave[..., keep])
         return torch.cat(pieces, dim=-1)
 
-    def decode_stream(self, codes: Int[np.ndarray, "Q T"]) -> Iterator[Float[np.ndarray, "_"]]:
+    def decode_stream(self, codes: Int[np.ndarray, "Q T"]) -> Iterator[Float[np.ndarray, " _"]]:
         """The wave of one recording, block after block: `decode` for hours of speech."""
         whole = self._check_codes(torch.from_numpy(codes.astype(np.int64)).unsqueeze(0))
         for piece in _pieces(whole.shape[-1], *self._chunk_frames):
@@ -243,7 +244,9 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
             )
         low, high, size = int(codes.min()), int(codes.max()), self.codebook_sizes[0]
         if low < 0 or high >= size:
-            raise ValueError(f"codes must lie in 0..{size - 1}, got {low}..{high}: another codec's?")
+            raise ValueError(
+                f"codes must lie in 0..{size - 1}, got {low}..{high}: another codec's?"
+            )
         return codes.to(self.device)
 
     @classmethod
@@ -317,20 +320,28 @@ def _load_weights(codec: nn.Module, file: Path) -> None:
     from safetensors.torch import load_file
 
     if not file.is_file():
-        raise ValueError(f"{file}: no such file; a codec folder holds config.json and {WEIGHTS_FILE}")
+        raise ValueError(
+            f"{file}: no such file; a codec folder holds config.json and {WEIGHTS_FILE}"
+        )
     try:
         found = load_file(file)
     except SafetensorError as error:
-        raise ValueError(f"{file}: not a whole safetensors file ({error}); copy it again") from error
+        raise ValueError(
+            f"{file}: not a whole safetensors file ({error}); copy it again"
+        ) from error
     expected = codec.state_dict()
     for name, tensor in expected.items():
         if name not in found:
-            raise ValueError(f"{file}: the tensor {name} is missing; is config.json another codec's?")
+            raise ValueError(
+                f"{file}: the tensor {name} is missing; is config.json another codec's?"
+            )
         if found[name].shape != tensor.shape:
             raise ValueError(
                 f"{file}: the tensor {name} has shape {tuple(found[name].shape)}, config.json asks "
                 f"for {tuple(tensor.shape)}"
             )
     if unknown := sorted(set(found) - set(expected)):
-        raise ValueError(f"{file}: holds the unknown tensor {unknown[0]}; is config.json another's?")
+        raise ValueError(
+            f"{file}: holds the unknown tensor {unknown[0]}; is config.json another's?"
+        )
     codec.load_state_dict(found)

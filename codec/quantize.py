@@ -165,7 +165,9 @@ class ResidualVQ(nn.Module):
             if self.training:
                 codebook.update(vectors, flat)
             inside = (index < kept).view(-1, 1, 1)
-            commitments.append((functional.mse_loss(residual, entry, reduction="none") * inside).mean())
+            commitments.append(
+                (functional.mse_loss(residual, entry, reduction="none") * inside).mean()
+            )
             codes.append(rearrange(flat, "(b t) -> b t", b=batch))
             total = total + entry * inside
             first = entry if index == 0 else first

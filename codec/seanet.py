@@ -54,7 +54,7 @@ class SEANetEncoder(nn.Module):
 
 
 class SEANetDecoder(nn.Module):
-    """quantized (B,D,T) -> wave (B,1,T * hop_length). Its LSTM is causal whatever the encoder's is."""
+    """quantized (B,D,T) -> wave (B,1,T * hop_length). Its LSTM is always causal."""
 
     def __init__(self, config: SEANetConfig) -> None:
         super().__init__()

@@ -106,7 +106,7 @@ class SpectralDecoder(nn.Module):
     def _to_wave(
         self, head: Float[Tensor, "B T F"], mask: Float[Tensor, "B 1 T"] | None
     ) -> Float[Tensor, "B 1 S"]:
-        """Magnitude and phase to frames, windowed, overlapped, added and divided by the envelope."""
+        """Magnitude and phase to windowed frames, overlapped, added, divided by the envelope."""
         window, hop = self.get_buffer("window"), self.config.hop
         with torch.autocast(head.device.type, enabled=False):
             log_magnitude, phase = head.float().chunk(2, dim=-1)

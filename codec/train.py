@@ -44,6 +44,7 @@ class Run(Protocol):
 
     folder: Path
     accelerator: "Accelerator"
+    seed: int
 
     def log(self, values: Mapping[str, float], step: int) -> None: ...
     def save(self, step: int) -> None: ...
@@ -111,11 +112,11 @@ def discriminator_step(
 
 
 def learning_rate(step: int, peak: float, config: OptimConfig) -> float:
-    """Linear warm-up, then a cosine to `final_lr_ratio`: a function of the step, so resuming is exact."""
+    """Linear warm-up, then a cosine to `final_lr_share`: a function of the step, nothing else."""
     if step < config.warmup_steps:
         return peak * (step + 1) / config.warmup_steps
     share = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    floor = config.final_lr_ratio
+    floor = config.final_lr_share
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
 
 
@@ -132,48 +133,58 @@ def fit(
 ) -> None:
     """Train to `optim.steps`, from the newest checkpoint of `run` where there is one.
 
-    The trained codec ends in `run.folder / "codec"`. The seed of crops is torch's initial seed.
+    The trained codec ends in `run.folder / "codec"`.
     """
     accelerator = run.accelerator
     models, optimizers = _prepare(codec, discriminators, accelerator, optim)
     first = run.resume()
-    world, rank = accelerator.num_processes, accelerator.process_index
     dataset = CropDataset(
-        train, sample_rate=codec.sample_rate, seconds=crops.seconds, seed=getattr(run, "seed", 0)
+        train, sample_rate=codec.sample_rate, seconds=crops.seconds, seed=run.seed
     )
-    batches = iter(
-        crop_batches(
-            dataset, batch_size=crops.batch_size, first=first * optim.accumulate_steps,
-            last=optim.steps * optim.accumulate_steps, rank=rank, world=world,
-            num_workers=crops.num_workers,
-        )  # fmt: skip
-    )
+    span = (first * optim.accumulate, optim.steps * optim.accumulate)
+    batches = iter(_batches(dataset, crops, span, accelerator))
     window = _Window(codec)
     bar = run.progress(optim.steps, first, "codec")
     for step in range(first, optim.steps + 1):
         last = step == optim.steps
-        if last or (step > first and step % optim.eval_every == 0):
+        if last or (step > 0 and step % optim.eval_every == 0):
             run.log(validate(codec, dev, run, crops, losses, step), step)
-        if last or (step > first and step % optim.save_every == 0):
+        if last or (step > 0 and step % optim.save_every == 0):
             run.save(step)
         if last:
             break
         _set_rates(optimizers, step, optim)
         adversarial = step >= optim.discriminator_start
-        for _ in range(optim.accumulate_steps):
+        for _ in range(optim.accumulate):
             wave = next(batches).to(accelerator.device)
-            window.add(_train_step(models, optimizers, wave, accelerator, losses, optim, adversarial))
+            window.add(
+                _train_step(models, optimizers, wave, accelerator, losses, optim, adversarial)
+            )
         bar.update()
         if (step + 1) % optim.log_every == 0:
-            values = window.means(accelerator, crops.seconds * crops.batch_size * world)
+            seconds = crops.seconds * crops.batch_size * accelerator.num_processes
+            values = window.means(accelerator, seconds)
             bar.set_postfix_str(_line(values))
-            run.log({f"train/{name}": value for name, value in values.items()}, step + 1)
+            run.log({f"train/{name}": value for name, value in values.items()}, step)
     bar.close()
     if dataset.bad:
         logger.warning("%d recordings could not be read: %s", len(dataset.bad), sorted(dataset.bad))
     if accelerator.is_main_process:
         save_whole(codec, run.folder / "codec")
     accelerator.wait_for_everyone()
+
+
+def _batches(dataset: CropDataset, crops: CropConfig, span: tuple[int, int], accelerator):
+    """This rank's batches number span[0] to span[1] - 1."""
+    return crop_batches(
+        dataset,
+        batch_size=crops.batch_size,
+        first=span[0],
+        last=span[1],
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        num_workers=crops.num_workers,
+    )
 
 
 def _prepare(codec: Codec, discriminators: Discriminators | None, accelerator, optim: OptimConfig):
@@ -198,7 +209,10 @@ def _prepare(codec: Codec, discriminators: Discriminators | None, accelerator, o
 def _adamw(model: nn.Module, lr: float, optim: OptimConfig) -> torch.optim.AdamW:
     trained = [each for each in model.parameters() if each.requires_grad]
     groups = [
-        {"params": [each for each in trained if each.ndim >= 2], "weight_decay": optim.weight_decay},
+        {
+            "params": [each for each in trained if each.ndim >= 2],
+            "weight_decay": optim.weight_decay,
+        },
         {"params": [each for each in trained if each.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=optim.betas)
@@ -240,8 +254,8 @@ def _train_step(
 
 
 def _update(optimizer: Any, model: nn.Module, accelerator, optim: OptimConfig) -> None:
-    if accelerator.sync_gradients and optim.max_grad_norm:
-        accelerator.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
+    if accelerator.sync_gradients and optim.clip_norm:
+        accelerator.clip_grad_norm_(model.parameters(), optim.clip_norm)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -271,7 +285,9 @@ class _Window:
         values = {name: float(total) / self.batches for name, total in self.sums.items()}
         use = codebook_use(accelerator.reduce(self.counts))
         values |= {"use": float(use.share.mean()), "perplexity": float(use.perplexity.mean())}
-        values["audio_seconds_per_second"] = self.batches * audio_seconds / (time.perf_counter() - self.started)
+        values["audio_seconds_per_second"] = (
+            self.batches * audio_seconds / (time.perf_counter() - self.started)
+        )
         self._clear()
         return values
 
@@ -291,7 +307,7 @@ def validate(
     It calls the codec itself, not its DDP wrapper, and meets the others in one reduction, so no
     rank can wait for another in vain.
     """
-    accelerator = run.accelerator
+    accelerator: Any = run.accelerator
     codec.eval()
     size = codec.codebook_sizes[0]
     sums = torch.zeros(3, dtype=torch.float64)
@@ -316,7 +332,7 @@ def validate(
         if index < NUM_SHOWN and accelerator.is_main_process:
             _show(accelerator, f"dev/{index}", wave, fake, codec.sample_rate, step)
     codec.train()
-    sums, counts = accelerator.reduce(sums.to(accelerator.device)), accelerator.reduce(counts)
+    sums, counts = accelerator.reduce((sums.to(accelerator.device), counts))
     use = codebook_use(counts)
     number = max(float(sums[2]), 1.0)
     values = {"mel": float(sums[0]) / number, "wave": float(sums[1]) / number, "n": float(sums[2])}

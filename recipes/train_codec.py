@@ -1,4 +1,6 @@
-"""Trains a codec on a list of cuts: `accelerate launch recipes/train_codec.py --config FILE key=value`.
+"""Trains a codec on a list of cuts.
+
+`accelerate launch recipes/train_codec.py --config FILE key=value`
 
 The run folder ends with `codec/`, which `load_codec` and the command `codec` take.
 """
@@ -31,9 +33,9 @@ class TrainCodecConfig:
 
     out: str = "out/smoke/codec"
     """Run folder: goes on where an earlier start with the same configuration stopped."""
-    train: str = "out/smoke/data/train.jsonl.gz"
+    train: str = "out/demo/cuts/train.jsonl.gz"
     """Cuts to train on (recipes/prepare_data.py makes them)."""
-    dev: str = "out/smoke/data/dev.jsonl.gz"
+    dev: str = "out/demo/cuts/dev.jsonl.gz"
     """Cuts to validate on: speakers that are not in `train`."""
     seed: int = 0
     """Of initial weights and crops."""
@@ -53,7 +55,7 @@ def main(argv: list[str]) -> None:
     config = load_config(TrainCodecConfig, argv, "Train a speech codec.")
     accelerator = make_accelerator(
         Path(config.out),
-        gradient_accumulation_steps=config.optim.accumulate_steps,
+        gradient_accumulation_steps=config.optim.accumulate,
         # The codebooks are buffers that all ranks compute alike; nothing needs to be copied.
         handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
@@ -66,7 +68,10 @@ def main(argv: list[str]) -> None:
         sum(each.numel() for each in codec.parameters()) / 1e6, codec.frame_rate,
         codec.num_codebooks, codec.codebook_sizes[0], len(train), len(dev),
     )  # fmt: skip
-    fit(codec, judges, train, dev, run, crops=config.data, losses=config.losses, optim=config.optim)
+    fit(
+        codec, judges, list(train), list(dev), run,
+        crops=config.data, losses=config.losses, optim=config.optim,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def test_telephone_band_is_warned_about(tmp_path, caplog) -> None:
 
 
 def test_names_with_spaces_and_other_scripts(tmp_path) -> None:
-    file = tmp_path / "eine Aufnahme" / "речь 语音.wav"
+    file = tmp_path / "eine Aufnahme" / "\u0440\u0435\u0447\u044c \u8bed.wav"
     write_audio(file, tone(0.2, 16_000), 16_000)
     assert len(read_audio(file, 16_000)) == 3200
 
@@ -89,7 +89,8 @@ def bad_files(folder) -> dict[str, str]:
     (folder / "folder.wav").mkdir()
     return {
         "silent.wav": "silent", "no-samples.wav": "no samples", "nan.wav": "NaN",
-        "empty.wav": "empty", "text.wav": "cannot be read", "folder.wav": "folder", "missing.wav": "no such",
+        "empty.wav": "empty", "text.wav": "cannot be read", "folder.wav": "folder",
+        "missing.wav": "no such",
     }  # fmt: skip
 
 

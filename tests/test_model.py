@@ -161,7 +161,11 @@ def test_a_folder_brings_back_the_very_codec(codec: Codec, speech, tmp_path, cap
 def test_broken_folders_are_named(codec: Codec, tmp_path) -> None:
     codec.save_pretrained(tmp_path / "good")
     weights = load_file(tmp_path / "good" / "model.safetensors")
-    name = "decoder.conv_out.conv.bias" if "decoder.conv_out.conv.bias" in weights else "decoder.head.bias"
+    name = (
+        "decoder.conv_out.conv.bias"
+        if "decoder.conv_out.conv.bias" in weights
+        else "decoder.head.bias"
+    )
 
     def damaged(**change) -> str:
         folder = tmp_path / "bad"
