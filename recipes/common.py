@@ -56,10 +56,13 @@ def run_program(main: Callable[[list[str]], None]) -> None:
         format="%(asctime)s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )
-    # Ten lines a checkpoint.
-    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    for talkative in ("accelerate", "faster_whisper"):  # Ten lines a checkpoint, one a recording.
+        logging.getLogger(talkative).setLevel(logging.WARNING)
     try:
         main(sys.argv[1:])
+        if torch.distributed.is_initialized():
+            # Left to the interpreter's end, gloo's threads now and then abort the process.
+            torch.distributed.destroy_process_group()
     except (ValueError, OSError) as error:
         if os.environ.get("PARLANCE_TRACEBACK") == "1":
             raise
