@@ -33,7 +33,15 @@ from slm.generate import (
     text_only,
 )
 from slm.nar import NAR
-from slm.prompts import Coverage, Prompt, asr_context, join_texts, load_prompts, tts_context
+from slm.prompts import (
+    Coverage,
+    Prompt,
+    asr_context,
+    has_words,
+    join_texts,
+    load_prompts,
+    tts_context,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +82,14 @@ class Speech:
     def save(self, path: str | Path) -> None:
         """Writes the wave; the file is whole or absent."""
         write_audio(path, self.wave, self.sample_rate)
+
+
+class Transcript(NamedTuple):
+    """What a recording says."""
+
+    text: str
+    failure: str | None
+    """None, or what is wrong with it after the last try: empty, loop or cut."""
 
 
 class Models(NamedTuple):
@@ -164,13 +180,18 @@ class Voice:
         self, prompt: Float[np.ndarray, " S"] | Path | Prompt | str, prompt_text: str | None = None
     ) -> Prompt:
         """Codes and transcript of a prompt; see `tts`."""
+        if prompt_text is not None and not has_words(prompt_text):
+            raise ValueError(
+                f"the prompt's text {prompt_text!r} has no words; give what the prompt says, or "
+                "leave it out"
+            )
         if isinstance(prompt, Prompt):
             return prompt if prompt_text is None else replace(prompt, text=prompt_text)
         if isinstance(prompt, str):
             if prompt not in self.prompts:
                 known = ", ".join(sorted(self.prompts)) or "none"
                 raise ValueError(f"no prompt is named {prompt!r}; this voice has: {known}")
-            return self.prompts[prompt]
+            return self.prompt(self.prompts[prompt], prompt_text)
         if isinstance(prompt, Path):
             prompt = read_audio(prompt, self.codec.sample_rate)
         most = round(self.longest_prompt * self.codec.sample_rate)
@@ -182,14 +203,16 @@ class Voice:
             prompt, prompt_text = prompt[:most], None
         (codes,) = self._encode([prompt])
         if prompt_text is None:
-            (prompt_text,) = self.transcribe([codes[0]])
+            ((prompt_text, failure),) = self.transcripts([codes[0]])
+            if failure is not None or not has_words(prompt_text):
+                raise ValueError("the prompt could not be transcribed; give --prompt-text")
             logger.info("the prompt says: %s", prompt_text)
         return Prompt(codes=codes, text=prompt_text)
 
     def prepare(self, text: str, prompt: Prompt, seed: int = 0) -> Utterance:
         """Checks a text, and what the models will be given. Raises ValueError.
 
-        A prompt with an empty transcript is a beginning: `text` holds its words as well.
+        A prompt that is a continuation has no transcript: `text` holds its words as well.
         """
         if self.nar is None and self.codec.num_codebooks > 1:
             raise ValueError("this voice has no nar/: it transcribes, but cannot speak")
@@ -199,7 +222,7 @@ class Voice:
         num_tokens = len(vocabulary.encode_text(tokenizer, text))
         context = tts_context(vocabulary, joined, prompt.codes[0])
         least, most = speech_bounds(num_tokens, self.codec.frame_rate, self.sampling)
-        if not prompt.text:
+        if prompt.continuation or not prompt.text:
             spoken = prompt.codes.shape[1]
             least, most = max(0, least - spoken), max(1, most - spoken)
         most = restrict_context(self.lm.max_positions, context, least, most)
@@ -285,7 +308,11 @@ class Voice:
         ]
 
     def transcribe(self, first: Sequence[np.ndarray]) -> list[str]:
-        """Transcripts of codes of codebook 1, each (T,)."""
+        """Transcripts of codes of codebook 1, each (T,); those that failed as well."""
+        return [made.text for made in self.transcripts(first)]
+
+    def transcripts(self, first: Sequence[np.ndarray]) -> list[Transcript]:
+        """Transcripts of codes of codebook 1, each (T,), and what is wrong with them."""
         vocabulary, rate = self.lm.vocabulary, self.codec.frame_rate
         requests = []
         for codes in first:
@@ -299,7 +326,10 @@ class Voice:
             logger.warning(
                 "%d of %d transcripts failed: %s", len(failed), len(made), ", ".join(failed)
             )
-        return [vocabulary.decode_text(self.lm.tokenizer, one.tokens) for one in made]
+        return [
+            Transcript(vocabulary.decode_text(self.lm.tokenizer, one.tokens), one.failure)
+            for one in made
+        ]
 
     def _complete(
         self, utterances: Sequence[Utterance], first: Sequence[np.ndarray]

@@ -93,6 +93,8 @@ class Prompt:
     """Its transcript."""
     credit: str = ""
     """Whose recording it is, and under which licence."""
+    continuation: bool = False
+    """The codes begin the text that is to be spoken, whose words hold theirs; `text` is empty."""
 
     def save(self, folder: str | Path, name: str) -> None:
         record = {"text": self.text, "credit": self.credit, "codes": self.codes.tolist()}

@@ -19,7 +19,7 @@ from slm.__main__ import main
 from slm.ar import SpeechLM
 from slm.config import ARConfig, LoRAConfig, NARConfig, SamplingConfig
 from slm.nar import NAR
-from slm.pipeline import Voice, split_at_quiet
+from slm.pipeline import Transcript, Voice, split_at_quiet
 from slm.prompts import Coverage, Prompt
 
 pytestmark = quiet()
@@ -84,15 +84,39 @@ def test_a_batch_is_what_single_items_are(voice: Voice) -> None:
 def test_a_prompt_without_transcript_is_transcribed_by_the_model(
     voice: Voice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(voice, "transcribe", lambda first: ["red hen"] * len(first))
+    monkeypatch.setattr(voice, "transcripts", lambda first: [Transcript("red hen", None)])
     assert voice.prompt(voiced(0.5)).text == "red hen"
     assert voice.prompt(voiced(0.5), "sun").text == "sun"
+
+
+@pytest.mark.parametrize("made", [("", None), ("...", None), ("a", "cut"), ("a a a", "loop")])
+def test_a_prompt_that_could_not_be_transcribed_is_refused(
+    voice: Voice, monkeypatch: pytest.MonkeyPatch, made: tuple[str, str | None]
+) -> None:
+    monkeypatch.setattr(voice, "transcripts", lambda first: [Transcript(*made)])
+    with pytest.raises(ValueError, match="could not be transcribed; give --prompt-text"):
+        voice.prompt(voiced(0.5))
+
+
+@pytest.mark.parametrize("text", ["", " ", "..."])
+def test_a_prompt_text_without_words_is_refused(voice: Voice, text: str) -> None:
+    for prompt in (voiced(0.5), "ann", voice.prompts["ann"]):
+        with pytest.raises(ValueError, match="has no words"):
+            voice.prompt(prompt, text)
+    assert voice.prompt("ann", "red hen").text == "red hen"
+
+
+def test_a_continuation_counts_the_words_that_its_prompt_has_said(voice: Voice) -> None:
+    codes = voice.prompts["ann"].codes
+    new = voice.prepare(TEXT, Prompt(codes=codes, text="sun"))
+    rest = voice.prepare(TEXT, Prompt(codes=codes, text="", continuation=True))
+    assert rest.bounds[1] == new.bounds[1] - codes.shape[1]
 
 
 def test_a_long_prompt_is_cut_and_transcribed_anew(
     voice: Voice, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(voice, "transcribe", lambda first: ["red hen"])
+    monkeypatch.setattr(voice, "transcripts", lambda first: [Transcript("red hen", None)])
     monkeypatch.setattr(voice, "longest_prompt", 1.0)
     with caplog.at_level(logging.WARNING):
         prompt = voice.prompt(voiced(2.0), "much more than that")
