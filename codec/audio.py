@@ -31,7 +31,7 @@ def read_audio(
     that names the file when it is missing, empty, truncated, unreadable, not finite, or silent
     (a stretch of a longer recording may be: `allow_silence`).
     """
-    blocks = list(_blocks(Path(path), sample_rate, 3600.0, start, duration))
+    blocks = list(_blocks(Path(path), sample_rate, 30.0, start, duration))
     wave = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
     _check_speech(wave, path, allow_silence)
     return wave
@@ -77,14 +77,23 @@ def _blocks(
 
 
 def _check_whole(path: Path) -> None:
-    """Notice a cut WAV or Ogg file: libsndfile reads what is left of one without a word."""
+    """Notice a cut file of those formats whose rest libsndfile reads without a word."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(12)
-        if head[:4] == b"RIFF":
-            promised = int.from_bytes(head[4:8], "little") + 8
+        if head[:4] in (b"RIFF", b"FORM"):
+            promised = int.from_bytes(head[4:8], "little" if head[:4] == b"RIFF" else "big") + 8
             # Programs that write to a pipe leave the size open: 0 or close to 4 GiB.
             cut = 8 < promised < 0xFFFF_0000 and size < promised
+        elif head[:4] == b".snd":
+            offset = int.from_bytes(head[4:8], "big")
+            promised = int.from_bytes(head[8:12], "big")
+            cut = promised != 0xFFFF_FFFF and size < offset + promised
+        elif head[:4] == b"riff" or head[:4] == b"RF64":
+            # Sony's W64 has its size after a GUID of 16 bytes; RF64 in its first chunk, ds64.
+            file.seek(16 if head[:4] == b"riff" else 20)
+            promised = int.from_bytes(file.read(8), "little") + 8 * (head[:4] == b"RF64")
+            cut = size < promised
         elif head[:4] == b"OggS":
             file.seek(max(0, size - OGG_PAGE_LIMIT))
             tail = file.read()

@@ -2,9 +2,25 @@
 
 from dataclasses import dataclass, field, is_dataclass
 from math import prod
-from typing import Any, Literal, TypeVar, cast, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 C = TypeVar("C")
+
+
+def _at_least(least: int | float, **values: int | float | tuple[int, ...]) -> None:
+    """Raise `ValueError` naming the first value, or element, below `least`."""
+    for name, value in values.items():
+        if any(each < least for each in (value if isinstance(value, tuple) else (value,))):
+            key = name.replace("__", ".")
+            raise ValueError(f"{key} must be at least {least:g}, got {value}")
+
+
+def _one_of(choices: tuple[str, ...], **values: str) -> None:
+    for name, value in values.items():
+        if value not in choices:
+            key = name.replace("__", ".")
+            raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
+
 
 Family = Literal["seanet", "spectral"]
 
@@ -35,10 +51,20 @@ class SEANetConfig:
     """Nonlinearity; Snake is AnyGPT's variant of the released model."""
 
     def __post_init__(self) -> None:
-        if not self.strides or min(self.strides) < 1:
-            raise ValueError(f"seanet.strides must be positive integers, got {self.strides}")
-        if min(self.num_filters, self.dimension, self.num_residual_layers) < 1:
-            raise ValueError("seanet: num_filters, dimension and num_residual_layers must be >= 1")
+        if not self.strides:
+            raise ValueError("seanet.strides must name at least one stride")
+        _at_least(
+            1,
+            seanet__num_filters=self.num_filters,
+            seanet__strides=self.strides,
+            seanet__dimension=self.dimension,
+            seanet__semantic_dimension=self.semantic_dimension,
+            seanet__dilation_base=self.dilation_base,
+            seanet__residual_kernel_size=self.residual_kernel_size,
+            seanet__num_residual_layers=self.num_residual_layers,
+        )
+        _at_least(0, seanet__num_lstm_layers=self.num_lstm_layers)
+        _one_of(("elu", "snake"), seanet__activation=self.activation)
 
     @property
     def hop_length(self) -> int:
@@ -72,6 +98,22 @@ class SpectralConfig:
     """Frames of a block's depthwise convolution."""
 
     def __post_init__(self) -> None:
+        _at_least(
+            1,
+            spectral__num_mels=self.num_mels,
+            spectral__hop=self.hop,
+            spectral__strides=self.strides,
+            spectral__encoder_width=self.encoder_width,
+            spectral__dimension=self.dimension,
+            spectral__decoder_width=self.decoder_width,
+        )
+        _at_least(
+            0,
+            spectral__encoder_depths=self.encoder_depths,
+            spectral__decoder_depths=self.decoder_depths,
+        )
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"spectral.kernel_size must be odd, got {self.kernel_size}")
         for name, depths in (("encoder", self.encoder_depths), ("decoder", self.decoder_depths)):
             if len(depths) != len(self.strides) + 1:
                 raise ValueError(
@@ -138,10 +180,8 @@ class CodecConfig:
     """The codebooks."""
 
     def __post_init__(self) -> None:
-        if self.family not in ("seanet", "spectral"):
-            raise ValueError(f"family must be seanet or spectral, got {self.family!r}")
-        if self.sample_rate < 1:
-            raise ValueError(f"sample_rate must be positive, got {self.sample_rate}")
+        _one_of(("seanet", "spectral"), family=self.family)
+        _at_least(1, sample_rate=self.sample_rate)
 
     @property
     def hop_length(self) -> int:
@@ -245,10 +285,11 @@ class CropConfig:
     """Recordings of the dev list that a validation looks at."""
 
     def __post_init__(self) -> None:
-        if self.seconds <= 0 or self.max_validation_seconds <= 0:
-            raise ValueError(f"data.seconds must be positive, got {self.seconds}")
-        if self.batch_size < 1:
-            raise ValueError(f"data.batch_size must be at least 1, got {self.batch_size}")
+        # A mel loss of 2048 samples needs more than half of them to reflect.
+        _at_least(0.1, data__seconds=self.seconds)
+        _at_least(0.1, data__max_validation_seconds=self.max_validation_seconds)
+        _at_least(1, data__batch_size=self.batch_size)
+        _at_least(0, data__num_workers=self.num_workers, data__num_validation=self.num_validation)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -283,12 +324,24 @@ class OptimConfig:
     """Steps between checkpoints."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.lr <= 0:
-            raise ValueError(
-                f"optim.steps and optim.lr must be positive, got {self.steps}, {self.lr}"
-            )
-        if min(self.log_every, self.eval_every, self.save_every) < 1:
-            raise ValueError("optim.log_every, eval_every and save_every must be at least 1")
+        _at_least(
+            1,
+            optim__steps=self.steps,
+            optim__accumulate=self.accumulate,
+            optim__log_every=self.log_every,
+            optim__eval_every=self.eval_every,
+            optim__save_every=self.save_every,
+        )
+        _at_least(
+            0,
+            optim__lr=self.lr,
+            optim__discriminator_lr=self.discriminator_lr,
+            optim__weight_decay=self.weight_decay,
+            optim__warmup_steps=self.warmup_steps,
+            optim__final_lr_share=self.final_lr_share,
+            optim__clip_norm=self.clip_norm,
+            optim__discriminator_start=self.discriminator_start,
+        )
 
 
 def codec_config_from_dict(data: dict[str, Any]) -> CodecConfig:
@@ -304,9 +357,19 @@ def _from_dict(cls: type[C], data: dict[str, Any], where: str) -> C:
     for name, value in data.items():
         if is_dataclass(hints[name]) and isinstance(value, dict):
             values[name] = _from_dict(cast(type, hints[name]), value, f"{where}.{name}")
-        else:
-            values[name] = tuple(value) if isinstance(value, list) else value
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise ValueError(f"{where}: ill-typed value ({error})") from error
+            continue
+        values[name] = tuple(value) if isinstance(value, list) else value
+        if not _fits(values[name], hints[name]):
+            raise ValueError(f"{where}.{name}: {value!r} is not a {hints[name]}")
+    return cls(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value has the type that a field of CodecConfig asks for."""
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(each, get_args(hint)[0]) for each in value)
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    kinds = (int, float) if hint is float else hint
+    # A boolean is an int to Python, and to nobody else.
+    return isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))

@@ -1,6 +1,7 @@
 """Cuts to crops to batches. Every batch is a pure function of (seed, step, rank): resuming at a
 step needs no sampler state, and any number of loader processes yields the same crops."""
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -48,6 +49,16 @@ def load_cut(
     """
     rest = cut.duration - start
     duration = rest if duration is None else min(duration, rest)
+    try:
+        return _load(cut, sample_rate, start, duration, allow_silence)
+    except ValueError:
+        raise
+    except Exception as error:
+        # lhotse raises many kinds for archives and streams; all say that this cut has no sound.
+        raise ValueError(f"{cut.id}: cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _load(cut: "Cut", sample_rate: int, start: float, duration: float, allow_silence: bool):
     source = _single_file(cut)
     if source is not None:
         # Up to the end of the file, whatever its header promised: a cut file is noticed there.
@@ -78,10 +89,14 @@ class CropDataset(Dataset):
     """Crop number i of an endless stream: epoch i // N, shuffled anew for every epoch.
 
     A recording that cannot be read costs itself: the crop comes from the next one of the epoch,
-    and `bad` collects its id and why (in the process that met it).
+    `bad` collects its id and why, and so does `bad_file`, which all loader processes share.
     """
 
-    def __init__(self, cuts: Sequence["Cut"], *, sample_rate: int, seconds: float, seed: int):
+    def __init__(
+        self, cuts: Sequence["Cut"], *, sample_rate: int, seconds: float, seed: int,
+        bad_file: Path | None = None,
+    ) -> None:  # fmt: skip
+        self.bad_file = bad_file
         self.cuts, self.sample_rate, self.seed = list(cuts), sample_rate, seed
         self.seconds, self.samples = seconds, round(seconds * sample_rate)
         self.bad: dict[str, str] = {}
@@ -98,6 +113,9 @@ class CropDataset(Dataset):
             except ValueError as error:
                 self.bad[cut.id] = str(error)
                 logger.warning("skipped from now on: %s", error)
+                if self.bad_file is not None:
+                    with open(self.bad_file, "a", encoding="utf-8") as file:
+                        file.write(json.dumps({"id": cut.id, "why": str(error)}) + "\n")
         raise ValueError("none of the recordings of the training list can be read")
 
     def _crop(self, cut: "Cut", generator: np.random.Generator) -> Float[Tensor, "1 S"]:

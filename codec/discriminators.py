@@ -26,7 +26,7 @@ SCALE_LAYERS = (
 STFT_DILATIONS = (1, 2, 4)
 
 
-class Judgement(NamedTuple):
+class Verdict(NamedTuple):
     """What one sub-discriminator says of a wave: real near 1, fake near 0 (hinge: below -1)."""
 
     score: Tensor
@@ -55,13 +55,13 @@ class Discriminators(nn.Module):
                 "or give the losses adversarial and feature no weight"
             )
 
-    def forward(self, wave: Float[Tensor, "B 1 S"]) -> list[Judgement]:
-        judgements = [discriminator(wave) for discriminator in self.others]
+    def forward(self, wave: Float[Tensor, "B 1 S"]) -> list[Verdict]:
+        verdicts = [discriminator(wave) for discriminator in self.others]
         for index, discriminator in enumerate(self.scale_discriminators):
             if index > 0:
                 wave = functional.avg_pool1d(wave, 4, stride=2, padding=2)
-            judgements.append(discriminator(wave))
-        return judgements
+            verdicts.append(discriminator(wave))
+        return verdicts
 
 
 class PeriodDiscriminator(nn.Module):
@@ -85,10 +85,10 @@ class PeriodDiscriminator(nn.Module):
         )
         self.conv_out = weight_norm(nn.Conv2d(widths[-1], 1, (3, 1), padding=(1, 0)))
 
-    def forward(self, wave: Float[Tensor, "B 1 S"]) -> Judgement:
+    def forward(self, wave: Float[Tensor, "B 1 S"]) -> Verdict:
         padded = functional.pad(wave, (0, -wave.shape[-1] % self.period), mode="reflect")
         x = rearrange(padded, "b c (t p) -> b c t p", p=self.period)
-        return _judge(self.convs, self.conv_out, x)
+        return _run_convs(self.convs, self.conv_out, x)
 
 
 class ScaleDiscriminator(nn.Module):
@@ -109,8 +109,8 @@ class ScaleDiscriminator(nn.Module):
             channels_in = width
         self.conv_out = norm(nn.Conv1d(channels_in, 1, 3, padding=1))
 
-    def forward(self, wave: Float[Tensor, "B 1 S"]) -> Judgement:
-        return _judge(self.convs, self.conv_out, wave)
+    def forward(self, wave: Float[Tensor, "B 1 S"]) -> Verdict:
+        return _run_convs(self.convs, self.conv_out, wave)
 
 
 class STFTDiscriminator(nn.Module):
@@ -136,7 +136,7 @@ class STFTDiscriminator(nn.Module):
         self.convs = nn.ModuleList(weight_norm(layer) for layer in layers)
         self.conv_out = weight_norm(nn.Conv2d(filters, 1, (3, 3), padding=1))
 
-    def forward(self, wave: Float[Tensor, "B 1 S"]) -> Judgement:
+    def forward(self, wave: Float[Tensor, "B 1 S"]) -> Verdict:
         with torch.autocast(wave.device.type, enabled=False):
             spectrum = torch.stft(
                 wave.squeeze(1).float(),
@@ -148,13 +148,13 @@ class STFTDiscriminator(nn.Module):
                 return_complex=True,
             )
         x = rearrange(torch.view_as_real(spectrum), "b f t c -> b c t f")
-        return _judge(self.convs, self.conv_out, x)
+        return _run_convs(self.convs, self.conv_out, x)
 
 
-def _judge(convs: nn.ModuleList, conv_out: nn.Module, x: Tensor) -> Judgement:
+def _run_convs(convs: nn.ModuleList, conv_out: nn.Module, x: Tensor) -> Verdict:
     features = []
     for conv in convs:
         x = functional.leaky_relu(conv(x), SLOPE)
         features.append(x)
     score = conv_out(x)
-    return Judgement(score.float(), [*features, score])
+    return Verdict(score.float(), [*features, score])

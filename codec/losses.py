@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from codec.audio import magnitude_spectrogram, mel_filterbank
 from codec.config import MelScaleConfig
-from codec.discriminators import Judgement
+from codec.discriminators import Verdict
 
 MEL_FLOOR = 1e-5
 
@@ -78,7 +78,7 @@ def magnitude_loss(
 
 
 def discriminator_loss(
-    real: Sequence[Judgement], fake: Sequence[Judgement], form: str
+    real: Sequence[Verdict], fake: Sequence[Verdict], form: str
 ) -> Float[Tensor, ""]:
     """Least squares (LSGAN) or hinge, summed over sub-discriminators."""
     total = real[0].score.new_zeros(())
@@ -91,7 +91,7 @@ def discriminator_loss(
     return total
 
 
-def adversarial_loss(fake: Sequence[Judgement], form: str) -> Float[Tensor, ""]:
+def adversarial_loss(fake: Sequence[Verdict], form: str) -> Float[Tensor, ""]:
     """The generator's side of `discriminator_loss`."""
     total = fake[0].score.new_zeros(())
     for on_fake in fake:
@@ -103,7 +103,7 @@ def adversarial_loss(fake: Sequence[Judgement], form: str) -> Float[Tensor, ""]:
 
 
 def feature_loss(
-    real: Sequence[Judgement], fake: Sequence[Judgement], *, normalize: bool
+    real: Sequence[Verdict], fake: Sequence[Verdict], *, normalize: bool
 ) -> Float[Tensor, ""]:
     """Feature matching: absolute difference of every discriminator layer.
 

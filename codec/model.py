@@ -1,6 +1,7 @@
 """Codec: recordings to codes and back, whatever networks its configuration names."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -281,8 +282,9 @@ def load_codec(path_or_hub_id: str | Path, device: str = "cpu") -> Codec:
     Raises `ValueError` when it is missing or its files do not fit together.
     """
     path = Path(path_or_hub_id)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"{path}: no config.json there; is it the folder of a codec?")
+    _check_device(device)
+    if path.is_dir():
+        _check_json(path / "config.json")
     try:
         return Codec.from_pretrained(str(path_or_hub_id), map_location=device)
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
@@ -290,6 +292,25 @@ def load_codec(path_or_hub_id: str | Path, device: str = "cpu") -> Codec:
             f"{path_or_hub_id}: no such folder, and not to be had from the hub either "
             f"({type(error).__name__}); check the name"
         ) from error
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used here ({reason}); try cpu") from error
+
+
+def _check_json(file: Path) -> None:
+    if not file.is_file():
+        raise ValueError(f"{file.parent}: no config.json there; is it the folder of a codec?")
+    try:
+        whole = isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
+    except ValueError:
+        whole = False
+    if not whole:
+        raise ValueError(f"{file}: not a whole JSON object; copy it again")
 
 
 class _Piece(NamedTuple):
@@ -340,6 +361,8 @@ def _load_weights(codec: nn.Module, file: Path) -> None:
                 f"{file}: the tensor {name} has shape {tuple(found[name].shape)}, config.json asks "
                 f"for {tuple(tensor.shape)}"
             )
+        if not bool(found[name].isfinite().all()):
+            raise ValueError(f"{file}: the tensor {name} holds NaN or infinity: a failed training?")
     if unknown := sorted(set(found) - set(expected)):
         raise ValueError(
             f"{file}: holds the unknown tensor {unknown[0]}; is config.json another's?"

@@ -1,5 +1,6 @@
 """GAN training of a codec: steps are functions of models and batch, the loop owns the rest."""
 
+import json
 import logging
 import math
 import shutil
@@ -138,8 +139,14 @@ def fit(
     accelerator = run.accelerator
     models, optimizers = _prepare(codec, discriminators, accelerator, optim)
     first = run.resume()
+    if crops.seconds * codec.sample_rate < max(each.window for each in losses.mel_scales):
+        raise ValueError(f"data.seconds {crops.seconds:g} is shorter than a window of the mel loss")
     dataset = CropDataset(
-        train, sample_rate=codec.sample_rate, seconds=crops.seconds, seed=run.seed
+        train,
+        sample_rate=codec.sample_rate,
+        seconds=crops.seconds,
+        seed=run.seed,
+        bad_file=run.folder / "skipped.jsonl",
     )
     span = (first * optim.accumulate, optim.steps * optim.accumulate)
     batches = iter(_batches(dataset, crops, span, accelerator))
@@ -147,9 +154,10 @@ def fit(
     bar = run.progress(optim.steps, first, "codec")
     for step in range(first, optim.steps + 1):
         last = step == optim.steps
-        if last or (step > 0 and step % optim.eval_every == 0):
+        if last or step % optim.eval_every == 0:
             run.log(validate(codec, dev, run, crops, losses, step), step)
         if last or (step > 0 and step % optim.save_every == 0):
+            _check_finite(codec, step)
             run.save(step)
         if last:
             break
@@ -167,9 +175,8 @@ def fit(
             bar.set_postfix_str(_line(values))
             run.log({f"train/{name}": value for name, value in values.items()}, step)
     bar.close()
-    if dataset.bad:
-        logger.warning("%d recordings could not be read: %s", len(dataset.bad), sorted(dataset.bad))
     if accelerator.is_main_process:
+        _list_bad(run.folder / "skipped.jsonl")
         save_whole(codec, run.folder / "codec")
     accelerator.wait_for_everyone()
 
@@ -201,9 +208,9 @@ def _prepare(codec: Codec, discriminators: Discriminators | None, accelerator, o
     wrapped, generator = accelerator.prepare(codec, generator)
     if discriminators is None:
         return Models(wrapped, None), [generator]
-    judge = _adamw(discriminators, optim.discriminator_lr, optim)
-    judges, judge = accelerator.prepare(discriminators, judge)
-    return Models(wrapped, judges), [generator, judge]
+    critic = _adamw(discriminators, optim.discriminator_lr, optim)
+    wrapped_discriminators, critic = accelerator.prepare(discriminators, critic)
+    return Models(wrapped, wrapped_discriminators), [generator, critic]
 
 
 def _adamw(model: nn.Module, lr: float, optim: OptimConfig) -> torch.optim.AdamW:
@@ -229,19 +236,21 @@ def _train_step(
     adversarial: bool,
 ) -> tuple[CodecOutput, dict[str, Tensor]]:  # fmt: skip
     """One batch: discriminators on the detached output, then the codec against them."""
-    judges = models.discriminators if adversarial else None
-    trained = [models.codec] if judges is None else [models.codec, judges]
+    discriminators = models.discriminators if adversarial else None
+    trained = [models.codec] if discriminators is None else [models.codec, discriminators]
     parts = {}
     with accelerator.accumulate(*trained):
         out: CodecOutput = models.codec(wave)
-        if judges is not None:
+        if discriminators is not None:
             with accelerator.autocast():
-                judged = discriminator_step(out, wave, judges, losses)
-            accelerator.backward(judged.total)
-            parts |= judged.parts
-            _update(optimizers[1], judges, accelerator, optim)
+                told = discriminator_step(out, wave, discriminators, losses)
+            accelerator.backward(told.total)
+            parts |= told.parts
+            _update(optimizers[1], discriminators, accelerator, optim)
         # The codec's loss must not reach the discriminators' gradients, nor their DDP reducer.
-        raw = None if judges is None else accelerator.unwrap_model(judges).requires_grad_(False)
+        raw = None
+        if discriminators is not None:
+            raw = accelerator.unwrap_model(discriminators).requires_grad_(False)
         sample_rate = accelerator.unwrap_model(models.codec).sample_rate
         with accelerator.autocast():
             made = generator_step(out, wave, raw, losses, sample_rate)
@@ -355,10 +364,39 @@ def _show(accelerator, name: str, real: Tensor, fake: Tensor, sample_rate: int, 
         writer.add_image(f"{name}/mel", ((picture - low) / (high - low)).unsqueeze(0), step)
 
 
+def _check_finite(codec: Codec, step: int) -> None:
+    """Before a checkpoint of NaN takes the place of a good one."""
+    for name, tensor in codec.state_dict().items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(
+                f"the training diverged before step {step} ({name} is not finite); start in another "
+                "folder with a lower optim.lr"
+            )
+
+
+def _list_bad(file: Path) -> None:
+    """One line for each recording that some loader process could not read."""
+    if not file.is_file():
+        return
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    bad = {line["id"]: line["why"] for line in lines}
+    file.write_text("".join(json.dumps({"id": i, "why": w}) + "\n" for i, w in bad.items()))
+    logger.warning("%d recordings could not be read; %s lists them and why", len(bad), file)
+
+
 def save_whole(codec: Codec, folder: Path) -> None:
-    """Save beside and rename, so that `folder` is never half a codec."""
+    """Save beside and rename, so that `folder` is never half a codec. `OSError` on a full disk."""
+    from safetensors import SafetensorError
+
     beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
-    codec.save_pretrained(beside)
+    try:
+        codec.save_pretrained(beside)
+    except (SafetensorError, OSError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise OSError(
+            f"{folder}: could not be written ({error}); make room and start again: the run goes on "
+            "from its last checkpoint"
+        ) from error
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)

@@ -62,14 +62,15 @@ def main(argv: list[str]) -> None:
     train, dev = read_cuts(config.train), read_cuts(config.dev)
     run = start_run(config, config.out, seed=config.seed, accelerator=accelerator)
     codec = Codec(config.codec)
-    judges = Discriminators(config.discriminators) if config.losses.needs_discriminators else None
+    adversarial = config.losses.needs_discriminators
+    discriminators = Discriminators(config.discriminators) if adversarial else None
     logger.info(
         "%.1f M parameters, %g Hz, %d codebooks of %d; %d cuts to train on, %d to validate on",
         sum(each.numel() for each in codec.parameters()) / 1e6, codec.frame_rate,
         codec.num_codebooks, codec.codebook_sizes[0], len(train), len(dev),
     )  # fmt: skip
     fit(
-        codec, judges, list(train), list(dev), run,
+        codec, discriminators, list(train), list(dev), run,
         crops=config.data, losses=config.losses, optim=config.optim,
     )  # fmt: skip
 

@@ -23,25 +23,25 @@ def test_published_sizes() -> None:
 
 def test_every_sub_discriminator_speaks_and_keeps_items_apart() -> None:
     torch.manual_seed(0)
-    judges = Discriminators(TINY).eval()
+    discriminators = Discriminators(TINY).eval()
     wave = torch.randn(2, 1, 4001)
-    both = judges(wave)
+    both = discriminators(wave)
     assert len(both) == 5
-    for alone, together in zip(judges(wave[1:]), both, strict=True):
+    for alone, together in zip(discriminators(wave[1:]), both, strict=True):
         torch.testing.assert_close(alone.score[0], together.score[1], atol=1e-5, rtol=1e-4)
         assert len(together.features) >= 6
 
 
 def test_they_learn_to_tell_noise_from_a_tone() -> None:
     torch.manual_seed(0)
-    judges = Discriminators(TINY)
-    optimizer = torch.optim.Adam(judges.parameters(), 1e-3)
+    discriminators = Discriminators(TINY)
+    optimizer = torch.optim.Adam(discriminators.parameters(), 1e-3)
     tone = 0.3 * torch.sin(torch.arange(4000) * 0.1).expand(2, 1, -1)
     for _ in range(60):
         noise = 0.3 * torch.randn(2, 1, 4000)
         loss = sum(
             (1 - real.score).square().mean() + fake.score.square().mean()
-            for real, fake in zip(judges(tone), judges(noise), strict=True)
+            for real, fake in zip(discriminators(tone), discriminators(noise), strict=True)
         )
         optimizer.zero_grad()
         loss.backward()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from codec.config import LossConfig, LossWeights, MelScaleConfig
-from codec.discriminators import Judgement
+from codec.discriminators import Verdict
 from codec.losses import (
     adversarial_loss,
     discriminator_loss,
@@ -61,8 +61,8 @@ def test_weights_of_scales_and_of_the_squared_term_count(waves) -> None:
     torch.testing.assert_close(squared, plain + (a - b).square().mean())
 
 
-def judgements(score: float) -> list[Judgement]:
-    return [Judgement(torch.full((2, 1, 5), score), [torch.full((2, 3), score)]) for _ in range(2)]
+def verdicts(score: float) -> list[Verdict]:
+    return [Verdict(torch.full((2, 1, 5), score), [torch.full((2, 3), score)]) for _ in range(2)]
 
 
 @pytest.mark.parametrize(
@@ -75,20 +75,20 @@ def judgements(score: float) -> list[Judgement]:
     ],
 )
 def test_adversarial_values(form, real, fake, expected, generator) -> None:
-    assert discriminator_loss(judgements(real), judgements(fake), form) == expected
-    assert adversarial_loss(judgements(fake), form) == generator
+    assert discriminator_loss(verdicts(real), verdicts(fake), form) == expected
+    assert adversarial_loss(verdicts(fake), form) == generator
 
 
 def test_feature_loss_forms() -> None:
     # Two sub-discriminators, one layer each, |2 - 5| = 3: released 2 * (3 + 3), papers 3 / 2.
-    assert feature_loss(judgements(2.0), judgements(5.0), normalize=False) == 12
-    assert feature_loss(judgements(2.0), judgements(5.0), normalize=True) == 1.5
+    assert feature_loss(verdicts(2.0), verdicts(5.0), normalize=False) == 12
+    assert feature_loss(verdicts(2.0), verdicts(5.0), normalize=True) == 1.5
 
 
 def test_feature_loss_trains_the_fake_side_only() -> None:
     real, fake = torch.ones(2, 3, requires_grad=True), torch.zeros(2, 3, requires_grad=True)
     score = torch.zeros(1)
-    feature_loss([Judgement(score, [real])], [Judgement(score, [fake])], normalize=False).backward()
+    feature_loss([Verdict(score, [real])], [Verdict(score, [fake])], normalize=False).backward()
     assert real.grad is None
     assert fake.grad.abs().sum() > 0
 

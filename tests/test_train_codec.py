@@ -35,7 +35,7 @@ TINY = CodecConfig(
     quantizer=QuantizerConfig(num_codebooks=2, codebook_size=16, decay=0.8),
 )  # fmt: skip
 SCALES = (MelScaleConfig(window=512, hop=128, num_mels=40),)
-JUDGES = DiscriminatorConfig(
+DISCRIMINATORS = DiscriminatorConfig(
     periods=(2,), num_scales=1, stft_windows=(128,), stft_filters=4, width_divisor=64
 )
 
@@ -65,18 +65,18 @@ def test_only_weighted_losses_are_computed_and_weights_multiply(wave) -> None:
 
 def test_each_step_trains_its_own_side(wave) -> None:
     torch.manual_seed(0)
-    codec, judges = Codec(TINY).train(), Discriminators(JUDGES)
+    codec, discriminators = Codec(TINY).train(), Discriminators(DISCRIMINATORS)
     config = LossConfig(weights=LossWeights(adversarial=1.0, feature=1.0), mel_scales=SCALES)
     out = codec(wave)
-    discriminator_step(out, wave, judges, config).total.backward()
+    discriminator_step(out, wave, discriminators, config).total.backward()
     assert all(each.grad is None for each in codec.parameters())
-    assert all(each.grad is not None for each in judges.parameters())
-    judges.zero_grad()
-    judges.requires_grad_(False)
-    losses = generator_step(out, wave, judges, config, 16_000)
+    assert all(each.grad is not None for each in discriminators.parameters())
+    discriminators.zero_grad()
+    discriminators.requires_grad_(False)
+    losses = generator_step(out, wave, discriminators, config, 16_000)
     losses.total.backward()
     assert {"adversarial", "feature"} < set(losses.parts)
-    assert all(each.grad is None for each in judges.parameters())
+    assert all(each.grad is None for each in discriminators.parameters())
     assert all(each.grad is not None for each in codec.parameters())
 
 
