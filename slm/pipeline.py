@@ -9,7 +9,7 @@ Its folder:
 
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 
 from codec import Codec, load_codec, read_audio, write_audio
-from codec.audio import stream_audio
+from codec.audio import check_wave, stream_audio
 from slm.ar import SpeechLM
 from slm.config import SamplingConfig
 from slm.generate import (
@@ -33,6 +33,7 @@ from slm.generate import (
     text_only,
 )
 from slm.nar import NAR
+from slm.pieces import split_at_quiet
 from slm.prompts import (
     Coverage,
     Prompt,
@@ -46,8 +47,6 @@ from slm.prompts import (
 logger = logging.getLogger(__name__)
 
 SILENCE_RMS = 1e-4
-QUIET_SEARCH = 1 / 3
-"""A long recording is split at the quietest spot of this last share of a window."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,6 +193,7 @@ class Voice:
             return self.prompt(self.prompts[prompt], prompt_text)
         if isinstance(prompt, Path):
             prompt = read_audio(prompt, self.codec.sample_rate)
+        _check(prompt, "the prompt")
         most = round(self.longest_prompt * self.codec.sample_rate)
         if len(prompt) > most:
             logger.warning(
@@ -217,6 +217,9 @@ class Voice:
         if self.nar is None and self.codec.num_codebooks > 1:
             raise ValueError("this voice has no nar/: it transcribes, but cannot speak")
         self.coverage.check(text)
+        prompt.check(self.codec.codebook_sizes)
+        if prompt.text:
+            self.coverage.check(prompt.text, "the prompt's text")
         vocabulary, tokenizer = self.lm.vocabulary, self.lm.tokenizer
         joined = vocabulary.encode_text(tokenizer, join_texts(prompt.text, text))
         num_tokens = len(vocabulary.encode_text(tokenizer, text))
@@ -262,6 +265,8 @@ class Voice:
 
     def asr(self, waves: Sequence[np.ndarray]) -> list[str]:
         """Transcripts of waves (S,) at the codec's sample rate, in one batch."""
+        for wave in waves:
+            _check(wave, "the recording", allow_silence=True)
         if any(len(wave) > self._longest_piece() for wave in waves):
             return [self.asr_stream([wave]) for wave in waves]
         return self.transcribe([codes[0] for codes in self._encode(waves)])
@@ -295,8 +300,6 @@ class Voice:
     def _encode(self, waves: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Codes (Q, T) of each wave."""
         lengths = torch.tensor([len(wave) for wave in waves])
-        if int(lengths.min()) == 0:
-            raise ValueError("a wave without samples cannot be encoded")
         batch = torch.zeros(len(waves), 1, int(lengths.max()))
         for row, wave in enumerate(waves):
             batch[row, 0, : len(wave)] = torch.from_numpy(np.ascontiguousarray(wave, np.float32))
@@ -350,21 +353,10 @@ class Voice:
         return wave[0, 0, prompt.shape[1] * self.codec.hop_length :].float().cpu().numpy()
 
 
-def split_at_quiet(blocks: Iterable[np.ndarray], longest: int) -> Iterator[np.ndarray]:
-    """Cuts a recording that comes in blocks into pieces of at most `longest` samples."""
-    held = np.zeros(0, np.float32)
-    window = max(1, longest // 100)
-    for block in blocks:
-        held = np.concatenate([held, block])
-        while len(held) > longest:
-            start = longest - int(longest * QUIET_SEARCH)
-            count = (longest - start) // window
-            tail = held[start : start + count * window].reshape(count, window)
-            cut = start + int(np.square(tail).sum(1).argmin()) * window + window // 2
-            yield held[:cut]
-            held = held[cut:]
-    if len(held):
-        yield held
+def _check(wave: np.ndarray, name: str, *, allow_silence: bool = False) -> None:
+    if wave.ndim != 1:
+        raise ValueError(f"{name}: give samples of one channel (S,), not shape {wave.shape}")
+    check_wave(wave, name, allow_silence=allow_silence)
 
 
 def _local(path_or_hub_id: str | Path) -> Path:

@@ -96,6 +96,24 @@ class Prompt:
     continuation: bool = False
     """The codes begin the text that is to be spoken, whose words hold theirs; `text` is empty."""
 
+    def check(self, codebook_sizes: Sequence[int]) -> None:
+        """Raises ValueError for codes that a codec of these codebooks did not make."""
+        codes = np.asarray(self.codes)
+        if codes.ndim != 2 or len(codes) != len(codebook_sizes) or not codes.size:
+            raise ValueError(
+                f"the prompt's codes have the shape {codes.shape}; this codec makes "
+                f"({len(codebook_sizes)}, T)"
+            )
+        if codes.dtype.kind not in "iu":
+            raise ValueError(f"the prompt's codes are {codes.dtype}, not whole numbers")
+        for codebook, (row, size) in enumerate(zip(codes, codebook_sizes, strict=True), start=1):
+            outside = row[(row < 0) | (row >= size)]
+            if outside.size:
+                raise ValueError(
+                    f"the prompt has code {outside[0]} in codebook {codebook}, which has {size} "
+                    "entries; was it made by another codec?"
+                )
+
     def save(self, folder: str | Path, name: str) -> None:
         record = {"text": self.text, "credit": self.credit, "codes": self.codes.tolist()}
         with written_whole(Path(folder) / f"{name}.json") as temporary:
@@ -135,14 +153,14 @@ class Coverage:
             scripts=tuple(scripts), characters="".join(characters), longest_frames=longest_frames
         )
 
-    def check(self, text: str) -> None:
+    def check(self, text: str, what: str = "the text") -> None:
         """Raises ValueError for a text with nothing to say, or a letter of an unknown script."""
         if not has_words(text):
-            raise ValueError(f"the text {text!r} has nothing to say; give it a letter or a number")
+            raise ValueError(f"{what} {text!r} has nothing to say; give it a letter or a number")
         for letter in text:
             if letter.isalpha() and script_of(letter) not in self.scripts:
                 raise ValueError(
-                    f"the text has {letter!r} of the script {script_of(letter)}; this model was "
+                    f"{what} has {letter!r} of the script {script_of(letter)}; this model was "
                     f"trained on {', '.join(self.scripts)}"
                 )
         unseen = sorted({c for c in text if not c.isspace()} - set(self.characters))

@@ -19,7 +19,8 @@ from slm.__main__ import main
 from slm.ar import SpeechLM
 from slm.config import ARConfig, LoRAConfig, NARConfig, SamplingConfig
 from slm.nar import NAR
-from slm.pipeline import Transcript, Voice, split_at_quiet
+from slm.pieces import split_at_quiet
+from slm.pipeline import Transcript, Voice
 from slm.prompts import Coverage, Prompt
 
 pytestmark = quiet()
@@ -111,6 +112,43 @@ def test_a_continuation_counts_the_words_that_its_prompt_has_said(voice: Voice) 
     new = voice.prepare(TEXT, Prompt(codes=codes, text="sun"))
     rest = voice.prepare(TEXT, Prompt(codes=codes, text="", continuation=True))
     assert rest.bounds[1] == new.bounds[1] - codes.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("wave", "message"),
+    [
+        (np.zeros(16000, np.float32), "silent"),
+        (np.full(16000, np.nan, np.float32), "NaN"),
+        (np.zeros(0, np.float32), "no samples"),
+        (np.ones((2, 16000), np.float32), "one channel"),
+    ],
+)
+def test_arrays_are_checked_like_recordings(voice: Voice, wave: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=f"the prompt.*{message}"):
+        Voice.prompt.__wrapped__(voice, wave, "red hen")  # what goes on without jaxtyping
+    if message != "silent":
+        with pytest.raises(ValueError, match=f"the recording.*{message}"):
+            voice.asr([wave])
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (np.full((3, 10), 99), "code 99 in codebook 1, which has 32"),
+        (np.full((3, 10), -1), "code -1"),
+        (np.zeros((2, 10), np.int64), r"\(2, 10\)"),
+        (np.zeros((3, 0), np.int64), r"\(3, 0\)"),
+        (np.zeros((3, 10)), "float64"),
+    ],
+)
+def test_codes_of_another_codec_are_refused(voice: Voice, codes: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        voice.tts("a cat", Prompt(codes=codes, text="red hen"))
+
+
+def test_a_prompt_text_of_an_unknown_script_is_refused(voice: Voice) -> None:
+    with pytest.raises(ValueError, match=r"the prompt's text has .* CYRILLIC"):
+        voice.tts("a cat", "ann", "\u043f\u0440\u0438")
 
 
 def test_a_long_prompt_is_cut_and_transcribed_anew(
