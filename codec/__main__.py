@@ -2,8 +2,8 @@
 
 codec info DIR
 codec encode --codec DIR IN... --out TOKENS.parquet
-codec decode --codec DIR TOKENS.parquet --out DIR
-codec reconstruct --codec DIR [--codebooks N] IN... --out DIR
+codec decode --codec DIR TOKENS.parquet --out DIR [--overwrite]
+codec reconstruct --codec DIR [--codebooks N] IN... --out DIR [--overwrite]
 """
 
 import argparse
@@ -64,6 +64,10 @@ def _parser() -> argparse.ArgumentParser:
         "--codebooks", type=int, metavar="N", help="decode from the first N only"
     )
     reconstruct.set_defaults(run=_reconstruct)
+    for command in (decode, reconstruct):
+        command.add_argument(
+            "--overwrite", action="store_true", help="write over recordings that are there already"
+        )
     for command in (encode, reconstruct):
         command.add_argument(
             "inputs", nargs="+", metavar="IN", type=Path, help="recordings, or folders of them"
@@ -119,6 +123,7 @@ def _decode(arguments: argparse.Namespace) -> None:
     codec = _load(arguments.codec, arguments.device)
     shard = TokenShard.open(arguments.tokens, expect=codec.stamp)
     targets = [_target(arguments.out, name) for name in shard.ids]
+    _check_free(targets, arguments.overwrite)
     for row, target in zip(shard, _bar(targets), strict=True):
         _write(codec, row.codes, row.duration, target)
     _report(arguments.out, len(shard), [])
@@ -135,6 +140,7 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
     for target in targets.values():
         if target.resolve() in sources:
             raise ValueError(f"{target}: is one of the recordings; choose another --out")
+    _check_free(targets.values(), arguments.overwrite)
     skipped: list[str] = []
     for name, codes, seconds in _encoded(codec, recordings, skipped):
         _write(codec, codes[:books], seconds, targets[name])
@@ -226,6 +232,16 @@ def _target(folder: Path, name: str) -> Path:
     if ".." in Path(name).parts or Path(name).is_absolute():
         raise ValueError(f"the id {name!r} leads out of {folder}; rename it in the shard")
     return target
+
+
+def _check_free(targets: Iterable[Path], overwrite: bool) -> None:
+    """Raises ValueError when a target is there already: it may be somebody's only recording."""
+    there = [] if overwrite else [target for target in targets if target.exists()]
+    if there:
+        others = f" (and {len(there) - 1} more)" if len(there) > 1 else ""
+        raise ValueError(
+            f"{there[0]}: is there already{others}; choose another --out, or --overwrite it"
+        )
 
 
 def _report(out: Path, total: int, skipped: Sequence[str]) -> None:

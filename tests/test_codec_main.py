@@ -87,6 +87,33 @@ def test_reconstruct_never_writes_over_its_input(
     assert wave.read_bytes() == before
 
 
+@pytest.mark.parametrize("command", ["decode", "reconstruct"])
+def test_recordings_that_are_there_stay_unless_told_otherwise(
+    tmp_path: Path,
+    tiny_codec_folder: Path,
+    write_wav: Write,
+    command: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    new = [write_wav(tmp_path / "in" / f"{name}.wav", 0.5) for name in "abc"]
+    source = [tmp_path / "in"]
+    if command == "decode":
+        source = [tmp_path / "t.parquet"]
+        run("encode", "--codec", tiny_codec_folder, *new, "--out", *source)
+    out = tmp_path / "speech"
+    originals = {
+        path: path.read_bytes()
+        for path in (out / "b.wav", out / "c.wav")
+        if write_wav(path, 0.8, seed=1)
+    }
+    decode = [command, "--codec", tiny_codec_folder, *source, "--out", out]
+    said = failure(capsys, *decode)
+    assert f"{out / 'b.wav'}: is there already (and 1 more)" in said
+    assert {path: path.read_bytes() for path in sorted(out.iterdir())} == originals
+    run(*decode, "--overwrite")
+    assert [len(read_audio(out / f"{name}.wav", 16_000)) for name in "abc"] == [8_000] * 3
+
+
 def test_a_bad_recording_in_a_folder_costs_itself(
     tmp_path: Path, tiny_codec_folder: Path, write_wav: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
