@@ -369,7 +369,7 @@ def _check_finite(codec: Codec, step: int) -> None:
     for name, tensor in codec.state_dict().items():
         if not bool(tensor.isfinite().all()):
             raise ValueError(
-                f"the training diverged before step {step} ({name} is not finite); start in another "
+                f"the training diverged before step {step} ({name} is not finite); start in a new "
                 "folder with a lower optim.lr"
             )
 

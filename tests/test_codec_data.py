@@ -1,12 +1,14 @@
 """Cuts to crops: pure functions of seed and number, and bad recordings cost only themselves."""
 
 import gzip
+import json
 
 import numpy as np
 import pytest
 import torch
 from lhotse import CutSet, Recording
 
+import codec.data
 from codec.data import CropDataset, crop_batches, load_cut, read_cuts
 
 
@@ -62,6 +64,28 @@ def test_a_bad_recording_costs_itself(cuts, tmp_path, caplog) -> None:
     assert [name.startswith("rec 2") for name in data.bad] == [True]
     assert "2.wav" in next(iter(data.bad.values()))
     assert caplog.text.count("2.wav") == 1
+
+
+def test_any_failure_to_read_costs_the_recording_and_is_shared(cuts, tmp_path, monkeypatch) -> None:
+    """A file without permission, or whatever lhotse raises for an archive."""
+    read = codec.data.read_audio
+
+    def locked(path, *args, **kwargs):
+        if str(path).endswith("1.wav"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path, *args, **kwargs)
+
+    monkeypatch.setattr(codec.data, "read_audio", locked)
+    with pytest.raises(ValueError, match=r"cannot be read \(PermissionError"):
+        load_cut(list(cuts)[1], 16_000)
+    data = CropDataset(
+        list(cuts), sample_rate=16_000, seconds=0.5, seed=0, bad_file=tmp_path / "skipped.jsonl"
+    )
+    for index in range(6):
+        assert data[index].abs().max() > 0.05
+    lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert len(lines) == 1
+    assert "1.wav" in lines[0]["why"]
 
 
 def test_nothing_readable_is_an_error(cuts, tmp_path) -> None:

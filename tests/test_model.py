@@ -194,8 +194,19 @@ def test_broken_folders_are_named(codec: Codec, tmp_path) -> None:
     assert "unknown key 'colour'" in damaged(config={"colour": "red"})
     assert "family" in damaged(config={"family": "organ"})
     assert "sample_rate" in damaged(config={"sample_rate": "fast"})
+    not_a_number = torch.full_like(weights[name], float("nan"))
+    assert f"{name} holds NaN" in damaged(weights={**weights, name: not_a_number})
     assert "no such file" in damaged(without=["model.safetensors"])
     assert "no config.json" in damaged(without=["config.json"])
+    (tmp_path / "bad" / "config.json").write_text('{"family": "spec')
+    with pytest.raises(ValueError, match=r"bad/config.json: not a whole JSON object"):
+        load_codec(tmp_path / "bad")
+
+
+def test_devices_that_are_not_there(tiny_codec_folder) -> None:
+    for device in ("gpu", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device '{device}' cannot be used here"):
+            load_codec(tiny_codec_folder, device=device)
 
 
 def test_a_name_that_is_nowhere(monkeypatch, tmp_path) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from lhotse import CutSet, Recording
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from codec import Codec, CodecConfig
 from codec.config import (
@@ -25,7 +27,7 @@ from codec.config import (
     SpectralConfig,
 )
 from codec.discriminators import Discriminators
-from codec.train import discriminator_step, generator_step, learning_rate
+from codec.train import discriminator_step, generator_step, learning_rate, save_whole
 
 TINY = CodecConfig(
     spectral=SpectralConfig(
@@ -213,6 +215,49 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(recipe, tmp_path
         assert before.keys() == after.keys()
         for name in before.keys() - {"train/audio_seconds_per_second"}:
             assert before[name] == after[name], name
+
+
+def test_bad_recordings_are_listed_at_the_end_over_loader_processes(recipe, tmp_path) -> None:
+    (tmp_path / "3.wav").write_bytes(b"")
+    done = subprocess.run(
+        [*recipe, f"out={tmp_path / 'run'}", "data.num_workers=2", "optim.steps=6"],
+        capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert "1 recordings could not be read" in done.stderr.splitlines()[-1]
+    lines = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
+    assert len(lines) == 1
+    assert "3.wav: the file is empty" in lines[0]
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"audio": 0})
+    tags = events.Reload().Tags()
+    assert {"dev/0/original", "dev/0/reconstruction"} <= set(tags["audio"])
+    assert "dev/0/mel" in tags["images"]
+    assert "train/perplexity" in tags["scalars"]
+
+
+def test_a_diverged_run_keeps_its_last_good_checkpoint(recipe, tmp_path) -> None:
+    done = subprocess.run(
+        [*recipe, f"out={tmp_path / 'run'}", "losses.weights.mel=.nan"],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "error: the training diverged before step 5" in done.stderr
+    assert not (tmp_path / "run" / "codec").exists()
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_a_full_disk_leaves_the_earlier_codec(tmp_path, monkeypatch) -> None:
+    codec = Codec(TINY)
+    save_whole(codec, tmp_path / "codec")
+    before = (tmp_path / "codec" / "model.safetensors").read_bytes()
+
+    def full(*args, **kwargs) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(Codec, "_save_pretrained", full)
+    with pytest.raises(OSError, match="make room and start again"):
+        save_whole(codec, tmp_path / "codec")
+    assert (tmp_path / "codec" / "model.safetensors").read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["codec"]
 
 
 def test_deepspeed_is_refused_in_words(recipe, tmp_path) -> None:
