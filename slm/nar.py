@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from huggingface_hub import PyTorchModelHubMixin
-from jaxtyping import Bool, Float
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from torch.nn import functional
 from slm.ar import Scores, score
 from slm.config import NARConfig
 from slm.data import NUM_TEXT_SYMBOLS, NARBatch, nar_batch, text_bytes
+
+FILES = ("config.json", "model.safetensors")
 
 
 class NAR(
@@ -111,12 +113,12 @@ class NAR(
     def decode(
         self,
         texts: Sequence[str],
-        prompts: Sequence[np.ndarray],
-        first: Sequence[np.ndarray],
+        prompts: Sequence[Int[np.ndarray, "Q _"]],
+        first: Sequence[Int[np.ndarray, " _"]],
         *,
         temperature: float = 0.0,
         seeds: Sequence[int] | None = None,
-    ) -> list[np.ndarray]:
+    ) -> list[Int[np.ndarray, "Q _"]]:
         """Codes (Q, T) of the new part from its codebook 1.
 
         `texts` hold the prompt's transcript and the new text, `prompts` the prompts' codes (Q, P),
@@ -150,19 +152,38 @@ class NAR(
         ]
 
     @classmethod
+    def _from_pretrained(
+        cls, *, model_id: str, map_location: str = "cpu", **download: Any
+    ) -> "NAR":
+        """Part of `from_pretrained`: every tensor is loaded, strictly."""
+        folder = Path(model_id)
+        if not folder.is_dir():
+            keys = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+            options = {key: download[key] for key in keys if key in download}
+            for name in FILES:
+                folder = Path(hf_hub_download(model_id, name, **options)).parent
+        return cls._read(folder).to(map_location)
+
+    @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "NAR":
         """For generation. Raises ValueError when the folder is not whole."""
-        folder = Path(folder)
-        for name in ("config.json", "model.safetensors"):
+        return cls._read(Path(folder)).to(dtype).eval().requires_grad_(False)
+
+    @classmethod
+    def _read(cls, folder: Path) -> "NAR":
+        for name in FILES:
             if not (folder / name).is_file():
                 raise ValueError(f"{folder}: no NAR here ({name} is missing)")
         try:
-            nar = cls(json.loads((folder / "config.json").read_text()))
+            config = json.loads((folder / "config.json").read_text())
+            if not isinstance(config, dict):
+                raise ValueError("its config.json is no JSON object")
+            nar = cls(config)
             nar.load_state_dict(load_file(folder / "model.safetensors"))
         except (RuntimeError, TypeError, ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{folder}: not a whole NAR: {reason[:300]}") from error
-        return nar.to(dtype).eval().requires_grad_(False)
+        return nar
 
 
 def _choose(logits: Float[Tensor, "T K"], temperature: float, generator: torch.Generator) -> Tensor:

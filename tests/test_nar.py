@@ -146,6 +146,9 @@ def test_save_and_load(nar: NAR, tmp_path: Path) -> None:
     loaded = NAR.load(tmp_path)
     assert loaded.config == CONFIG
     assert torch.equal(loaded(batch([1])).nll, nar(batch([1])).nll)
+    again = NAR.from_pretrained(tmp_path)
+    assert torch.equal(again(batch([1])).nll, nar(batch([1])).nll)
+    assert all(parameter.requires_grad for parameter in again.parameters())
 
 
 def test_damaged_folders_are_named(nar: NAR, tmp_path: Path) -> None:
@@ -156,13 +159,22 @@ def test_damaged_folders_are_named(nar: NAR, tmp_path: Path) -> None:
     tensors = load_file(file)
     lacking = {key: value for key, value in tensors.items() if key != "head.weight"}
     save_file(lacking, file)
-    with pytest.raises(ValueError, match=r"head\.weight"):
-        NAR.load(tmp_path)
+    for load in (NAR.load, NAR.from_pretrained):
+        with pytest.raises(ValueError, match=r"head\.weight"):
+            load(tmp_path)
     save_file({**tensors, "head.weight": torch.zeros(2, 2)}, file)
     with pytest.raises(ValueError, match=r"head\.weight"):
         NAR.load(tmp_path)
     file.write_bytes(b"cut")
     with pytest.raises(ValueError, match="not a whole NAR"):
+        NAR.load(tmp_path)
+
+
+@pytest.mark.parametrize("config", ["[]", "{}", "{", '{"width": "x"}', "7"])
+def test_a_damaged_configuration_is_named(nar: NAR, tmp_path: Path, config: str) -> None:
+    nar.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=str(tmp_path)):
         NAR.load(tmp_path)
 
 
