@@ -11,7 +11,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ Transcribe = Callable[[np.ndarray, int], str]
 Embed = Callable[[np.ndarray, int], np.ndarray]
 
 WORD_METRICS = ("wer", "wil", "mer", "cer")
+ASR_PREFIX = "asr_"
+"""Before the word metrics of a system's own transcripts: none but these are without a judge."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +78,8 @@ class Utterance:
     transcript: str = ""
     missing: Mapping[str, str] = field(default_factory=dict)
     """Metrics that are not defined for this utterance, and why."""
+    seed: int | None = None
+    """What it was made from, where that is not the list's seed."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False)
@@ -120,11 +124,19 @@ def score_reconstruction(
 ) -> Utterance:
     """WER and CER by the judge, STOI, PESQ, mel distance and similarity to the original's voice.
 
-    A silent reconstruction is a failure: it counts as deleted words, and has no other score.
+    A reconstruction that is silent, holds NaN or has another length is a failure: it counts as
+    deleted words, and has no other score.
     """
     speech.check_wave(original, "original")
-    original, reconstruction = speech.trim(original, reconstruction, sample_rate)
-    values = {"failure": float(not reconstruction.any())}
+    fault = ""
+    try:
+        if not np.isfinite(reconstruction).all():
+            raise ValueError("the reconstruction holds NaN or infinite samples")
+        original, reconstruction = speech.trim(original, reconstruction, sample_rate)
+    except ValueError as error:
+        fault, reconstruction = str(error), np.zeros_like(original)
+    nothing = not reconstruction.any()
+    values = {"failure": float(nothing)}
     missing: dict[str, str] = {}
     measures: dict[str, Callable[[], float]] = {
         "stoi": lambda: speech.stoi(original, reconstruction, sample_rate),
@@ -135,8 +147,13 @@ def score_reconstruction(
         measures["similarity"] = lambda: speaker.similarity(
             embed(original, sample_rate), embed(reconstruction, sample_rate)
         )
-    _measure(measures, values, missing)
-    heard = score_asr(utterance, reference, transcribe(reconstruction, sample_rate))
+    if nothing:
+        missing = dict.fromkeys(measures, fault or "the reconstruction is silent")
+    else:
+        _measure(measures, values, missing)
+    heard = score_asr(
+        utterance, reference, "" if nothing else transcribe(reconstruction, sample_rate)
+    )
     return Utterance(
         id=utterance,
         values=values,
@@ -160,8 +177,9 @@ def score_tts(
     """WER and CER by the judge, similarity to the prompt's voice, and whether synthesis failed.
 
     `prompt` is a wave with its sample rate; `failure` is what the synthesiser itself reported.
+    A wave with NaN or infinite samples counts as silence.
     """
-    nothing = not wave.any()
+    nothing = not (wave.any() and np.isfinite(wave).all())
     values = {"failure": float(failure is not None or nothing)}
     values["seconds"] = wave.size / sample_rate
     missing: dict[str, str] = {}
@@ -198,22 +216,27 @@ def rows_of(
     utterances: Sequence[Utterance],
     provenance: Provenance,
     constants: Mapping[str, float] | None = None,
+    prefix: str = "",
 ) -> list[Row]:
     """Rows of every utterance, then of the list: rates of summed counts, means of the others.
 
-    `constants` are numbers of the system that no utterance changes, such as its bitrate.
+    `constants` are numbers of the system that no utterance changes, such as its bitrate. `prefix`
+    stands before the word metrics: ASR_PREFIX where the system itself transcribed.
     """
     if not utterances:
         raise ValueError(f"the list {list_name} holds no utterance to score")
     rows: list[Row] = []
 
-    def add(utterance: str | None, metric: str, value: float, n: int) -> None:
-        rows.append(_row(list_name, utterance, metric, value, n, provenance))
+    def add(one: Utterance | None, metric: str, value: float, n: int) -> None:
+        origin = provenance
+        if one is not None and one.seed is not None:
+            origin = replace(provenance, seed=one.seed)
+        rows.append(_row(list_name, one and one.id, metric, value, n, origin))
 
     for one in utterances:
         for metric, value in one.values.items():
-            add(one.id, metric, value, 1)
-        _add_errors(lambda m, v, n, name=one.id: add(name, m, v, n), one.words, one.characters)
+            add(one, metric, value, 1)
+        _add_errors(lambda m, v, n, one=one: add(one, prefix + m, v, n), one.words, one.characters)
     for metric in dict.fromkeys(metric for one in utterances for metric in one.values):
         values = [one.values[metric] for one in utterances if metric in one.values]
         add(None, metric, float(np.mean(values)), len(values))
@@ -221,7 +244,7 @@ def rows_of(
     characters = [one.characters for one in utterances if one.characters is not None]
     if words and characters:
         _add_errors(
-            lambda metric, value, _: add(None, metric, value, len(words)),
+            lambda metric, value, _: add(None, prefix + metric, value, len(words)),
             sum(words, text.WordErrors()),
             sum(characters, text.ErrorCounts()),
         )
@@ -264,15 +287,26 @@ def _row(
 
 def library_of(metric: str, origin: Provenance) -> str:
     """The libraries behind a metric with their versions, and the model that judged."""
-    if metric in WORD_METRICS:
+    if metric.removeprefix(ASR_PREFIX) in WORD_METRICS and metric not in WORD_METRICS:
+        names, extra = text.LIBRARIES, ""
+    elif metric in WORD_METRICS:
         names = text.LIBRARIES + (transcribe.LIBRARIES if origin.judge else ())
         extra = origin.judge
     elif metric == "similarity":
         names, extra = speaker.LIBRARIES, origin.speaker
     else:
         names, extra = speech.LIBRARIES.get(metric, ("numpy",)), ""
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
-    return ", ".join(versions + [extra] * bool(extra))
+    return ", ".join(_versions(names) + [extra] * bool(extra))
+
+
+def all_libraries() -> str:
+    """Every library that scores, with its version."""
+    names = {*text.LIBRARIES, *transcribe.LIBRARIES, *speaker.LIBRARIES, "numpy"}
+    return ", ".join(_versions(sorted(names.union(*speech.LIBRARIES.values()))))
+
+
+def _versions(names: Iterable[str]) -> list[str]:
+    return [f"{name} {importlib.metadata.version(name)}" for name in names]
 
 
 def digest_of(path: str | Path) -> str:
@@ -335,9 +369,19 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def table(rows: Iterable[Row], metrics: Sequence[str] | None = None) -> str:
-    """A Markdown table of list-level rows: a line per system and list, a column per metric."""
+    """A Markdown table of list-level rows: a line per system and list, a column per metric.
+
+    ValueError where a column would set side by side what other libraries or judges scored.
+    """
     whole = [row for row in rows if row.utterance is None]
     columns = metrics or list(dict.fromkeys(row.metric for row in whole))
+    for column in columns:
+        scored_by = sorted({row.library for row in whole if row.metric == column})
+        if len(scored_by) > 1:
+            raise ValueError(
+                f"{column} was scored in {len(scored_by)} ways ({'; '.join(scored_by)}): "
+                "score again what is to be compared"
+            )
     lines = [
         "| system | list | n | " + " | ".join(columns) + " |",
         "|---|---|---|" + "---|" * len(columns),

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,9 +91,20 @@ def test_a_silent_reconstruction_is_a_failure_and_never_flatters() -> None:
     assert "(n=1)" in table(found.values())
 
 
-def test_a_wrong_length_and_a_bad_original_are_errors() -> None:
-    with pytest.raises(ValueError, match="differ by"):
-        score_reconstruction("u", "", talk(), talk(1.0), RATE, hear)
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [(talk(1.0), "differ by"), (np.full(2 * RATE, np.nan, np.float32), "NaN")],
+)
+def test_a_broken_reconstruction_is_a_failure(output: np.ndarray, reason: str) -> None:
+    one = score_reconstruction("u", "hello word", talk(), output, RATE, hear, embed)
+    assert one.values == {"failure": 1.0}
+    assert one.words is not None
+    assert one.words.wer == 1.0
+    assert set(one.missing) == {"stoi", "pesq", "mel_distance", "similarity"}
+    assert all(reason in why for why in one.missing.values())
+
+
+def test_a_bad_original_is_an_error() -> None:
     with pytest.raises(ValueError, match="original wave is silent"):
         score_reconstruction("u", "", np.zeros(RATE, np.float32), talk(1.0), RATE, hear)
 
@@ -108,6 +120,39 @@ def test_speech_that_failed_counts_all_words_as_lost() -> None:
     assert fine.values["similarity"] == pytest.approx(1.0)
     assert fine.values["failure"] == 0
     assert fine.values["seconds"] == pytest.approx(2.0)
+
+
+def test_speech_with_nan_is_a_failure() -> None:
+    wave = talk()
+    wave[7] = np.nan
+    one = score_tts("u", "hello word", wave, RATE, hear, embed, (talk(), RATE))
+    assert one.values["failure"] == 1.0
+    assert one.words is not None
+    assert one.words.wer == 1.0
+
+
+def test_a_models_own_transcripts_have_columns_of_their_own() -> None:
+    rows = rows_of("dev", [score_asr("a", "alpha", "alpha")], ORIGIN, prefix=scores.ASR_PREFIX)
+    assert {row.metric for row in rows} == {"asr_wer", "asr_wil", "asr_mer", "asr_cer"}
+    assert all("whisper int8" not in row.library for row in rows)
+    assert all(row.library.startswith("jiwer 4") for row in rows)
+
+
+def test_a_column_of_two_judges_is_refused() -> None:
+    scored = [score_asr("a", "alpha", "alpha")]
+    first = rows_of("dev", scored, ORIGIN)
+    assert table(first + rows_of("other", scored, ORIGIN)).count("\n") == 3
+    second = rows_of("dev", scored, replace(ORIGIN, system="t", judge="another"))
+    with pytest.raises(ValueError, match=r"wer was scored in 2 ways.*another.*whisper int8"):
+        table(first + second)
+
+
+def test_an_utterance_may_have_a_seed_of_its_own() -> None:
+    scored = [replace(score_asr("a", "alpha", "alpha"), seed=7922)]
+    assert {(row.utterance, row.seed) for row in rows_of("dev", scored, ORIGIN)} == {
+        ("a", 7922),
+        (None, 3),
+    }
 
 
 def test_rows_survive_a_torn_tail(tmp_path: Path) -> None:
