@@ -5,6 +5,9 @@
     python recipes/prepare_data.py list LIST.jsonl --out OUT    keys audio, text, speaker, ...
     python recipes/prepare_data.py prompts --out OUT            Debian's recorded telephone prompts
 
+The parts of a corpus (train-clean-100, dev-other, ...) are also joined to OUT/train.jsonl.gz and
+OUT/dev.jsonl.gz. --dev-speakers and --dev-cuts take from all that is no dev or test part.
+
 Every recording is decoded once to check it. A bad one costs itself: it is left out, counted and
 listed with the reason.
 """
@@ -234,11 +237,21 @@ def prepare_corpus(
     return prepared
 
 
+def join_parts(prepared: Prepared) -> Prepared:
+    """Adds `train`, all parts train-*, and `dev`, all parts dev-*, beside the parts themselves."""
+    for side in ("train", "dev"):
+        parts = [split for split in prepared.cuts if split.startswith(f"{side}-")]
+        if parts:
+            prepared.cuts[side] = [cut for part in parts for cut in prepared.cuts[part]]
+            check_ids((cut.id, source_of(cut)) for cut in prepared.cuts[side])
+    return prepared
+
+
 def hold_out(prepared: Prepared, num_speakers: int, num_cuts: int) -> Prepared:
-    """Moves some of split `all` to `dev` and calls the rest `train`; which ones, names decide."""
+    """Moves some of `train` and `all` to `dev`; the rest is `train`. Which ones, names decide."""
     if not num_speakers and not num_cuts:
         return prepared
-    cuts = prepared.cuts.pop("all", [])
+    cuts = [*prepared.cuts.pop("train", []), *prepared.cuts.pop("all", [])]
 
     def order(name: str) -> bytes:
         return hashlib.sha256(name.encode()).digest()
@@ -248,15 +261,14 @@ def hold_out(prepared: Prepared, num_speakers: int, num_cuts: int) -> Prepared:
 
     speakers = sorted({speaker(cut) for cut in cuts}, key=order)[:num_speakers]
     names = sorted((cut.id for cut in cuts), key=order)[:num_cuts]
-    dev = [cut for cut in cuts if speaker(cut) in set(speakers) or cut.id in set(names)]
-    held = {cut.id for cut in dev}
-    prepared.cuts["dev"] += dev
-    prepared.cuts["train"] += [cut for cut in cuts if cut.id not in held]
-    if not prepared.cuts["train"] or not prepared.cuts["dev"]:
+    held = {cut.id for cut in cuts if speaker(cut) in set(speakers) or cut.id in set(names)}
+    if not 0 < len(held) < len(cuts):
         raise ValueError(
             f"cannot hold out {num_speakers} speakers and {num_cuts} cuts of {len(cuts)} cuts: "
             "one side would be empty"
         )
+    prepared.cuts["train"] = [cut for cut in cuts if cut.id not in held]
+    prepared.cuts["dev"] = [*prepared.cuts.get("dev", []), *(c for c in cuts if c.id in held)]
     return prepared
 
 
@@ -267,7 +279,8 @@ def save(prepared: Prepared, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for reason in prepared.skipped[:5]:
         logger.warning("skipped %s", reason.reason)
-    total = sum(map(len, prepared.cuts.values()))
+    # A part's cuts are in a joined list as well.
+    total = len({cut.id for cuts in prepared.cuts.values() for cut in cuts})
     if not total:
         reasons = "; ".join(skipped.reason for skipped in prepared.skipped[:3])
         raise ValueError(f"no usable recording: {reasons or 'there is none at all'}")
@@ -320,7 +333,7 @@ def main(argv: Sequence[str]) -> None:
         folder = args.source
         if args.download:
             folder = download_corpus(args.kind, folder, args.parts)
-        prepared = prepare_corpus(args.kind, folder, args.parts, **how)
+        prepared = join_parts(prepare_corpus(args.kind, folder, args.parts, **how))
     elif args.kind == "list":
         prepared = prepare_entries(entries_of_list(args.source, args.language), **how)
     elif args.kind == "folder":

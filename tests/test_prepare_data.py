@@ -1,5 +1,6 @@
 import gzip
 import json
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -8,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import yaml
 
 from codec.data import load_cut, read_cuts
+from codec.tokens import TokenShard
 from recipes import debian_prompts
 from recipes.debian_prompts import PACKAGES, SOUNDS, TRANSCRIPTS
 from recipes.prepare_data import main
 
+ROOT = Path(__file__).resolve().parent.parent
 Write = Callable[..., Path]
 
 
@@ -173,15 +177,79 @@ def test_librispeech_passes_over_a_broken_file(tmp_path: Path, write_wav: Write)
     assert list(skipped(tmp_path / "out")) == ["84-121123-0001"]
 
 
+def libritts(folder: Path, write_wav: Write) -> Path:
+    """A LibriTTS of three parts with one chapter of one or two speakers each."""
+    speakers = {"train-clean-100": ("19", "26"), "train-other-500": ("31",), "dev-clean": ("84",)}
+    for part, names in speakers.items():
+        for seed, speaker in enumerate(names):
+            chapter, stem = folder / part / speaker / "198", f"{speaker}_198_000007_000001"
+            write_wav(chapter / f"{stem}.wav", 0.5, 24000, seed=seed)
+            spoken = f"{stem}\tIt is 2.\tIt is two.\n"
+            (chapter / f"{speaker}_198.trans.tsv").write_text(spoken)
+            (chapter / f"{speaker}_198.book.tsv").write_text(f"{stem}\tx\t30.0\n")
+    return folder
+
+
+def speakers_of(path: Path) -> set[str]:
+    return {cut.supervisions[0].speaker for cut in read_cuts(path)}
+
+
 @pytest.mark.filterwarnings("default")
-def test_libritts(tmp_path: Path, write_wav: Write) -> None:
-    chapter = tmp_path / "LibriTTS" / "dev-clean" / "84" / "121123"
-    write_wav(chapter / "84_121123_000007_000001.wav", 0.5, 24000)
-    (chapter / "84_121123.trans.tsv").write_text("84_121123_000007_000001\tIt is 2.\tIt is two.\n")
-    (chapter / "84_121123.book.tsv").write_text("84_121123_000007_000001\tx\t30.0\n")
-    run("libritts", tmp_path / "LibriTTS", "--out", tmp_path / "out")
-    [cut] = read_cuts(tmp_path / "out" / "dev-clean.jsonl.gz")
+def test_libritts_is_one_list_a_part_and_joined_ones(
+    tmp_path: Path, write_wav: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    run("libritts", libritts(tmp_path / "LibriTTS", write_wav), "--out", out)
+    [cut] = read_cuts(out / "dev-clean.jsonl.gz")
     assert cut.supervisions[0].text == "It is two."
+    assert {
+        path.name.removesuffix(".jsonl.gz"): speakers_of(path) for path in out.glob("*.gz")
+    } == {
+        "train-clean-100": {"19", "26"},
+        "train-other-500": {"31"},
+        "dev-clean": {"84"},
+        "train": {"19", "26", "31"},
+        "dev": {"84"},
+    }
+    assert "0 of 4 skipped" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("default")
+def test_speakers_are_held_out_of_the_training_parts(tmp_path: Path, write_wav: Write) -> None:
+    out = tmp_path / "out"
+    corpus = libritts(tmp_path / "LibriTTS", write_wav)
+    run("libritts", corpus, "--out", out, "--dev-speakers", 1)
+    train, dev = (speakers_of(out / f"{side}.jsonl.gz") for side in ("train", "dev"))
+    assert train | dev == {"19", "26", "31", "84"}
+    assert not train & dev
+    assert (len(dev), "84" in dev) == (2, True)
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_paper_settings_follow_on_libritts(
+    tmp_path: Path, write_wav: Write, tiny_codec_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The README's lines in their order, with a tiny codec in place of the trained one."""
+    from recipes import export_tokens
+
+    readme = (ROOT / "README.md").read_text().replace("\\\n", "")
+    lines = readme.partition("### LibriTTS")[2].partition("## The tree")[0].splitlines()
+    prepare, *_ = (shlex.split(line) for line in lines if "prepare_data.py" in line)
+    exports = [line.partition("export_tokens.py")[2] for line in lines if "export_tokens" in line]
+    corpus = libritts(tmp_path / "LibriTTS", write_wav)
+    monkeypatch.chdir(tmp_path)
+    run(prepare[2], corpus, *prepare[4:])
+    settings = {
+        name: yaml.safe_load((ROOT / f"recipes/configs/{name}/paper.yaml").read_text())
+        for name in ("codec", "tts")
+    }
+    assert Path(settings["codec"]["train"]).is_file()
+    assert Path(settings["codec"]["dev"]).is_file()
+    for line in exports:
+        arguments = [word.replace("recipes/", f"{ROOT}/recipes/") for word in shlex.split(line)]
+        export_tokens.main([*arguments, f"codec={tiny_codec_folder}"])
+    assert len(TokenShard.open(settings["tts"]["train"])) == 3
+    assert TokenShard.open(settings["tts"]["dev"]).speakers == ["84"]
 
 
 @pytest.mark.filterwarnings("default")
@@ -192,6 +260,14 @@ def test_ljspeech(tmp_path: Path, write_wav: Write) -> None:
     [cut] = read_cuts(tmp_path / "out" / "all.jsonl.gz")
     assert (cut.id, cut.supervisions[0].speaker) == ("LJ001-0001", "ljspeech")
     assert cut.supervisions[0].text == "In fourteen fifty-five,"
+    write_wav(tmp_path / "LJ" / "wavs" / "LJ001-0002.wav", 0.5, 22050)
+    (tmp_path / "LJ" / "metadata.csv").write_text("LJ001-0001|One|One\nLJ001-0002|Two|Two\n")
+    run("ljspeech", tmp_path / "LJ", "--out", tmp_path / "split", "--dev-cuts", 1)
+    sides = [read_cuts(tmp_path / "split" / f"{side}.jsonl.gz") for side in ("train", "dev")]
+    assert sorted(cut.id for side in sides for cut in side) == ["LJ001-0001", "LJ001-0002"]
+    assert [len(side) for side in sides] == [1, 1]
+    with pytest.raises(ValueError, match="one side would be empty"):
+        run("ljspeech", tmp_path / "LJ", "--out", tmp_path / "none", "--dev-speakers", 1)
 
 
 @pytest.mark.filterwarnings("default")
