@@ -9,11 +9,11 @@ OUT/utterances/, one file per system and judge.
 """
 
 import argparse
-import hashlib
 import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +22,11 @@ from tqdm import tqdm
 
 from codec.audio import read_audio, write_audio
 from eval.benchmark import (
+    ASR_PREFIX,
     Provenance,
     Row,
     Utterance,
+    all_libraries,
     append_lines,
     append_rows,
     digest_of,
@@ -37,20 +39,17 @@ from eval.benchmark import (
     score_tts,
     table,
 )
-from eval.speaker import SpeakerEncoder
-from eval.transcribe import Judge
 from recipes.common import git_revision
+from recipes.scoring import (
+    Judges,
+    digest_of_text,
+    digest_of_voice,
+    load_judges,
+    safe_name,
+    state_of_files,
+)
 
 logger = logging.getLogger(__name__)
-
-
-class Judges(NamedTuple):
-    """The models that score, and what the rows call them."""
-
-    judge: Judge
-    encoder: SpeakerEncoder | None
-    judge_name: str
-    speaker_name: str
 
 
 class Task(NamedTuple):
@@ -60,24 +59,14 @@ class Task(NamedTuple):
     score: Callable[[], Utterance]
 
 
-def load_judges(args: argparse.Namespace) -> Judges:
-    """The judge and, where one is named, the speaker encoder."""
-    judge = Judge(args.judge, num_threads=args.threads, language=args.language)
-    name = f"{args.judge.name}@{digest_of(args.judge / 'model.bin')} {judge.compute_type}"
-    if args.speaker is None:
-        return Judges(judge, None, name, "")
-    encoder = SpeakerEncoder.from_folder(args.speaker)
-    digest = digest_of(args.speaker / "model.safetensors")
-    return Judges(judge, encoder, name, f"{args.speaker.name}@{digest}")
-
-
 def score_all(folder: Path, tasks: Sequence[Task], key: str, label: str) -> list[Utterance]:
     """Scores what is not stored yet and stores it; a bad recording is left out and listed.
 
-    `key` tells apart the systems, lists and judges that share a folder.
+    `key` tells apart the systems, lists and judges that share a folder; other versions of the
+    libraries score anew.
     """
-    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-    stored = folder / "utterances" / f"{label}-{digest}.jsonl"
+    digest = digest_of_text(f"{key} {all_libraries()}")[:12]
+    stored = folder / "utterances" / f"{safe_name(label)}-{digest}.jsonl"
     done = {one.id: one for one in map(Utterance.from_json, read_lines(stored))}
     skipped: list[str] = []
     for task in tqdm(tasks, label, unit="utterance"):
@@ -91,7 +80,7 @@ def score_all(folder: Path, tasks: Sequence[Task], key: str, label: str) -> list
         append_lines(stored, [done[task.id].to_json()])
     if skipped:
         logger.warning("%d of %d utterances of %s skipped", len(skipped), len(tasks), label)
-    (folder / f"skipped-{label}.jsonl").write_text(
+    (folder / f"skipped-{safe_name(label)}.jsonl").write_text(
         "".join(line + "\n" for line in skipped), encoding="utf-8"
     )
     scored = [done[task.id] for task in tasks if task.id in done]
@@ -120,24 +109,26 @@ def benchmark_reconstruction(args: argparse.Namespace) -> None:
     num_codebooks = args.codebooks or codec.num_codebooks
     if not 1 <= num_codebooks <= codec.num_codebooks:
         raise ValueError(f"--codebooks must be 1 to {codec.num_codebooks}, got {num_codebooks}")
-    judges = load_judges(args)
+    judges = judges_of(args)
     cuts = list(read_cuts(args.cuts))[: args.limit]
     rate, digest = codec.sample_rate, codec.stamp.digest
     name = args.name or f"{args.codec.name}-{num_codebooks}"
-    embed = judges.encoder.embed if judges.encoder is not None else None
 
     def original(cut: Any) -> Utterance:
         wave = load_cut(cut, rate)
-        return score_original(cut.id, text_of(cut), wave, rate, judges.judge.transcribe)
+        return score_original(cut.id, text_of(cut), wave, rate, judges.transcribe)
 
     def reconstruction(cut: Any) -> Utterance:
         wave = load_cut(cut, rate)
         coded = reconstruct(codec, wave, num_codebooks)
-        write_audio(args.out / "waves" / name / f"{safe_name(cut.id)}.wav", coded, rate)
-        transcribe = judges.judge.transcribe
-        return score_reconstruction(cut.id, text_of(cut), wave, coded, rate, transcribe, embed)
+        folder = args.out / "waves" / safe_name(name)
+        write_audio(folder / f"{safe_name(cut.id)}.wav", np.nan_to_num(coded), rate)
+        return score_reconstruction(
+            cut.id, text_of(cut), wave, coded, rate, judges.transcribe, judges.embed
+        )
 
-    base = f"{args.cuts.resolve()} {rate} {judges.judge_name} {args.language}"
+    base = f"{digest_of(args.cuts)} {state_of_files(recordings_of(cuts))} {rate} "
+    base += f"{judges.judge_name} {args.language}"
     before = [Task(cut.id, lambda cut=cut: original(cut)) for cut in cuts]
     after = [Task(cut.id, lambda cut=cut: reconstruction(cut)) for cut in cuts]
     key = f"{base} {judges.speaker_name} {digest} {num_codebooks}"
@@ -147,9 +138,20 @@ def benchmark_reconstruction(args: argparse.Namespace) -> None:
     coded = score_all(args.out, after, key, name)
     finish(
         args.out,
-        rows_of(args.list_name, kept, origin(args, judges, "original", ""))
-        + rows_of(args.list_name, coded, origin(args, judges, name, digest), constants),
+        rows_of(args.list_name, kept, origin(args, "original", judges))
+        + rows_of(args.list_name, coded, origin(args, name, judges, model=digest), constants),
     )
+
+
+def recordings_of(cuts: Iterable[Any]) -> list[Path]:
+    """The files behind cuts of one recording each."""
+    recordings = [cut.recording for cut in cuts if getattr(cut, "recording", None) is not None]
+    return [
+        Path(source.source)
+        for recording in recordings
+        for source in recording.sources
+        if source.type == "file"
+    ]
 
 
 def reconstruct(codec: Any, wave: np.ndarray, num_codebooks: int) -> np.ndarray:
@@ -166,63 +168,84 @@ def reconstruct(codec: Any, wave: np.ndarray, num_codebooks: int) -> np.ndarray:
 
 def benchmark_tts(args: argparse.Namespace) -> None:
     """A list of spoken texts: what `slm tts --list` leaves, or any with id, text, audio, prompt."""
-    judges = load_judges(args)
-    embed = judges.encoder.embed if judges.encoder is not None else None
-
-    def score(entry: dict[str, Any]) -> Utterance:
-        failure, wave, prompt = entry.get("failure"), np.zeros(0, np.float32), None
-        spoken = locate(entry["audio"], args.list)
-        if failure is None and not spoken.is_file():
-            raise ValueError(f"{spoken}: no such recording")
-        try:
-            wave = read_audio(spoken, args.rate)
-        except ValueError as error:  # silence is a failure of the system, and counts as one
-            failure = failure or str(error)
-        if embed is not None and entry.get("prompt"):
-            prompt = read_audio(locate(entry["prompt"], args.list, args.prompts), args.rate)
-        return score_tts(
-            entry["id"],
-            entry["text"],
-            wave,
-            args.rate,
-            judges.judge.transcribe,
-            embed,
-            None if prompt is None else (prompt, args.rate),
-            failure,
-        )
-
+    judges = judges_of(args)
     entries = read_list(args.list, ("id", "text", "audio"))[: args.limit]
-    tasks = [Task(entry["id"], lambda entry=entry: score(entry)) for entry in entries]
+    tasks = [
+        Task(entry["id"], lambda one=entry: score_spoken(one, args, judges)) for entry in entries
+    ]
     name = args.name or args.list.resolve().parent.name
-    key = f"{name} {digest_of(args.list)} {judges.judge_name} {judges.speaker_name} {args.language}"
-    scored = score_all(args.out, tasks, f"{key} {args.rate}", name)
-    finish(args.out, rows_of(args.list_name, scored, origin(args, judges, name, args.model_digest)))
+    files = [locate(one["audio"], args.list) for one in entries if one["audio"] is not None]
+    if judges.embed is not None:
+        prompts = [one["prompt"] for one in entries if one.get("prompt")]
+        files += [locate(prompt, args.list, args.prompts) for prompt in prompts]
+    model = model_of(args)
+    key = f"{name} {model} {digest_of(args.list)} {state_of_files(files)} {judges.judge_name}"
+    key += f" {judges.speaker_name} {args.language} {args.rate}"
+    scored = score_all(args.out, tasks, key, name)
+    seed = min((one.seed for one in scored if one.seed is not None), default=0)
+    where = origin(args, name, judges, model=model, seed=seed)
+    finish(args.out, rows_of(args.list_name, scored, where))
+
+
+def score_spoken(entry: dict[str, Any], args: argparse.Namespace, judges: Judges) -> Utterance:
+    """The scores of one line. What the system did not say, or not audibly, it failed to say."""
+    failure, wave, prompt = entry.get("failure"), np.zeros(0, np.float32), None
+    if entry["audio"] is None:
+        failure = failure or "refused"
+    else:
+        try:
+            wave = read_audio(locate(entry["audio"], args.list), args.rate)
+        except ValueError as error:  # Nothing there, silence or NaN.
+            failure = failure or str(error)
+    if wave.size and judges.embed is not None and entry.get("prompt"):
+        prompt = read_audio(locate(entry["prompt"], args.list, args.prompts), args.rate)
+    scored = score_tts(
+        entry["id"],
+        entry["text"],
+        wave,
+        args.rate,
+        judges.transcribe,
+        judges.embed,
+        None if prompt is None else (prompt, args.rate),
+        failure,
+    )
+    return replace(scored, seed=entry.get("seed"))
 
 
 def benchmark_asr(args: argparse.Namespace) -> None:
     """A list of transcripts: text and hypothesis, or what `slm asr` prints and --references."""
-    entries = read_list(args.list, ("text",))[: args.limit]
-    references: dict[str, str] | None = None
-    if args.references is not None:
-        listed = read_list(args.references, ("text",))
-        references = {name_of(entry, args.references): entry["text"] for entry in listed}
-    scored: list[Utterance] = []
-    for entry in entries:
-        name = name_of(entry, args.list)
-        if references is None:
-            spoken, heard = entry["text"], entry.get("hypothesis")
-        else:
-            spoken, heard = references.get(name), entry.get("hypothesis", entry["text"])
-        if heard is None:
+    heard = {name_of(entry, args.list): entry for entry in read_list(args.list, ("text",))}
+    if args.references is None:
+        pairs = {name: (one["text"], one.get("hypothesis")) for name, one in heard.items()}
+        lacking = [name for name, (_, hypothesis) in pairs.items() if hypothesis is None]
+        if lacking:
             raise ValueError(
-                f"{args.list}: {name} has no hypothesis; --references names a list with the texts"
+                f"{args.list}: {lacking[0]} has no hypothesis; --references names a list with "
+                "the texts"
             )
-        if spoken is None:
-            raise ValueError(f"{args.references}: has no text for {name}")
-        scored.append(score_asr(name, spoken, heard, args.language))
-    name = args.name or args.list.stem
-    where = Provenance(system=name, git=git_revision(), model=args.model_digest)
-    finish(args.out, rows_of(args.list_name, scored, where))
+    else:
+        texts = {
+            name_of(entry, args.references): entry["text"]
+            for entry in read_list(args.references, ("text",))
+        }
+        foreign = [name for name in heard if name not in texts]
+        if foreign:
+            raise ValueError(f"{args.references}: has no text for {foreign[0]}")
+        pairs = {name: (text, _hypothesis(heard.get(name))) for name, text in texts.items()}
+    pairs = dict(list(pairs.items())[: args.limit])
+    lost = sum(hypothesis is None for _, hypothesis in pairs.values())
+    if lost:
+        logger.warning("%d of %d have no transcript: all their words are lost", lost, len(pairs))
+    scored = [
+        score_asr(name, spoken, hypothesis or "", args.language)
+        for name, (spoken, hypothesis) in pairs.items()
+    ]
+    where = origin(args, args.name or args.list.stem, model=model_of(args))
+    finish(args.out, rows_of(args.list_name, scored, where, prefix=ASR_PREFIX))
+
+
+def _hypothesis(entry: dict[str, Any] | None) -> str | None:
+    return None if entry is None else entry.get("hypothesis", entry["text"])
 
 
 def read_list(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
@@ -269,19 +292,38 @@ def text_of(cut: Any) -> str:
     return " ".join(supervision.text or "" for supervision in cut.supervisions).strip()
 
 
-def safe_name(name: str) -> str:
-    """A file name for an id: no folder, and never a hidden file."""
-    return name.replace("/", "-").lstrip(".") or "unnamed"
+def judges_of(args: argparse.Namespace) -> Judges:
+    """The judge and, where one is named, the speaker encoder."""
+    return load_judges(args.judge, args.speaker, num_threads=args.threads, language=args.language)
 
 
-def origin(args: argparse.Namespace, judges: Judges, system: str, digest: str) -> Provenance:
-    """What the rows of this run share."""
+def model_of(args: argparse.Namespace) -> str:
+    """The digest of the scored model; "" where the command line says nothing of it."""
+    return digest_of_voice(args.voice) if args.voice is not None else args.model_digest
+
+
+def origin(
+    args: argparse.Namespace,
+    system: str,
+    judges: Judges | None = None,
+    *,
+    model: str = "",
+    seed: int = 0,
+) -> Provenance:
+    """What the rows of this run share. Its configuration: the lists' contents and the options."""
+    lists = [args.cuts] if args.kind == "reconstruction" else [args.list]
+    if getattr(args, "references", None) is not None:
+        lists.append(args.references)
+    options = {key: getattr(args, key, None) for key in ("limit", "language", "rate", "codebooks")}
+    settings = {"kind": args.kind, "lists": [digest_of(path) for path in lists], **options}
     return Provenance(
         system=system,
+        seed=seed,
         git=git_revision(),
-        model=digest,
-        judge=judges.judge_name,
-        speaker=judges.speaker_name,
+        config=digest_of_text(json.dumps(settings, sort_keys=True)),
+        model=model,
+        judge=judges.judge_name if judges else "",
+        speaker=judges.speaker_name if judges else "",
     )
 
 
@@ -308,7 +350,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parents = [shared, judged] if name == "tts" else [shared]
         kind = kinds.add_parser(name, parents=parents, help=f"a list of {what}")
         kind.add_argument("--list", type=Path, required=True, help="JSON lines")
-        kind.add_argument("--model-digest", default="", help="digest of the scored model")
+        kind.add_argument("--voice", type=Path, help="folder of the voice: rows note its digest")
+        kind.add_argument("--model-digest", default="", help="digest of a model that is no voice")
         if name == "tts":
             kind.add_argument("--rate", type=int, default=16000, help="Hz to score at")
             kind.add_argument("--prompts", type=Path, help="folder that prompts' paths count from")

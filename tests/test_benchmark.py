@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from eval.benchmark import (
     table,
 )
 from recipes import benchmark as program
+from recipes import scoring
 
 RATE = 16000
 ORIGIN = Provenance(system="s", seed=3, git="abc", model="m", judge="whisper int8", speaker="e")
@@ -189,7 +191,7 @@ def test_asr_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     program.main(
         ["asr", "--list", str(heard), "--references", str(texts), "--out", str(out), "--name", "m"]
     )
-    assert whole(read_rows(out / "rows.jsonl"))["wer"].value == 0.5
+    assert whole(read_rows(out / "rows.jsonl"))["asr_wer"].value == 0.5
     assert "| m | heard | 1 | 0.500" in capsys.readouterr().out
     for arguments, message in (
         (["asr", "--list", str(heard)], "has no hypothesis"),
@@ -197,6 +199,12 @@ def test_asr_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ):
         with pytest.raises(ValueError, match=message):
             program.main([*arguments, "--out", str(out)])
+    write_list(texts, [{"id": "a", "text": "Hello, world!"}, {"id": "b", "text": "alpha bravo"}])
+    program.main(
+        ["asr", "--list", str(heard), "--references", str(texts), "--out", str(tmp_path / "all")]
+    )
+    row = whole(read_rows(tmp_path / "all" / "rows.jsonl"))["asr_wer"]
+    assert (row.value, row.n) == (0.75, 2)  # What was not transcribed has lost its words.
     write_list(texts, [{"id": "b", "text": "x"}])
     with pytest.raises(ValueError, match="has no text for a"):
         program.main(["asr", "--list", str(heard), "--references", str(texts), "--out", str(out)])
@@ -235,7 +243,7 @@ class FakeJudge:
 def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "judge").mkdir()
     (tmp_path / "judge" / "model.bin").touch()
-    monkeypatch.setattr(program, "Judge", FakeJudge)
+    monkeypatch.setattr(scoring, "Judge", FakeJudge)
     FakeJudge.heard = 0
     return str(tmp_path / "judge")
 
@@ -304,11 +312,88 @@ def test_tts_program_counts_silence_as_failure(
         {"id": "a", "text": "hello world", "audio": "a.wav", "prompt": "p", "failure": None},
         {"id": "b", "text": "hello world", "audio": "b.wav", "prompt": "p", "failure": None},
         {"id": "c", "text": "hello world", "audio": "c.wav", "prompt": "p", "failure": None},
+        {"id": "d", "text": "hello world", "audio": None, "prompt": "p", "failure": "refused"},
     ]
     listed = write_list(tmp_path / "results.jsonl", entries)
     out = tmp_path / "out"
     program.main(["tts", "--list", str(listed), "--judge", judge, "--out", str(out), "--name", "v"])
     found = whole(read_rows(out / "rows.jsonl"))
-    assert (found["failure"].value, found["wer"].value, found["wer"].n) == (0.5, 0.5, 2)
-    assert "no such recording" in (out / "skipped-v.jsonl").read_text()
-    assert "| v | results | 2 |" in capsys.readouterr().out
+    assert (found["failure"].value, found["wer"].value, found["wer"].n) == (0.75, 0.75, 4)
+    assert not (out / "skipped-v.jsonl").read_text()
+    assert "| v | results | 4 |" in capsys.readouterr().out
+
+
+def test_what_was_scored_is_scored_anew_when_anything_behind_it_changes(
+    tmp_path: Path, judge: str, write_wav, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_wav(tmp_path / "a.wav", 1.0)
+    entry = {"id": "a", "text": "hello world", "audio": "a.wav", "seed": 5}
+    listed = write_list(tmp_path / "results.jsonl", [entry])
+    command = ["tts", "--list", str(listed), "--judge", judge, "--out", str(tmp_path / "out")]
+
+    def heard(*arguments: str) -> int:
+        FakeJudge.heard = 0
+        program.main([*command, *arguments])
+        return FakeJudge.heard
+
+    assert [heard(), heard()] == [1, 0]
+    assert [heard("--model-digest", "m2"), heard("--model-digest", "m2")] == [1, 0]
+    write_wav(tmp_path / "a.wav", 1.2)
+    assert [heard(), heard()] == [1, 0]
+    write_list(listed, [{**entry, "text": "hello you"}])
+    assert [heard(), heard()] == [1, 0]
+    monkeypatch.setattr(program, "all_libraries", lambda: "jiwer 99")
+    assert [heard(), heard()] == [1, 0]
+
+
+def test_cuts_are_scored_anew_when_their_recordings_change(
+    tmp_path: Path, judge: str, tiny_codec_folder: Path, write_wav
+) -> None:
+    cuts = prepare_cuts(tmp_path / "in", write_wav, count=1)
+    command = ["reconstruction", "--codec", str(tiny_codec_folder), "--cuts", str(cuts)]
+    command += ["--judge", judge, "--out", str(tmp_path / "out")]
+    program.main(command)
+    program.main(command)
+    assert FakeJudge.heard == 2
+    write_wav(tmp_path / "in" / "0.wav", 1.5, seed=9)
+    program.main(command)
+    assert FakeJudge.heard == 4
+
+
+def test_rows_of_the_programs_say_where_they_come_from(
+    tmp_path: Path, judge: str, tiny_codec_folder: Path, write_wav
+) -> None:
+    write_wav(tmp_path / "a.wav", 1.0)
+    entry = {"id": "a", "text": "hello world", "audio": "a.wav", "seed": 5, "hypothesis": "hello"}
+    listed = str(write_list(tmp_path / "results.jsonl", [entry]))
+    (tmp_path / "voice").mkdir()
+    shutil.copytree(tiny_codec_folder, tmp_path / "voice" / "codec")
+    shared = ["--list", listed, "--voice", str(tmp_path / "voice"), "--out", str(tmp_path / "out")]
+    program.main(["tts", *shared, "--judge", judge])
+    program.main(["asr", *shared])
+    rows = read_rows(tmp_path / "out" / "rows.jsonl")
+    assert {"wer", "asr_wer"} <= {row.metric for row in rows}
+    for row in rows:
+        assert all((row.system, row.list, row.git, row.config, row.model, row.library)), row
+        assert row.seed == (0 if row.metric.startswith("asr_") else 5)
+    assert "judge@" in whole(rows)["wer"].library
+    program.main(["asr", *shared, "--limit", "1"])
+    assert len({row.config for row in read_rows(tmp_path / "out" / "rows.jsonl")}) == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["../../esc", "/etc/passwd", ".hidden", "a/b", "a\\b", "", "x" * 300]
+)
+def test_an_id_never_leads_out_of_the_folder(name: str, tmp_path: Path) -> None:
+    safe = scoring.safe_name(name)
+    assert (tmp_path / f"{safe}.wav").resolve().parent == tmp_path.resolve()
+    assert 0 < len(safe) <= 120
+    assert safe[0] != "."
+    assert "/" not in safe
+    assert "\\" not in safe
+
+
+def test_names_of_files_do_not_collide() -> None:
+    names = ["a/b", "a-b", "a b", "a\\b", "a:b", ".a", "a", "../a", "a/", "x" * 200, "x" * 201]
+    assert len({scoring.safe_name(name) for name in names}) == len(names)
+    assert scoring.safe_name("84-121123-0001_a.b") == "84-121123-0001_a.b"

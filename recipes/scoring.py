@@ -1,0 +1,90 @@
+"""What the programs that score share: the judges, digests of what is scored, names of files."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from eval.benchmark import Embed, Transcribe, digest_of
+from eval.speaker import SpeakerEncoder
+from eval.transcribe import Judge
+
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._ -]{0,119}")
+
+
+class Judges(NamedTuple):
+    """The models that score, and what the rows call them."""
+
+    transcribe: Transcribe
+    """Hears nothing where there is no judge."""
+    embed: Embed | None
+    judge_name: str
+    """Name, digest and arithmetic; "" where there is no judge."""
+    speaker_name: str
+
+
+def load_judges(
+    judge: str | Path | None,
+    speaker: str | Path | None,
+    *,
+    num_threads: int = 2,
+    language: str = "en",
+) -> Judges:
+    """The judge and the speaker encoder from their folders, where they are named."""
+    transcribe, judge_name = _deaf, ""
+    if judge is not None:
+        whisper = Judge(judge, num_threads=num_threads, language=language)
+        digest = digest_of(Path(judge) / "model.bin")
+        transcribe = whisper.transcribe
+        judge_name = f"{Path(judge).name}@{digest} {whisper.compute_type}"
+    if speaker is None:
+        return Judges(transcribe, None, judge_name, "")
+    encoder = SpeakerEncoder.from_folder(speaker)
+    digest = digest_of(Path(speaker) / "model.safetensors")
+    return Judges(transcribe, encoder.embed, judge_name, f"{Path(speaker).name}@{digest}")
+
+
+def _deaf(_wave: Any, _rate: int) -> str:
+    return ""
+
+
+def digest_of_text(text: str) -> str:
+    """The first 16 hex digits of a text's SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def digest_of_voice(folder: str | Path) -> str:
+    """One digest of a voice: the weights of its codec, AR and NAR, and the LLM it grew from."""
+    folder = Path(folder)
+    weights = sorted(
+        path for part in ("codec", "ar", "nar") for path in (folder / part).rglob("*.safetensors")
+    )
+    if not weights:
+        raise ValueError(f"{folder}: holds no voice")
+    parts = [f"{path.relative_to(folder).as_posix()} {digest_of(path)}" for path in weights]
+    base = folder / "ar" / "base.json"
+    if base.is_file():
+        parts.append(str(json.loads(base.read_text(encoding="utf-8")).get("digest")))
+    return digest_of_text("\n".join(parts))
+
+
+def state_of_files(paths: Iterable[Path]) -> str:
+    """Changes when one of the files does: their paths, sizes and times of writing."""
+    lines = []
+    for path in paths:
+        try:
+            found = path.stat()
+            lines.append(f"{path} {found.st_size} {found.st_mtime_ns}")
+        except OSError:
+            lines.append(f"{path} missing")
+    return digest_of_text("\n".join(lines))
+
+
+def safe_name(name: str) -> str:
+    """A file name for an id: no folder, never hidden, and never the same for two ids."""
+    if PLAIN_NAME.fullmatch(name):
+        return name
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:80]
+    return f"{readable or 'unnamed'}-{digest_of_text(name)}"
