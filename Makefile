@@ -11,6 +11,14 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # Set ONE process's threads: the tests run two processes, some of which start two ranks.
 TEST_JOBS ?= 2
+define CAN_BUILD_PESQ
+import importlib.util, os, shlex, shutil, sys, sysconfig
+compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
+header = os.path.join(sysconfig.get_path("include"), "Python.h")
+able = shutil.which(compiler) is not None and os.path.exists(header)
+sys.exit(not (importlib.util.find_spec("pesq") or able))
+endef
+export CAN_BUILD_PESQ
 
 .PHONY: setup models demo smoke test lint
 setup: $(STAMP)
@@ -18,7 +26,10 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 13) else 1)' || \
 	  { echo 'error: $(PYTHON) is not Python 3.11 or 3.12; run: make $(MAKECMDGOALS) PYTHON=python3.12' >&2; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/python -a -x $(BIN)/pip || { rm -rf .venv; $(PYTHON) -m venv .venv; } || \
+	  { rm -rf .venv; echo 'error: $(PYTHON) cannot make .venv; install python3-venv' >&2; exit 2; }
+	@$(BIN)/python -c "$$CAN_BUILD_PESQ" || \
+	  { echo 'error: pesq is built from source: install gcc and python3-dev' >&2; exit 2; }
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt \
 	  -e '.[eval,demo,deepspeed,dev]'
 	touch $@

@@ -1,7 +1,9 @@
 """The rules of the house that a machine can check; each says what to do when it is broken."""
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -202,6 +204,48 @@ def test_every_launch_file_parses(path: Path) -> None:
         assert launch.deepspeed_config["zero_stage"] == int(path.stem[-1])
     # Without it, ZeRO-3 saves models of empty tensors.
     assert path.stem != "zero3" or launch.deepspeed_config["zero3_save_16bit_model"] is True
+
+
+def set_up(folder: Path, make_environment: str, **variables: str) -> tuple[int, list[str]]:
+    """`make setup` where `python3 -m venv` runs a shell line; status and lines of errors."""
+    for given in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / given, folder)
+    python = folder / "python3"
+    # Without site-packages: nothing is installed yet.
+    alone = f'exec "{sys.executable}" -S "$@"'
+    venv = f'if [ "$1" = -m ]; then mkdir -p .venv/bin; {make_environment}; exit; fi'
+    python.write_text(f"#!/bin/sh\n{venv}\n{alone}\n")
+    python.chmod(0o755)
+    command = ["make", "setup", f"PYTHON={python}"]
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, **variables}, capture_output=True, text=True
+    )
+    return done.returncode, [line for line in done.stderr.splitlines() if "make" not in line[:6]]
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make")
+def test_set_up_names_a_missing_venv_package_and_recovers(tmp_path: Path) -> None:
+    python = tmp_path / "python3"
+    # Debian's python3 without python3-venv leaves an environment without pip, and fails.
+    for _ in range(2):
+        status, lines = set_up(tmp_path, "cp python3 .venv/bin/python; false")
+        assert status == 2
+        assert lines == [f"error: {python} cannot make .venv; install python3-venv"]
+        assert not (tmp_path / ".venv").exists()
+    # What an earlier attempt left is replaced.
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(python, tmp_path / ".venv" / "bin" / "python")
+    whole = "touch new .venv/bin/pip; chmod +x .venv/bin/pip; cp python3 .venv/bin/python"
+    set_up(tmp_path, whole, CC="no-compiler")
+    assert (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make")
+def test_set_up_names_a_missing_compiler(tmp_path: Path) -> None:
+    whole = "touch .venv/bin/pip; chmod +x .venv/bin/pip; cp python3 .venv/bin/python"
+    status, lines = set_up(tmp_path, whole, CC="no-compiler")
+    assert status == 2
+    assert lines == ["error: pesq is built from source: install gcc and python3-dev"]
 
 
 def test_every_version_is_pinned() -> None:
