@@ -27,6 +27,7 @@ from codec.config import (
     SpectralConfig,
 )
 from codec.discriminators import Discriminators
+from codec.quantize import Codebook
 from codec.train import discriminator_step, generator_step, learning_rate, save_whole
 
 TINY = CodecConfig(
@@ -118,9 +119,26 @@ def _train_on_rank(rank: int, world: int, port: int, waves: torch.Tensor, out: s
         optimizer.zero_grad()
         books.append([book.state_dict() for book in codec.quantizer.codebooks])
         books[-1] = [{name: each.clone() for name, each in book.items()} for book in books[-1]]
-    torch.save({"books": books, "weights": codec.state_dict()}, f"{out}.{rank}.pt")
+    revived = _train_book_on_clusters(rank, world)
+    result = {"books": books, "weights": codec.state_dict(), "revived": revived}
+    torch.save(result, f"{out}.{rank}.pt")
     if world > 1:
         torch.distributed.destroy_process_group()
+
+
+def _train_book_on_clusters(rank: int, world: int) -> torch.Tensor:
+    """Entries after 4 updates on 4 clusters: most have been revived, from both ranks' vectors."""
+    generator = torch.Generator().manual_seed(1)
+    centres = 10 * torch.randn(4, 8, generator=generator)
+    settings = QuantizerConfig(codebook_size=64, decay=0.8, kmeans_samples=16)
+    book = Codebook(8, settings, seed=1).train()
+    for _ in range(4):
+        chosen = torch.randint(0, 4, (256,), generator=generator)
+        vectors = centres[chosen] + 0.1 * torch.randn(256, 8, generator=generator)
+        mine = vectors.chunk(world)[rank]
+        book.initialize(mine)
+        book.update(mine, book.nearest(mine))
+    return book.entries
 
 
 def test_two_ranks_hold_the_codebooks_of_one_process_on_the_joined_batch(wave, tmp_path) -> None:
@@ -144,6 +162,9 @@ def test_two_ranks_hold_the_codebooks_of_one_process_on_the_joined_batch(wave, t
                 torch.testing.assert_close(
                     entries, joined["books"][step][index][name], atol=1e-4, rtol=1e-3
                 )
+    assert torch.equal(first["revived"], second["revived"])
+    torch.testing.assert_close(first["revived"], joined["revived"], atol=1e-4, rtol=1e-3)
+    assert len(joined["revived"].round(decimals=3).unique(dim=0)) > 40
     for name, weights in joined["weights"].items():
         torch.testing.assert_close(first["weights"][name], weights, atol=1e-4, rtol=1e-3)
 
@@ -180,22 +201,29 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_it_ends_with_the_same_weights(recipe, tmp_path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_started_again_it_ends_with_the_same_weights(recipe, tmp_path, ranks) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if ranks == 2:
+        file = Path(__file__).parent.parent / "recipes" / "accelerate" / "ddp.yaml"
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(file)]
+        recipe = [recipe[0], *launcher, "--num_processes", "2", *recipe[1:]]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     subprocess.run([*recipe, f"out={whole}"], check=True, env=environment, capture_output=True)
-    for checkpoint in ("step-00000010",):
-        process = subprocess.Popen(
-            [*recipe, f"out={broken}"], env=environment, stderr=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + 120
-        while not (broken / "checkpoints" / checkpoint).exists():
-            assert process.poll() is None, "ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        assert not (broken / "codec").exists()
+    process = subprocess.Popen(
+        [*recipe, f"out={broken}"],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (broken / "checkpoints" / "step-00000010").exists():
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (broken / "codec").exists()
     last = subprocess.run(
         [*recipe, f"out={broken}"], check=True, env=environment, capture_output=True, text=True
     )
