@@ -176,6 +176,17 @@ def resample(
     return soxr.resample(wave.astype(np.float32, copy=False), source_rate, target_rate)
 
 
+def check_name(path: str | Path) -> None:
+    """Raise `ValueError` unless the suffix names a format that can be written."""
+    import soundfile
+
+    kind = Path(path).suffix[1:].upper()
+    if kind not in soundfile.available_formats() or soundfile.default_subtype(kind) is None:
+        raise ValueError(f"{path}: cannot be written as {kind or 'no format'}; call it .wav")
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: is a folder; name a file")
+
+
 def write_audio(
     path: str | Path,
     wave: Float[np.ndarray, " S"] | Iterable[Float[np.ndarray, " _"]],
@@ -184,11 +195,12 @@ def write_audio(
     """Write a mono wave, or its blocks, as the format the suffix names (WAV: 16 bit).
 
     The samples go to a temporary name first, so an interrupted or failed write leaves an earlier
-    file as it was. Raises `OSError` when the disk is full.
+    file as it was. Raises `OSError` when the disk is full, `ValueError` for an unknown suffix.
     """
     import soundfile
 
     path = Path(path)
+    check_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:

@@ -223,10 +223,7 @@ class SpeechLM(nn.Module):
         """For generation: adapters are merged. `base` says where the LLM is, if it has moved."""
         folder = Path(folder)
         vocabulary = Vocabulary.load(folder)
-        try:
-            origin = json.loads((folder / BASE_FILE).read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder / BASE_FILE}: missing or damaged ({error})") from error
+        origin = _read_object(folder / BASE_FILE, ("name", "digest", "num_layers", "adapter"))
         if origin["adapter"]:
             lm, tokenizer = _load_adapted(folder, origin, vocabulary, base, dtype)
         else:
@@ -282,6 +279,19 @@ def _add_adapters(lm: Any, config: LoRAConfig, vocabulary: Vocabulary, seed: int
         return get_peft_model(lm, settings)
 
 
+def _read_object(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    """A JSON object that has `keys`. Raises ValueError when it is missing or damaged."""
+    try:
+        record = json.loads(path.read_text())
+        if not isinstance(record, dict):
+            raise ValueError("no JSON object")
+        if lacking := [key for key in keys if key not in record]:
+            raise ValueError(f"it lacks {', '.join(lacking)}")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: missing or damaged ({error}); copy the voice again") from error
+    return record
+
+
 def _find_base(folder: Path, origin: Mapping[str, Any], base: str | Path | None) -> str | Path:
     """Where the LLM is: as told, beside the voice as when it was saved, as named, or on the hub."""
     if base is not None:
@@ -317,6 +327,7 @@ def _load_adapted(
             f"{loaded.digest}, {BASE_FILE} says {origin['digest']}"
         )
     extend(loaded.lm, vocabulary, seed=0)
+    _read_object(folder / "adapter_config.json", ("peft_type", "target_modules", "r"))
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise ValueError(f"{file} is missing; copy the voice again")
@@ -326,7 +337,7 @@ def _load_adapted(
             lm = PeftModel.from_pretrained(loaded.lm, str(folder))
         with safe_open(file, "pt") as stored:
             names = set(stored.keys())
-    except (RuntimeError, KeyError, SafetensorError) as error:
+    except (RuntimeError, KeyError, TypeError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{file}: it does not fit its text LLM: {reason}") from error
     expected = get_peft_model_state_dict(lm, save_embedding_layers=False)

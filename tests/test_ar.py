@@ -240,6 +240,15 @@ def test_an_ar_folder_that_lacks_a_file(tmp_path: Path, file: str) -> None:
         SpeechLM.load(tmp_path / "ar")
 
 
+@pytest.mark.parametrize("file", ["adapter_config.json", "base.json"])
+@pytest.mark.parametrize("content", ["{}", "[]", "{", "7"])
+def test_a_damaged_file_of_an_ar_folder_is_named(tmp_path: Path, file: str, content: str) -> None:
+    make(tmp_path).save(tmp_path / "ar")
+    (tmp_path / "ar" / file).write_text(content)
+    with pytest.raises(ValueError, match=file):
+        SpeechLM.load(tmp_path / "ar")
+
+
 def test_a_damaged_adapter_is_named(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
