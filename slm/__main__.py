@@ -1,11 +1,14 @@
 """The command `slm`: tts and asr."""
 
 import argparse
+import fcntl
+import hashlib
 import json
 import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,15 +67,21 @@ def _load(arguments: argparse.Namespace) -> "Voice":
 def _tts(arguments: argparse.Namespace) -> None:
     from dataclasses import replace
 
+    from codec.audio import check_name
+
     if arguments.list is None and None in (arguments.text, arguments.prompt):
         raise ValueError("give --text and --prompt, or --list")
     if arguments.list is not None and (arguments.text or arguments.prompt):
         raise ValueError("give either --text and --prompt, or --list, not both")
     entries = list(_entries(Path(arguments.list))) if arguments.list else []
+    if not arguments.list:
+        check_name(arguments.out)
     voice = _load(arguments)
     voice.sampling = replace(voice.sampling, greedy=arguments.greedy)
     if arguments.list:
-        _tts_list(voice, entries, Path(arguments.list).parent, arguments)
+        with _alone(Path(arguments.out)):
+            _tts_list(voice, entries, Path(arguments.list).parent, arguments)
+            _made(Path(arguments.out) / "results.jsonl", Path(arguments.out))
         return
     entry = {"text": arguments.text, "prompt": arguments.prompt}
     if arguments.prompt_text is not None:
@@ -86,12 +95,12 @@ def _prepare(voice: "Voice", entry: Mapping[str, str], folder: Path, seed: int) 
     """Reads and checks a line. A prompt's path counts from the current folder, then the list's."""
     voice.coverage.check(entry["text"])
     name = entry["prompt"]
-    if name in voice.prompts:
-        prompt = voice.prompt(name, entry.get("prompt_text"))
-    else:
-        path = next((p for p in (Path(name), folder / name) if p.exists()), Path(name))
-        prompt = voice.prompt(path, entry.get("prompt_text"))
-    return voice.prepare(entry["text"], prompt, seed)
+    where = name if name in voice.prompts else _recording(name, folder)
+    return voice.prepare(entry["text"], voice.prompt(where, entry.get("prompt_text")), seed)
+
+
+def _recording(name: str, folder: Path) -> Path:
+    return next((p for p in (Path(name), folder / name) if p.exists()), Path(name))
 
 
 def _entries(path: Path) -> Iterator[tuple[int, Any]]:
@@ -128,9 +137,10 @@ def _tts_list(
     from tqdm import tqdm
 
     out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
     results = out / "results.jsonl"
+    settings = [voice.digest, arguments.seed, repr(voice.sampling)]
     done = _made(results, out)
+    made: set[str] = set()
     waiting: list[tuple[dict[str, str], Utterance]] = []
     skipped: list[str] = []
     seen: set[str] = set()
@@ -138,7 +148,9 @@ def _tts_list(
         for number, entry in tqdm(entries, desc="tts", unit="line"):
             try:
                 known = _check_entry(entry, seen)
-                if known["id"] in done:
+                known["request"] = _request(voice, known, folder, settings)
+                if done.get(known["id"]) == known["request"]:
+                    made.add(known["id"])
                     continue
                 waiting.append((known, _prepare(voice, known, folder, arguments.seed)))
             except (ValueError, OSError) as error:
@@ -152,7 +164,7 @@ def _tts_list(
     for reason in skipped:
         logger.warning("skipped %s", reason)
     logger.info(
-        "%d lines: %d skipped, %d were there already", len(entries), len(skipped), len(done & seen)
+        "%d lines: %d skipped, %d were there already", len(entries), len(skipped), len(made)
     )
     if entries and len(skipped) == len(entries):
         raise ValueError(f"{arguments.list}: no line could be used")
@@ -165,7 +177,7 @@ def _speak(
     for (entry, _), speech in zip(waiting, speeches, strict=True):
         name = f"{entry['id']}.wav"
         speech.save(out / name)
-        record = {"id": entry["id"], **_result(name, entry, speech)}
+        record = {"id": entry["id"], **_result(name, entry, speech), "request": entry["request"]}
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
         file.flush()
 
@@ -184,22 +196,49 @@ def _result(audio: str, entry: Mapping[str, str], speech: "Speech") -> dict[str,
     }
 
 
-def _made(results: Path, out: Path) -> set[str]:
-    """Ids that are done. Results without a wave, and a torn last line, are taken out."""
+def _request(voice: "Voice", entry: Mapping[str, str], folder: Path, settings: list[Any]) -> str:
+    """16 hex digits over all that decides what a line becomes; another id counts as well."""
+    name = entry["prompt"]
+    if name in voice.prompts:
+        prompt = [voice.prompts[name].codes.tolist(), voice.prompts[name].text]
+    else:
+        found = _recording(name, folder).stat()
+        prompt = [found.st_size, found.st_mtime_ns]
+    whole = json.dumps([dict(entry), prompt, settings], sort_keys=True)
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+
+def _made(results: Path, out: Path) -> dict[str, str | None]:
+    """What is there, as requests by id. Results without a wave, a torn last line and all but the
+    newest line of an id are taken out."""
     if not results.exists():
-        return set()
-    kept = {}
+        return {}
+    kept: dict[str, tuple[str, str | None]] = {}
     for line in results.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+            if (out / record["audio"]).is_file():
+                kept[record["id"]] = line, record.get("request")
+        except (AttributeError, KeyError, TypeError, ValueError):
             continue
-        if (out / record["audio"]).is_file():
-            kept[record["id"]] = line
     temporary = results.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept.values()), encoding="utf-8")
+    temporary.write_text("".join(line + "\n" for line, _ in kept.values()), encoding="utf-8")
     temporary.replace(results)
-    return set(kept)
+    return {name: request for name, (_, request) in kept.items()}
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock: two runs in one folder would write the same files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder}: another process is writing here; wait for it or choose another --out"
+            ) from None
+        yield
 
 
 def _asr(arguments: argparse.Namespace) -> None:

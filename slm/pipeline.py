@@ -7,10 +7,12 @@ Its folder:
     README.md               the card
 """
 
+import hashlib
 import logging
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +22,7 @@ from jaxtyping import Float
 
 from codec import Codec, load_codec, read_audio, write_audio
 from codec.audio import check_wave, stream_audio
-from slm.ar import SpeechLM
+from slm.ar import SpeechLM, digest_of
 from slm.config import SamplingConfig
 from slm.generate import (
     Request,
@@ -146,6 +148,13 @@ class Voice:
         coverage = Coverage.load(folder / "ar")
         models = Models(codec, lm, nar, coverage)
         return cls(models, load_prompts(folder / "prompts"), folder=folder)
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits over all its models."""
+        models = [self.lm.lm, *([self.nar] if self.nar is not None else [])]
+        parts = [self.codec.stamp.digest, *map(digest_of, models)]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Copies the voice, prompts that were added included."""

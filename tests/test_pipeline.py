@@ -1,53 +1,27 @@
 """slm/pipeline.py and the command slm: a voice speaks, transcribes, and says what is wrong."""
 
-import json
 import logging
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from conftest import voiced
-from tiny_slm import quiet, save_base
+from tiny_slm import TEXT, copy_of, quiet, save_voice
 
 from codec import load_codec
-from slm.__main__ import main
-from slm.ar import SpeechLM
-from slm.config import ARConfig, LoRAConfig, NARConfig, SamplingConfig
-from slm.nar import NAR
+from slm.config import SamplingConfig
 from slm.pieces import split_at_quiet
 from slm.pipeline import Transcript, Voice
-from slm.prompts import Coverage, Prompt
+from slm.prompts import Prompt
 
 pytestmark = quiet()
-
-TEXT = "the cat sat on a mat"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_codec_folder: Path) -> Path:
-    """A voice whose models know nothing."""
-    root = tmp_path_factory.mktemp("voices")
-    base = save_base(root / "base")
-    voice = root / "a voice"
-    codec = load_codec(tiny_codec_folder)
-    codec.save_pretrained(voice / "codec")
-    config = ARConfig(base=str(base), lora=LoRAConfig(rank=2))
-    SpeechLM.create(config, codec.stamp, seed=0).save(voice / "ar")
-    Coverage.of([TEXT], longest_frames=60).save(voice / "ar")
-    torch.manual_seed(0)
-    nar = NARConfig(
-        codebook_sizes=codec.codebook_sizes, num_layers=1, num_heads=2, width=16, feedforward=16
-    )
-    NAR(nar).save_pretrained(voice / "nar")
-    Prompt(codes=np.zeros((3, 10), np.int64), text="a cat", credit="nobody").save(
-        voice / "prompts", "ann"
-    )
-    return voice
+    return save_voice(tmp_path_factory.mktemp("voices"), tiny_codec_folder)
 
 
 @pytest.fixture(scope="module")
@@ -234,11 +208,6 @@ def test_folders_that_are_no_voice(folder: Path, tmp_path: Path) -> None:
         Voice.from_pretrained(tmp_path)
 
 
-def copy_of(folder: Path, tmp_path: Path) -> Path:
-    shutil.copytree(folder.parent, tmp_path / "copy")
-    return tmp_path / "copy" / folder.name
-
-
 def test_the_wrong_codec_is_refused(folder: Path, tmp_path: Path) -> None:
     other = copy_of(folder, tmp_path)
     codec = load_codec(other / "codec")
@@ -256,140 +225,3 @@ def test_without_nar_it_transcribes_but_does_not_speak(folder: Path, tmp_path: P
     assert isinstance(voice.asr([voiced(0.5)])[0], str)
     with pytest.raises(ValueError, match="cannot speak"):
         voice.tts("a cat", "ann")
-
-
-def run(*arguments: str | Path) -> int:
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
-@pytest.fixture
-def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The models know no end: keep what they say short."""
-    original = Voice.from_pretrained.__func__  # type: ignore[attr-defined]
-
-    def load(cls, *args, **kwargs) -> Voice:
-        voice = original(cls, *args, **kwargs)
-        voice.sampling = replace(
-            voice.sampling, frames_per_token=(0.2, 0.5), spare_seconds=0.0, tries=2
-        )
-        return voice
-
-    monkeypatch.setattr(Voice, "from_pretrained", classmethod(load))
-
-
-@pytest.mark.usefixtures("brief")
-def test_command_tts(
-    folder: Path, tmp_path: Path, write_wav: Callable[..., Path], capsys: pytest.CaptureFixture
-) -> None:
-    prompt = write_wav(tmp_path / "\u043f\u0440\u043e\u0431\u0430 1.wav", 1.0, 8000)
-    out = tmp_path / "new folder" / "\u00e9.wav"
-    arguments = ["--voice", folder, "--text", TEXT, "--prompt", prompt]
-    assert run("tts", *arguments, "--prompt-text", "red hen", "--seed", "3", "--out", out) == 0
-    record = json.loads(capsys.readouterr().out)
-    assert record["prompt_text"] == "red hen"
-    wave, rate = soundfile.read(out)
-    assert rate == 16000
-    assert len(wave) > 0
-    assert run("tts", "--voice", folder, "--text", TEXT, "--prompt", "ann", "--out", out) == 0
-
-
-@pytest.mark.usefixtures("brief")
-def test_a_list_costs_only_its_bad_lines(
-    folder: Path,
-    tmp_path: Path,
-    write_wav: Callable[..., Path],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    write_wav(tmp_path / "p.wav", 0.5)
-    (tmp_path / "empty.wav").write_bytes(b"")
-    lines = [
-        {"id": "one", "text": TEXT, "prompt": "ann"},
-        {"id": "two words", "text": "a cat", "prompt": "p.wav", "prompt_text": "red hen"},
-        {"id": "script", "text": "\u043f\u0440\u0438", "prompt": "ann"},
-        {"id": "gone", "text": TEXT, "prompt": "no.wav"},
-        {"id": "empty", "text": TEXT, "prompt": "empty.wav"},
-        {"id": "../out", "text": TEXT, "prompt": "ann"},
-        {"id": "one", "text": TEXT, "prompt": "ann"},
-        {"text": TEXT, "prompt": "ann"},
-    ]
-    listed = tmp_path / "list.jsonl"
-    listed.write_text("\n".join(map(json.dumps, lines)) + "\nnot json\n", encoding="utf-8")
-    out = tmp_path / "out"
-    with caplog.at_level(logging.INFO):
-        assert run("tts", "--voice", folder, "--list", listed, "--out", out) == 0
-    for number in range(3, 10):
-        assert f"skipped line {number}:" in caplog.text
-    assert "9 lines: 7 skipped" in caplog.text
-    records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    assert [record["id"] for record in records] == ["one", "two words"]
-    expected = {"id", "audio", "text", "prompt", "prompt_text", "failure", "tries", "seed"}
-    assert set(records[0]) == expected
-    assert sorted(path.name for path in out.glob("*.wav")) == ["one.wav", "two words.wav"]
-
-
-@pytest.mark.usefixtures("brief")
-def test_a_list_goes_on_where_it_stopped(folder: Path, tmp_path: Path) -> None:
-    listed, out = tmp_path / "list.jsonl", tmp_path / "out"
-    lines = [json.dumps({"id": str(i), "text": TEXT, "prompt": "ann"}) for i in range(3)]
-    listed.write_text("\n".join(lines[:2]))
-    assert run("tts", "--voice", folder, "--list", listed, "--out", out) == 0
-    before = (out / "0.wav").stat().st_mtime_ns
-    (out / "1.wav").unlink()  # its result alone does not count
-    with open(out / "results.jsonl", "a") as file:
-        file.write('{"id": "torn')
-    listed.write_text("\n".join(lines))
-    assert run("tts", "--voice", folder, "--list", listed, "--out", out) == 0
-    assert (out / "0.wav").stat().st_mtime_ns == before
-    records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    assert [record["id"] for record in records] == ["0", "1", "2"]
-
-
-@pytest.mark.usefixtures("brief")
-def test_command_asr(
-    folder: Path, tmp_path: Path, write_wav: Callable[..., Path], capsys: pytest.CaptureFixture
-) -> None:
-    good = write_wav(tmp_path / "a b.wav", 0.6, 44100)
-    (tmp_path / "bad.wav").write_bytes(b"RIFF")
-    assert run("asr", "--voice", folder, good, tmp_path / "bad.wav") == 0
-    (line,) = capsys.readouterr().out.splitlines()
-    assert json.loads(line)["audio"] == str(good)
-    assert run("asr", "--voice", folder, tmp_path / "bad.wav") == 2
-    assert "bad.wav" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--text", "hi"], "give --text and --prompt, or --list"),
-        (["--text", "hi", "--list", "x"], "not both"),
-        (["--list", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--text", "...", "--prompt", "ann"], "nothing to say"),
-        (["--text", "hi", "--prompt", "nowhere.wav"], "nowhere.wav"),
-    ],
-)
-def test_what_people_get_wrong_is_one_line_and_status_2(
-    folder: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture
-) -> None:
-    assert run("tts", "--voice", folder, *arguments, "--out", tmp_path / "o.wav") == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("error: ")
-    assert message in last
-    assert not (tmp_path / "o.wav").exists()
-
-
-@pytest.mark.parametrize("kind", ["silent", "nan", "truncated"])
-def test_prompts_that_cannot_be_used(
-    folder: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture
-) -> None:
-    path = tmp_path / f"{kind}.wav"
-    wave = {"silent": np.zeros(16000), "nan": np.full(16000, np.nan), "truncated": voiced(1.0)}
-    soundfile.write(path, wave[kind], 16000, subtype="FLOAT" if kind == "nan" else "PCM_16")
-    if kind == "truncated":
-        path.write_bytes(path.read_bytes()[:20])
-    arguments = ["--text", TEXT, "--prompt", path, "--out", tmp_path / "o.wav"]
-    assert run("tts", "--voice", folder, *arguments) == 2
-    assert path.name in capsys.readouterr().err

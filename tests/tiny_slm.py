@@ -1,5 +1,6 @@
 """Tiny text LLMs, tokenizers and token shards for the tests of slm."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,40 @@ def make_rows(
 def save_shard(path: Path, count: int = 12, stamp: CodecStamp = STAMP, **kwargs: int) -> Path:
     write_shard(path, make_rows(count, sizes=stamp.codebook_sizes, **kwargs), stamp)
     return path
+
+
+TEXT = "the cat sat on a mat"
+"""What the voice of `save_voice` has been trained on, one would say."""
+
+
+def save_voice(root: Path, codec_folder: Path) -> Path:
+    """A voice whose models know nothing, with a shipped prompt named ann; its LLM is beside it."""
+    from codec import load_codec
+    from slm.ar import SpeechLM
+    from slm.config import ARConfig, LoRAConfig, NARConfig
+    from slm.nar import NAR
+    from slm.prompts import Coverage, Prompt
+
+    voice = root / "a voice"
+    codec = load_codec(codec_folder)
+    codec.save_pretrained(voice / "codec")
+    config = ARConfig(base=str(save_base(root / "base")), lora=LoRAConfig(rank=2))
+    SpeechLM.create(config, codec.stamp, seed=0).save(voice / "ar")
+    Coverage.of([TEXT], longest_frames=60).save(voice / "ar")
+    torch.manual_seed(0)
+    nar = NARConfig(
+        codebook_sizes=codec.codebook_sizes, num_layers=1, num_heads=2, width=16, feedforward=16
+    )
+    NAR(nar).save_pretrained(voice / "nar")
+    prompt = Prompt(codes=np.zeros((3, 10), np.int64), text="a cat", credit="nobody")
+    prompt.save(voice / "prompts", "ann")
+    return voice
+
+
+def copy_of(voice: Path, folder: Path) -> Path:
+    """A copy of such a voice and its LLM."""
+    shutil.copytree(voice.parent, folder / "copy")
+    return folder / "copy" / voice.name
 
 
 def quiet() -> list[pytest.MarkDecorator]:

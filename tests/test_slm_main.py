@@ -1,0 +1,244 @@
+"""The command slm: lists go on where they stopped, and what is wrong is one line and status 2."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import voiced
+from tiny_slm import TEXT, copy_of, quiet, save_voice
+
+from slm.__main__ import _alone, main
+from slm.nar import NAR
+from slm.pipeline import Voice
+
+pytestmark = quiet()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_codec_folder: Path) -> Path:
+    return save_voice(tmp_path_factory.mktemp("voices"), tiny_codec_folder)
+
+
+def run(*arguments: str | Path) -> int:
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models know no end: keep what they say short."""
+    original = Voice.from_pretrained.__func__  # type: ignore[attr-defined]
+
+    def load(cls, *args, **kwargs) -> Voice:
+        voice = original(cls, *args, **kwargs)
+        voice.sampling = replace(
+            voice.sampling, frames_per_token=(0.2, 0.5), spare_seconds=0.0, tries=2
+        )
+        return voice
+
+    monkeypatch.setattr(Voice, "from_pretrained", classmethod(load))
+
+
+@pytest.mark.usefixtures("brief")
+def test_command_tts(
+    folder: Path, tmp_path: Path, write_wav: Callable[..., Path], capsys: pytest.CaptureFixture
+) -> None:
+    prompt = write_wav(tmp_path / "\u043f\u0440\u043e\u0431\u0430 1.wav", 1.0, 8000)
+    out = tmp_path / "new folder" / "\u00e9.wav"
+    arguments = ["--voice", folder, "--text", TEXT, "--prompt", prompt]
+    assert run("tts", *arguments, "--prompt-text", "red hen", "--seed", "3", "--out", out) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["prompt_text"] == "red hen"
+    wave, rate = soundfile.read(out)
+    assert rate == 16000
+    assert len(wave) > 0
+    assert run("tts", "--voice", folder, "--text", TEXT, "--prompt", "ann", "--out", out) == 0
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_list_costs_only_its_bad_lines(
+    folder: Path,
+    tmp_path: Path,
+    write_wav: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    write_wav(tmp_path / "p.wav", 0.5)
+    (tmp_path / "empty.wav").write_bytes(b"")
+    lines = [
+        {"id": "one", "text": TEXT, "prompt": "ann"},
+        {"id": "two words", "text": "a cat", "prompt": "p.wav", "prompt_text": "red hen"},
+        {"id": "script", "text": "\u043f\u0440\u0438", "prompt": "ann"},
+        {"id": "gone", "text": TEXT, "prompt": "no.wav"},
+        {"id": "empty", "text": TEXT, "prompt": "empty.wav"},
+        {"id": "../out", "text": TEXT, "prompt": "ann"},
+        {"id": "one", "text": TEXT, "prompt": "ann"},
+        {"text": TEXT, "prompt": "ann"},
+    ]
+    listed = tmp_path / "list.jsonl"
+    listed.write_text("\n".join(map(json.dumps, lines)) + "\nnot json\n", encoding="utf-8")
+    out = tmp_path / "out"
+    with caplog.at_level(logging.INFO):
+        assert run("tts", "--voice", folder, "--list", listed, "--out", out) == 0
+    for number in range(3, 10):
+        assert f"skipped line {number}:" in caplog.text
+    assert "9 lines: 7 skipped" in caplog.text
+    records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [record["id"] for record in records] == ["one", "two words"]
+    expected = {"id", "audio", "text", "prompt", "prompt_text", "failure", "tries", "seed"}
+    assert set(records[0]) == expected | {"request"}
+    assert sorted(path.name for path in out.glob("*.wav")) == ["one.wav", "two words.wav"]
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_list_goes_on_where_it_stopped(folder: Path, tmp_path: Path) -> None:
+    listed, out = tmp_path / "list.jsonl", tmp_path / "out"
+    lines = [json.dumps({"id": str(i), "text": TEXT, "prompt": "ann"}) for i in range(3)]
+    listed.write_text("\n".join(lines[:2]))
+    assert run("tts", "--voice", folder, "--list", listed, "--out", out) == 0
+    before = (out / "0.wav").stat().st_mtime_ns
+    (out / "1.wav").unlink()  # its result alone does not count
+    with open(out / "results.jsonl", "a") as file:
+        file.write('{"id": "torn')
+    listed.write_text("\n".join(lines))
+    assert run("tts", "--voice", folder, "--list", listed, "--out", out) == 0
+    assert (out / "0.wav").stat().st_mtime_ns == before
+    records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [record["id"] for record in records] == ["0", "1", "2"]
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_line_that_changed_is_made_again(
+    folder: Path, tmp_path: Path, write_wav: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = copy_of(folder, tmp_path)
+    nar = NAR.from_pretrained(other / "nar")
+    with torch.no_grad():
+        nar.head.weight.add_(1.0)
+    nar.save_pretrained(other / "nar")
+    recording = write_wav(tmp_path / "p.wav", 0.5)
+    listed, out = tmp_path / "list.jsonl", tmp_path / "out"
+    spoken: list[str] = []
+    original = Voice.speak
+
+    def speak(voice: Voice, utterances: list) -> list:
+        spoken.extend(one.text for one in utterances)
+        return original(voice, utterances)
+
+    monkeypatch.setattr(Voice, "speak", speak)
+
+    def made(*arguments: str, voice: Path = folder, **line: str) -> list[str]:
+        spoken.clear()
+        whole = {"id": "x", "text": "a cat", "prompt": "p.wav", "prompt_text": "red hen", **line}
+        listed.write_text(json.dumps(whole))
+        assert run("tts", "--voice", voice, "--list", listed, "--out", out, *arguments) == 0
+        assert len((out / "results.jsonl").read_text().splitlines()) == 1
+        return list(spoken)
+
+    assert made() == ["a cat"]
+    assert made() == []
+    assert made(text="a mat") == ["a mat"]
+    assert made() == ["a cat"]
+    assert made(prompt_text="the dog") == ["a cat"]
+    assert made(prompt="ann") == ["a cat"]
+    assert made("--seed", "1") == ["a cat"]
+    assert made("--greedy") == ["a cat"]
+    assert made("--greedy", voice=other) == ["a cat"]
+    assert made("--greedy", voice=other) == []
+    write_wav(recording, 0.7)
+    assert made("--greedy", voice=other) == ["a cat"]
+
+
+def test_two_runs_in_one_folder(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    listed, out = tmp_path / "list.jsonl", tmp_path / "out"
+    listed.write_text(json.dumps({"id": "x", "text": TEXT, "prompt": "ann"}))
+    with _alone(out):
+        assert run("tts", "--voice", folder, "--list", listed, "--out", out) == 2
+    assert "another process is writing here" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("brief")
+def test_results_that_say_too_little_are_made_again(folder: Path, tmp_path: Path) -> None:
+    listed, out = tmp_path / "list.jsonl", tmp_path / "out"
+    listed.write_text(json.dumps({"id": "x", "text": TEXT, "prompt": "ann"}))
+    out.mkdir()
+    (out / "results.jsonl").write_text('{"id": "x"}\n[]\n7\n{"audio": 3}\n')
+    assert run("tts", "--voice", folder, "--list", listed, "--out", out) == 0
+    (line,) = (out / "results.jsonl").read_text().splitlines()
+    assert json.loads(line)["audio"] == "x.wav"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "oo"], "oo: cannot be written"),
+        (["--out", "oo.xyz"], "oo.xyz: cannot be written as XYZ"),
+        (["--out", "o.wav", "--device", "gpu"], "device 'gpu'"),
+        (["--out", "o.wav", "--device", "cuda:99"], "device 'cuda:99'"),
+    ],
+)
+def test_outputs_and_devices_that_there_are_not(
+    folder: Path, tmp_path: Path, arguments: list[str], message: str,
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Voice, "speak", lambda *_: pytest.fail("nothing should be spoken"))
+    assert run("tts", "--voice", folder, "--text", TEXT, "--prompt", "ann", *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("brief")
+def test_command_asr(
+    folder: Path, tmp_path: Path, write_wav: Callable[..., Path], capsys: pytest.CaptureFixture
+) -> None:
+    good = write_wav(tmp_path / "a b.wav", 0.6, 44100)
+    (tmp_path / "bad.wav").write_bytes(b"RIFF")
+    assert run("asr", "--voice", folder, good, tmp_path / "bad.wav") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["audio"] == str(good)
+    assert run("asr", "--voice", folder, tmp_path / "bad.wav") == 2
+    assert "bad.wav" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", "hi"], "give --text and --prompt, or --list"),
+        (["--text", "hi", "--list", "x"], "not both"),
+        (["--list", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--text", "...", "--prompt", "ann"], "nothing to say"),
+        (["--text", "hi", "--prompt", "nowhere.wav"], "nowhere.wav"),
+    ],
+)
+def test_what_people_get_wrong_is_one_line_and_status_2(
+    folder: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert run("tts", "--voice", folder, *arguments, "--out", tmp_path / "o.wav") == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+    assert not (tmp_path / "o.wav").exists()
+
+
+@pytest.mark.parametrize("kind", ["silent", "nan", "truncated"])
+def test_prompts_that_cannot_be_used(
+    folder: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / f"{kind}.wav"
+    wave = {"silent": np.zeros(16000), "nan": np.full(16000, np.nan), "truncated": voiced(1.0)}
+    soundfile.write(path, wave[kind], 16000, subtype="FLOAT" if kind == "nan" else "PCM_16")
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:20])
+    arguments = ["--text", TEXT, "--prompt", path, "--out", tmp_path / "o.wav"]
+    assert run("tts", "--voice", folder, *arguments) == 2
+    assert path.name in capsys.readouterr().err
