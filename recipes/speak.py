@@ -1,7 +1,6 @@
 """Lets a trained voice speak dev prompts and transcribe dev items, and scores both."""
 
 import dataclasses
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -12,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from codec import write_audio
-from codec.tokens import TokenRow, TokenShard
+from codec.tokens import TokenRow, TokenShard, written_whole
 from eval.benchmark import (
+    ASR_PREFIX,
     Provenance,
     Row,
     Utterance,
@@ -23,9 +23,8 @@ from eval.benchmark import (
     score_tts,
     table,
 )  # fmt: skip
-from eval.speaker import SpeakerEncoder
-from eval.transcribe import Judge
 from recipes.common import Run, git_revision
+from recipes.scoring import Judges, digest_of_text, digest_of_voice, load_judges, safe_name
 from slm.config import SamplingConfig
 from slm.pipeline import Speech, Voice
 from slm.prompts import Prompt
@@ -33,7 +32,7 @@ from slm.prompts import Prompt
 logger = logging.getLogger(__name__)
 
 ROWS = "rows.jsonl"
-METRICS = ("wer", "cer", "similarity", "failure", "seconds")
+METRICS = ("asr_wer", "asr_cer", "wer", "cer", "similarity", "failure", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +59,7 @@ class SpeakConfig:
             raise ValueError("speak: num_items >= 0, batch >= 1 and prompt_seconds > 0, please")
 
 
-class Task(NamedTuple):
+class Line(NamedTuple):
     """Something to say."""
 
     id: str
@@ -68,41 +67,36 @@ class Task(NamedTuple):
     prompt: Prompt
 
 
-class Judges(NamedTuple):
-    judge: Judge | None
-    encoder: SpeakerEncoder | None
-
-
 def speak_and_score(
     folder: Path, dev: TokenShard, speak: SpeakConfig, config: Any, run: Run
 ) -> None:
     """Speaks continuations and other texts, transcribes, writes rows.jsonl, prints a table."""
-    voice = Voice.from_pretrained(folder / "voice")
+    voice = Voice.from_pretrained(folder / "voice", device=run.accelerator.device.type)
     voice.sampling = speak.sampling
-    judges = Judges(
-        Judge(speak.judge) if speak.judge else None,
-        SpeakerEncoder.from_folder(speak.speaker) if speak.speaker else None,
-    )
-    (folder / ROWS).unlink(missing_ok=True)
+    judges = load_judges(speak.judge, speak.speaker)
     items = spread(dev, speak.num_items)
-    rows = transcribe_items(voice, items, provenance(config, "slm"))
-    for name, tasks in (
-        ("continuation", continuations(items, voice, speak)),
-        ("cross", other_texts(items, dev, speak)),
-    ):
-        if not tasks:
+    model = digest_of_voice(folder / "voice")
+    origin = provenance(config, "slm", judges, model)
+    rows = transcribe_items(voice, items, origin)
+    begun = continuations(items, voice, speak)
+    for name, lines in (("continuation", begun), ("cross", other_texts(items, dev, speak))):
+        if not lines:
             logger.warning("no dev item serves for %s", name)
             continue
-        speeches = say(voice, tasks, speak, config.seed)
+        speeches = say(voice, lines, speak, config.seed)
         scored = [
-            _score(voice, task, speech, judges, folder / "speak" / name, name)
-            for task, speech in zip(tasks, speeches, strict=True)
+            _score(voice, line, speech, judges, folder / "speak" / name)
+            for line, speech in zip(lines, speeches, strict=True)
         ]
-        rows += rows_of(f"dev-{name}", scored, provenance(config, "slm", speak))
-    rows += _score_codec(voice, items, judges, provenance(config, "codec", speak))
-    append_rows(folder / ROWS, rows)
-    whole = {f"{row.list}/{row.metric}": row.value for row in rows if _is_ours(row)}
-    run.log(whole, config.optim.steps)
+        rows += rows_of(list_name(f"dev-{name}", lines), scored, origin)
+    codec = provenance(config, "codec", judges, voice.codec.stamp.digest)
+    rows += _score_codec(voice, items, begun, judges, codec)
+    with written_whole(folder / ROWS) as temporary:
+        append_rows(temporary, rows)
+    run.log(
+        {f"{row.list.partition('@')[0]}/{row.metric}": row.value for row in rows if _is_ours(row)},
+        config.optim.steps,
+    )
     print(table(rows, [m for m in METRICS if any(row.metric == m for row in rows)]))
 
 
@@ -115,22 +109,24 @@ def spread(shard: TokenShard, count: int) -> list[TokenRow]:
     return [shard[usable[i]] for i in dict.fromkeys(picks.tolist())]
 
 
-def continuations(items: Sequence[TokenRow], voice: Voice, speak: SpeakConfig) -> list[Task]:
+def list_name(name: str, lines: Sequence[Line] | Sequence[TokenRow]) -> str:
+    """A list's name with a digest of its ids and texts: two shards never pass for one."""
+    return f"{name}@{digest_of_text(json.dumps([[line.id, line.text] for line in lines]))[:8]}"
+
+
+def continuations(items: Sequence[TokenRow], voice: Voice, speak: SpeakConfig) -> list[Line]:
     """Each item's own text from its beginning on."""
     most = round(speak.prompt_seconds * voice.codec.frame_rate)
+    starts = [_codes(row)[:, : min(most, row.num_frames // 2)] for row in items]
     return [
-        Task(
-            row.id,
-            row.text,
-            Prompt(codes=_codes(row)[:, : min(most, row.num_frames // 2)], text=""),
-        )
-        for row in items
+        Line(row.id, row.text, Prompt(codes=start, text="", continuation=True))
+        for row, start in zip(items, starts, strict=True)
     ]
 
 
-def other_texts(items: Sequence[TokenRow], shard: TokenShard, speak: SpeakConfig) -> list[Task]:
+def other_texts(items: Sequence[TokenRow], shard: TokenShard, speak: SpeakConfig) -> list[Line]:
     """Each item's text after another recording of its speaker, the longest that is short enough."""
-    tasks = []
+    lines = []
     for row in items:
         others = [
             (float(shard.durations[i]), i)
@@ -140,19 +136,19 @@ def other_texts(items: Sequence[TokenRow], shard: TokenShard, speak: SpeakConfig
         ]  # fmt: skip
         if others:
             prompt = shard[max(others)[1]]
-            tasks.append(Task(row.id, row.text, Prompt(codes=_codes(prompt), text=prompt.text)))
-    return tasks
+            lines.append(Line(row.id, row.text, Prompt(codes=_codes(prompt), text=prompt.text)))
+    return lines
 
 
-def say(voice: Voice, tasks: Sequence[Task], speak: SpeakConfig, seed: int) -> list[Speech | None]:
+def say(voice: Voice, lines: Sequence[Line], speak: SpeakConfig, seed: int) -> list[Speech | None]:
     """What was spoken; None where the text could not be."""
-    speeches: list[Speech | None] = [None] * len(tasks)
+    speeches: list[Speech | None] = [None] * len(lines)
     ready = []
-    for index, task in enumerate(tasks):
+    for index, line in enumerate(lines):
         try:
-            ready.append((index, voice.prepare(task.text, task.prompt, seed + index)))
+            ready.append((index, voice.prepare(line.text, line.prompt, seed + index)))
         except ValueError as error:
-            logger.warning("%s was not spoken: %s", task.id, error)
+            logger.warning("%s was not spoken: %s", line.id, error)
     for start in range(0, len(ready), speak.batch):
         part = ready[start : start + speak.batch]
         spoken = voice.speak([utterance for _, utterance in part])
@@ -162,67 +158,89 @@ def say(voice: Voice, tasks: Sequence[Task], speak: SpeakConfig, seed: int) -> l
 
 
 def _score(
-    voice: Voice, task: Task, speech: Speech | None, judges: Judges, folder: Path, name: str
+    voice: Voice, line: Line, speech: Speech | None, judges: Judges, folder: Path
 ) -> Utterance:
-    rate = voice.codec.sample_rate
+    """Writes what was spoken, and scores it: a refused text loses all its words."""
     if speech is None:
-        return Utterance(id=task.id, values={"failure": 1.0})
-    wave = speech.wave
-    nothing = task.prompt.codes[:, :0]
-    if name == "continuation":  # The text has the prompt's words as well.
-        wave = voice.decode(nothing, np.concatenate([task.prompt.codes, speech.codes], axis=1))
-    write_audio(folder / f"{task.id}.wav", wave, rate)
-    prompt = (voice.decode(nothing, task.prompt.codes), rate)
-    return _judge(task, wave, rate, judges, prompt, speech.failure)
+        return _judge(voice, line, line.prompt.codes[:, :0], judges, "refused")
+    wave = _whole(voice, line, speech.codes) if line.prompt.continuation else speech.wave
+    write_audio(folder / f"{safe_name(line.id)}.wav", wave, voice.codec.sample_rate)
+    scored = _judge(voice, line, speech.codes, judges, speech.failure)
+    return dataclasses.replace(scored, seed=speech.seed)
 
 
 def _judge(
-    task: Task, wave: np.ndarray, rate: int, judges: Judges, prompt: tuple[np.ndarray, int],
-    failure: str | None,
-) -> Utterance:  # fmt: skip
-    embed = judges.encoder.embed if judges.encoder is not None else None
-    transcribe = judges.judge.transcribe if judges.judge is not None else lambda wave, rate: ""
-    scored = score_tts(task.id, task.text, wave, rate, transcribe, embed, prompt, failure)
-    if judges.judge is None:
+    voice: Voice, line: Line, codes: np.ndarray, judges: Judges, failure: str | None = None
+) -> Utterance:
+    """Scores the new part: its voice alone, but the words behind the beginning that it goes on.
+
+    Where nothing was added, the beginning's own words and voice earn nothing.
+    """
+    rate = voice.codec.sample_rate
+    if failure in ("empty", "refused") or not codes.shape[1]:
+        wave = whole = np.zeros(0, np.float32)
+        prompt = None
+    else:
+        wave = voice.decode(line.prompt.codes, codes)
+        prompt = (voice.decode(codes[:, :0], line.prompt.codes), rate)
+        whole = _whole(voice, line, codes) if line.prompt.continuation else wave
+
+    def hear(_wave: np.ndarray, rate: int) -> str:
+        return judges.transcribe(whole, rate)
+
+    scored = score_tts(line.id, line.text, wave, rate, hear, judges.embed, prompt, failure)
+    if not judges.judge_name:
         return dataclasses.replace(scored, words=None, characters=None)
     return scored
 
 
+def _whole(voice: Voice, line: Line, codes: np.ndarray) -> np.ndarray:
+    """The wave of a beginning and what goes on from it."""
+    return voice.decode(codes[:, :0], np.concatenate([line.prompt.codes, codes], axis=1))
+
+
 def _score_codec(
-    voice: Voice, items: Sequence[TokenRow], judges: Judges, origin: Provenance
+    voice: Voice,
+    items: Sequence[TokenRow],
+    begun: Sequence[Line],
+    judges: Judges,
+    origin: Provenance,
 ) -> list[Row]:
-    """The ceiling: the items' own codes, decoded."""
-    if judges == Judges(None, None):
+    """The ceiling: the items' own codes behind the very beginnings that the voice was given."""
+    if not judges.judge_name and judges.embed is None:
         return []
-    scored = []
-    for row in items:
-        wave = voice.decode(_codes(row)[:, :0], _codes(row))
-        task = Task(row.id, row.text, Prompt(codes=_codes(row), text=row.text))
-        prompt = (wave[: len(wave) // 2], voice.codec.sample_rate)
-        scored.append(_judge(task, wave, voice.codec.sample_rate, judges, prompt, None))
-    return rows_of("dev-continuation", scored, origin)
+    scored = [
+        _judge(voice, line, _codes(row)[:, line.prompt.codes.shape[1] :], judges)
+        for row, line in zip(items, begun, strict=True)
+    ]
+    return rows_of(list_name("dev-continuation", begun), scored, origin)
 
 
 def transcribe_items(
     voice: Voice, items: Sequence[TokenRow], origin: Provenance, batch: int = 8
 ) -> list[Row]:
     """WER of the model's own ASR on the items' codes."""
+    if not origin.model and voice.folder is not None:
+        origin = dataclasses.replace(origin, model=digest_of_voice(voice.folder))
     texts: list[str] = []
     for start in range(0, len(items), batch):
         texts += voice.transcribe([_codes(row)[0] for row in items[start : start + batch]])
     scored = [score_asr(row.id, row.text, text) for row, text in zip(items, texts, strict=True)]
-    return rows_of("dev-asr", scored, origin)
+    return rows_of(list_name("dev-asr", items), scored, origin, prefix=ASR_PREFIX)
 
 
-def provenance(config: Any, system: str, speak: SpeakConfig | None = None) -> Provenance:
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+def provenance(
+    config: Any, system: str, judges: Judges | None = None, model: str = ""
+) -> Provenance:
+    """Where a run's rows come from; `model` is a digest of what is scored."""
     return Provenance(
         system=system,
         seed=config.seed,
         git=git_revision(),
-        config=digest.hexdigest()[:16],
-        judge=str(speak.judge or "") if speak else "",
-        speaker=str(speak.speaker or "") if speak else "",
+        config=digest_of_text(json.dumps(dataclasses.asdict(config), sort_keys=True)),
+        model=model,
+        judge=judges.judge_name if judges else "",
+        speaker=judges.speaker_name if judges else "",
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -12,7 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import ROOT, voiced
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from tiny_slm import quiet, save_base, save_shard
 
 from codec import load_codec
@@ -20,7 +24,7 @@ from recipes.asr import ASRConfig
 from recipes.asr import main as asr
 from recipes.common import load_config
 from recipes.overfit_check import main as overfit_check
-from recipes.tts import TTSConfig
+from recipes.tts import TTSConfig, whole_folder
 from recipes.tts import main as tts
 from slm.pipeline import Voice
 from slm.prompts import Prompt
@@ -73,7 +77,9 @@ def test_one_process_trains_speaks_and_scores(
     tts([f"out={out}", *small])
     assert "dev-continuation" in capsys.readouterr().out
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
-    assert {row["list"] for row in rows} == {"dev-asr", "dev-continuation", "dev-cross"}
+    assert {row["list"].partition("@")[0] for row in rows} == {
+        "dev-asr", "dev-continuation", "dev-cross",
+    }  # fmt: skip
     waves = sorted((out / "speak" / "continuation").glob("*.wav"))
     assert len(waves) == 3
     assert soundfile.info(waves[0]).samplerate == 16000
@@ -81,6 +87,9 @@ def test_one_process_trains_speaks_and_scores(
         lines = [json.loads(s) for s in (out / stage / "metrics.jsonl").read_text().splitlines()]
         assert any("dev/loss" in line for line in lines)
     voice = Voice.from_pretrained(out / "voice")
+    assert sorted(voice.prompts) == ["dev-1", "dev-2", "dev-3"]
+    assert "speaker s0" in voice.prompts["dev-1"].credit + voice.prompts["dev-2"].credit
+    assert voice.prepare("the dog", voice.prompts["dev-2"]).prompt.codes.shape[0] == 3
     prompt = Prompt(codes=np.zeros((3, 10), np.int64), text="a cat")
     assert voice.tts("the dog", prompt).codes.shape[0] == 3
     assert isinstance(voice.asr([voiced(0.5)])[0], str)
@@ -102,8 +111,35 @@ def test_asr_says_its_dev_wer(
     asr([f"out={tmp_path / 'run'}", *inputs, *small, "num_items=2"])
     assert "dev-asr" in capsys.readouterr().out
     rows = [json.loads(s) for s in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()]
-    assert any(row["metric"] == "wer" and row["utterance"] is None for row in rows)
+    assert any(row["metric"] == "asr_wer" and row["utterance"] is None for row in rows)
     assert Voice.from_pretrained(tmp_path / "run" / "voice").nar is None
+
+
+@pytest.mark.parametrize("limit", [None, 20_000], ids=["failing writer", "full disk"])
+def test_a_voice_that_cannot_be_written_leaves_the_earlier_one(
+    tmp_path: Path, limit: int | None
+) -> None:
+    folder = tmp_path / "voice" / "nar"
+    with whole_folder(folder) as partial:
+        (partial / "kept").write_text("whole")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with (
+            pytest.raises(OSError, match="nar: cannot be written"),
+            whole_folder(folder) as partial,
+        ):
+            (partial / "torn").write_text("half")
+            if limit is None:
+                raise SafetensorError("I/O error: No space left on device (os error 28)")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            save_file({"weight": torch.zeros(100_000)}, partial / "model.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in folder.parent.iterdir()] == ["nar"]
+    assert [path.name for path in folder.iterdir()] == ["kept"]
+    with whole_folder(folder) as partial:
+        (partial / "new").write_text("whole")
+    assert [path.name for path in folder.iterdir()] == ["new"]
 
 
 @pytest.mark.parametrize(

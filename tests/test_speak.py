@@ -1,0 +1,240 @@
+"""recipes/speak.py with a voice and judges that are made up, so that every score is foreseen."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tiny_slm import STAMP
+
+from codec.tokens import TokenRow, TokenShard, write_shard
+from eval.benchmark import Row, read_rows
+from recipes import overfit_check, scoring, speak
+from recipes.speak import SpeakConfig, speak_and_score
+from recipes.tts import TTSConfig
+from slm.pipeline import Speech
+from slm.prompts import Prompt
+
+HOP = 640
+FRAMES = 30
+TEXT = "alpha bravo charlie delta"
+ESCAPE = "../../escape"
+
+
+class FakeVoice:
+    """Its codes are amplitudes. It refuses `no`, says nothing of `mute`, and else says 9s."""
+
+    device = ""
+
+    def __init__(self, folder: Path) -> None:
+        stamp = SimpleNamespace(digest="c" * 16)
+        self.codec = SimpleNamespace(sample_rate=16000, frame_rate=25.0, stamp=stamp)
+        self.folder = folder
+        self.sampling = None
+
+    def prepare(self, text: str, prompt: Prompt, seed: int) -> SimpleNamespace:
+        if "no" in text.split():
+            raise ValueError("this text is refused")
+        assert prompt.continuation == (prompt.text == "")
+        return SimpleNamespace(text=text, prompt=prompt, seed=seed)
+
+    def speak(self, utterances: list[SimpleNamespace]) -> list[Speech]:
+        return [self._say(one) for one in utterances]
+
+    def _say(self, one: SimpleNamespace) -> Speech:
+        codes = np.full((3, 0 if "mute" in one.text else 10), 9)
+        return Speech(
+            wave=self.decode(one.prompt.codes, codes), codes=codes, text=one.text, prompt_text="",
+            failure=None if codes.size else "empty", tries=2, seed=one.seed + 7919,
+            sample_rate=16000,
+        )  # fmt: skip
+
+    def decode(self, prompt: np.ndarray, new: np.ndarray) -> np.ndarray:
+        return np.repeat(new[0] / 10, HOP).astype(np.float32)
+
+    def transcribe(self, first: list[np.ndarray]) -> list[str]:
+        return ["alpha"] * len(first)
+
+
+class FakeJudge:
+    """Hears half the words in a beginning, and the rest where something was added."""
+
+    compute_type = "int8"
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def transcribe(self, wave: np.ndarray, _rate: int) -> str:
+        first, rest = TEXT.split()[:2], TEXT.split()[2:]
+        begun = bool(np.isclose(wave, 0.3).any())
+        ended = bool((np.isclose(wave, 0.9) | np.isclose(wave, 0.5)).any())
+        return " ".join(first * begun + rest * ended)
+
+
+class FakeEncoder:
+    """A voice is the mean amplitude: 0.3 the beginning's, 0.9 the model's, 0.5 the recording's."""
+
+    @classmethod
+    def from_folder(cls, _folder: object) -> "FakeEncoder":
+        return cls()
+
+    def embed(self, wave: np.ndarray, _rate: int) -> np.ndarray:
+        angle = np.pi * float(wave.mean())
+        return np.array([np.cos(angle), np.sin(angle)])
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run folder whose voice, judge and speaker encoder are fakes."""
+    for path in ("run/voice/ar", "run/speak", "judge", "encoder"):
+        (tmp_path / path).mkdir(parents=True)
+    for path in ("run/voice/ar/model.safetensors", "judge/model.bin", "encoder/model.safetensors"):
+        (tmp_path / path).write_text(path)
+
+    def load(path: Path, *, device: str) -> FakeVoice:
+        FakeVoice.device = device
+        return FakeVoice(path)
+
+    monkeypatch.setattr(speak, "Voice", SimpleNamespace(from_pretrained=load))
+    monkeypatch.setattr(scoring, "Judge", FakeJudge)
+    monkeypatch.setattr(scoring, "SpeakerEncoder", FakeEncoder)
+    return tmp_path / "run"
+
+
+def write_dev(folder: Path, texts: dict[str, str]) -> TokenShard:
+    """Items of one speaker: 15 frames of amplitude 0.3, then 15 of 0.5."""
+    codes = np.repeat([[3], [5]], FRAMES // 2, axis=0).T.repeat(3, axis=0).astype(np.uint16)
+    rows = [TokenRow(name, text, "s", "en", FRAMES / 25, codes) for name, text in texts.items()]
+    write_shard(folder / "dev.parquet", rows, STAMP)
+    return TokenShard.open(folder / "dev.parquet")
+
+
+def score(folder: Path, texts: dict[str, str], device: str = "cpu") -> list[Row]:
+    dev = write_dev(folder, texts)
+    settings = SpeakConfig(
+        judge=str(folder.parent / "judge"), speaker=str(folder.parent / "encoder")
+    )
+    run = SimpleNamespace(
+        accelerator=SimpleNamespace(device=SimpleNamespace(type=device)), log=lambda *_: None
+    )
+    speak_and_score(folder, dev, settings, TTSConfig(seed=4, speak=settings), run)  # pyright: ignore
+    return read_rows(folder / "rows.jsonl")
+
+
+def values(rows: list[Row], kind: str, utterance: str | None, system: str = "slm") -> dict:
+    return {
+        row.metric: row.value
+        for row in rows
+        if row.list.startswith(f"dev-{kind}@") and row.utterance == utterance
+        and row.system == system
+    }  # fmt: skip
+
+
+def test_a_refused_text_loses_all_its_words(folder: Path) -> None:
+    rows = score(folder, {"a": TEXT, "b": "no no no no"})
+    refused = values(rows, "continuation", "b")
+    assert (refused["wer"], refused["failure"]) == (1.0, 1.0)
+    assert "similarity" not in refused
+    whole = values(rows, "continuation", None)
+    assert (whole["wer"], whole["failure"]) == (0.5, 0.5)
+
+
+def test_a_continuation_that_adds_nothing_earns_nothing(folder: Path) -> None:
+    rows = score(folder, {"a": TEXT, "b": "alpha bravo mute mute"})
+    silent = values(rows, "continuation", "b")
+    assert (silent["wer"], silent["failure"], silent["seconds"]) == (1.0, 1.0, 0.0)
+    assert "similarity" not in silent
+
+
+def test_a_continuation_has_its_words_behind_the_beginning_and_its_own_voice(folder: Path) -> None:
+    rows = score(folder, {"a": TEXT})
+    spoken = values(rows, "continuation", "a")
+    assert spoken["wer"] == 0.0
+    assert spoken["similarity"] == pytest.approx(np.cos(np.pi * (0.9 - 0.3)), abs=1e-5)
+    assert spoken["seconds"] == pytest.approx(10 / 25)
+    ceiling = values(rows, "continuation", "a", "codec")
+    assert ceiling["wer"] == 0.0
+    assert ceiling["similarity"] == pytest.approx(np.cos(np.pi * (0.5 - 0.3)), abs=1e-5)
+
+
+def test_every_row_says_where_it_comes_from(folder: Path) -> None:
+    rows = score(folder, {"a": TEXT, "b": TEXT})
+    assert {row.list.partition("@")[0] for row in rows} == {
+        "dev-asr", "dev-continuation", "dev-cross",
+    }  # fmt: skip
+    for row in rows:
+        origin = (row.system, row.list, row.git, row.config, row.model, row.library, row.machine)
+        assert all(origin), row
+        assert row.seed >= 4
+        if row.metric in ("wer", "cer"):
+            assert "judge@" in row.library
+        if row.metric == "similarity":
+            assert "encoder@" in row.library
+    models = {row.system: row.model for row in rows}
+    assert models == {"slm": scoring.digest_of_voice(folder / "voice"), "codec": "c" * 16}
+    seeds = {row.utterance: row.seed for row in rows if row.list.startswith("dev-cross")}
+    assert seeds == {"a": 4 + 7919, "b": 5 + 7919, None: 4}
+    (folder / "voice" / "ar" / "model.safetensors").write_text("trained on")
+    assert scoring.digest_of_voice(folder / "voice") != models["slm"]
+
+
+def test_two_shards_never_pass_for_one_list(folder: Path) -> None:
+    first = {row.list for row in score(folder, {"a": TEXT})}
+    assert first.isdisjoint(row.list for row in score(folder, {"a": f"{TEXT} echo"}))
+
+
+def test_own_transcripts_and_judged_ones_have_columns_apart(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = score(folder, {"a": TEXT})
+    assert values(rows, "asr", None)["asr_wer"] == 0.75
+    assert {row.metric for row in rows if row.list.startswith("dev-asr")} == {
+        "asr_wer", "asr_cer", "asr_wil", "asr_mer",
+    }  # fmt: skip
+    assert "| system | list | n | asr_wer | asr_cer | wer | cer |" in capsys.readouterr().out
+
+
+def test_an_id_never_leads_out_of_the_folder(folder: Path) -> None:
+    score(folder, {ESCAPE: TEXT, "a/b": TEXT, "a-b": TEXT})
+    waves = set(folder.parent.rglob("*.wav"))
+    assert len([path for path in waves if path.parent.name == "continuation"]) == 3
+    assert {path.parent.parent for path in waves} == {folder / "speak"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_voice_speaks_where_it_was_trained(folder: Path, device: str) -> None:
+    score(folder, {"a": TEXT}, device)
+    assert FakeVoice.device == device
+
+
+def test_earlier_scores_stay_whole_until_there_are_new_ones(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score(folder, {"a": TEXT})
+    before = (folder / "rows.jsonl").read_bytes()
+
+    def torn(path: Path, rows: list[Row]) -> None:
+        path.write_text(json.dumps({"system": rows[0].system})[:-3])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(speak, "append_rows", torn)
+    with pytest.raises(OSError, match="no space left"):
+        score(folder, {"a": f"{TEXT} echo"})
+    assert (folder / "rows.jsonl").read_bytes() == before
+    assert not list(folder.glob(".rows*"))
+
+
+def test_the_share_of_equal_codes_counts_what_lacks_and_what_is_too_much() -> None:
+    true = [np.array([[1, 2, 3, 4, 5, 6], [1, 1, 1, 1, 1, 1], [2, 2, 2, 2, 2, 2]])]
+    first = slice(0, 1)
+
+    def share(made: list[int]) -> float:
+        return overfit_check.share_of_equal([np.array([made])], true, [2], first)
+
+    assert share([3, 4, 5, 6]) == 1.0
+    assert share([3, 4, 0, 0]) == 0.5
+    assert share([3, 4]) == 0.5
+    assert share([3, 4, 5, 6, 7, 8, 9, 9]) == 0.5
+    filled = [np.array([[9, 9, 9, 9], [1, 1, 1, 1], [2, 2, 0, 0]])]
+    assert overfit_check.share_of_equal(filled, true, [2], slice(1, None)) == 0.75
