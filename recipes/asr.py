@@ -9,6 +9,7 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from codec.tokens import written_whole
 from eval.benchmark import append_rows, table
 from recipes.common import load_config, make_accelerator, run_program, start_run
 from recipes.speak import ROWS, provenance, spread, transcribe_items
@@ -59,10 +60,10 @@ def main(argv: list[str]) -> None:
         finish_voice(folder / "voice", config.codec, card(config, train.stamp.id))
     leave_group(accelerator)
     if accelerator.is_main_process and dev is not None and config.num_items:
-        voice = Voice.from_pretrained(folder / "voice")
+        voice = Voice.from_pretrained(folder / "voice", device=accelerator.device.type)
         rows = transcribe_items(voice, spread(dev, config.num_items), provenance(config, "slm"))
-        (folder / ROWS).unlink(missing_ok=True)
-        append_rows(folder / ROWS, rows)
+        with written_whole(folder / ROWS) as temporary:
+            append_rows(temporary, rows)
         print(table(rows))
 
 

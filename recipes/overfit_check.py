@@ -10,6 +10,7 @@ import logging
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from codec.tokens import TokenShard
 from eval.text import wer
@@ -37,7 +38,8 @@ class OverfitCheckConfig:
 
 def main(argv: list[str]) -> None:
     config = load_config(OverfitCheckConfig, argv, "Say what a voice knows by heart.")
-    voice = Voice.from_pretrained(config.voice)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    voice = Voice.from_pretrained(config.voice, device=device)
     voice.sampling = replace(voice.sampling, greedy=True, tries=1)
     shard = TokenShard.open(config.tokens, expect=voice.codec.stamp)
     rows = [shard[i] for i in range(len(shard)) if shard.texts[i].strip()][: config.num_items]
@@ -47,14 +49,16 @@ def main(argv: list[str]) -> None:
     texts = [row.text for row in rows]
     result = {
         "items": len(rows),
-        "ar_share": _share(_spoken(voice, texts, codes, starts), codes, starts, slice(0, 1)),
+        "ar_share": share_of_equal(
+            _spoken(voice, texts, codes, starts), codes, starts, slice(0, 1)
+        ),
         "asr_wer": wer(texts, voice.transcribe([one[0] for one in codes])),
     }
     if voice.nar is not None:
         prompts = [one[:, :start] for one, start in zip(codes, starts, strict=True)]
         first = [one[0, start:] for one, start in zip(codes, starts, strict=True)]
         filled = voice.nar.decode(texts, prompts, first)
-        result["nar_share"] = _share(filled, codes, starts, slice(1, None))
+        result["nar_share"] = share_of_equal(filled, codes, starts, slice(1, None))
     print(json.dumps(result))
 
 
@@ -63,7 +67,7 @@ def _spoken(
 ) -> list[np.ndarray]:
     """Codebook 1 behind each beginning, (1, T)."""
     utterances = [
-        voice.prepare(text, Prompt(codes=one[:, :start], text=""))
+        voice.prepare(text, Prompt(codes=one[:, :start], text="", continuation=True))
         for text, one, start in zip(texts, codes, starts, strict=True)
     ]
     requests = [
@@ -74,7 +78,7 @@ def _spoken(
     return [first_codes(voice.lm, one)[None] for one in made]
 
 
-def _share(
+def share_of_equal(
     made: list[np.ndarray], codes: list[np.ndarray], starts: list[int], books: slice
 ) -> float:
     """Equal codes over all: what is missing or too much counts as wrong."""

@@ -238,3 +238,16 @@ def test_the_share_of_equal_codes_counts_what_lacks_and_what_is_too_much() -> No
     assert share([3, 4, 5, 6, 7, 8, 9, 9]) == 0.5
     filled = [np.array([[9, 9, 9, 9], [1, 1, 1, 1], [2, 2, 0, 0]])]
     assert overfit_check.share_of_equal(filled, true, [2], slice(1, None)) == 0.75
+
+
+@pytest.mark.parametrize(("there", "device"), [(True, "cuda"), (False, "cpu")])
+def test_what_is_known_by_heart_is_asked_on_the_gpu_if_there_is_one(
+    there: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(_path: str, *, device: str) -> None:
+        raise ValueError(f"asked for {device}")
+
+    monkeypatch.setattr(overfit_check.torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(overfit_check, "Voice", SimpleNamespace(from_pretrained=load))
+    with pytest.raises(ValueError, match=f"asked for {device}"):
+        overfit_check.main([])
