@@ -110,7 +110,7 @@ def test_streams_equal_batches(codec: Codec, write_wav, tmp_path) -> None:
 
 
 def test_streams_hold_a_piece_at_a_time(codec: Codec, monkeypatch) -> None:
-    """Ten minutes: the networks never see more than a piece and its context."""
+    """Two minutes: the networks never see more than a piece and its context."""
     longest = 0
     forward = codec.encoder.forward
 
