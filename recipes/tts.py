@@ -8,25 +8,34 @@ and rows.jsonl (their scores).
 
 import dataclasses
 import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
 from codec import load_codec
-from codec.tokens import TokenShard
+from codec.tokens import TokenShard, written_whole
+from recipes.checkpoints import is_write_failure, sync
 from recipes.common import Run, load_config, make_accelerator, run_program, start_run
 from recipes.speak import SpeakConfig, speak_and_score
 from slm.ar import SpeechLM
 from slm.config import ARConfig, BatchConfig, NARConfig, OptimConfig
 from slm.data import ARData, NARData
 from slm.nar import NAR
-from slm.prompts import Coverage
+from slm.prompts import Coverage, Prompt, has_words
 from slm.train import ar_step, fit, gather, nar_step
 
 logger = logging.getLogger(__name__)
+
+NUM_PROMPTS = 3
+PROMPT_SECONDS = 4.0
+"""Long enough to tell a voice, short enough to leave room for the text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +84,8 @@ def main(argv: list[str]) -> None:
     if train.stamp.num_codebooks > 1:
         train_nar(train, dev, run, config, folder / "voice")
     if accelerator.is_main_process:
-        finish_voice(folder / "voice", config.codec, card(config, train.stamp.id))
+        prompts = pick_prompts(dev, str(config.dev)) if dev is not None else None
+        finish_voice(folder / "voice", config.codec, card(config, train.stamp.id), prompts)
     leave_group(accelerator)
     if accelerator.is_main_process and dev is not None and config.speak.num_items:
         speak_and_score(folder, dev, config.speak, config, run.stage("speak"))
@@ -116,9 +126,11 @@ def train_ar(
     state = gather(run.accelerator, engine)
     if run.accelerator.is_main_process:
         corpus = train_data.corpus
-        lm.save(voice / "ar", state)
         texts = (train.texts[i] for i in corpus.items)
-        Coverage.of(texts, int(corpus.num_frames.max())).save(voice / "ar")
+        coverage = Coverage.of(texts, int(corpus.num_frames.max()))
+        with whole_folder(voice / "ar") as partial:
+            lm.save(partial, state)
+            coverage.save(partial)
     run.accelerator.free_memory(engine)
 
 
@@ -145,15 +157,67 @@ def train_nar(
     if run.accelerator.is_main_process:
         whole = NAR(settings)
         whole.load_state_dict(state)
-        whole.save_pretrained(voice / "nar")
-        (voice / "nar" / "README.md").unlink(missing_ok=True)
+        with whole_folder(voice / "nar") as partial:
+            whole.save_pretrained(partial)
+            (partial / "README.md").unlink(missing_ok=True)
     run.accelerator.free_memory(engine)
 
 
-def finish_voice(voice: Path, codec: str, text: str) -> None:
-    """Puts the codec and the card beside the models."""
-    load_codec(codec).save_pretrained(voice / "codec")
-    (voice / "README.md").write_text(text, encoding="utf-8")
+def finish_voice(
+    voice: Path, codec: str, text: str, prompts: Mapping[str, Prompt] | None = None
+) -> None:
+    """Puts the codec, the card and some prompts beside the models."""
+    with whole_folder(voice / "codec") as partial:
+        load_codec(codec).save_pretrained(partial)
+    if prompts:
+        with whole_folder(voice / "prompts") as partial:
+            for name, prompt in prompts.items():
+                prompt.save(partial, name)
+    with written_whole(voice / "README.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def pick_prompts(dev: TokenShard, source: str) -> dict[str, Prompt]:
+    """Up to three dev recordings to take voices from, of different speakers where there are such;
+    those that last the nearest to PROMPT_SECONDS."""
+    usable = [i for i, text in enumerate(dev.texts) if has_words(text) and dev.num_frames[i] > 0]
+    usable.sort(key=lambda i: abs(float(dev.durations[i]) - PROMPT_SECONDS))
+    first_of: dict[str, int] = {}
+    for index in usable:
+        first_of.setdefault(dev.speakers[index], index)
+    chosen = list(dict.fromkeys([*first_of.values(), *usable]))[:NUM_PROMPTS]
+    prompts = {}
+    for number, row in enumerate((dev[index] for index in chosen), start=1):
+        credit = f"{row.id} of {source}" + (f", speaker {row.speaker}" if row.speaker else "")
+        prompts[f"dev-{number}"] = Prompt(
+            codes=row.codes.astype(np.int64), text=row.text, credit=credit
+        )
+    return prompts
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `folder`; at the end it is synced and takes its place.
+
+    After an error it is gone and an earlier `folder` is as it was. A full disk is an OSError.
+    """
+    partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in sorted(path for path in partial.rglob("*") if path.is_file()):
+            sync(path)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if is_write_failure(error) and not isinstance(error, OSError):
+            raise OSError(f"{folder}: cannot be written ({error}); is the disk full?") from error
+        raise
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def card(config: Any, codec_id: str) -> str:

@@ -123,16 +123,18 @@ def test_a_voice_that_cannot_be_written_leaves_the_earlier_one(
     with whole_folder(folder) as partial:
         (partial / "kept").write_text("whole")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        with (
-            pytest.raises(OSError, match="nar: cannot be written"),
-            whole_folder(folder) as partial,
-        ):
+
+    def write() -> None:
+        with whole_folder(folder) as partial:
             (partial / "torn").write_text("half")
             if limit is None:
                 raise SafetensorError("I/O error: No space left on device (os error 28)")
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
             save_file({"weight": torch.zeros(100_000)}, partial / "model.safetensors")
+
+    try:
+        with pytest.raises(OSError, match="nar: cannot be written"):
+            write()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in folder.parent.iterdir()] == ["nar"]
