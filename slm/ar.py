@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,8 +163,18 @@ class SpeechLM(nn.Module):
             "digest": base.digest,
             "num_layers": config.num_layers,
             "adapter": config.lora is not None,
+            "tasks": asdict(config.tasks),
         }
         return cls(lm, base.tokenizer, vocabulary, origin)
+
+    def check_task(self, task: str) -> None:
+        """Raises ValueError for a task that the model was not trained on."""
+        weights = self.origin.get("tasks", {})  # Older voices do not say.
+        if weights.get(task, 1.0) == 0:
+            does, fails = {"tts": ("transcribes", "speak"), "asr": ("speaks", "transcribe")}[task]
+            raise ValueError(
+                f"this voice {does}, but cannot {fails}: it was trained without {task}"
+            )
 
     @property
     def max_positions(self) -> int:

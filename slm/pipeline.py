@@ -212,6 +212,8 @@ class Voice:
             prompt, prompt_text = prompt[:most], None
         (codes,) = self._encode([prompt])
         if prompt_text is None:
+            if self.lm.origin.get("tasks", {}).get("asr", 1.0) == 0:
+                raise ValueError("this voice cannot transcribe the prompt; give --prompt-text")
             ((prompt_text, failure),) = self.transcripts([codes[0]])
             if failure is not None or not has_words(prompt_text):
                 raise ValueError("the prompt could not be transcribed; give --prompt-text")
@@ -223,6 +225,7 @@ class Voice:
 
         A prompt that is a continuation has no transcript: `text` holds its words as well.
         """
+        self.lm.check_task("tts")
         if self.nar is None and self.codec.num_codebooks > 1:
             raise ValueError("this voice has no nar/: it transcribes, but cannot speak")
         self.coverage.check(text)
@@ -325,6 +328,7 @@ class Voice:
 
     def transcripts(self, first: Sequence[np.ndarray]) -> list[Transcript]:
         """Transcripts of codes of codebook 1, each (T,), and what is wrong with them."""
+        self.lm.check_task("asr")
         vocabulary, rate = self.lm.vocabulary, self.codec.frame_rate
         requests = []
         for codes in first:

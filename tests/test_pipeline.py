@@ -193,6 +193,22 @@ def test_splitting_loses_nothing_and_cuts_where_it_is_quiet() -> None:
     assert 800 <= len(pieces[0]) <= 850
 
 
+def test_what_it_was_not_trained_for_it_does_not_do(
+    voice: Voice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert voice.lm.origin["tasks"] == {"tts": 1.0, "asr": 1.0}
+    monkeypatch.setitem(voice.lm.origin, "tasks", {"tts": 1.0, "asr": 0.0})
+    with pytest.raises(ValueError, match="cannot transcribe: it was trained without asr"):
+        voice.asr([voiced(0.5)])
+    with pytest.raises(ValueError, match="cannot transcribe the prompt; give --prompt-text"):
+        voice.prompt(voiced(0.5))
+    assert voice.tts("a cat", voiced(0.5), "red hen").codes.shape[0] == 3
+    monkeypatch.setitem(voice.lm.origin, "tasks", {"tts": 0.0, "asr": 1.0})
+    assert isinstance(voice.asr([voiced(0.5)])[0], str)
+    with pytest.raises(ValueError, match="cannot speak: it was trained without tts"):
+        voice.tts("a cat", "ann")
+
+
 def test_save_and_load(voice: Voice, tmp_path: Path) -> None:
     expected = voice.tts("a cat", "ann", seed=7)
     voice.save_pretrained(tmp_path / "copy")
