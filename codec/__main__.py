@@ -188,31 +188,18 @@ def _encoded(
 
     Unreadable ones are added to `skipped`. Raises ValueError when that leaves none.
     """
-    from codec.audio import stream_audio
+    from codec.export import encode_recording
 
     for recording in _bar(recordings):
-        counted = _Counted(stream_audio(recording.path, codec.sample_rate))
         try:
-            codes = codec.encode_stream(counted)
+            codes, seconds = encode_recording(recording.path, codec)
         except ValueError as error:
             skipped.append(str(error))
             if len(skipped) < len(recordings):
                 continue
             others = f" (and {len(skipped) - 1} more unreadable)" if len(skipped) > 1 else ""
             raise ValueError(f"{error}{others}") from error
-        yield recording.name, codes.astype(np.uint16), counted.samples / codec.sample_rate
-
-
-class _Counted:
-    """Blocks that pass through, counted."""
-
-    def __init__(self, blocks: Iterable[np.ndarray]):
-        self.blocks, self.samples = blocks, 0
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        for block in self.blocks:
-            self.samples += len(block)
-            yield block
+        yield recording.name, codes, seconds
 
 
 def _write(codec: "Codec", codes: np.ndarray, seconds: float, target: Path) -> None:

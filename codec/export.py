@@ -7,15 +7,16 @@ whole or not at all, so a restart goes on at the first part that is not there.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from codec.data import load_cut
+from codec.audio import stream_audio
+from codec.data import _single_file, load_cut
 from codec.model import Codec
 from codec.tokens import (
     CodecStamp,
@@ -40,6 +41,13 @@ class Skipped(NamedTuple):
     reason: str
 
 
+class Encoded(NamedTuple):
+    """A recording's codes (Q, T), and its length."""
+
+    codes: np.ndarray
+    seconds: float
+
+
 class Summary(NamedTuple):
     """A finished export."""
 
@@ -53,20 +61,23 @@ def export(
     codec: Codec,
     folder: str | Path,
     *,
-    rank: int = 0,
-    world: int = 1,
+    share: tuple[int, int] = (0, 1),
     cuts_per_part: int = 500,
     batch_seconds: float = 120.0,
+    retry_skipped: bool = False,
     on_part: Callable[[int], object] = lambda num_cuts: None,
 ) -> None:
     """Writes this rank's parts, `tokens-00003-of-00042.parquet` and so on, that are not there yet.
 
-    Cuts that cannot be read are noted in their part and cost only themselves. A batch holds up to
-    `batch_seconds` of audio, padding included. `on_part` is told of each part's number of cuts,
-    also of those that were there. Raises ValueError when the folder holds the parts of another
-    codec, another list of cuts or another `cuts_per_part`.
+    `share` is this process's rank and their number; only one export may run in a folder. Cuts that
+    cannot be read are noted in their part and cost only themselves; with `retry_skipped` parts that
+    note such cuts are made again. A batch holds up to `batch_seconds` of audio, padding included; a
+    longer recording is read in blocks, but a longer stretch of one whole. `on_part` is told of each
+    part's number of cuts, also of those that were there. Raises ValueError when the folder has
+    parts of another codec, another list of cuts or another `cuts_per_part`.
     """
     folder = Path(folder)
+    rank, world = share
     parts = _split(cuts, cuts_per_part)
     names = part_names(len(parts))
     strangers = sorted({path.name for path in folder.glob("*.parquet")} - set(names))
@@ -79,7 +90,7 @@ def export(
     for part in range(rank, len(parts), world):
         path = folder / names[part]
         digest = _list_digest(parts[part])
-        if not _is_done(path, stamp, digest):
+        if not _is_done(path, stamp, digest, retry_skipped):
             for leftover in folder.glob(f".{path.name}.*.tmp"):  # Of a run that was killed.
                 leftover.unlink(missing_ok=True)
             rows, skipped = _encode_part(parts[part], codec, batch_seconds)
@@ -133,7 +144,7 @@ def _list_digest(cuts: Sequence["Cut"]) -> str:
     return hashlib.sha256(listed.encode()).hexdigest()[:16]
 
 
-def _is_done(path: Path, stamp: CodecStamp, digest: str) -> bool:
+def _is_done(path: Path, stamp: CodecStamp, digest: str, retry_skipped: bool) -> bool:
     if not path.exists():
         return False
     try:
@@ -144,7 +155,7 @@ def _is_done(path: Path, stamp: CodecStamp, digest: str) -> bool:
         return False
     if notes.get("cuts") != digest:
         raise ValueError(f"{path}: made from another list of cuts; choose an empty folder")
-    return True
+    return not (retry_skipped and json.loads(notes["skipped"]))
 
 
 def _encode_part(
@@ -152,17 +163,52 @@ def _encode_part(
 ) -> tuple[list[TokenRow], list[Skipped]]:
     rows: dict[str, TokenRow] = {}
     skipped: list[Skipped] = []
-    for batch in _loaded(_batches(cuts, batch_seconds), codec.sample_rate):
+
+    def skip(cut: "Cut", reason: str) -> None:
+        logger.warning("skipped %s: %s", cut.id, reason)
+        skipped.append(Skipped(cut.id, reason))
+
+    short: list[Cut] = []
+    for cut in cuts:
+        source = _whole_file(cut) if cut.duration > batch_seconds else None
+        if source is None:
+            short.append(cut)
+            continue
+        try:
+            rows[cut.id] = _row(cut, *encode_recording(source, codec))
+        except ValueError as error:
+            skip(cut, str(error))
+    for batch in _loaded(_batches(short, batch_seconds), codec.sample_rate):
         readable = [(cut, wave) for cut, wave in batch if isinstance(wave, np.ndarray)]
         for cut, reason in batch:
             if isinstance(reason, str):
-                logger.warning("skipped %s: %s", cut.id, reason)
-                skipped.append(Skipped(cut.id, reason))
+                skip(cut, reason)
         if readable:
             all_codes = _encode([wave for _, wave in readable], codec)
             for (cut, wave), codes in zip(readable, all_codes, strict=True):
-                rows[cut.id] = _row(cut, len(wave) / codec.sample_rate, codes)
+                rows[cut.id] = _row(cut, codes, len(wave) / codec.sample_rate)
     return [rows[cut.id] for cut in cuts if cut.id in rows], skipped
+
+
+def encode_recording(path: str | Path, codec: Codec) -> Encoded:
+    """Codes of one recording of any length, in bounded memory. ValueError: it cannot be read."""
+    samples = 0
+
+    def counted(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        nonlocal samples
+        for block in blocks:
+            samples += len(block)
+            yield block
+
+    codes = codec.encode_stream(counted(stream_audio(path, codec.sample_rate)))
+    return Encoded(codes.astype(np.uint16), samples / codec.sample_rate)
+
+
+def _whole_file(cut: Any) -> str | None:
+    """The file that a cut is the whole of, or None."""
+    source = _single_file(cut)
+    whole = source is not None and cut.start == 0
+    return source if whole and abs(cut.duration - cut.recording.duration) < 1e-6 else None
 
 
 def _batches(cuts: Sequence["Cut"], batch_seconds: float) -> Iterator[list["Cut"]]:
@@ -211,7 +257,7 @@ def _encode(waves: Sequence[np.ndarray], codec: Codec) -> list[np.ndarray]:
     return [codes[:, :length] for codes, length in zip(batch, frames, strict=True)]
 
 
-def _row(cut: "Cut", seconds: float, codes: np.ndarray) -> TokenRow:
+def _row(cut: "Cut", codes: np.ndarray, seconds: float) -> TokenRow:
     first = cut.supervisions[0] if cut.supervisions else None
     return TokenRow(
         id=cut.id,

@@ -5,7 +5,7 @@ accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 8 \\
     recipes/export_tokens.py --config recipes/configs/export/paper.yaml
 
 Stopped or killed, it goes on where it was when it is started again. Recordings that cannot be read
-are skipped and listed in skipped.jsonl beside the shards.
+are skipped and listed in skipped.jsonl beside the shards; retry_skipped=true tries them again.
 """
 
 import json
@@ -13,12 +13,13 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from codec import load_codec
 from codec.data import read_cuts
 from codec.export import export, num_parts, summarize
-from recipes.common import load_config, make_accelerator, run_program
+from recipes.common import _Lock, _share, load_config, make_accelerator, run_program
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ class ExportConfig:
     """Cuts in one Parquet file; at most this many are encoded twice after a kill."""
     batch_seconds: float = 120.0
     """Seconds of audio, padding included, that are encoded at once: bounds the memory."""
+    retry_skipped: bool = False
+    """Make parts again in which recordings were skipped: they may have been mended."""
 
     def __post_init__(self) -> None:
         if self.cuts_per_part < 1:
@@ -49,15 +52,16 @@ def main(argv: list[str]) -> None:
     cuts = list(read_cuts(config.cuts))
     codec = load_codec(config.codec, device=str(accelerator.device))
     rank, world = accelerator.process_index, accelerator.num_processes
+    lock = _lock(config.out, accelerator)
     with tqdm(total=len(cuts), desc="export", unit="cut", disable=rank > 0) as bar:
         export(
             cuts,
             codec,
             config.out,
-            rank=rank,
-            world=world,
+            share=(rank, world),
             cuts_per_part=config.cuts_per_part,
             batch_seconds=config.batch_seconds,
+            retry_skipped=config.retry_skipped,
             # The other ranks are about as far as this one.
             on_part=lambda num_cuts: bar.update(min(num_cuts * world, len(cuts) - bar.n)),
         )
@@ -72,8 +76,24 @@ def main(argv: list[str]) -> None:
             "hours": round(summary.hours, 3),
             "skipped": len(summary.skipped),
         }
+        if summary.skipped:
+            results["note"] = "once they are mended, start again with retry_skipped=true"
         print(json.dumps(results))
+    if lock is not None:
+        lock.close()
     accelerator.end_training()
+
+
+def _lock(folder: Path, accelerator: Accelerator) -> _Lock | None:
+    """Locks the folder, on the main process; ValueError on all when another export runs in it."""
+    lock, failure = None, [None]
+    if accelerator.is_main_process:
+        try:
+            lock = _Lock(folder)
+        except (ValueError, OSError) as error:
+            failure = [error]
+    _share(failure, accelerator)
+    return lock
 
 
 if __name__ == "__main__":

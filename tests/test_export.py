@@ -4,17 +4,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from lhotse import CutSet, Recording, SupervisionSegment
 from lhotse.cut import MonoCut
 
 from codec import load_codec, read_audio
+from codec.audio import stream_audio
+from codec.data import load_cut
 from codec.export import export, num_parts, part_names, summarize
 from codec.tokens import TokenShard
+from recipes import export_tokens
+from recipes.common import _Lock
 
 SECONDS = [0.5, 1.7, 0.9, 1.2, 0.7, 1.9, 0.8, 1.1]
 
@@ -48,7 +54,7 @@ def test_ranks_write_every_readable_cut_once_in_order(
 ) -> None:
     codec = load_codec(tiny_codec_folder)
     for rank in (1, 0):
-        export(cuts, codec, tmp_path / "out", rank=rank, world=2, cuts_per_part=3)
+        export(cuts, codec, tmp_path / "out", share=(rank, 2), cuts_per_part=3)
     summary = summarize(tmp_path / "out", num_parts(len(cuts), 3))
     assert sorted(path.name for path in (tmp_path / "out").glob("*.parquet")) == part_names(3)
     readable = [f"cut-{number}" for number in (0, 1, 3, 4, 6, 7)]
@@ -105,6 +111,101 @@ def test_whole_parts_are_kept_and_damaged_ones_written_again(
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+def test_skipped_recordings_are_tried_again_when_asked(
+    cuts: list[MonoCut],
+    tiny_codec_folder: Path,
+    tmp_path: Path,
+    write_wav: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
+    settings = [
+        f"cuts={tmp_path / 'cuts.jsonl.gz'}",
+        f"codec={tiny_codec_folder}",
+        f"out={tmp_path / 'out'}",
+        "cuts_per_part=3",
+    ]
+
+    def closing_line(*more: str) -> dict:
+        export_tokens.main([*settings, *more])
+        return json.loads(capsys.readouterr().out)
+
+    assert "retry_skipped=true" in closing_line()["note"]
+    first, *_, last = sorted((tmp_path / "out").glob("*.parquet"))
+    kept = last.stat().st_mtime_ns
+    write_wav(tmp_path / "audio" / "rec 2.flac", SECONDS[2])
+    assert closing_line()["skipped"] == 2
+    mended = closing_line("retry_skipped=true")
+    assert (mended["utterances"], mended["skipped"]) == (7, 1)
+    assert TokenShard.open(first).ids == ["cut-0", "cut-1", "cut-2"]
+    assert last.stat().st_mtime_ns == kept  # Nothing was skipped in it.
+
+
+def test_two_exports_never_share_a_folder(
+    cuts: list[MonoCut], tiny_codec_folder: Path, tmp_path: Path
+) -> None:
+    CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
+    settings = [
+        f"cuts={tmp_path / 'cuts.jsonl.gz'}",
+        f"codec={tiny_codec_folder}",
+        f"out={tmp_path / 'out'}",
+    ]
+    held = _Lock(tmp_path / "out")
+    temporary = tmp_path / "out" / f".{part_names(1)[0]}.1-2.tmp"
+    temporary.write_bytes(b"the other's")
+    with pytest.raises(ValueError, match="out: another process is running in this folder"):
+        export_tokens.main(settings)
+    assert temporary.exists()
+    held.close()
+    export_tokens.main(settings)
+    export_tokens.main(settings)  # The lock was given back.
+
+
+def test_a_long_recording_is_never_held_whole(
+    tiny_codec_folder: Path,
+    tmp_path: Path,
+    write_wav: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuts = []
+    for name, seconds in (("long", 100.0), ("short", 1.0)):
+        path = write_wav(tmp_path / f"{name}.flac", seconds, 22_050)
+        cuts.append(Recording.from_file(path, recording_id=name).to_cut().with_id(name))
+    (tmp_path / "cut.flac").write_bytes((tmp_path / "long.flac").read_bytes()[:200_000])
+    broken = Recording.from_file(tmp_path / "long.flac", recording_id="cut")
+    broken.sources[0].source = str(tmp_path / "cut.flac")
+    cuts.append(broken.to_cut().with_id("cut"))
+    codec = load_codec(tiny_codec_folder)
+    expected = codec.encode_stream([read_audio(tmp_path / "long.flac", codec.sample_rate)])
+    coded, loaded = [], []
+    encode_piece = codec._encode_piece
+
+    def spy_on_pieces(wave: torch.Tensor, *arguments: Any) -> Any:
+        coded.append(wave.shape[-1])
+        return encode_piece(wave, *arguments)
+
+    def spy_on_files(path: str, rate: int) -> Iterator[np.ndarray]:
+        for block in stream_audio(path, rate):
+            loaded.append(len(block))
+            yield block
+
+    monkeypatch.setattr(codec, "_encode_piece", spy_on_pieces)
+    monkeypatch.setattr("codec.export.stream_audio", spy_on_files)
+    monkeypatch.setattr(
+        "codec.export.load_cut",
+        lambda cut, rate: loaded.append(round(cut.duration * rate)) or load_cut(cut, rate),
+    )
+    export(cuts, codec, tmp_path / "out", batch_seconds=60.0)
+    assert max(*loaded, *coded) < 40 * codec.sample_rate
+    assert sum(loaded) > 100 * codec.sample_rate
+    long, short = TokenShard.open(tmp_path / "out")
+    assert (long.id, long.duration, short.id) == ("long", 100.0, "short")
+    assert np.mean(long.codes != expected) < 0.001
+    [skipped] = summarize(tmp_path / "out", 1).skipped
+    assert skipped.id == "cut"
+    assert "cut.flac" in skipped.reason
+
+
 def test_other_codecs_lists_and_part_sizes_are_refused(
     cuts: list[MonoCut], tiny_codec_folder: Path, tmp_path: Path
 ) -> None:
@@ -148,8 +249,8 @@ def test_killed_at_any_moment_the_export_ends_as_if_it_never_was(
         f"out={out}",
         "cuts_per_part=1",
     )
-    # Killed as soon as there are as many files in the folder, temporary ones included.
-    for files in (1, 4):
+    # Killed as soon as there are as many files in the folder, temporary ones and the lock included.
+    for files in (2, 5):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         deadline = time.monotonic() + 120
         while not (out.exists() and len(list(out.iterdir())) >= files):
