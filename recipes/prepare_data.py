@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -85,6 +86,12 @@ def entries_of_list(path: Path, language: str) -> Iterator[Entry]:
                 raise ValueError(f"{where}: needs an object with the key audio")
             if not isinstance(stored.get("text"), str):
                 raise ValueError(f'{where}: needs the key text ("" where there is no transcript)')
+            promised, split = stored.get("duration"), stored.get("split", "all")
+            if isinstance(promised, bool) or not isinstance(promised, int | float | None):
+                raise ValueError(f"{where}: duration must be a number of seconds, got {promised!r}")
+            # It becomes a file's name.
+            if not isinstance(split, str) or not re.fullmatch(r"\w[\w.-]*", split):
+                raise ValueError(f"{where}: split must be a plain name like train, got {split!r}")
             audio = path.parent / stored["audio"]
             yield Entry(
                 id=str(stored.get("id", audio.stem)),
@@ -92,8 +99,8 @@ def entries_of_list(path: Path, language: str) -> Iterator[Entry]:
                 text=stored["text"].strip(),
                 speaker=str(stored.get("speaker", "unknown")),
                 language=str(stored.get("language", language)),
-                split=str(stored.get("split", "all")),
-                duration=stored.get("duration"),
+                split=split,
+                duration=promised,
             )
 
 

@@ -131,6 +131,11 @@ def test_the_same_id_twice_is_named(tmp_path: Path, write_wav: Write) -> None:
         ('{"audio": "a.wav"}', "line 1: needs the key text"),
         ('{"audio": "a.wav", "text": ""}', "no usable recording.*no such recording"),
         ("", "there is none at all"),
+        ('{"audio": "a.wav", "text": "", "duration": "3"}', "line 1: duration must be a number"),
+        ('{"audio": "a.wav", "text": "", "duration": true}', "line 1: duration must be a number"),
+        ('{"audio": "a.wav", "text": "", "split": "../../evil"}', "line 1: split must be a plain"),
+        ('{"audio": "a.wav", "text": "", "split": "a/b"}', "line 1: split must be a plain name"),
+        ('{"audio": "a.wav", "text": "", "split": 3}', "line 1: split must be a plain name"),
     ],
 )
 def test_bad_lists(tmp_path: Path, line: str, message: str) -> None:
