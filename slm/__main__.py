@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,7 +81,6 @@ def _tts(arguments: argparse.Namespace) -> None:
     if arguments.list:
         with _alone(Path(arguments.out)):
             _tts_list(voice, entries, Path(arguments.list).parent, arguments)
-            _made(Path(arguments.out) / "results.jsonl", Path(arguments.out))
         return
     entry = {"text": arguments.text, "prompt": arguments.prompt}
     if arguments.prompt_text is not None:
@@ -133,7 +132,10 @@ def _check_entry(entry: Any, seen: set[str]) -> dict[str, str]:
 def _tts_list(
     voice: "Voice", entries: list[tuple[int, Any]], folder: Path, arguments: argparse.Namespace
 ) -> None:
-    """A list costs only its bad lines. What an earlier start has made is not made again."""
+    """A list costs only its bad lines. What an earlier start has made is not made again.
+
+    A line that is whole but was refused is in results.jsonl as well, without a wave.
+    """
     from tqdm import tqdm
 
     out = Path(arguments.out)
@@ -146,6 +148,7 @@ def _tts_list(
     seen: set[str] = set()
     with open(results, "a", encoding="utf-8") as file:
         for number, entry in tqdm(entries, desc="tts", unit="line"):
+            known: dict[str, str] = {}
             try:
                 known = _check_entry(entry, seen)
                 known["request"] = _request(voice, known, folder, settings)
@@ -155,12 +158,15 @@ def _tts_list(
                 waiting.append((known, _prepare(voice, known, folder, arguments.seed)))
             except (ValueError, OSError) as error:
                 skipped.append(f"line {number}: {error}")
+                if known:
+                    _write(file, _refused(known, error, arguments.seed))
                 continue
             if len(waiting) == arguments.batch:
                 _speak(voice, waiting, out, file)
                 waiting = []
         if waiting:
             _speak(voice, waiting, out, file)
+    _keep_newest(results)
     for reason in skipped:
         logger.warning("skipped %s", reason)
     logger.info(
@@ -178,8 +184,39 @@ def _speak(
         name = f"{entry['id']}.wav"
         speech.save(out / name)
         record = {"id": entry["id"], **_result(name, entry, speech), "request": entry["request"]}
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        file.flush()
+        _write(file, record)
+
+
+def _write(file: Any, record: Mapping[str, Any]) -> None:
+    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    file.flush()
+
+
+def _refused(entry: Mapping[str, str], error: Exception, seed: int) -> dict[str, Any]:
+    """A line that was not spoken: whoever scores the list must know of it."""
+    return {
+        "id": entry["id"],
+        "audio": None,
+        "text": entry["text"],
+        "prompt": entry["prompt"],
+        "prompt_text": entry.get("prompt_text", ""),
+        "failure": "refused",
+        "reason": str(error),
+        "tries": 0,
+        "seed": seed,
+    }
+
+
+def _keep_newest(results: Path) -> None:
+    """Leaves one line of each id."""
+    lines = results.read_text(encoding="utf-8").splitlines()
+    _replace(results, {json.loads(line)["id"]: line for line in lines}.values())
+
+
+def _replace(results: Path, lines: Iterable[str]) -> None:
+    temporary = results.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    temporary.replace(results)
 
 
 def _result(audio: str, entry: Mapping[str, str], speech: "Speech") -> dict[str, Any]:
@@ -221,9 +258,7 @@ def _made(results: Path, out: Path) -> dict[str, str | None]:
                 kept[record["id"]] = line, record.get("request")
         except (AttributeError, KeyError, TypeError, ValueError):
             continue
-    temporary = results.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line, _ in kept.values()), encoding="utf-8")
-    temporary.replace(results)
+    _replace(results, (line for line, _ in kept.values()))
     return {name: request for name, (_, request) in kept.items()}
 
 

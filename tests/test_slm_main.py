@@ -92,6 +92,10 @@ def test_a_list_costs_only_its_bad_lines(
         assert f"skipped line {number}:" in caplog.text
     assert "9 lines: 7 skipped" in caplog.text
     records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    refused = [record for record in records if record["failure"] == "refused"]
+    assert {record["id"] for record in refused} == {"script", "gone", "empty"}
+    assert all(record["audio"] is None and record["reason"] for record in refused)
+    records = [record for record in records if record["failure"] != "refused"]
     assert [record["id"] for record in records] == ["one", "two words"]
     expected = {"id", "audio", "text", "prompt", "prompt_text", "failure", "tries", "seed"}
     assert set(records[0]) == expected | {"request"}
@@ -113,6 +117,25 @@ def test_a_list_goes_on_where_it_stopped(folder: Path, tmp_path: Path) -> None:
     assert (out / "0.wav").stat().st_mtime_ns == before
     records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [record["id"] for record in records] == ["0", "1", "2"]
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_line_that_is_refused_in_its_new_form_is_not_its_old_one(
+    folder: Path, tmp_path: Path
+) -> None:
+    listed, out = tmp_path / "list.jsonl", tmp_path / "out"
+    for text, failure in (("a cat", None), ("\u043f", "refused"), ("\u043f", "refused")):
+        lines = [
+            {"id": "x", "text": text, "prompt": "ann"},
+            {"id": "y", "text": "a", "prompt": "ann"},
+        ]
+        listed.write_text("\n".join(map(json.dumps, lines)))
+        assert run("tts", "--voice", folder, "--list", listed, "--out", out) == 0
+        records = [json.loads(s) for s in (out / "results.jsonl").read_text().splitlines()]
+        (record,) = [record for record in records if record["id"] == "x"]
+        assert (record["failure"] == "refused") == (failure == "refused")
+        assert record["text"] == text
+        assert len(records) == 2
 
 
 @pytest.mark.usefixtures("brief")
