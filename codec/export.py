@@ -148,7 +148,8 @@ def _is_done(path: Path, stamp: CodecStamp, digest: str, retry_skipped: bool) ->
     if not path.exists():
         return False
     try:
-        TokenShard.open(path, expect=stamp)
+        for _ in TokenShard.open(path, expect=stamp):  # Reads and checks all codes.
+            pass
         notes = read_notes(path)
     except DamagedShard as error:
         logger.warning("%s; writing it again", error)

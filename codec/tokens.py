@@ -17,6 +17,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 FORMAT_VERSION = 1
 ROWS_PER_GROUP = 64
@@ -96,7 +97,10 @@ def write_shard(
     path = Path(path)
     seen: set[str] = set()
     schema = _schema(stamp, notes or {})
-    with written_whole(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    with (
+        written_whole(path) as temporary,
+        pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer,
+    ):
         for group in _groups(rows):
             for row in group:
                 _check_row(row, stamp)
@@ -163,6 +167,7 @@ class TokenShard:
         index %= len(self)
         file = int(np.searchsorted(self._file_starts, index, side="right")) - 1
         flat = self._codes(file, index - int(self._file_starts[file]))
+        self._check_codes(file, index, flat)
         return TokenRow(
             id=self.ids[index],
             text=self.texts[index],
@@ -179,18 +184,30 @@ class TokenShard:
         """The metadata that each file's writer added."""
         return [read_notes(file) for file in self.files]
 
-    def _codes(self, file: int, row: int) -> np.ndarray:
-        import pyarrow.parquet as pq
+    def _check_codes(self, file: int, index: int, flat: np.ndarray) -> None:
+        """Damage that no checksum found: the file was written without, or by another program."""
+        path, books = self.files[file], self.stamp.num_codebooks
+        if flat.size != books * self.num_frames[index]:
+            raise DamagedShard(
+                f"{path}: {self.ids[index]!r} has {flat.size} codes, but {self.num_frames[index]} "
+                f"frames of {books} codebooks; export it again"
+            )
+        if (flat.reshape(books, -1).max(axis=1, initial=0) >= self.stamp.codebook_sizes).any():
+            raise DamagedShard(
+                f"{path}: {self.ids[index]!r} has codes beyond the codebooks; export it again"
+            )
 
+    def _codes(self, file: int, row: int) -> np.ndarray:
         # A handle must not cross a fork: two processes would move one file position.
         key = (os.getpid(), file)
-        if key not in self._readers:
-            self._readers[key] = pq.ParquetFile(self.files[file])
-        reader = self._readers[key]
-        group, row_in_group = _find_group(reader.metadata, row)
-        if self._group is None or self._group[0] != (*key, group):
-            column = reader.read_row_group(group, columns=["codes"])["codes"].combine_chunks()
-            self._group = ((*key, group), column)
+        with _damage_named(self.files[file]):
+            if key not in self._readers:
+                self._readers[key] = _reader(self.files[file])
+            reader = self._readers[key]
+            group, row_in_group = _find_group(reader.metadata, row)
+            if self._group is None or self._group[0] != (*key, group):
+                column = reader.read_row_group(group, columns=["codes"])["codes"].combine_chunks()
+                self._group = ((*key, group), column)
         values = self._group[1][row_in_group].values
         return values.to_numpy(zero_copy_only=False).astype(np.uint16, copy=True)
 
@@ -201,7 +218,8 @@ class TokenShard:
 def read_notes(path: str | Path) -> dict[str, str]:
     """The metadata of one shard file that its writer added to the codec's stamp."""
     metadata = _read_metadata(Path(path))
-    return json.loads(metadata["notes"])
+    with _damage_named(Path(path)):
+        return json.loads(metadata["notes"])
 
 
 def _schema(stamp: CodecStamp, notes: Mapping[str, str]) -> "pa.Schema":
@@ -280,11 +298,14 @@ def _read_metadata(path: Path) -> dict[str, str]:
 
     try:
         raw = pq.read_schema(path).metadata or {}
-    except pa.ArrowInvalid as error:
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
         raise DamagedShard(
             f"{path}: not a whole token shard (cut short, or not Parquet); export it again"
         ) from error
-    metadata = {key.decode(): value.decode() for key, value in raw.items()}
+    with _damage_named(path):
+        metadata = {key.decode(): value.decode() for key, value in raw.items()}
     if "format_version" not in metadata or "codec_digest" not in metadata:
         raise ValueError(f"{path}: a Parquet file, but not a token shard; use `codec encode`")
     if int(metadata["format_version"]) > FORMAT_VERSION:
@@ -296,20 +317,37 @@ def _read_metadata(path: Path) -> dict[str, str]:
 
 
 def _open_file(path: Path) -> tuple[CodecStamp, "pa.Table"]:
-    import pyarrow as pa
+    metadata = _read_metadata(path)
+    names = ["id", "text", "speaker", "language", "duration", "num_frames"]
+    with _damage_named(path):
+        values = {
+            field.name: json.loads(metadata[f"codec_{field.name}"]) for field in fields(CodecStamp)
+        }
+        values["codebook_sizes"] = tuple(values["codebook_sizes"])
+        with _reader(path) as reader:
+            table = reader.read(columns=names)
+            if table.column_names != names:
+                raise KeyError("a column is not there")
+    return CodecStamp(**values), table
+
+
+def _reader(path: Path) -> "pq.ParquetFile":
     import pyarrow.parquet as pq
 
-    metadata = _read_metadata(path)
-    values = {
-        field.name: json.loads(metadata[f"codec_{field.name}"]) for field in fields(CodecStamp)
-    }
-    values["codebook_sizes"] = tuple(values["codebook_sizes"])
-    names = ["id", "text", "speaker", "language", "duration", "num_frames"]
+    return pq.ParquetFile(path, page_checksum_verification=True)
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turns what reading a damaged file raises into DamagedShard."""
+    import pyarrow as pa
+
     try:
-        table = pq.ParquetFile(path).read(columns=names)
-    except (pa.ArrowInvalid, OSError) as error:
+        yield
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise DamagedShard(f"{path}: damaged ({error}); export it again") from error
-    return CodecStamp(**values), table
 
 
 def _joined(tables: Sequence["pa.Table"], column: str) -> list[Any]:

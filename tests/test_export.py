@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from lhotse import CutSet, Recording, SupervisionSegment
@@ -18,7 +19,7 @@ from codec import load_codec, read_audio
 from codec.audio import stream_audio
 from codec.data import load_cut
 from codec.export import export, num_parts, part_names, summarize
-from codec.tokens import TokenShard
+from codec.tokens import DamagedShard, TokenShard
 from recipes import export_tokens
 from recipes.common import _Lock
 
@@ -99,6 +100,14 @@ def test_whole_parts_are_kept_and_damaged_ones_written_again(
     export(cuts, codec, tmp_path, cuts_per_part=3)
     before = contents(tmp_path)
     first, second, third = sorted(tmp_path.glob("*.parquet"))
+    rotten = bytearray(second.read_bytes())
+    start = pq.ParquetFile(second).metadata.row_group(0).column(6).data_page_offset
+    rotten[start + 40] ^= 1  # Among the codes.
+    second.write_bytes(rotten)
+    with pytest.raises(DamagedShard):
+        list(TokenShard.open(second))
+    export(cuts, codec, tmp_path, cuts_per_part=3)
+    assert contents(tmp_path) == before
     kept = first.stat().st_mtime_ns
     second.unlink()
     third.write_bytes(third.read_bytes()[:100])

@@ -139,6 +139,46 @@ def test_a_shard_damaged_in_the_middle_says_so(shard: Path) -> None:
         TokenShard.open(shard)[0]
 
 
+def test_a_single_damaged_byte_never_changes_codes(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    rows = [row("a", 40, 1), row("b", 70, 2)]
+    write_shard(path, rows, STAMP)
+    content = path.read_bytes()
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    damaged = 0
+    for position in range(4, footer, 3):
+        wrong = bytearray(content)
+        wrong[position] ^= 1 << position % 8
+        path.write_bytes(wrong)
+        try:
+            read = list(TokenShard.open(path))
+        except DamagedShard as error:
+            damaged += str(path) in str(error)
+            continue
+        for got, wrote in zip(read, rows, strict=True):
+            assert got[:5] == wrote[:5]
+            np.testing.assert_array_equal(got.codes, wrote.codes)
+    assert damaged > 0.8 * footer / 3
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("codes", [[8] * 8, [0] * 14], "'a' has codes beyond the codebooks"),
+        ("num_frames", [5, 7], "'a' has 8 codes, but 5 frames of 2 codebooks"),
+    ],
+)
+def test_codes_are_checked_without_checksums_too(
+    shard: Path, column: str, values: list, message: str
+) -> None:
+    table = pq.read_table(shard)
+    index = table.schema.get_field_index(column)
+    field = table.schema.field(column)
+    pq.write_table(table.set_column(index, field, pa.array(values, field.type)), shard)
+    with pytest.raises(DamagedShard, match=rf"a\.parquet: {message}"):
+        TokenShard.open(shard)[0]
+
+
 def test_another_codec_is_named(shard: Path) -> None:
     other = dataclasses.replace(STAMP, id="models/other", digest="f" * 16)
     with pytest.raises(ValueError, match=r"made by codec models/tiny .* but codec models/other"):
