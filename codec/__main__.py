@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
+from codec.audio import AUDIO_SUFFIXES
 from codec.tokens import CodecStamp, TokenRow, TokenShard, write_shard
 
 if TYPE_CHECKING:
@@ -25,12 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("codec")
 T = TypeVar("T")
-
-SUFFIXES = (
-    *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc"),
-    *(".au", ".caf", ".rf64", ".w64", ".voc"),
-)
-"""Files that count as recordings inside a folder; a file that is named is tried whatever it is."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -166,7 +161,9 @@ def _find(inputs: Sequence[Path]) -> Iterator[Recording]:
         files = [given]
         if given.is_dir():
             inside = sorted(given.rglob("*"))
-            files = [path for path in inside if path.suffix.lower() in SUFFIXES and path.is_file()]
+            files = [
+                path for path in inside if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file()
+            ]
             if not files:
                 raise ValueError(f"{given}: no recording in this folder")
         for path in files:

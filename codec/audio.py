@@ -19,6 +19,11 @@ MIN_RATE, MAX_RATE = 4_000, 384_000
 OGG_PAGE_LIMIT = 65_307
 # Digital silence and what 16-bit dither leaves behind; a quiet voice peaks well above it.
 SILENCE_PEAK = 1e-4
+AUDIO_SUFFIXES = (
+    *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc"),
+    *(".au", ".caf", ".rf64", ".w64", ".voc"),
+)
+"""Files that count as recordings inside a folder; a file that is named is tried whatever it is."""
 
 
 def read_audio(

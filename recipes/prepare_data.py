@@ -27,17 +27,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
-from codec.audio import stream_audio
+from codec.audio import AUDIO_SUFFIXES, stream_audio
 from recipes.corpora import CORPORA, download_corpus, read_corpus
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
 
 logger = logging.getLogger(__name__)
-
-SUFFIXES = frozenset(
-    {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64"}
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +104,8 @@ def entries_of_folder(folder: Path, language: str, *, need_text: bool = True) ->
     """Every recording below a folder with NAME.txt beside it; a subfolder names the speaker."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of recordings")
-    for audio in sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES):
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+    for audio in sorted(found):
         relative = audio.relative_to(folder)
         if any(part.startswith(".") for part in relative.parts):
             continue

@@ -6,8 +6,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -206,6 +208,33 @@ def test_every_launch_file_parses(path: Path) -> None:
     assert path.stem != "zero3" or launch.deepspeed_config["zero3_save_16bit_model"] is True
 
 
+def test_every_imported_package_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional = project["optional-dependencies"].values()
+    lines = [*project["dependencies"], *(line for lines in optional for line in lines)]
+    declared = {re.match(r"[\w-]+", line)[0].lower().replace("_", "-") for line in lines}
+    providers = packages_distributions()
+    for path in SOURCES:
+        for node in ast.walk(tree(path)):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            for module in {full.split(".")[0] for full in names}:
+                if module in OURS or module in sys.stdlib_module_names:
+                    continue
+                found = {
+                    given.lower().replace("_", "-") for given in providers.get(module, [module])
+                }
+                assert found & declared, f"{name(path)} imports {module}: not in pyproject.toml"
+
+
+def test_recordings_have_one_list_of_suffixes() -> None:
+    lists = [name(path) for path in SOURCES if re.search(r'"\.flac",.*"\.mp3"', path.read_text())]
+    assert lists == ["codec/audio.py"]
+
+
 def set_up(folder: Path, make_environment: str, **variables: str) -> tuple[int, list[str]]:
     """`make setup` where `python3 -m venv` runs a shell line; status and lines of errors."""
     for given in ("Makefile", "pyproject.toml", "constraints.txt"):
@@ -264,7 +293,7 @@ def test_importing_a_package_stays_light(package: str) -> None:
 
 
 def test_the_contract_needs_no_torch() -> None:
-    """Reading token shards costs no import of torch once `codec` itself is not asked for."""
+    """codec/tokens.py itself imports no torch; `import codec.tokens` does, through `codec`."""
     code = (
         "import importlib.util as util, sys; "
         f"spec = util.spec_from_file_location('tokens', {str(ROOT / 'codec' / 'tokens.py')!r}); "
