@@ -18,12 +18,13 @@ from slm.prompts import Prompt
 
 HOP = 640
 FRAMES = 30
+MUTE = 7
 TEXT = "alpha bravo charlie delta"
 ESCAPE = "../../escape"
 
 
 class FakeVoice:
-    """Its codes are amplitudes. It refuses `no`, says nothing of `mute`, and else says 9s."""
+    """Its codes are amplitudes. It refuses `no`, says 7s, too low to hear, for `mute`, else 9s."""
 
     device = ""
 
@@ -43,15 +44,15 @@ class FakeVoice:
         return [self._say(one) for one in utterances]
 
     def _say(self, one: SimpleNamespace) -> Speech:
-        codes = np.full((3, 0 if "mute" in one.text else 10), 9)
+        codes = np.full((3, 10), MUTE if "mute" in one.text else 9)
         return Speech(
             wave=self.decode(one.prompt.codes, codes), codes=codes, text=one.text, prompt_text="",
-            failure=None if codes.size else "empty", tries=2, seed=one.seed + 7919,
+            failure="empty" if codes[0, 0] == MUTE else None, tries=2, seed=one.seed + 7919,
             sample_rate=16000,
         )  # fmt: skip
 
     def decode(self, prompt: np.ndarray, new: np.ndarray) -> np.ndarray:
-        return np.repeat(new[0] / 10, HOP).astype(np.float32)
+        return np.repeat(np.where(new[0] == MUTE, 1e-5, new[0] / 10), HOP).astype(np.float32)
 
     def transcribe(self, first: list[np.ndarray]) -> list[str]:
         return ["alpha"] * len(first)
