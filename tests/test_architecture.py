@@ -208,6 +208,22 @@ def test_every_launch_file_parses(path: Path) -> None:
     assert path.stem != "zero3" or launch.deepspeed_config["zero3_save_16bit_model"] is True
 
 
+def test_the_readme_shows_files_that_exist() -> None:
+    shown = (ROOT / "README.md").read_text().partition("## The tree\n\n")[2].partition("\n\n")[0]
+    folder, missing, count = ROOT, [], 0
+    for line in shown.splitlines():
+        entry = re.split(r"\s{3,}", line.strip())[0]
+        if not line.startswith("      "):
+            folder = ROOT / entry.split()[0]
+            missing += [entry] if not folder.is_dir() else []
+            continue
+        for part in re.findall(r"[\w.]+(?:\.py|/)", entry):
+            count += 1
+            missing += [f"{name(folder)}/{part}"] if not (folder / part).exists() else []
+    assert count > 30, "the tree is not where this test looks for it"
+    assert not missing, f"README.md shows {missing}"
+
+
 def test_every_imported_package_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     optional = project["optional-dependencies"].values()
