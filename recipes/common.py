@@ -1,7 +1,7 @@
 """What every recipe shares: its configuration, its run folder, its exit status.
 
-The run folder holds config.yaml, run.json (git revision, seed, versions and machine of each
-start), metrics.jsonl, TensorBoard events and checkpoints/step-00000500. A stage is a subfolder.
+The run folder holds config.yaml, run.json (git revision, seed, versions, machine of each start),
+metrics.jsonl, TensorBoard events and checkpoints/step-00000500. A stage is a subfolder.
 """
 
 import fcntl
@@ -56,17 +56,18 @@ def run_program(main: Callable[[list[str]], None]) -> None:
         format="%(asctime)s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )
-    for talkative in ("accelerate", "faster_whisper"):  # Ten lines a checkpoint, one a recording.
-        logging.getLogger(talkative).setLevel(logging.WARNING)
+    for name in ("accelerate", "faster_whisper"):  # Ten lines a checkpoint, one a recording.
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         main(sys.argv[1:])
-        if torch.distributed.is_initialized():
-            # Left to the interpreter's end, gloo's threads now and then abort the process.
+        if torch.distributed.is_initialized():  # Else gloo's threads may abort at the very end.
             torch.distributed.destroy_process_group()
     except (ValueError, OSError) as error:
         if os.environ.get("PARLANCE_TRACEBACK") == "1":
             raise
-        if not isinstance(error, _SaidElsewhere):
+        # All ranks make a mistake alike until they meet: the first one of a machine tells it.
+        tells = torch.distributed.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
+        if tells and not isinstance(error, _SaidElsewhere):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

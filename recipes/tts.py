@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 NUM_PROMPTS = 3
 PROMPT_SECONDS = 4.0
-"""Long enough to tell a voice, short enough to leave room for the text."""
+"""Long enough to tell a voice."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +84,8 @@ def main(argv: list[str]) -> None:
     if train.stamp.num_codebooks > 1:
         train_nar(train, dev, run, config, folder / "voice")
     if accelerator.is_main_process:
-        prompts = pick_prompts(dev, str(config.dev)) if dev is not None else None
+        longest = Coverage.load(folder / "voice" / "ar").longest_frames / train.stamp.frame_rate
+        prompts = pick_prompts(dev, str(config.dev), longest) if dev is not None else None
         finish_voice(folder / "voice", config.codec, card(config, train.stamp.id), prompts)
     leave_group(accelerator)
     if accelerator.is_main_process and dev is not None and config.speak.num_items:
@@ -177,11 +178,15 @@ def finish_voice(
         temporary.write_text(text, encoding="utf-8")
 
 
-def pick_prompts(dev: TokenShard, source: str) -> dict[str, Prompt]:
-    """Up to three dev recordings to take voices from, of different speakers where there are such;
-    those that last the nearest to PROMPT_SECONDS."""
+def pick_prompts(dev: TokenShard, source: str, longest: float) -> dict[str, Prompt]:
+    """Up to three dev recordings to take voices from, of different speakers where there are such.
+
+    They last the nearest to PROMPT_SECONDS, or to a third of the `longest` training recording, in
+    seconds: prompt and text together must not be longer than that.
+    """
+    aim = min(PROMPT_SECONDS, longest / 3)
     usable = [i for i, text in enumerate(dev.texts) if has_words(text) and dev.num_frames[i] > 0]
-    usable.sort(key=lambda i: abs(float(dev.durations[i]) - PROMPT_SECONDS))
+    usable.sort(key=lambda i: abs(float(dev.durations[i]) - aim))
     first_of: dict[str, int] = {}
     for index in usable:
         first_of.setdefault(dev.speakers[index], index)

@@ -264,13 +264,16 @@ def is_loop(tokens: Sequence[int], loop_tokens: int) -> bool:
     return False
 
 
-def restrict_context(max_positions: int, context: Sequence[int], least: int, most: int) -> int:
-    """The upper bound that fits the model. Raises ValueError when not even the lower one does."""
+def restrict_context(
+    max_positions: int, context: Sequence[int], least: int, most: int, what: str
+) -> int:
+    """The upper bound that fits the model. Raises ValueError when not even the lower one does;
+    `what` is too long then: the text, or the recording."""
     room = max_positions - len(context)
     if room < max(1, least):
         raise ValueError(
-            f"the text is too long for the model: {len(context)} tokens of text and prompt and at "
-            f"least {least} of speech, but it holds {max_positions}; split the text"
+            f"the {what} is too long for the model: {len(context)} tokens come in and at least "
+            f"{max(1, least)} go out, but it holds {max_positions}; split the {what}"
         )
     return min(most, room)
 

@@ -230,17 +230,18 @@ class Voice:
             raise ValueError("this voice has no nar/: it transcribes, but cannot speak")
         self.coverage.check(text)
         prompt.check(self.codec.codebook_sizes)
-        if prompt.text:
+        if not prompt.continuation:
             self.coverage.check(prompt.text, "the prompt's text")
         vocabulary, tokenizer = self.lm.vocabulary, self.lm.tokenizer
         joined = vocabulary.encode_text(tokenizer, join_texts(prompt.text, text))
         num_tokens = len(vocabulary.encode_text(tokenizer, text))
         context = tts_context(vocabulary, joined, prompt.codes[0])
         least, most = speech_bounds(num_tokens, self.codec.frame_rate, self.sampling)
-        if prompt.continuation or not prompt.text:
-            spoken = prompt.codes.shape[1]
+        spoken = prompt.codes.shape[1]
+        if prompt.continuation:
             least, most = max(0, least - spoken), max(1, most - spoken)
-        most = restrict_context(self.lm.max_positions, context, least, most)
+        most = restrict_context(self.lm.max_positions, context, least, most, "text")
+        self.coverage.check_length(spoken, least, self.codec.frame_rate)
         return Utterance(text=text, prompt=prompt, context=context, bounds=(least, most), seed=seed)
 
     def speak(self, utterances: Sequence[Utterance]) -> list[Speech]:
@@ -333,7 +334,8 @@ class Voice:
         requests = []
         for codes in first:
             context = asr_context(vocabulary, codes)
-            most = restrict_context(self.lm.max_positions, context, 1, text_bound(len(codes), rate))
+            most = text_bound(len(codes), rate)
+            most = restrict_context(self.lm.max_positions, context, 1, most, "recording")
             requests.append(Request(context=context, min_tokens=0, max_tokens=most, seed=0))
         likeliest = replace(self.sampling, greedy=True)
         made = generate(self.lm, requests, text_only(self.lm), likeliest)

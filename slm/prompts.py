@@ -167,6 +167,15 @@ class Coverage:
         if unseen:
             logger.warning("characters that no training text had: %s", " ".join(unseen))
 
+    def check_length(self, prompt: int, least: int, frame_rate: float) -> None:
+        """Raises ValueError when `prompt` frames and `least` more are beyond all training."""
+        if prompt + least > self.longest_frames:
+            raise ValueError(
+                f"the text is too long for the model: {prompt / frame_rate:.1f} s of prompt and at "
+                f"least {least / frame_rate:.1f} s of speech, but it was trained on no more than "
+                f"{self.longest_frames / frame_rate:.1f} s; split the text or shorten the prompt"
+            )
+
     def save(self, folder: str | Path) -> None:
         with written_whole(Path(folder) / COVERAGE_FILE) as temporary:
             temporary.write_text(json.dumps(asdict(self), indent=1))

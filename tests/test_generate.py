@@ -120,9 +120,9 @@ def test_bounds_follow_text_and_frame_rate() -> None:
 
 
 def test_a_text_that_cannot_fit_is_refused() -> None:
-    assert restrict_context(100, [0] * 40, 20, 300) == 60
+    assert restrict_context(100, [0] * 40, 20, 300, "text") == 60
     with pytest.raises(ValueError, match="too long for the model"):
-        restrict_context(100, [0] * 90, 20, 300)
+        restrict_context(100, [0] * 90, 20, 300, "text")
 
 
 class Script(torch.nn.Module):

@@ -156,6 +156,23 @@ def test_texts_that_cannot_be_spoken(voice: Voice, text: str, message: str) -> N
         voice.tts(text, "ann")
 
 
+def test_what_is_longer_than_all_training_is_refused(voice: Voice) -> None:
+    ends = Prompt(codes=np.zeros((3, 55), np.int64), text="red hen")
+    assert voice.prepare("cat", ends).bounds[0] == 1  # 56 of 60 frames
+    with pytest.raises(ValueError, match=r"2\.2 s of prompt.*no more than 2\.4 s; split the text"):
+        voice.prepare(TEXT, ends)
+
+
+def test_a_recording_that_is_too_long_is_called_so(voice: Voice) -> None:
+    with pytest.raises(ValueError, match=r"recording is too long .*; split the recording"):
+        voice.transcribe([np.zeros(300, np.int64)])
+
+
+def test_only_a_continuation_has_no_transcript(voice: Voice) -> None:
+    with pytest.raises(ValueError, match="the prompt's text '' has nothing to say"):
+        voice.prepare(TEXT, Prompt(codes=np.zeros((3, 5), np.int64), text=""))
+
+
 def test_a_silent_wave_is_a_failure(voice: Voice, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(voice, "decode", lambda prompt, new: np.zeros(100, np.float32))
     assert voice.tts("a cat", "ann").failure == "empty"

@@ -73,7 +73,10 @@ def test_one_process_trains_speaks_and_scores(
     inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "run"
-    small = [*inputs, *SMALL, "speak.num_items=3", "speak.sampling.frames_per_token=[0.2,1.0]"]
+    small = [
+        *(*inputs, *SMALL, "speak.num_items=3", "speak.longest_prompt=1.3"),
+        "speak.sampling.frames_per_token=[0.2,1.0]",
+    ]
     tts([f"out={out}", *small])
     assert "dev-continuation" in capsys.readouterr().out
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
@@ -163,6 +166,18 @@ def test_what_people_get_wrong(
     steps = ["optim.steps=0", "nar_optim.steps=0"]
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
         tts([f"out={tmp_path / 'run'}", *inputs, *SMALL, *steps, override])
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_mistake_before_the_ranks_meet_is_told_once(tmp_path: Path, rank: str) -> None:
+    command = [sys.executable, str(ROOT / "recipes" / "asr.py"), "codec=/no/codec"]
+    environment = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert ("error: /no/codec" in done.stderr) == (rank == "0"), done.stderr
+    assert "error" not in done.stderr or rank == "0"
 
 
 def test_tokens_of_another_codec_are_refused(inputs: list[str], tmp_path: Path) -> None:
