@@ -5,15 +5,12 @@ metrics.jsonl, TensorBoard events and checkpoints/step-00000500. A stage is a su
 """
 
 import fcntl
-import importlib.metadata
+import gc
 import json
 import logging
 import os
-import platform
 import shutil
-import subprocess
 import sys
-import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +30,7 @@ from tqdm import tqdm
 
 from recipes.checkpoints import cut_metrics, is_whole, is_write_failure, remove, seal, step_of, sync
 from recipes.configuration import leaves, load_config, resolved
+from recipes.provenance import git_revision, note_start
 
 __all__ = ["Run", "git_revision", "load_config", "make_accelerator", "run_program", "start_run"]
 
@@ -41,10 +39,6 @@ logger = logging.getLogger(__name__)
 # DeepSpeed picks its device when it is first imported, which the Accelerator does.
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "accelerate", "transformers", "peft", "deepspeed", "numpy", "lhotse")
-"""Packages whose versions a run notes."""
 
 
 def run_program(main: Callable[[list[str]], None]) -> None:
@@ -60,7 +54,8 @@ def run_program(main: Callable[[list[str]], None]) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         main(sys.argv[1:])
-        if torch.distributed.is_initialized():  # Else gloo's threads may abort at the very end.
+        if torch.distributed.is_initialized():
+            gc.collect()  # An engine that is still there when its group goes aborts the process.
             torch.distributed.destroy_process_group()
     except (ValueError, OSError) as error:
         if os.environ.get("PARLANCE_TRACEBACK") == "1":
@@ -133,7 +128,7 @@ def start_run(
         try:
             lock = _Lock(folder)
             _claim(folder, resolved(config))
-            _note_start(folder, seed, accelerator)
+            note_start(folder, seed, accelerator.mixed_precision, _world(accelerator))
         except (ValueError, OSError) as error:
             failure = [error]
     _share(failure, accelerator)
@@ -290,21 +285,6 @@ class _SaidElsewhere(ValueError):
     """An error that the main process reports."""
 
 
-def git_revision() -> str:
-    """The revision of this checkout, with `-dirty` when tracked files differ; else `unknown`."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(REPOSITORY), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")) != REPOSITORY:
-            return "unknown"  # Installed inside somebody else's repository.
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 class _Lock:
     """The folder's lock, held until it is closed or forgotten, or the process ends."""
 
@@ -344,38 +324,6 @@ def _claim(folder: Path, config: dict[str, Any]) -> None:
             f"{folder}: begun with another configuration: {changes}"
             f"{', ...' if len(differing) > 5 else ''}; choose another folder, or remove this one"
         )
-
-
-def _note_start(folder: Path, seed: int, accelerator: Accelerator) -> None:
-    """Adds this start to run.json."""
-    path = folder / "run.json"
-    starts = json.loads(path.read_text())["starts"] if path.exists() else []
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    starts.append(
-        {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "git": git_revision(),
-            "packages": {name: _version(name) for name in PACKAGES},
-            "machine": {
-                "python": platform.python_version(),
-                "system": platform.platform(),
-                "cores": os.cpu_count(),
-                "gpu": gpu,
-            },
-            "precision": accelerator.mixed_precision,
-            **_world(accelerator),
-        }
-    )
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"seed": seed, "starts": starts}, indent=2) + "\n")
-    temporary.rename(path)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _world(accelerator: Accelerator) -> dict[str, Any]:

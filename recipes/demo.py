@@ -93,6 +93,10 @@ def speaking_steps(prompt_text: str) -> list[Step]:
     """What a user of the voice would type."""
     slm = [sys.executable, "-m", "slm"]
     tts = [*slm, "tts", "--voice", str(VOICE), "--text", TEXT, "--prompt", str(OUT / "prompt.wav")]
+    reconstruct = [
+        sys.executable, "-m", "codec", "reconstruct", "--overwrite",
+        "--codec", str(VOICE / "codec"), "--out", str(OUT / "reconstructed"),
+    ]  # fmt: skip
     benchmark = [sys.executable, str(HERE / "benchmark.py"), "reconstruction"]
     return [
         Step(
@@ -103,6 +107,7 @@ def speaking_steps(prompt_text: str) -> list[Step]:
             "transcribe a recording",
             [*slm, "asr", "--voice", str(VOICE), str(OUT / "original.wav")],
         ),
+        Step("reconstruct it", [*reconstruct, str(OUT / "original.wav")]),
         Step(
             "score the codec",
             [
@@ -136,8 +141,10 @@ def shown(arguments: list[str]) -> str:
     """The command as one would type it in the repository."""
     words = ["python" if word == sys.executable else word for word in arguments]
     text = shlex.join(word.replace(f"{HERE.parent}/", "") for word in words)
-    return text.replace("python -m accelerate.commands.launch", "accelerate launch").replace(
-        "python -m slm", "slm"
+    return (
+        text.replace("python -m accelerate.commands.launch", "accelerate launch")
+        .replace("python -m slm", "slm")
+        .replace("python -m codec", "codec")
     )
 
 
@@ -186,18 +193,6 @@ def main(argv: list[str]) -> None:
     for number, step in enumerate(speaking, len(training) + 1):
         report.append(run(step, number, total))
     reconstruction = OUT / "reconstruction.wav"
-    codec = [
-        "-m",
-        "codec",
-        "reconstruct",
-        "--codec",
-        str(VOICE / "codec"),
-        str(OUT / "original.wav"),
-    ]
-    run(
-        Step("reconstruct it", [sys.executable, *codec, "--out", str(OUT / "reconstructed")]),
-        total, total,
-    )  # fmt: skip
     (OUT / "reconstructed" / "original.wav").replace(reconstruction)
     draw(
         {
@@ -208,7 +203,7 @@ def main(argv: list[str]) -> None:
         },
         OUT / "spectrogram.png",
     )
-    transcript = json.loads(report[-2].splitlines()[-1])["text"]
+    transcript = json.loads(report[-3].splitlines()[-1])["text"]
     scores = (
         f"{report[len(training) - 1]}\n{report[-1]}\nTranscript of original.wav: {transcript}\n"
     )

@@ -67,7 +67,7 @@ def _load(arguments: argparse.Namespace) -> "Voice":
 def _tts(arguments: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from codec.audio import check_name
+    from slm.pipeline import check_name
 
     if arguments.list is None and None in (arguments.text, arguments.prompt):
         raise ValueError("give --text and --prompt, or --list")

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 
 from codec import Codec, load_codec, read_audio, write_audio
+from codec.audio import check_name as check_name
 from codec.audio import check_wave, stream_audio
 from slm.ar import SpeechLM, digest_of
 from slm.config import SamplingConfig

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from launched.tiny_training import TinyConfig
 
-from recipes import common
+from recipes import provenance
 from recipes.checkpoints import is_write_failure
 from recipes.common import Run, git_revision, run_program, start_run
 
@@ -97,7 +97,7 @@ def test_another_configuration_is_refused_by_key(run: Run, accelerator: Accelera
 def test_git_revision_outside_a_checkout_is_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(common, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(provenance, "REPOSITORY", tmp_path)
     assert git_revision() == "unknown"
 
 

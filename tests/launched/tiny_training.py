@@ -51,7 +51,6 @@ def main(argv: list[str]) -> None:
     if accelerator.is_main_process:
         facts = {"engine": type(model).__name__, "world": accelerator.num_processes}
         torch.save({"weights": weights, **facts}, folder / "final.pt")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+"""Validation of a codec in training: distances, codebook use, sound and pictures."""
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from codec.config import CropConfig, LossConfig, MelScaleConfig
+from codec.data import load_cut
+from codec.losses import log_mel, mel_loss, wave_loss
+from codec.model import Codec
+from codec.quantize import codebook_use, count_codes
+
+if TYPE_CHECKING:
+    from lhotse.cut import Cut
+
+logger = logging.getLogger(__name__)
+
+NUM_SHOWN = 3
+PLOT_SCALE = MelScaleConfig(window=1024, hop=256, num_mels=80)
+
+
+@torch.no_grad()
+def validate(
+    codec: Codec,
+    dev: Sequence["Cut"],
+    accelerator: Any,
+    crops: CropConfig,
+    losses: LossConfig,
+    step: int,
+) -> dict[str, float]:
+    """Mel and wave distance and codebook use on the dev list, shared out over all ranks.
+
+    It calls the codec itself, not its DDP wrapper, and meets the others in one reduction, so no
+    rank can wait for another in vain.
+    """
+    codec.eval()
+    size = codec.codebook_sizes[0]
+    sums = torch.zeros(3, dtype=torch.float64)
+    counts = torch.zeros(codec.num_codebooks, size, dtype=torch.long, device=accelerator.device)
+    chosen = list(dev)[: crops.num_validation]
+    for index in range(accelerator.process_index, len(chosen), accelerator.num_processes):
+        try:
+            samples = load_cut(
+                chosen[index], codec.sample_rate, duration=crops.max_validation_seconds
+            )
+        except ValueError as error:
+            logger.warning("skipped in validation: %s", error)
+            continue
+        wave = torch.from_numpy(samples)[None, None].to(accelerator.device)
+        if wave.shape[-1] < max(scale.window for scale in losses.mel_scales):
+            continue
+        codes = codec.encode(wave).codes
+        fake = codec.decode(codes)[..., : wave.shape[-1]]
+        mel = mel_loss(fake, wave, losses.mel_scales, sample_rate=codec.sample_rate)
+        sums += torch.tensor([float(mel), float(wave_loss(fake, wave)), 1.0], dtype=torch.float64)
+        counts += count_codes(codes, size)
+        if index < NUM_SHOWN and accelerator.is_main_process:
+            _show(accelerator, f"dev/{index}", wave, fake, codec.sample_rate, step)
+    codec.train()
+    sums, counts = accelerator.reduce((sums.to(accelerator.device), counts))
+    use = codebook_use(counts)
+    number = max(float(sums[2]), 1.0)
+    values = {"mel": float(sums[0]) / number, "wave": float(sums[1]) / number, "n": float(sums[2])}
+    for index in range(codec.num_codebooks):
+        values[f"use_{index + 1}"] = float(use.share[index])
+        values[f"perplexity_{index + 1}"] = float(use.perplexity[index])
+    return {f"dev/{name}": value for name, value in values.items()}
+
+
+def _show(accelerator, name: str, real: Tensor, fake: Tensor, sample_rate: int, step: int) -> None:
+    """Sound and log-mel picture (original above, reconstruction below) for TensorBoard."""
+    writers = [tracker.writer for tracker in accelerator.trackers if tracker.name == "tensorboard"]
+    for writer in writers:
+        writer.add_audio(f"{name}/reconstruction", fake[0], step, sample_rate=sample_rate)
+        if step == 0:
+            writer.add_audio(f"{name}/original", real[0], step, sample_rate=sample_rate)
+        pictures = [log_mel(wave, PLOT_SCALE, sample_rate)[0].flip(0) for wave in (real, fake)]
+        picture = torch.cat(pictures)
+        low, high = picture.min(), picture.max()
+        writer.add_image(f"{name}/mel", ((picture - low) / (high - low)).unsqueeze(0), step)
