@@ -158,7 +158,7 @@ class OptimConfig:
     weight_decay: float = 0.01
     """Applied to matrices, not to vectors."""
     clip_norm: float = 1.0
-    """Largest gradient norm."""
+    """Gradients are clipped to this norm; 0: never."""
     accumulate: int = 1
     """Micro-batches of a step on each rank."""
     log_every: int = 5
@@ -173,10 +173,12 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for name in ("accumulate", "log_every", "eval_every", "eval_batches", "save_every"):
             _positive(**{f"optim.{name}": getattr(self, name)})
-        _positive(**{"optim.lr": self.lr, "optim.clip_norm": self.clip_norm})
+        _positive(**{"optim.lr": self.lr})
         _share(**{"optim.final_lr_share": self.final_lr_share})
-        if self.steps < 0 or self.warmup_steps < 0 or self.weight_decay < 0:
-            raise ValueError("optim: steps, warmup_steps and weight_decay must not be negative")
+        if min(self.steps, self.warmup_steps, self.weight_decay, self.clip_norm) < 0:
+            raise ValueError(
+                "optim: steps, warmup_steps, weight_decay and clip_norm must not be negative"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

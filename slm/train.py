@@ -116,10 +116,6 @@ def due(step: int, every: int, last: bool) -> bool:
     return last or (step > 0 and step % every == 0)
 
 
-def _epoch(data: Data, run: Run, config: OptimConfig) -> int:
-    return data.num_steps(run.accelerator.num_processes, config.accumulate)
-
-
 def _ahead(
     data: Data, steps: range, run: Run, config: OptimConfig
 ) -> Generator[list[Share], None, None]:
@@ -156,7 +152,8 @@ def _train_step(
             accelerator.backward(losses.total)
             if accelerator.sync_gradients:
                 # DeepSpeed has clipped and stepped inside backward; here it only tells the norm.
-                norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
+                limit = config.clip_norm or math.inf
+                norm = accelerator.clip_grad_norm_(model.parameters(), limit)
             optimizer.step()
             optimizer.zero_grad()
         meter.add(losses.scores)

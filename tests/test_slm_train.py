@@ -167,3 +167,9 @@ def test_learning_rate() -> None:
     assert max(rates) == rates[10] == pytest.approx(1.0)
     assert rates[100] == pytest.approx(0.1)
     assert np.all(np.diff(rates[10:]) < 0)
+
+
+def test_a_clip_norm_of_zero_means_never_and_a_negative_one_nothing() -> None:
+    assert OptimConfig(clip_norm=0.0).clip_norm == 0
+    with pytest.raises(ValueError, match="clip_norm must not be negative"):
+        OptimConfig(clip_norm=-1.0)
