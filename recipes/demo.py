@@ -35,7 +35,7 @@ What this miniature can do: every part of it is the real one. The codec is a neu
 codes a second per codebook are what the language model reads and writes, the language model is a
 pretrained text LLM with an extended vocabulary, trained under DeepSpeed.
 
-What it cannot do: it has heard 22 minutes of one woman and learned for six. Its codec
+What it cannot do: it has heard 22 minutes of one woman and learned for seven. Its codec
 sounds hoarse, it repeats phrases of its training recordings rather than say a new sentence, its
 transcripts are guesses, and it imitates no voice but hers. README.md says how to go on.
 """
