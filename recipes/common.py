@@ -294,8 +294,13 @@ class _Lock:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            message = "another process is running in this folder; wait for it or choose another"
-            raise ValueError(f"{folder}: {message}") from None
+            holder = os.read(self._descriptor, 32).decode() or "unknown"
+            raise ValueError(
+                f"{folder}: another process is running in this folder (pid {holder}); wait for it, "
+                "end it, or choose another folder"
+            ) from None
+        os.truncate(self._descriptor, 0)
+        os.write(self._descriptor, str(os.getpid()).encode())
         # A forked data worker that outlives a killed parent must not keep the lock.
         reference = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: (held := reference()) and held.close())

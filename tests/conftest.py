@@ -1,5 +1,6 @@
 """Tests need no network and no downloaded models."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +47,27 @@ def write_wav() -> Callable[..., Path]:
     return write
 
 
+def free_port() -> int:
+    """A port for a launch: tests run side by side, and all would take the default one."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """Kills a program and every process that it started with -9, and waits until they are gone.
+
+    A launcher gives its ranks sessions of their own: a signal to its group does not reach them, and
+    they would hold the run folder until they are done.
+    """
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for each in reversed(family):  # The launcher first: it would report the death of its ranks.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.wait()
+    assert not psutil.wait_procs(family, timeout=60)[1]
+
+
 @pytest.fixture(scope="session")
 def tiny_codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved codec of 3 codebooks of 32 entries at 25 Hz, with random weights."""
@@ -76,13 +99,10 @@ def launch() -> Callable[..., subprocess.CompletedProcess[str]]:
     """`launch("zero2", script, *arguments)` runs a script on two CPU processes with accelerate."""
 
     def run(config: str, script: str | Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
         command = [
             *(sys.executable, "-m", "accelerate.commands.launch"),
             *("--config_file", str(ROOT / "recipes" / "accelerate" / f"{config}.yaml")),
-            *("--num_processes", "2", "--main_process_port", str(port)),
+            *("--num_processes", "2", "--main_process_port", str(free_port())),
             *(str(script), *arguments),
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

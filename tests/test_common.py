@@ -66,7 +66,7 @@ def test_the_run_folder_says_what_ran(run: Run) -> None:
 def test_two_runs_in_one_folder_are_refused_until_the_first_ends(
     run: Run, accelerator: Accelerator
 ) -> None:
-    with pytest.raises(ValueError, match="another process is running in this folder"):
+    with pytest.raises(ValueError, match=rf"in this folder \(pid {os.getpid()}\)"):
         start_run(TinyConfig(), run.folder, seed=0, accelerator=accelerator)
     folder = run.folder
     run.close()

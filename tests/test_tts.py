@@ -4,8 +4,6 @@ import json
 import math
 import os
 import resource
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, voiced
+from conftest import ROOT, free_port, kill_all, voiced
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tiny_slm import quiet, save_base, save_shard
@@ -189,13 +187,10 @@ def test_tokens_of_another_codec_are_refused(inputs: list[str], tmp_path: Path) 
 
 
 def start(config: str, out: Path, inputs: list[str]) -> tuple[list[str], dict[str, str]]:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"),
         *("--config_file", str(ROOT / "recipes" / "accelerate" / f"{config}.yaml")),
-        *("--main_process_port", str(port), str(ROOT / "recipes" / "tts.py")),
+        *("--main_process_port", str(free_port()), str(ROOT / "recipes" / "tts.py")),
         *(f"out={out}", *inputs, *SMALL, "speak.num_items=0"),
     ]
     return command, {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -214,16 +209,14 @@ def run_killed(config: str, out: Path, inputs: list[str], at: Path) -> None:
     """Kills every process of a run with -9 as soon as the checkpoint `at` is there."""
     command, environment = start(config, out, inputs)
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 200
     while not at.exists():
         assert process.poll() is None, f"the run ended before {at} was there"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_all(process)
 
 
 @pytest.mark.slow
