@@ -189,11 +189,18 @@ class ResidualVQ(nn.Module):
 
     @torch.no_grad()
     def encode(
-        self, latent: Float[Tensor, "B D T"], num_codebooks: int | None = None
+        self,
+        latent: Float[Tensor, "B D T"],
+        num_codebooks: int | None = None,
+        first_codebook: int = 0,
     ) -> Int[Tensor, "B q T"]:
-        """Codes of the first `num_codebooks` (default all)."""
+        """Codes of `num_codebooks` codebooks (default all that are left) from first_codebook on.
+
+        The first of them quantises the latent itself: what codebooks before it would have taken is
+        not subtracted.
+        """
         residual, codes = rearrange(latent.float(), "b d t -> (b t) d"), []
-        for codebook in list(self.codebooks)[:num_codebooks]:
+        for codebook in list(self.codebooks)[first_codebook:][:num_codebooks]:
             assert isinstance(codebook, Codebook)
             flat = codebook.nearest(residual)
             residual = residual - codebook.lookup(flat)
