@@ -1,7 +1,6 @@
 """Codec: recordings to codes and back, whatever networks its configuration names."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +13,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from codec.config import CodecConfig, codec_config_from_dict
+from codec.folder import WEIGHTS_FILE, check_config_file, check_device, load_weights
 from codec.layers import Lengths, ceil_div
 from codec.quantize import Quantized, ResidualVQ
 from codec.seanet import SEANetDecoder, SEANetEncoder
 from codec.spectral import SpectralDecoder, SpectralEncoder
 from codec.tokens import CodecStamp
 
-WEIGHTS_FILE = "model.safetensors"
 # Longer recordings are coded in pieces of this length, each with CONTEXT on both sides. The
 # frame-rate networks look 1 s far at most, so there the pieces change nothing; SEANet's LSTMs
 # look further, and what that changes is measured in the tests.
@@ -91,6 +90,11 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
         return (self.config.quantizer.codebook_size,) * self.num_codebooks
 
     @property
+    def latent_dimension(self) -> int:
+        """D of the latent and of codebook entries."""
+        return (self.config.seanet if self.config.family == "seanet" else self.config.spectral).dimension
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
@@ -122,15 +126,19 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
         wave: Float[Tensor, "B C S"],
         lengths: Int[Tensor, " B"] | None = None,
         num_codebooks: int | None = None,
+        first_codebook: int = 0,
     ) -> Codes:
         """Codes of a batch of mono waves (B,1,S), T = ceil(S / hop_length).
 
-        `lengths` are samples per item.
+        `lengths` are samples per item. The codes are those of `num_codebooks` codebooks (default:
+        all that are left) from `first_codebook` on, counted from 0. Where that is not 0, its
+        codebook quantises the latent itself, so the codes are no slice of the whole's.
         Each item of a padded batch gets the codes that it gets alone. Input of any length is coded
-        in bounded memory. Raises `ValueError` for input that is not mono or empty.
+        in bounded memory. Raises `ValueError` for input that is not mono or empty, and for
+        codebooks that are not there.
         """
         self._check_wave(wave, lengths)
-        self._check_num_codebooks(num_codebooks)
+        books = self._books(num_codebooks, first_codebook)
         wave = wave.to(self.device)
         if lengths is None:
             frames = torch.full((len(wave),), ceil_div(wave.shape[-1], self.hop_length))
@@ -141,19 +149,22 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
         for piece in _pieces(ceil_div(wave.shape[-1], self.hop_length), *self._chunk_frames):
             start, stop = (frame * self.hop_length for frame in (piece.start, piece.stop))
             inside = None if lengths is None else (lengths - start).clamp(1, stop - start)
-            codes = self._encode_piece(wave[..., start:stop], inside, num_codebooks)
+            codes = self._encode_piece(wave[..., start:stop], inside, books)
             pieces.append(codes[..., piece.keep])
         return Codes(torch.cat(pieces, dim=-1), frames.to(self.device))
 
     @torch.inference_mode()
     def encode_stream(
-        self, blocks: Iterable[Float[np.ndarray, " _"]], num_codebooks: int | None = None
-    ) -> Int[np.ndarray, "Q T"]:
+        self,
+        blocks: Iterable[Float[np.ndarray, " _"]],
+        num_codebooks: int | None = None,
+        first_codebook: int = 0,
+    ) -> Int[np.ndarray, "q T"]:
         """Codes of one recording that arrives in blocks of samples, in bounded memory.
 
         Equal to `encode` of the blocks joined. Raises `ValueError` when there are no samples.
         """
-        self._check_num_codebooks(num_codebooks)
+        books = self._books(num_codebooks, first_codebook)
         hop, (chunk, context) = self.hop_length, self._chunk_frames
         # `held` starts at frame `origin`; frames before `done` are coded.
         held, origin, done, codes = np.zeros(0, np.float32), 0, 0, []
@@ -161,7 +172,7 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
             held = np.concatenate([held, block])
             while origin * hop + len(held) >= (done + chunk + context) * hop + 1:
                 stop = (done + chunk + context - origin) * hop
-                codes.append(self._encode_held(held[:stop], done - origin, chunk, num_codebooks))
+                codes.append(self._encode_held(held[:stop], done - origin, chunk, books))
                 done += chunk
                 drop = max(done - context, 0) - origin
                 held, origin = held[drop * hop :], origin + drop
@@ -173,37 +184,45 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
             stop = (done + chunk + context - origin) * hop
             start = max(done - context, 0) - origin
             piece = held[start * hop : stop]
-            codes.append(self._encode_held(piece, done - origin - start, keep, num_codebooks))
+            codes.append(self._encode_held(piece, done - origin - start, keep, books))
             done += keep
         return np.concatenate(codes, axis=1)
 
     @torch.inference_mode()
     def decode(
-        self, codes: Int[Tensor, "B q T"], lengths: Int[Tensor, " B"] | None = None
+        self,
+        codes: Int[Tensor, "B q T"],
+        lengths: Int[Tensor, " B"] | None = None,
+        first_codebook: int = 0,
     ) -> Float[Tensor, "B 1 S"]:
-        """Waves of S = T * hop_length samples from the first codebooks, any number of them.
+        """Waves of S = T * hop_length samples from any number of codebooks that follow each other.
 
-        `lengths` are frames per item; what lies beyond them in the waves is undefined. Raises
-        `ValueError` for codes that this codec cannot have made.
+        codes[:, 0] is of `first_codebook`, counted from 0. `lengths` are frames per item; what
+        lies beyond them in the waves is undefined. Raises `ValueError` for codes that this codec
+        cannot have made.
         """
-        codes = self._check_codes(codes)
+        codes = self._check_codes(codes, first_codebook)
         lengths = None if lengths is None else lengths.to(self.device)
         pieces = []
         for piece in _pieces(codes.shape[-1], *self._chunk_frames):
             size = piece.stop - piece.start
             inside = None if lengths is None else (lengths - piece.start).clamp(1, size)
             part = codes[..., piece.start : piece.stop]
-            wave = self.decoder(self.quantizer.decode(part), inside)
+            wave = self.decoder(self.quantizer.decode(part, first_codebook), inside)
             keep = slice(piece.keep.start * self.hop_length, piece.keep.stop * self.hop_length)
             pieces.append(wave[..., keep])
         return torch.cat(pieces, dim=-1)
 
-    def decode_stream(self, codes: Int[np.ndarray, "Q T"]) -> Iterator[Float[np.ndarray, " _"]]:
+    def decode_stream(
+        self, codes: Int[np.ndarray, "q T"], first_codebook: int = 0
+    ) -> Iterator[Float[np.ndarray, " _"]]:
         """The wave of one recording, block after block: `decode` for hours of speech."""
-        whole = self._check_codes(torch.from_numpy(codes.astype(np.int64)).unsqueeze(0))
+        batch = torch.from_numpy(codes.astype(np.int64)).unsqueeze(0)
+        whole = self._check_codes(batch, first_codebook)
         for piece in _pieces(whole.shape[-1], *self._chunk_frames):
+            part = whole[..., piece.start : piece.stop]
             with torch.inference_mode():
-                wave = self.decoder(self.quantizer.decode(whole[..., piece.start : piece.stop]))
+                wave = self.decoder(self.quantizer.decode(part, first_codebook))
             keep = slice(piece.keep.start * self.hop_length, piece.keep.stop * self.hop_length)
             yield wave[0, 0, keep].cpu().numpy()
 
@@ -211,14 +230,14 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
     def _chunk_frames(self) -> tuple[int, int]:
         return round(CHUNK_SECONDS * self.frame_rate), round(CONTEXT_SECONDS * self.frame_rate)
 
-    def _encode_piece(self, wave: Tensor, lengths: Lengths | None, count: int | None) -> Tensor:
-        return self.quantizer.encode(self.encoder(wave, lengths), count)
+    def _encode_piece(self, wave: Tensor, lengths: Lengths | None, books: range) -> Tensor:
+        return self.quantizer.encode(self.encoder(wave, lengths), len(books), books.start)
 
     def _encode_held(
-        self, samples: np.ndarray, skip: int, keep: int, count: int | None
-    ) -> Int[np.ndarray, "Q T"]:
+        self, samples: np.ndarray, skip: int, keep: int, books: range
+    ) -> Int[np.ndarray, "q T"]:
         wave = torch.from_numpy(np.ascontiguousarray(samples)).to(self.device)[None, None]
-        return self._encode_piece(wave, None, count)[0, :, skip : skip + keep].cpu().numpy()
+        return self._encode_piece(wave, None, books)[0, :, skip : skip + keep].cpu().numpy()
 
     def _check_wave(self, wave: Tensor, lengths: Tensor | None) -> None:
         if wave.ndim != 3 or wave.shape[1] != 1:
@@ -231,16 +250,27 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
         if lengths is not None and int(lengths.max()) > wave.shape[-1]:
             raise ValueError(f"lengths {lengths.tolist()} exceed {wave.shape[-1]} samples")
 
-    def _check_num_codebooks(self, num_codebooks: int | None) -> None:
-        if num_codebooks is not None and not 1 <= num_codebooks <= self.num_codebooks:
-            raise ValueError(
-                f"num_codebooks must lie between 1 and {self.num_codebooks}, got {num_codebooks}"
-            )
+    def _books(self, num_codebooks: int | None, first_codebook: int) -> range:
+        left = self._num_from(first_codebook)
+        count = left if num_codebooks is None else num_codebooks
+        if not 1 <= count <= left:
+            after = f" from first_codebook {first_codebook} on" if first_codebook else ""
+            raise ValueError(f"num_codebooks must lie between 1 and {left}{after}, got {count}")
+        return range(first_codebook, first_codebook + count)
 
-    def _check_codes(self, codes: Tensor) -> Tensor:
-        if codes.ndim != 3 or not 1 <= codes.shape[1] <= self.num_codebooks or not codes.shape[2]:
+    def _num_from(self, first_codebook: int) -> int:
+        if not 0 <= first_codebook < self.num_codebooks:
             raise ValueError(
-                f"codec expects codes (batch, 1 to {self.num_codebooks} codebooks, frames), "
+                f"first_codebook must lie between 0 and {self.num_codebooks - 1}, "
+                f"got {first_codebook}"
+            )
+        return self.num_codebooks - first_codebook
+
+    def _check_codes(self, codes: Tensor, first_codebook: int) -> Tensor:
+        most = self._num_from(first_codebook)
+        if codes.ndim != 3 or not 1 <= codes.shape[1] <= most or not codes.shape[2]:
+            raise ValueError(
+                f"codec expects codes (batch, 1 to {most} codebooks, frames), "
                 f"got {tuple(codes.shape)}"
             )
         low, high, size = int(codes.min()), int(codes.max()), self.codebook_sizes[0]
@@ -271,7 +301,7 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
             keys = ("revision", "cache_dir", "force_download", "local_files_only", "token")
             options = {key: download[key] for key in keys if key in download}
             file = Path(hf_hub_download(model_id, WEIGHTS_FILE, **options))
-        _load_weights(codec, file)
+        load_weights(codec, file)
         codec.source = model_id
         return codec.to(map_location).eval()
 
@@ -282,9 +312,9 @@ def load_codec(path_or_hub_id: str | Path, device: str = "cpu") -> Codec:
     Raises `ValueError` when it is missing or its files do not fit together.
     """
     path = Path(path_or_hub_id)
-    _check_device(device)
+    check_device(device)
     if path.is_dir():
-        _check_json(path / "config.json")
+        check_config_file(path / "config.json")
     try:
         return Codec.from_pretrained(str(path_or_hub_id), map_location=device)
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
@@ -292,25 +322,6 @@ def load_codec(path_or_hub_id: str | Path, device: str = "cpu") -> Codec:
             f"{path_or_hub_id}: no such folder, and not to be had from the hub either "
             f"({type(error).__name__}); check the name"
         ) from error
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {device!r} cannot be used here ({reason}); try cpu") from error
-
-
-def _check_json(file: Path) -> None:
-    if not file.is_file():
-        raise ValueError(f"{file.parent}: no config.json there; is it the folder of a codec?")
-    try:
-        whole = isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
-    except ValueError:
-        whole = False
-    if not whole:
-        raise ValueError(f"{file}: not a whole JSON object; copy it again")
 
 
 class _Piece(NamedTuple):
@@ -333,38 +344,3 @@ def _semantic_head(dimension: int, semantic_dimension: int) -> nn.Module:
     if dimension == semantic_dimension:
         return nn.Identity()
     return nn.Linear(dimension, semantic_dimension)
-
-
-def _load_weights(codec: nn.Module, file: Path) -> None:
-    """Every tensor, with its shape, or a `ValueError` that names the first misfit."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not file.is_file():
-        raise ValueError(
-            f"{file}: no such file; a codec folder holds config.json and {WEIGHTS_FILE}"
-        )
-    try:
-        found = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file}: not a whole safetensors file ({error}); copy it again"
-        ) from error
-    expected = codec.state_dict()
-    for name, tensor in expected.items():
-        if name not in found:
-            raise ValueError(
-                f"{file}: the tensor {name} is missing; is config.json another codec's?"
-            )
-        if found[name].shape != tensor.shape:
-            raise ValueError(
-                f"{file}: the tensor {name} has shape {tuple(found[name].shape)}, config.json asks "
-                f"for {tuple(tensor.shape)}"
-            )
-        if not bool(found[name].isfinite().all()):
-            raise ValueError(f"{file}: the tensor {name} holds NaN or infinity: a failed training?")
-    if unknown := sorted(set(found) - set(expected)):
-        raise ValueError(
-            f"{file}: holds the unknown tensor {unknown[0]}; is config.json another's?"
-        )
-    codec.load_state_dict(found)

@@ -79,6 +79,47 @@ def test_any_number_of_first_codebooks(codec: Codec, speech) -> None:
         codec.encode(speech, num_codebooks=4)
 
 
+def test_any_stretch_of_codebooks(codec: Codec, speech) -> None:
+    codes = codec.encode(speech, first_codebook=1, num_codebooks=2).codes
+    with torch.inference_mode():
+        latent = codec.encoder(speech)
+        expected = codec.quantizer.codebooks[1].nearest(latent[0].T)
+    assert codes.shape[1] == 2
+    assert torch.equal(codes[0, 0], expected)
+    assert torch.equal(codec.encode(speech, first_codebook=1).codes, codes)
+    blocks = np.split(speech[0, 0].numpy(), [7_001, 20_000])
+    streamed = codec.encode_stream(blocks, num_codebooks=2, first_codebook=1)
+    np.testing.assert_array_equal(streamed, codes[0])
+
+    with torch.inference_mode():
+        books = codec.quantizer.codebooks[1:]
+        entries = [book.lookup(row) for book, row in zip(books, codes[0], strict=True)]
+        wave = codec.decoder((entries[0] + entries[1]).T[None])
+    decoded = codec.decode(codes, first_codebook=1)
+    torch.testing.assert_close(decoded, wave, atol=1e-6, rtol=0)
+    assert not torch.equal(decoded, codec.decode(codes))
+    pieces = np.concatenate(list(codec.decode_stream(codes[0].numpy(), first_codebook=1)))
+    np.testing.assert_array_equal(pieces, decoded[0, 0])
+
+
+def test_codebooks_that_are_not_there(codec: Codec, speech) -> None:
+    codes = codec.encode(speech).codes
+    for first in (-1, 3):
+        with pytest.raises(ValueError, match="first_codebook must lie between 0 and 2"):
+            codec.encode(speech, first_codebook=first)
+        with pytest.raises(ValueError, match="first_codebook must lie between 0 and 2"):
+            codec.decode(codes[:, :1], first_codebook=first)
+    for count in (0, 3):
+        with pytest.raises(ValueError, match="between 1 and 2 from first_codebook 1 on"):
+            codec.encode(speech, num_codebooks=count, first_codebook=1)
+    with pytest.raises(ValueError, match="between 1 and 2 from first_codebook 1 on"):
+        codec.encode_stream([speech[0, 0].numpy()], num_codebooks=3, first_codebook=1)
+    with pytest.raises(ValueError, match="1 to 2 codebooks"):
+        codec.decode(codes, first_codebook=1)
+    with pytest.raises(ValueError, match="1 to 1 codebooks"):
+        next(codec.decode_stream(codes[0, :2].numpy(), first_codebook=2))
+
+
 def long_speech(write_wav, tmp_path, seconds: float) -> torch.Tensor:
     wave = read_audio(write_wav(tmp_path / "long.wav", seconds, seed=5), 16_000)
     return torch.from_numpy(wave)[None, None]

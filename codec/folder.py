@@ -1,0 +1,65 @@
+"""A codec's folder: what must be in it, and in words what is wrong with it."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+WEIGHTS_FILE = "model.safetensors"
+
+
+def check_device(device: str) -> None:
+    """Raises `ValueError` for a device that is not there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used here ({reason}); try cpu") from error
+
+
+def check_config_file(file: Path) -> None:
+    """Raises `ValueError` when config.json is missing or no JSON object."""
+    if not file.is_file():
+        raise ValueError(f"{file.parent}: no config.json there; is it the folder of a codec?")
+    try:
+        whole = isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
+    except ValueError:
+        whole = False
+    if not whole:
+        raise ValueError(f"{file}: not a whole JSON object; copy it again")
+
+
+def load_weights(codec: nn.Module, file: Path) -> None:
+    """Every tensor, with its shape, or a `ValueError` that names the first misfit."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not file.is_file():
+        raise ValueError(
+            f"{file}: no such file; a codec folder holds config.json and {WEIGHTS_FILE}"
+        )
+    try:
+        found = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file}: not a whole safetensors file ({error}); copy it again"
+        ) from error
+    expected = codec.state_dict()
+    for name, tensor in expected.items():
+        if name not in found:
+            raise ValueError(
+                f"{file}: the tensor {name} is missing; is config.json another codec's?"
+            )
+        if found[name].shape != tensor.shape:
+            raise ValueError(
+                f"{file}: the tensor {name} has shape {tuple(found[name].shape)}, config.json asks "
+                f"for {tuple(tensor.shape)}"
+            )
+        if not bool(found[name].isfinite().all()):
+            raise ValueError(f"{file}: the tensor {name} holds NaN or infinity: a failed training?")
+    if unknown := sorted(set(found) - set(expected)):
+        raise ValueError(
+            f"{file}: holds the unknown tensor {unknown[0]}; is config.json another's?"
+        )
+    codec.load_state_dict(found)
