@@ -11,20 +11,16 @@ from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from codec.config import CodecConfig, codec_config_from_dict
 from codec.folder import WEIGHTS_FILE, check_config_file, check_device, load_weights
 from codec.layers import Lengths, ceil_div
+from codec.pieces import CHUNK_SECONDS, CONTEXT_SECONDS, pieces_of
 from codec.quantize import Quantized, ResidualVQ
 from codec.seanet import SEANetDecoder, SEANetEncoder
 from codec.spectral import SpectralDecoder, SpectralEncoder
 from codec.tokens import CodecStamp
-
-# Longer recordings are coded in pieces of this length, each with CONTEXT on both sides. The
-# frame-rate networks look 1 s far at most, so there the pieces change nothing; SEANet's LSTMs
-# look further, and what that changes is measured in the tests.
-CHUNK_SECONDS = 30.0
-CONTEXT_SECONDS = 2.0
 
 
 class Codes(NamedTuple):
@@ -55,6 +51,7 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
             config = codec_config_from_dict(config)
         self.config = config
         self.source = "untitled"
+        self._folded: dict[str, str] = {}  # Digest of the folded weights -> of those they are of.
         if config.family == "seanet":
             self.encoder, dimension = SEANetEncoder(config.seanet), config.seanet.dimension
             self.decoder = SEANetDecoder(config.seanet)
@@ -92,7 +89,9 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
     @property
     def latent_dimension(self) -> int:
         """D of the latent and of codebook entries."""
-        return (self.config.seanet if self.config.family == "seanet" else self.config.spectral).dimension
+        return (
+            self.config.seanet if self.config.family == "seanet" else self.config.spectral
+        ).dimension
 
     @property
     def device(self) -> torch.device:
@@ -102,13 +101,10 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
     @property
     def stamp(self) -> CodecStamp:
         """Names this codec and its very weights in token shards."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest = _digest(self)
         return CodecStamp(
             id=self.source,
-            digest=digest.hexdigest()[:16],
+            digest=self._folded.get(digest, digest),
             sample_rate=self.sample_rate,
             frame_rate=self.frame_rate,
             num_codebooks=self.num_codebooks,
@@ -146,7 +142,7 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
             lengths = lengths.to(self.device)
             frames = ceil_div(lengths, self.hop_length)
         pieces = []
-        for piece in _pieces(ceil_div(wave.shape[-1], self.hop_length), *self._chunk_frames):
+        for piece in pieces_of(ceil_div(wave.shape[-1], self.hop_length), *self._chunk_frames):
             start, stop = (frame * self.hop_length for frame in (piece.start, piece.stop))
             inside = None if lengths is None else (lengths - start).clamp(1, stop - start)
             codes = self._encode_piece(wave[..., start:stop], inside, books)
@@ -204,7 +200,7 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
         codes = self._check_codes(codes, first_codebook)
         lengths = None if lengths is None else lengths.to(self.device)
         pieces = []
-        for piece in _pieces(codes.shape[-1], *self._chunk_frames):
+        for piece in pieces_of(codes.shape[-1], *self._chunk_frames):
             size = piece.stop - piece.start
             inside = None if lengths is None else (lengths - piece.start).clamp(1, size)
             part = codes[..., piece.start : piece.stop]
@@ -219,12 +215,47 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
         """The wave of one recording, block after block: `decode` for hours of speech."""
         batch = torch.from_numpy(codes.astype(np.int64)).unsqueeze(0)
         whole = self._check_codes(batch, first_codebook)
-        for piece in _pieces(whole.shape[-1], *self._chunk_frames):
+        for piece in pieces_of(whole.shape[-1], *self._chunk_frames):
             part = whole[..., piece.start : piece.stop]
             with torch.inference_mode():
                 wave = self.decoder(self.quantizer.decode(part, first_codebook))
             keep = slice(piece.keep.start * self.hop_length, piece.keep.stop * self.hop_length)
             yield wave[0, 0, keep].cpu().numpy()
+
+    def fold_weight_norm(self) -> "Codec":
+        """Makes this codec faster, for inference only; its codes, waves and stamp stay the same.
+
+        Afterwards it cannot be trained: load it with `Codec.from_pretrained` for that.
+        """
+        normed = [module for module in self.modules() if is_parametrized(module, "weight")]
+        if normed:
+            digest = _digest(self)
+            for module in normed:
+                remove_parametrizations(module, "weight", leave_parametrized=True)
+            self._folded[_digest(self)] = digest
+        return self.eval()
+
+    def train(self, mode: bool = True) -> "Codec":
+        """Training mode, or not. Raises `ValueError` for a folded codec."""
+        if mode and self._folded:
+            raise ValueError(
+                f"{self.source}: this codec was loaded for inference; to train it, load it with "
+                "Codec.from_pretrained"
+            )
+        return super().train(mode)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Part of `save_pretrained` and `push_to_hub`: a folded codec saves what it comes from.
+
+        Raises `ValueError` when that is not there any more or one of the two has changed.
+        """
+        codec = _load(self.source) if self._folded else self
+        if codec.stamp.digest != self.stamp.digest:
+            raise ValueError(
+                f"{self.source}: the codec there and the one that was loaded from there are not "
+                "the same any more; to change a codec, load it with Codec.from_pretrained"
+            )
+        super(Codec, codec)._save_pretrained(save_directory)
 
     @property
     def _chunk_frames(self) -> tuple[int, int]:
@@ -309,8 +340,13 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
 def load_codec(path_or_hub_id: str | Path, device: str = "cpu") -> Codec:
     """A trained codec, ready to encode and decode, from a local folder or a hub id.
 
-    Raises `ValueError` when it is missing or its files do not fit together.
+    Its weight norm is folded: to train it further, load it with `Codec.from_pretrained`. Raises
+    `ValueError` when it is missing or its files do not fit together.
     """
+    return _load(path_or_hub_id, device).fold_weight_norm()
+
+
+def _load(path_or_hub_id: str | Path, device: str = "cpu") -> Codec:
     path = Path(path_or_hub_id)
     check_device(device)
     if path.is_dir():
@@ -324,19 +360,12 @@ def load_codec(path_or_hub_id: str | Path, device: str = "cpu") -> Codec:
         ) from error
 
 
-class _Piece(NamedTuple):
-    """A stretch of frames [start, stop) and which of its frames are kept."""
-
-    start: int
-    stop: int
-    keep: slice
-
-
-def _pieces(frames: int, chunk: int, context: int) -> Iterator[_Piece]:
-    for first in range(0, frames, chunk):
-        last = min(first + chunk, frames)
-        start, stop = max(first - context, 0), min(last + context, frames)
-        yield _Piece(start, stop, slice(first - start, last - start))
+def _digest(codec: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(codec.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _semantic_head(dimension: int, semantic_dimension: int) -> nn.Module:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from codec import Codec, CodecConfig, load_codec, read_audio
 from codec.config import QuantizerConfig, SEANetConfig, SpectralConfig
-from codec.model import CONTEXT_SECONDS
+from codec.pieces import CONTEXT_SECONDS
 
 SPECTRAL = CodecConfig(
     spectral=SpectralConfig(
@@ -197,6 +197,43 @@ def test_a_folder_brings_back_the_very_codec(codec: Codec, speech, tmp_path, cap
     with torch.no_grad():
         next(again.parameters()).add_(1e-3)
     assert again.stamp.digest != codec.stamp.digest
+
+
+def test_loaded_codecs_are_folded_and_keep_their_stamp(codec: Codec, speech, tmp_path) -> None:
+    codec.save_pretrained(tmp_path / "codec")
+    whole, folded = Codec.from_pretrained(str(tmp_path / "codec")), load_codec(tmp_path / "codec")
+    normed = codec.config.family == "seanet"
+    assert any("parametrizations" in name for name in whole.state_dict()) == normed
+    assert not any("parametrizations" in name for name in folded.state_dict())
+    assert folded.stamp == whole.stamp
+    codes = whole.encode(speech).codes
+    assert torch.equal(folded.encode(speech).codes, codes)
+    torch.testing.assert_close(folded.decode(codes), whole.decode(codes), atol=1e-5, rtol=0)
+
+    folded.save_pretrained(tmp_path / "copy")
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("codec", "copy")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
+    assert Codec.from_pretrained(str(tmp_path / "copy")).train().stamp.digest == folded.stamp.digest
+    if normed:
+        with pytest.raises(ValueError, match=r"to train it, load it with Codec\.from_pretrained"):
+            folded.train()
+
+
+def test_a_folded_codec_saves_what_it_is_or_nothing(speech, tmp_path) -> None:
+    codec = Codec(SEANET)
+    codec.save_pretrained(tmp_path / "codec")
+    folded = load_codec(tmp_path / "codec")
+    with torch.no_grad():
+        next(folded.parameters()).add_(1e-3)
+    assert folded.stamp.digest != codec.stamp.digest
+    with pytest.raises(ValueError, match="not the same any more"):
+        folded.save_pretrained(tmp_path / "copy")
+    folded = load_codec(tmp_path / "codec")
+    Codec(SEANET).save_pretrained(tmp_path / "codec")
+    with pytest.raises(ValueError, match="not the same any more"):
+        folded.save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy" / "model.safetensors").exists()
 
 
 def test_broken_folders_are_named(codec: Codec, tmp_path) -> None:
