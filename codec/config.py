@@ -1,4 +1,4 @@
-"""Frozen configurations of the codec: architecture, losses, training. No config library here."""
+"""Frozen configurations of the architecture. No config library here."""
 
 from dataclasses import dataclass, field, is_dataclass
 from math import prod
@@ -7,15 +7,16 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_h
 C = TypeVar("C")
 
 
-def _at_least(least: int | float, **values: int | float | tuple[int, ...]) -> None:
-    """Raise `ValueError` naming the first value, or element, below `least`."""
+def at_least(least: int | float, **values: int | float | tuple[int, ...]) -> None:
+    """Raise `ValueError` naming the first value, or element, below `least`; `__` reads as a dot."""
     for name, value in values.items():
         if any(each < least for each in (value if isinstance(value, tuple) else (value,))):
             key = name.replace("__", ".")
             raise ValueError(f"{key} must be at least {least:g}, got {value}")
 
 
-def _one_of(choices: tuple[str, ...], **values: str) -> None:
+def one_of(choices: tuple[str, ...], **values: str) -> None:
+    """Raise `ValueError` naming the first value that is none of `choices`."""
     for name, value in values.items():
         if value not in choices:
             key = name.replace("__", ".")
@@ -53,7 +54,7 @@ class SEANetConfig:
     def __post_init__(self) -> None:
         if not self.strides:
             raise ValueError("seanet.strides must name at least one stride")
-        _at_least(
+        at_least(
             1,
             seanet__num_filters=self.num_filters,
             seanet__strides=self.strides,
@@ -63,8 +64,8 @@ class SEANetConfig:
             seanet__residual_kernel_size=self.residual_kernel_size,
             seanet__num_residual_layers=self.num_residual_layers,
         )
-        _at_least(0, seanet__num_lstm_layers=self.num_lstm_layers)
-        _one_of(("elu", "snake"), seanet__activation=self.activation)
+        at_least(0, seanet__num_lstm_layers=self.num_lstm_layers)
+        one_of(("elu", "snake"), seanet__activation=self.activation)
 
     @property
     def hop_length(self) -> int:
@@ -98,7 +99,7 @@ class SpectralConfig:
     """Frames of a block's depthwise convolution."""
 
     def __post_init__(self) -> None:
-        _at_least(
+        at_least(
             1,
             spectral__num_mels=self.num_mels,
             spectral__hop=self.hop,
@@ -107,7 +108,7 @@ class SpectralConfig:
             spectral__dimension=self.dimension,
             spectral__decoder_width=self.decoder_width,
         )
-        _at_least(
+        at_least(
             0,
             spectral__encoder_depths=self.encoder_depths,
             spectral__decoder_depths=self.decoder_depths,
@@ -180,168 +181,13 @@ class CodecConfig:
     """The codebooks."""
 
     def __post_init__(self) -> None:
-        _one_of(("seanet", "spectral"), family=self.family)
-        _at_least(1, sample_rate=self.sample_rate)
+        one_of(("seanet", "spectral"), family=self.family)
+        at_least(1, sample_rate=self.sample_rate)
 
     @property
     def hop_length(self) -> int:
         """Samples per codec frame."""
         return (self.seanet if self.family == "seanet" else self.spectral).hop_length
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MelScaleConfig:
-    """One resolution of the mel loss."""
-
-    window: int = 1024
-    """Samples of the STFT window."""
-    hop: int = 240
-    """Samples between frames."""
-    num_mels: int = 80
-    """Mel bins."""
-    weight: float = 1.0
-    """Of this resolution inside the mel loss."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LossWeights:
-    """How much each loss counts; one of weight 0 is not computed."""
-
-    wave: float = 0.0
-    """Absolute difference of samples."""
-    mel: float = 1.0
-    """Log-mel difference at several resolutions."""
-    magnitude: float = 1.0
-    """Relative STFT magnitude difference."""
-    commitment: float = 0.25
-    """Distance of the latent to its codebook entries."""
-    adversarial: float = 0.0
-    """Verdict of the discriminators."""
-    feature: float = 0.0
-    """Distance of the discriminators' features."""
-
-    def __post_init__(self) -> None:
-        if not (self.wave or self.mel or self.magnitude):
-            raise ValueError("losses.weights: one of wave, mel and magnitude must not be 0")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LossConfig:
-    """Which losses train the generator, and their forms."""
-
-    weights: LossWeights = field(default_factory=LossWeights)
-    """Weight by name."""
-    mel_scales: tuple[MelScaleConfig, ...] = (
-        MelScaleConfig(window=2048, hop=512, num_mels=160),
-        MelScaleConfig(window=1024, hop=256, num_mels=100),
-        MelScaleConfig(window=512, hop=128, num_mels=64),
-        MelScaleConfig(window=256, hop=64, num_mels=32),
-    )
-    """Resolutions of the mel loss."""
-    mel_l2_weight: float = 0.0
-    """Weight of the squared log-mel difference beside the absolute one (the papers': 1)."""
-    magnitude_windows: tuple[int, ...] = (2048, 512, 128)
-    """STFT windows of the relative magnitude loss; the hop is a quarter of each."""
-    adversarial_form: Literal["least_squares", "hinge"] = "least_squares"
-    """The released code's form is least squares, the papers' hinge."""
-    normalize_features: bool = False
-    """Divide each feature-matching term by the mean magnitude of the real features (the papers)."""
-
-    @property
-    def needs_discriminators(self) -> bool:
-        """Whether the generator is trained against discriminators."""
-        return bool(self.weights.adversarial or self.weights.feature)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DiscriminatorConfig:
-    """Period and scale discriminators of HiFi-GAN (arXiv 2010.05646), STFT ones of EnCodec."""
-
-    periods: tuple[int, ...] = (2, 3, 5, 7, 11)
-    """Samples per row of each multi-period discriminator; empty: none."""
-    num_scales: int = 3
-    """Multi-scale discriminators, each at half the rate of the one before; 0: none."""
-    stft_windows: tuple[int, ...] = (1024, 2048, 512, 256, 128)
-    """Windows of the multi-scale STFT discriminators; empty: none."""
-    stft_filters: int = 32
-    """Channels of the STFT discriminators."""
-    width_divisor: int = 1
-    """Divides the published channel counts of the period and scale discriminators (miniatures)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CropConfig:
-    """How recordings become training batches."""
-
-    seconds: float = 1.2
-    """Length of a training crop; shorter recordings are padded with zeros."""
-    batch_size: int = 16
-    """Crops per process and step."""
-    num_workers: int = 0
-    """Loader processes per rank."""
-    max_validation_seconds: float = 10.0
-    """Validation recordings are cut to this length."""
-    num_validation: int = 32
-    """Recordings of the dev list that a validation looks at."""
-
-    def __post_init__(self) -> None:
-        # A mel loss of 2048 samples needs more than half of them to reflect.
-        _at_least(0.1, data__seconds=self.seconds)
-        _at_least(0.1, data__max_validation_seconds=self.max_validation_seconds)
-        _at_least(1, data__batch_size=self.batch_size)
-        _at_least(0, data__num_workers=self.num_workers, data__num_validation=self.num_validation)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimConfig:
-    """Optimiser, schedule and rhythm of a codec run."""
-
-    steps: int = 200
-    """Optimiser steps in all."""
-    lr: float = 1e-3
-    """Peak learning rate of the generator."""
-    discriminator_lr: float = 1e-4
-    """Peak learning rate of the discriminators."""
-    betas: tuple[float, float] = (0.9, 0.99)
-    """Of AdamW, generator and discriminators alike."""
-    weight_decay: float = 0.0
-    """Of AdamW, on tensors of two and more dimensions only."""
-    warmup_steps: int = 20
-    """Steps of linear warm-up; a cosine to `final_lr_share` follows."""
-    final_lr_share: float = 0.05
-    """Learning rate at the last step over the peak."""
-    clip_norm: float = 1.0
-    """Gradients are clipped to this norm; 0: never."""
-    accumulate: int = 1
-    """Batches per optimiser step."""
-    discriminator_start: int = 0
-    """First step at which the discriminators train and count."""
-    log_every: int = 10
-    """Steps between logged scalars."""
-    eval_every: int = 500
-    """Steps between validations."""
-    save_every: int = 500
-    """Steps between checkpoints."""
-
-    def __post_init__(self) -> None:
-        _at_least(
-            1,
-            optim__steps=self.steps,
-            optim__accumulate=self.accumulate,
-            optim__log_every=self.log_every,
-            optim__eval_every=self.eval_every,
-            optim__save_every=self.save_every,
-        )
-        _at_least(
-            0,
-            optim__lr=self.lr,
-            optim__discriminator_lr=self.discriminator_lr,
-            optim__weight_decay=self.weight_decay,
-            optim__warmup_steps=self.warmup_steps,
-            optim__final_lr_share=self.final_lr_share,
-            optim__clip_norm=self.clip_norm,
-            optim__discriminator_start=self.discriminator_start,
-        )
 
 
 def codec_config_from_dict(data: dict[str, Any]) -> CodecConfig:

@@ -5,11 +5,11 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -85,6 +85,18 @@ def _recording(cut: Any) -> Any:
     return getattr(cut, "recording", None)
 
 
+class Crops(NamedTuple):
+    """A batch of crops and where each comes from."""
+
+    wave: Float[Tensor, "B 1 S"]
+    lengths: Int[Tensor, " B"]
+    """Samples of each item that are no padding."""
+    ids: tuple[str, ...]
+    """Cuts."""
+    starts: tuple[float, ...]
+    """Seconds into each cut."""
+
+
 class CropDataset(Dataset):
     """Crop number i of an endless stream: epoch i // N, shuffled anew for every epoch.
 
@@ -101,7 +113,7 @@ class CropDataset(Dataset):
         self.seconds, self.samples = seconds, round(seconds * sample_rate)
         self.bad: dict[str, str] = {}
 
-    def __getitem__(self, index: int) -> Float[Tensor, "1 S"]:
+    def __getitem__(self, index: int) -> Crops:
         epoch, position = divmod(index, len(self.cuts))
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.cuts))
         for shift in range(len(self.cuts)):
@@ -118,15 +130,20 @@ class CropDataset(Dataset):
                         file.write(json.dumps({"id": cut.id, "why": str(error)}) + "\n")
         raise ValueError("none of the recordings of the training list can be read")
 
-    def _crop(self, cut: "Cut", generator: np.random.Generator) -> Float[Tensor, "1 S"]:
+    def _crop(self, cut: "Cut", generator: np.random.Generator) -> Crops:
         spare = max(cut.duration - self.seconds, 0.0)
         start = float(generator.uniform(0, spare))
         # A crop may fall into a pause; whether the whole is silent, prepare_data.py has checked.
         wave = load_cut(
             cut, self.sample_rate, start=start, duration=self.seconds, allow_silence=True
         )[: self.samples]
-        wave = np.pad(wave, (0, self.samples - len(wave)))
-        return torch.from_numpy(wave).unsqueeze(0)
+        padded = torch.from_numpy(np.pad(wave, (0, self.samples - len(wave))))
+        return Crops(padded[None, None], torch.tensor([len(wave)]), (cut.id,), (start,))
+
+
+def _join(crops: Sequence[Crops]) -> Crops:
+    waves, lengths, ids, starts = zip(*crops, strict=True)
+    return Crops(torch.cat(waves), torch.cat(lengths), sum(ids, ()), sum(starts, ()))
 
 
 class _Indices(torch.utils.data.Sampler):
@@ -149,11 +166,12 @@ def crop_batches(
     dataset: CropDataset, *, batch_size: int, first: int, last: int, rank: int, world: int,
     num_workers: int = 0,
 ) -> DataLoader:  # fmt: skip
-    """Batches number `first` to `last` - 1 of this rank, each (B,1,S)."""
+    """Batches number `first` to `last` - 1 of this rank, each `Crops`."""
     sampler = _Indices(first=first, last=last, batch_size=batch_size, rank=rank, world=world)
     return DataLoader(
         dataset,
         batch_sampler=sampler,
+        collate_fn=_join,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         # Its own generator: a loader would draw a number from the global one that a run which

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from codec.audio import magnitude_spectrogram, mel_filterbank
-from codec.config import MelScaleConfig
 from codec.discriminators import Verdict
+from codec.train_config import MelScaleConfig
 
 MEL_FLOOR = 1e-5
 

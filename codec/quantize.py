@@ -24,11 +24,17 @@ class Quantized(NamedTuple):
 
     latent: Float[Tensor, "B D T"]
     """Sum of the chosen entries; the gradient passes to the encoder's latent unchanged."""
-    first: Float[Tensor, "B D T"]
-    """The entry of codebook 1 alone, likewise."""
+    entries: tuple[Float[Tensor, "B D T"], ...]
+    """The chosen entry of every codebook alone, likewise."""
     codes: Int[Tensor, "B Q T"]
     commitment: Float[Tensor, ""]
     """Mean over codebooks of the squared distance from residual to (constant) entry."""
+
+    def part(self, codebooks: str) -> Float[Tensor, "B D T"]:
+        """What a teacher may look at: the `first` entry, the `last`, or the `mean` of all."""
+        if codebooks == "mean":
+            return torch.stack(self.entries).mean(0)
+        return self.entries[{"first": 0, "last": -1}[codebooks]]
 
 
 class CodebookUse(NamedTuple):
@@ -153,7 +159,7 @@ class ResidualVQ(nn.Module):
         batch = latent.shape[0]
         kept = self._kept_codebooks(batch, latent.device)
         residual, total = latent, torch.zeros_like(latent)
-        first, codes, commitments = total, [], []
+        entries, codes, commitments = [], [], []
         for index, codebook in enumerate(self.codebooks):
             assert isinstance(codebook, Codebook)
             vectors = rearrange(residual.detach(), "b d t -> (b t) d")
@@ -170,11 +176,11 @@ class ResidualVQ(nn.Module):
             )
             codes.append(rearrange(flat, "(b t) -> b t", b=batch))
             total = total + entry * inside
-            first = entry if index == 0 else first
+            entries.append(_straight_through(latent, entry))
             residual = residual - entry
         return Quantized(
             latent=_straight_through(latent, total),
-            first=_straight_through(latent, first),
+            entries=tuple(entries),
             codes=torch.stack(codes, dim=1),
             commitment=torch.stack(commitments).mean(),
         )

@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from codec.config import CropConfig, LossConfig, OptimConfig
-from codec.data import CropDataset, crop_batches
+from codec.data import CropDataset, Crops, crop_batches
 from codec.discriminators import Discriminators
+from codec.distill import Student, StudentOutput, Target, distill_losses
 from codec.losses import (
     adversarial_loss,
     discriminator_loss,
@@ -25,8 +24,10 @@ from codec.losses import (
     mel_loss,
     wave_loss,
 )
+from codec.meters import Window, line
 from codec.model import Codec, CodecOutput
-from codec.quantize import codebook_use, count_codes
+from codec.targets import Teachers
+from codec.train_config import CropConfig, DistillConfig, LossConfig, OptimConfig
 from codec.validate import validate
 
 if TYPE_CHECKING:
@@ -59,21 +60,31 @@ class Losses(NamedTuple):
 
 @dataclass
 class Models:
-    """What is trained. `discriminators` is None where no adversarial loss has a weight."""
+    """What is trained, and by whom: None where no adversarial loss, or no teacher, has a weight."""
 
-    codec: nn.Module
-    discriminators: nn.Module | None
+    student: Student
+    discriminators: Discriminators | None = None
+    teachers: Teachers | None = None
+
+
+class Lesson(NamedTuple):
+    """What the teachers say of a batch, and how it counts."""
+
+    targets: dict[str, Target]
+    config: DistillConfig
 
 
 def generator_step(
-    out: CodecOutput,
+    out: CodecOutput | StudentOutput,
     wave: Float[Tensor, "B 1 S"],
     discriminators: nn.Module | None,
     config: LossConfig,
     sample_rate: int,
+    lesson: Lesson | None = None,
 ) -> Losses:
-    """Losses of one codec pass. `discriminators` None leaves the adversarial terms out."""
-    parts, weights = {}, config.weights
+    """Losses of one codec pass. `discriminators` None leaves the adversarial terms out, `lesson`
+    None the distillation."""
+    parts, told, weights = {}, {}, config.weights
     if weights.wave:
         parts["wave"] = wave_loss(out.wave, wave)
     if weights.mel:
@@ -91,12 +102,18 @@ def generator_step(
         fake = discriminators(out.wave)
         parts["adversarial"] = adversarial_loss(fake, config.adversarial_form)
         parts["feature"] = feature_loss(real, fake, normalize=config.normalize_features)
+    if lesson is not None and isinstance(out, StudentOutput):
+        told = distill_losses(out.projections, lesson.targets, lesson.config)
+        parts["distill"] = told.pop("distill")
     total = torch.stack([getattr(weights, name) * part for name, part in parts.items()]).sum()
-    return Losses(total, parts)
+    return Losses(total, parts | told)
 
 
 def discriminator_step(
-    out: CodecOutput, wave: Float[Tensor, "B 1 S"], discriminators: nn.Module, config: LossConfig
+    out: CodecOutput | StudentOutput,
+    wave: Float[Tensor, "B 1 S"],
+    discriminators: nn.Module,
+    config: LossConfig,
 ) -> Losses:
     """The discriminators' loss on the real wave and the detached output.
 
@@ -110,17 +127,18 @@ def discriminator_step(
 
 
 def learning_rate(step: int, peak: float, config: OptimConfig) -> float:
-    """Linear warm-up, then a cosine to `final_lr_share`: a function of the step, nothing else."""
+    """Linear warm-up, then the schedule: a function of the step, nothing else."""
     if step < config.warmup_steps:
         return peak * (step + 1) / config.warmup_steps
+    if config.schedule == "decay":
+        return peak * config.decay ** ((step - config.warmup_steps) // config.decay_steps)
     share = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     floor = config.final_lr_share
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
 
 
 def fit(
-    codec: Codec,
-    discriminators: Discriminators | None,
+    models: Models,
     train: Sequence["Cut"],
     dev: Sequence["Cut"],
     run: Run,
@@ -133,11 +151,10 @@ def fit(
 
     The trained codec ends in `run.folder / "codec"`.
     """
-    accelerator = run.accelerator
-    models, optimizers = _prepare(codec, discriminators, accelerator, optim)
+    accelerator, codec = run.accelerator, models.student.codec
+    _check(codec, crops, losses, accelerator)
+    wrapped, optimizers = _prepare(models, accelerator, optim)
     first = run.resume()
-    if crops.seconds * codec.sample_rate < max(each.window for each in losses.mel_scales):
-        raise ValueError(f"data.seconds {crops.seconds:g} is shorter than a window of the mel loss")
     dataset = CropDataset(
         train,
         sample_rate=codec.sample_rate,
@@ -147,35 +164,43 @@ def fit(
     )
     span = (first * optim.accumulate, optim.steps * optim.accumulate)
     batches = iter(_batches(dataset, crops, span, accelerator))
-    window = _Window(codec)
+    window = Window(codec)
     bar = run.progress(optim.steps, first, "codec")
     for step in range(first, optim.steps + 1):
         last = step == optim.steps
         if last or step % optim.eval_every == 0:
-            run.log(validate(codec, dev, accelerator, crops, losses, step), step)
+            student, teachers = models.student, models.teachers
+            run.log(validate(student, teachers, dev, accelerator, crops, losses, step), step)
         if last or (step > 0 and step % optim.save_every == 0):
             _check_finite(codec, step)
             run.save(step)
         if last:
             break
         _set_rates(optimizers, step, optim)
-        adversarial = step >= optim.discriminator_start
+        loop = _Loop(wrapped, optimizers, accelerator, losses, optim, window)
         for _ in range(optim.accumulate):
-            wave = next(batches).to(accelerator.device)
-            window.add(
-                _train_step(models, optimizers, wave, accelerator, losses, optim, adversarial)
-            )
+            _train_step(loop, next(batches), adversarial=step >= optim.discriminator_start)
         bar.update()
         if (step + 1) % optim.log_every == 0:
             seconds = crops.seconds * crops.batch_size * accelerator.num_processes
             values = window.means(accelerator, seconds)
-            bar.set_postfix_str(_line(values))
+            bar.set_postfix_str(line(values))
             run.log({f"train/{name}": value for name, value in values.items()}, step)
     bar.close()
     if accelerator.is_main_process:
         _list_bad(run.folder / "skipped.jsonl")
         save_whole(codec, run.folder / "codec")
     accelerator.wait_for_everyone()
+
+
+def _check(codec: Codec, crops: CropConfig, losses: LossConfig, accelerator) -> None:
+    if accelerator.distributed_type.value == "DEEPSPEED":
+        raise ValueError(
+            "the codec's two optimisers do not train under DeepSpeed; launch with "
+            "recipes/accelerate/ddp.yaml (or cpu.yaml)"
+        )
+    if crops.seconds * codec.sample_rate < max(each.window for each in losses.mel_scales):
+        raise ValueError(f"data.seconds {crops.seconds:g} is shorter than a window of the mel loss")
 
 
 def _batches(dataset: CropDataset, crops: CropConfig, span: tuple[int, int], accelerator):
@@ -191,23 +216,16 @@ def _batches(dataset: CropDataset, crops: CropConfig, span: tuple[int, int], acc
     )
 
 
-def _prepare(codec: Codec, discriminators: Discriminators | None, accelerator, optim: OptimConfig):
-    """Wrap models and optimisers. A head that no loss reaches stays as it is."""
-    if accelerator.distributed_type.value == "DEEPSPEED":
-        raise ValueError(
-            "the codec's two optimisers do not train under DeepSpeed; launch with "
-            "recipes/accelerate/ddp.yaml (or cpu.yaml)"
-        )
-    if hasattr(codec, "semantic_head"):
-        codec.semantic_head.requires_grad_(False)
-    codec.train()
-    generator = _adamw(codec, optim.lr, optim)
-    wrapped, generator = accelerator.prepare(codec, generator)
-    if discriminators is None:
-        return Models(wrapped, None), [generator]
-    critic = _adamw(discriminators, optim.discriminator_lr, optim)
-    wrapped_discriminators, critic = accelerator.prepare(discriminators, critic)
-    return Models(wrapped, wrapped_discriminators), [generator, critic]
+def _prepare(models: Models, accelerator, optim: OptimConfig) -> tuple[Models, list[Any]]:
+    """Wrap what is trained, and its optimisers."""
+    models.student.train()
+    generator = _adamw(models.student, optim.lr, optim)
+    student, generator = accelerator.prepare(models.student, generator)
+    if models.discriminators is None:
+        return Models(student, None, models.teachers), [generator]
+    critic = _adamw(models.discriminators, optim.discriminator_lr, optim)
+    discriminators, critic = accelerator.prepare(models.discriminators, critic)
+    return Models(student, discriminators, models.teachers), [generator, critic]
 
 
 def _adamw(model: nn.Module, lr: float, optim: OptimConfig) -> torch.optim.AdamW:
@@ -228,35 +246,48 @@ def _set_rates(optimizers: Sequence[Any], step: int, optim: OptimConfig) -> None
             group["lr"] = learning_rate(step, peak, optim)
 
 
-def _train_step(
-    models: Models, optimizers, wave: Tensor, accelerator, losses: LossConfig, optim: OptimConfig,
-    adversarial: bool,
-) -> tuple[CodecOutput, dict[str, Tensor]]:  # fmt: skip
+@dataclass
+class _Loop:
+    """What stays the same from batch to batch."""
+
+    models: Models
+    optimizers: Sequence[Any]
+    accelerator: Any
+    losses: LossConfig
+    optim: OptimConfig
+    window: Window
+
+
+def _train_step(loop: _Loop, crops: Crops, *, adversarial: bool) -> None:
     """One batch: discriminators on the detached output, then the codec against them."""
+    models, accelerator = loop.models, loop.accelerator
     discriminators = models.discriminators if adversarial else None
-    trained = [models.codec] if discriminators is None else [models.codec, discriminators]
-    parts = {}
+    wave, lesson, parts = crops.wave.to(accelerator.device), None, {}
+    if models.teachers is not None:
+        with loop.window.teachers:
+            lesson = Lesson(models.teachers(crops), models.teachers.config)
+    trained = [models.student] if discriminators is None else [models.student, discriminators]
     with accelerator.accumulate(*trained):
-        out: CodecOutput = models.codec(wave)
+        out: StudentOutput = models.student(wave)
         if discriminators is not None:
             with accelerator.autocast():
-                told = discriminator_step(out, wave, discriminators, losses)
+                told = discriminator_step(out, wave, discriminators, loop.losses)
             accelerator.backward(told.total)
             parts |= told.parts
-            _update(optimizers[1], discriminators, accelerator, optim)
+            _update(loop.optimizers[1], discriminators, accelerator, loop.optim)
         # The codec's loss must not reach the discriminators' gradients, nor their DDP reducer.
         raw = None
         if discriminators is not None:
             raw = accelerator.unwrap_model(discriminators).requires_grad_(False)
-        sample_rate = accelerator.unwrap_model(models.codec).sample_rate
+        sample_rate = accelerator.unwrap_model(models.student).codec.sample_rate
         with accelerator.autocast():
-            made = generator_step(out, wave, raw, losses, sample_rate)
+            made = generator_step(out, wave, raw, loop.losses, sample_rate, lesson)
         accelerator.backward(made.total)
         if raw is not None:
             raw.requires_grad_(True)
         parts |= made.parts
-        _update(optimizers[0], models.codec, accelerator, optim)
-    return out, parts
+        _update(loop.optimizers[0], models.student, accelerator, loop.optim)
+    loop.window.add(out.quantized, parts)
 
 
 def _update(optimizer: Any, model: nn.Module, accelerator, optim: OptimConfig) -> None:
@@ -264,44 +295,6 @@ def _update(optimizer: Any, model: nn.Module, accelerator, optim: OptimConfig) -
         accelerator.clip_grad_norm_(model.parameters(), optim.clip_norm)
     optimizer.step()
     optimizer.zero_grad()
-
-
-class _Window:
-    """Means of the losses and the use of codes since the last logged step."""
-
-    def __init__(self, codec: Codec) -> None:
-        self.codebook_size, self.num_codebooks = codec.codebook_sizes[0], codec.num_codebooks
-        self._clear()
-
-    def _clear(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts = torch.zeros(self.num_codebooks, self.codebook_size, dtype=torch.long)
-        self.batches, self.started = 0, time.perf_counter()
-
-    def add(self, result: tuple[CodecOutput, dict[str, Tensor]]) -> None:
-        out, parts = result
-        for name, part in parts.items():
-            self.sums[name] = self.sums.get(name, 0) + part.detach()
-        # Entry counts stay on the device; moving them every step would wait for it.
-        self.counts = self.counts.to(out.wave.device)
-        self.counts += count_codes(out.quantized.codes, self.codebook_size)
-        self.batches += 1
-
-    def means(self, accelerator, audio_seconds: float) -> dict[str, float]:
-        values = {name: float(total) / self.batches for name, total in self.sums.items()}
-        use = codebook_use(accelerator.reduce(self.counts))
-        values |= {"use": float(use.share.mean()), "perplexity": float(use.perplexity.mean())}
-        values["audio_seconds_per_second"] = (
-            self.batches * audio_seconds / (time.perf_counter() - self.started)
-        )
-        self._clear()
-        return values
-
-
-def _line(values: dict[str, float]) -> str:
-    return " ".join(
-        f"{name.removesuffix('_seconds_per_second')} {value:.3g}" for name, value in values.items()
-    )
 
 
 def _check_finite(codec: Codec, step: int) -> None:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from codec.config import CropConfig, LossConfig, MelScaleConfig
-from codec.data import load_cut
+from codec.data import Crops, load_cut
+from codec.distill import Student, distill_losses
 from codec.losses import log_mel, mel_loss, wave_loss
-from codec.model import Codec
 from codec.quantize import codebook_use, count_codes
+from codec.targets import Teachers
+from codec.train_config import CropConfig, LossConfig, MelScaleConfig
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
@@ -24,21 +25,23 @@ PLOT_SCALE = MelScaleConfig(window=1024, hop=256, num_mels=80)
 
 @torch.no_grad()
 def validate(
-    codec: Codec,
+    student: Student,
+    teachers: Teachers | None,
     dev: Sequence["Cut"],
     accelerator: Any,
     crops: CropConfig,
     losses: LossConfig,
     step: int,
 ) -> dict[str, float]:
-    """Mel and wave distance and codebook use on the dev list, shared out over all ranks.
+    """Mel and wave distance, distillation losses and codebook use on the dev list, over all ranks.
 
     It calls the codec itself, not its DDP wrapper, and meets the others in one reduction, so no
     rank can wait for another in vain.
     """
-    codec.eval()
+    codec = student.eval().codec
     size = codec.codebook_sizes[0]
-    sums = torch.zeros(3, dtype=torch.float64)
+    names = [] if teachers is None else [f"distill_{name}" for name in teachers.widths]
+    sums = torch.zeros(3 + len(names), dtype=torch.float64)
     counts = torch.zeros(codec.num_codebooks, size, dtype=torch.long, device=accelerator.device)
     chosen = list(dev)[: crops.num_validation]
     for index in range(accelerator.process_index, len(chosen), accelerator.num_processes):
@@ -55,15 +58,20 @@ def validate(
         codes = codec.encode(wave).codes
         fake = codec.decode(codes)[..., : wave.shape[-1]]
         mel = mel_loss(fake, wave, losses.mel_scales, sample_rate=codec.sample_rate)
-        sums += torch.tensor([float(mel), float(wave_loss(fake, wave)), 1.0], dtype=torch.float64)
+        found = [float(mel), float(wave_loss(fake, wave))]
+        if teachers is not None:
+            crop = Crops(wave, torch.tensor([wave.shape[-1]]), (chosen[index].id,), (0.0,))
+            told = distill_losses(student(wave).projections, teachers(crop), teachers.config)
+            found += [float(told[name]) for name in names]
+        sums += torch.tensor([1.0, *found], dtype=torch.float64)
         counts += count_codes(codes, size)
         if index < NUM_SHOWN and accelerator.is_main_process:
             _show(accelerator, f"dev/{index}", wave, fake, codec.sample_rate, step)
-    codec.train()
+    student.train()
     sums, counts = accelerator.reduce((sums.to(accelerator.device), counts))
     use = codebook_use(counts)
-    number = max(float(sums[2]), 1.0)
-    values = {"mel": float(sums[0]) / number, "wave": float(sums[1]) / number, "n": float(sums[2])}
+    means = [float(value) / max(float(sums[0]), 1.0) for value in sums[1:]]
+    values = {"n": float(sums[0]), **dict(zip(["mel", "wave", *names], means, strict=True))}
     for index in range(codec.num_codebooks):
         values[f"use_{index + 1}"] = float(use.share[index])
         values[f"perplexity_{index + 1}"] = float(use.perplexity[index])

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from codec import read_audio, write_audio
-from codec.config import MelScaleConfig
 from codec.data import load_cut, read_cuts
 from codec.losses import log_mel
+from codec.train_config import MelScaleConfig
 from recipes.common import run_program
 
 HERE = Path(__file__).resolve().parent

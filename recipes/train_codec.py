@@ -12,16 +12,19 @@ from pathlib import Path
 from accelerate.utils import DistributedDataParallelKwargs
 
 from codec import Codec
-from codec.config import (
-    CodecConfig,
+from codec.config import CodecConfig
+from codec.data import read_cuts
+from codec.discriminators import Discriminators
+from codec.distill import Student
+from codec.targets import Teachers
+from codec.train import Models, fit
+from codec.train_config import (
     CropConfig,
     DiscriminatorConfig,
+    DistillConfig,
     LossConfig,
     OptimConfig,
 )
-from codec.data import read_cuts
-from codec.discriminators import Discriminators
-from codec.train import fit
 from recipes.common import load_config, make_accelerator, run_program, start_run
 
 logger = logging.getLogger(__name__)
@@ -45,10 +48,19 @@ class TrainCodecConfig:
     """Used where the adversarial or the feature loss has a weight."""
     losses: LossConfig = field(default_factory=LossConfig)
     """Objectives."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """Teachers, used where losses.weights.distill has a weight."""
     data: CropConfig = field(default_factory=CropConfig)
     """Crops and batches."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimiser and schedule."""
+
+    def __post_init__(self) -> None:
+        if bool(self.losses.weights.distill) != self.distill.any:
+            raise ValueError(
+                "losses.weights.distill and a teacher (distill.speech.model or distill.text.model) "
+                "go together: set both or none"
+            )
 
 
 def main(argv: list[str]) -> None:
@@ -64,13 +76,18 @@ def main(argv: list[str]) -> None:
     codec = Codec(config.codec)
     adversarial = config.losses.needs_discriminators
     discriminators = Discriminators(config.discriminators) if adversarial else None
+    teachers = None
+    if config.distill.any:
+        teachers = Teachers(config.distill, config.codec, accelerator.device)
+    # Last, so that one seed gives the codec the same initial weights with any teacher and none.
+    student = Student(codec, config.distill, teachers.widths if teachers else None)
     logger.info(
         "%.1f M parameters, %g Hz, %d codebooks of %d; %d cuts to train on, %d to validate on",
         sum(each.numel() for each in codec.parameters()) / 1e6, codec.frame_rate,
         codec.num_codebooks, codec.codebook_sizes[0], len(train), len(dev),
     )  # fmt: skip
     fit(
-        codec, discriminators, list(train), list(dev), run,
+        Models(student, discriminators, teachers), list(train), list(dev), run,
         crops=config.data, losses=config.losses, optim=config.optim,
     )  # fmt: skip
 

@@ -6,13 +6,12 @@ import pytest
 
 from codec.config import (
     CodecConfig,
-    CropConfig,
-    OptimConfig,
     QuantizerConfig,
     SEANetConfig,
     SpectralConfig,
     codec_config_from_dict,
 )
+from codec.train_config import CropConfig, OptimConfig
 
 
 @pytest.mark.parametrize(

@@ -29,24 +29,38 @@ def test_crops_are_a_function_of_seed_and_number(cuts) -> None:
     again, other = dataset(cuts), dataset(cuts, seed=1)
     crops = [dataset(cuts)[index] for index in range(30)]
     for index in (29, 3, 17):
-        assert torch.equal(again[index], crops[index])
-    assert not all(torch.equal(other[index], crops[index]) for index in range(6))
-    assert all(crop.shape == (1, 8000) for crop in crops)
+        assert torch.equal(again[index].wave, crops[index].wave)
+    assert not all(torch.equal(other[index].wave, crops[index].wave) for index in range(6))
+    assert all(crop.wave.shape == (1, 1, 8000) for crop in crops)
 
 
 def test_an_epoch_holds_every_recording_once_and_pads_short_ones(cuts) -> None:
     for epoch in range(5):
         crops = [dataset(cuts)[3 * epoch + position] for position in range(3)]
-        padded = [bool((crop[0, 3200:] == 0).all()) for crop in crops]
+        padded = [bool((crop.wave[0, 0, 3200:] == 0).all()) for crop in crops]
         assert sum(padded) == 1
-        assert crops[padded.index(True)][0, :3200].abs().max() > 0.05
+        short = crops[padded.index(True)]
+        assert short.wave[0, 0, :3200].abs().max() > 0.05
+        assert [int(crop.lengths) for crop in crops] == [3200 if each else 8000 for each in padded]
+
+
+def test_a_crop_says_where_it_comes_from(cuts) -> None:
+    named = {cut.id: cut for cut in cuts}
+    (batch,) = crop_batches(dataset(cuts), batch_size=6, first=0, last=1, rank=0, world=1)
+    assert sorted(batch.ids) == sorted(2 * list(named))
+    for wave, length, cut, start in zip(*batch, strict=True):
+        again = load_cut(named[cut], 16_000, start=start, duration=0.5, allow_silence=True)
+        np.testing.assert_array_equal(wave[0, : int(length)].numpy(), again[:8000])
 
 
 def test_ranks_share_the_batch_and_a_later_start_goes_on(cuts) -> None:
-    def batches(**where) -> list[torch.Tensor]:
-        return list(crop_batches(dataset(cuts), batch_size=2, last=4, **where))
+    def waves(**where) -> list[torch.Tensor]:
+        return [batch.wave for batch in crop_batches(dataset(cuts), **where)]
 
-    one = list(crop_batches(dataset(cuts), batch_size=4, first=0, last=4, rank=0, world=1))
+    def batches(**where) -> list[torch.Tensor]:
+        return waves(batch_size=2, last=4, **where)
+
+    one = waves(batch_size=4, first=0, last=4, rank=0, world=1)
     two = [batches(first=0, rank=rank, world=2) for rank in (0, 1)]
     for step in range(4):
         assert torch.equal(torch.cat([two[0][step], two[1][step]]), one[step])
@@ -60,7 +74,7 @@ def test_a_bad_recording_costs_itself(cuts, tmp_path, caplog) -> None:
     bad.write_bytes(bad.read_bytes()[:1000])
     data = dataset(cuts)
     for index in range(12):
-        assert data[index].abs().max() > 0.05
+        assert data[index].wave.abs().max() > 0.05
     assert [name.startswith("rec 2") for name in data.bad] == [True]
     assert "2.wav" in next(iter(data.bad.values()))
     assert caplog.text.count("2.wav") == 1
@@ -82,7 +96,7 @@ def test_any_failure_to_read_costs_the_recording_and_is_shared(cuts, tmp_path, m
         list(cuts), sample_rate=16_000, seconds=0.5, seed=0, bad_file=tmp_path / "skipped.jsonl"
     )
     for index in range(6):
-        assert data[index].abs().max() > 0.05
+        assert data[index].wave.abs().max() > 0.05
     lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert len(lines) == 1
     assert "1.wav" in lines[0]["why"]

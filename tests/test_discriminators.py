@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from codec.config import DiscriminatorConfig
 from codec.discriminators import Discriminators, PeriodDiscriminator, STFTDiscriminator
+from codec.train_config import DiscriminatorConfig
 
 TINY = DiscriminatorConfig(
     periods=(2, 3), num_scales=2, stft_windows=(128,), stft_filters=4, width_divisor=32

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from codec.config import LossConfig, LossWeights, MelScaleConfig
 from codec.discriminators import Verdict
 from codec.losses import (
     adversarial_loss,
@@ -14,6 +13,7 @@ from codec.losses import (
     mel_loss,
     wave_loss,
 )
+from codec.train_config import LossConfig, LossWeights, MelScaleConfig
 
 SCALES = LossConfig().mel_scales
 

@@ -17,18 +17,17 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from codec import Codec, CodecConfig
-from codec.config import (
+from codec.config import QuantizerConfig, SpectralConfig
+from codec.discriminators import Discriminators
+from codec.quantize import Codebook
+from codec.train import discriminator_step, generator_step, learning_rate, save_whole
+from codec.train_config import (
     DiscriminatorConfig,
     LossConfig,
     LossWeights,
     MelScaleConfig,
     OptimConfig,
-    QuantizerConfig,
-    SpectralConfig,
 )
-from codec.discriminators import Discriminators
-from codec.quantize import Codebook
-from codec.train import discriminator_step, generator_step, learning_rate, save_whole
 
 TINY = CodecConfig(
     spectral=SpectralConfig(

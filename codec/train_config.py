@@ -1,0 +1,252 @@
+"""Frozen configurations of training: losses, teachers, crops, optimiser."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from codec.config import at_least, one_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MelScaleConfig:
+    """One resolution of the mel loss."""
+
+    window: int = 1024
+    """Samples of the STFT window."""
+    hop: int = 240
+    """Samples between frames."""
+    num_mels: int = 80
+    """Mel bins."""
+    weight: float = 1.0
+    """Of this resolution inside the mel loss."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossWeights:
+    """How much each loss counts; one of weight 0 is not computed."""
+
+    wave: float = 0.0
+    """Absolute difference of samples."""
+    mel: float = 1.0
+    """Log-mel difference at several resolutions."""
+    magnitude: float = 1.0
+    """Relative STFT magnitude difference."""
+    commitment: float = 0.25
+    """Distance of the latent to its codebook entries."""
+    adversarial: float = 0.0
+    """Verdict of the discriminators."""
+    feature: float = 0.0
+    """Distance of the discriminators' features."""
+    distill: float = 0.0
+    """Distance of codebooks to what teachers say of the speech (`distill` names the teachers)."""
+
+    def __post_init__(self) -> None:
+        if not (self.wave or self.mel or self.magnitude):
+            raise ValueError("losses.weights: one of wave, mel and magnitude must not be 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """Which losses train the generator, and their forms."""
+
+    weights: LossWeights = field(default_factory=LossWeights)
+    """Weight by name."""
+    mel_scales: tuple[MelScaleConfig, ...] = (
+        MelScaleConfig(window=2048, hop=512, num_mels=160),
+        MelScaleConfig(window=1024, hop=256, num_mels=100),
+        MelScaleConfig(window=512, hop=128, num_mels=64),
+        MelScaleConfig(window=256, hop=64, num_mels=32),
+    )
+    """Resolutions of the mel loss."""
+    mel_l2_weight: float = 0.0
+    """Weight of the squared log-mel difference beside the absolute one (the papers': 1)."""
+    magnitude_windows: tuple[int, ...] = (2048, 512, 128)
+    """STFT windows of the relative magnitude loss; the hop is a quarter of each."""
+    adversarial_form: Literal["least_squares", "hinge"] = "least_squares"
+    """The released code's form is least squares, the papers' hinge."""
+    normalize_features: bool = False
+    """Divide each feature-matching term by the mean magnitude of the real features (the papers)."""
+
+    @property
+    def needs_discriminators(self) -> bool:
+        """Whether the generator is trained against discriminators."""
+        return bool(self.weights.adversarial or self.weights.feature)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiscriminatorConfig:
+    """Period and scale discriminators of HiFi-GAN (arXiv 2010.05646), STFT ones of EnCodec."""
+
+    periods: tuple[int, ...] = (2, 3, 5, 7, 11)
+    """Samples per row of each multi-period discriminator; empty: none."""
+    num_scales: int = 3
+    """Multi-scale discriminators, each at half the rate of the one before; 0: none."""
+    stft_windows: tuple[int, ...] = (1024, 2048, 512, 256, 128)
+    """Windows of the multi-scale STFT discriminators; empty: none."""
+    stft_filters: int = 32
+    """Channels of the STFT discriminators."""
+    width_divisor: int = 1
+    """Divides the published channel counts of the period and scale discriminators (miniatures)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpeechTeacherConfig:
+    """A self-supervised or recognition model that teaches content (2308.16692, section 3.3)."""
+
+    model: str = ""
+    """HuBERT, WavLM, wav2vec2 or Whisper by hub id or folder; empty: no speech teacher."""
+    layer: str = "mean"
+    """Hidden states that are the target: mean of all, last, or one by its number."""
+    weight: float = 1.0
+    """Of this teacher (lambda_SM of 2410.15017, equation 11)."""
+    objective: Literal["d_axis", "t_axis", "units"] = "d_axis"
+    """Cosine over time per feature, L1 and cosine per frame, or pseudo-labels' cross-entropy."""
+    cosine_weight: float = 1.0
+    """Of the cosine beside the L1 of t_axis."""
+    codebooks: Literal["first", "mean", "last"] = "first"
+    """What learns: codebook 1, the mean of all codebooks, or the last one."""
+    units: str = ""
+    """Centroids of recipes/make_units.py, for the objective units."""
+
+    def __post_init__(self) -> None:
+        one_of(("d_axis", "t_axis", "units"), distill__speech__objective=self.objective)
+        one_of(("first", "mean", "last"), distill__speech__codebooks=self.codebooks)
+        at_least(0, distill__speech__weight=self.weight)
+        if self.model and (self.objective == "units") != bool(self.units):
+            raise ValueError(
+                "distill.speech.units names the centroids of the objective units: set both or none"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextTeacherConfig:
+    """A masked language model that reads what is said (2410.15017, section 3.2)."""
+
+    model: str = ""
+    """BERT, ELECTRA or MiniLM-like by hub id or folder; empty: no text teacher."""
+    layer: str = "mean"
+    """Hidden states that are the target: mean of all, last, or one by its number."""
+    weight: float = 1.0
+    """Of this teacher (lambda_LM of 2410.15017, equation 11)."""
+    objective: Literal["d_axis", "t_axis"] = "d_axis"
+    """Cosine over time per feature, or L1 and cosine per frame."""
+    cosine_weight: float = 1.0
+    """Of the cosine beside the L1 of t_axis."""
+    codebooks: Literal["first", "mean", "last"] = "first"
+    """What learns: codebook 1, the mean of all codebooks, or the last one."""
+    align: Literal["ctc", "global", "index"] = "ctc"
+    """Each word's state over its own frames, the sentence's state on every frame, or word piece i
+    on frame i (what DM-Codec's released code does, for comparison)."""
+    transcriber: str = ""
+    """wav2vec2-CTC or Whisper by hub id or folder, which hears the words and their times."""
+
+    def __post_init__(self) -> None:
+        one_of(("d_axis", "t_axis"), distill__text__objective=self.objective)
+        one_of(("first", "mean", "last"), distill__text__codebooks=self.codebooks)
+        one_of(("ctc", "global", "index"), distill__text__align=self.align)
+        at_least(0, distill__text__weight=self.weight)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillConfig:
+    """Teachers. With both, each counts half (2410.15017, equation 11)."""
+
+    speech: SpeechTeacherConfig = field(default_factory=SpeechTeacherConfig)
+    """Teacher of sound."""
+    text: TextTeacherConfig = field(default_factory=TextTeacherConfig)
+    """Teacher of meaning."""
+    shared_head: bool = False
+    """One projection for both teachers (DM-Codec's released code), which must be equally wide."""
+    cache: str = ""
+    """Folder of recipes/cache_teachers.py; empty: the teachers run beside the codec."""
+    half: bool = True
+    """Teachers compute in bfloat16 where the machine does so in hardware."""
+
+    @property
+    def any(self) -> bool:
+        """Whether there is a teacher."""
+        return bool(self.speech.model or self.text.model)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CropConfig:
+    """How recordings become training batches."""
+
+    seconds: float = 1.2
+    """Length of a training crop; shorter recordings are padded with zeros."""
+    batch_size: int = 16
+    """Crops per process and step."""
+    num_workers: int = 0
+    """Loader processes per rank."""
+    max_validation_seconds: float = 10.0
+    """Validation recordings are cut to this length."""
+    num_validation: int = 32
+    """Recordings of the dev list that a validation looks at."""
+
+    def __post_init__(self) -> None:
+        # A mel loss of 2048 samples needs more than half of them to reflect.
+        at_least(0.1, data__seconds=self.seconds)
+        at_least(0.1, data__max_validation_seconds=self.max_validation_seconds)
+        at_least(1, data__batch_size=self.batch_size)
+        at_least(0, data__num_workers=self.num_workers, data__num_validation=self.num_validation)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """Optimiser, schedule and rhythm of a codec run."""
+
+    steps: int = 200
+    """Optimiser steps in all."""
+    lr: float = 1e-3
+    """Peak learning rate of the generator."""
+    discriminator_lr: float = 1e-4
+    """Peak learning rate of the discriminators."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Of AdamW, generator and discriminators alike."""
+    weight_decay: float = 0.0
+    """Of AdamW, on tensors of two and more dimensions only."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "decay"] = "cosine"
+    """After the warm-up: a cosine to `final_lr_share`, or `decay` once every `decay_steps`."""
+    final_lr_share: float = 0.05
+    """Learning rate at the last step over the peak, at the end of the cosine."""
+    decay: float = 0.98
+    """Factor of the schedule decay (the papers': an epoch)."""
+    decay_steps: int = 1000
+    """Steps between two decays."""
+    clip_norm: float = 1.0
+    """Gradients are clipped to this norm; 0: never."""
+    accumulate: int = 1
+    """Batches per optimiser step."""
+    discriminator_start: int = 0
+    """First step at which the discriminators train and count."""
+    log_every: int = 10
+    """Steps between logged scalars."""
+    eval_every: int = 500
+    """Steps between validations."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        at_least(
+            1,
+            optim__steps=self.steps,
+            optim__accumulate=self.accumulate,
+            optim__log_every=self.log_every,
+            optim__eval_every=self.eval_every,
+            optim__save_every=self.save_every,
+            optim__decay_steps=self.decay_steps,
+        )
+        one_of(("cosine", "decay"), optim__schedule=self.schedule)
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"optim.decay must lie in (0, 1], got {self.decay}")
+        at_least(
+            0,
+            optim__lr=self.lr,
+            optim__discriminator_lr=self.discriminator_lr,
+            optim__weight_decay=self.weight_decay,
+            optim__warmup_steps=self.warmup_steps,
+            optim__final_lr_share=self.final_lr_share,
+            optim__clip_norm=self.clip_norm,
+            optim__discriminator_start=self.discriminator_start,
+        )
