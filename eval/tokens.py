@@ -1,0 +1,384 @@
+"""SLMTokBench's text alignment: how well a BiLSTM with CTC reads text from a tokenizer's codes.
+
+Source: SpeechTokenizer (arXiv 2308.16692), section 4, which names the network (two layers of 1,024
+units on token embeddings, characters as labels) but not how it is trained. That part is ours.
+
+Error rates come from eval/text.py, which normalises both texts, so they compare with other lists'.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int, Integer
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from eval.labels import LABELS, ctc_loss, frames_needed, labels_of, text_of
+from eval.text import ErrorCounts, WordErrors, character_errors, word_errors
+
+READ_FRAMES = 20_000
+"""Frames, padding included, that are read at once: bounds the memory."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProbeConfig:
+    num_layers: int = 2
+    """LSTM layers, each in both directions."""
+    hidden: int = 1024
+    """Units of a layer in each direction."""
+    embedding: int = 256
+    """Width of the token embeddings, where no tables are given."""
+    dropout: float = 0.2
+    """Share of units set to zero, on the embeddings and after each layer."""
+    epochs: int = 30
+    """Passes over the training texts; the last one's weights are scored, none are selected."""
+    learning_rate: float = 1e-3
+    """Adam's, at its highest: it rises over the first tenth of the steps and falls to zero."""
+    batch_frames: int = 6000
+    """Frames in a batch, padding included."""
+    max_gradient: float = 1.0
+    """Gradients of a larger norm are scaled down to this one."""
+    min_frame_rate: float = 50.0
+    """Hz. Frames of slower tokenizers are repeated: CTC has at most one character a frame."""
+    seed: int = 0
+    """Of weights, order and dropout."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden", "embedding", "epochs", "batch_frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "max_gradient", "min_frame_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+
+
+class Corpus(NamedTuple):
+    """What is spoken in some codes."""
+
+    codes: Sequence[Integer[np.ndarray, "..."]]
+    """Of each utterance (Q, T), or (T,) where there is one codebook."""
+    texts: Sequence[str]
+
+
+class Epoch(NamedTuple):
+    """What an epoch of training came to."""
+
+    train_loss: float
+    """Nats a character."""
+    dev_cer: float | None
+
+
+class ProbeResult(NamedTuple):
+    """How a corpus was read."""
+
+    cer: float
+    wer: float
+    loss: float
+    """Mean negative log-likelihood of the texts in nats a character."""
+    n: int
+    """Utterances."""
+    num_unscored: int
+    """Utterances without a loss: unspelled texts, and those with more characters than frames."""
+    texts: list[str]
+    """What was read, by utterance."""
+
+
+class ProbeNetwork(nn.Module):
+    """Codes to log-probabilities of the blank and LABELS."""
+
+    starts: Tensor
+
+    def __init__(
+        self,
+        codebook_sizes: Sequence[int],
+        config: ProbeConfig,
+        tables: Sequence[Float[Tensor, "K D"]] | None = None,
+    ):
+        super().__init__()
+        starts = np.cumsum([0, *codebook_sizes])
+        self.register_buffer("starts", torch.from_numpy(starts[:-1].copy()), persistent=False)
+        if tables is None:
+            self.embedding = nn.Embedding(int(starts[-1]), config.embedding)
+        else:
+            self.embedding = nn.Embedding.from_pretrained(torch.cat(list(tables)).float())
+        width = self.embedding.embedding_dim
+        self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(config.dropout)
+        widths = [width] + [2 * config.hidden] * (config.num_layers - 1)
+        self.forwards = nn.ModuleList(
+            nn.LSTM(width, config.hidden, batch_first=True) for width in widths
+        )
+        self.backwards = nn.ModuleList(
+            nn.LSTM(width, config.hidden, batch_first=True) for width in widths
+        )
+        self.output = nn.Linear(2 * config.hidden, 1 + len(LABELS))
+
+    def forward(
+        self, codes: Int[Tensor, "B Q T"], lengths: Int[Tensor, " B"]
+    ) -> Float[Tensor, "B T V"]:
+        """What stands behind an item's length changes nothing before it."""
+        tokens = rearrange(codes, "b q t -> b t q") + self.starts
+        states = self.dropout(self.norm(self.embedding(tokens).sum(2)))  # (B, T, D)
+        reverse = _reversal(lengths, codes.shape[2])
+        for ahead, back in zip(self.forwards, self.backwards, strict=True):
+            # Not packed: on a CPU a packed LSTM is eight times slower than a padded one.
+            turned, _ = back(_reordered(states, reverse))
+            states = torch.cat([ahead(states)[0], _reordered(turned, reverse)], dim=2)
+            states = self.dropout(states)
+        return self.output(states).log_softmax(2)
+
+
+def _reversal(lengths: Int[Tensor, " B"], num_frames: int) -> Int[Tensor, "B T"]:
+    """Frame indices that turn each item around within its length; its own inverse."""
+    frames = torch.arange(num_frames, device=lengths.device)[None]
+    ends = lengths[:, None]
+    return torch.where(frames < ends, ends - 1 - frames, frames)
+
+
+def _reordered(states: Float[Tensor, "B T D"], order: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+    return states.gather(1, order[..., None].expand_as(states))
+
+
+class Probe:
+    """A trained probe: reads texts from codes, and scores what it reads."""
+
+    def __init__(self, network: ProbeNetwork, codebook_sizes: Sequence[int], repeats: int):
+        self.network = network
+        self.codebook_sizes = tuple(codebook_sizes)
+        self.repeats = repeats
+        """How often each frame stands in a row for the network."""
+        self.history: list[Epoch] = []
+        self.num_trained = 0
+        """Utterances that it was trained on."""
+        self.num_unspelled = 0
+        """Utterances left out of training because `spell` has no spelling of their text."""
+        self.num_too_short = 0
+        """Utterances left out of training because they have fewer frames than CTC needs."""
+        self.num_steps = 0
+
+    def read(self, codes: Sequence[Integer[np.ndarray, "..."]]) -> list[str]:
+        """The text of each utterance: the likeliest label of each frame, repeats joined."""
+        return [text for text, _ in self._readings(codes, [None] * len(codes))]
+
+    def score(self, corpus: Corpus) -> ProbeResult:
+        """Error rates of what is read, and the likelihood of what was spoken.
+
+        Raises ValueError for an empty corpus, and for codes that the probe's codebooks lack.
+        """
+        _check(corpus)
+        targets = [labels_of(text) for text in corpus.texts]
+        texts, losses = zip(*self._readings(corpus.codes, targets), strict=True)
+        scored = [target for target, loss in zip(targets, losses, strict=True) if loss is not None]
+        num_characters = sum(len(target or ()) for target in scored)
+        pairs = list(zip(corpus.texts, texts, strict=True))
+        return ProbeResult(
+            cer=sum((character_errors(*pair) for pair in pairs), ErrorCounts()).rate,
+            wer=sum((word_errors(*pair) for pair in pairs), WordErrors()).wer,
+            loss=sum(filter(None, losses)) / num_characters if scored else math.nan,
+            n=len(pairs),
+            num_unscored=len(pairs) - len(scored),
+            texts=list(texts),
+        )
+
+    @torch.inference_mode()
+    def _readings(
+        self, codes: Sequence[np.ndarray], targets: Sequence[list[int] | None]
+    ) -> list[tuple[str, float | None]]:
+        """What is read, and the nats of each target that can be aligned."""
+        self.network.eval()
+        prepared = self._prepare(codes)
+        lengths = [each.shape[1] for each in prepared]
+        order = [index for index in np.argsort(lengths, kind="stable").tolist() if lengths[index]]
+        readings: list[tuple[str, float | None]] = [("", None)] * len(prepared)
+        for chosen in _grouped(order, lengths, READ_FRAMES):
+            scores = self.network(*_padded([prepared[index] for index in chosen], self.device))
+            best = scores.argmax(2).tolist()
+            for place, index in enumerate(chosen):
+                length, target, loss = lengths[index], targets[index], None
+                if target is not None and frames_needed(target) <= length:
+                    loss = float(ctc_loss(scores[place : place + 1, :length], [target], [length]))
+                readings[index] = (text_of(best[place][:length]), loss)
+        return readings
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.output.weight.device
+
+    def _prepare(self, codes: Sequence[np.ndarray]) -> list[Int[Tensor, "Q T"]]:
+        return [
+            _checked(each, self.codebook_sizes, number).repeat_interleave(self.repeats, dim=1)
+            for number, each in enumerate(codes)
+        ]
+
+
+def train_probe(
+    train: Corpus,
+    *,
+    codebook_sizes: Sequence[int],
+    frame_rate: float | int,
+    config: ProbeConfig | None = None,
+    dev: Corpus | None = None,
+    tables: Sequence[Float[Tensor, "K D"]] | None = None,
+    device: str = "cpu",
+    progress: bool = True,
+) -> Probe:
+    """Trains a probe to read `train`; the same arguments give the same probe on one machine.
+
+    `frame_rate` is the codes' in Hz; `dev` is read after each epoch, for the progress bar and
+    `Probe.history` only. `tables` are the codebooks' own vectors, of one width: they stay as they
+    are, in place of trained embeddings. The embeddings of several codebooks are summed. Utterances
+    without spelling or with too few frames are left out and counted. Raises ValueError for codes
+    beyond the codebooks, other tables than codebooks, and a corpus with nothing to train on.
+    """
+    config = config or ProbeConfig()
+    _check(train)
+    if dev is not None:
+        _check(dev)
+    if frame_rate <= 0:
+        raise ValueError(f"frame_rate must be positive, got {frame_rate}")
+    _check_tables(tables, codebook_sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        network = ProbeNetwork(codebook_sizes, config, tables).to(device)
+        repeats = max(1, math.ceil(config.min_frame_rate / frame_rate))
+        probe = Probe(network, codebook_sizes, repeats)
+        items = _usable(train, probe)
+        _fit(probe, items, config, dev, progress)
+    return probe
+
+
+def _usable(train: Corpus, probe: Probe) -> list[tuple[Tensor, list[int]]]:
+    """Codes and labels of what can be trained on; the rest is counted in `probe`."""
+    items = []
+    for codes, text in zip(probe._prepare(train.codes), train.texts, strict=True):
+        target = labels_of(text)
+        if target is None:
+            probe.num_unspelled += 1
+        elif frames_needed(target) > codes.shape[1]:
+            probe.num_too_short += 1
+        else:
+            items.append((codes, target))
+    if not items:
+        raise ValueError(
+            f"none of {len(train.texts)} utterances can be trained on: {probe.num_unspelled} have "
+            f"no spelling, {probe.num_too_short} fewer frames than characters; raise min_frame_rate"
+        )
+    probe.num_trained = len(items)
+    return items
+
+
+def _fit(
+    probe: Probe,
+    items: Sequence[tuple[Tensor, list[int]]],
+    config: ProbeConfig,
+    dev: Corpus | None,
+    progress: bool,
+) -> None:
+    network = probe.network
+    trained = [weight for weight in network.parameters() if weight.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=config.learning_rate)
+    generator = np.random.default_rng(config.seed)
+    lengths = [codes.shape[1] for codes, _ in items]
+    epochs = [_shuffled(lengths, config.batch_frames, generator) for _ in range(config.epochs)]
+    num_steps = sum(len(batches) for batches in epochs)
+    with tqdm(total=num_steps, desc="probe", unit="step", disable=not progress) as bar:
+        for batches in epochs:
+            network.train()
+            total, num_characters = 0.0, 0
+            for batch in batches:
+                share = _schedule(probe.num_steps, num_steps)
+                optimizer.param_groups[0]["lr"] = config.learning_rate * share
+                codes, sizes = _padded([items[index][0] for index in batch], probe.device)
+                targets = [items[index][1] for index in batch]
+                loss = ctc_loss(network(codes, sizes), targets, sizes.tolist())
+                characters = sum(map(len, targets))
+                optimizer.zero_grad()
+                (loss / characters).backward()
+                nn.utils.clip_grad_norm_(trained, config.max_gradient)
+                optimizer.step()
+                probe.num_steps += 1
+                total, num_characters = total + float(loss.detach()), num_characters + characters
+                bar.update()
+            cer = None if dev is None else probe.score(dev).cer
+            probe.history.append(Epoch(total / num_characters, cer))
+            note = "" if cer is None else f", dev CER {cer:.3f}"
+            bar.set_postfix_str(f"loss {total / num_characters:.3f}{note}")
+
+
+def _schedule(step: int, num_steps: int) -> float:
+    """Share of the learning rate: up over a tenth of the steps, then down to zero, in lines."""
+    rising = max(1, num_steps // 10)
+    return min((step + 1) / rising, (num_steps - step) / max(1, num_steps - rising + 1))
+
+
+def _padded(
+    codes: Sequence[Tensor], device: torch.device
+) -> tuple[Int[Tensor, "B Q T"], Int[Tensor, " B"]]:
+    lengths = torch.tensor([each.shape[1] for each in codes])
+    longest = int(lengths.max())
+    padded = [functional.pad(each, (0, longest - each.shape[1])) for each in codes]
+    return torch.stack(padded).to(device), lengths.to(device)
+
+
+def _grouped(order: Sequence[int], lengths: Sequence[int], frames: int) -> Iterator[list[int]]:
+    """Runs of `order`, each of at most `frames` padded frames (or of one item)."""
+    batch: list[int] = []
+    longest = 0
+    for index in order:
+        longest = max(longest, lengths[index])
+        if batch and longest * (len(batch) + 1) > frames:
+            yield batch
+            batch, longest = [], lengths[index]
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _shuffled(
+    lengths: Sequence[int], frames: int, generator: np.random.Generator
+) -> list[list[int]]:
+    """Batches of items of about one length, in random order, other ones each time."""
+    # A tenth of blur: neighbours in length change from epoch to epoch.
+    blurred = np.array(lengths) * generator.uniform(0.9, 1.1, len(lengths))
+    batches = list(_grouped(np.argsort(blurred, kind="stable").tolist(), lengths, frames))
+    return [batches[index] for index in generator.permutation(len(batches))]
+
+
+def _checked(codes: np.ndarray, sizes: Sequence[int], number: int) -> Int[Tensor, "Q T"]:
+    """Codes as (Q, T) int64."""
+    codes = codes[None] if codes.ndim == 1 else codes
+    if codes.ndim != 2 or len(codes) != len(sizes):
+        raise ValueError(
+            f"utterance {number}: codes of shape {codes.shape}, but there are {len(sizes)} "
+            "codebooks; pass (Q, T), or (T,) for one"
+        )
+    codes = codes.astype(np.int64)
+    if codes.size and (codes.min() < 0 or (codes.max(axis=1) >= np.array(sizes)).any()):
+        raise ValueError(f"utterance {number}: codes beyond the codebooks' {tuple(sizes)} entries")
+    return torch.from_numpy(codes)
+
+
+def _check(corpus: Corpus) -> None:
+    if len(corpus.codes) != len(corpus.texts):
+        raise ValueError(f"{len(corpus.codes)} utterances of codes, {len(corpus.texts)} texts")
+    if not corpus.texts:
+        raise ValueError("the corpus is empty")
+
+
+def _check_tables(tables: Sequence[Tensor] | None, sizes: Sequence[int]) -> None:
+    if tables is None:
+        return
+    shapes = [tuple(table.shape) for table in tables]
+    if [shape[0] for shape in shapes] != list(sizes) or len({shape[1] for shape in shapes}) != 1:
+        raise ValueError(
+            f"tables of shapes {shapes} for codebooks of {tuple(sizes)} entries; pass one (K, D) "
+            "table for each, all of one width"
+        )

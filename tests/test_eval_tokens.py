@@ -1,0 +1,169 @@
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from eval.tokens import Corpus, ProbeConfig, ProbeNetwork, train_probe
+
+SIZE = 40
+TINY = ProbeConfig(
+    hidden=24,
+    num_layers=1,
+    embedding=16,
+    dropout=0.0,
+    epochs=25,
+    learning_rate=2e-2,
+    batch_frames=400,
+)
+ALPHABET = "abcd"
+
+
+def corpus(num: int, seed: int, readable: bool = True) -> Corpus:
+    """Texts of four letters, each spoken as two or three frames of one of its own codes."""
+    generator = np.random.default_rng(seed)
+    codes, texts = [], []
+    for _ in range(num):
+        letters = generator.integers(0, len(ALPHABET), generator.integers(3, 9))
+        runs = []
+        for letter in letters:
+            run = [4 + 3 * letter + generator.integers(0, 3)] * generator.integers(2, 4)
+            runs += [*run, generator.integers(0, 4)]  # A pause of one frame.
+        spoken = np.array(runs if readable else generator.integers(0, SIZE, len(runs)))
+        codes.append(spoken.astype(np.uint16))
+        texts.append("".join(ALPHABET[letter] for letter in letters))
+    return Corpus(codes, texts)
+
+
+def test_a_readable_code_is_read_and_a_random_one_is_not() -> None:
+    dev = corpus(12, seed=2)
+    probe = train_probe(
+        corpus(80, seed=1), codebook_sizes=[SIZE], frame_rate=50, config=TINY, dev=dev
+    )
+    result = probe.score(dev)
+    assert result.cer < 0.02
+    assert result.loss < 0.1
+    assert result.n == 12
+    assert result.texts == probe.read(dev.codes)
+    assert probe.num_trained == 80
+    assert len(probe.history) == TINY.epochs
+    assert probe.history[-1].dev_cer == result.cer
+    assert probe.history[-1].train_loss < probe.history[0].train_loss / 10
+    noise = corpus(12, seed=2, readable=False)
+    deaf = train_probe(
+        corpus(80, seed=1, readable=False), codebook_sizes=[SIZE], frame_rate=50, config=TINY
+    ).score(noise)
+    assert deaf.cer > 0.4
+    assert deaf.loss > 10 * result.loss
+
+
+def short(**changes: object) -> ProbeConfig:
+    return ProbeConfig(hidden=8, embedding=8, epochs=2, batch_frames=200, **changes)
+
+
+def test_the_seed_decides_and_leaves_other_generators_alone() -> None:
+    train, dev = corpus(10, seed=1), corpus(4, seed=2)
+
+    def losses(seed: int) -> list[float]:
+        config = short(seed=seed, dropout=0.3)
+        probe = train_probe(train, codebook_sizes=[SIZE], frame_rate=50, config=config)
+        return [*(epoch.train_loss for epoch in probe.history), probe.score(dev).loss]
+
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first = losses(0)
+    assert torch.equal(torch.rand(1), expected)
+    assert losses(0) == first
+    assert losses(1) != first
+
+
+def test_a_padded_batch_equals_single_items() -> None:
+    torch.manual_seed(0)
+    network = ProbeNetwork([SIZE, 7], short()).eval()
+    lengths = [5, 9, 1]
+    codes = torch.zeros(3, 2, 9, dtype=torch.long)
+    singles = []
+    for row, length in enumerate(lengths):
+        codes[row, 0, :length] = torch.randint(0, SIZE, (length,))
+        codes[row, 1, :length] = torch.randint(0, 7, (length,))
+        alone = codes[row : row + 1, :, :length]
+        singles.append(network(alone, torch.tensor([length]))[0])
+    batch = network(codes, torch.tensor(lengths))
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(batch[row, :length], singles[row])
+    # The backward direction sees what follows.
+    later = codes.clone()
+    later[1, 0, 8] = (later[1, 0, 8] + 1) % SIZE
+    assert not torch.equal(network(later, torch.tensor(lengths))[1, 0], batch[1, 0])
+
+
+def test_what_cannot_be_aligned_is_left_out_and_counted() -> None:
+    train = corpus(6, seed=1)
+    frames = [np.array([5, 6, 7])] * 3
+    added = Corpus([*train.codes, *frames], [*train.texts, "abcd", "aab", "4 a"])
+    config = short(min_frame_rate=50.0)
+    probe = train_probe(added, codebook_sizes=[SIZE], frame_rate=50, config=config)
+    counts = (probe.num_trained, probe.num_too_short, probe.num_unspelled)
+    assert counts == (6, 2, 1)
+    result = probe.score(Corpus([*frames, np.zeros(0, np.int64)], ["abc", "abcd", "4 a", "a"]))
+    assert (result.n, result.num_unscored) == (4, 3)
+    assert result.texts[3] == ""
+    assert math.isnan(probe.score(Corpus(frames[:1], ["abcd"])).loss)
+
+
+def test_slow_frames_are_repeated() -> None:
+    train = corpus(6, seed=1)
+    added = Corpus([*train.codes, np.array([5, 6, 7])], [*train.texts, "abcd"])
+    probe = train_probe(added, codebook_sizes=[SIZE], frame_rate=20, config=short())
+    assert (probe.repeats, probe.num_trained, probe.num_too_short) == (3, 7, 0)
+
+
+def test_all_codebooks_are_read_and_given_tables_stay() -> None:
+    """The letters are in codebook 2; codebook 1 is noise."""
+    train = corpus(40, seed=1)
+    noise = np.random.default_rng(0)
+    both = [np.stack([noise.integers(0, 9, one.size), one]) for one in train.codes]
+    tables = [torch.randn(size, 8, generator=torch.Generator().manual_seed(1)) for size in (9, 40)]
+    probe = train_probe(
+        Corpus(both, train.texts),
+        codebook_sizes=[9, SIZE],
+        frame_rate=50.0,
+        config=replace(TINY, batch_frames=100),
+        tables=tables,
+        progress=False,
+    )
+    assert probe.score(Corpus(both, train.texts)).cer < 0.25
+    assert torch.equal(probe.network.embedding.weight, torch.cat(tables))
+
+
+def test_mistakes_are_named() -> None:
+    train = corpus(4, seed=1)
+    with pytest.raises(ValueError, match="4 utterances of codes, 3 texts"):
+        train_probe(Corpus(train.codes, train.texts[:3]), codebook_sizes=[SIZE], frame_rate=50)
+    with pytest.raises(ValueError, match="the corpus is empty"):
+        train_probe(Corpus([], []), codebook_sizes=[SIZE], frame_rate=50)
+    with pytest.raises(ValueError, match="beyond the codebooks"):
+        train_probe(train, codebook_sizes=[4], frame_rate=50)
+    with pytest.raises(ValueError, match="there are 2 codebooks"):
+        train_probe(train, codebook_sizes=[SIZE, SIZE], frame_rate=50)
+    with pytest.raises(ValueError, match="frame_rate must be positive"):
+        train_probe(train, codebook_sizes=[SIZE], frame_rate=0)
+    with pytest.raises(ValueError, match="one \\(K, D\\)"):
+        train_probe(train, codebook_sizes=[SIZE], frame_rate=50, tables=[torch.zeros(3, 2)])
+    with pytest.raises(ValueError, match="none of 1 utterances"):
+        train_probe(Corpus([np.zeros(1, int)], ["ab"]), codebook_sizes=[SIZE], frame_rate=50)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": 0}, "hidden must be at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"dropout": 1.0}, "dropout must be"),
+    ],
+)
+def test_impossible_settings_are_refused(change: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ProbeConfig(**change)
