@@ -181,6 +181,18 @@ def resample(
     return soxr.resample(wave.astype(np.float32, copy=False), source_rate, target_rate)
 
 
+def resample_batch(
+    wave: Float[Tensor, "B C S"], source_rate: int, target_rate: int
+) -> Float[Tensor, "B C s"]:
+    """Band-limited resampling of waves on any device, differentiable (torchaudio, windowed sinc).
+
+    S samples become ceil(S * target_rate / source_rate).
+    """
+    from torchaudio.functional import resample
+
+    return wave if source_rate == target_rate else resample(wave, source_rate, target_rate)
+
+
 def check_name(path: str | Path) -> None:
     """Raise `ValueError` unless the suffix names a format that can be written."""
     import soundfile

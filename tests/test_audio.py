@@ -9,7 +9,13 @@ import soundfile
 import torch
 
 from codec import read_audio, write_audio
-from codec.audio import magnitude_spectrogram, mel_filterbank, resample, stream_audio
+from codec.audio import (
+    magnitude_spectrogram,
+    mel_filterbank,
+    resample,
+    resample_batch,
+    stream_audio,
+)
 
 
 def tone(seconds: float, rate: int, frequency: float = 440.0) -> np.ndarray:
@@ -152,3 +158,19 @@ def test_magnitude_of_silence_has_a_gradient() -> None:
     wave = torch.zeros(1, 2000, requires_grad=True)
     magnitude_spectrogram(wave, window=256, hop=64).sum().backward()
     assert torch.isfinite(wave.grad).all()
+
+
+@pytest.mark.parametrize(("source", "target"), [(24_000, 16_000), (16_000, 24_000)])
+def test_a_batch_is_resampled_with_its_gradient(source: int, target: int) -> None:
+    waves = [tone(0.5, source, frequency)[:-3] for frequency in (300.0, 900.0)]
+    batch = torch.from_numpy(np.stack(waves)).float().reshape(2, 1, -1).requires_grad_()
+    found = resample_batch(batch, source, target)
+    assert found.shape == (2, 1, -(-batch.shape[-1] * target // source))
+    middle = slice(1000, 6000)
+    for row, frequency in zip(found, (300.0, 900.0), strict=True):
+        expected = torch.from_numpy(tone(0.5, target, frequency))[middle].float()
+        assert (row[0, middle] - expected).abs().max() < 2e-3
+    found.square().sum().backward()
+    assert batch.grad is not None
+    assert batch.grad.abs().amax(dim=-1).min() > 0
+    assert resample_batch(batch, source, source) is batch
