@@ -100,7 +100,7 @@ class ProbeNetwork(nn.Module):
         self,
         codebook_sizes: Sequence[int],
         config: ProbeConfig,
-        tables: Sequence[Float[Tensor, "K D"]] | None = None,
+        tables: Sequence[Float[Tensor, "_ D"]] | None = None,
     ):
         super().__init__()
         starts = np.cumsum([0, *codebook_sizes])
@@ -226,7 +226,7 @@ def train_probe(
     frame_rate: float | int,
     config: ProbeConfig | None = None,
     dev: Corpus | None = None,
-    tables: Sequence[Float[Tensor, "K D"]] | None = None,
+    tables: Sequence[Float[Tensor, "_ D"]] | None = None,
     device: str = "cpu",
     progress: bool = True,
 ) -> Probe:

@@ -1,0 +1,236 @@
+"""How well a small network reads text from a codec's codes: SLMTokBench's text alignment.
+
+    python recipes/probe.py --train TOKENS --dev TOKENS [--codebooks 1] [--seed 0] --out rows.jsonl
+    python recipes/probe.py --train TOKENS --dev native=A --dev accented=B     two dev lists
+    python recipes/probe.py --train TOKENS --dev TOKENS --group read='ls'      and a part of one
+
+TOKENS is a token shard or a folder of them (recipes/export_tokens.py). Prints one JSON line for
+each list; --out adds rows of every utterance and list to a rows.jsonl.
+
+--setting small (the default) is for a few hours of speech and one core; paper is SpeechTokenizer's
+network, for a hundred hours and a GPU.
+"""
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+from codec.tokens import CodecStamp, TokenShard
+from eval.benchmark import (
+    ASR_PREFIX,
+    Provenance,
+    Row,
+    append_rows,
+    digest_of,
+    machine,
+    rows_of,
+    score_asr,
+)
+from eval.text import LIBRARIES
+from eval.tokens import Corpus, Probe, ProbeConfig, ProbeResult, train_probe
+from recipes.common import git_revision
+from recipes.scoring import digest_of_text
+
+SETTINGS = {
+    "small": ProbeConfig(
+        hidden=128,
+        embedding=128,
+        epochs=10,
+        batch_frames=3000,
+        learning_rate=5e-3,
+        min_frame_rate=25.0,
+    ),
+    "paper": ProbeConfig(),
+}
+PREFIX = "probe_"
+"""Before the metrics: a probe's errors are neither the judge's nor a system's own."""
+
+
+class DevList(NamedTuple):
+    """Utterances that are scored together."""
+
+    name: str
+    ids: list[str]
+    corpus: Corpus
+
+
+def main(argv: Sequence[str]) -> None:
+    """Trains one probe and scores it on each dev list."""
+    args = parse(argv)
+    shard = TokenShard.open(args.train)
+    num_codebooks = args.codebooks or shard.stamp.num_codebooks
+    if not 1 <= num_codebooks <= shard.stamp.num_codebooks:
+        raise ValueError(f"--codebooks {num_codebooks}: the codec has {shard.stamp.num_codebooks}")
+    config = config_of(args)
+    train = corpus_of(shard, num_codebooks, range(len(shard))[: args.limit])
+    lists = dev_lists(args, shard.stamp, num_codebooks)
+    shared = sorted({one for dev in lists for one in dev.ids} & set(shard.ids))
+    if shared:
+        raise ValueError(f"--dev: {shared[0]} is in --train as well ({len(shared)} such)")
+    begun = time.monotonic()
+    probe = train_probe(
+        train,
+        codebook_sizes=shard.stamp.codebook_sizes[:num_codebooks],
+        frame_rate=shard.stamp.frame_rate,
+        config=config,
+        dev=lists[0].corpus,
+        device=args.device,
+    )
+    seconds = time.monotonic() - begun
+    settings = {**asdict(config), "codebooks": num_codebooks, "limit": args.limit}
+    settings["train"] = [digest_of(file) for file in shard.files]
+    origin = Provenance(
+        system=args.name or f"{Path(shard.stamp.id).name} codebooks 1-{num_codebooks}",
+        seed=config.seed,
+        git=git_revision(),
+        config=digest_of_text(json.dumps(settings, sort_keys=True)),
+        model=shard.stamp.digest,
+    )
+    for dev in lists:
+        result = probe.score(dev.corpus)
+        if args.out is not None:
+            append_rows(args.out, rows(dev, result, origin))
+        print(json.dumps(summary(dev, result, probe, origin) | {"seconds": round(seconds, 1)}))
+
+
+def config_of(args: argparse.Namespace) -> ProbeConfig:
+    """The named setting with what the command line changes."""
+    given = {key: getattr(args, key) for key in ("epochs", "hidden") if getattr(args, key)}
+    return replace(SETTINGS[args.setting], seed=args.seed, **given)
+
+
+def corpus_of(shard: TokenShard, num_codebooks: int, indices: Sequence[int]) -> Corpus:
+    """The first codebooks and texts of some rows."""
+    chosen = [shard[index] for index in indices]
+    return Corpus([row.codes[:num_codebooks] for row in chosen], [row.text for row in chosen])
+
+
+def dev_lists(args: argparse.Namespace, stamp: CodecStamp, num_codebooks: int) -> list[DevList]:
+    """Each --dev, then each --group of each. ValueError for an empty one and another codec's."""
+    groups = [(name, re.compile(pattern)) for name, pattern in map(_named, args.group)]
+    lists = []
+    for name, path in map(_named, args.dev):
+        shard = TokenShard.open(path, expect=stamp)
+        name = name or Path(path).name.partition(".")[0]
+        parts = [(name, list(range(len(shard))))]
+        for group, pattern in groups:
+            keys = zip(shard.speakers, shard.ids, strict=True)
+            found = [index for index, pair in enumerate(keys) if any(map(pattern.match, pair))]
+            if not found:
+                raise ValueError(
+                    f"--group {group}: no speaker or id in {path} begins with {pattern.pattern}"
+                )
+            parts.append((f"{name}/{group}", found))
+        lists += [
+            DevList(
+                part,
+                [shard.ids[index] for index in indices],
+                corpus_of(shard, num_codebooks, indices),
+            )
+            for part, indices in parts
+        ]
+    return lists
+
+
+def _named(argument: str) -> tuple[str, str]:
+    """NAME=VALUE as a pair; "" where there is no name."""
+    name, _, value = argument.rpartition("=")
+    return name, value
+
+
+def rows(dev: DevList, result: ProbeResult, origin: Provenance) -> list[Row]:
+    """Rows of each utterance and of the list, and one of the loss."""
+    scored = [
+        score_asr(name, text, read)
+        for name, text, read in zip(dev.ids, dev.corpus.texts, result.texts, strict=True)
+    ]
+    found = rows_of(dev.name, scored, origin, prefix=ASR_PREFIX)
+    torch = f"torch {version('torch')}"
+    made = [
+        replace(
+            row,
+            metric=PREFIX + row.metric.removeprefix(ASR_PREFIX),
+            library=f"{row.library}, {torch}",
+        )
+        for row in found
+    ]
+    num_scored = result.n - result.num_unscored
+    if num_scored:
+        loss = replace(made[-1], metric=f"{PREFIX}loss", value=result.loss, n=num_scored)
+        made.append(replace(loss, library=torch))
+    return made
+
+
+def summary(
+    dev: DevList, result: ProbeResult, probe: Probe, origin: Provenance
+) -> dict[str, object]:
+    """What is printed for a list."""
+    return {
+        "system": origin.system,
+        "list": dev.name,
+        "cer": round(result.cer, 4),
+        "wer": round(result.wer, 4),
+        "loss": round(result.loss, 4) if result.n > result.num_unscored else None,
+        "n": result.n,
+        "unscored": result.num_unscored,
+        "trained_on": probe.num_trained,
+        "left_out": {"unspelled": probe.num_unspelled, "too_short": probe.num_too_short},
+        "steps": probe.num_steps,
+        "dev_cer_by_epoch": [epoch.dev_cer and round(epoch.dev_cer, 4) for epoch in probe.history],
+        "seed": origin.seed,
+        "git": origin.git,
+        "config": origin.config,
+        "model": origin.model,
+        "libraries": {name: version(name) for name in ("torch", *LIBRARIES)},
+        "machine": machine(),
+    }
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--train", type=Path, required=True, help="token shard to learn from")
+    parser.add_argument(
+        "--dev", action="append", required=True, metavar="[NAME=]SHARD", help="to score; repeatable"
+    )
+    parser.add_argument(
+        "--group",
+        action="append",
+        default=[],
+        metavar="NAME=PATTERN",
+        help="also score those whose speaker or id begins with this regular expression",
+    )
+    parser.add_argument(
+        "--codebooks", type=int, default=1, help="read the first N; 0: all (default: 1)"
+    )
+    parser.add_argument("--setting", choices=SETTINGS, default="small", help="default: small")
+    parser.add_argument("--epochs", type=int, help="in place of the setting's")
+    parser.add_argument("--hidden", type=int, help="in place of the setting's")
+    parser.add_argument("--limit", type=int, help="train on the first N utterances only")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--name", help="what the rows call the system")
+    parser.add_argument("--out", type=Path, help="a rows.jsonl to add to")
+    args = parser.parse_args(argv)
+    for group in args.group:
+        try:
+            re.compile(_named(group)[1])
+        except re.error as error:
+            raise ValueError(f"--group {group}: no regular expression ({error})") from error
+        if not _named(group)[0]:
+            raise ValueError(f"--group {group}: write NAME=PATTERN")
+    return args
+
+
+if __name__ == "__main__":
+    from recipes.common import run_program
+
+    run_program(main)
