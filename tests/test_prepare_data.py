@@ -245,8 +245,8 @@ def test_the_paper_settings_follow_on_libritts(
     monkeypatch.chdir(tmp_path)
     run(prepare[2], corpus, *prepare[4:])
     settings = {
-        name: yaml.safe_load((ROOT / f"recipes/configs/{name}/paper.yaml").read_text())
-        for name in ("codec", "tts")
+        name.partition("/")[0]: yaml.safe_load((ROOT / f"recipes/configs/{name}.yaml").read_text())
+        for name in ("codec/speechtokenizer", "tts/paper")
     }
     assert Path(settings["codec"]["train"]).is_file()
     assert Path(settings["codec"]["dev"]).is_file()
