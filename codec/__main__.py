@@ -1,9 +1,11 @@
-"""The command `codec`: recordings to token shards and back, and what is in a folder.
+"""The command `codec`: recordings to token shards and back, and codecs from and to elsewhere.
 
 codec info DIR
 codec encode --codec DIR IN... --out TOKENS.parquet
 codec decode --codec DIR TOKENS.parquet --out DIR [--overwrite]
 codec reconstruct --codec DIR [--codebooks N] IN... --out DIR [--overwrite]
+codec import speechtokenizer|dmcodec CONFIG CHECKPOINT OUT [--overwrite]
+codec export speechtokenizer DIR OUT [--overwrite]
 """
 
 import argparse
@@ -71,7 +73,45 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--codec", required=True, metavar="DIR", help="folder or hub id")
         command.add_argument("--out", required=True, type=Path, metavar=out)
         command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    _add_interop(commands)
     return parser
+
+
+def _add_interop(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    about = "a published checkpoint to a codec folder"
+    kinds = commands.add_parser("import", help=about, description=about.capitalize() + ".")
+    sources = kinds.add_subparsers(required=True, metavar="KIND")
+    for kind, name in (("speechtokenizer", "SpeechTokenizer"), ("dmcodec", "DM-Codec")):
+        command = sources.add_parser(
+            kind,
+            help=f"{name}'s config.json and checkpoint",
+            description=f"{name}'s checkpoint to a codec folder, its weights bit for bit.",
+        )
+        command.add_argument("config", type=Path, metavar="CONFIG", help="its config.json")
+        command.add_argument(
+            "checkpoint",
+            type=Path,
+            metavar="CHECKPOINT",
+            help="a state_dict or a trainer's checkpoint (torch.save), or .safetensors",
+        )
+        command.set_defaults(run=_import)
+        _add_out(command)
+    about = "a codec folder to another project's checkpoint"
+    kinds = commands.add_parser("export", help=about, description=about.capitalize() + ".")
+    command = kinds.add_subparsers(required=True, metavar="KIND").add_parser(
+        "speechtokenizer",
+        help="config.json and SpeechTokenizer.pt",
+        description="Writes config.json and SpeechTokenizer.pt, which SpeechTokenizer's and "
+        "DM-Codec's load_from_checkpoint read. Only codecs of the family seanet fit.",
+    )
+    command.add_argument("codec", metavar="DIR", help="codec folder or hub id")
+    command.set_defaults(run=_export)
+    _add_out(command)
+
+
+def _add_out(command: argparse.ArgumentParser) -> None:
+    command.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
+    command.add_argument("--overwrite", action="store_true", help="write over files in OUT")
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -140,6 +180,30 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
     for name, codes, seconds in _encoded(codec, recordings, skipped):
         _write(codec, codes[:books], seconds, targets[name])
     _report(arguments.out, len(recordings), skipped)
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from codec.folder import WEIGHTS_FILE
+    from codec.interop import import_speechtokenizer
+
+    files = [arguments.out / name for name in ("config.json", WEIGHTS_FILE)]
+    if arguments.config.resolve() == files[0].resolve():
+        raise ValueError(f"{arguments.config}: is what is imported; choose another OUT")
+    _check_free(files, arguments.overwrite)
+    codec = import_speechtokenizer(arguments.config, arguments.checkpoint)
+    codec.save_pretrained(arguments.out)
+    codec.source = str(arguments.out)
+    print(json.dumps(_facts(codec.stamp), indent=2, ensure_ascii=False))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from codec.interop import export_speechtokenizer
+    from codec.model import load_codec
+
+    codec = load_codec(arguments.codec, fold=False)
+    export_speechtokenizer(codec, arguments.out, overwrite=arguments.overwrite)
+    done = {"out": str(arguments.out), "codec": _facts(codec.stamp)}
+    print(json.dumps(done, indent=2, ensure_ascii=False))
 
 
 class Recording(NamedTuple):
@@ -224,7 +288,7 @@ def _check_free(targets: Iterable[Path], overwrite: bool) -> None:
     if there:
         others = f" (and {len(there) - 1} more)" if len(there) > 1 else ""
         raise ValueError(
-            f"{there[0]}: is there already{others}; choose another --out, or --overwrite it"
+            f"{there[0]}: is there already{others}; choose another place, or --overwrite it"
         )
 
 

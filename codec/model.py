@@ -99,6 +99,11 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
         return next(self.parameters()).device
 
     @property
+    def is_folded(self) -> bool:
+        """Whether `fold_weight_norm` has made it a codec for inference only."""
+        return bool(self._folded)
+
+    @property
     def stamp(self) -> CodecStamp:
         """Names this codec and its very weights in token shards."""
         digest = _digest(self)
@@ -249,7 +254,7 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
 
         Raises `ValueError` when that is not there any more or one of the two has changed.
         """
-        codec = _load(self.source) if self._folded else self
+        codec = load_codec(self.source, fold=False) if self._folded else self
         if codec.stamp.digest != self.stamp.digest:
             raise ValueError(
                 f"{self.source}: the codec there and the one that was loaded from there are not "
@@ -337,27 +342,24 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
         return codec.to(map_location).eval()
 
 
-def load_codec(path_or_hub_id: str | Path, device: str = "cpu") -> Codec:
+def load_codec(path_or_hub_id: str | Path, device: str = "cpu", *, fold: bool = True) -> Codec:
     """A trained codec, ready to encode and decode, from a local folder or a hub id.
 
-    Its weight norm is folded: to train it further, load it with `Codec.from_pretrained`. Raises
-    `ValueError` when it is missing or its files do not fit together.
+    Its weight norm is folded, which is faster: pass `fold=False`, or use `Codec.from_pretrained`,
+    to train it further. Raises `ValueError` when it is missing or its files do not fit together.
     """
-    return _load(path_or_hub_id, device).fold_weight_norm()
-
-
-def _load(path_or_hub_id: str | Path, device: str = "cpu") -> Codec:
     path = Path(path_or_hub_id)
     check_device(device)
     if path.is_dir():
         check_config_file(path / "config.json")
     try:
-        return Codec.from_pretrained(str(path_or_hub_id), map_location=device)
+        codec = Codec.from_pretrained(str(path_or_hub_id), map_location=device)
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
         raise ValueError(
             f"{path_or_hub_id}: no such folder, and not to be had from the hub either "
             f"({type(error).__name__}); check the name"
         ) from error
+    return codec.fold_weight_norm() if fold else codec
 
 
 def _digest(codec: nn.Module) -> str:

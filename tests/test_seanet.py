@@ -5,41 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from codec import Codec, CodecConfig
-from codec.config import QuantizerConfig, SEANetConfig
+from codec import Codec
+from codec.interop import Original, from_original
 
 GOLDEN = Path(__file__).parent / "golden" / "speechtokenizer_tiny.pt"
-
-
-def ours(name: str, num_strides: int) -> str | None:
-    """Our name of one of SpeechTokenizer's tensors (one residual unit per stride)."""
-    name = name.replace(".conv.conv.", ".conv.").replace(".convtr.convtr.", ".conv.")
-    name = name.replace("weight_g", "parametrizations.weight.original0")
-    name = name.replace("weight_v", "parametrizations.weight.original1")
-    parts = name.split(".")
-    if parts[0] == "transform":
-        return f"semantic_head.{parts[1]}"
-    if parts[0] == "quantizer":
-        buffer = {"embed": "entries", "embed_avg": "entry_sum", "cluster_size": "cluster_size"}
-        leaf = buffer.get(parts[-1])
-        return leaf and f"quantizer.codebooks.{parts[3]}.{leaf}"
-    side, index, rest = parts[0], int(parts[2]), parts[3:]
-    # Encoder: 0 in, then (unit, activation, down) per stride, LSTM, activation, out.
-    # Decoder: 0 in, LSTM, then (activation, up, unit) per stride, activation, out.
-    lstm_at = 1 + 3 * num_strides if side == "encoder" else 1
-    if index == 0:
-        return ".".join([side, "conv_in", *rest])
-    if index == 3 * num_strides + 3:
-        return ".".join([side, "conv_out", *rest])
-    if index == lstm_at:
-        return ".".join([side, "lstm", *rest])
-    stage, slot = divmod(index - (1 if side == "encoder" else 2), 3)
-    if rest[0] in ("block", "shortcut"):
-        unit = {"block.1": "conv_in", "block.3": "conv_out"}.get(".".join(rest[:2]), "shortcut")
-        tail = rest[2:] if rest[0] == "block" else rest[1:]
-        return ".".join([side, "stages", str(stage), "units", "0", unit, *tail])
-    assert slot in (1, 2)
-    return ".".join([side, "stages", str(stage), "down" if side == "encoder" else "up", *rest])
 
 
 @pytest.fixture(scope="module")
@@ -49,39 +18,7 @@ def golden() -> dict:
 
 @pytest.fixture(scope="module")
 def codec(golden: dict) -> Codec:
-    config = golden["config"]
-    assert config["activation"] == "ELU"
-    assert config["n_residual_layers"] == 1
-    codec = Codec(
-        CodecConfig(
-            family="seanet",
-            sample_rate=config["sample_rate"],
-            seanet=SEANetConfig(
-                num_filters=config["n_filters"],
-                strides=tuple(config["strides"]),
-                dimension=config["dimension"],
-                semantic_dimension=config["semantic_dimension"],
-                bidirectional=config["bidirectional"],
-                dilation_base=config["dilation_base"],
-                residual_kernel_size=config["residual_kernel_size"],
-                num_lstm_layers=config["lstm_layers"],
-            ),
-            quantizer=QuantizerConfig(
-                num_codebooks=config["n_q"], codebook_size=config["codebook_size"]
-            ),
-        )
-    )
-    state = codec.state_dict()
-    loaded = set()
-    for name, tensor in golden["state_dict"].items():
-        target = ours(name, len(config["strides"]))
-        if target is not None:
-            assert state[target].shape == tensor.shape, name
-            state[target] = tensor
-            loaded.add(target)
-    assert {name for name in set(state) - loaded if "num_updates" not in name} == set()
-    codec.load_state_dict(state)
-    return codec.eval()
+    return from_original(Original(golden["config"], golden["state_dict"]))
 
 
 def test_codes_equal_the_originals(codec: Codec, golden: dict) -> None:
@@ -90,17 +27,53 @@ def test_codes_equal_the_originals(codec: Codec, golden: dict) -> None:
         assert torch.equal(codes, golden[f"codes{suffix}"].transpose(0, 1))
 
 
-def test_first_codebooks_equal_the_originals(codec: Codec, golden: dict) -> None:
-    codes = codec.encode(golden["input"], num_codebooks=3).codes
-    assert torch.equal(codes, golden["codes_nq3"].transpose(0, 1))
+def test_stretches_of_codebooks_equal_the_originals(codec: Codec, golden: dict) -> None:
+    """The original's n_q is the end of the stretch, st its start."""
+    first = codec.encode(golden["input"], num_codebooks=3).codes
+    assert torch.equal(first, golden["codes_nq3"].transpose(0, 1))
+    inner = codec.encode(golden["input"], num_codebooks=3, first_codebook=1).codes
+    assert torch.equal(inner, golden["codes_nq4_st1"].transpose(0, 1))
 
 
 def test_waves_equal_the_originals(codec: Codec, golden: dict) -> None:
+    codes = golden["codes"].transpose(0, 1)
+    waves = {
+        "output": codec.decode(codes),
+        "output_odd_batch2": codec.decode(golden["codes_odd_batch2"].transpose(0, 1)),
+        "output_q0_only": codec.decode(codes[:, :1]),
+        "output_codes2to4_st2": codec.decode(codes[:, 2:5], first_codebook=2),
+        "forward_out": codec(golden["input"]).wave.detach(),
+    }
+    for name, wave in waves.items():
+        torch.testing.assert_close(wave, golden[name], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_features_equal_the_originals(codec: Codec, golden: dict) -> None:
+    latent = codec.encoder(golden["input"])
+    # Up to 8 in size: this is 4e-6 of it, where sums of float32 may differ.
+    torch.testing.assert_close(latent, golden["latent"], atol=5e-5, rtol=0)
+    codes = codec.encode(golden["input"]).codes
+    for book, expected in zip((0, 3), golden["forward_feature_list_0_3"], strict=True):
+        feature = codec.quantizer.decode(codes[:, book : book + 1], first_codebook=book)
+        torch.testing.assert_close(feature, expected, atol=1e-5, rtol=0)
+    semantic = codec.semantic_head(codec.quantizer.decode(codes[:, :1]).mT)
+    torch.testing.assert_close(semantic, golden["forward_feature_layer0"], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_folded_weight_norm_changes_nothing(golden: dict) -> None:
+    codec = from_original(Original(golden["config"], golden["state_dict"]))
+    folded = from_original(Original(golden["config"], golden["state_dict"])).fold_weight_norm()
+    assert folded.is_folded
+    assert not codec.is_folded
+    assert len(folded.state_dict()) < len(codec.state_dict())
+    assert folded.stamp == codec.stamp
     for suffix in ("", "_odd_batch2"):
-        wave = codec.decode(golden[f"codes{suffix}"].transpose(0, 1))
+        codes = folded.encode(golden[f"input{suffix}"]).codes
+        assert torch.equal(codes, golden[f"codes{suffix}"].transpose(0, 1))
+        wave = folded.decode(codes)
         torch.testing.assert_close(wave, golden[f"output{suffix}"], atol=1e-5, rtol=0)
-    first = codec.decode(golden["codes"].transpose(0, 1)[:, :1])
-    torch.testing.assert_close(first, golden["output_q0_only"], atol=1e-5, rtol=0)
 
 
 def test_padded_batch_equals_single_items(codec: Codec, golden: dict) -> None:
