@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from codec import load_codec, read_audio
 from codec.__main__ import main
 from codec.tokens import TokenShard, write_shard
 
 Write = Callable[..., Path]
+GOLDEN = Path(__file__).parent / "golden" / "speechtokenizer_tiny.pt"
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -190,6 +192,58 @@ def test_decode_refuses_what_it_cannot_decode(
     tokens.write_bytes(tokens.read_bytes()[:50])
     assert "not a whole token shard" in failure(capsys, *decode)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["speechtokenizer", "dmcodec"])
+def test_import_and_export(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    golden = torch.load(GOLDEN, weights_only=True)
+    config, checkpoint = tmp_path / "config.json", tmp_path / "ModelTrainer_00001000"
+    config.write_text(json.dumps(golden["config"] | {"project_name": "mine"}))
+    torch.save({"generator": golden["state_dict"], "discriminators": {}}, checkpoint)
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    run("import", kind, config, checkpoint, ours)
+    made = json.loads(capsys.readouterr().out)
+    assert (made["id"], made["num_codebooks"], made["frame_rate"]) == (str(ours), 8, 50)
+    assert made["digest"] == load_codec(ours).stamp.digest
+
+    before = (ours / "model.safetensors").read_bytes()
+    said = failure(capsys, "import", kind, config, checkpoint, ours)
+    assert "config.json: is there already (and 1 more)" in said
+    assert "is what is imported" in failure(
+        capsys, "import", kind, config, checkpoint, tmp_path, "--overwrite"
+    )
+    assert (ours / "model.safetensors").read_bytes() == before
+    run("import", kind, config, checkpoint, ours, "--overwrite")
+
+    capsys.readouterr()
+    run("export", "speechtokenizer", ours, theirs)
+    assert json.loads(capsys.readouterr().out)["codec"]["digest"] == made["digest"]
+    assert sorted(path.name for path in theirs.iterdir()) == ["SpeechTokenizer.pt", "config.json"]
+    state = torch.load(theirs / "SpeechTokenizer.pt", weights_only=True)
+    assert state.keys() == golden["state_dict"].keys()
+    assert all(torch.equal(state[name], golden["state_dict"][name]) for name in state)
+    assert "is there already" in failure(capsys, "export", "speechtokenizer", ours, theirs)
+    run("export", "speechtokenizer", ours, theirs, "--overwrite")
+
+
+def test_bad_checkpoints_end_in_one_line(
+    tmp_path: Path, tiny_codec_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    golden = torch.load(GOLDEN, weights_only=True)
+    config, checkpoint = tmp_path / "config.json", tmp_path / "cut.pt"
+    config.write_text(json.dumps(golden["config"]))
+    torch.save(golden["state_dict"], checkpoint)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])
+    command = ["import", "speechtokenizer", config, checkpoint, tmp_path / "ours"]
+    assert "cut.pt: not a whole checkpoint" in failure(capsys, *command)
+    torch.save({}, checkpoint)
+    assert "cut.pt: neither a state_dict" in failure(capsys, *command)
+    config.write_text("{}")
+    assert "config.json: the configuration lacks n_filters" in failure(capsys, *command)
+    assert not (tmp_path / "ours").exists()
+    command = ["export", "speechtokenizer", tiny_codec_folder, tmp_path / "theirs"]
+    assert "only codecs of the family seanet" in failure(capsys, *command)
+    assert not (tmp_path / "theirs").exists()
 
 
 def test_what_is_no_codec_is_named(
