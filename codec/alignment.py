@@ -5,6 +5,7 @@ from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
