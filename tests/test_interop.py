@@ -1,6 +1,7 @@
 """Checkpoints of SpeechTokenizer and DM-Codec in and out."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,16 @@ def test_fine_tuning_goes_on_from_the_codebooks(golden: dict[str, Any]) -> None:
         kept = book.cluster_size == counts + 0.01 * chosen
         assert int(kept.sum()) > 32
         assert int(book.num_updates) == 2
+
+
+def test_without_an_lstm_there_is_one_direction() -> None:
+    """The original widens its last convolution for a second one even where there is no LSTM."""
+    plain = from_original(Original(PLAIN, random_state(PLAIN_SHAPES))).config
+    codec = Codec(replace(plain, seanet=replace(plain.seanet, bidirectional=True)))
+    original = to_original(codec)
+    assert original.config["bidirectional"] is False
+    assert {name: tuple(tensor.shape) for name, tensor in original.state.items()} == PLAIN_SHAPES
+    assert same(from_original(original).state_dict(), codec.state_dict())
 
 
 def test_an_untrained_codec_stays_one() -> None:
