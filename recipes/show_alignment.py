@@ -65,7 +65,8 @@ def main(argv: Sequence[str]) -> None:
     frame_rate = transcriber.sample_rate / hop_length
     num_frames = int(ceil_div(wave.size, hop_length))
     aligned = align(words, teacher, num_frames, frame_rate)
-    draw(args.out, wave, transcriber.sample_rate, words, aligned, frame_rate)
+    title = args.recording.name
+    draw(args.out, wave, transcriber.sample_rate, words, aligned, frame_rate, title)
     results = {
         "out": str(args.out),
         "seconds": round(wave.size / transcriber.sample_rate, 3),
@@ -132,6 +133,7 @@ def draw(
     words: Sequence[Word],
     aligned: Alignments,
     frame_rate: float,
+    title: str,
 ) -> None:
     """The picture. ValueError where matplotlib is not installed."""
     try:
@@ -155,7 +157,7 @@ def draw(
     # Silent stretches have no logarithm.
     noise = 1e-6 * np.random.default_rng(0).standard_normal(wave.size)
     axes[0].specgram(wave + noise, NFFT=window, Fs=sample_rate, noverlap=window // 2, cmap="magma")
-    axes[0].set(ylabel="Hz", xlim=(0, seconds), title=out.stem)
+    axes[0].set(ylabel="Hz", xlim=(0, seconds), title=title)
     end = len(aligned.timed)
     pieces = max((run.stop for run in runs(aligned.indexed)), default=1)
     _draw_words(axes[1], runs(aligned.timed), words, end, "ctc")
