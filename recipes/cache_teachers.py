@@ -1,0 +1,106 @@
+"""Features of the speech teacher, words and their LM states, written once for many training runs.
+
+python recipes/cache_teachers.py "cuts=[data/train.jsonl.gz, data/dev.jsonl.gz]" out=out/teachers
+accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 8 \\
+    recipes/cache_teachers.py speech_model=facebook/hubert-base-ls960 ...
+
+The log says what it will cost before anything is computed. Stopped or killed, it goes on where it
+was when it is started again, with more cuts as well. Recordings that cannot be used are skipped and
+listed in skipped.jsonl; the next start tries them again.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from codec.data import read_cuts
+from codec.feature_cache import seal_cache, write_cache
+from codec.teachers import load_speech_teacher, load_text_teacher
+from codec.words import load_transcriber
+from recipes.common import load_config, make_accelerator, run_program
+from recipes.export_tokens import _lock
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheConfig:
+    cuts: tuple[Path, ...] = (Path("out/demo/cuts/train.jsonl.gz"),)
+    """lhotse lists of cuts (recipes/prepare_data.py makes them)."""
+    out: Path = Path("out/teachers")
+    """The folder for the cache."""
+    speech_model: str | None = "models/whisper-base-transformers"
+    """HuBERT, WavLM, wav2vec2 or Whisper, by hub id or folder; null: no speech features."""
+    speech_layer: str = "mean"
+    """mean of all hidden states, last, or one by its number (0: the embeddings)."""
+    text_model: str | None = "models/minilm-l6"
+    """BERT, ELECTRA, DistilBERT or MiniLM, by hub id or folder; null: no LM states."""
+    text_layer: str = "mean"
+    """As speech_layer."""
+    transcriber: str | None = "models/whisper-base-transformers"
+    """A CTC model or Whisper, which says when words are spoken; null: no words."""
+    transcript: str = "recorded"
+    """Whose words: recorded (the cuts' own, aligned) or recognized (by the transcriber)."""
+    batch_seconds: float = 120.0
+    """Seconds of audio, padding included, that are computed at once: bounds the memory."""
+    half: bool = True
+    """Compute in bfloat16 where the machine multiplies it in hardware."""
+
+    def __post_init__(self) -> None:
+        if not self.cuts:
+            raise ValueError("cuts names no list of cuts")
+        if self.transcript not in ("recorded", "recognized"):
+            raise ValueError(f"transcript must be recorded or recognized, got {self.transcript!r}")
+        if self.batch_seconds <= 0:
+            raise ValueError(f"batch_seconds must be positive, got {self.batch_seconds}")
+        if self.text_model and not self.transcriber:
+            raise ValueError("text_model needs a transcriber; name one, or set text_model=null")
+        if not self.speech_model and not self.transcriber:
+            raise ValueError("nothing to cache: name speech_model, transcriber, or both")
+
+
+def main(argv: list[str]) -> None:
+    config = load_config(CacheConfig, argv, __doc__ or "")
+    accelerator = make_accelerator()
+    cuts = [cut for path in config.cuts for cut in list(read_cuts(path))]
+    where: dict[str, Any] = {"device": accelerator.device, "half": config.half}
+    speech = text = transcriber = None
+    if config.speech_model:
+        speech = load_speech_teacher(config.speech_model, layer=config.speech_layer, **where)
+    if config.text_model:
+        text = load_text_teacher(config.text_model, layer=config.text_layer, **where)
+    if config.transcriber:
+        transcriber: Any = load_transcriber(config.transcriber, **where)
+        transcriber.name = config.transcriber  # The cache notes whose words it holds.
+    lock = _lock(config.out, accelerator)
+    summary = write_cache(
+        config.out,
+        cuts,
+        speech=speech,
+        text=text,
+        transcriber=transcriber,
+        recorded=config.transcript == "recorded",
+        batch_seconds=config.batch_seconds,
+        share=(accelerator.process_index, accelerator.num_processes),
+    )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if accelerator.num_processes > 1:
+            summary = seal_cache(config.out)
+        results = {
+            "out": str(config.out),
+            "recordings": summary.num_recordings,
+            "hours": round(summary.hours, 3),
+            "megabytes": round(summary.num_bytes / 1e6, 1),
+            "skipped": len(summary.skipped),
+        }
+        print(json.dumps(results))
+    if lock is not None:
+        lock.close()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_program(main)
