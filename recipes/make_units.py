@@ -9,7 +9,7 @@ teacher and layer. Source: SpeechTokenizer (arXiv 2308.16692), section 3.3, pseu
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from codec.data import load_cut, read_cuts
 from codec.distill import match_rate
-from codec.teachers import SpeechTeacher, load_speech_teacher
+from codec.feature_cache import FeatureCache
+from codec.teachers import load_speech_teacher
 from codec.tokens import written_whole
 from eval.benchmark import digest_of
 from recipes.common import git_revision, load_config, run_program
@@ -43,6 +44,8 @@ LEAST_SHARE = 0.25
 class UnitsConfig:
     cuts: Path = Path("out/demo/cuts/train.jsonl.gz")
     """A lhotse list of cuts (recipes/prepare_data.py makes them)."""
+    cache: str = ""
+    """A folder of this teacher's features (codec/feature_cache.py), read in place of the sound."""
     teacher: str = "models/whisper-base-transformers"
     """HuBERT, WavLM, wav2vec2 or Whisper, by hub id or folder."""
     layer: str = "mean"
@@ -87,6 +90,14 @@ class Units(NamedTuple):
     iterations: int
 
 
+class Source(NamedTuple):
+    """Where features come from."""
+
+    hear: Callable[[Sequence[Any]], list[Tensor]]
+    """Cuts to their features (T,D); of those that cannot be read there are none."""
+    frame_rate: float
+
+
 class Sample(NamedTuple):
     """Features of some frames of a list."""
 
@@ -107,10 +118,9 @@ def main(argv: list[str]) -> None:
     """Clusters a sample of the list's frames and writes the centroids."""
     config = load_config(UnitsConfig, argv, __doc__ or "")
     cuts = list(read_cuts(config.cuts))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher = load_speech_teacher(config.teacher, layer=config.layer, device=device)
-    frame_rate = config.frame_rate or teacher.frame_rate
-    sample = sample_frames(cuts, teacher, config)
+    source = _cached(config) if config.cache else _taught(config)
+    frame_rate = config.frame_rate or source.frame_rate
+    sample = sample_frames(cuts, source, config)
     if len(sample.frames) < config.num_units:
         raise ValueError(
             f"{config.cuts}: {len(sample.frames)} frames for {config.num_units} units; lower "
@@ -148,54 +158,71 @@ def main(argv: list[str]) -> None:
     print(json.dumps(results))
 
 
-def sample_frames(cuts: Sequence[Any], teacher: SpeechTeacher, config: UnitsConfig) -> Sample:
+def _taught(config: UnitsConfig) -> Source:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    teacher = load_speech_teacher(config.teacher, layer=config.layer, device=device)
+
+    @torch.no_grad()
+    def hear(cuts: Sequence[Any]) -> list[Tensor]:
+        waves = list(_readable(cuts, lambda cut: load_cut(cut, teacher.sample_rate)))
+        if not waves:
+            return []
+        lengths = torch.tensor([len(wave) for wave in waves], device=device)
+        batch = pad_sequence(list(map(torch.from_numpy, waves)), batch_first=True)
+        values, frames = teacher(batch.unsqueeze(1).to(device), lengths)
+        return [row[:count] for row, count in zip(values, frames.tolist(), strict=True)]
+
+    return Source(hear, teacher.frame_rate)
+
+
+def _cached(config: UnitsConfig) -> Source:
+    cache = FeatureCache.open(config.cache, speech=(config.teacher, config.layer))
+
+    def hear(cuts: Sequence[Any]) -> list[Tensor]:
+        found = _readable(cuts, lambda cut: cache.speech(cut.id, 0, cut.duration))
+        return [features.float() for features in found]
+
+    return Source(hear, cache.facts["speech"]["frame_rate"])
+
+
+def _readable(cuts: Sequence[Any], read: Callable[[Any], Any]) -> Iterator[Any]:
+    for cut in cuts:
+        try:
+            yield read(cut)
+        except ValueError as error:
+            logger.warning("skipped: %s", error)
+
+
+def sample_frames(cuts: Sequence[Any], source: Source, config: UnitsConfig) -> Sample:
     """A random sample of the cuts' features, at the configured frame rate.
 
     Utterances are heard in random order until there are enough. What cannot be read is skipped.
     """
     generator = np.random.default_rng(config.seed)
-    frame_rate = config.frame_rate or teacher.frame_rate
+    frame_rate = config.frame_rate or source.frame_rate
     expected = sum(cut.duration for cut in cuts) * frame_rate
     share = min(1.0, max(LEAST_SHARE, config.max_frames / expected))
     order = [cuts[index] for index in generator.permutation(len(cuts))]
     kept: list[Tensor] = []
-    num_frames = num_heard = num_skipped = 0
+    num_frames = num_skipped = 0
     with tqdm(total=config.max_frames, desc="features", unit="frame", unit_scale=True) as bar:
         for start in range(0, len(order), config.batch_size):
-            waves = list(_readable(order[start : start + config.batch_size], teacher.sample_rate))
-            num_skipped += len(order[start : start + config.batch_size]) - len(waves)
-            for features in _features(teacher, waves):
-                features = match_rate(features[None], teacher.frame_rate, frame_rate)[0]
+            batch = order[start : start + config.batch_size]
+            heard = source.hear(batch)
+            num_skipped += len(batch) - len(heard)
+            for features in heard:
+                features = match_rate(features[None], source.frame_rate, frame_rate)[0]
                 count = max(1, round(share * len(features)))
                 count = min(count, config.max_frames - num_frames)
                 chosen = generator.permutation(len(features))[:count]
                 kept.append(features[torch.from_numpy(np.sort(chosen))])
                 num_frames += count
-                num_heard += 1
                 bar.update(count)
             if num_frames >= config.max_frames:
                 break
     if not kept:
         raise ValueError(f"{config.cuts}: none of {len(cuts)} recordings can be read")
-    return Sample(torch.cat(kept), num_heard, num_skipped)
-
-
-def _readable(cuts: Sequence[Any], sample_rate: int) -> Iterator[Tensor]:
-    for cut in cuts:
-        try:
-            yield torch.from_numpy(load_cut(cut, sample_rate))
-        except ValueError as error:
-            logger.warning("skipped: %s", error)
-
-
-@torch.no_grad()
-def _features(teacher: SpeechTeacher, waves: Sequence[Tensor]) -> list[Float[Tensor, "T D"]]:
-    if not waves:
-        return []
-    device = teacher.place["device"]
-    batch = pad_sequence(list(waves), batch_first=True).unsqueeze(1).to(device)
-    values, lengths = teacher(batch, torch.tensor([len(wave) for wave in waves], device=device))
-    return [row[:length] for row, length in zip(values, lengths.tolist(), strict=True)]
+    return Sample(torch.cat(kept), sum(len(part) > 0 for part in kept), num_skipped)
 
 
 def fit_units(

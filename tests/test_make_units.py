@@ -9,6 +9,9 @@ from safetensors import safe_open
 from transformers import HubertConfig, HubertModel
 
 from codec.audio import write_audio
+from codec.data import read_cuts
+from codec.feature_cache import write_cache
+from codec.teachers import load_speech_teacher
 from recipes import make_units as program
 from recipes.make_units import UnitsConfig, fit_units
 
@@ -118,6 +121,21 @@ def test_units_of_a_slower_codec(
     results = run(cuts, teacher, tmp_path / "u.safetensors", capsys, "frame_rate=25.0")
     assert results["frames"] == 4 * 25
     assert results["frame_rate"] == 25.0
+
+
+def test_cached_features_give_the_same_units(
+    cuts: Path, teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "cache"
+    write_cache(folder, list(read_cuts(cuts)), speech=load_speech_teacher(teacher, layer="1"))
+    cached = run(cuts, teacher, tmp_path / "a.safetensors", capsys, f"cache={folder}")
+    for number in range(4):
+        (tmp_path / f"{number}.wav").unlink()
+    again = run(cuts, teacher, tmp_path / "b.safetensors", capsys, f"cache={folder}")
+    assert again["inertia"] == cached["inertia"]
+    assert (cached["frames"], cached["frame_rate"]) == (200, 50.0)
+    with pytest.raises(ValueError, match="layer"):
+        run(cuts, teacher, tmp_path / "c.safetensors", capsys, f"cache={folder}", "layer=last")
 
 
 def test_a_bad_recording_costs_itself(
