@@ -200,6 +200,8 @@ class ShardWriter:
         try:
             with written_whole(path) as temporary:
                 save_file(self.tensors, temporary, notes)
+                # safetensors lets nobody else read its files; others may read the cache.
+                temporary.chmod((self.folder / "cache.json").stat().st_mode & 0o777)
         except SafetensorError as error:
             raise OSError(f"{path}: cannot be written ({error}); is the disk full?") from error
         self.tensors, self.seconds, self.num_bytes = {}, {}, 0

@@ -207,6 +207,8 @@ def test_ranks_share_the_work_and_one_seals(tmp_path, cuts, speech) -> None:
     assert seal_cache(tmp_path / "cache").num_recordings == 5
     cache = FeatureCache.open(tmp_path / "cache")
     assert cache.missing(cuts) == []
+    modes = {file.stat().st_mode for file in (tmp_path / "cache").iterdir()}
+    assert len(modes) == 1  # Whoever may read cache.json may read the shards.
     sizes = [len(safe_open(file, "pt").keys()) for file in (tmp_path / "cache").glob("*.safetens*")]
     assert sorted(sizes) == [2, 3]
 
