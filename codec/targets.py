@@ -1,5 +1,6 @@
 """What the teachers say of a batch of crops, frame by frame at the codec's rate."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from codec.layers import ceil_div
 from codec.train_config import DistillConfig
 
 if TYPE_CHECKING:
+    from lhotse.cut import Cut
+
     from codec.words import Word
 
 
@@ -40,11 +43,24 @@ class Teachers:
         if config.cache:
             from codec.feature_cache import FeatureCache
 
-            self.cache = FeatureCache.open(config.cache, **_expected(config))
+            named = {"speech": config.speech, "text": config.text}
+            self.cache = FeatureCache.open(
+                config.cache,
+                **{name: (each.model, each.layer) for name, each in named.items() if each.model},
+            )
         if config.speech.model:
             self._load_speech()
         if config.text.model:
             self._load_text()
+
+    def check(self, cuts: Sequence["Cut"]) -> None:
+        """Raises `ValueError` when the cache lacks one of the recordings."""
+        missing = self.cache.missing(cuts) if self.cache else []
+        if missing:
+            raise ValueError(
+                f"{self.config.cache}: lacks {len(missing)} of {len(cuts)} recordings (the first: "
+                f"{missing[0]}); make it with recipes/cache_teachers.py for these cuts"
+            )
 
     def __call__(self, crops: Crops) -> dict[str, Target]:
         """Targets by teacher, T = ceil(S / hop_length) frames or one more or less."""
@@ -63,7 +79,8 @@ class Teachers:
             self.speech = load_speech_teacher(
                 config.model, layer=config.layer, device=self.device, half=self.config.half
             )
-        self.widths["speech"] = (self.cache or self.speech).dimension
+        facts = self.cache.facts["speech"] if self.cache else vars(self.speech)
+        self.widths["speech"], self.speech_rate = facts["dimension"], facts["frame_rate"]
         if config.units:
             self.units = _read_units(Path(config.units), config.model, config.layer)
             self.units = self.units.to(self.device)
@@ -88,27 +105,28 @@ class Teachers:
             self.transcriber = load_transcriber(
                 config.transcriber, device=self.device, half=self.config.half
             )
-        self.widths["text"] = self.text.dimension if self.text else self.cache.text_dimension
+        facts = vars(self.text) if self.text else self.cache.facts["text"]
+        self.widths["text"] = facts["dimension"]
 
     @torch.no_grad()
     def _speech_target(self, crops: Crops) -> Target:
         if self.cache is not None:
-            rate = self.cache.frame_rate
             pieces = [
                 self.cache.speech(cut, start, float(length) / self.sample_rate)
                 for cut, start, length in zip(crops.ids, crops.starts, crops.lengths, strict=True)
             ]
             lengths = torch.tensor([len(piece) for piece in pieces])
-            longest = round(crops.wave.shape[-1] / self.sample_rate * rate)
+            longest = round(crops.wave.shape[-1] / self.sample_rate * self.speech_rate)
             values = pad_sequence(pieces, batch_first=True).to(self.device).float()
             values = torch.nn.functional.pad(values, (0, 0, 0, max(0, longest - values.shape[1])))
         else:
             wave, lengths = self._heard_by(self.speech, crops)
             values, lengths = self.speech(wave, lengths)
-            rate = self.speech.frame_rate
-        values = match_rate(values, rate, self.frame_rate)
+        values = match_rate(values, self.speech_rate, self.frame_rate)
         # A frame counts where the teacher hears sound in all of it, and in the item's last frame.
-        lengths = (lengths.to(self.device) * self.frame_rate / rate).round().clamp(min=1)
+        lengths = (
+            (lengths.to(self.device) * self.frame_rate / self.speech_rate).round().clamp(min=1)
+        )
         mask = torch.arange(values.shape[1], device=self.device) < lengths.unsqueeze(1)
         if self.units is not None:
             distances = torch.cdist(values, repeat(self.units, "k d -> b k d", b=len(values)))
@@ -180,16 +198,6 @@ class Teachers:
 
 def _spans(words: list["Word"]) -> Float[Tensor, "W 2"]:
     return torch.tensor([[word.start, word.end] for word in words]).reshape(-1, 2)
-
-
-def _expected(config: DistillConfig) -> dict[str, str]:
-    """The facts that a cache must have been made with."""
-    expected = {}
-    if config.speech.model:
-        expected |= {"speech": config.speech.model, "speech_layer": config.speech.layer}
-    if config.text.model:
-        expected |= {"text": config.text.model, "text_layer": config.text.layer}
-    return expected
 
 
 def _read_units(file: Path, model: str, layer: str) -> Float[Tensor, "K D"]:
