@@ -1,6 +1,6 @@
 """Arithmetic of word times: paths through attention, pauses, and quiet places to cut."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
@@ -35,6 +35,30 @@ def quiet_cuts(wave: Float[Tensor, " S"], limit: float | int) -> Iterator[tuple[
         start = cut
     if start < len(wave):
         yield start, len(wave)
+
+
+def runs(labels: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Each stretch of one label: the label, its first frame, and the frame after its last."""
+    start = 0
+    for label, run in groupby(labels):
+        stop = start + len(list(run))
+        yield label, start, stop
+        start = stop
+
+
+def spelled(labels: Sequence[int], letters: Mapping[int, str], delimiter: int | None) -> list[Span]:
+    """The words that a CTC path spells; a word's frames are those of its letters."""
+    spans: list[Span] = []
+    inside = False
+    for label, start, stop in runs(labels):
+        if label == delimiter:
+            inside = False
+        elif label in letters and inside:
+            spans[-1] = Span(spans[-1].text + letters[label], spans[-1].start, stop)
+        elif label in letters:
+            spans.append(Span(letters[label], start, stop))
+            inside = True
+    return spans
 
 
 def fill_gaps(spans: Sequence[tuple[int, int] | None], frames: int) -> list[tuple[int, int]]:

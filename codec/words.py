@@ -7,17 +7,17 @@ openai/whisper does for its word timestamps.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from itertools import chain, groupby, pairwise
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate, chain, pairwise, product
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from codec.alignment import Span, fill_gaps, follow, quiet_cuts, warp, without_pauses
+from codec.alignment import Span, fill_gaps, follow, quiet_cuts, runs, spelled, warp, without_pauses
 from codec.audio import SILENCE_PEAK
 from codec.speech_teachers import WaveTeacher, WhisperTeacher
 from codec.teachers import has_bf16
@@ -66,7 +66,7 @@ class _Piece(NamedTuple):
 
 
 class _Batched:
-    """What transcribers have in common: items become pieces, and pieces batches of like lengths."""
+    """What transcribers share: items become pieces, and pieces of like lengths batches."""
 
     sample_rate = 16_000
     hop_length = 320
@@ -112,12 +112,13 @@ class _Batched:
 
     def _timed(self, piece: _Piece, spans: Sequence[Span]) -> list[Word]:
         """Frames of a piece to seconds of its recording; the last frame may end after it."""
-
-        def seconds(frame: int) -> float:
-            sample = piece.start + min(frame * self.hop_length, len(piece.wave))
-            return sample / self.sample_rate
-
-        return [Word(span.text, seconds(span.start), seconds(span.stop)) for span in spans]
+        made = []
+        for text, *frames in spans:
+            samples = [min(frame * self.hop_length, len(piece.wave)) for frame in frames]
+            made.append(
+                Word(text, *((piece.start + count) / self.sample_rate for count in samples))
+            )
+        return made
 
     def _spans(
         self, waves: Sequence[Float[Tensor, " _"]], texts: Sequence[list[str]] | None
@@ -143,15 +144,14 @@ class CTCTranscriber(_Batched):
         self.delimiter = vocabulary.get(tokenizer.word_delimiter_token)
         special = {self.blank, self.delimiter, *tokenizer.all_special_ids}
         self.letters = {
-            letter: number for letter, number in vocabulary.items() if number not in special
+            name: number for name, number in vocabulary.items() if number not in special
         }
 
     @torch.no_grad()
     def _spans(
         self, waves: Sequence[Float[Tensor, " _"]], texts: Sequence[list[str]] | None
     ) -> list[list[Span]]:
-        place = self.encoder.place
-        lengths = torch.tensor([len(wave) for wave in waves])
+        place, lengths = self.encoder.place, torch.tensor([len(wave) for wave in waves])
         padded = pad_sequence(list(waves), batch_first=True)[:, None]
         features = self.encoder(padded.to(place["device"]), lengths)
         logits = self.head(features.values.to(place["dtype"])).float()
@@ -166,18 +166,7 @@ class CTCTranscriber(_Batched):
     def recognise(self, emission: Float[Tensor, "T V"]) -> list[Span]:
         """Words of the best path; a word's frames are those of its letters."""
         names = {number: letter for letter, number in self.letters.items()}
-        spans: list[Span] = []
-        inside, frame = False, 0
-        for label, run in groupby(emission.argmax(-1).tolist()):
-            start, frame = frame, frame + len(list(run))
-            if label == self.delimiter:
-                inside = False
-            elif label in names and inside:
-                spans[-1] = Span(spans[-1].text + names[label], spans[-1].start, frame)
-            elif label in names:
-                spans.append(Span(names[label], start, frame))
-                inside = True
-        return spans
+        return spelled(emission.argmax(-1).tolist(), names, self.delimiter)
 
     def align(self, emission: Float[Tensor, "T V"], words: Sequence[str]) -> list[Span]:
         """The frames of the given words on the best path through their letters."""
@@ -200,14 +189,12 @@ class CTCTranscriber(_Batched):
             )
         found: dict[int, tuple[int, int]] = {}
         if labels:
+            owner = iter(owners)
             path, _ = forced_align(emission[None], torch.tensor([labels]), blank=self.blank)
-            frame, owner = 0, iter(owners)
-            for label, run in groupby(path[0].tolist()):
-                start, frame = frame, frame + len(list(run))
+            for label, start, stop in runs(path[0].tolist()):
                 if label != self.blank and (word := next(owner)) is not None:
-                    found[word] = (found.get(word, (start, 0))[0], frame)
-        spans = [found.get(index) for index in range(len(words))]
-        filled = fill_gaps(spans, frames)
+                    found[word] = (found.get(word, (start, 0))[0], stop)
+        filled = fill_gaps([found.get(index) for index in range(len(words))], frames)
         return [Span(word, *times) for word, times in zip(words, filled, strict=True)]
 
     def _letters(self, word: str) -> list[int]:
@@ -233,10 +220,11 @@ class WhisperTranscriber(_Batched):
         self.model, self.tokenizer = model, tokenizer
         self.encoder = WhisperTeacher(model.model.encoder, name="", layer="last")
         facts, config = model.generation_config, model.config
-        self.options: dict[str, Any] = {}
-        if multilingual := bool(facts.is_multilingual):
-            self.options = {"language": language, "task": "transcribe"}
-        known = [name.strip("<|>") for name in facts.lang_to_id] if multilingual else ["en"]
+        multilingual = bool(facts.is_multilingual)
+        self.options: dict[str, Any] = {"do_sample": False, "return_timestamps": False}
+        if multilingual:
+            self.options |= {"language": language, "task": "transcribe"}
+        known = [name.strip("<|>") for name in sorted(facts.lang_to_id)] if multilingual else ["en"]
         if language not in known:
             raise ValueError(f"no language {language!r}; this Whisper knows {', '.join(known)}")
         names = ["startoftranscript", *([language, "transcribe"] if multilingual else [])]
@@ -265,7 +253,7 @@ class WhisperTranscriber(_Batched):
             frames = math.ceil(len(wave) / self.hop_length)
             weights = (query @ key[:, :frames].mT).softmax(-1)
             starts = warp(follow(weights)[len(self.prompt) - 1 : -1].cpu().numpy())
-            bounds = np.cumsum([0, *map(len, tokens)])
+            bounds = accumulate(map(len, tokens), initial=0)
             spans = [
                 Span(word, int(starts[first]), int(starts[last]))
                 for word, (first, last) in zip(words, pairwise(bounds), strict=True)
@@ -290,12 +278,10 @@ class WhisperTranscriber(_Batched):
         from transformers.modeling_outputs import BaseModelOutput
 
         states = BaseModelOutput(last_hidden_state=hidden.to(self.encoder.place["dtype"]))  # pyright: ignore
-        tokens = self.model.generate(
-            encoder_outputs=states, do_sample=False, num_beams=1, return_timestamps=False,
-            **self.options,
-        )  # fmt: skip
-        texts = [[token for token in row if token < self.end] for row in tokens.tolist()]
-        return [text[: self.max_tokens] for text in texts]
+        with _quiet():
+            tokens = self.model.generate(encoder_outputs=states, **self.options)
+        rows = ([token for token in row if token < self.end] for row in tokens.tolist())
+        return [row[: self.max_tokens] for row in rows]
 
     def _split(self, tokens: list[int]) -> tuple[list[str], list[list[int]]]:
         """Words of recognised tokens: a leading space starts one."""
@@ -308,9 +294,9 @@ class WhisperTranscriber(_Batched):
         return [self.tokenizer.decode(word).strip() for word in words], words
 
     def _tokenised(self, words: list[str]) -> tuple[list[str], list[list[int]]]:
-        shown = [word.lower() for word in words] if " ".join(words).isupper() else words
-        spaced = [f" {word}" for word in shown]
-        tokens = self.tokenizer(spaced, add_special_tokens=False)["input_ids"]
+        shouted = " ".join(words).isupper()
+        shown = [f" {word.lower() if shouted else word}" for word in words]
+        tokens = self.tokenizer(shown, add_special_tokens=False)["input_ids"]
         if (count := sum(map(len, tokens))) > self.max_tokens:
             raise ValueError(
                 f"a text of {count} tokens is longer than the {self.max_tokens} that Whisper "
@@ -329,11 +315,12 @@ class WhisperTranscriber(_Batched):
         def keep(*key: object) -> Callable[[nn.Module, Any, Tensor], None]:
             return lambda _, __, output: caught.update({key: output.float()})
 
-        hooks = []
-        for layer in {layer for layer, _ in self.heads}:
-            attention = decoder.layers[layer].encoder_attn
-            hooks.append(attention.q_proj.register_forward_hook(keep(layer, "query")))
-            hooks.append(attention.k_proj.register_forward_hook(keep(layer, "key")))
+        hooks = [
+            getattr(decoder.layers[layer].encoder_attn, kind).register_forward_hook(
+                keep(layer, kind)
+            )
+            for layer, kind in product({layer for layer, _ in self.heads}, ("q_proj", "k_proj"))
+        ]
         try:
             states = hidden.to(self.encoder.place["dtype"])
             decoder(input_ids=tokens, encoder_hidden_states=states, use_cache=False)
@@ -346,7 +333,7 @@ class WhisperTranscriber(_Batched):
             parts = [caught[layer, kind].split(size, dim=-1)[head] for layer, head in self.heads]
             return torch.stack(parts, dim=1)
 
-        queries, keys = of_heads("query") * size**-0.5, of_heads("key")
+        queries, keys = of_heads("q_proj") * size**-0.5, of_heads("k_proj")
         return [(queries[item, :, : len(row)], keys[item]) for item, row in enumerate(rows)]
 
 
@@ -356,40 +343,58 @@ def load_transcriber(
     device: str | torch.device = "cpu",
     half: bool = True,
     language: str = "en",
-    batch_size: int = 8,
+    batch_size: int | None = None,
 ) -> CTCTranscriber | WhisperTranscriber:
     """A Whisper, or a wav2vec2, HuBERT or WavLM with a CTC head, by hub id or local folder.
 
     `half` computes in bfloat16 where the machine multiplies it in hardware; `language` is for
-    multilingual Whispers. ValueError when the model is not there or cannot transcribe.
+    multilingual Whispers; `batch_size` is 16 unless given, on a CPU 1, which is faster there.
+    ValueError when the model is not there or cannot transcribe.
     """
     import transformers
 
     dtype = torch.bfloat16 if half and has_bf16(device) else torch.float32
+    network: Any
+    normalize = False
     try:
-        kind = transformers.AutoConfig.from_pretrained(model).model_type
-        if kind == "whisper":
-            whisper = transformers.WhisperForConditionalGeneration.from_pretrained(
-                model, dtype=dtype
-            )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-            whisper = whisper.to(device).eval()  # pyright: ignore[reportArgumentType]
-            return WhisperTranscriber(whisper, tokenizer, language=language, batch_size=batch_size)
-        if kind not in CTC_KINDS:
-            raise ValueError(f"a {kind} model; whisper, {', '.join(CTC_KINDS)} can transcribe")
-        ctc, facts = transformers.AutoModelForCTC.from_pretrained(
-            model, dtype=dtype, output_loading_info=True
-        )
-        if any(key.startswith("lm_head") for key in facts["missing_keys"]):
-            raise ValueError("has no CTC head; take one that was trained to transcribe")
-        tokenizer = transformers.Wav2Vec2CTCTokenizer.from_pretrained(model)
-        settings = transformers.Wav2Vec2FeatureExtractor.from_pretrained(model)
-        return CTCTranscriber(
-            ctc.to(device).eval(), tokenizer,
-            normalize=bool(settings.do_normalize), batch_size=batch_size,
-        )  # fmt: skip
+        with _quiet():
+            kind = transformers.AutoConfig.from_pretrained(model).model_type
+            if kind != "whisper" and kind not in CTC_KINDS:
+                raise ValueError(f"a {kind} model; whisper, {', '.join(CTC_KINDS)} can transcribe")
+            if kind == "whisper":
+                architecture = transformers.WhisperForConditionalGeneration
+                network = architecture.from_pretrained(model, dtype=dtype)
+                tokenizer = transformers.WhisperTokenizer.from_pretrained(model)
+            else:
+                network, facts = transformers.AutoModelForCTC.from_pretrained(
+                    model, dtype=dtype, output_loading_info=True
+                )
+                if any(key.startswith("lm_head") for key in facts["missing_keys"]):
+                    raise ValueError("no CTC head; take a model that was trained to transcribe")
+                tokenizer = transformers.Wav2Vec2CTCTokenizer.from_pretrained(model)
+                extractor = transformers.Wav2Vec2FeatureExtractor.from_pretrained(model)
+                normalize = bool(extractor.do_normalize)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{model}: cannot be loaded as a transcriber; give a hub id (owner/name) or a folder "
             f"that transformers saved: {' '.join(str(error).split())[:300]}"
         ) from error
+    network = network.to(device).eval()
+    batch_size = batch_size or (1 if torch.device(device).type == "cpu" else 16)
+    if kind == "whisper":
+        return WhisperTranscriber(network, tokenizer, language=language, batch_size=batch_size)
+    return CTCTranscriber(network, tokenizer, normalize=normalize, batch_size=batch_size)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers' remarks about what is meant so, and its bars, to itself."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)

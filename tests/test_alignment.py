@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from codec.alignment import Span, fill_gaps, follow, quiet_cuts, warp, without_pauses
+from codec.alignment import Span, fill_gaps, follow, quiet_cuts, runs, warp, without_pauses
 
 
 def test_the_path_follows_the_highest_scores() -> None:
@@ -61,6 +61,11 @@ def test_attention_is_normalised_over_tokens_smoothed_and_averaged() -> None:
 def test_few_frames_are_not_smoothed() -> None:
     weights = torch.eye(3)[None]
     assert warp(follow(weights).numpy()).tolist() == [0, 1, 2]
+
+
+def test_runs_of_a_label_have_frames() -> None:
+    assert list(runs([0, 0, 7, 7, 7, 0, 3])) == [(0, 0, 2), (7, 2, 5), (0, 5, 6), (3, 6, 7)]
+    assert list(runs([])) == []
 
 
 def test_words_without_a_time_share_the_gap() -> None:

@@ -1,0 +1,329 @@
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_whisper import tiny_tokenizer, tiny_whisper
+from torch import Tensor
+
+from codec.alignment import Span
+from codec.words import CTCTranscriber, WhisperTranscriber, Word, load_transcriber
+
+RATE = 16_000
+LETTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ'"]
+
+
+def save_ctc(folder: Path, norm: str = "layer", kind: str = "Wav2Vec2", **options: Any) -> Path:
+    """A random CTC model of two layers over capital letters, 20 ms a frame."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(LETTERS),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        conv_dim=(8,) * 7,
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2,
+        feat_extract_norm=norm,
+        do_stable_layer_norm=norm == "layer",
+        pad_token_id=0,
+        **options,
+    )
+    getattr(transformers, f"{kind}ForCTC")(config).save_pretrained(folder)
+    vocabulary = {letter: number for number, letter in enumerate(LETTERS)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    transformers.Wav2Vec2CTCTokenizer(folder / "vocab.json").save_pretrained(folder)
+    transformers.Wav2Vec2FeatureExtractor(return_attention_mask=norm == "layer").save_pretrained(
+        folder
+    )
+    return folder
+
+
+def save_whisper(folder: Path, multilingual: bool = True, **facts: Any) -> Path:
+    from transformers import GenerationConfig
+
+    model, tokenizer = tiny_whisper(multilingual), tiny_tokenizer()
+    ids = tokenizer.get_added_vocab()
+    known = {
+        "alignment_heads": [[0, 1], [1, 0]],
+        "is_multilingual": multilingual,
+        "no_timestamps_token_id": ids["<|notimestamps|>"],
+        "prev_sot_token_id": ids["<|startofprev|>"],
+        "decoder_start_token_id": ids["<|startoftranscript|>"],
+        "eos_token_id": ids["<|endoftext|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+        "suppress_tokens": list(range(ids["<|endoftext|>"] + 1, model.config.vocab_size)),
+        "max_length": 24,
+    }
+    if multilingual:
+        known["lang_to_id"] = {name: ids[name] for name in ("<|en|>", "<|de|>")}
+        known["task_to_id"] = {name: ids[f"<|{name}|>"] for name in ("transcribe", "translate")}
+    model.generation_config = GenerationConfig(**(known | facts))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory: pytest.TempPathFactory) -> WhisperTranscriber:
+    folder = save_whisper(tmp_path_factory.mktemp("whisper") / "tiny")
+    transcriber = load_transcriber(str(folder), half=False, batch_size=2)
+    assert isinstance(transcriber, WhisperTranscriber)
+    return transcriber
+
+
+def load_ctc(folder: Path, norm: str) -> CTCTranscriber:
+    transcriber = load_transcriber(str(save_ctc(folder, norm)), half=False, batch_size=2)
+    assert isinstance(transcriber, CTCTranscriber)
+    return transcriber
+
+
+@pytest.fixture(scope="module")
+def ctc(tmp_path_factory: pytest.TempPathFactory) -> CTCTranscriber:
+    return load_ctc(tmp_path_factory.mktemp("ctc") / "layer", "layer")
+
+
+@pytest.fixture(scope="module")
+def ctc_group(tmp_path_factory: pytest.TempPathFactory) -> CTCTranscriber:
+    """With a norm over time, as wav2vec2-base has."""
+    return load_ctc(tmp_path_factory.mktemp("ctc") / "group", "group")
+
+
+def noise(*seconds: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Waves (B,1,S) of these lengths (B,), with noise in the padding as well."""
+    lengths = torch.tensor([round(RATE * value) for value in seconds])
+    generator = torch.Generator().manual_seed(seed)
+    return 0.1 * torch.randn(len(seconds), 1, int(lengths.max()), generator=generator), lengths
+
+
+def check(words: list[Word], seconds: float) -> None:
+    """Times in order, within the recording."""
+    for word in words:
+        assert 0 <= word.start <= word.end <= seconds
+    for before, after in pairwise(words):
+        assert before.end <= after.start
+
+
+def emission(path: str) -> Tensor:
+    """Log probabilities (T,V) of which the best path is the given one; "_" is the blank."""
+    logits = torch.full((len(path), len(LETTERS)), -5.0)
+    for frame, letter in enumerate(path):
+        logits[frame, 0 if letter == "_" else LETTERS.index(letter)] = 5.0
+    return logits.log_softmax(-1)
+
+
+def test_ctc_words_have_the_frames_of_their_letters(ctc: CTCTranscriber) -> None:
+    found = ctc.recognise(emission("__HH_EL_LOO__||_A_|_TE_|__"))
+    assert found == [("HELLO", 2, 11), ("A", 16, 17), ("TE", 20, 22)]
+    assert ctc.recognise(emission("__|_")) == []
+
+
+def test_ctc_aligns_given_words(ctc: CTCTranscriber) -> None:
+    heard = emission("__HH_EL_LOO__||_A_|_TE_|__")
+    assert ctc.align(heard, ["Hello", "a", "te"]) == [
+        ("Hello", 2, 11),
+        ("a", 16, 17),
+        ("te", 20, 22),
+    ]
+    # What was said otherwise gets the likeliest place.
+    (hello, tea) = ctc.align(heard, ["hello", "tea"])
+    assert hello == ("hello", 2, 11)
+    assert tea[1] == 20
+
+
+def test_ctc_leaves_out_what_it_has_no_letters_for(ctc: CTCTranscriber) -> None:
+    heard = emission("__HI_____|_M_E__")
+    assert ctc.align(heard, ["42", "h\u00efi,", "1984", "7", "me!"]) == [
+        ("42", 0, 2), ("h\u00efi,", 2, 4), ("1984", 4, 8), ("7", 8, 11), ("me!", 11, 14),
+    ]  # fmt: skip
+    assert ctc.align(heard, ["1", "2"]) == [("1", 0, 8), ("2", 8, 16)]
+    (word,) = ctc.align(emission("_I'M_"), ["I\u2019m"])
+    assert word == ("I\u2019m", 1, 4)
+
+
+def test_a_text_longer_than_the_recording_is_refused(ctc: CTCTranscriber) -> None:
+    assert ctc.align(emission("ALL_"), ["al"])[0].text == "al"
+    with pytest.raises(ValueError, match=r"3 frames is too short for a text of 3 letters"):
+        ctc.align(emission("ALL"), ["all"])  # A blank must stand between the two.
+
+
+@pytest.mark.parametrize("kind", ["ctc", "ctc_group", "whisper"])
+def test_words_do_not_depend_on_padding_or_neighbours(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    transcriber = request.getfixturevalue(kind)
+    wave, lengths = noise(1.03, 0.5, 0.77)
+    texts = ["the cat", "a", "sat on it"]
+    batches = [transcriber.words(wave, lengths), transcriber.words(wave, lengths, texts)]
+    for batch, given in zip(batches, (None, texts), strict=True):
+        for item, (row, length) in enumerate(zip(wave, lengths.tolist(), strict=True)):
+            text = None if given is None else [given[item]]
+            [alone] = transcriber.words(row[None, :, :length], None, text)
+            assert batch[item] == alone
+            check(alone, length / RATE)
+    assert [[word.text for word in words] for words in batches[1]] == [t.split() for t in texts]
+
+
+@pytest.mark.parametrize("kind", ["ctc", "whisper"])
+def test_nothing_is_heard_in_silence(kind: str, request: pytest.FixtureRequest) -> None:
+    transcriber = request.getfixturevalue(kind)
+    wave, _ = noise(0.4, 0.4, 0.4, 0.4)
+    wave[1] *= 1e-5
+    lengths = torch.tensor([6400, 6400, 0, 6400])
+    found = transcriber.words(wave, lengths, ["it", "is", "all", " "])
+    assert [len(words) for words in found] == [1, 0, 0, 0]
+    assert transcriber.words(wave[1:3], lengths[1:3]) == [[], []]
+    assert transcriber.words(wave[:0], lengths[:0]) == []
+
+
+@pytest.mark.parametrize("kind", ["ctc", "whisper"])
+def test_every_recording_needs_a_text(kind: str, request: pytest.FixtureRequest) -> None:
+    with pytest.raises(ValueError, match="2 recordings but 1 texts"):
+        request.getfixturevalue(kind).words(*noise(0.1, 0.1), ["one"])
+
+
+def test_ctc_hears_long_recordings(ctc: CTCTranscriber) -> None:
+    wave, _ = noise(31.0)
+    [words] = ctc.words(wave, None, ["to be or not"])
+    assert [word.text for word in words] == ["to", "be", "or", "not"]
+    check(words, 31.0)
+    check(ctc.words(wave)[0], 31.0)
+
+
+def test_whisper_hears_long_recordings_in_pieces(
+    whisper: WhisperTranscriber, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[int] = []
+
+    def spans(waves: list[Tensor], texts: None) -> list[list[Span]]:
+        heard.extend(len(wave) for wave in waves)
+        return [[Span("first", 0, 1), Span("last", 2, 1000)] for _ in waves]
+
+    monkeypatch.setattr(whisper, "max_seconds", 2.0)
+    monkeypatch.setattr(whisper, "_spans", spans)
+    wave, _ = noise(5.0)
+    wave[..., 28_000:30_000] = 0
+    [words] = whisper.words(wave)
+    check(words, 5.0)
+    stretches = [
+        round((b.end - a.start) * RATE) for a, b in zip(words[::2], words[1::2], strict=True)
+    ]
+    assert 28_000 < stretches[0] < 30_000
+    assert sum(stretches) == 80_000
+    assert sorted(stretches) == heard
+    assert [word.text for word in words] == ["first", "last"] * len(heard)
+    with pytest.raises(ValueError, match=r"recording 0 lasts 5\.0 s: .* 2 s at most; cut"):
+        whisper.words(wave, None, ["a text"])
+
+
+def test_whisper_times_are_those_of_its_attention(
+    whisper: WhisperTranscriber, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that look at known frames: " the" has two tokens, " cat" four, and the end one."""
+    prompt = len(whisper.prompt)
+    weights = torch.full((prompt + 7, 30), -10.0)
+    for row, (start, stop) in enumerate(pairwise([0, 5, 10, 14, 18, 22, 26, 30]), prompt - 1):
+        weights[row, start:stop] = 10.0
+    seen: list[list[int]] = []
+
+    def attention(hidden: Tensor, texts: list[list[int]]) -> list[tuple[Tensor, Tensor]]:
+        seen.extend(texts)
+        return [(weights[None], torch.eye(30)[None])]
+
+    monkeypatch.setattr(whisper, "_attention", attention)
+    wave, _ = noise(0.6)
+    [words] = whisper.words(wave, None, ["THE CAT"])
+    assert words == [("THE", 0.0, 0.2), ("CAT", 0.2, 0.52)]
+    assert seen == [whisper.tokenizer(" the cat", add_special_tokens=False)["input_ids"]]
+    wave[..., : 3 * 320] = wave[..., 24 * 320 :] = 0
+    [words] = whisper.words(wave, None, ["the cat"])
+    assert words == [("the", 0.06, 0.2), ("cat", 0.2, 0.48)]
+
+
+def test_whisper_attention_is_the_models_own(whisper: WhisperTranscriber, tmp_path: Path) -> None:
+    from transformers import WhisperForConditionalGeneration
+
+    model = WhisperForConditionalGeneration.from_pretrained(
+        save_whisper(tmp_path / "tiny"), attn_implementation="eager"
+    ).eval()
+    hidden = torch.randn(2, 40, 16)
+    texts = [[3, 4, 5], [6]]
+    found = whisper._attention(hidden, texts)
+    for item, text in enumerate(texts):
+        tokens = torch.tensor([[*whisper.prompt, *text, whisper.end]])
+        with torch.no_grad():
+            output = model.model.decoder(
+                tokens, encoder_hidden_states=hidden[item : item + 1], output_attentions=True
+            )
+        expected = torch.stack([output.cross_attentions[0][0, 1], output.cross_attentions[1][0, 0]])
+        query, key = found[item]
+        torch.testing.assert_close((query @ key.mT).softmax(-1), expected)
+
+
+def test_whisper_splits_what_it_recognises_at_spaces(whisper: WhisperTranscriber) -> None:
+    tokens = whisper.tokenizer(" the cat's hat.", add_special_tokens=False)["input_ids"]
+    words, parts = whisper._split(tokens)
+    assert words == ["the", "cat's", "hat."]
+    assert [token for part in parts for token in part] == tokens
+
+
+def test_whisper_reads_shouted_texts_in_small_letters(whisper: WhisperTranscriber) -> None:
+    words, tokens = whisper._tokenised(["THE", "CAT'S"])
+    assert words == ["THE", "CAT'S"]
+    assert whisper.tokenizer.decode(tokens[1]) == " cat's"
+    assert whisper.tokenizer.decode(whisper._tokenised(["The", "NHS"])[1][1]) == " NHS"
+    assert whisper._tokenised(["7"])[0] == ["7"]
+
+
+def test_a_text_longer_than_whisper_reads_is_refused(whisper: WhisperTranscriber) -> None:
+    with pytest.raises(ValueError, match=r"500 tokens is longer than the 443 .* cut"):
+        whisper.words(*noise(0.5), ["a" * 499])
+
+
+def test_english_whispers_need_no_language(tmp_path: Path) -> None:
+    folder = str(save_whisper(tmp_path / "tiny", multilingual=False, alignment_heads=None))
+    transcriber = load_transcriber(folder, half=True)
+    assert isinstance(transcriber, WhisperTranscriber)
+    assert len(transcriber.prompt) == 2
+    assert transcriber.heads == [[1, 0], [1, 1]]
+    [words] = transcriber.words(*noise(0.5), ["the cat"])
+    assert [word.text for word in words] == ["the", "cat"]
+    with pytest.raises(ValueError, match=r"no language 'de'; this Whisper knows en"):
+        load_transcriber(folder, language="de")
+
+
+def test_a_language_that_whisper_lacks_is_named(tmp_path: Path) -> None:
+    folder = str(save_whisper(tmp_path / "tiny"))
+    german, english = (load_transcriber(folder, language=name) for name in ("de", "en"))
+    assert isinstance(german, WhisperTranscriber)
+    assert isinstance(english, WhisperTranscriber)
+    assert german.prompt[1] == english.prompt[1] + 1
+    with pytest.raises(ValueError, match=r"no language 'xx'; this Whisper knows de, en"):
+        load_transcriber(folder, language="xx")
+
+
+@pytest.mark.parametrize("kind", ["Hubert", "WavLM"])
+def test_other_ctc_models_load(tmp_path: Path, kind: str) -> None:
+    transcriber = load_transcriber(str(save_ctc(tmp_path / kind, kind=kind)))
+    [words] = transcriber.words(*noise(0.5), ["to be"])
+    assert [word.text for word in words] == ["to", "be"]
+    check(words, 0.5)
+
+
+def test_a_model_that_cannot_transcribe_is_named(tmp_path: Path) -> None:
+    from transformers import BertConfig, Wav2Vec2ForCTC
+
+    with pytest.raises(ValueError, match=r"nowhere: cannot be loaded .* a hub id"):
+        load_transcriber(str(tmp_path / "nowhere"))
+    BertConfig().save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match=r"a bert model; whisper, wav2vec2, hubert, wavlm can"):
+        load_transcriber(str(tmp_path / "bert"))
+    folder = save_ctc(tmp_path / "ctc")
+    Wav2Vec2ForCTC.from_pretrained(folder).wav2vec2.save_pretrained(folder)
+    with pytest.raises(ValueError, match="no CTC head"):
+        load_transcriber(str(folder))
