@@ -12,6 +12,9 @@ from codec.model import Codec
 from codec.quantize import Quantized
 from codec.train_config import DistillConfig, SpeechTeacherConfig, TextTeacherConfig
 
+# Seconds; what a word has less of a frame is rounding.
+MOMENT = 1e-4
+
 
 class Target(NamedTuple):
     """What a teacher says of each frame, and the frames of which it says something."""
@@ -205,7 +208,7 @@ def align_words(
     if not len(spans):
         return torch.full((num_frames,), -1)
     most = word_overlaps(spans, num_frames, frame_rate).max(1)
-    return torch.where(most.values > 0, most.indices, -1)
+    return torch.where(most.values > MOMENT, most.indices, -1)
 
 
 def states_over_frames(
@@ -220,7 +223,7 @@ def states_over_frames(
     """
     overlaps = word_overlaps(spans, num_frames, frame_rate)
     total = overlaps.sum(1, keepdim=True)
-    return overlaps / total.clamp(min=1e-6) @ states, (total > 1e-6).squeeze(1)
+    return overlaps / total.clamp(min=MOMENT) @ states, (total > MOMENT).squeeze(1)
 
 
 def branches(config: DistillConfig) -> dict[str, SpeechTeacherConfig | TextTeacherConfig]:

@@ -115,6 +115,12 @@ class FeatureCache:
     def __contains__(self, recording: object) -> bool:
         return recording in self._index
 
+    @property
+    def skipped(self) -> set[str]:
+        """The ids of recordings that could not be used when the cache was written."""
+        lines = (self.folder / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+        return {json.loads(line)["id"] for line in lines}
+
     def missing(self, cuts: Iterable["Cut"]) -> list[str]:
         """The ids of cuts that are not in the cache.
 

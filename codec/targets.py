@@ -1,5 +1,6 @@
 """What the teachers say of a batch of crops, frame by frame at the codec's rate."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from codec.data import Crops
 from codec.distill import Target, match_rate, states_over_frames
 from codec.layers import ceil_div
 from codec.train_config import DistillConfig
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
@@ -53,14 +56,24 @@ class Teachers:
         if config.text.model:
             self._load_text()
 
-    def check(self, cuts: Sequence["Cut"]) -> None:
-        """Raises `ValueError` when the cache lacks one of the recordings."""
-        missing = self.cache.missing(cuts) if self.cache else []
-        if missing:
+    def known(self, cuts: Sequence["Cut"]) -> list["Cut"]:
+        """The cuts whose targets can be had: all, or those that the cache holds.
+
+        What the cache lists as unusable is left out with a warning; any other cut that it lacks
+        is a `ValueError`.
+        """
+        missing = set(self.cache.missing(cuts)) if self.cache else set()
+        unusable = missing & self.cache.skipped if missing else set()
+        if missing - unusable:
             raise ValueError(
                 f"{self.config.cache}: lacks {len(missing)} of {len(cuts)} recordings (the first: "
-                f"{missing[0]}); make it with recipes/cache_teachers.py for these cuts"
+                f"{min(missing - unusable)}); make it with recipes/cache_teachers.py for these cuts"
             )
+        if unusable:
+            logger.warning(
+                "%d recordings are left out: the cache could not use them", len(unusable)
+            )
+        return [cut for cut in cuts if cut.id not in unusable]
 
     def __call__(self, crops: Crops) -> dict[str, Target]:
         """Targets by teacher, T = ceil(S / hop_length) frames or one more or less."""

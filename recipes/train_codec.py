@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     teachers = None
     if config.distill.any:
         teachers = Teachers(config.distill, config.codec, accelerator.device)
-        teachers.check([*train, *list(dev)[: config.data.num_validation]])
+        train, dev = teachers.known(list(train)), teachers.known(list(dev))
     # Last, so that one seed gives the codec the same initial weights with any teacher and none.
     student = Student(codec, config.distill, teachers.widths if teachers else None)
     logger.info(

@@ -15,6 +15,7 @@ from lhotse import CutSet, Recording
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_speech_teachers import save
 
 from codec import Codec, CodecConfig
 from codec.config import QuantizerConfig, SpectralConfig
@@ -168,12 +169,13 @@ def test_two_ranks_hold_the_codebooks_of_one_process_on_the_joined_batch(wave, t
 
 @pytest.fixture
 def recipe(write_wav, tmp_path) -> list[str]:
-    """The recipe's command line for a miniature with discriminators and gradient accumulation."""
+    """The command line for a miniature with discriminators, accumulation and a teacher."""
     cuts = [
         Recording.from_file(write_wav(tmp_path / f"{seed}.wav", 1.5, seed=seed)).to_cut()
         for seed in range(5)
     ]
     CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
+    teacher = save(tmp_path / "hubert", "hubert")
     settings = {
         "train": tmp_path / "cuts.jsonl.gz", "dev": tmp_path / "cuts.jsonl.gz",
         "codec.spectral.num_mels": 20, "codec.spectral.encoder_width": 16,
@@ -182,6 +184,7 @@ def recipe(write_wav, tmp_path) -> list[str]:
         "codec.quantizer.num_codebooks": 2, "codec.quantizer.codebook_size": 16,
         "codec.quantizer.dropout": 0.5,
         "losses.weights.adversarial": 1, "losses.weights.feature": 1,
+        "losses.weights.distill": 1, "distill.speech.model": teacher,
         "discriminators.periods": "[2]", "discriminators.num_scales": 1,
         "discriminators.stft_windows": "[128]", "discriminators.stft_filters": 4,
         "discriminators.width_divisor": 64,
