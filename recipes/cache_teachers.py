@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from codec.data import read_cuts
-from codec.feature_cache import seal_cache, write_cache
+from codec.feature_writer import seal_cache, write_cache
 from codec.teachers import load_speech_teacher, load_text_teacher
 from codec.words import load_transcriber
 from recipes.common import load_config, make_accelerator, run_program

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from codec import feature_shards
 from codec.data import load_cut
-from codec.feature_cache import FeatureCache, seal_cache, write_cache
+from codec.feature_cache import FeatureCache
+from codec.feature_writer import seal_cache, write_cache
 from codec.speech_teachers import SpeechTeacher
 from codec.teachers import TextTeacher
 from codec.words import Word

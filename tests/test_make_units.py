@@ -10,7 +10,7 @@ from transformers import HubertConfig, HubertModel
 
 from codec.audio import write_audio
 from codec.data import read_cuts
-from codec.feature_cache import write_cache
+from codec.feature_writer import write_cache
 from codec.teachers import load_speech_teacher
 from recipes import make_units as program
 from recipes.make_units import UnitsConfig, fit_units

@@ -15,7 +15,7 @@ from test_teachers import save_text_model
 import codec.words
 from codec.config import CodecConfig, SpectralConfig
 from codec.data import Crops, load_cut
-from codec.feature_cache import write_cache
+from codec.feature_writer import write_cache
 from codec.speech_teachers import SpeechTeacher
 from codec.targets import Teachers
 from codec.teachers import TextTeacher
