@@ -140,7 +140,7 @@ def _split(cuts: Sequence["Cut"], cuts_per_part: int) -> list[list["Cut"]]:
 
 
 def _list_digest(cuts: Sequence["Cut"]) -> str:
-    listed = "\n".join(f"{cut.id}\t{cut.duration}\t{_text(cut)}" for cut in cuts)
+    listed = "\n".join(f"{cut.id}\t{cut.duration}\t{text_of(cut)}" for cut in cuts)
     return hashlib.sha256(listed.encode()).hexdigest()[:16]
 
 
@@ -179,7 +179,7 @@ def _encode_part(
             rows[cut.id] = _row(cut, *encode_recording(source, codec))
         except ValueError as error:
             skip(cut, str(error))
-    for batch in _loaded(_batches(short, batch_seconds), codec.sample_rate):
+    for batch in loaded(batches_of(short, batch_seconds), codec.sample_rate):
         readable = [(cut, wave) for cut, wave in batch if isinstance(wave, np.ndarray)]
         for cut, reason in batch:
             if isinstance(reason, str):
@@ -212,7 +212,7 @@ def _whole_file(cut: Any) -> str | None:
     return source if whole and abs(cut.duration - cut.recording.duration) < 1e-6 else None
 
 
-def _batches(cuts: Sequence["Cut"], batch_seconds: float) -> Iterator[list["Cut"]]:
+def batches_of(cuts: Sequence["Cut"], batch_seconds: float) -> Iterator[list["Cut"]]:
     """Cuts of like length together; a cut that is longer than a batch goes alone."""
     batch: list[Cut] = []
     for cut in sorted(cuts, key=lambda cut: cut.duration, reverse=True):
@@ -224,7 +224,7 @@ def _batches(cuts: Sequence["Cut"], batch_seconds: float) -> Iterator[list["Cut"
         yield batch
 
 
-def _loaded(
+def loaded(
     batches: Iterator[list["Cut"]], sample_rate: int
 ) -> Iterator[list[tuple["Cut", np.ndarray | str]]]:
     """Each cut with its wave, or with why it has none; one batch is read ahead of the codec."""
@@ -262,7 +262,7 @@ def _row(cut: "Cut", codes: np.ndarray, seconds: float) -> TokenRow:
     first = cut.supervisions[0] if cut.supervisions else None
     return TokenRow(
         id=cut.id,
-        text=_text(cut),
+        text=text_of(cut),
         speaker=(first and first.speaker) or "",
         language=(first and first.language) or "",
         duration=seconds,
@@ -270,5 +270,6 @@ def _row(cut: "Cut", codes: np.ndarray, seconds: float) -> TokenRow:
     )
 
 
-def _text(cut: "Cut") -> str:
+def text_of(cut: "Cut") -> str:
+    """What is said in a cut, by its supervisions; "" where they have no text."""
     return " ".join(part.text for part in cut.supervisions if part.text)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from codec.feature_shards import (
     AGAIN,
+    ANEW,
     Entry,
     check_length,
     check_teacher,
@@ -118,7 +119,9 @@ class FeatureCache:
         """Features of a crop: round(seconds * frame rate) frames, fewer at the recording's end."""
         entry = self._entry(recording)
         if not self.facts["speech"]:
-            raise ValueError(f"{self.folder}: holds no speech features; {AGAIN} into a new folder")
+            raise ValueError(
+                f"{self.folder}: holds no speech features, for want of a teacher; {ANEW}"
+            )
         rate = self.facts["speech"]["frame_rate"]
         first = min(max(0, round(start * rate)), entry.frames - 1)
         stop = min(first + max(1, round(seconds * rate)), entry.frames)
@@ -128,7 +131,7 @@ class FeatureCache:
         """The words of a whole recording with their seconds, and the text teacher's states."""
         file = self._file(self._entry(recording).shard)
         if not self.facts["words"]:
-            raise ValueError(f"{self.folder}: holds no words; {AGAIN} into a new folder")
+            raise ValueError(f"{self.folder}: holds no words, for want of a transcriber; {ANEW}")
         spoken = json.loads(file.get_tensor(f"spoken/{recording}").numpy().tobytes())
         words = [Word(*word) for word in spoken]
         if not self.facts["text"]:

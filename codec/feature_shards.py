@@ -17,6 +17,7 @@ FORMAT = 1
 SHARD_BYTES = 256 * 2**20
 """A shard is written once it has so many; what is not yet written a kill costs."""
 AGAIN = "write the cache again (recipes/cache_teachers.py): what is whole in it stays"
+ANEW = "write another cache with one (recipes/cache_teachers.py), into a new folder"
 
 
 class Entry(NamedTuple):
@@ -77,7 +78,7 @@ def check_teacher(
     if expected is None:
         return
     if made is None:
-        raise ValueError(f"{folder}: the cache has no {kind} teacher; {AGAIN} into a new folder")
+        raise ValueError(f"{folder}: the cache has no {kind} teacher; {ANEW}")
     same = Path(made["name"]).resolve() == Path(expected[0]).resolve()
     if not same or made["layer"] != expected[1]:
         raise ValueError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from codec.audio import resample_batch
-from codec.export import Skipped, _batches, _loaded, _text
+from codec.export import Skipped, batches_of, loaded, text_of
 from codec.feature_shards import (
     FORMAT,
     DamagedFeatures,
@@ -81,7 +81,7 @@ def write_cache(
     mine = [cut for cut in cuts[rank::world] if cut.id not in done]
     shards, skipped = ShardWriter(folder, rank, facts), []
     with tqdm(total=len(mine), desc="cache", unit="cut", disable=rank > 0) as bar:
-        for batch in _loaded(_batches(mine, float(batch_seconds)), work.sample_rate):
+        for batch in loaded(batches_of(mine, float(batch_seconds)), work.sample_rate):
             for cut, result in work.compute(batch):
                 if isinstance(result, str):
                     logger.warning("skipped %s: %s", cut.id, result)
@@ -133,8 +133,10 @@ class _Work(NamedTuple):
         if self.text is not None:
             text = {key: getattr(self.text, key) for key in ("name", "layer", "dimension")}
         if self.transcriber is not None:
-            name = getattr(self.transcriber, "name", type(self.transcriber).__name__)
-            words = {"transcriber": name, "recorded": self.recorded}
+            words = {"transcriber": self.transcriber.name, "recorded": self.recorded}
+            # Caches of format 1 from before there was a choice are English ones.
+            if (language := getattr(self.transcriber, "language", "en")) != "en":
+                words["language"] = language
         return {"format": FORMAT, "speech": speech, "text": text, "words": words}
 
     @property
@@ -151,7 +153,7 @@ class _Work(NamedTuple):
         for cut, wave in batch:
             if isinstance(wave, str):
                 results[cut.id] = wave
-            elif self.transcriber is not None and self.recorded and not _text(cut).strip():
+            elif self.transcriber is not None and self.recorded and not text_of(cut).strip():
                 results[cut.id] = f"{cut.id}: has no transcript; use recognised words"
             else:
                 readable.append((cut, wave))
@@ -187,7 +189,7 @@ class _Work(NamedTuple):
             rate = self.transcriber.sample_rate
             waves = resample_batch(padded, self.sample_rate, rate)
             counts = (lengths * rate / self.sample_rate).ceil().long()
-            texts = [_text(cut) for cut, _ in readable] if self.recorded else None
+            texts = [text_of(cut) for cut, _ in readable] if self.recorded else None
             spoken = self.transcriber.words(waves, counts, texts)
             for tensors, words in zip(found, spoken, strict=True):
                 tensors["spoken"] = _as_bytes([list(word) for word in words])

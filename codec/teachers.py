@@ -31,8 +31,12 @@ __all__ = [
     "TextStates",
     "TextTeacher",
     "has_bf16",
+    "in_small_letters",
     "load_speech_teacher",
     "load_text_teacher",
+    "loading",
+    "network_dtype",
+    "quiet",
 ]
 
 logger = logging.getLogger(__name__)
@@ -53,7 +57,8 @@ class TextTeacher(Frozen):
 
     Texts of more word pieces than the model has positions are seen in windows of whole words; the
     sentence's state is then the mean of the windows'. Of a word longer than that the first pieces
-    count, and a word without any piece is the unknown word.
+    count, and a word without any piece is the unknown word. A text all in capitals is read in small
+    letters: transcripts are often so, and a model that tells them apart knows few such words.
     """
 
     def __init__(self, network: nn.Module, tokenizer: Any, *, name: str, layer: str) -> None:
@@ -68,7 +73,8 @@ class TextTeacher(Frozen):
 
         A word's state is the mean of its word pieces'; the sentence's is that of [CLS].
         """
-        windows = [(row, *window) for row, words in enumerate(texts) for window in self._cut(words)]
+        read = map(in_small_letters, texts)
+        windows = [(row, *window) for row, words in enumerate(read) for window in self._cut(words)]
         words: list[list[Tensor]] = [[] for _ in texts]
         sentences: list[list[Tensor]] = [[] for _ in texts]
         for start in range(0, len(windows), 32):
@@ -91,8 +97,8 @@ class TextTeacher(Frozen):
         """
         positions = min(num_frames, self.max_pieces)
         encoded = self.tokenizer(
-            list(texts), padding="max_length", max_length=positions, truncation=True,
-            return_tensors="pt",
+            [in_small_letters([text])[0] for text in texts], padding="max_length",
+            max_length=positions, truncation=True, return_tensors="pt",
         )  # fmt: skip
         states = self._hidden(encoded["input_ids"], encoded["attention_mask"])
         rest = states[:, -1:].expand(-1, num_frames - positions, -1)
@@ -146,8 +152,8 @@ def load_speech_teacher(
     """HuBERT, WavLM, wav2vec2 or Whisper's encoder, by hub id or from a transformers folder.
 
     `layer`: "mean" of all hidden states, the embeddings included; "last"; or a number, 0 for the
-    embeddings. `half` computes in bfloat16 where the machine multiplies it in hardware. Raises
-    ValueError when the model is not there or of no known kind, or has no such layer.
+    embeddings. `half`: see `network_dtype`. Raises ValueError when the model is not there or of no
+    known kind, or has no such layer.
     """
     config = _config(model, SPEECH_KINDS, "speech")
     is_whisper = config.model_type == "whisper"
@@ -161,7 +167,7 @@ def load_speech_teacher(
             config.add_adapter = False  # It would lower the frame rate.
         network = _network(model, config)
         teacher = WaveTeacher(network, name=model, layer=layer, normalize=_normalizes(model))
-    return teacher.to(device, torch.bfloat16 if half and has_bf16(device) else torch.float32)
+    return teacher.to(device, network_dtype(device, half))
 
 
 def load_text_teacher(
@@ -172,12 +178,12 @@ def load_text_teacher(
 
     config = _config(model, TEXT_KINDS, "text")
     _check_layer(layer, config.num_hidden_layers, model)
-    with _told(model, "text"):
+    with loading(model, "text teacher"):
         tokenizer = AutoTokenizer.from_pretrained(model)
     if not tokenizer.is_fast:
         raise ValueError(f"{model}: has no tokenizer.json; save its fast tokenizer in the folder")
     teacher = TextTeacher(_network(model, config), tokenizer, name=model, layer=layer)
-    return teacher.to(device, torch.bfloat16 if half and has_bf16(device) else torch.float32)
+    return teacher.to(device, network_dtype(device, half))
 
 
 def has_bf16(device: str | torch.device) -> bool:
@@ -186,6 +192,24 @@ def has_bf16(device: str | torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def network_dtype(device: str | torch.device, half: bool = True) -> torch.dtype:
+    """What frozen networks compute in: with `half` bfloat16 where the hardware multiplies it.
+
+    A GPU without it gets float16, a CPU float32; float32 as well without `half`.
+    """
+    if not half:
+        return torch.float32
+    if has_bf16(device):
+        return torch.bfloat16
+    return torch.float16 if torch.device(device).type == "cuda" else torch.float32
+
+
+def in_small_letters(words: Sequence[str]) -> list[str]:
+    """The words of a text, lower case where all of it is in capitals."""
+    shouted = " ".join(words).isupper()
+    return [word.lower() if shouted else word for word in words]
 
 
 def _check_layer(layer: str, num_layers: int, model: str) -> None:
@@ -199,7 +223,7 @@ def _check_layer(layer: str, num_layers: int, model: str) -> None:
 def _config(model: str, kinds: Sequence[str], purpose: str) -> Any:
     from transformers import AutoConfig
 
-    with _told(model, purpose):
+    with loading(model, f"{purpose} teacher"):
         config = AutoConfig.from_pretrained(model)
     if config.model_type not in kinds:
         raise ValueError(
@@ -212,7 +236,7 @@ def _config(model: str, kinds: Sequence[str], purpose: str) -> Any:
 def _network(model: str, config: Any) -> Any:
     from transformers import AutoModel
 
-    with _told(model, "speech or text"):
+    with loading(model, "speech or text teacher"):
         loaded: Any = AutoModel.from_pretrained(
             model, config=config, dtype=torch.float32, output_loading_info=True
         )
@@ -224,8 +248,22 @@ def _network(model: str, config: Any) -> Any:
 
 
 @contextmanager
-def _told(model: str, purpose: str) -> Iterator[None]:
-    """Turns what transformers raises into one line, and keeps its bars and tables to itself."""
+def loading(model: str, purpose: str) -> Iterator[None]:
+    """Quietly; ValueError in one line for whatever transformers and tokenizers raise."""
+    try:
+        with quiet():
+            yield
+    except Exception as error:  # tokenizers raises bare ones
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{model}: cannot be loaded as a {purpose}; give a hub id (owner/name) or a folder "
+            f"that transformers saved: {reason}"
+        ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers' remarks about what is meant so, its bars and tables to itself."""
     from transformers.utils import logging as transformers_logging
 
     level = transformers_logging.get_verbosity()
@@ -233,12 +271,6 @@ def _told(model: str, purpose: str) -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     try:
         yield
-    except Exception as error:  # tokenizers raises bare ones
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{model}: cannot be loaded as a {purpose} teacher; give a hub id (owner/name) or a "
-            f"folder that transformers saved: {reason}"
-        ) from error
     finally:
         transformers_logging.set_verbosity(level)
 

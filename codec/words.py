@@ -7,8 +7,7 @@ openai/whisper does for its word timestamps.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import accumulate, chain, pairwise, product
 from typing import Any, NamedTuple, Protocol
 
@@ -20,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from codec.alignment import Span, fill_gaps, follow, quiet_cuts, runs, spelled, warp, without_pauses
 from codec.audio import SILENCE_PEAK
 from codec.speech_teachers import WaveTeacher, WhisperTeacher
-from codec.teachers import has_bf16
+from codec.teachers import in_small_letters, loading, network_dtype, quiet
 
 CTC_KINDS = ("wav2vec2", "hubert", "wavlm")
 # Silence after a recording whose text is aligned; Whisper was trained with it up to 30 s.
@@ -37,8 +36,9 @@ class Word(NamedTuple):
 
 
 class Transcriber(Protocol):
-    """Speech to words with times, for waves at `sample_rate`."""
+    """Speech to words with times, for waves at `sample_rate`; `name` is the model's."""
 
+    name: str
     sample_rate: int
 
     def words(
@@ -72,8 +72,8 @@ class _Batched:
     hop_length = 320
     max_seconds = math.inf
 
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
+    def __init__(self, name: str, batch_size: int) -> None:
+        self.name, self.batch_size = name, batch_size
 
     def words(
         self,
@@ -134,9 +134,11 @@ class CTCTranscriber(_Batched):
     neighbours leave. Recordings of any length can be aligned.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, normalize: bool, batch_size: int) -> None:
-        super().__init__(batch_size)
-        self.encoder = WaveTeacher(model.base_model, name="", layer="last", normalize=normalize)
+    def __init__(
+        self, model: Any, tokenizer: Any, *, name: str, normalize: bool, batch_size: int
+    ) -> None:
+        super().__init__(name, batch_size)
+        self.encoder = WaveTeacher(model.base_model, name=name, layer="last", normalize=normalize)
         self.head: nn.Linear = model.lm_head
         self.hop_length = self.encoder.hop_length
         self.blank = int(model.config.pad_token_id)
@@ -215,20 +217,22 @@ class WhisperTranscriber(_Batched):
 
     max_seconds = 30.0
 
-    def __init__(self, model: Any, tokenizer: Any, *, language: str, batch_size: int) -> None:
-        super().__init__(batch_size)
-        self.model, self.tokenizer = model, tokenizer
-        self.encoder = WhisperTeacher(model.model.encoder, name="", layer="last")
+    def __init__(
+        self, model: Any, tokenizer: Any, *, name: str, language: str, batch_size: int
+    ) -> None:
+        super().__init__(name, batch_size)
+        self.model, self.tokenizer, self.language = model, tokenizer, language
+        self.encoder = WhisperTeacher(model.model.encoder, name=name, layer="last")
         facts, config = model.generation_config, model.config
         multilingual = bool(facts.is_multilingual)
         self.options: dict[str, Any] = {"do_sample": False, "return_timestamps": False}
         if multilingual:
             self.options |= {"language": language, "task": "transcribe"}
-        known = [name.strip("<|>") for name in sorted(facts.lang_to_id)] if multilingual else ["en"]
+        known = [key.strip("<|>") for key in sorted(facts.lang_to_id)] if multilingual else ["en"]
         if language not in known:
             raise ValueError(f"no language {language!r}; this Whisper knows {', '.join(known)}")
         names = ["startoftranscript", *([language, "transcribe"] if multilingual else [])]
-        names = [f"<|{name}|>" for name in [*names, "notimestamps"]]
+        names = [f"<|{part}|>" for part in [*names, "notimestamps"]]
         self.prompt: list[int] = tokenizer.convert_tokens_to_ids(names)
         self.end = int(config.eos_token_id)
         self.max_tokens = int(config.max_target_positions) - len(self.prompt) - 1
@@ -278,7 +282,7 @@ class WhisperTranscriber(_Batched):
         from transformers.modeling_outputs import BaseModelOutput
 
         states = BaseModelOutput(last_hidden_state=hidden.to(self.encoder.place["dtype"]))  # pyright: ignore
-        with _quiet():
+        with quiet():
             tokens = self.model.generate(encoder_outputs=states, **self.options)
         rows = ([token for token in row if token < self.end] for row in tokens.tolist())
         return [row[: self.max_tokens] for row in rows]
@@ -294,8 +298,7 @@ class WhisperTranscriber(_Batched):
         return [self.tokenizer.decode(word).strip() for word in words], words
 
     def _tokenised(self, words: list[str]) -> tuple[list[str], list[list[int]]]:
-        shouted = " ".join(words).isupper()
-        shown = [f" {word.lower() if shouted else word}" for word in words]
+        shown = [f" {word}" for word in in_small_letters(words)]
         tokens = self.tokenizer(shown, add_special_tokens=False)["input_ids"]
         if (count := sum(map(len, tokens))) > self.max_tokens:
             raise ValueError(
@@ -347,54 +350,37 @@ def load_transcriber(
 ) -> CTCTranscriber | WhisperTranscriber:
     """A Whisper, or a wav2vec2, HuBERT or WavLM with a CTC head, by hub id or local folder.
 
-    `half` computes in bfloat16 where the machine multiplies it in hardware; `language` is for
-    multilingual Whispers; `batch_size` is 16 unless given, on a CPU 1, which is faster there.
+    `half`: see `codec.teachers.network_dtype`; `language` is for multilingual Whispers;
+    `batch_size` is 16 unless given, on a CPU 1, which is faster there.
     ValueError when the model is not there or cannot transcribe.
     """
     import transformers
 
-    dtype = torch.bfloat16 if half and has_bf16(device) else torch.float32
+    dtype = network_dtype(device, half)
     network: Any
     normalize = False
-    try:
-        with _quiet():
-            kind = transformers.AutoConfig.from_pretrained(model).model_type
-            if kind != "whisper" and kind not in CTC_KINDS:
-                raise ValueError(f"a {kind} model; whisper, {', '.join(CTC_KINDS)} can transcribe")
-            if kind == "whisper":
-                architecture = transformers.WhisperForConditionalGeneration
-                network = architecture.from_pretrained(model, dtype=dtype)
-                tokenizer = transformers.WhisperTokenizer.from_pretrained(model)
-            else:
-                network, facts = transformers.AutoModelForCTC.from_pretrained(
-                    model, dtype=dtype, output_loading_info=True
-                )
-                if any(key.startswith("lm_head") for key in facts["missing_keys"]):
-                    raise ValueError("no CTC head; take a model that was trained to transcribe")
-                tokenizer = transformers.Wav2Vec2CTCTokenizer.from_pretrained(model)
-                extractor = transformers.Wav2Vec2FeatureExtractor.from_pretrained(model)
-                normalize = bool(extractor.do_normalize)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{model}: cannot be loaded as a transcriber; give a hub id (owner/name) or a folder "
-            f"that transformers saved: {' '.join(str(error).split())[:300]}"
-        ) from error
+    with loading(model, "transcriber"):
+        kind = transformers.AutoConfig.from_pretrained(model).model_type
+        if kind != "whisper" and kind not in CTC_KINDS:
+            raise ValueError(f"a {kind} model; whisper, {', '.join(CTC_KINDS)} can transcribe")
+        if kind == "whisper":
+            architecture = transformers.WhisperForConditionalGeneration
+            network = architecture.from_pretrained(model, dtype=dtype)
+            tokenizer = transformers.WhisperTokenizer.from_pretrained(model)
+        else:
+            network, facts = transformers.AutoModelForCTC.from_pretrained(
+                model, dtype=dtype, output_loading_info=True
+            )
+            if any(key.startswith("lm_head") for key in facts["missing_keys"]):
+                raise ValueError("no CTC head; take a model that was trained to transcribe")
+            tokenizer = transformers.Wav2Vec2CTCTokenizer.from_pretrained(model)
+            extractor = transformers.Wav2Vec2FeatureExtractor.from_pretrained(model)
+            normalize = bool(extractor.do_normalize)
     network = network.to(device).eval()
-    batch_size = batch_size or (1 if torch.device(device).type == "cpu" else 16)
+    named: Any = {
+        "name": model,
+        "batch_size": batch_size or (1 if torch.device(device).type == "cpu" else 16),
+    }
     if kind == "whisper":
-        return WhisperTranscriber(network, tokenizer, language=language, batch_size=batch_size)
-    return CTCTranscriber(network, tokenizer, normalize=normalize, batch_size=batch_size)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps transformers' remarks about what is meant so, and its bars, to itself."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
+        return WhisperTranscriber(network, tokenizer, language=language, **named)
+    return CTCTranscriber(network, tokenizer, normalize=normalize, **named)

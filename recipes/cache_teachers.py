@@ -20,7 +20,7 @@ from codec.feature_writer import seal_cache, write_cache
 from codec.teachers import load_speech_teacher, load_text_teacher
 from codec.words import load_transcriber
 from recipes.common import load_config, make_accelerator, run_program
-from recipes.export_tokens import _lock
+from recipes.export_tokens import lock_folder
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +41,14 @@ class CacheConfig:
     """As speech_layer."""
     transcriber: str | None = "models/whisper-base-transformers"
     """A CTC model or Whisper, which says when words are spoken; null: no words."""
+    language: str = "en"
+    """What is spoken, for a multilingual Whisper."""
     transcript: str = "recorded"
     """Whose words: recorded (the cuts' own, aligned) or recognized (by the transcriber)."""
     batch_seconds: float = 120.0
     """Seconds of audio, padding included, that are computed at once: bounds the memory."""
     half: bool = True
-    """Compute in bfloat16 where the machine multiplies it in hardware."""
+    """Compute in bfloat16 where the machine multiplies it in hardware, else on GPUs in float16."""
 
     def __post_init__(self) -> None:
         if not self.cuts:
@@ -72,9 +74,8 @@ def main(argv: list[str]) -> None:
     if config.text_model:
         text = load_text_teacher(config.text_model, layer=config.text_layer, **where)
     if config.transcriber:
-        transcriber: Any = load_transcriber(config.transcriber, **where)
-        transcriber.name = config.transcriber  # The cache notes whose words it holds.
-    lock = _lock(config.out, accelerator)
+        transcriber = load_transcriber(config.transcriber, language=config.language, **where)
+    lock = lock_folder(config.out, accelerator)
     summary = write_cache(
         config.out,
         cuts,

@@ -28,6 +28,7 @@ from accelerate.utils import (
 )
 from tqdm import tqdm
 
+from codec.teachers import has_bf16
 from recipes.checkpoints import cut_metrics, is_whole, is_write_failure, remove, seal, step_of, sync
 from recipes.configuration import leaves, load_config, resolved
 from recipes.provenance import git_revision, note_start
@@ -80,7 +81,9 @@ def make_accelerator(
     replaced by float32, so that one file serves both. `folder` gets the tracker's events.
     """
     cpu = not torch.cuda.is_available()
-    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and not _has_bf16():
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and not has_bf16(
+        "cpu" if cpu else "cuda"
+    ):
         logger.info("no bf16 on this machine: training in float32")
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     # DeepSpeed launches set this to 1, and it would win over the argument below.
@@ -96,14 +99,6 @@ def make_accelerator(
         # Without a backend each process of a CPU-only DeepSpeed launch believes that it is alone.
         kwargs_handlers=[*handlers, *([InitProcessGroupKwargs(backend="gloo")] if gloo else [])],
     )
-
-
-def _has_bf16() -> bool:
-    """Whether this machine multiplies bfloat16 in hardware: emulated, it is slower than float32."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def start_run(

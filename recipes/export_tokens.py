@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     cuts = list(read_cuts(config.cuts))
     codec = load_codec(config.codec, device=str(accelerator.device))
     rank, world = accelerator.process_index, accelerator.num_processes
-    lock = _lock(config.out, accelerator)
+    lock = lock_folder(config.out, accelerator)
     with tqdm(total=len(cuts), desc="export", unit="cut", disable=rank > 0) as bar:
         export(
             cuts,
@@ -84,8 +84,8 @@ def main(argv: list[str]) -> None:
     accelerator.end_training()
 
 
-def _lock(folder: Path, accelerator: Accelerator) -> _Lock | None:
-    """Locks the folder, on the main process; ValueError on all when another export runs in it."""
+def lock_folder(folder: Path, accelerator: Accelerator) -> _Lock | None:
+    """Locks the folder, on the main process; ValueError on all when another program runs in it."""
     lock, failure = None, [None]
     if accelerator.is_main_process:
         try:

@@ -21,7 +21,7 @@ import torch
 from codec.audio import read_audio
 from codec.distill import align_words
 from codec.layers import ceil_div
-from codec.teachers import TextTeacher, load_text_teacher
+from codec.teachers import TextTeacher, in_small_letters, load_text_teacher
 from codec.words import Word, load_transcriber
 
 SILENCE = -1
@@ -54,7 +54,7 @@ class Alignments(NamedTuple):
 def main(argv: Sequence[str]) -> None:
     """Draws one recording's alignments and prints them."""
     args = parse(argv)
-    transcriber = load_transcriber(args.transcriber)
+    transcriber = load_transcriber(args.transcriber, language=args.language)
     wave = read_audio(args.recording, transcriber.sample_rate)
     texts = None if args.text is None else [args.text]
     (words,) = transcriber.words(torch.from_numpy(wave)[None, None], texts=texts)
@@ -99,7 +99,7 @@ def align(
 def index_words(words: Sequence[str], teacher: TextTeacher, num_frames: int) -> list[int]:
     """The word whose piece stands at each frame in `TextTeacher.padded`."""
     encoded = teacher.tokenizer(
-        list(words),
+        in_small_letters(words),
         is_split_into_words=True,
         truncation=True,
         max_length=min(num_frames, teacher.max_pieces),
@@ -203,6 +203,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--transcriber",
         default="models/whisper-base-transformers",
         help="Whisper or a CTC model (default: models/whisper-base-transformers)",
+    )
+    parser.add_argument(
+        "--language", default="en", help="what is spoken, for a multilingual Whisper (default: en)"
     )
     parser.add_argument(
         "--text-model",

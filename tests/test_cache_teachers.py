@@ -20,6 +20,13 @@ from recipes.common import _Lock
 SCRIPT = Path(cache_teachers.__file__)
 
 
+def as_clock(model: str, *, language: str, **_: object) -> Clock:
+    """In place of load_transcriber."""
+    clock = Clock()
+    clock.name, clock.language = model, language
+    return clock
+
+
 @pytest.fixture
 def lists(tmp_path: Path, write_wav: Callable[..., Path]) -> list[Path]:
     """Two lists of two cuts."""
@@ -54,7 +61,7 @@ def test_a_cache_is_written_and_summed_up(
     tmp_path: Path, settings: list[str], capsys, caplog, monkeypatch
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(cache_teachers, "load_transcriber", lambda model, **_: Clock())
+    monkeypatch.setattr(cache_teachers, "load_transcriber", as_clock)
     bert = save_text_model(tmp_path / "bert")
     cache_teachers.main([*settings, f"text_model={bert}", "transcriber=models/clock"])
     summary = json.loads(capsys.readouterr().out)
@@ -80,13 +87,16 @@ def test_recognised_words_and_speech_alone(
 ) -> None:
     cache_teachers.main([*settings, "text_model=null", "transcriber=null"])
     assert FeatureCache.open(tmp_path / "cache").facts["words"] is None
-    monkeypatch.setattr(cache_teachers, "load_transcriber", lambda model, **_: Clock())
+    monkeypatch.setattr(cache_teachers, "load_transcriber", as_clock)
     settings[1] = f"out={tmp_path / 'other'}"
     more = ["text_model=null", "speech_model=null", "transcript=recognized"]
     cache_teachers.main([*settings, *more])
     words = FeatureCache.open(tmp_path / "other").text("dev-0").words
     assert [word.text for word in words] == ["the", "mat"]
     assert json.loads(capsys.readouterr().out.splitlines()[1])["recordings"] == 4
+    # Another language's words are others.
+    with pytest.raises(ValueError, match="'language': 'de'"):
+        cache_teachers.main([*settings, *more, "language=de"])
 
 
 def test_two_processes_share_the_recordings(tmp_path: Path, settings: list[str], launch) -> None:

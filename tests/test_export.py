@@ -85,12 +85,12 @@ def test_batches_give_the_codes_of_single_recordings(
 
 
 def test_a_batch_never_exceeds_its_seconds(cuts: list[MonoCut]) -> None:
-    from codec.export import _batches
+    from codec.export import batches_of
 
-    batches = list(_batches(cuts, 3.9))
+    batches = list(batches_of(cuts, 3.9))
     assert sorted(cut.id for batch in batches for cut in batch) == [cut.id for cut in cuts]
     assert all(len(batch) * max(cut.duration for cut in batch) <= 3.9 for batch in batches)
-    assert [len(batch) for batch in _batches(cuts, 0.1)] == [1] * len(cuts)
+    assert [len(batch) for batch in batches_of(cuts, 0.1)] == [1] * len(cuts)
 
 
 def test_whole_parts_are_kept_and_damaged_ones_written_again(

@@ -35,7 +35,7 @@ class Clock:
     """A transcriber that spreads the words evenly, and knows one sentence of its own."""
 
     sample_rate = 16_000
-    name = "clock"
+    name, language = "clock", "en"
 
     def __init__(self) -> None:
         self.num_seen = 0
@@ -370,3 +370,16 @@ def test_each_shard_is_opened_once(tmp_path, cuts, speech, monkeypatch) -> None:
         for cut in cuts:
             cache.speech(cut.id, 0.1, 0.2)
     assert len(opened) == 1
+
+
+def test_what_a_cache_lacks_is_said_with_a_way_out(tmp_path, cuts, speech, text) -> None:
+    write_cache(tmp_path / "spoken", cuts[:1], speech=speech)
+    cache = FeatureCache.open(tmp_path / "spoken")
+    way = r"; write another cache with one \(recipes/cache_teachers.py\), into a new folder$"
+    with pytest.raises(ValueError, match=f"holds no words, for want of a transcriber{way}"):
+        cache.text("cut/0")
+    with pytest.raises(ValueError, match=f"the cache has no text teacher{way}"):
+        FeatureCache.open(tmp_path / "spoken", text=(text.name, "mean"))
+    write_cache(tmp_path / "words", cuts[:1], transcriber=Clock())
+    with pytest.raises(ValueError, match=f"holds no speech features, for want of a teacher{way}"):
+        FeatureCache.open(tmp_path / "words").speech("cut/0", 0, 1)

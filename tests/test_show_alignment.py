@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_teachers import save_text_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -110,6 +111,28 @@ def test_index_is_where_the_teachers_states_are(text_model: str) -> None:
         assert differ[: min(3, num_frames - 1)].tolist() == [False, False, True]
         assert index[:3] == [-1, 0, 1]
     assert index_words(["cats"] * 9, teacher, 12)[-2:] == [SILENCE] * 2
+
+
+def test_index_counts_the_pieces_that_a_cased_teacher_sees(tmp_path: Path) -> None:
+    teacher = load_text_teacher(save_text_model(tmp_path, cased=True), half=False)
+    assert index_words(["THE", "CATS"], teacher, 6) == [-1, 0, 1, 1, -1, -1]
+    assert index_words(["the", "CATS"], teacher, 6) == [-1, 0, 1, -1, -1, -1]
+
+
+def test_the_language_is_passed_on(
+    recording: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def refusing(model: str, *, language: str) -> None:
+        asked.append(language)
+        raise ValueError("not here")
+
+    monkeypatch.setattr(program, "load_transcriber", refusing)
+    for more in ([], ["--language", "de"]):
+        with pytest.raises(ValueError, match="not here"):
+            program.main([recording, "--out", str(tmp_path / "a.png"), *more])
+    assert asked == ["en", "de"]
 
 
 def test_a_picture_is_drawn_and_the_words_are_printed(

@@ -20,7 +20,13 @@ from transformers import (
     WhisperModel,
 )
 
-from codec.teachers import TextTeacher, has_bf16, load_speech_teacher, load_text_teacher
+from codec.teachers import (
+    TextTeacher,
+    has_bf16,
+    load_speech_teacher,
+    load_text_teacher,
+    network_dtype,
+)
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "##s", "sat", "on", "mat"]
 SIZES = {
@@ -43,13 +49,13 @@ MODELS = {
 }  # fmt: skip
 
 
-def save_text_model(folder: Path, kind: str = "bert") -> str:
+def save_text_model(folder: Path, kind: str = "bert", cased: bool = False) -> str:
     torch.manual_seed(0)
     MODELS[kind]().save_pretrained(folder)
     tokenizer = Tokenizer(
         models.WordPiece({piece: number for number, piece in enumerate(PIECES)}, unk_token="[UNK]")
     )
-    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=not cased)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
@@ -149,6 +155,19 @@ def test_padded_puts_piece_i_at_frame_i(tmp_path: Path) -> None:
     torch.testing.assert_close(long[0, 12:], long[0, 11:12].expand(8, -1))
 
 
+def test_shouted_texts_are_read_in_small_letters(tmp_path: Path) -> None:
+    teacher = load_text_teacher(save_text_model(tmp_path, cased=True), half=False)
+    calm, shouted, mixed = teacher([["the", "cats"], ["THE", "CATS"], ["the", "CATS"]])
+    torch.testing.assert_close(shouted.words, calm.words)
+    torch.testing.assert_close(shouted.sentence, calm.sentence)
+    # A few words in capitals are meant so.
+    unknown = states_of(teacher, "[CLS] the [UNK] [SEP]").mean(0)
+    torch.testing.assert_close(mixed.words[1], unknown[2])
+    small, large, mixed = teacher.padded(["the cats", "THE CATS", "the CATS"], 6)
+    torch.testing.assert_close(small, large)
+    assert not torch.allclose(small, mixed, atol=1e-3)
+
+
 def test_teachers_stay_frozen(tmp_path: Path) -> None:
     around = torch.nn.ModuleList([load(tmp_path)]).train()
     assert not any(module.training for module in around[0].modules())
@@ -208,6 +227,17 @@ def test_half_is_used_where_the_hardware_has_it(tmp_path: Path, monkeypatch) -> 
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
     assert not has_bf16("cpu")
     assert load_text_teacher(folder).network.dtype == torch.float32
+
+
+def test_gpus_without_bf16_compute_in_float16(monkeypatch) -> None:
+    able = []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bool(able))
+    assert network_dtype("cuda") == torch.float16
+    assert network_dtype(torch.device("cuda:0"), half=False) == torch.float32
+    able.append(True)
+    assert network_dtype("cuda") == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert network_dtype("cpu") == torch.float32
 
 
 def test_whisper_without_its_decoder_loads(tmp_path: Path) -> None:

@@ -289,6 +289,7 @@ def test_english_whispers_need_no_language(tmp_path: Path) -> None:
     folder = str(save_whisper(tmp_path / "tiny", multilingual=False, alignment_heads=None))
     transcriber = load_transcriber(folder, half=True)
     assert isinstance(transcriber, WhisperTranscriber)
+    assert transcriber.name == folder
     assert len(transcriber.prompt) == 2
     assert transcriber.heads == [[1, 0], [1, 1]]
     [words] = transcriber.words(*noise(0.5), ["the cat"])
@@ -310,6 +311,7 @@ def test_a_language_that_whisper_lacks_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["Hubert", "WavLM"])
 def test_other_ctc_models_load(tmp_path: Path, kind: str) -> None:
     transcriber = load_transcriber(str(save_ctc(tmp_path / kind, kind=kind)))
+    assert transcriber.name == str(tmp_path / kind)
     [words] = transcriber.words(*noise(0.5), ["to be"])
     assert [word.text for word in words] == ["to", "be"]
     check(words, 0.5)
@@ -323,6 +325,9 @@ def test_a_model_that_cannot_transcribe_is_named(tmp_path: Path) -> None:
     BertConfig().save_pretrained(tmp_path / "bert")
     with pytest.raises(ValueError, match=r"a bert model; whisper, wav2vec2, hubert, wavlm can"):
         load_transcriber(str(tmp_path / "bert"))
+    (save_whisper(tmp_path / "damaged") / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(ValueError, match=r"damaged: cannot be loaded as a transcriber"):
+        load_transcriber(str(tmp_path / "damaged"))
     folder = save_ctc(tmp_path / "ctc")
     Wav2Vec2ForCTC.from_pretrained(folder).wav2vec2.save_pretrained(folder)
     with pytest.raises(ValueError, match="no CTC head"):
