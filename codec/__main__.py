@@ -183,23 +183,36 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    from codec.folder import WEIGHTS_FILE
+    from codec.folder import WEIGHTS_FILE, check_out_folder, written_together
     from codec.interop import import_speechtokenizer
 
+    check_out_folder(arguments.out)
     files = [arguments.out / name for name in ("config.json", WEIGHTS_FILE)]
-    if arguments.config.resolve() == files[0].resolve():
-        raise ValueError(f"{arguments.config}: is what is imported; choose another OUT")
+    for source in (arguments.config, arguments.checkpoint):
+        if source.resolve() in [file.resolve() for file in files]:
+            raise ValueError(f"{source}: is what is imported; choose another OUT")
     _check_free(files, arguments.overwrite)
     codec = import_speechtokenizer(arguments.config, arguments.checkpoint)
-    codec.save_pretrained(arguments.out)
+    with written_together(arguments.out) as temporary:
+        codec.save_pretrained(temporary)
+        if (arguments.out / "README.md").exists():
+            (temporary / "README.md").unlink()
     codec.source = str(arguments.out)
     print(json.dumps(_facts(codec.stamp), indent=2, ensure_ascii=False))
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from codec.interop import export_speechtokenizer
+    from codec.interop import (
+        CHECKPOINT_FILE,
+        CONFIG_FILE,
+        check_export_folder,
+        export_speechtokenizer,
+    )
     from codec.model import load_codec
 
+    check_export_folder(arguments.out)
+    files = [arguments.out / name for name in (CONFIG_FILE, CHECKPOINT_FILE)]
+    _check_free(files, arguments.overwrite)
     codec = load_codec(arguments.codec, fold=False)
     export_speechtokenizer(codec, arguments.out, overwrite=arguments.overwrite)
     done = {"out": str(arguments.out), "codec": _facts(codec.stamp)}

@@ -1,7 +1,11 @@
 """A codec's folder: what must be in it, and in words what is wrong with it."""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
@@ -28,6 +32,38 @@ def check_config_file(file: Path) -> None:
         whole = False
     if not whole:
         raise ValueError(f"{file}: not a whole JSON object; copy it again")
+
+
+def check_out_folder(folder: Path) -> None:
+    """Raises `ValueError` for a folder to write that is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file; name a folder to write")
+
+
+@contextmanager
+def written_together(folder: Path) -> Iterator[Path]:
+    """Yields a temporary folder; its files move into `folder` once all of them are whole.
+
+    Files of other names stay. After an error `folder` is as it was.
+    """
+    check_out_folder(folder)
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        # Inside, for `folder` may be the only place of its disk that can be written.
+        with TemporaryDirectory(prefix=".partial-", dir=folder) as temporary:
+            yield Path(temporary)
+            files = sorted(Path(temporary).iterdir())
+            for file in files:
+                with file.open("rb+") as opened:
+                    os.fsync(opened.fileno())
+            for file in files:
+                os.replace(file, folder / file.name)
+    except BaseException:
+        if is_new:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def load_weights(codec: nn.Module, file: Path) -> None:

@@ -249,18 +249,31 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
             )
         return super().train(mode)
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        """Part of `save_pretrained` and `push_to_hub`: a folded codec saves what it comes from.
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Write config.json and model.safetensors; `options` are the hub mixin's.
 
-        Raises `ValueError` when that is not there any more or one of the two has changed.
+        A folded codec saves the codec that it was loaded from. Raises `ValueError`, before any file
+        is touched, when that is not there any more or one of the two has changed.
         """
-        codec = load_codec(self.source, fold=False) if self._folded else self
+        return super(Codec, self._unfolded()).save_pretrained(save_directory, **options)
+
+    def _unfolded(self) -> "Codec":
+        if not self._folded:
+            return self
+        try:
+            codec = load_codec(self.source, fold=False)
+        except ValueError as error:
+            raise ValueError(
+                "a codec that was folded for inference is saved from where it was loaded, and that "
+                f"fails: {error}; load it with Codec.from_pretrained from where it is now, and "
+                "save that"
+            ) from error
         if codec.stamp.digest != self.stamp.digest:
             raise ValueError(
                 f"{self.source}: the codec there and the one that was loaded from there are not "
                 "the same any more; to change a codec, load it with Codec.from_pretrained"
             )
-        super(Codec, codec)._save_pretrained(save_directory)
+        return codec
 
     @property
     def _chunk_frames(self) -> tuple[int, int]:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors.torch import save_file
 
-from codec import load_codec, read_audio
+from codec import Codec, load_codec, read_audio
 from codec.__main__ import main
 from codec.tokens import TokenShard, write_shard
 
@@ -213,7 +214,11 @@ def test_import_and_export(tmp_path: Path, kind: str, capsys: pytest.CaptureFixt
         capsys, "import", kind, config, checkpoint, tmp_path, "--overwrite"
     )
     assert (ours / "model.safetensors").read_bytes() == before
+    (ours / "README.md").write_text("mine")
     run("import", kind, config, checkpoint, ours, "--overwrite")
+    made_files = sorted(path.name for path in ours.iterdir())
+    assert made_files == ["README.md", "config.json", "model.safetensors"]
+    assert (ours / "README.md").read_text() == "mine"
 
     capsys.readouterr()
     run("export", "speechtokenizer", ours, theirs)
@@ -222,8 +227,49 @@ def test_import_and_export(tmp_path: Path, kind: str, capsys: pytest.CaptureFixt
     state = torch.load(theirs / "SpeechTokenizer.pt", weights_only=True)
     assert state.keys() == golden["state_dict"].keys()
     assert all(torch.equal(state[name], golden["state_dict"][name]) for name in state)
-    assert "is there already" in failure(capsys, "export", "speechtokenizer", ours, theirs)
+    said = failure(capsys, "export", "speechtokenizer", ours, theirs)
+    assert "is there already (and 1 more); choose another place, or --overwrite it" in said
     run("export", "speechtokenizer", ours, theirs, "--overwrite")
+
+
+def test_import_and_export_spare_what_they_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    golden = torch.load(GOLDEN, weights_only=True)
+    config, out = tmp_path / "config.json", tmp_path / "out"
+    config.write_text(json.dumps(golden["config"]))
+    out.mkdir()
+    save_file(golden["state_dict"], out / "model.safetensors")
+    command = ["import", "speechtokenizer", config, out / "model.safetensors"]
+    before = (out / "model.safetensors").read_bytes()
+    assert "model.safetensors: is what is imported" in failure(capsys, *command, out, "--overwrite")
+    assert (out / "model.safetensors").read_bytes() == before
+    run(*command, tmp_path / "ours")
+
+    ours = {file.name: file.read_bytes() for file in (tmp_path / "ours").iterdir()}
+    for options in ([], ["--overwrite"]):
+        export = ["export", "speechtokenizer", tmp_path / "ours", tmp_path / "ours", *options]
+        assert "ours: holds model.safetensors" in failure(capsys, *export)
+
+    def full(_codec: Codec, folder: Path) -> None:
+        (folder / "config.json").write_text("{")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Codec, "save_pretrained", full)
+    for folder in ("ours", "new"):
+        assert "No space left" in failure(capsys, *command, tmp_path / folder, "--overwrite")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "ours").iterdir()} == ours
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+def test_out_that_is_a_file(
+    tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").touch()
+    for command in ("import speechtokenizer c.json c.pt", "export speechtokenizer DIR"):
+        said = failure(capsys, *command.split(), tmp_path / "out", *options)
+        assert said == f"error: {tmp_path / 'out'}: is a file; name a folder to write"
 
 
 def test_bad_checkpoints_end_in_one_line(

@@ -1,10 +1,10 @@
 """Checkpoints of SpeechTokenizer and DM-Codec in and out."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from original_seanet import (
@@ -19,16 +19,9 @@ from original_seanet import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from codec import Codec, CodecConfig, load_codec
-from codec.config import QuantizerConfig
-from codec.interop import (
-    Original,
-    export_speechtokenizer,
-    from_original,
-    import_speechtokenizer,
-    tensor_names,
-    to_original,
-)
+from codec import Codec, load_codec
+from codec.interop import export_speechtokenizer, import_speechtokenizer
+from codec.original import Original, from_original, to_original
 
 GOLDEN = Path(__file__).parent / "golden" / "speechtokenizer_tiny.pt"
 
@@ -163,19 +156,6 @@ def test_other_configurations(config: dict[str, Any], shapes: Shapes, tmp_path: 
             residual = residual - embed[row]
 
 
-def test_the_published_size() -> None:
-    """166 tensors, 103.68 M parameters and 16.79 M numbers in buffers, as counted there."""
-    with torch.device("meta"):
-        codec = Codec(CodecConfig(family="seanet"))
-    names = set(tensor_names(codec).values())
-    assert len(names) == 166
-    assert "encoder.model.13.lstm.weight_ih_l1_reverse" in names
-    assert "decoder.model.12.convtr.convtr.weight_g" in names
-    parameters = sum(parameter.numel() for parameter in codec.parameters())
-    assert round(parameters / 1e6, 2) == 103.68
-    assert round(sum(buffer.numel() for buffer in codec.buffers()) / 1e6, 2) == 16.79
-
-
 def test_a_codec_of_ours_goes_there_and_back(golden: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = from_original(Original(SNAKE, random_state(SNAKE_SHAPES))).config
@@ -191,43 +171,6 @@ def test_a_codec_of_ours_goes_there_and_back(golden: dict[str, Any], tmp_path: P
     for name in [name for name in ours if name.endswith("num_updates")]:
         assert (int(ours.pop(name)), int(theirs.pop(name))) == (3, 1)
     assert same(ours, theirs)
-
-
-def test_fine_tuning_goes_on_from_the_codebooks(golden: dict[str, Any]) -> None:
-    """k-means would throw the imported entries away; one step moves used ones a little."""
-    codec = from_original(Original(golden["config"], golden["state_dict"])).train()
-    codec(golden["input"])
-    for index, book in enumerate(codec.quantizer.codebooks):
-        name = f"quantizer.vq.layers.{index}._codebook"
-        counts = golden["state_dict"][f"{name}.cluster_size"] * 0.99
-        chosen = torch.bincount(golden["codes"][index, 0], minlength=64)
-        kept = book.cluster_size == counts + 0.01 * chosen
-        assert int(kept.sum()) > 32
-        assert int(book.num_updates) == 2
-
-
-def test_without_an_lstm_there_is_one_direction() -> None:
-    """The original widens its last convolution for a second one even where there is no LSTM."""
-    plain = from_original(Original(PLAIN, random_state(PLAIN_SHAPES))).config
-    codec = Codec(replace(plain, seanet=replace(plain.seanet, bidirectional=True)))
-    original = to_original(codec)
-    assert original.config["bidirectional"] is False
-    assert {name: tuple(tensor.shape) for name, tensor in original.state.items()} == PLAIN_SHAPES
-    assert same(from_original(original).state_dict(), codec.state_dict())
-
-
-def test_an_untrained_codec_stays_one() -> None:
-    config = CodecConfig(
-        family="seanet",
-        seanet=from_original(Original(PLAIN, random_state(PLAIN_SHAPES))).config.seanet,
-        quantizer=QuantizerConfig(num_codebooks=1, codebook_size=16),
-    )
-    original = to_original(Codec(config))
-    assert original.state["quantizer.vq.layers.0._codebook.inited"].tolist() == [0.0]
-    book = from_original(original).quantizer.codebooks[0]
-    assert int(book.num_updates) == 0
-    book.initialize(torch.randn(40, 8))
-    assert book.entries.abs().sum() > 0
 
 
 def test_misfits_are_named(published: tuple[Path, Path], golden: dict[str, Any]) -> None:
@@ -253,6 +196,8 @@ def test_misfits_are_named(published: tuple[Path, Path], golden: dict[str, Any])
     assert "neither a state_dict nor" in said([1, 2])
     assert "neither a state_dict nor" in said({"model": state})
     assert "neither a state_dict nor" in said({})
+    # A tensor of that name is no trainer's generator.
+    assert "unknown: generator" in said({**state, "generator": torch.ones(1)})
 
 
 def test_damaged_files_are_named(published: tuple[Path, Path], tmp_path: Path) -> None:
@@ -264,13 +209,30 @@ def test_damaged_files_are_named(published: tuple[Path, Path], tmp_path: Path) -
             import_speechtokenizer(config, checkpoint)
         assert "\n" not in str(caught.value)
     torch.save(Path("code"), checkpoint)  # Unpickling this would run code.
-    with pytest.raises(ValueError, match="weights_only"):
+    with pytest.raises(ValueError, match=r"more than tensors \(pathlib\."):
         import_speechtokenizer(config, checkpoint)
     (tmp_path / "cut.safetensors").write_bytes(b"\x08")
     with pytest.raises(ValueError, match=r"cut\.safetensors: not a whole"):
         import_speechtokenizer(config, tmp_path / "cut.safetensors")
     with pytest.raises(ValueError, match=r"none\.pt: no such file"):
         import_speechtokenizer(config, tmp_path / "none.pt")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=r"folder: is a folder; name the checkpoint file in it"):
+        import_speechtokenizer(config, tmp_path / "folder")
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_checkpoint_with_more_than_tensors(
+    golden: dict[str, Any], published: tuple[Path, Path], *, is_zip: bool
+) -> None:
+    whole = {"generator": golden["state_dict"], "best_dev_mel_loss": np.float64(0.357)}
+    torch.save(whole, published[1], _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(ValueError, match="holds more than tensors") as caught:
+        import_speechtokenizer(*published)
+    said = str(caught.value)
+    assert "save the state_dict of its generator alone" in said
+    assert said.isprintable()
+    assert "weights_only" not in said
 
 
 def test_bad_configurations_are_named(published: tuple[Path, Path], golden: dict[str, Any]) -> None:
@@ -285,10 +247,27 @@ def test_bad_configurations_are_named(published: tuple[Path, Path], golden: dict
     assert "lacks dimension, n_q" in said(json.dumps(without))
     assert "got 'ReLU'" in said(json.dumps(config | {"activation": "ReLU"}))
     assert "activation" in said(json.dumps(config | {"activation": ["ELU"]}))
-    assert "num_filters" in said(json.dumps(config | {"n_filters": "4"}))
-    assert "strides" in said(json.dumps(config | {"strides": 320}))
+    assert "strides must be a list" in said(json.dumps(config | {"strides": 320}))
+    assert "strides must be a list" in said(json.dumps(config | {"strides": []}))
+    assert "strides must be a whole number" in said(json.dumps(config | {"strides": [8, 2.5]}))
+    assert "bidirectional must be true" in said(json.dumps(config | {"bidirectional": "yes"}))
     assert "not a whole JSON object" in said('{"n_q": 8')
     assert "not a whole JSON object" in said("[8]")
+    for value in ("4", True, 0, 4.5, float("inf"), float("nan"), [4]):
+        wrong = said(json.dumps(config | {"n_filters": value}))
+        assert (
+            f"config.json: n_filters must be a whole number, 1 to 2147483647, got {value!r}"
+            in wrong
+        )
+    for key in ("n_q", "n_residual_layers", "dimension", "sample_rate", "dilation_base"):
+        assert f"{key} must be a whole number" in said(json.dumps(config | {key: 0}))
+    assert "lstm_layers must be a whole number, 0 to 1000" in said(
+        json.dumps(config | {"lstm_layers": -1})
+    )
+    for size in (1, 65_537):
+        assert "codebook_size must be a whole number, 2 to 65536" in said(
+            json.dumps(config | {"codebook_size": size})
+        )
     published[0].unlink()
     with pytest.raises(ValueError, match=r"config\.json: cannot be read"):
         import_speechtokenizer(*published)
@@ -303,8 +282,9 @@ def test_what_cannot_be_exported(
     export_speechtokenizer(codec, tmp_path)
     before = (tmp_path / "SpeechTokenizer.pt").read_bytes()
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"SpeechTokenizer\.pt: is there already"):
+    with pytest.raises(ValueError, match=r"SpeechTokenizer\.pt: is there already") as caught:
         export_speechtokenizer(codec, tmp_path)
+    assert "--overwrite" not in str(caught.value)
     assert (tmp_path / "SpeechTokenizer.pt").read_bytes() == before
     assert not (tmp_path / "config.json").exists()
     export_speechtokenizer(codec, tmp_path, overwrite=True)
@@ -312,3 +292,38 @@ def test_what_cannot_be_exported(
     with pytest.raises(ValueError, match=r"Codec\.from_pretrained to export it"):
         export_speechtokenizer(codec.fold_weight_norm(), tmp_path / "folded")
     assert not (tmp_path / "folded").exists()
+    (tmp_path / "file").touch()
+    codec = from_original(Original(golden["config"], golden["state_dict"]))
+    with pytest.raises(ValueError, match="file: is a file; name a folder"):
+        export_speechtokenizer(codec, tmp_path / "file", overwrite=True)
+
+
+def test_an_export_never_replaces_a_codecs_configuration(
+    golden: dict[str, Any], tmp_path: Path
+) -> None:
+    codec = from_original(Original(golden["config"], golden["state_dict"]))
+    codec.save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"holds model\.safetensors.*choose another folder"):
+        export_speechtokenizer(codec, tmp_path, overwrite=True)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_an_export_that_fails_leaves_what_was_there(
+    golden: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec = from_original(Original(golden["config"], golden["state_dict"]))
+    export_speechtokenizer(codec, tmp_path / "there")
+    (tmp_path / "there" / "config.json").write_text("{}")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "there").iterdir()}
+
+    def full(_state: Any, file: Path) -> None:
+        file.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    for folder in (tmp_path / "there", tmp_path / "new"):
+        with pytest.raises(OSError, match="No space left"):
+            export_speechtokenizer(codec, folder, overwrite=True)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "there").iterdir()} == before
+    assert not (tmp_path / "new").exists()

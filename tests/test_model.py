@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -220,20 +221,46 @@ def test_loaded_codecs_are_folded_and_keep_their_stamp(codec: Codec, speech, tmp
             folded.train()
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
 def test_a_folded_codec_saves_what_it_is_or_nothing(speech, tmp_path) -> None:
     codec = Codec(SEANET)
     codec.save_pretrained(tmp_path / "codec")
+    Codec(SEANET).save_pretrained(tmp_path / "good")
+    before = contents(tmp_path / "good")
+
+    def refused(folded: Codec, message: str) -> None:
+        for name in ("copy", "good"):
+            with pytest.raises(ValueError, match=message):
+                folded.save_pretrained(tmp_path / name)
+        assert not (tmp_path / "copy").exists()
+        assert contents(tmp_path / "good") == before
+
     folded = load_codec(tmp_path / "codec")
     with torch.no_grad():
         next(folded.parameters()).add_(1e-3)
     assert folded.stamp.digest != codec.stamp.digest
-    with pytest.raises(ValueError, match="not the same any more"):
-        folded.save_pretrained(tmp_path / "copy")
+    refused(folded, "not the same any more")
     folded = load_codec(tmp_path / "codec")
     Codec(SEANET).save_pretrained(tmp_path / "codec")
-    with pytest.raises(ValueError, match="not the same any more"):
-        folded.save_pretrained(tmp_path / "copy")
-    assert not (tmp_path / "copy" / "model.safetensors").exists()
+    refused(folded, "not the same any more")
+    shutil.rmtree(tmp_path / "codec")
+    refused(folded, r"saved from where it was loaded.*codec: no such folder.*from_pretrained")
+
+
+def test_a_folded_codec_saves_onto_where_it_is_from(tmp_path) -> None:
+    Codec(SEANET).save_pretrained(tmp_path)
+    before = contents(tmp_path)
+    assert before.keys() >= {"config.json", "model.safetensors"}
+    load_codec(tmp_path).save_pretrained(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_folding_ends_training_mode() -> None:
+    codec = Codec(SEANET).train().fold_weight_norm()
+    assert not any(module.training for module in codec.modules())
 
 
 def test_broken_folders_are_named(codec: Codec, tmp_path) -> None:

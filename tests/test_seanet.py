@@ -1,12 +1,13 @@
 """SEANet and its quantiser against tensors that SpeechTokenizer's own code produced."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from codec import Codec
-from codec.interop import Original, from_original
+from codec.original import Original, from_original
 
 GOLDEN = Path(__file__).parent / "golden" / "speechtokenizer_tiny.pt"
 
@@ -59,6 +60,51 @@ def test_features_equal_the_originals(codec: Codec, golden: dict) -> None:
         torch.testing.assert_close(feature, expected, atol=1e-5, rtol=0)
     semantic = codec.semantic_head(codec.quantizer.decode(codes[:, :1]).mT)
     torch.testing.assert_close(semantic, golden["forward_feature_layer0"], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_the_readme_says_how_to_get_what_the_original_gives(codec: Codec, golden: dict) -> None:
+    """Runs the right-hand column of the table for those who come from SpeechTokenizer."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    table = readme.split("### Coming from SpeechTokenizer")[1].split("\n## ")[0]
+    wave, lengths, codes = golden["input"], torch.tensor([16_000]), golden["codes"].transpose(0, 1)
+    scope = {"codec": codec, "wave": wave, "lengths": lengths, "codes": codes}
+
+    def run(code: str) -> Any:
+        assert f"`{code}`" in table
+        name, _, value = code.rpartition(" = ")
+        result = eval(value, scope)
+        return scope.setdefault(name, result) if name else result
+
+    exact = {
+        "codec.encode(wave, lengths).codes": "codes",
+        "codec.encode(wave, num_codebooks=3)": "codes_nq3",
+        "codec.encode(wave, first_codebook=1, num_codebooks=3)": "codes_nq4_st1",
+    }
+    for code, key in exact.items():
+        found = run(code)
+        found = found if isinstance(found, torch.Tensor) else found.codes
+        assert torch.equal(found.transpose(0, 1), golden[key])
+    run("out = codec(wave)")
+    close = {
+        "codec.decode(codes)": golden["output"],
+        "codec.decode(codes[:, :1])": golden["output_q0_only"],
+        "codec.decode(codes[:, 2:5], first_codebook=2)": golden["output_codes2to4_st2"],
+        "out.wave": golden["forward_out"],
+        'codec.semantic_head(out.quantized.part("first").mT)': golden["forward_feature_layer0"],
+    }
+    for code, expected in close.items():
+        torch.testing.assert_close(run(code), expected, atol=1e-5, rtol=0)
+    run("entries = codec.quantizer(codec.encoder(wave)).entries")
+    # Straight through: latent + (entry - latent), with float32's error of a latent of up to 8.
+    for code, expected in zip(
+        ("entries[0]", "entries[3]"), golden["forward_feature_list_0_3"], strict=True
+    ):
+        torch.testing.assert_close(run(code), expected, atol=1e-5, rtol=0)
+    assert run("out.quantized.commitment") > 0
+    for name, value in (("sample_rate", 16_000), ("num_codebooks", 8), ("hop_length", 320)):
+        assert f"`{name}`" in table
+        assert getattr(codec, name) == value
 
 
 @torch.no_grad()
