@@ -1,7 +1,9 @@
 """SLMTokBench's text alignment: how well a BiLSTM with CTC reads text from a tokenizer's codes.
 
 Source: SpeechTokenizer (arXiv 2308.16692), section 4, which names the network (two layers of 1,024
-units on token embeddings, characters as labels) but not how it is trained. That part is ours.
+units on token embeddings, characters as labels) but not how it is trained. That part is ours. Its
+other measure of text alignment, the bound on mutual information between codes and text (vCLUB), is
+not here.
 
 Error rates come from eval/text.py, which normalises both texts, so they compare with other lists'.
 """
@@ -28,6 +30,8 @@ READ_FRAMES = 20_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeConfig:
+    """The network and its training; the defaults are for a hundred hours of speech and a GPU."""
+
     num_layers: int = 2
     """LSTM layers, each in both directions."""
     hidden: int = 1024
@@ -210,6 +214,7 @@ class Probe:
 
     @property
     def device(self) -> torch.device:
+        """Where the network is, and what it reads is brought to."""
         return self.network.output.weight.device
 
     def _prepare(self, codes: Sequence[np.ndarray]) -> list[Int[Tensor, "Q T"]]:
@@ -230,7 +235,7 @@ def train_probe(
     device: str = "cpu",
     progress: bool = True,
 ) -> Probe:
-    """Trains a probe to read `train`; the same arguments give the same probe on one machine.
+    """Trains a probe to read `train`; on one machine's CPU the same arguments give the same probe.
 
     `frame_rate` is the codes' in Hz; `dev` is read after each epoch, for the progress bar and
     `Probe.history` only. `tables` are the codebooks' own vectors, of one width: they stay as they
@@ -267,9 +272,12 @@ def _usable(train: Corpus, probe: Probe) -> list[tuple[Tensor, list[int]]]:
         else:
             items.append((codes, target))
     if not items:
+        # Repeated frames help those that have some.
+        hint = "; raise min_frame_rate (recipes/probe.py: --setting paper)"
         raise ValueError(
             f"none of {len(train.texts)} utterances can be trained on: {probe.num_unspelled} have "
-            f"no spelling, {probe.num_too_short} fewer frames than characters; raise min_frame_rate"
+            f"no spelling, {probe.num_too_short} fewer frames than characters"
+            f"{hint if probe.num_too_short else ''}"
         )
     probe.num_trained = len(items)
     return items

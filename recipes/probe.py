@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+from codec.folder import check_device
 from codec.tokens import CodecStamp, TokenShard
 from eval.benchmark import (
     ASR_PREFIX,
@@ -52,12 +53,26 @@ PREFIX = "probe_"
 """Before the metrics: a probe's errors are neither the judge's nor a system's own."""
 
 
+class Spoken(NamedTuple):
+    """Utterances with a text, and how many were left out for want of one."""
+
+    ids: list[str]
+    corpus: Corpus
+    num_textless: int
+
+
 class DevList(NamedTuple):
     """Utterances that are scored together."""
 
     name: str
-    ids: list[str]
-    corpus: Corpus
+    spoken: Spoken
+
+
+class DevLists(NamedTuple):
+    """What is scored, and the files that it comes from."""
+
+    lists: list[DevList]
+    files: list[Path]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -68,55 +83,72 @@ def main(argv: Sequence[str]) -> None:
     if not 1 <= num_codebooks <= shard.stamp.num_codebooks:
         raise ValueError(f"--codebooks {num_codebooks}: the codec has {shard.stamp.num_codebooks}")
     config = config_of(args)
-    train = corpus_of(shard, num_codebooks, range(len(shard))[: args.limit])
-    lists = dev_lists(args, shard.stamp, num_codebooks)
-    shared = sorted({one for dev in lists for one in dev.ids} & set(shard.ids))
+    train = spoken_of(args.train, shard, num_codebooks, range(len(shard))[: args.limit])
+    lists, dev_files = dev_lists(args, shard.stamp, num_codebooks)
+    shared = sorted({one for dev in lists for one in dev.spoken.ids} & set(shard.ids))
     if shared:
         raise ValueError(f"--dev: {shared[0]} is in --train as well ({len(shared)} such)")
     begun = time.monotonic()
     probe = train_probe(
-        train,
+        train.corpus,
         codebook_sizes=shard.stamp.codebook_sizes[:num_codebooks],
         frame_rate=shard.stamp.frame_rate,
         config=config,
-        dev=lists[0].corpus,
+        dev=lists[0].spoken.corpus,
         device=args.device,
     )
     seconds = time.monotonic() - begun
     settings = {**asdict(config), "codebooks": num_codebooks, "limit": args.limit}
     settings["train"] = [digest_of(file) for file in shard.files]
+    settings["dev"] = [digest_of(file) for file in dev_files]
     origin = Provenance(
-        system=args.name or f"{Path(shard.stamp.id).name} codebooks 1-{num_codebooks}",
+        system=args.name or f"{shard.stamp.id} {shard.stamp.digest} codebooks 1-{num_codebooks}",
         seed=config.seed,
         git=git_revision(),
         config=digest_of_text(json.dumps(settings, sort_keys=True)),
         model=shard.stamp.digest,
     )
     for dev in lists:
-        result = probe.score(dev.corpus)
+        result = probe.score(dev.spoken.corpus)
         if args.out is not None:
             append_rows(args.out, rows(dev, result, origin))
-        print(json.dumps(summary(dev, result, probe, origin) | {"seconds": round(seconds, 1)}))
+        line = summary(dev, result, probe, train.num_textless, origin)
+        print(json.dumps(line | {"seconds": round(seconds, 1)}))
 
 
 def config_of(args: argparse.Namespace) -> ProbeConfig:
     """The named setting with what the command line changes."""
-    given = {key: getattr(args, key) for key in ("epochs", "hidden") if getattr(args, key)}
+    asked = {key: getattr(args, key) for key in ("epochs", "hidden")}
+    given = {key: value for key, value in asked.items() if value is not None}
     return replace(SETTINGS[args.setting], seed=args.seed, **given)
 
 
-def corpus_of(shard: TokenShard, num_codebooks: int, indices: Sequence[int]) -> Corpus:
-    """The first codebooks and texts of some rows."""
-    chosen = [shard[index] for index in indices]
-    return Corpus([row.codes[:num_codebooks] for row in chosen], [row.text for row in chosen])
+def spoken_of(
+    where: str | Path, shard: TokenShard, num_codebooks: int, indices: Sequence[int]
+) -> Spoken:
+    """The first codebooks and texts of some rows. ValueError where none has a text."""
+    kept = [index for index in indices if shard.texts[index].strip()]
+    if not kept:
+        raise ValueError(
+            f"{where}: holds no texts; export codes of a list of cuts that says what is spoken "
+            "(recipes/export_tokens.py)"
+        )
+    chosen = [shard[index] for index in kept]
+    corpus = Corpus([row.codes[:num_codebooks] for row in chosen], [row.text for row in chosen])
+    return Spoken([row.id for row in chosen], corpus, len(indices) - len(kept))
 
 
-def dev_lists(args: argparse.Namespace, stamp: CodecStamp, num_codebooks: int) -> list[DevList]:
-    """Each --dev, then each --group of each. ValueError for an empty one and another codec's."""
+def dev_lists(args: argparse.Namespace, stamp: CodecStamp, num_codebooks: int) -> DevLists:
+    """Each --dev, then each --group of each.
+
+    ValueError for an empty one, two of one name, and another codec's.
+    """
     groups = [(name, re.compile(pattern)) for name, pattern in map(_named, args.group)]
-    lists = []
-    for name, path in map(_named, args.dev):
+    lists: list[DevList] = []
+    files: list[Path] = []
+    for name, path in map(_named_shard, args.dev):
         shard = TokenShard.open(path, expect=stamp)
+        files += shard.files
         name = name or Path(path).name.partition(".")[0]
         parts = [(name, list(range(len(shard))))]
         for group, pattern in groups:
@@ -127,28 +159,34 @@ def dev_lists(args: argparse.Namespace, stamp: CodecStamp, num_codebooks: int) -
                     f"--group {group}: no speaker or id in {path} begins with {pattern.pattern}"
                 )
             parts.append((f"{name}/{group}", found))
-        lists += [
-            DevList(
-                part,
-                [shard.ids[index] for index in indices],
-                corpus_of(shard, num_codebooks, indices),
-            )
-            for part, indices in parts
-        ]
-    return lists
+        for part, indices in parts:
+            if any(dev.name == part for dev in lists):
+                raise ValueError(
+                    f"--dev {path}: two lists are called {part}; write NAME=SHARD (and another "
+                    "NAME for each --group)"
+                )
+            lists.append(DevList(part, spoken_of(path, shard, num_codebooks, indices)))
+    return DevLists(lists, files)
 
 
 def _named(argument: str) -> tuple[str, str]:
     """NAME=VALUE as a pair; "" where there is no name."""
-    name, _, value = argument.rpartition("=")
-    return name, value
+    name, equals, value = argument.partition("=")
+    return (name, value) if equals else ("", argument)
+
+
+def _named_shard(argument: str) -> tuple[str, str]:
+    """As `_named`; what is there under the whole argument is a path, not a name with one."""
+    return ("", argument) if Path(argument).exists() else _named(argument)
 
 
 def rows(dev: DevList, result: ProbeResult, origin: Provenance) -> list[Row]:
     """Rows of each utterance and of the list, and one of the loss."""
     scored = [
         score_asr(name, text, read)
-        for name, text, read in zip(dev.ids, dev.corpus.texts, result.texts, strict=True)
+        for name, text, read in zip(
+            dev.spoken.ids, dev.spoken.corpus.texts, result.texts, strict=True
+        )
     ]
     found = rows_of(dev.name, scored, origin, prefix=ASR_PREFIX)
     torch = f"torch {version('torch')}"
@@ -168,9 +206,9 @@ def rows(dev: DevList, result: ProbeResult, origin: Provenance) -> list[Row]:
 
 
 def summary(
-    dev: DevList, result: ProbeResult, probe: Probe, origin: Provenance
+    dev: DevList, result: ProbeResult, probe: Probe, num_textless: int, origin: Provenance
 ) -> dict[str, object]:
-    """What is printed for a list."""
+    """What is printed for a list; `num_textless` are what --train has without a text."""
     return {
         "system": origin.system,
         "list": dev.name,
@@ -179,8 +217,13 @@ def summary(
         "loss": round(result.loss, 4) if result.n > result.num_unscored else None,
         "n": result.n,
         "unscored": result.num_unscored,
+        "no_text": dev.spoken.num_textless,
         "trained_on": probe.num_trained,
-        "left_out": {"unspelled": probe.num_unspelled, "too_short": probe.num_too_short},
+        "left_out": {
+            "no_text": num_textless,
+            "unspelled": probe.num_unspelled,
+            "too_short": probe.num_too_short,
+        },
         "steps": probe.num_steps,
         "dev_cer_by_epoch": [epoch.dev_cer and round(epoch.dev_cer, 4) for epoch in probe.history],
         "seed": origin.seed,
@@ -220,6 +263,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--name", help="what the rows call the system")
     parser.add_argument("--out", type=Path, help="a rows.jsonl to add to")
     args = parser.parse_args(argv)
+    check(args)
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """ValueError, before anything is read, for what cannot be meant."""
+    for key, least in (("codebooks", 0), ("epochs", 1), ("hidden", 1), ("limit", 1), ("seed", 0)):
+        value = getattr(args, key)
+        if value is not None and value < least:
+            raise ValueError(f"--{key} must be at least {least}, got {value}")
+    check_device(args.device)
+    if args.out is not None and args.out.is_dir():
+        raise ValueError(f"--out {args.out}: is a folder; name a file in it, say rows.jsonl")
     for group in args.group:
         try:
             re.compile(_named(group)[1])
@@ -227,7 +283,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             raise ValueError(f"--group {group}: no regular expression ({error})") from error
         if not _named(group)[0]:
             raise ValueError(f"--group {group}: write NAME=PATTERN")
-    return args
 
 
 if __name__ == "__main__":

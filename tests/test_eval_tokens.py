@@ -4,8 +4,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from eval.tokens import Corpus, ProbeConfig, ProbeNetwork, train_probe
+from eval.labels import LABELS
+from eval.tokens import Corpus, Probe, ProbeConfig, ProbeNetwork, _schedule, train_probe
 
 SIZE = 40
 TINY = ProbeConfig(
@@ -77,6 +79,46 @@ def test_the_seed_decides_and_leaves_other_generators_alone() -> None:
     assert torch.equal(torch.rand(1), expected)
     assert losses(0) == first
     assert losses(1) != first
+
+
+def test_reading_dev_between_epochs_changes_nothing() -> None:
+    train = corpus(10, seed=1)
+    probes = [
+        train_probe(train, codebook_sizes=[SIZE], frame_rate=50, config=short(dropout=0.5), dev=dev)
+        for dev in (None, corpus(4, seed=2))
+    ]
+    alone, watched = (probe.network.state_dict() for probe in probes)
+    for name, weight in alone.items():
+        assert torch.equal(weight, watched[name]), name
+    assert [epoch.dev_cer is None for probe in probes for epoch in probe.history] == [
+        *(True, True),
+        *(False, False),
+    ]
+
+
+def test_the_learning_rate_rises_and_falls_in_lines() -> None:
+    shares = [_schedule(step, 100) for step in range(100)]
+    assert shares[0] == pytest.approx(1 / 10)
+    assert shares[4] == pytest.approx(5 / 10)
+    assert max(shares) == shares[9] == 1
+    assert shares[54] == pytest.approx(46 / 91)
+    assert shares[99] == pytest.approx(1 / 91)
+    assert [_schedule(step, 2) for step in range(2)] == [1, 0.5]
+
+
+def test_the_loss_is_nats_a_character() -> None:
+    """Of a probe that finds every label equally likely in every frame."""
+    network = ProbeNetwork([SIZE], short())
+    nn.init.zeros_(network.output.weight)
+    nn.init.zeros_(network.output.bias)
+    frames = [np.array([5, 6]), np.array([7, 8])]
+    result = Probe(network, [SIZE], repeats=1).score(Corpus(frames, ["ab", "c"]))
+    # "ab" has one path of two frames, "c" three: cc, c and a blank, a blank and c.
+    frame = math.log(1 + len(LABELS))
+    assert result.loss == pytest.approx((2 * frame + 2 * frame - math.log(3)) / 3, rel=1e-5)
+    # A text that cannot be aligned counts in neither sum.
+    unscored = Probe(network, [SIZE], repeats=1).score(Corpus(frames, ["ab", "abcdefgh"]))
+    assert unscored.loss == pytest.approx(frame, rel=1e-5)
 
 
 def test_a_padded_batch_equals_single_items() -> None:
@@ -152,8 +194,13 @@ def test_mistakes_are_named() -> None:
         train_probe(train, codebook_sizes=[SIZE], frame_rate=0)
     with pytest.raises(ValueError, match="one \\(K, D\\)"):
         train_probe(train, codebook_sizes=[SIZE], frame_rate=50, tables=[torch.zeros(3, 2)])
-    with pytest.raises(ValueError, match="none of 1 utterances"):
-        train_probe(Corpus([np.zeros(1, int)], ["ab"]), codebook_sizes=[SIZE], frame_rate=50)
+    short_one = Corpus([np.zeros(1, int)], ["ab"])
+    hint = "none of 1 utterances .* 1 fewer frames .*; raise min_frame_rate .*--setting paper"
+    with pytest.raises(ValueError, match=hint):
+        train_probe(short_one, codebook_sizes=[SIZE], frame_rate=50)
+    # More frames would not spell a number.
+    with pytest.raises(ValueError, match=r"1 have no spelling, 0 fewer frames than characters$"):
+        train_probe(Corpus(train.codes[:1], ["7"]), codebook_sizes=[SIZE], frame_rate=50)
 
 
 @pytest.mark.parametrize(

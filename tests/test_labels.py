@@ -9,6 +9,7 @@ from eval.labels import LABELS, ctc_loss, frames_needed, labels_of, spell, text_
 def test_texts_are_spelled_in_labels() -> None:
     assert spell("DON'T stop, Zo\u00eb -- now!") == "don't stop zoe now"
     assert spell("it\N{RIGHT SINGLE QUOTATION MARK}s") == "it's"
+    assert spell("Les \u00c9l\u00e8ves na\u00effs") == "les eleves naifs"
     assert spell("room 12") is None
     assert spell("...") is None
     assert set(spell("".join(map(chr, range(32, 48)))) or "") <= set(LABELS)
