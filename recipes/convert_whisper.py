@@ -6,13 +6,17 @@ count and as many aliases (alias, name). Text is a length in two bytes and ends 
 """
 
 import json
+import math
 import struct
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
+
+from codec.teachers import loading
 
 VERSION = 6
 GELU = 3  # As the container numbers activations; Whisper has no other.
@@ -36,7 +40,7 @@ class Container(NamedTuple):
 
 
 def read_container(path: Path) -> Container:
-    """Reads a CTranslate2 `model.bin`; ValueError when it is none, or cut short."""
+    """Reads a CTranslate2 `model.bin`; ValueError when it is none, cut short or damaged."""
     with open(path, "rb") as file:
         try:
             (version,) = _numbers(file, "I")
@@ -47,28 +51,58 @@ def read_container(path: Path) -> Container:
             variables = dict(_variable(file) for _ in range(_numbers(file, "I")[0]))
             for _ in range(_numbers(file, "I")[0]):
                 alias, name = _text(file), _text(file)
+                if name not in variables:
+                    raise _Misfit(f"{alias} stands for {name}, which is not there")
                 variables[alias] = variables[name]
         except EOFError:
             raise ValueError(f"{path} is cut short; make or fetch it again") from None
+        except (_Misfit, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); make or fetch it again") from error
     return Container(specification, variables)
+
+
+class _Misfit(Exception):
+    """What a file holds cannot be meant, or is not Whisper's."""
 
 
 def convert_whisper(source: Path, folder: Path, dtype: torch.dtype = torch.float16) -> None:
     """Writes the Whisper of a CTranslate2 folder into `folder`, as transformers reads it.
 
-    `source` holds model.bin, config.json and tokenizer.json. ValueError when model.bin is no
-    Whisper, or a quantised one.
+    `source` holds model.bin, config.json and tokenizer.json. All is written or, after an error,
+    nothing. ValueError when model.bin is no Whisper, a quantised one, or lacks something.
     """
-    from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+    variables = _whisper_variables(source)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as made:
+        try:
+            _write(source, variables, Path(made), dtype)
+        except KeyError as error:
+            raise ValueError(f"{source} lacks {error}; make or fetch it again") from error
+        except (_Misfit, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{source} cannot be converted: {reason}") from error
+        folder.mkdir(exist_ok=True)
+        for file in Path(made).iterdir():
+            file.replace(folder / file.name)
 
+
+def _whisper_variables(source: Path) -> dict[str, Tensor]:
+    """The variables of model.bin. ValueError where they are not a Whisper's that we can read."""
     specification, variables = read_container(source / "model.bin")
     if specification != "WhisperSpec":
         raise ValueError(f"{source} holds a {specification}, not Whisper (WhisperSpec)")
     if any(name.endswith("weight_scale") for name in variables):
         raise ValueError(f"{source} is quantised: convert the float16 or float32 version")
-    assert int(variables["decoder/activation"]) == GELU
+    return variables
+
+
+def _write(source: Path, variables: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
+    """All files into a folder that is there."""
+    from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    if (activation := int(variables["decoder/activation"])) != GELU:
+        raise _Misfit(f"activation {activation}, where Whisper's is GELU ({GELU})")
     facts = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    folder.mkdir(parents=True, exist_ok=True)
     special = _write_tokenizer(source, folder)
     config = _config(variables, special)
     config.dtype = dtype
@@ -76,7 +110,10 @@ def convert_whisper(source: Path, folder: Path, dtype: torch.dtype = torch.float
         model = WhisperForConditionalGeneration(config)
     state = {name: tensor.to(dtype) for name, tensor in _state(variables)}
     state["proj_out.weight"] = state["model.decoder.embed_tokens.weight"]
-    model.load_state_dict(state, assign=True)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise _Misfit(str(error)) from error
     model.tie_weights()
     model.generation_config = _generation_config(config, special, facts)
     model.save_pretrained(folder)
@@ -102,7 +139,13 @@ def _variable(file: BinaryIO) -> tuple[str, Tensor]:
     (rank,) = _numbers(file, "B")
     shape = _numbers(file, f"{rank}I")
     kind, count = _numbers(file, "BI")
+    if kind not in TYPES:
+        raise _Misfit(f"{name} has the unknown type {kind}")
+    if count != math.prod(shape) * TYPES[kind].itemsize:
+        raise _Misfit(f"{name} of shape {shape} and {TYPES[kind]} has {count} bytes")
     data = bytearray(_bytes(file, count))
+    if not data:
+        return name, torch.empty(shape, dtype=TYPES[kind])
     return name, torch.frombuffer(data, dtype=TYPES[kind]).view(shape)
 
 
@@ -162,7 +205,8 @@ def _write_tokenizer(source: Path, folder: Path) -> dict[str, int]:
     """Writes the tokenizer's files; returns the ids of the tokens that are no text."""
     from transformers import WhisperTokenizer
 
-    tokenizer = WhisperTokenizer.from_pretrained(source, pad_token="<|endoftext|>")
+    with loading(str(source), "tokenizer"):
+        tokenizer = WhisperTokenizer.from_pretrained(source, pad_token="<|endoftext|>")
     tokenizer.save_pretrained(folder)
     return tokenizer.get_added_vocab()
 
@@ -209,6 +253,7 @@ def _attention(variables: dict[str, Tensor], here: str, there: str) -> Iterator[
             fused = variables[f"{here}/linear_{number}/{part}"]
             for name, tensor in zip(group, fused.chunk(len(group)), strict=True):
                 if (name, part) == ("k", "bias"):
-                    assert not tensor.any()  # Whisper's keys have no bias; the container says 0.
+                    if tensor.any():  # Whisper's keys have none; the container says 0.
+                        raise _Misfit(f"{here} has a bias of keys, which Whisper's have not")
                 else:
                     yield f"{there}.{name}_proj.{part}", tensor.contiguous()

@@ -1,4 +1,5 @@
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -28,6 +29,13 @@ def container(variables: dict[str, Tensor], specification: str = "WhisperSpec") 
     parts += [variable(name, tensor) for name, tensor in variables.items()]
     parts += [struct.pack("<I", 1), text("decoder/projection/weight")]
     return b"".join([*parts, text("decoder/embeddings/weight")])
+
+
+def described(name: str, *, kind: int, count: int) -> bytes:
+    """A container of one variable of two numbers, as its description has it."""
+    head = struct.pack("<I", 6) + text("AnySpec") + struct.pack("<II", 3, 1)
+    fields = struct.pack("<BI", 1, 2) + struct.pack("<BI", kind, count)
+    return head + text(name) + fields + bytes(count) + struct.pack("<I", 0)
 
 
 def attention(state: dict[str, Tensor], here: str, there: str, crossed: bool) -> dict[str, Tensor]:
@@ -122,7 +130,14 @@ def test_a_whisper_comes_back_as_it_was(tmp_path: Path, multilingual: bool) -> N
     )
     options = {"language": "de", "task": "transcribe"} if multilingual else {}
     assert made.generate(features, max_new_tokens=2, **options).shape[1] <= 6
+    ids = tokenizer.get_added_vocab()
+    assert facts.prev_sot_token_id == ids["<|startofprev|>"]
+    # Of openai/whisper: the first time stamp of a recording is no later than a second.
+    assert facts.max_initial_timestamp_index == 50
     if multilingual:
+        assert facts.task_to_id == {
+            name: ids[f"<|{name}|>"] for name in ("transcribe", "translate")
+        }
         assert facts.lang_to_id == {
             f"<|{name}|>": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in LANGUAGES
         }
@@ -155,11 +170,21 @@ def test_a_container_tells_variables_and_aliases(tmp_path: Path) -> None:
         (b"PK\3\4 something else", "no CTranslate2 file of version 6"),
         (b"", "cut short"),
         (container({"a": torch.ones(9)})[:50], "cut short"),
+        (container({"a": torch.ones(9)}), "stands for decoder/embeddings/weight"),
+        (described("a", kind=9, count=8), "a has the unknown type 9"),
+        (described("a", kind=0, count=12), r"a of shape \(2,\) and torch.float32 has 12 bytes"),
+        (described("a", kind=0, count=7), "has 7 bytes"),
+        (
+            described("\N{LATIN SMALL LETTER E WITH ACUTE}", kind=0, count=8).replace(
+                b"\xc3", b"\xff"
+            ),
+            "is damaged .*codec can't decode",
+        ),
     ],
 )
 def test_what_is_no_container_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "model.bin").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}/model.bin .*{message}"):
         read_container(tmp_path / "model.bin")
 
 
@@ -181,3 +206,51 @@ def test_other_models_are_refused(
     with pytest.raises(ValueError, match=message):
         convert_whisper(tmp_path, tmp_path / "made")
     assert not (tmp_path / "made").exists()
+
+
+def biased(variables: dict[str, Tensor]) -> None:
+    variables["decoder/layer_1/attention/linear_1/bias"][3] = 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (biased, "decoder/layer_1/attention has a bias of keys"),
+        (lambda all_of: all_of.update({"decoder/activation": torch.tensor(0).short()}), "GELU"),
+        (lambda all_of: all_of.pop("encoder/conv1/bias"), "lacks 'encoder/conv1/bias'"),
+        (
+            lambda all_of: all_of.update({"encoder/conv1/bias": torch.ones(3)}),
+            r"cannot be converted: .*encoder\.conv1\.bias",
+        ),
+    ],
+)
+def test_what_cannot_be_converted_leaves_nothing(tmp_path: Path, spoil, message: str) -> None:
+    variables = {
+        name: tensor.clone() for name, tensor in as_variables(tiny_whisper().state_dict()).items()
+    }
+    spoil(variables)
+    source = write_source(tmp_path / "source", variables)
+    with pytest.raises(ValueError, match=f"source .*{message}"):
+        convert_whisper(source, tmp_path / "made")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "{", "cannot be converted"),
+        ("config.json", "{}", "lacks 'alignment_heads'"),
+        ("tokenizer.json", '{"version": "1.0"}', "cannot be loaded as a tokenizer"),
+    ],
+)
+def test_damaged_files_beside_the_container_are_named(
+    tmp_path: Path, file: str, content: str, message: str
+) -> None:
+    source = write_source(tmp_path / "source", as_variables(tiny_whisper().state_dict()))
+    (source / file).write_text(content)
+    kept = tmp_path / "made" / "kept"
+    kept.parent.mkdir()
+    kept.touch()
+    with pytest.raises(ValueError, match=f"source.*{message}"):
+        convert_whisper(source, tmp_path / "made")
+    assert list(kept.parent.iterdir()) == [kept]
