@@ -236,7 +236,7 @@ def config_from_original(theirs: Mapping[str, Any]) -> CodecConfig:
         )
     if theirs["bidirectional"] not in (0, 1):
         raise ValueError(f"bidirectional must be true or false, got {theirs['bidirectional']!r}")
-    if not isinstance(theirs["strides"], list) or not theirs["strides"]:
+    if not isinstance(theirs["strides"], list | tuple) or not theirs["strides"]:
         raise ValueError(f"strides must be a list of whole numbers, got {theirs['strides']!r}")
     values = {
         "activation": ACTIVATIONS[theirs["activation"]],

@@ -88,7 +88,7 @@ def test_what_was_exported_is_a_copy(golden: dict[str, Any]) -> None:
 
 
 def test_numbers_as_the_original_takes_them(golden: dict[str, Any]) -> None:
-    loose = {"bidirectional": 1, "strides": [8.0, 5, 4.0, 2], "n_q": 8.0, "sample_rate": 16000.0}
+    loose = {"bidirectional": 1, "strides": (8.0, 5, 4.0, 2), "n_q": 8.0, "sample_rate": 16000.0}
     codec = from_original(Original(golden["config"] | loose, golden["state_dict"]))
     assert codec.config == from_original(Original(golden["config"], golden["state_dict"])).config
     assert all(type(stride) is int for stride in codec.config.seanet.strides)
