@@ -153,9 +153,12 @@ def test_the_frame_rate_is_the_codecs_and_a_setting_is_the_named_one(
         raise ValueError("enough")
 
     monkeypatch.setattr(program, "train_probe", spying)
+    second = shard(tmp_path / "second.parquet", ["s-1"], frame_rate=12.5)
     for more in ([], ["--setting", "paper", "--seed", "4"]):
         with pytest.raises(ValueError, match="enough"):
-            program.main(["--train", train, "--dev", dev, *more])
+            program.main(["--train", train, "--dev", dev, "--dev", second, *more])
+    # The first list is the one that is read after each epoch.
+    assert [len(options["dev"].texts) for options in seen] == [3, 3]
     assert [options["frame_rate"] for options in seen] == [12.5, 12.5]
     assert seen[0]["config"] == program.SETTINGS["small"]
     assert seen[1]["config"] == ProbeConfig(seed=4)
