@@ -12,8 +12,8 @@ from codec.model import Codec
 from codec.quantize import Quantized
 from codec.train_config import DistillConfig, SpeechTeacherConfig, TextTeacherConfig
 
-# Seconds; what a word has less of a frame is rounding.
-MOMENT = 1e-4
+# Of a frame; a little less, as times are rounded.
+HALF = 0.499
 
 
 class Target(NamedTuple):
@@ -173,23 +173,23 @@ def unit_loss(
     return (losses * mask).sum() / mask.sum().clamp(min=1)
 
 
-def match_rate(
-    features: Float[Tensor, "B T D"], source: int | float, target: int | float
-) -> Float[Tensor, "B _ D"]:
-    """Features at another frame rate: means of whole groups of frames, else linear interpolation.
+def over_frames(
+    features: Float[Tensor, "B t D"],
+    lengths: Int[Tensor, " B"],
+    rate: int | float,
+    num_frames: int,
+    frame_rate: int | float,
+) -> Target:
+    """A teacher's features, `rate` a second, on `num_frames` frames at the codec's frame rate.
 
-    A last group that is not full is the mean of what it holds.
+    A frame gets the mean over its time of those of an item's first `lengths` features; it counts
+    where they fill at least half of it. Padding never enters: an item has the target it has alone.
     """
-    ratio = source / target
-    if ratio == 1:
-        return features
-    if ratio == round(ratio):
-        pooled = functional.avg_pool1d(
-            features.mT, round(ratio), ceil_mode=True, count_include_pad=False
-        )
-        return pooled.mT
-    frames = max(1, round(features.shape[1] / ratio))
-    return functional.interpolate(features.mT, size=frames, mode="linear").mT
+    count = features.shape[1]
+    edges = torch.arange(count + 1, device=features.device) / rate
+    overlaps = word_overlaps(torch.stack([edges[:-1], edges[1:]], 1), num_frames, frame_rate)
+    inside = torch.arange(count, device=features.device) < lengths.unsqueeze(1)
+    return _mean_by_time(overlaps * inside.unsqueeze(1), features, frame_rate)
 
 
 def word_overlaps(
@@ -204,11 +204,12 @@ def word_overlaps(
 def align_words(
     spans: Float[Tensor, "W 2"], num_frames: int, frame_rate: int | float
 ) -> Int[Tensor, " T"]:
-    """The word that has most of each frame, -1 where there is none."""
+    """The word that has most of each frame, -1 where words have less than half of it."""
     if not len(spans):
-        return torch.full((num_frames,), -1)
-    most = word_overlaps(spans, num_frames, frame_rate).max(1)
-    return torch.where(most.values > MOMENT, most.indices, -1)
+        return torch.full((num_frames,), -1, device=spans.device)
+    overlaps = word_overlaps(spans, num_frames, frame_rate)
+    counted = overlaps.sum(1) * frame_rate >= HALF
+    return torch.where(counted, overlaps.argmax(1), -1)
 
 
 def states_over_frames(
@@ -216,14 +217,23 @@ def states_over_frames(
     states: Float[Tensor, "W D"],
     num_frames: int,
     frame_rate: int | float,
-) -> tuple[Float[Tensor, "T D"], Bool[Tensor, " T"]]:
-    """Each word's state over its own frames; a frame of several words gets their mean by time.
+) -> Target:
+    """Each word's state over its own frames, a batch of one; a frame of several gets their mean.
 
-    The mask leaves out the frames between words, where a language model says nothing.
+    The mask leaves out the frames of which words have less than half: where nothing is said, a
+    language model has nothing to say.
     """
     overlaps = word_overlaps(spans, num_frames, frame_rate)
-    total = overlaps.sum(1, keepdim=True)
-    return overlaps / total.clamp(min=MOMENT) @ states, (total > MOMENT).squeeze(1)
+    return _mean_by_time(overlaps.unsqueeze(0), states.unsqueeze(0), frame_rate)
+
+
+def _mean_by_time(
+    overlaps: Float[Tensor, "B T N"], values: Float[Tensor, "B N D"], frame_rate: int | float
+) -> Target:
+    total = overlaps.sum(2, keepdim=True)
+    # The smallest total that counts is half a frame: the bound only keeps 0 / 0 away.
+    means = overlaps / total.clamp(min=0.1 / frame_rate) @ values
+    return Target(means, (total * frame_rate >= HALF).squeeze(2))
 
 
 def branches(config: DistillConfig) -> dict[str, SpeechTeacherConfig | TextTeacherConfig]:

@@ -80,12 +80,16 @@ def magnitude_loss(
 def discriminator_loss(
     real: Sequence[Verdict], fake: Sequence[Verdict], form: str
 ) -> Float[Tensor, ""]:
-    """Least squares (LSGAN) or hinge, summed over sub-discriminators."""
+    """Least squares (LSGAN) summed over sub-discriminators, or hinge averaged over them.
+
+    The released code has the first, the papers the second (2210.13438, section 3.4).
+    """
     total = real[0].score.new_zeros(())
     for on_real, on_fake in zip(real, fake, strict=True):
         if form == "hinge":
-            total = total + functional.relu(1 - on_real.score).mean()
-            total = total + functional.relu(1 + on_fake.score).mean()
+            on_both = functional.relu(1 - on_real.score).mean()
+            on_both = on_both + functional.relu(1 + on_fake.score).mean()
+            total = total + on_both / len(real)
         else:
             total = total + (1 - on_real.score).square().mean() + on_fake.score.square().mean()
     return total
@@ -96,7 +100,7 @@ def adversarial_loss(fake: Sequence[Verdict], form: str) -> Float[Tensor, ""]:
     total = fake[0].score.new_zeros(())
     for on_fake in fake:
         if form == "hinge":
-            total = total - on_fake.score.mean()
+            total = total + functional.relu(1 - on_fake.score).mean() / len(fake)
         else:
             total = total + (1 - on_fake.score).square().mean()
     return total

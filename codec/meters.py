@@ -16,7 +16,7 @@ class Window:
 
     def __init__(self, codec: Codec) -> None:
         self.codebook_size, self.num_codebooks = codec.codebook_sizes[0], codec.num_codebooks
-        self.teachers = Stopwatch()
+        self.steps, self.teachers = Stopwatch(codec.device), Stopwatch(codec.device)
         self._clear()
 
     def _clear(self) -> None:
@@ -35,14 +35,15 @@ class Window:
 
     def means(self, accelerator: Any, audio_seconds: float) -> dict[str, float]:
         """Mean losses, use and perplexity over codebooks, seconds of audio a second, and the share
-        of the time that teachers took; then a new window begins."""
+        of the steps' time that teachers took; then a new window begins."""
         values = {name: float(total) / self.batches for name, total in self.sums.items()}
         use = codebook_use(accelerator.reduce(self.counts))
         values |= {"use": float(use.share.mean()), "perplexity": float(use.perplexity.mean())}
         elapsed = time.perf_counter() - self.started
         values["audio_seconds_per_second"] = self.batches * audio_seconds / elapsed
-        if taken := self.teachers.read():
-            values["teacher_share"] = taken / elapsed
+        taken, whole = self.teachers.read(), self.steps.read()
+        if taken:
+            values["teacher_share"] = taken / whole
         self._clear()
         return values
 
@@ -57,10 +58,10 @@ def line(values: dict[str, float]) -> str:
 class Stopwatch:
     """Sums the time spent inside `with stopwatch:`; on a GPU the device's own, without waiting."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._seconds, self._started = 0.0, 0.0
         self._events: list[tuple[Any, Any]] = []
-        self._gpu = torch.cuda.is_available()
+        self._gpu = device.type == "cuda"
 
     def __enter__(self) -> None:
         if self._gpu:

@@ -25,7 +25,8 @@ class Quantized(NamedTuple):
     latent: Float[Tensor, "B D T"]
     """Sum of the chosen entries; the gradient passes to the encoder's latent unchanged."""
     entries: tuple[Float[Tensor, "B D T"], ...]
-    """The chosen entry of every codebook alone, likewise."""
+    """The chosen entry of every codebook alone, likewise; quantiser dropout leaves them as they
+    are, so that a teacher of the last codebook teaches it with every item."""
     codes: Int[Tensor, "B Q T"]
     commitment: Float[Tensor, ""]
     """Mean over codebooks of the squared distance from residual to (constant) entry."""

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from codec.audio import resample_batch
 from codec.config import CodecConfig
 from codec.data import Crops
-from codec.distill import Target, match_rate, states_over_frames
+from codec.distill import Target, over_frames, states_over_frames
 from codec.layers import ceil_div
 from codec.train_config import DistillConfig
 
@@ -95,8 +95,10 @@ class Teachers:
         facts = self.cache.facts["speech"] if self.cache else vars(self.speech)
         self.widths["speech"], self.speech_rate = facts["dimension"], facts["frame_rate"]
         if config.units:
-            self.units = _read_units(Path(config.units), config.model, config.layer)
-            self.units = self.units.to(self.device)
+            self.units = _read_units(
+                Path(config.units), config.model, config.layer, self.widths["speech"],
+                self.frame_rate,
+            ).to(self.device)  # fmt: skip
             self.widths["speech"] = len(self.units)
 
     def _load_text(self) -> None:
@@ -110,13 +112,11 @@ class Teachers:
         if self.cache is None:
             from codec.words import load_transcriber
 
-            if not config.transcriber:
-                raise ValueError(
-                    "distill.text.transcriber names no model: the text teacher needs one that "
-                    "hears the words, or distill.cache"
-                )
             self.transcriber = load_transcriber(
-                config.transcriber, device=self.device, half=self.config.half
+                config.transcriber,
+                device=self.device,
+                half=self.config.half,
+                language=config.language,
             )
         facts = vars(self.text) if self.text else self.cache.facts["text"]
         self.widths["text"] = facts["dimension"]
@@ -124,27 +124,28 @@ class Teachers:
     @torch.no_grad()
     def _speech_target(self, crops: Crops) -> Target:
         if self.cache is not None:
+            seconds = crops.lengths / self.sample_rate
             pieces = [
-                self.cache.speech(cut, start, float(length) / self.sample_rate)
-                for cut, start, length in zip(crops.ids, crops.starts, crops.lengths, strict=True)
+                self.cache.speech(cut, start, float(length))
+                for cut, start, length in zip(crops.ids, crops.starts, seconds, strict=True)
             ]
-            lengths = torch.tensor([len(piece) for piece in pieces])
-            longest = round(crops.wave.shape[-1] / self.sample_rate * self.speech_rate)
+            lengths = torch.tensor([len(piece) for piece in pieces]).to(self.device)
             values = pad_sequence(pieces, batch_first=True).to(self.device).float()
-            values = torch.nn.functional.pad(values, (0, 0, 0, max(0, longest - values.shape[1])))
         else:
-            wave, lengths = self._heard_by(self.speech, crops)
-            values, lengths = self.speech(wave, lengths)
-        values = match_rate(values, self.speech_rate, self.frame_rate)
-        # A frame counts where the teacher hears sound in all of it, and in the item's last frame.
-        lengths = (
-            (lengths.to(self.device) * self.frame_rate / self.speech_rate).round().clamp(min=1)
-        )
-        mask = torch.arange(values.shape[1], device=self.device) < lengths.unsqueeze(1)
-        if self.units is not None:
-            distances = torch.cdist(values, repeat(self.units, "k d -> b k d", b=len(values)))
-            return Target(distances.argmin(2), mask)
-        return Target(values, mask)
+            wave, samples = self._heard_by(self.speech, crops)
+            values, lengths = self.speech(wave, samples)
+        apart = (lengths.cpu() / self.speech_rate - crops.lengths.cpu() / self.sample_rate).abs()
+        if float(apart.max()) > 2 / self.speech_rate:
+            raise ValueError(
+                f"a teacher's features are {float(apart.max()):.2f} s longer or shorter than the "
+                f"sound: they must be (frames, features), {self.speech_rate:g} frames a second"
+            )
+        frames = ceil_div(crops.wave.shape[-1], self.hop_length)
+        target = over_frames(values, lengths, self.speech_rate, frames, self.frame_rate)
+        if self.units is None:
+            return target
+        distances = torch.cdist(target.values, self.units.expand(len(values), -1, -1))
+        return Target(distances.argmin(2), target.mask)
 
     @torch.no_grad()
     def _text_target(self, crops: Crops) -> Target:
@@ -166,8 +167,7 @@ class Teachers:
             states_over_frames(_spans(each).to(self.device), state, frames, self.frame_rate)
             for each, state in zip(words, states, strict=True)
         ]
-        values, masks = zip(*aligned, strict=True)
-        return Target(torch.stack(values), torch.stack(masks))
+        return Target(*(torch.cat(each) for each in zip(*aligned, strict=True)))
 
     def _words(self, crops: Crops) -> tuple[list[list["Word"]], list[Tensor], list[Tensor]]:
         """The words of each crop with times inside it, their states, and the sentence's state."""
@@ -213,20 +213,29 @@ def _spans(words: list["Word"]) -> Float[Tensor, "W 2"]:
     return torch.tensor([[word.start, word.end] for word in words]).reshape(-1, 2)
 
 
-def _read_units(file: Path, model: str, layer: str) -> Float[Tensor, "K D"]:
+def _read_units(
+    file: Path, model: str, layer: str, width: int, frame_rate: float
+) -> Float[Tensor, "K D"]:
+    """The centroids that recipes/make_units.py made of this teacher, at this frame rate."""
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
         raise ValueError(f"{file}: no such file; recipes/make_units.py makes it")
     try:
         with safe_open(file, "pt") as opened:
-            made_with, units = opened.metadata() or {}, opened.get_tensor("centroids")
+            facts, units = opened.metadata() or {}, opened.get_tensor("centroids")
     except SafetensorError as error:
         raise ValueError(f"{file}: not a whole file of units ({error}); make it again") from error
-    found = (made_with.get("teacher"), made_with.get("layer"))
-    if found != (model, layer):
+    made_of = (Path(facts.get("teacher", "")).resolve(), facts.get("layer"), units.shape[-1])
+    if made_of != (Path(model).resolve(), layer, width):
         raise ValueError(
-            f"{file}: units of {found[0]}, layer {found[1]}, but distill.speech names {model}, "
-            f"layer {layer}; make units of that one"
+            f"{file}: units of {facts.get('teacher')}, layer {facts.get('layer')}, width "
+            f"{units.shape[-1]}, but distill.speech names {model}, layer {layer}, width {width}; "
+            "make units of that one"
+        )
+    if abs(float(facts.get("frame_rate", 0)) - frame_rate) > 1e-3:
+        raise ValueError(
+            f"{file}: units at {facts.get('frame_rate')} Hz, but the codec has {frame_rate:g} Hz; "
+            f"make them with frame_rate={frame_rate:g}"
         )
     return units

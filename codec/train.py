@@ -102,7 +102,8 @@ def generator_step(
         fake = discriminators(out.wave)
         parts["adversarial"] = adversarial_loss(fake, config.adversarial_form)
         parts["feature"] = feature_loss(real, fake, normalize=config.normalize_features)
-    if lesson is not None and isinstance(out, StudentOutput):
+    if lesson is not None:
+        assert isinstance(out, StudentOutput)
         told = distill_losses(out.projections, lesson.targets, lesson.config)
         parts["distill"] = told.pop("distill")
     total = torch.stack([getattr(weights, name) * part for name, part in parts.items()]).sum()
@@ -179,7 +180,8 @@ def fit(
         _set_rates(optimizers, step, optim)
         loop = _Loop(wrapped, optimizers, accelerator, losses, optim, window)
         for _ in range(optim.accumulate):
-            _train_step(loop, next(batches), adversarial=step >= optim.discriminator_start)
+            with window.steps:
+                _train_step(loop, next(batches), adversarial=step >= optim.discriminator_start)
         bar.update()
         if (step + 1) % optim.log_every == 0:
             seconds = crops.seconds * crops.batch_size * accelerator.num_processes

@@ -1,6 +1,6 @@
 """Frozen configurations of training: losses, teachers, crops, optimiser."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from codec.config import at_least, one_of
@@ -40,6 +40,8 @@ class LossWeights:
     """Distance of codebooks to what teachers say of the speech (`distill` names the teachers)."""
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            at_least(0, **{f"losses__weights__{each.name}": getattr(self, each.name)})
         if not (self.wave or self.mel or self.magnitude):
             raise ValueError("losses.weights: one of wave, mel and magnitude must not be 0")
 
@@ -110,7 +112,7 @@ class SpeechTeacherConfig:
     def __post_init__(self) -> None:
         one_of(("d_axis", "t_axis", "units"), distill__speech__objective=self.objective)
         one_of(("first", "mean", "last"), distill__speech__codebooks=self.codebooks)
-        at_least(0, distill__speech__weight=self.weight)
+        _check_weights("speech", self)
         if self.model and (self.objective == "units") != bool(self.units):
             raise ValueError(
                 "distill.speech.units names the centroids of the objective units: set both or none"
@@ -138,12 +140,14 @@ class TextTeacherConfig:
     on frame i (what DM-Codec's released code does, for comparison)."""
     transcriber: str = ""
     """wav2vec2-CTC or Whisper by hub id or folder, which hears the words and their times."""
+    language: str = "en"
+    """What a multilingual Whisper hears."""
 
     def __post_init__(self) -> None:
         one_of(("d_axis", "t_axis"), distill__text__objective=self.objective)
         one_of(("first", "mean", "last"), distill__text__codebooks=self.codebooks)
         one_of(("ctc", "global", "index"), distill__text__align=self.align)
-        at_least(0, distill__text__weight=self.weight)
+        _check_weights("text", self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,14 +161,35 @@ class DistillConfig:
     shared_head: bool = False
     """One projection for both teachers (DM-Codec's released code), which must be equally wide."""
     cache: str = ""
-    """Folder of recipes/cache_teachers.py; empty: the teachers run beside the codec."""
+    """Folder of recipes/cache_teachers.py; empty: the teachers run beside the codec.
+
+    A cache knows whole recordings and, as it is made by default, their own transcripts; beside the
+    codec the teachers hear no more than the crop, and the words are those recognised in it.
+    """
     half: bool = True
     """Teachers compute in bfloat16 where the machine does so in hardware."""
+
+    def __post_init__(self) -> None:
+        if self.shared_head and not (self.speech.model and self.text.model):
+            raise ValueError("distill.shared_head is for two teachers: name both, or leave it out")
+        if self.cache and not self.any:
+            raise ValueError("distill.cache holds teachers' features, but distill names no teacher")
+        if self.text.model and not (self.text.transcriber or self.cache):
+            raise ValueError(
+                "distill.text.transcriber names no model: the text teacher needs one that hears "
+                "the words, or distill.cache"
+            )
 
     @property
     def any(self) -> bool:
         """Whether there is a teacher."""
         return bool(self.speech.model or self.text.model)
+
+
+def _check_weights(name: str, teacher: SpeechTeacherConfig | TextTeacherConfig) -> None:
+    if teacher.weight <= 0:
+        raise ValueError(f"distill.{name}.weight must be positive; without the teacher: no model")
+    at_least(0, **{f"distill__{name}__cosine_weight": teacher.cosine_weight})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from codec.data import Crops, load_cut
-from codec.distill import Student, distill_losses
+from codec.distill import Student, StudentOutput, distill_losses
 from codec.losses import log_mel, mel_loss, wave_loss
 from codec.quantize import codebook_use, count_codes
 from codec.targets import Teachers
@@ -40,8 +40,11 @@ def validate(
     """
     codec = student.eval().codec
     size = codec.codebook_sizes[0]
-    names = [] if teachers is None else [f"distill_{name}" for name in teachers.widths]
-    sums = torch.zeros(3 + len(names), dtype=torch.float64)
+    names = ["mel", "wave"]
+    if teachers is not None:
+        names += [f"distill_{name}" for name in teachers.widths]
+    # Of each name the sum and the number of recordings that count.
+    sums = torch.zeros(len(names), 2, dtype=torch.float64)
     counts = torch.zeros(codec.num_codebooks, size, dtype=torch.long, device=accelerator.device)
     chosen = list(dev)[: crops.num_validation]
     for index in range(accelerator.process_index, len(chosen), accelerator.num_processes):
@@ -55,27 +58,45 @@ def validate(
         wave = torch.from_numpy(samples)[None, None].to(accelerator.device)
         if wave.shape[-1] < max(scale.window for scale in losses.mel_scales):
             continue
-        codes = codec.encode(wave).codes
-        fake = codec.decode(codes)[..., : wave.shape[-1]]
-        mel = mel_loss(fake, wave, losses.mel_scales, sample_rate=codec.sample_rate)
-        found = [float(mel), float(wave_loss(fake, wave))]
-        if teachers is not None:
-            crop = Crops(wave, torch.tensor([wave.shape[-1]]), (chosen[index].id,), (0.0,))
-            told = distill_losses(student(wave).projections, teachers(crop), teachers.config)
-            found += [float(told[name]) for name in names]
-        sums += torch.tensor([1.0, *found], dtype=torch.float64)
-        counts += count_codes(codes, size)
+        out = student(wave)
+        sums += _distances(
+            out,
+            Crops(wave, torch.tensor([wave.shape[-1]]), (chosen[index].id,), (0.0,)),
+            teachers,
+            losses,
+            codec.sample_rate,
+        )
+        counts += count_codes(out.quantized.codes, size)
         if index < NUM_SHOWN and accelerator.is_main_process:
-            _show(accelerator, f"dev/{index}", wave, fake, codec.sample_rate, step)
+            _show(accelerator, f"dev/{index}", wave, out.wave, codec.sample_rate, step)
     student.train()
     sums, counts = accelerator.reduce((sums.to(accelerator.device), counts))
     use = codebook_use(counts)
-    means = [float(value) / max(float(sums[0]), 1.0) for value in sums[1:]]
-    values = {"n": float(sums[0]), **dict(zip(["mel", "wave", *names], means, strict=True))}
+    means = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
+    values = {"n": float(sums[0, 1]), **dict(zip(names, means, strict=True))}
     for index in range(codec.num_codebooks):
         values[f"use_{index + 1}"] = float(use.share[index])
         values[f"perplexity_{index + 1}"] = float(use.perplexity[index])
     return {f"dev/{name}": value for name, value in values.items()}
+
+
+def _distances(
+    out: StudentOutput,
+    crop: Crops,
+    teachers: Teachers | None,
+    losses: LossConfig,
+    sample_rate: int,
+) -> Tensor:
+    """By name a recording's distance, and 1 where it counts: one without words has no text loss."""
+    mel = mel_loss(out.wave, crop.wave, losses.mel_scales, sample_rate=sample_rate)
+    rows = [[float(mel), 1.0], [float(wave_loss(out.wave, crop.wave)), 1.0]]
+    if teachers is not None:
+        targets = teachers(crop)
+        told = distill_losses(out.projections, targets, teachers.config)
+        for name in teachers.widths:
+            counts = float(targets[name].mask.sum() >= 2)
+            rows.append([counts * float(told[f"distill_{name}"]), counts])
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def _show(accelerator, name: str, real: Tensor, fake: Tensor, sample_rate: int, step: int) -> None:

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from codec.data import load_cut, read_cuts
-from codec.distill import match_rate
+from codec.distill import over_frames
 from codec.feature_cache import FeatureCache
 from codec.teachers import load_speech_teacher
 from codec.tokens import written_whole
@@ -211,7 +211,7 @@ def sample_frames(cuts: Sequence[Any], source: Source, config: UnitsConfig) -> S
             heard = source.hear(batch)
             num_skipped += len(batch) - len(heard)
             for features in heard:
-                features = match_rate(features[None], source.frame_rate, frame_rate)[0]
+                features = _at_rate(features, source.frame_rate, frame_rate)
                 count = max(1, round(share * len(features)))
                 count = min(count, config.max_frames - num_frames)
                 chosen = generator.permutation(len(features))[:count]
@@ -223,6 +223,13 @@ def sample_frames(cuts: Sequence[Any], source: Source, config: UnitsConfig) -> S
     if not kept:
         raise ValueError(f"{config.cuts}: none of {len(cuts)} recordings can be read")
     return Sample(torch.cat(kept), sum(len(part) > 0 for part in kept), num_skipped)
+
+
+def _at_rate(features: Float[Tensor, "T D"], source: float, rate: float) -> Float[Tensor, "t D"]:
+    frames = max(1, round(len(features) * rate / source))
+    lengths = torch.tensor([len(features)], device=features.device)
+    target = over_frames(features[None], lengths, source, frames, rate)
+    return target.values[target.mask]
 
 
 def fit_units(

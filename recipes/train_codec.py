@@ -42,6 +42,9 @@ class TrainCodecConfig:
     """Cuts to validate on: speakers that are not in `train`."""
     seed: int = 0
     """Of initial weights and crops."""
+    start_from: str = ""
+    """Codec folder or hub id to train further (`codec import` makes one of a published
+    checkpoint); its architecture takes the place of `codec`. Empty: random weights."""
     codec: CodecConfig = field(default_factory=CodecConfig)
     """Architecture."""
     discriminators: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
@@ -56,11 +59,13 @@ class TrainCodecConfig:
     """Optimiser and schedule."""
 
     def __post_init__(self) -> None:
-        if bool(self.losses.weights.distill) != self.distill.any:
+        if self.losses.weights.distill and not self.distill.any:
             raise ValueError(
-                "losses.weights.distill and a teacher (distill.speech.model or distill.text.model) "
-                "go together: set both or none"
+                "losses.weights.distill needs a teacher: name distill.speech.model or "
+                "distill.text.model, or set it to 0"
             )
+        if self.start_from and self.codec != CodecConfig():
+            raise ValueError("start_from brings its own architecture: leave the keys of codec out")
 
 
 def main(argv: list[str]) -> None:
@@ -73,12 +78,12 @@ def main(argv: list[str]) -> None:
     )
     train, dev = read_cuts(config.train), read_cuts(config.dev)
     run = start_run(config, config.out, seed=config.seed, accelerator=accelerator)
-    codec = Codec(config.codec)
+    codec = Codec.from_pretrained(config.start_from) if config.start_from else Codec(config.codec)
     adversarial = config.losses.needs_discriminators
     discriminators = Discriminators(config.discriminators) if adversarial else None
     teachers = None
-    if config.distill.any:
-        teachers = Teachers(config.distill, config.codec, accelerator.device)
+    if config.losses.weights.distill:
+        teachers = Teachers(config.distill, codec.config, accelerator.device)
         train, dev = teachers.known(list(train)), teachers.known(list(dev))
     # Last, so that one seed gives the codec the same initial weights with any teacher and none.
     student = Student(codec, config.distill, teachers.widths if teachers else None)

@@ -13,7 +13,7 @@ from codec.distill import (
     align_words,
     d_axis_loss,
     distill_losses,
-    match_rate,
+    over_frames,
     states_over_frames,
     t_axis_loss,
     trim,
@@ -28,7 +28,8 @@ TINY = SpectralConfig(
     decoder_depths=(1, 1, 1),
 )  # fmt: skip
 BOTH = DistillConfig(
-    speech=SpeechTeacherConfig(model="s", weight=3.0), text=TextTeacherConfig(model="t", weight=5.0)
+    speech=SpeechTeacherConfig(model="s", weight=3.0),
+    text=TextTeacherConfig(model="t", weight=5.0, transcriber="w"),
 )
 
 
@@ -155,23 +156,40 @@ def test_each_objective_has_its_loss(objective: str) -> None:
     assert float(found) == float(loss(student, values, target.mask))
 
 
-def test_rates_match_by_whole_groups_or_interpolation() -> None:
-    ramp = torch.arange(7.0).view(1, 7, 1)
-    assert match_rate(ramp, 50.0, 50.0) is ramp
-    assert match_rate(ramp, 50.0, 25.0).flatten().tolist() == [0.5, 2.5, 4.5, 6.0]
-    assert match_rate(ramp, 50.0, 12.5).shape == (1, 2, 1)
-    up = match_rate(ramp, 50.0, 100.0).flatten()
-    assert len(up) == 14
-    assert up.tolist() == sorted(up.tolist())
-    assert match_rate(ramp, 50.0, 75.0).shape == (1, 10, 1)
+def test_features_are_averaged_over_each_frame() -> None:
+    ramp, seven = torch.arange(7.0).view(1, 7, 1), torch.tensor([7])
+    same, mask = over_frames(ramp, seven, 50.0, 7, 50.0)
+    torch.testing.assert_close(same, ramp)
+    assert mask.all()
+    half = over_frames(ramp, seven, 50.0, 4, 25.0)
+    assert half.values.flatten().tolist() == pytest.approx([0.5, 2.5, 4.5, 6.0])
+    assert half.mask.all()  # The last frame is half filled.
+    fewer = over_frames(ramp, seven, 50.0, 3, 12.5)
+    assert fewer.mask.tolist() == [[True, True, False]]
+    assert fewer.values.flatten().tolist() == pytest.approx([1.5, 5.0, 0.0])
+    more = over_frames(ramp, seven, 50.0, 14, 100.0).values.flatten()
+    assert more.tolist() == pytest.approx([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6])
+    odd = over_frames(ramp, seven, 50.0, 10, 75.0)  # 1, then half of 1 and half of 2, 2 ...
+    assert odd.values.flatten()[:4].tolist() == pytest.approx([0, 0.5, 1, 2])
+
+
+def test_padding_never_enters_a_frame() -> None:
+    batch = torch.randn(2, 9, 3)
+    batch[1, 5:] = 1e6
+    target = over_frames(batch, torch.tensor([9, 5]), 50.0, 5, 25.0)
+    alone = over_frames(batch[1:, :5], torch.tensor([5]), 50.0, 5, 25.0)
+    torch.testing.assert_close(target.values[1:], alone.values)
+    assert target.mask.tolist() == [[True] * 5, [True, True, True, False, False]]
 
 
 def test_words_lie_on_their_own_frames() -> None:
-    spans = torch.tensor([[0.1, 0.3], [0.5, 0.61], [0.61, 0.65]])
+    spans = torch.tensor([[0.1, 0.3], [0.5, 0.61], [0.61, 0.65], [0.9, 0.93]])
     assert align_words(spans, 10, 10.0).tolist() == [-1, 0, 0, -1, -1, 1, 2, -1, -1, -1]
-    assert word_overlaps(spans, 10, 10.0).sum(0).tolist() == pytest.approx([0.2, 0.11, 0.04])
-    states = torch.tensor([[1.0, 0], [0, 1], [0, -1]])
-    values, mask = states_over_frames(spans, states, 10, 10.0)
+    seconds = torch.tensor([0.2, 0.11, 0.04, 0.03])
+    torch.testing.assert_close(word_overlaps(spans, 10, 10.0).sum(0), seconds)
+    states = torch.tensor([[1.0, 0], [0, 1], [0, -1], [5, 5]])
+    (values,), (mask,) = states_over_frames(spans, states, 10, 10.0)
+    # The last word has less than half of its frame: mostly silence.
     assert mask.nonzero().flatten().tolist() == [1, 2, 5, 6]
     torch.testing.assert_close(values[[1, 2, 5]], states[[0, 0, 1]])
     # Of the seventh frame the second word has 10 ms and the third 40.
@@ -180,10 +198,23 @@ def test_words_lie_on_their_own_frames() -> None:
 
 def test_without_words_no_frame_is_taught() -> None:
     spans, states = torch.zeros(0, 2), torch.zeros(0, 5)
-    values, mask = states_over_frames(spans, states, 4, 25.0)
+    (values,), (mask,) = states_over_frames(spans, states, 4, 25.0)
     assert values.shape == (4, 5)
     assert not mask.any()
     assert align_words(spans, 4, 25.0).tolist() == [-1] * 4
+
+
+def test_dropout_leaves_the_last_codebook_its_teacher() -> None:
+    torch.manual_seed(0)
+    quantizer = QuantizerConfig(num_codebooks=3, codebook_size=8, dropout=1.0)
+    codec = Codec(CodecConfig(spectral=TINY, quantizer=quantizer)).train()
+    latent = torch.randn(6, 8, 5)
+    codec.quantizer(latent)
+    quantized = codec.quantizer(latent)
+    whole = torch.stack(quantized.entries).sum(0)
+    dropped = (quantized.latent - whole).abs().amax((1, 2)) > 1e-4
+    assert dropped.any()
+    assert all(bool(each.abs().sum((1, 2)).all()) for each in quantized.entries)
 
 
 @pytest.mark.parametrize("part", ["first", "mean", "last"])

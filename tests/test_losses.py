@@ -71,7 +71,8 @@ def verdicts(score: float) -> list[Verdict]:
         ("least_squares", 1.0, 0.0, 0.0, 2.0),
         ("least_squares", 0.5, 0.5, 1.0, 0.5),
         ("hinge", 1.0, -1.0, 0.0, 2.0),
-        ("hinge", 0.0, 0.0, 4.0, 0.0),
+        ("hinge", 0.0, 0.0, 2.0, 1.0),
+        ("hinge", 0.0, 3.0, 5.0, 0.0),
     ],
 )
 def test_adversarial_values(form, real, fake, expected, generator) -> None:

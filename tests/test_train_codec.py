@@ -20,14 +20,17 @@ from test_speech_teachers import save
 from codec import Codec, CodecConfig
 from codec.config import QuantizerConfig, SpectralConfig
 from codec.discriminators import Discriminators
+from codec.distill import Student, Target
 from codec.quantize import Codebook
-from codec.train import discriminator_step, generator_step, learning_rate, save_whole
+from codec.train import Lesson, discriminator_step, generator_step, learning_rate, save_whole
 from codec.train_config import (
     DiscriminatorConfig,
+    DistillConfig,
     LossConfig,
     LossWeights,
     MelScaleConfig,
     OptimConfig,
+    SpeechTeacherConfig,
 )
 
 TINY = CodecConfig(
@@ -81,6 +84,39 @@ def test_each_step_trains_its_own_side(wave) -> None:
     assert {"adversarial", "feature"} < set(losses.parts)
     assert all(each.grad is None for each in discriminators.parameters())
     assert all(each.grad is not None for each in codec.parameters())
+
+
+def test_the_teachers_are_heard_by_the_generator() -> None:
+    """The lesson is weighed into the total, and its gradient reaches encoder and projection."""
+    torch.manual_seed(0)
+    config = DistillConfig(speech=SpeechTeacherConfig(model="somebody", weight=0.5))
+    student = Student(Codec(TINY), config, {"speech": 4}).train()
+    wave = torch.randn(2, 1, 8000)
+    target = Target(torch.randn(2, 50, 4), torch.ones(2, 50, dtype=torch.bool))
+    losses = LossConfig(mel_scales=SCALES, weights=LossWeights(distill=7.0))
+    out = student(wave)
+    frames = out.projections["speech"].shape[1]
+    target = Target(target.values[:, :frames], target.mask[:, :frames])
+    lesson = Lesson({"speech": target}, config)
+    untaught = generator_step(out, wave, None, losses, 16_000)
+    taught = generator_step(out, wave, None, losses, 16_000, lesson)
+    assert taught.parts["distill"] == 0.5 * taught.parts["distill_speech"]
+    torch.testing.assert_close(taught.total, untaught.total + 7.0 * taught.parts["distill"])
+    wanted = [*student.heads.parameters(), *student.codec.encoder.parameters()]
+    (taught.total - untaught.total).backward()
+    assert all(each.grad is not None and bool(each.grad.abs().sum() > 0) for each in wanted)
+    assert all(
+        each.grad is None or not each.grad.any() for each in student.codec.decoder.parameters()
+    )
+
+
+def test_learning_rate_decays_once_every_so_many_steps() -> None:
+    optim = OptimConfig(
+        steps=100, warmup_steps=10, schedule="decay", decay=0.5, decay_steps=20
+    )  # fmt: skip
+    rates = [learning_rate(step, 2.0, optim) for step in range(101)]
+    assert rates[4] == pytest.approx(1.0)
+    assert [rates[step] for step in (10, 29, 30, 49, 50, 100)] == [2.0, 2.0, 1.0, 1.0, 0.5, 0.125]
 
 
 def test_learning_rate_warms_up_and_falls_to_its_floor() -> None:
@@ -242,7 +278,7 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(recipe, tmp_path
     ]
     for before, after in zip(*logged, strict=True):
         assert before.keys() == after.keys()
-        for name in before.keys() - {"train/audio_seconds_per_second"}:
+        for name in before.keys() - {"train/audio_seconds_per_second", "train/teacher_share"}:
             assert before[name] == after[name], name
 
 

@@ -1,0 +1,145 @@
+"""The published configurations in miniature, from the command line, with every teacher beside."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from lhotse import CutSet, Recording
+from safetensors.torch import load_file
+from test_speech_teachers import save
+from test_teachers import save_text_model
+from test_words import save_ctc
+
+from codec import Codec, load_codec
+from recipes.common import load_config
+from recipes.train_codec import TrainCodecConfig
+
+CONFIGS = ROOT / "recipes" / "configs" / "codec"
+TINY = ["--config", str(CONFIGS / "tiny.yaml")]
+
+
+@pytest.fixture
+def settings(tmp_path: Path, write_wav: Callable[..., Path]) -> list[str]:
+    """Miniatures of everything, given as overrides."""
+    cuts = [
+        Recording.from_file(write_wav(tmp_path / f"{seed}.wav", seconds, seed=seed)).to_cut()
+        # Shorter and longer than a crop, and no whole number of frames.
+        for seed, seconds in enumerate((0.4, 0.3751, 1.0031, 0.4503))
+    ]
+    CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
+    return [
+        *TINY,
+        "distill.half=false",
+        *(f"{name}={tmp_path / 'cuts.jsonl.gz'}" for name in ("train", "dev")),
+        f"out={tmp_path / 'run'}",
+    ]
+
+
+def speech_model(tmp_path: Path) -> str:
+    return f"distill.speech.model={save(tmp_path / 'hubert', 'hubert')}"
+
+
+def text_models(tmp_path: Path) -> list[str]:
+    return [
+        f"distill.text.model={save_text_model(tmp_path / 'bert')}",
+        f"distill.text.transcriber={save_ctc(tmp_path / 'ctc')}",
+    ]
+
+
+def train(*arguments: str, ranks: int = 1, launch: Callable | None = None) -> None:
+    script = ROOT / "recipes" / "train_codec.py"
+    if launch is not None:
+        done = launch("ddp", script, *arguments)
+    else:
+        command = [sys.executable, str(script), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def logged(tmp_path: Path) -> dict[str, float]:
+    """The last value of everything that the run has logged."""
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    return {name: value for line in lines for name, value in json.loads(line).items()}
+
+
+def initial_head(config: str, settings: list[str]) -> torch.Tensor:
+    found = load_config(TrainCodecConfig, ["--config", str(CONFIGS / config), *settings])
+    torch.manual_seed(found.seed)
+    return Codec(found.codec).semantic_head.weight
+
+
+def trained_head(tmp_path: Path) -> torch.Tensor:
+    load_codec(tmp_path / "run" / "codec")  # Whole.
+    return load_file(tmp_path / "run" / "codec" / "model.safetensors")["semantic_head.weight"]
+
+
+def test_speechtokenizer(settings: list[str], tmp_path: Path) -> None:
+    config = ["--config", str(CONFIGS / "speechtokenizer.yaml")]
+    train(*config, *settings, speech_model(tmp_path))
+    values = logged(tmp_path)
+    assert {"train/distill_speech", "dev/distill_speech", "train/teacher_share"} <= values.keys()
+    assert 0.31 < values["dev/distill_speech"] < 1.32
+    assert values["train/distill"] == values["train/distill_speech"]
+    assert 0 < values["train/teacher_share"] < 1
+    assert not torch.equal(
+        trained_head(tmp_path), initial_head("speechtokenizer.yaml", settings)
+    )  # fmt: skip
+
+
+def test_dm_codec_guided_by_a_language_model(settings: list[str], tmp_path: Path) -> None:
+    papers = ["--config", str(CONFIGS / "paper_losses.yaml")]
+    config = ["--config", str(CONFIGS / "dmcodec_lm.yaml"), *papers]
+    train(*config, *settings, *text_models(tmp_path))
+    values = logged(tmp_path)
+    assert values["train/distill"] == values["train/distill_text"] >= 0
+    assert "dev/distill_text" in values
+    assert "train/distill_speech" not in values
+
+
+@pytest.mark.slow
+def test_dm_codec_with_both_teachers_on_two_ranks(
+    settings: list[str], tmp_path: Path, launch: Callable
+) -> None:
+    """As released: one head for both, which the checkpoints hold as the codec's own."""
+    config = ["--config", str(CONFIGS / "dmcodec_lm_sm.yaml")]
+    released = ["distill.shared_head=true", "distill.text.align=index"]
+    models = [speech_model(tmp_path), *text_models(tmp_path)]
+    train(*config, *settings, *models, *released, launch=launch)
+    values = logged(tmp_path)
+    both = values["train/distill_speech"] + values["train/distill_text"]
+    assert values["train/distill"] == pytest.approx(both / 2, rel=1e-5)
+    state = load_file(tmp_path / "run" / "checkpoints" / "step-00000004" / "model.safetensors")
+    assert "codec.semantic_head.weight" in state
+    assert not [name for name in state if name.startswith("heads.")]
+    head = trained_head(tmp_path)
+    assert torch.equal(state["codec.semantic_head.weight"], head)
+    assert not torch.equal(head, initial_head("dmcodec_lm_sm.yaml", settings))
+
+
+def test_a_weight_needs_a_teacher(settings: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"losses\.weights\.distill needs a teacher"):
+        load_config(TrainCodecConfig, [*settings, "losses.weights.distill=1"])
+
+
+def test_a_trained_codec_is_trained_further(
+    settings: list[str], tmp_path: Path, tiny_codec_folder: Path
+) -> None:
+    start = f"start_from={tiny_codec_folder}"
+    with pytest.raises(ValueError, match="brings its own architecture"):
+        load_config(TrainCodecConfig, [*settings, start])
+    plain = [each for each in settings if "=" in each]
+    crops = ["data.seconds=0.6", "data.batch_size=2", "data.num_validation=0"]
+    train(*plain, start, *crops, "optim.steps=1", "optim.lr=1e-9")
+    before = load_file(tiny_codec_folder / "model.safetensors")
+    after = load_file(tmp_path / "run" / "codec" / "model.safetensors")
+    assert all(
+        torch.allclose(after[name], each, atol=1e-6)
+        for name, each in before.items() if name.startswith(("encoder.", "decoder."))
+    )  # fmt: skip
+    name = "quantizer.codebooks.0.num_updates"
+    assert int(after[name]) == int(before[name]) + 1
