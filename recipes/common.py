@@ -81,9 +81,8 @@ def make_accelerator(
     replaced by float32, so that one file serves both. `folder` gets the tracker's events.
     """
     cpu = not torch.cuda.is_available()
-    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and not has_bf16(
-        "cpu" if cpu else "cuda"
-    ):
+    lacks_bf16 = not has_bf16("cpu" if cpu else "cuda")
+    if lacks_bf16 and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
         logger.info("no bf16 on this machine: training in float32")
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     # DeepSpeed launches set this to 1, and it would win over the argument below.
