@@ -76,7 +76,7 @@ class Teachers:
         return [cut for cut in cuts if cut.id not in unusable]
 
     def __call__(self, crops: Crops) -> dict[str, Target]:
-        """Targets by teacher, T = ceil(S / hop_length) frames or one more or less."""
+        """Targets by teacher, of T = ceil(S / hop_length) frames."""
         targets = {}
         if self.config.speech.model:
             targets["speech"] = self._speech_target(crops)
