@@ -118,7 +118,7 @@ class Teachers:
                 half=self.config.half,
                 language=config.language,
             )
-        facts = vars(self.text) if self.text else self.cache.facts["text"]
+        facts = self.cache.facts["text"] if self.cache else vars(self.text)
         self.widths["text"] = facts["dimension"]
 
     @torch.no_grad()
