@@ -7,6 +7,7 @@ Q codebooks, K codebook entries, L token positions, V vocabulary, H heads.
 
 from codec.audio import read_audio, write_audio
 from codec.config import CodecConfig
-from codec.model import Codec, Codes, load_codec
+from codec.loading import load_codec
+from codec.model import Codec, Codes
 
 __all__ = ["Codec", "CodecConfig", "Codes", "load_codec", "read_audio", "write_audio"]

@@ -208,7 +208,7 @@ def _export(arguments: argparse.Namespace) -> None:
         check_export_folder,
         export_speechtokenizer,
     )
-    from codec.model import load_codec
+    from codec.loading import load_codec
 
     check_export_folder(arguments.out)
     files = [arguments.out / name for name in (CONFIG_FILE, CHECKPOINT_FILE)]
@@ -313,7 +313,7 @@ def _report(out: Path, total: int, skipped: Sequence[str]) -> None:
 
 
 def _load(path: str, device: str) -> "Codec":
-    from codec.model import load_codec
+    from codec.loading import load_codec
 
     return load_codec(path, device=device)
 

@@ -4,26 +4,13 @@ from dataclasses import dataclass, field, is_dataclass
 from math import prod
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
+from codec.checks import at_least, one_of
+from codec.lmspt_config import LMSPTConfig
+
 C = TypeVar("C")
 
 
-def at_least(least: int | float, **values: int | float | tuple[int, ...]) -> None:
-    """Raise `ValueError` naming the first value, or element, below `least`; `__` reads as a dot."""
-    for name, value in values.items():
-        if any(each < least for each in (value if isinstance(value, tuple) else (value,))):
-            key = name.replace("__", ".")
-            raise ValueError(f"{key} must be at least {least:g}, got {value}")
-
-
-def one_of(choices: tuple[str, ...], **values: str) -> None:
-    """Raise `ValueError` naming the first value that is none of `choices`."""
-    for name, value in values.items():
-        if value not in choices:
-            key = name.replace("__", ".")
-            raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
-
-
-Family = Literal["seanet", "spectral"]
+Family = Literal["seanet", "spectral", "lmspt"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,11 +127,23 @@ class QuantizerConfig:
     num_codebooks: int = 8
     """Q."""
     codebook_size: int = 1024
-    """K, the same for every codebook."""
+    """K of every codebook."""
+    codebook_sizes: tuple[int, ...] = ()
+    """K of each codebook where they differ; empty: codebook_size."""
+    codebook_dimension: int = 0
+    """Features in which entries are looked up, the latent projected to them and back (factorised
+    codes, arXiv 2306.06546, section 3.2); 0: the latent's own, without projections."""
+    codebook_dimensions: tuple[int, ...] = ()
+    """Features of each codebook where they differ; empty: codebook_dimension."""
+    normalize: bool = False
+    """Entries are compared by direction alone (L2-normalised lookup)."""
+    learning: Literal["ema", "gradient"] = "ema"
+    """Entries follow the vectors' moving average, or the gradient of losses.weights.codebook."""
     decay: float = 0.99
     """Of the EMA statistics, per training step."""
     kmeans_iterations: int = 10
-    """Lloyd iterations of the initialisation on the first batch (SpeechTokenizer: 50)."""
+    """Lloyd iterations of the initialisation on the first batch (SpeechTokenizer: 50). With 0,
+    ema starts from vectors of that batch and gradient from normally distributed entries."""
     kmeans_samples: int = 16_384
     """Vectors at most that the initialisation looks at."""
     revival_ratio: float = 0.1
@@ -153,16 +152,38 @@ class QuantizerConfig:
     SpeechTokenizer's absolute threshold of 2 a batch would revive most entries of small batches.
     """
     dropout: float = 0.0
-    """Share of a training batch's items that keep a random number of first codebooks only."""
+    """Share of a training batch's items that keep a random number of first codebooks only. LM-SPT
+    always keeps the semantic codebook: there it is of the acoustic ones."""
 
     def __post_init__(self) -> None:
-        if self.num_codebooks < 1 or not 2 <= self.codebook_size <= 65_536:
+        sizes = (self.codebook_size, *self.codebook_sizes)
+        if self.num_codebooks < 1 or not all(2 <= size <= 65_536 for size in sizes):
             raise ValueError(
-                "quantizer: num_codebooks must be at least 1 and codebook_size between 2 and 65536,"
-                f" got {self.num_codebooks} and {self.codebook_size}"
+                "quantizer: num_codebooks must be at least 1 and codebook sizes between 2 and "
+                f"65536, got {self.num_codebooks} and {sizes}"
             )
+        for name in ("codebook_sizes", "codebook_dimensions"):
+            if getattr(self, name) and len(getattr(self, name)) != self.num_codebooks:
+                raise ValueError(
+                    f"quantizer.{name} needs one number for each of the {self.num_codebooks} "
+                    f"codebooks, got {getattr(self, name)}"
+                )
+        at_least(0, quantizer__codebook_dimension=self.codebook_dimension)
+        at_least(1, quantizer__codebook_dimensions=self.codebook_dimensions)
+        at_least(0, quantizer__kmeans_iterations=self.kmeans_iterations)
+        one_of(("ema", "gradient"), quantizer__learning=self.learning)
         if not 0 <= self.dropout <= 1 or not 0 < self.decay < 1:
             raise ValueError("quantizer.dropout must lie in [0, 1] and quantizer.decay in (0, 1)")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """K of each codebook."""
+        return self.codebook_sizes or (self.codebook_size,) * self.num_codebooks
+
+    @property
+    def dimensions(self) -> tuple[int, ...]:
+        """Features of each codebook's lookup, 0 for the latent's own."""
+        return self.codebook_dimensions or (self.codebook_dimension,) * self.num_codebooks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,18 +197,60 @@ class CodecConfig:
     seanet: SEANetConfig = field(default_factory=SEANetConfig)
     """Read when family is seanet."""
     spectral: SpectralConfig = field(default_factory=SpectralConfig)
-    """Read when family is spectral."""
+    """Read when family is spectral, or where lmspt names spectral networks."""
+    lmspt: LMSPTConfig = field(default_factory=LMSPTConfig)
+    """Read when family is lmspt."""
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     """The codebooks."""
 
     def __post_init__(self) -> None:
-        one_of(("seanet", "spectral"), family=self.family)
+        one_of(get_args(Family), family=self.family)
         at_least(1, sample_rate=self.sample_rate)
+        if self.family == "lmspt":
+            self._check_lmspt()
+
+    def _check_lmspt(self) -> None:
+        lmspt = self.lmspt
+        if self.quantizer.num_codebooks < 2:
+            raise ValueError("quantizer.num_codebooks: LM-SPT has a semantic and acoustic ones")
+        hops = {
+            "encoder": lmspt.conv.hop_length,
+            "decoder": lmspt.conv.decoder_hop_length,
+        }
+        for name in hops:
+            if getattr(lmspt, name) == "spectral":
+                hops[name] = self.spectral.hop_length
+        if hops["encoder"] != hops["decoder"]:
+            raise ValueError(
+                f"lmspt: the encoder's frames have {hops['encoder']} samples, the decoder's "
+                f"{hops['decoder']}; their strides must agree"
+            )
+        auxiliary = lmspt.auxiliary
+        if auxiliary.kind != "none":
+            exact = auxiliary.hop_length * self.sample_rate == hops["encoder"] * (
+                auxiliary.sample_rate
+            )
+            if not exact:
+                raise ValueError(
+                    f"lmspt.auxiliary: {auxiliary.hop_length} samples a frame at "
+                    f"{auxiliary.sample_rate} Hz are not as long as {hops['encoder']} at "
+                    f"{self.sample_rate} Hz"
+                )
 
     @property
     def hop_length(self) -> int:
         """Samples per codec frame."""
+        if self.family == "lmspt":
+            spectral = self.lmspt.encoder == "spectral"
+            return self.spectral.hop_length if spectral else self.lmspt.conv.hop_length
         return (self.seanet if self.family == "seanet" else self.spectral).hop_length
+
+    @property
+    def dimension(self) -> int:
+        """Features D of the latent and of codebook entries."""
+        return {"seanet": self.seanet, "spectral": self.spectral, "lmspt": self.lmspt}[
+            self.family
+        ].dimension
 
 
 def codec_config_from_dict(data: dict[str, Any]) -> CodecConfig:

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from codec.config import CodecConfig, codec_config_from_dict
-from codec.folder import WEIGHTS_FILE, check_config_file, check_device, load_weights
+from codec.folder import WEIGHTS_FILE, load_weights
 from codec.layers import Lengths, ceil_div
 from codec.pieces import CHUNK_SECONDS, CONTEXT_SECONDS, pieces_of
 from codec.quantize import Quantized, ResidualVQ
@@ -261,7 +260,7 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
         if not self._folded:
             return self
         try:
-            codec = load_codec(self.source, fold=False)
+            codec = Codec.from_pretrained(self.source)
         except ValueError as error:
             raise ValueError(
                 "a codec that was folded for inference is saved from where it was loaded, and that "
@@ -353,26 +352,6 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
         load_weights(codec, file)
         codec.source = model_id
         return codec.to(map_location).eval()
-
-
-def load_codec(path_or_hub_id: str | Path, device: str = "cpu", *, fold: bool = True) -> Codec:
-    """A trained codec, ready to encode and decode, from a local folder or a hub id.
-
-    Its weight norm is folded, which is faster: pass `fold=False`, or use `Codec.from_pretrained`,
-    to train it further. Raises `ValueError` when it is missing or its files do not fit together.
-    """
-    path = Path(path_or_hub_id)
-    check_device(device)
-    if path.is_dir():
-        check_config_file(path / "config.json")
-    try:
-        codec = Codec.from_pretrained(str(path_or_hub_id), map_location=device)
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
-        raise ValueError(
-            f"{path_or_hub_id}: no such folder, and not to be had from the hub either "
-            f"({type(error).__name__}); check the name"
-        ) from error
-    return codec.fold_weight_norm() if fold else codec
 
 
 def _digest(codec: nn.Module) -> str:

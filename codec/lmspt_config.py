@@ -1,0 +1,177 @@
+"""Frozen configuration of LM-SPT's networks (arXiv 2506.16738, and its released code)."""
+
+from dataclasses import dataclass, field
+from math import prod
+from typing import Literal
+
+from codec.checks import at_least, one_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvConfig:
+    """Convolutions on the wave with Snake, as in Descript's codec (arXiv 2306.06546, A)."""
+
+    width: int = 32
+    """Channels of the encoders' first convolution; each stride doubles them."""
+    semantic_width: int = 0
+    """The same of the semantic encoder; 0: width."""
+    strides: tuple[int, ...] = (4, 5, 6, 8, 2)
+    """Downsampling factors of the encoders, first to last."""
+    decoder_width: int = 1536
+    """Channels of the decoder's first convolution; each stride halves them."""
+    decoder_strides: tuple[int, ...] = ()
+    """Upsampling factors of the decoder, first to last; empty: strides reversed."""
+    dilations: tuple[int, ...] = (1, 3, 9)
+    """Of the residual units of every stride."""
+    kernel_size: int = 7
+    """Samples of a residual unit's dilated convolution."""
+
+    def __post_init__(self) -> None:
+        if not self.strides or not self.dilations:
+            raise ValueError("lmspt.conv.strides and .dilations must not be empty")
+        at_least(
+            1,
+            lmspt__conv__width=self.width,
+            lmspt__conv__strides=self.strides,
+            lmspt__conv__decoder_strides=self.decoder_strides,
+            lmspt__conv__dilations=self.dilations,
+        )
+        at_least(0, lmspt__conv__semantic_width=self.semantic_width)
+        _check_halves("lmspt.conv.decoder_width", self.decoder_width, self.upsampling)
+        _check_odd("lmspt.conv.kernel_size", self.kernel_size)
+
+    @property
+    def upsampling(self) -> tuple[int, ...]:
+        """Factors of the decoder, first to last."""
+        return self.decoder_strides or self.strides[::-1]
+
+    @property
+    def hop_length(self) -> int:
+        """Samples per frame of the encoders."""
+        return prod(self.strides)
+
+    @property
+    def decoder_hop_length(self) -> int:
+        """Samples per frame of the decoder."""
+        return prod(self.upsampling)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransformerConfig:
+    """Transformer after each encoder (first form; 2506.16738, appendix D: 8 layers of 512)."""
+
+    num_layers: int = 0
+    """Layers; 0: no Transformer."""
+    num_heads: int = 8
+    """Attention heads; they share lmspt.dimension."""
+    context: int = 250
+    """Frames that a frame sees on each side (before it alone where lmspt.causal)."""
+
+    def __post_init__(self) -> None:
+        at_least(0, lmspt__transformer__num_layers=self.num_layers)
+        at_least(
+            1,
+            lmspt__transformer__num_heads=self.num_heads,
+            lmspt__transformer__context=self.context,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AuxiliaryConfig:
+    """The decoder that speaks the semantic codebook alone; it exists for training."""
+
+    kind: Literal["none", "conv", "spectral"] = "spectral"
+    """Convolutions, Vocos, or no auxiliary decoder (what ships)."""
+    sample_rate: int = 16_000
+    """Hz of its speech: the teacher's."""
+    width: int = 192
+    """Channels: of the first convolution, or of the ConvNeXt blocks."""
+    strides: tuple[int, ...] = (2, 2)
+    """Upsampling factors, first to last; conv: to samples, spectral: to STFT frames."""
+    depths: tuple[int, ...] = (1, 1, 1)
+    """spectral: blocks before, between and after the upsamplings."""
+    window: int = 640
+    """spectral: samples of the STFT window."""
+    hop: int = 160
+    """spectral: samples between STFT frames."""
+    dilations: tuple[int, ...] = (1, 3, 9)
+    """conv: of the residual units of every stride."""
+    kernel_size: int = 7
+    """conv: of a residual unit's dilated convolution; spectral: frames of a block's."""
+    causal: bool = False
+    """conv: no sample looks ahead."""
+
+    def __post_init__(self) -> None:
+        one_of(("none", "conv", "spectral"), lmspt__auxiliary__kind=self.kind)
+        at_least(
+            1,
+            lmspt__auxiliary__sample_rate=self.sample_rate,
+            lmspt__auxiliary__width=self.width,
+            lmspt__auxiliary__strides=self.strides,
+            lmspt__auxiliary__hop=self.hop,
+            lmspt__auxiliary__dilations=self.dilations,
+        )
+        _check_odd("lmspt.auxiliary.kernel_size", self.kernel_size)
+        if self.kind == "conv":
+            _check_halves("lmspt.auxiliary.width", self.width, self.strides)
+        if self.kind == "spectral":
+            if self.causal:
+                raise ValueError("lmspt.auxiliary.causal is for kind conv: Vocos looks ahead")
+            if len(self.depths) != len(self.strides) + 1:
+                raise ValueError(
+                    f"lmspt.auxiliary.depths needs {len(self.strides) + 1} numbers (one more than "
+                    f"lmspt.auxiliary.strides), got {self.depths}"
+                )
+
+    @property
+    def hop_length(self) -> int:
+        """Samples per codec frame."""
+        return prod(self.strides) * (self.hop if self.kind == "spectral" else 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LMSPTConfig:
+    """LM-SPT: a semantic and an acoustic encoder, a split quantiser, one decoder of both."""
+
+    encoder: Literal["conv", "spectral"] = "spectral"
+    """Convolutions on the wave (lmspt.conv), or ConvNeXt on mel frames (spectral)."""
+    decoder: Literal["conv", "spectral"] = "spectral"
+    """Transposed convolutions (lmspt.conv), or Vocos (spectral)."""
+    dimension: int = 256
+    """Features D of the latents; spectral.dimension is not read."""
+    shared_encoder: bool = False
+    """One encoder's latent serves both quantisers."""
+    semantic_subtraction: bool = True
+    """The acoustic codebooks quantise what the semantic one left over (released form); or their
+    encoder's whole latent, in parallel (first form)."""
+    causal: bool = False
+    """No frame looks ahead; for convolutions and the Transformer."""
+    conv: ConvConfig = field(default_factory=ConvConfig)
+    """Read where encoder or decoder is conv."""
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    """After each encoder."""
+    auxiliary: AuxiliaryConfig = field(default_factory=AuxiliaryConfig)
+    """Decoder of the semantic codebook, for training."""
+
+    def __post_init__(self) -> None:
+        one_of(("conv", "spectral"), lmspt__encoder=self.encoder, lmspt__decoder=self.decoder)
+        at_least(1, lmspt__dimension=self.dimension)
+        if self.causal and "spectral" in (self.encoder, self.decoder):
+            raise ValueError("lmspt.causal is for encoder conv and decoder conv: spectral looks ahead")
+        heads = self.transformer.num_heads
+        if self.transformer.num_layers and (self.dimension % heads or self.dimension // heads % 2):
+            raise ValueError(
+                f"lmspt.transformer.num_heads: {heads} heads cannot share {self.dimension} features "
+                "in even parts"
+            )
+
+
+def _check_odd(name: str, size: int) -> None:
+    if size < 1 or size % 2 == 0:
+        raise ValueError(f"{name} must be odd, got {size}")
+
+
+def _check_halves(name: str, width: int, strides: tuple[int, ...]) -> None:
+    """Each stride halves the channels: some must be left."""
+    if width // 2 ** len(strides) < 1:
+        raise ValueError(f"{name} must be at least {2 ** len(strides)} for {len(strides)} strides")
