@@ -169,7 +169,8 @@ class QuantizerConfig:
                     f"codebooks, got {getattr(self, name)}"
                 )
         at_least(0, quantizer__codebook_dimension=self.codebook_dimension)
-        at_least(1, quantizer__codebook_dimensions=self.codebook_dimensions)
+        if self.codebook_dimensions:
+            at_least(1, quantizer__codebook_dimensions=self.codebook_dimensions)
         at_least(0, quantizer__kmeans_iterations=self.kmeans_iterations)
         one_of(("ema", "gradient"), quantizer__learning=self.learning)
         if not 0 <= self.dropout <= 1 or not 0 < self.decay < 1:

@@ -1,10 +1,10 @@
-"""Building blocks: convolutions that know lengths, residual units, Snake, LSTM, ConvNeXt blocks."""
+"""Building blocks: convolutions that know lengths, Snake, LSTM, Transformer, ConvNeXt blocks."""
 
 from typing import TypeVar
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
@@ -94,6 +94,83 @@ class PaddedConvTranspose1d(nn.Module):
         y = self.conv(x)
         left = self.stride - self.stride // 2
         return y[..., left : left + x.shape[-1] * self.stride]
+
+
+class ZeroPaddedConv1d(nn.Module):
+    """Weight-normed convolution with zeros around the recording, as in Descript's codec.
+
+    With a stride its kernel is two strides; S samples give floor(S / stride) frames, or of an odd
+    stride floor((S + 1) / stride). Causal: all zeros but those that complete the last stride come
+    first, and there are ceil(S / stride) frames.
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        causal: bool = False,
+    ) -> None:
+        super().__init__()
+        self.stride, self.causal = stride, causal
+        self.reach = (kernel - 1) * dilation + 1 - stride
+        self.conv = weight_norm(
+            nn.Conv1d(channels_in, channels_out, kernel, stride=stride, dilation=dilation)
+        )
+
+    def forward(
+        self, x: Float[Tensor, "B C S"], lengths: Lengths | None = None
+    ) -> Float[Tensor, "B D T"]:
+        if lengths is not None:
+            x = x * length_mask(lengths, x.shape[-1])
+        if self.causal:
+            return self.conv(functional.pad(x, (self.reach, -x.shape[-1] % self.stride)))
+        side = ceil_div(self.reach, 2)
+        return self.conv(functional.pad(x, (side, side)))
+
+    def out_lengths(self, lengths: Lengths | None) -> Lengths | None:
+        """Frames of items of so many samples."""
+        if lengths is None or self.stride == 1:
+            return lengths
+        if self.causal:
+            return ceil_div(lengths, self.stride)
+        return (lengths + self.stride % 2) // self.stride
+
+
+class ZeroPaddedConvTranspose1d(nn.Module):
+    """Weight-normed transposed convolution of kernel 2 strides, as in Descript's codec.
+
+    T frames give T * stride samples, one less of an odd stride unless causal.
+    """
+
+    def __init__(
+        self, channels_in: int, channels_out: int, stride: int, *, causal: bool = False
+    ) -> None:
+        super().__init__()
+        self.stride, self.causal = stride, causal
+        self.conv = weight_norm(
+            nn.ConvTranspose1d(channels_in, channels_out, 2 * stride, stride=stride)
+        )
+
+    def forward(
+        self, x: Float[Tensor, "B C T"], lengths: Lengths | None = None
+    ) -> Float[Tensor, "B D S"]:
+        if lengths is not None:
+            x = x * length_mask(lengths, x.shape[-1])
+        y = self.conv(x)
+        if self.causal:
+            return y[..., : -self.stride]
+        side = ceil_div(self.stride, 2)
+        return y[..., side:-side]
+
+    def out_lengths(self, lengths: Lengths | None) -> Lengths | None:
+        """Samples of items of so many frames."""
+        if lengths is None:
+            return None
+        return lengths * self.stride - (0 if self.causal else self.stride % 2)
 
 
 class Snake(nn.Module):
@@ -189,3 +266,79 @@ class ConvNeXtBlock(nn.Module):
         y = self.depthwise(x if mask is None else x * mask).transpose(1, 2)
         y = self.scale * self.narrow(functional.gelu(self.widen(self.norm(y))))
         return x + y.transpose(1, 2)
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm attention with rotary positions (arXiv 2104.09864), and an MLP four times as wide.
+
+    Both residuals start small (LayerScale, arXiv 2103.17239).
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.project_in = nn.Linear(width, 3 * width, bias=False)
+        self.project_out = nn.Linear(width, width, bias=False)
+        self.widen, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.scale_attention = nn.Parameter(torch.full((width,), 0.01))
+        self.scale_mlp = nn.Parameter(torch.full((width,), 0.01))
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T C"],
+        turns: Float[Tensor, "T F"],
+        seen: Bool[Tensor, "*B 1 T T"],
+    ) -> Float[Tensor, "B T C"]:
+        query, key, value = rearrange(
+            self.project_in(self.norm_attention(x)),
+            "b t (n h c) -> n b h t c",
+            n=3,
+            h=self.num_heads,
+        )
+        heard = functional.scaled_dot_product_attention(
+            _turned(query, turns), _turned(key, turns), value, attn_mask=seen
+        )
+        x = x + self.scale_attention * self.project_out(rearrange(heard, "b h t c -> b t (h c)"))
+        return x + self.scale_mlp * self.narrow(functional.gelu(self.widen(self.norm_mlp(x))))
+
+
+class Transformer(nn.Module):
+    """Layers whose frames see `context` frames on each side, or before them alone if causal.
+
+    Positions are relative: a piece of a recording comes out as in the whole, but for what the
+    frames near its ends do not see.
+    """
+
+    def __init__(
+        self, width: int, *, num_layers: int, num_heads: int, context: int, causal: bool
+    ) -> None:
+        super().__init__()
+        self.context, self.causal, self.half = context, causal, width // num_heads // 2
+        self.layers = nn.ModuleList(TransformerLayer(width, num_heads) for _ in range(num_layers))
+        self.norm_out = nn.LayerNorm(width)
+
+    def forward(
+        self, x: Float[Tensor, "B C T"], lengths: Lengths | None = None
+    ) -> Float[Tensor, "B C T"]:
+        position = torch.arange(x.shape[-1], device=x.device)
+        rates = 10_000 ** -(torch.arange(self.half, device=x.device) / self.half)
+        turns = position.unsqueeze(1) * rates
+        distance = position.unsqueeze(1) - position
+        seen = (distance <= self.context) & (distance >= (0 if self.causal else -self.context))
+        seen = seen[None, None]
+        if lengths is not None:
+            # Frames of the padding see themselves, or their softmax would be of nothing.
+            inside = (position < lengths.unsqueeze(1))[:, None, None]
+            seen = (seen & inside) | (distance == 0)
+        frames = x.transpose(1, 2)
+        for layer in self.layers:
+            frames = layer(frames, turns, seen)
+        return self.norm_out(frames).transpose(1, 2)
+
+
+def _turned(x: Float[Tensor, "B H T C"], turns: Float[Tensor, "T F"]) -> Float[Tensor, "B H T C"]:
+    """Rotary positions: pairs of features turned by an angle that grows with time."""
+    cos, sin = turns.cos().to(x.dtype), turns.sin().to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)

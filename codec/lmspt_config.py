@@ -157,12 +157,14 @@ class LMSPTConfig:
         one_of(("conv", "spectral"), lmspt__encoder=self.encoder, lmspt__decoder=self.decoder)
         at_least(1, lmspt__dimension=self.dimension)
         if self.causal and "spectral" in (self.encoder, self.decoder):
-            raise ValueError("lmspt.causal is for encoder conv and decoder conv: spectral looks ahead")
+            raise ValueError(
+                "lmspt.causal is for encoder conv and decoder conv: spectral looks ahead"
+            )
         heads = self.transformer.num_heads
         if self.transformer.num_layers and (self.dimension % heads or self.dimension // heads % 2):
             raise ValueError(
-                f"lmspt.transformer.num_heads: {heads} heads cannot share {self.dimension} features "
-                "in even parts"
+                f"lmspt.transformer.num_heads: {heads} heads cannot share {self.dimension} "
+                "features in even parts"
             )
 
 

@@ -15,9 +15,10 @@ from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 from codec.config import CodecConfig, codec_config_from_dict
 from codec.folder import WEIGHTS_FILE, load_weights
 from codec.layers import Lengths, ceil_div
+from codec.lmspt import DualEncoder, build_auxiliary, build_decoder
 from codec.pieces import CHUNK_SECONDS, CONTEXT_SECONDS, pieces_of
-from codec.quantize import Quantized, ResidualVQ
-from codec.seanet import SEANetDecoder, SEANetEncoder
+from codec.quantize import Quantized, ResidualVQ, SplitVQ
+from codec.seanet import SEANetDecoder, SEANetEncoder, semantic_head
 from codec.spectral import SpectralDecoder, SpectralEncoder
 from codec.tokens import CodecStamp
 
@@ -51,13 +52,22 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
         self.config = config
         self.source = "untitled"
         self._folded: dict[str, str] = {}  # Digest of the folded weights -> of those they are of.
+        dimension = config.dimension
+        self.auxiliary: nn.Module | None = None
+        if config.family == "lmspt":
+            self.encoder = DualEncoder(config)
+            self.quantizer: nn.Module = SplitVQ(
+                dimension, config.quantizer, subtract=config.lmspt.semantic_subtraction
+            )
+            self.decoder = build_decoder(config)
+            self.auxiliary = build_auxiliary(config)
+            return
         if config.family == "seanet":
-            self.encoder, dimension = SEANetEncoder(config.seanet), config.seanet.dimension
-            self.decoder = SEANetDecoder(config.seanet)
-            self.semantic_head = _semantic_head(dimension, config.seanet.semantic_dimension)
+            self.encoder, self.decoder = SEANetEncoder(config.seanet), SEANetDecoder(config.seanet)
+            self.semantic_head = semantic_head(dimension, config.seanet.semantic_dimension)
         else:
             self.encoder = SpectralEncoder(config.spectral, config.sample_rate)
-            self.decoder, dimension = SpectralDecoder(config.spectral), config.spectral.dimension
+            self.decoder = SpectralDecoder(config.spectral)
         self.quantizer = ResidualVQ(dimension, config.quantizer)
 
     @property
@@ -83,14 +93,12 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
         """K of every codebook."""
-        return (self.config.quantizer.codebook_size,) * self.num_codebooks
+        return self.config.quantizer.sizes
 
     @property
     def latent_dimension(self) -> int:
         """D of the latent and of codebook entries."""
-        return (
-            self.config.seanet if self.config.family == "seanet" else self.config.spectral
-        ).dimension
+        return self.config.dimension
 
     @property
     def device(self) -> torch.device:
@@ -202,16 +210,37 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
         cannot have made.
         """
         codes = self._check_codes(codes, first_codebook)
+        return self._decode_pieces(self.decoder, codes, lengths, first_codebook)
+
+    @torch.inference_mode()
+    def resynthesize(
+        self, codes: Int[Tensor, "B q T"], lengths: Int[Tensor, " B"] | None = None
+    ) -> Float[Tensor, "B 1 S"]:
+        """What LM-SPT's auxiliary decoder makes of the semantic codebook, codes[:, 0], alone.
+
+        At `config.lmspt.auxiliary.sample_rate` Hz; `lengths` as `decode` has them. Raises
+        `ValueError` for codes that this codec cannot have made, and without such a decoder.
+        """
+        if self.auxiliary is None:
+            raise ValueError(
+                f"{self.source}: has no auxiliary decoder; LM-SPT has one while it is trained"
+            )
+        codes = self._check_codes(codes, 0)[:, :1]
+        return self._decode_pieces(self.auxiliary, codes, lengths, 0)
+
+    def _decode_pieces(
+        self, decoder: nn.Module, codes: Tensor, lengths: Tensor | None, first_codebook: int
+    ) -> Tensor:
         lengths = None if lengths is None else lengths.to(self.device)
-        pieces = []
+        waves = []
         for piece in pieces_of(codes.shape[-1], *self._chunk_frames):
             size = piece.stop - piece.start
             inside = None if lengths is None else (lengths - piece.start).clamp(1, size)
             part = codes[..., piece.start : piece.stop]
-            wave = self.decoder(self.quantizer.decode(part, first_codebook), inside)
-            keep = slice(piece.keep.start * self.hop_length, piece.keep.stop * self.hop_length)
-            pieces.append(wave[..., keep])
-        return torch.cat(pieces, dim=-1)
+            wave = decoder(self.quantizer.decode(part, first_codebook), inside)
+            hop = wave.shape[-1] // size
+            waves.append(wave[..., piece.keep.start * hop : piece.keep.stop * hop])
+        return torch.cat(waves, dim=-1)
 
     def decode_stream(
         self, codes: Int[np.ndarray, "q T"], first_codebook: int = 0
@@ -261,11 +290,11 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
             return self
         try:
             codec = Codec.from_pretrained(self.source)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise ValueError(
-                "a codec that was folded for inference is saved from where it was loaded, and that "
-                f"fails: {error}; load it with Codec.from_pretrained from where it is now, and "
-                "save that"
+                "a codec that was folded for inference is saved from where it was loaded, and "
+                f"{self.source} cannot be loaded any more ({type(error).__name__}); load it with "
+                "Codec.from_pretrained from where it is now, and save that"
             ) from error
         if codec.stamp.digest != self.stamp.digest:
             raise ValueError(
@@ -321,11 +350,12 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
                 f"codec expects codes (batch, 1 to {most} codebooks, frames), "
                 f"got {tuple(codes.shape)}"
             )
-        low, high, size = int(codes.min()), int(codes.max()), self.codebook_sizes[0]
-        if low < 0 or high >= size:
-            raise ValueError(
-                f"codes must lie in 0..{size - 1}, got {low}..{high}: another codec's?"
-            )
+        for row, size in zip(codes.unbind(1), self.codebook_sizes[first_codebook:], strict=False):
+            low, high = int(row.min()), int(row.max())
+            if low < 0 or high >= size:
+                raise ValueError(
+                    f"codes must lie in 0..{size - 1}, got {low}..{high}: another codec's?"
+                )
         return codes.to(self.device)
 
     @classmethod
@@ -357,13 +387,8 @@ class Codec(nn.Module, PyTorchModelHubMixin, library_name="parlance", tags=["spe
 def _digest(codec: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(codec.state_dict().items()):
+        if name.startswith("auxiliary."):
+            continue  # It speaks for training only: codes and waves are the same without it.
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _semantic_head(dimension: int, semantic_dimension: int) -> nn.Module:
-    """Projects codebook 1 to the width of a semantic teacher; used by distillation only."""
-    if dimension == semantic_dimension:
-        return nn.Identity()
-    return nn.Linear(dimension, semantic_dimension)

@@ -127,3 +127,10 @@ class _DecoderStage(nn.Module):
         for unit in self.units:
             x = unit(x, lengths)
         return x
+
+
+def semantic_head(dimension: int, semantic_dimension: int) -> nn.Module:
+    """Projects codebook 1 to the width of a semantic teacher; used by distillation only."""
+    if dimension == semantic_dimension:
+        return nn.Identity()
+    return nn.Linear(dimension, semantic_dimension)
