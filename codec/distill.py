@@ -10,7 +10,12 @@ from torch.nn import functional
 
 from codec.model import Codec
 from codec.quantize import Quantized
-from codec.train_config import DistillConfig, SpeechTeacherConfig, TextTeacherConfig
+from codec.train_config import (
+    DistillConfig,
+    ResynthesisConfig,
+    SpeechTeacherConfig,
+    TextTeacherConfig,
+)
 
 # Of a frame; a little less, as times are rounded.
 HALF = 0.499
@@ -31,6 +36,8 @@ class StudentOutput(NamedTuple):
     quantized: Quantized
     projections: dict[str, Float[Tensor, "B T _"]]
     """By teacher: its codebooks' entries in its own width (or logits of its units)."""
+    resynthesis: Float[Tensor, "B 1 s"] | None = None
+    """Speech made of the semantic codes alone; the auxiliary decoder has a rate of its own."""
 
 
 class Student(nn.Module):
@@ -46,10 +53,12 @@ class Student(nn.Module):
         codec: Codec,
         config: DistillConfig | None = None,
         widths: Mapping[str, int] | None = None,
+        resynthesis: ResynthesisConfig | None = None,
     ) -> None:
-        """`widths` by teacher, "speech" or "text". Raises `ValueError` where they do not fit."""
+        """`widths` by teacher, "speech" or "text"; `resynthesis` None: nothing speaks the semantic
+        codes. Raises `ValueError` where a codec does not fit."""
         super().__init__()
-        self.codec = codec
+        self.codec, self.resynthesis = codec, resynthesis
         config, widths = config or DistillConfig(), widths or {}
         self.parts = {name: getattr(config, name).codebooks for name in widths}
         names = list(widths)
@@ -66,14 +75,35 @@ class Student(nn.Module):
         if own:
             # A head that no loss reaches stays as it is.
             codec.semantic_head.requires_grad_(bool(names))
+        speaks = resynthesis is not None and resynthesis.decoder == "auxiliary"
+        if speaks and codec.auxiliary is None:
+            raise ValueError(
+                "resynthesis.decoder: this codec has no auxiliary decoder; give it one "
+                "(lmspt.auxiliary.kind), or set it to main"
+            )
+        if codec.auxiliary is not None:
+            codec.auxiliary.requires_grad_(speaks)
 
     def forward(self, wave: Float[Tensor, "B 1 S"]) -> StudentOutput:
-        """Code, decode and project."""
+        """Code, decode, project, and speak the semantic codes."""
         out = self.codec(wave)
         projections = {
             name: self._head(name)(out.quantized.part(part).mT) for name, part in self.parts.items()
         }
-        return StudentOutput(out.wave, out.quantized, projections)
+        return StudentOutput(
+            out.wave, out.quantized, projections, self._resynthesize(out.quantized)
+        )
+
+    def _resynthesize(self, quantized: Quantized) -> Float[Tensor, "B 1 s"] | None:
+        if self.resynthesis is None:
+            return None
+        entry = quantized.part("first")
+        if self.resynthesis.stop_gradient:
+            entry = entry.detach()
+        if self.resynthesis.decoder == "main":
+            return self.codec.decoder(entry)
+        assert self.codec.auxiliary is not None
+        return self.codec.auxiliary(entry)
 
     def _head(self, name: str) -> nn.Module:
         name = self.head_of[name]

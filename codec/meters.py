@@ -15,13 +15,13 @@ class Window:
     """Means of the losses and the use of codes since the last logged step."""
 
     def __init__(self, codec: Codec) -> None:
-        self.codebook_size, self.num_codebooks = codec.codebook_sizes[0], codec.num_codebooks
+        self.sizes = codec.codebook_sizes
         self.steps, self.teachers = Stopwatch(codec.device), Stopwatch(codec.device)
         self._clear()
 
     def _clear(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.counts = torch.zeros(self.num_codebooks, self.codebook_size, dtype=torch.long)
+        self.counts = torch.zeros(len(self.sizes), max(self.sizes), dtype=torch.long)
         self.batches, self.started = 0, time.perf_counter()
 
     def add(self, quantized: Quantized, parts: dict[str, Tensor]) -> None:
@@ -30,14 +30,14 @@ class Window:
             self.sums[name] = self.sums.get(name, 0) + part.detach()
         # Entry counts stay on the device; moving them every step would wait for it.
         self.counts = self.counts.to(quantized.codes.device)
-        self.counts += count_codes(quantized.codes, self.codebook_size)
+        self.counts += count_codes(quantized.codes, max(self.sizes))
         self.batches += 1
 
     def means(self, accelerator: Any, audio_seconds: float) -> dict[str, float]:
         """Mean losses, use and perplexity over codebooks, seconds of audio a second, and the share
         of the steps' time that teachers took; then a new window begins."""
         values = {name: float(total) / self.batches for name, total in self.sums.items()}
-        use = codebook_use(accelerator.reduce(self.counts))
+        use = codebook_use(accelerator.reduce(self.counts), self.sizes)
         values |= {"use": float(use.share.mean()), "perplexity": float(use.perplexity.mean())}
         elapsed = time.perf_counter() - self.started
         values["audio_seconds_per_second"] = self.batches * audio_seconds / elapsed

@@ -178,13 +178,16 @@ class _ItemNorm(nn.Module):
 
 
 class WhisperTeacher(SpeechTeacher):
-    """Whisper's encoder on as many frames as there are, where its own forward wants 30 s."""
+    """Whisper's encoder on as many frames as there are, where its own forward wants 30 s.
 
-    def __init__(self, network: nn.Module, *, name: str, layer: str) -> None:
+    `per_item` False: the log-mel's floor is the batch's, see `log_mel`; that couples its items.
+    """
+
+    def __init__(self, network: nn.Module, *, name: str, layer: str, per_item: bool = True) -> None:
         hop = 2 * MEL_HOP
         super().__init__(network, name=name, layer=layer, hop_length=hop, receptive_field=hop)
         config = self.network.config
-        self.num_layers = int(config.encoder_layers)
+        self.per_item, self.num_layers = per_item, int(config.encoder_layers)
         self.network.layers = needed_layers(self.network.layers, layer)
         self.window_frames = min(self.window_frames, int(config.max_source_positions))
 
@@ -199,7 +202,8 @@ class WhisperTeacher(SpeechTeacher):
 
     def _states(self, waves: Float[Tensor, "B S"], lengths: list[int]) -> Sequence[Tensor]:
         network, place = self.network, self.place
-        mel = log_mel(waves.to(place["device"]), self.network.config.num_mel_bins)
+        num_mels = self.network.config.num_mel_bins
+        mel = log_mel(waves.to(place["device"]), num_mels, per_item=self.per_item)
         frames = torch.tensor(lengths, device=mel.device) // self.hop_length
         counted = torch.arange(mel.shape[-1] // 2, device=mel.device) < frames[:, None]
         # The first convolution would look into the padding where an item alone has none.
@@ -220,11 +224,13 @@ class WhisperTeacher(SpeechTeacher):
         return states
 
 
-def log_mel(wave: Float[Tensor, "B S"], num_mels: int) -> Float[Tensor, "B M T"]:
+def log_mel(
+    wave: Float[Tensor, "B S"], num_mels: int, *, per_item: bool = True
+) -> Float[Tensor, "B M T"]:
     """Whisper's input, S / 160 frames, for waves at 16 kHz of a multiple of 320 samples.
 
     Zeros follow the wave, as where Whisper pads to 30 s. Values more than 8 below an item's own
-    maximum are raised to that (openai/whisper takes the batch's, which couples the items).
+    maximum are raised to that; `per_item` False takes the batch's, as openai/whisper does.
     """
     assert wave.shape[-1] % (2 * MEL_HOP) == 0
     half, num_frames = MEL_WINDOW // 2, wave.shape[-1] // MEL_HOP
@@ -240,7 +246,8 @@ def log_mel(wave: Float[Tensor, "B S"], num_mels: int) -> Float[Tensor, "B M T"]
     )
     mel = (filters.T.to(wave.device) @ power).clamp(min=1e-10).log10()
     # Two frames more than are returned look at the wave's end: the maximum may lie in them.
-    mel = torch.maximum(mel, mel.amax(dim=(1, 2), keepdim=True) - 8)
+    loudest = mel.amax(dim=(1, 2), keepdim=True) if per_item else mel.max()
+    mel = torch.maximum(mel, loudest - 8)
     return (mel[..., :num_frames] + 4) / 4
 
 

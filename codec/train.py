@@ -5,7 +5,7 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -26,6 +26,7 @@ from codec.losses import (
 )
 from codec.meters import Window, line
 from codec.model import Codec, CodecOutput
+from codec.resynthesis import Original, Resynthesis
 from codec.targets import Teachers
 from codec.train_config import CropConfig, DistillConfig, LossConfig, OptimConfig
 from codec.validate import validate
@@ -65,6 +66,7 @@ class Models:
     student: Student
     discriminators: Discriminators | None = None
     teachers: Teachers | None = None
+    resynthesis: Resynthesis | None = None
 
 
 class Lesson(NamedTuple):
@@ -72,6 +74,8 @@ class Lesson(NamedTuple):
 
     targets: dict[str, Target]
     config: DistillConfig
+    original: Original | None = None
+    """What the speech made of the semantic codes is compared with."""
 
 
 def generator_step(
@@ -91,21 +95,30 @@ def generator_step(
         parts["mel"] = mel_loss(
             out.wave, wave, config.mel_scales,
             sample_rate=sample_rate, l2_weight=config.mel_l2_weight,
+            linear_weight=config.mel_linear_weight, form=config.mel_form,
         )  # fmt: skip
     if weights.magnitude:
         parts["magnitude"] = magnitude_loss(out.wave, wave, config.magnitude_windows)
     if weights.commitment:
         parts["commitment"] = out.quantized.commitment
+    if weights.codebook:
+        parts["codebook"] = out.quantized.codebook_loss
     if discriminators is not None:
         with torch.no_grad():
             real = discriminators(wave)
         fake = discriminators(out.wave)
         parts["adversarial"] = adversarial_loss(fake, config.adversarial_form)
-        parts["feature"] = feature_loss(real, fake, normalize=config.normalize_features)
-    if lesson is not None:
+        parts["feature"] = feature_loss(
+            real, fake, normalize=config.normalize_features, scores=config.match_scores
+        )
+    if lesson is not None and lesson.targets:
         assert isinstance(out, StudentOutput)
         told = distill_losses(out.projections, lesson.targets, lesson.config)
         parts["distill"] = told.pop("distill")
+    if lesson is not None and lesson.original is not None:
+        assert isinstance(out, StudentOutput)
+        assert out.resynthesis is not None
+        parts["resynthesis"] = lesson.original.distance(out.resynthesis)
     total = torch.stack([getattr(weights, name) * part for name, part in parts.items()]).sum()
     return Losses(total, parts | told)
 
@@ -170,8 +183,9 @@ def fit(
     for step in range(first, optim.steps + 1):
         last = step == optim.steps
         if last or step % optim.eval_every == 0:
-            student, teachers = models.student, models.teachers
-            run.log(validate(student, teachers, dev, accelerator, crops, losses, step), step)
+            teachers = (models.teachers, models.resynthesis)
+            values = validate(models.student, *teachers, dev, accelerator, crops, losses, step)
+            run.log(values, step)
         if last or (step > 0 and step % optim.save_every == 0):
             _check_finite(codec, step)
             run.save(step)
@@ -224,10 +238,10 @@ def _prepare(models: Models, accelerator, optim: OptimConfig) -> tuple[Models, l
     generator = _adamw(models.student, optim.lr, optim)
     student, generator = accelerator.prepare(models.student, generator)
     if models.discriminators is None:
-        return Models(student, None, models.teachers), [generator]
+        return replace(models, student=student), [generator]
     critic = _adamw(models.discriminators, optim.discriminator_lr, optim)
     discriminators, critic = accelerator.prepare(models.discriminators, critic)
-    return Models(student, discriminators, models.teachers), [generator, critic]
+    return replace(models, student=student, discriminators=discriminators), [generator, critic]
 
 
 def _adamw(model: nn.Module, lr: float, optim: OptimConfig) -> torch.optim.AdamW:
@@ -265,9 +279,9 @@ def _train_step(loop: _Loop, crops: Crops, *, adversarial: bool) -> None:
     models, accelerator = loop.models, loop.accelerator
     discriminators = models.discriminators if adversarial else None
     wave, lesson, parts = crops.wave.to(accelerator.device), None, {}
-    if models.teachers is not None:
+    if models.teachers is not None or models.resynthesis is not None:
         with loop.window.teachers:
-            lesson = Lesson(models.teachers(crops), models.teachers.config)
+            lesson = _lesson(models, crops)
     trained = [models.student] if discriminators is None else [models.student, discriminators]
     with accelerator.accumulate(*trained):
         out: StudentOutput = models.student(wave)
@@ -292,9 +306,23 @@ def _train_step(loop: _Loop, crops: Crops, *, adversarial: bool) -> None:
     loop.window.add(out.quantized, parts)
 
 
+def _lesson(models: Models, crops: Crops) -> Lesson:
+    lesson = Lesson({}, DistillConfig())
+    if models.teachers is not None:
+        lesson = Lesson(models.teachers(crops), models.teachers.config)
+    if models.resynthesis is not None:
+        lesson = lesson._replace(original=models.resynthesis.listen(crops))
+    return lesson
+
+
 def _update(optimizer: Any, model: nn.Module, accelerator, optim: OptimConfig) -> None:
     if accelerator.sync_gradients and optim.clip_norm:
-        accelerator.clip_grad_norm_(model.parameters(), optim.clip_norm)
+        # The auxiliary decoder apart: a codec that learns nothing of it must not notice it.
+        named = list(model.named_parameters())
+        auxiliary = [each for name, each in named if "codec.auxiliary." in name]
+        others = [each for name, each in named if "codec.auxiliary." not in name]
+        accelerator.clip_grad_norm_(others, optim.clip_norm)
+        nn.utils.clip_grad_norm_(auxiliary, optim.clip_norm)
     optimizer.step()
     optimizer.zero_grad()
 

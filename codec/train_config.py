@@ -32,12 +32,16 @@ class LossWeights:
     """Relative STFT magnitude difference."""
     commitment: float = 0.25
     """Distance of the latent to its codebook entries."""
+    codebook: float = 0.0
+    """Distance of the entries to the latent, where codebooks learn by gradient."""
     adversarial: float = 0.0
     """Verdict of the discriminators."""
     feature: float = 0.0
     """Distance of the discriminators' features."""
     distill: float = 0.0
     """Distance of codebooks to what teachers say of the speech (`distill` names the teachers)."""
+    resynthesis: float = 0.0
+    """Distance that Whisper hears between the speech and what is made of its semantic codes."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -59,14 +63,24 @@ class LossConfig:
         MelScaleConfig(window=256, hop=64, num_mels=32),
     )
     """Resolutions of the mel loss."""
+    mel_form: Literal["speechtokenizer", "lmspt"] = "speechtokenizer"
+    """Natural logs of HTK mels, or log10 of squared Slaney mels whose frames are centred."""
     mel_l2_weight: float = 0.0
     """Weight of the squared log-mel difference beside the absolute one (the papers': 1)."""
+    mel_linear_weight: float = 0.0
+    """Weight of the absolute difference of the mels themselves beside their logs' (LM-SPT's: 1)."""
     magnitude_windows: tuple[int, ...] = (2048, 512, 128)
     """STFT windows of the relative magnitude loss; the hop is a quarter of each."""
     adversarial_form: Literal["least_squares", "hinge"] = "least_squares"
     """The released code's form is least squares, the papers' hinge."""
     normalize_features: bool = False
     """Divide each feature-matching term by the mean magnitude of the real features (the papers)."""
+    match_scores: bool = True
+    """Feature matching counts the last layers too, which are the scores (LM-SPT's: false)."""
+
+    def __post_init__(self) -> None:
+        one_of(("speechtokenizer", "lmspt"), losses__mel_form=self.mel_form)
+        at_least(0, losses__mel_linear_weight=self.mel_linear_weight)
 
     @property
     def needs_discriminators(self) -> bool:
@@ -76,7 +90,8 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DiscriminatorConfig:
-    """Period and scale discriminators of HiFi-GAN (arXiv 2010.05646), STFT ones of EnCodec."""
+    """Period and scale discriminators of HiFi-GAN (arXiv 2010.05646), STFT ones of EnCodec
+    (2210.13438), multi-band STFT ones of Descript's codec (2306.06546)."""
 
     periods: tuple[int, ...] = (2, 3, 5, 7, 11)
     """Samples per row of each multi-period discriminator; empty: none."""
@@ -86,8 +101,16 @@ class DiscriminatorConfig:
     """Windows of the multi-scale STFT discriminators; empty: none."""
     stft_filters: int = 32
     """Channels of the STFT discriminators."""
+    band_windows: tuple[int, ...] = ()
+    """Windows of the multi-band STFT discriminators, the hop a quarter of each; empty: none."""
+    normalize_input: bool = False
+    """They hear each wave without its mean and scaled to a peak of 0.8 (LM-SPT's)."""
     width_divisor: int = 1
-    """Divides the published channel counts of the period and scale discriminators (miniatures)."""
+    """Divides the published channel counts of all but the STFT discriminators (miniatures)."""
+
+    def __post_init__(self) -> None:
+        # Below that the lowest band, a tenth of the bins, would be empty.
+        at_least(32, discriminators__band_windows=self.band_windows)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,6 +213,33 @@ def _check_weights(name: str, teacher: SpeechTeacherConfig | TextTeacherConfig) 
     if teacher.weight <= 0:
         raise ValueError(f"distill.{name}.weight must be positive; without the teacher: no model")
     at_least(0, **{f"distill__{name}__cosine_weight": teacher.cosine_weight})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResynthesisConfig:
+    """LM-SPT's distillation: Whisper hears what is made of the semantic codes (2506.16738, 3.2)."""
+
+    model: str = ""
+    """Whisper by hub id or folder; empty: no resynthesis."""
+    layer: str = "last"
+    """Hidden states that are compared: mean of all, last, or one by its number."""
+    decoder: Literal["auxiliary", "main"] = "auxiliary"
+    """What speaks the semantic codes: the family lmspt's own decoder for that, or the codec's."""
+    stop_gradient: bool = False
+    """The decoder learns to speak the semantic codes; encoder and codebook learn nothing of it.
+    The auxiliary decoder then listens in on a codec that is trained as if it were not there."""
+    distance: Literal["mse", "l1"] = "mse"
+    """Between the features of original and resynthesis."""
+    mask: bool = True
+    """Frames of speech count alone; or all 1500 of 30 s, crops padded to that (released code)."""
+    per_item: bool = True
+    """The resynthesis' log-mels have floors of their own; or the batch's (released code)."""
+    half: bool = True
+    """Whisper computes in bfloat16 where the machine does so in hardware."""
+
+    def __post_init__(self) -> None:
+        one_of(("auxiliary", "main"), resynthesis__decoder=self.decoder)
+        one_of(("mse", "l1"), resynthesis__distance=self.distance)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

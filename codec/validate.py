@@ -11,6 +11,7 @@ from codec.data import Crops, load_cut
 from codec.distill import Student, StudentOutput, distill_losses
 from codec.losses import log_mel, mel_loss, wave_loss
 from codec.quantize import codebook_use, count_codes
+from codec.resynthesis import Resynthesis
 from codec.targets import Teachers
 from codec.train_config import CropConfig, LossConfig, MelScaleConfig
 
@@ -27,25 +28,28 @@ PLOT_SCALE = MelScaleConfig(window=1024, hop=256, num_mels=80)
 def validate(
     student: Student,
     teachers: Teachers | None,
+    resynthesis: Resynthesis | None,
     dev: Sequence["Cut"],
     accelerator: Any,
     crops: CropConfig,
     losses: LossConfig,
     step: int,
 ) -> dict[str, float]:
-    """Mel and wave distance, distillation losses and codebook use on the dev list, over all ranks.
+    """Distances, distillation losses and codebook use on the dev list, over all ranks.
 
     It calls the codec itself, not its DDP wrapper, and meets the others in one reduction, so no
     rank can wait for another in vain.
     """
     codec = student.eval().codec
-    size = codec.codebook_sizes[0]
+    sizes = codec.codebook_sizes
     names = ["mel", "wave"]
     if teachers is not None:
         names += [f"distill_{name}" for name in teachers.widths]
+    if resynthesis is not None:
+        names.append("resynthesis")
     # Of each name the sum and the number of recordings that count.
     sums = torch.zeros(len(names), 2, dtype=torch.float64)
-    counts = torch.zeros(codec.num_codebooks, size, dtype=torch.long, device=accelerator.device)
+    counts = torch.zeros(len(sizes), max(sizes), dtype=torch.long, device=accelerator.device)
     chosen = list(dev)[: crops.num_validation]
     for index in range(accelerator.process_index, len(chosen), accelerator.num_processes):
         try:
@@ -63,15 +67,19 @@ def validate(
             out,
             Crops(wave, torch.tensor([wave.shape[-1]]), (chosen[index].id,), (0.0,)),
             teachers,
+            resynthesis,
             losses,
             codec.sample_rate,
         )
-        counts += count_codes(out.quantized.codes, size)
+        counts += count_codes(out.quantized.codes, max(sizes))
         if index < NUM_SHOWN and accelerator.is_main_process:
             _show(accelerator, f"dev/{index}", wave, out.wave, codec.sample_rate, step)
+            if resynthesis is not None:
+                name = f"dev/{index}/resynthesis"
+                _sound(accelerator, name, out.resynthesis, resynthesis.sample_rate, step)
     student.train()
     sums, counts = accelerator.reduce((sums.to(accelerator.device), counts))
-    use = codebook_use(counts)
+    use = codebook_use(counts, sizes)
     means = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
     values = {"n": float(sums[0, 1]), **dict(zip(names, means, strict=True))}
     for index in range(codec.num_codebooks):
@@ -84,6 +92,7 @@ def _distances(
     out: StudentOutput,
     crop: Crops,
     teachers: Teachers | None,
+    resynthesis: Resynthesis | None,
     losses: LossConfig,
     sample_rate: int,
 ) -> Tensor:
@@ -96,17 +105,28 @@ def _distances(
         for name in teachers.widths:
             counts = float(targets[name].mask.sum() >= 2)
             rows.append([counts * float(told[f"distill_{name}"]), counts])
+    if resynthesis is not None:
+        assert out.resynthesis is not None
+        rows.append([float(resynthesis.listen(crop).distance(out.resynthesis)), 1.0])
     return torch.tensor(rows, dtype=torch.float64)
 
 
 def _show(accelerator, name: str, real: Tensor, fake: Tensor, sample_rate: int, step: int) -> None:
     """Sound and log-mel picture (original above, reconstruction below) for TensorBoard."""
-    writers = [tracker.writer for tracker in accelerator.trackers if tracker.name == "tensorboard"]
-    for writer in writers:
-        writer.add_audio(f"{name}/reconstruction", fake[0], step, sample_rate=sample_rate)
-        if step == 0:
-            writer.add_audio(f"{name}/original", real[0], step, sample_rate=sample_rate)
+    _sound(accelerator, f"{name}/reconstruction", fake, sample_rate, step)
+    if step == 0:
+        _sound(accelerator, f"{name}/original", real, sample_rate, step)
+    for writer in _writers(accelerator):
         pictures = [log_mel(wave, PLOT_SCALE, sample_rate)[0].flip(0) for wave in (real, fake)]
         picture = torch.cat(pictures)
         low, high = picture.min(), picture.max()
         writer.add_image(f"{name}/mel", ((picture - low) / (high - low)).unsqueeze(0), step)
+
+
+def _sound(accelerator, name: str, wave: Tensor, sample_rate: int, step: int) -> None:
+    for writer in _writers(accelerator):
+        writer.add_audio(name, wave[0], step, sample_rate=sample_rate)
+
+
+def _writers(accelerator) -> list[Any]:
+    return [tracker.writer for tracker in accelerator.trackers if tracker.name == "tensorboard"]

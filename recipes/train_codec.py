@@ -16,6 +16,7 @@ from codec.config import CodecConfig
 from codec.data import read_cuts
 from codec.discriminators import Discriminators
 from codec.distill import Student
+from codec.resynthesis import Resynthesis
 from codec.targets import Teachers
 from codec.train import Models, fit
 from codec.train_config import (
@@ -24,6 +25,7 @@ from codec.train_config import (
     DistillConfig,
     LossConfig,
     OptimConfig,
+    ResynthesisConfig,
 )
 from recipes.common import load_config, make_accelerator, run_program, start_run
 
@@ -53,6 +55,8 @@ class TrainCodecConfig:
     """Objectives."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     """Teachers, used where losses.weights.distill has a weight."""
+    resynthesis: ResynthesisConfig = field(default_factory=ResynthesisConfig)
+    """Distillation of what is made of the semantic codes (losses.weights.resynthesis)."""
     data: CropConfig = field(default_factory=CropConfig)
     """Crops and batches."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -64,12 +68,39 @@ class TrainCodecConfig:
                 "losses.weights.distill needs a teacher: name distill.speech.model or "
                 "distill.text.model, or set it to 0"
             )
+        if bool(self.losses.weights.resynthesis) != bool(self.resynthesis.model):
+            raise ValueError(
+                "resynthesis.model names the teacher of losses.weights.resynthesis: set both, or "
+                "none"
+            )
         if self.start_from and self.codec != CodecConfig():
             raise ValueError("start_from brings its own architecture: leave the keys of codec out")
 
 
+def check_codec(codec: CodecConfig, losses: LossConfig, resynthesis: ResynthesisConfig) -> None:
+    """Raise `ValueError` where this codec cannot be trained with these losses."""
+    if codec.quantizer.learning == "gradient" and not losses.weights.codebook:
+        raise ValueError(
+            "quantizer.learning gradient: nothing trains the entries but losses.weights.codebook; "
+            "give it a weight, or set learning to ema"
+        )
+    if resynthesis.model and resynthesis.decoder == "auxiliary":
+        if codec.family != "lmspt":
+            raise ValueError(
+                f"resynthesis.decoder auxiliary is for codec.family lmspt: {codec.family} has no "
+                "such decoder; set it to main"
+            )
+        if codec.lmspt.auxiliary.kind == "none":
+            raise ValueError(
+                "resynthesis.decoder auxiliary needs one: set codec.lmspt.auxiliary.kind to conv "
+                "or spectral, or resynthesis.decoder to main"
+            )
+
+
 def main(argv: list[str]) -> None:
     config = load_config(TrainCodecConfig, argv, "Train a speech codec.")
+    if not config.start_from:
+        check_codec(config.codec, config.losses, config.resynthesis)
     accelerator = make_accelerator(
         Path(config.out),
         gradient_accumulation_steps=config.optim.accumulate,
@@ -79,23 +110,44 @@ def main(argv: list[str]) -> None:
     train, dev = read_cuts(config.train), read_cuts(config.dev)
     run = start_run(config, config.out, seed=config.seed, accelerator=accelerator)
     codec = Codec.from_pretrained(config.start_from) if config.start_from else Codec(config.codec)
+    if config.start_from:
+        check_codec(codec.config, config.losses, config.resynthesis)
     adversarial = config.losses.needs_discriminators
     discriminators = Discriminators(config.discriminators) if adversarial else None
     teachers = None
     if config.losses.weights.distill:
         teachers = Teachers(config.distill, codec.config, accelerator.device)
         train, dev = teachers.known(list(train)), teachers.known(list(dev))
+    resynthesis = None
+    if config.resynthesis.model:
+        resynthesis = Resynthesis(config.resynthesis, codec.config, accelerator.device)
     # Last, so that one seed gives the codec the same initial weights with any teacher and none.
-    student = Student(codec, config.distill, teachers.widths if teachers else None)
+    student = Student(
+        codec, config.distill, teachers.widths if teachers else None,
+        config.resynthesis if resynthesis else None,
+    )  # fmt: skip
     logger.info(
-        "%.1f M parameters, %g Hz, %d codebooks of %d; %d cuts to train on, %d to validate on",
-        sum(each.numel() for each in codec.parameters()) / 1e6, codec.frame_rate,
-        codec.num_codebooks, codec.codebook_sizes[0], len(train), len(dev),
+        "%s; %g Hz, %s; %d cuts to train on, %d to validate on",
+        _sizes(codec), codec.frame_rate, _books(codec), len(train), len(dev),
     )  # fmt: skip
     fit(
-        Models(student, discriminators, teachers), list(train), list(dev), run,
+        Models(student, discriminators, teachers, resynthesis), list(train), list(dev), run,
         crops=config.data, losses=config.losses, optim=config.optim,
     )  # fmt: skip
+
+
+def _sizes(codec: Codec) -> str:
+    """Millions of parameters, in all and of each part."""
+    parts = {name: part.parameters() for name, part in codec.named_children()}
+    millions = {name: sum(each.numel() for each in part) / 1e6 for name, part in parts.items()}
+    each = ", ".join(f"{name} {size:.1f}" for name, size in millions.items())
+    return f"{sum(millions.values()):.1f} M parameters ({each})"
+
+
+def _books(codec: Codec) -> str:
+    sizes = codec.codebook_sizes
+    each = sizes[:1] if len(set(sizes)) == 1 else sizes
+    return f"{len(sizes)} codebooks of {', '.join(map(str, each))}"
 
 
 if __name__ == "__main__":
