@@ -254,13 +254,14 @@ def mel_filterbank(
 
 
 def magnitude_spectrogram(
-    wave: Float[Tensor, "B S"], *, window: int, hop: int
+    wave: Float[Tensor, "B S"], *, window: int, hop: int, centered: bool = False
 ) -> Float[Tensor, "B F T"]:
     """Magnitudes of a Hann-windowed STFT, frame j centred on sample (j + 1/2) hop.
 
-    Reflect-padded by (window - hop) / 2 on both sides, as HiFi-GAN and SpeechTokenizer do.
+    Reflect-padded by (window - hop) / 2 on both sides, as HiFi-GAN and SpeechTokenizer do; by
+    window / 2 with `centered`, as LM-SPT does: frame j is then centred on sample j hop.
     """
-    pad = (window - hop) // 2
+    pad = window // 2 if centered else (window - hop) // 2
     padded = torch.nn.functional.pad(wave.unsqueeze(1), (pad, pad), mode="reflect").squeeze(1)
     spectrum = torch.stft(
         padded, window, hop, window=torch.hann_window(window, device=wave.device),

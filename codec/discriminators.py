@@ -1,5 +1,7 @@
-"""Multi-period and multi-scale (arXiv 2010.05646) and STFT discriminators (2210.13438)."""
+"""Multi-period and multi-scale (arXiv 2010.05646), STFT (2210.13438) and multi-band STFT
+discriminators (2306.06546)."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,11 @@ SCALE_LAYERS = (
     (1024, 5, 1, 1),
 )
 STFT_DILATIONS = (1, 2, 4)
+BAND_WIDTH = 64
+# Where the bands of a multi-band discriminator meet, as shares of the spectrum.
+BAND_EDGES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+# (kernel, stride) along frequency of each layer of a band.
+BAND_LAYERS = ((9, 1), (9, 2), (9, 2), (9, 2), (3, 1))
 
 
 class Verdict(NamedTuple):
@@ -31,6 +38,7 @@ class Verdict(NamedTuple):
 
     score: Tensor
     features: list[Tensor]
+    """What each layer says, the score last."""
 
 
 class Discriminators(nn.Module):
@@ -39,6 +47,7 @@ class Discriminators(nn.Module):
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()
         divisor = config.width_divisor
+        self.normalize_input = config.normalize_input
         self.scale_discriminators = nn.ModuleList(
             ScaleDiscriminator(divisor, norm=spectral_norm if index == 0 else weight_norm)
             for index in range(config.num_scales)
@@ -47,15 +56,20 @@ class Discriminators(nn.Module):
             [
                 *(PeriodDiscriminator(period, divisor) for period in config.periods),
                 *(STFTDiscriminator(window, config.stft_filters) for window in config.stft_windows),
+                *(BandDiscriminator(window, divisor) for window in config.band_windows),
             ]
         )
         if not len(self.scale_discriminators) + len(self.others):
             raise ValueError(
-                "discriminators: periods, num_scales and stft_windows leave none; set one of them, "
-                "or give the losses adversarial and feature no weight"
+                "discriminators: periods, num_scales, stft_windows and band_windows leave none; "
+                "set one of them, or give the losses adversarial and feature no weight"
             )
 
     def forward(self, wave: Float[Tensor, "B 1 S"]) -> list[Verdict]:
+        if self.normalize_input:
+            wave = wave.float()
+            wave = wave - wave.mean(-1, keepdim=True)
+            wave = 0.8 * wave / (wave.abs().amax(-1, keepdim=True) + 1e-9)
         verdicts = [discriminator(wave) for discriminator in self.others]
         for index, discriminator in enumerate(self.scale_discriminators):
             if index > 0:
@@ -65,7 +79,11 @@ class Discriminators(nn.Module):
 
 
 class PeriodDiscriminator(nn.Module):
-    """2-D convolutions over the wave folded into rows of `period` samples."""
+    """2-D convolutions over the wave folded into rows of `period` samples.
+
+    The last row is filled by reflection. LM-SPT's released code adds a whole row where none is
+    missing; this one does not.
+    """
 
     def __init__(self, period: int, width_divisor: int = 1) -> None:
         super().__init__()
@@ -118,7 +136,6 @@ class STFTDiscriminator(nn.Module):
 
     def __init__(self, window: int, filters: int) -> None:
         super().__init__()
-        self.window_size = window
         self.register_buffer("window", torch.hann_window(window), persistent=False)
         layers = [nn.Conv2d(2, filters, (3, 9), padding=(1, 4))]
         for dilation in STFT_DILATIONS:
@@ -137,24 +154,81 @@ class STFTDiscriminator(nn.Module):
         self.conv_out = weight_norm(nn.Conv2d(filters, 1, (3, 3), padding=1))
 
     def forward(self, wave: Float[Tensor, "B 1 S"]) -> Verdict:
-        with torch.autocast(wave.device.type, enabled=False):
-            spectrum = torch.stft(
-                wave.squeeze(1).float(),
-                self.window_size,
-                self.window_size // 4,
-                window=self.get_buffer("window"),
-                normalized=True,
-                center=False,
-                return_complex=True,
-            )
-        x = rearrange(torch.view_as_real(spectrum), "b f t c -> b c t f")
+        x = _complex_spectrum(wave, self.get_buffer("window"), normalized=True)
         return _run_convs(self.convs, self.conv_out, x)
 
 
-def _run_convs(convs: nn.ModuleList, conv_out: nn.Module, x: Tensor) -> Verdict:
+class BandDiscriminator(nn.Module):
+    """2-D convolutions over the complex STFT, for each of five bands of frequencies its own.
+
+    One score over all bands; S samples make ceil(S / hop) frames.
+    """
+
+    def __init__(self, window: int, width_divisor: int = 1) -> None:
+        super().__init__()
+        width, num_bins = max(BAND_WIDTH // width_divisor, 4), window // 2 + 1
+        self.hop = window // 4
+        self.register_buffer("window", torch.hann_window(window), persistent=False)
+        edges = [int(share * num_bins) for share in BAND_EDGES]
+        self.bands = list(pairwise(edges))
+        self.band_convs = nn.ModuleList(
+            nn.ModuleList(
+                weight_norm(
+                    nn.Conv2d(
+                        2 if index == 0 else width,
+                        width,
+                        (3, kernel),
+                        stride=(1, stride),
+                        padding=(1, kernel // 2),
+                    )
+                )
+                for index, (kernel, stride) in enumerate(BAND_LAYERS)
+            )
+            for _ in self.bands
+        )
+        self.conv_out = weight_norm(nn.Conv2d(width, 1, (3, 3), padding=1))
+
+    def forward(self, wave: Float[Tensor, "B 1 S"]) -> Verdict:
+        window = self.get_buffer("window")
+        aside = (len(window) - self.hop) // 2
+        padded = functional.pad(wave, (aside, aside + -wave.shape[-1] % self.hop), mode="reflect")
+        x = _complex_spectrum(padded, window, normalized=False)
+        features, ends = [], []
+        for (low, high), convs in zip(self.bands, self.band_convs, strict=True):
+            assert isinstance(convs, nn.ModuleList)
+            layers = _run_layers(convs, x[..., low:high])
+            features += layers
+            ends.append(layers[-1])
+        score = self.conv_out(torch.cat(ends, dim=-1))
+        return Verdict(score.float(), [*features, score])
+
+
+def _complex_spectrum(
+    wave: Float[Tensor, "B 1 S"], window: Float[Tensor, " W"], *, normalized: bool
+) -> Float[Tensor, "B 2 T F"]:
+    """Real and imaginary parts at a hop of a quarter window; float32 under autocast, too."""
+    with torch.autocast(wave.device.type, enabled=False):
+        spectrum = torch.stft(
+            wave.squeeze(1).float(),
+            len(window),
+            len(window) // 4,
+            window=window,
+            normalized=normalized,
+            center=False,
+            return_complex=True,
+        )
+    return rearrange(torch.view_as_real(spectrum), "b f t c -> b c t f")
+
+
+def _run_layers(convs: nn.ModuleList, x: Tensor) -> list[Tensor]:
     features = []
     for conv in convs:
         x = functional.leaky_relu(conv(x), SLOPE)
         features.append(x)
-    score = conv_out(x)
+    return features
+
+
+def _run_convs(convs: nn.ModuleList, conv_out: nn.Module, x: Tensor) -> Verdict:
+    features = _run_layers(convs, x)
+    score = conv_out(features[-1])
     return Verdict(score.float(), [*features, score])
