@@ -7,7 +7,10 @@ Q codebooks, K codebook entries, L token positions, V vocabulary, H heads.
 
 from codec.audio import read_audio, write_audio
 from codec.config import CodecConfig
+from codec.contract import Codes, SpeechCodec
 from codec.loading import load_codec
-from codec.model import Codec, Codes
+from codec.model import Codec
 
-__all__ = ["Codec", "CodecConfig", "Codes", "load_codec", "read_audio", "write_audio"]
+__all__ = [
+    "Codec", "CodecConfig", "Codes", "SpeechCodec", "load_codec", "read_audio", "write_audio",
+]  # fmt: skip

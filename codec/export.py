@@ -17,7 +17,7 @@ import torch
 
 from codec.audio import stream_audio
 from codec.data import _single_file, load_cut
-from codec.model import Codec
+from codec.contract import SpeechCodec
 from codec.tokens import (
     CodecStamp,
     DamagedShard,
@@ -58,7 +58,7 @@ class Summary(NamedTuple):
 
 def export(
     cuts: Sequence["Cut"],
-    codec: Codec,
+    codec: SpeechCodec,
     folder: str | Path,
     *,
     share: tuple[int, int] = (0, 1),
@@ -160,7 +160,7 @@ def _is_done(path: Path, stamp: CodecStamp, digest: str, retry_skipped: bool) ->
 
 
 def _encode_part(
-    cuts: Sequence["Cut"], codec: Codec, batch_seconds: float
+    cuts: Sequence["Cut"], codec: SpeechCodec, batch_seconds: float
 ) -> tuple[list[TokenRow], list[Skipped]]:
     rows: dict[str, TokenRow] = {}
     skipped: list[Skipped] = []
@@ -191,7 +191,7 @@ def _encode_part(
     return [rows[cut.id] for cut in cuts if cut.id in rows], skipped
 
 
-def encode_recording(path: str | Path, codec: Codec) -> Encoded:
+def encode_recording(path: str | Path, codec: SpeechCodec) -> Encoded:
     """Codes of one recording of any length, in bounded memory. ValueError: it cannot be read."""
     samples = 0
 
@@ -246,7 +246,7 @@ def loaded(
             yield list(zip(ready, waves, strict=True))
 
 
-def _encode(waves: Sequence[np.ndarray], codec: Codec) -> list[np.ndarray]:
+def _encode(waves: Sequence[np.ndarray], codec: SpeechCodec) -> list[np.ndarray]:
     """Each wave's codes (Q, T), from one padded batch."""
     lengths = torch.tensor([len(wave) for wave in waves])
     padded = torch.zeros(len(waves), 1, int(lengths.max()))
