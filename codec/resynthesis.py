@@ -79,7 +79,7 @@ class Resynthesis:
             return teacher(functional.pad(wave, (0, max(0, whole - size))))
 
 
-@dataclass(frozen=True, kw_only=False, slots=True)
+@dataclass(frozen=True, slots=True)
 class Original:
     """A batch as Whisper heard it."""
 

@@ -27,7 +27,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def quantized(codes: list[list[int]]) -> Quantized:
     nothing = torch.zeros(1, 8, len(codes[0]))
-    return Quantized(nothing, (nothing, nothing), torch.tensor([codes]), torch.tensor(0.0))
+    zeros = torch.zeros(2)
+    return Quantized(nothing, (nothing, nothing), torch.tensor([codes]), zeros, zeros)
 
 
 def test_a_stopwatch_sums_what_it_is_held_over(clock: list[float]) -> None:
@@ -45,7 +46,7 @@ def test_means_of_a_window(clock: list[float]) -> None:
         num_mels=20, encoder_width=8, encoder_depths=(1, 1, 1), dimension=8, decoder_width=8,
         decoder_depths=(1, 1, 1),
     )  # fmt: skip
-    quantizer = QuantizerConfig(num_codebooks=2, codebook_size=4)
+    quantizer = QuantizerConfig(num_codebooks=2, codebook_sizes=(4, 8))
     window = Window(Codec(CodecConfig(spectral=networks, quantizer=quantizer)))
     for loss in (1.0, 3.0):
         with window.steps:
@@ -58,11 +59,11 @@ def test_means_of_a_window(clock: list[float]) -> None:
     assert values["mel"] == 2.0
     assert values["teacher_share"] == 0.25
     assert values["audio_seconds_per_second"] == 2 * 6.0 / 40.0
-    assert values["use"] == pytest.approx((2 / 4 + 1 / 4) / 2)
+    assert values["use"] == pytest.approx((2 / 4 + 1 / 8) / 2)
     assert values["perplexity"] == pytest.approx((2 + 1) / 2)
     with window.steps:
         clock[0] += 1.0
     window.add(quantized([[3, 3], [3, 3]]), {"mel": torch.tensor(7.0)})
     values = window.means(Alone(), audio_seconds=6.0)
-    assert (values["mel"], values["use"]) == (7.0, 0.25)
+    assert (values["mel"], values["use"]) == (7.0, (1 / 4 + 1 / 8) / 2)
     assert "teacher_share" not in values

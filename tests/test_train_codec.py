@@ -18,10 +18,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_speech_teachers import save
 
 from codec import Codec, CodecConfig
+from codec.codebooks import Codebook
 from codec.config import QuantizerConfig, SpectralConfig
 from codec.discriminators import Discriminators
 from codec.distill import Student, Target
-from codec.quantize import Codebook
 from codec.train import Lesson, discriminator_step, generator_step, learning_rate, save_whole
 from codec.train_config import (
     DiscriminatorConfig,
@@ -161,8 +161,7 @@ def _train_book_on_clusters(rank: int, world: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     centres = 10 * torch.randn(4, 8, generator=generator)
     # A decay at which entries that a batch does not use are dead at the next but one.
-    settings = QuantizerConfig(codebook_size=64, decay=0.3)
-    book = Codebook(8, settings, seed=1).train()
+    book = Codebook(8, 64, QuantizerConfig(decay=0.3), seed=1).train()
     drawn = []
     draw = book._draw
     book._draw = lambda vectors: drawn.append(1) or draw(vectors)
@@ -205,22 +204,25 @@ def test_two_ranks_hold_the_codebooks_of_one_process_on_the_joined_batch(wave, t
 
 @pytest.fixture
 def recipe(write_wav, tmp_path) -> list[str]:
-    """The command line for a miniature with discriminators, accumulation and a teacher."""
+    """The command line for a miniature with discriminators, accumulation, a teacher, and a Whisper
+    that hears what is made of the semantic codes."""
     cuts = [
         Recording.from_file(write_wav(tmp_path / f"{seed}.wav", 1.5, seed=seed)).to_cut()
         for seed in range(5)
     ]
     CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
-    teacher = save(tmp_path / "hubert", "hubert")
+    teacher, whisper = (save(tmp_path / kind, kind) for kind in ("hubert", "whisper"))
     settings = {
         "train": tmp_path / "cuts.jsonl.gz", "dev": tmp_path / "cuts.jsonl.gz",
+        "codec.family": "lmspt", "codec.lmspt.dimension": 8, "codec.lmspt.auxiliary.width": 8,
         "codec.spectral.num_mels": 20, "codec.spectral.encoder_width": 16,
-        "codec.spectral.encoder_depths": "[1,1,1]", "codec.spectral.dimension": 8,
+        "codec.spectral.encoder_depths": "[1,1,1]",
         "codec.spectral.decoder_width": 16, "codec.spectral.decoder_depths": "[1,1,1]",
-        "codec.quantizer.num_codebooks": 2, "codec.quantizer.codebook_size": 16,
+        "codec.quantizer.num_codebooks": 2, "codec.quantizer.codebook_sizes": "[16,8]",
         "codec.quantizer.dropout": 0.5,
         "losses.weights.adversarial": 1, "losses.weights.feature": 1,
         "losses.weights.distill": 1, "distill.speech.model": teacher,
+        "losses.weights.resynthesis": 1, "resynthesis.model": whisper,
         "discriminators.periods": "[2]", "discriminators.num_scales": 1,
         "discriminators.stft_windows": "[128]", "discriminators.stft_filters": 4,
         "discriminators.width_divisor": 64,
@@ -294,9 +296,10 @@ def test_bad_recordings_are_listed_at_the_end_over_loader_processes(recipe, tmp_
     assert "3.wav: the file is empty" in lines[0]
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"audio": 0})
     tags = events.Reload().Tags()
-    assert {"dev/0/original", "dev/0/reconstruction"} <= set(tags["audio"])
+    heard = {f"dev/0/{name}" for name in ("original", "reconstruction", "resynthesis")}
+    assert heard <= set(tags["audio"])
     assert "dev/0/mel" in tags["images"]
-    assert "train/perplexity" in tags["scalars"]
+    assert {"train/perplexity", "train/resynthesis", "dev/resynthesis"} <= set(tags["scalars"])
 
 
 def test_a_diverged_run_keeps_its_last_good_checkpoint(recipe, tmp_path) -> None:

@@ -1,0 +1,276 @@
+"""Speech made of semantic codes alone, as a frozen Whisper hears it."""
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import voiced
+from lhotse import Recording
+from test_speech_teachers import save
+
+from codec import Codec, CodecConfig
+from codec.config import QuantizerConfig, SpectralConfig
+from codec.data import Crops
+from codec.distill import Student
+from codec.lmspt_config import AuxiliaryConfig, LMSPTConfig
+from codec.meters import Window
+from codec.resynthesis import Resynthesis
+from codec.train import Models, _Loop, _train_step
+from codec.train_config import (
+    CropConfig,
+    LossConfig,
+    LossWeights,
+    MelScaleConfig,
+    OptimConfig,
+    ResynthesisConfig,
+)
+from codec.validate import validate
+
+TINY = CodecConfig(
+    family="lmspt",
+    spectral=SpectralConfig(
+        num_mels=20, encoder_width=8, encoder_depths=(1, 1, 1), decoder_width=8,
+        decoder_depths=(1, 1, 1),
+    ),
+    lmspt=LMSPTConfig(dimension=8, auxiliary=AuxiliaryConfig(width=8)),
+    quantizer=QuantizerConfig(num_codebooks=3, codebook_sizes=(16, 8, 4), decay=0.8),
+)  # fmt: skip
+LOSSES = LossConfig(
+    weights=LossWeights(resynthesis=1.0),
+    mel_scales=(MelScaleConfig(window=512, hop=128, num_mels=40),),
+)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> ResynthesisConfig:
+    model = save(tmp_path_factory.mktemp("models") / "whisper", "whisper")
+    return ResynthesisConfig(model=model, half=False)
+
+
+def crops(*seconds: float, rate: int = 16_000, seed: int = 0) -> Crops:
+    """A batch as data makes it: zeros beyond the lengths."""
+    lengths = torch.tensor([round(each * rate) for each in seconds])
+    wave = torch.zeros(len(seconds), 1, int(lengths.max()))
+    for row, each in enumerate(seconds):
+        wave[row, 0, : lengths[row]] = torch.from_numpy(voiced(each, rate, seed + row))
+    ids = tuple(str(row) for row in range(len(seconds)))
+    return Crops(wave, lengths, ids, (0.0,) * len(seconds))
+
+
+def student(config: ResynthesisConfig, codec: CodecConfig = TINY) -> Student:
+    torch.manual_seed(0)
+    return Student(Codec(codec), resynthesis=config).train()
+
+
+def taught(module: torch.nn.Module) -> bool:
+    """Whether all of its parameters have a gradient; fails where only some have."""
+    reached = {each.grad is not None and bool(each.grad.any()) for each in module.parameters()}
+    assert len(reached) == 1
+    return reached.pop()
+
+
+@pytest.mark.parametrize("distance", ["mse", "l1"])
+@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("rate", [16_000, 24_000])
+def test_the_original_itself_is_at_no_distance(config, distance, mask, rate) -> None:
+    """Through another rate as well: 24 kHz has frames of 1.5 samples to Whisper's one."""
+    batch = crops(0.5, 0.3, rate=rate)
+    settings = replace(config, distance=distance, mask=mask, decoder="main")
+    codec = replace(TINY, family="spectral", sample_rate=rate)
+    original = Resynthesis(settings, codec, "cpu").listen(batch)
+    assert float(original.distance(batch.wave)) < 1e-9
+    assert original.features.lengths.tolist() == ([25, 15] if mask else [1500, 1500])
+    other = crops(0.5, 0.3, rate=rate, seed=7).wave
+    assert float(original.distance(other)) > 1e-3
+
+
+def test_the_gradient_reaches_what_makes_the_semantic_codes_and_what_speaks_them(config) -> None:
+    batch, made = crops(0.5, 0.4), student(config)
+    listener, codec = Resynthesis(config, TINY, "cpu"), made.codec
+    listener.listen(batch).distance(made(batch.wave).resynthesis).backward()
+    assert taught(codec.encoder.semantic)
+    assert taught(codec.auxiliary)
+    assert not taught(codec.encoder.acoustic)
+    assert not taught(codec.decoder)
+    assert all(each.grad is None for each in listener.teacher.parameters())
+
+
+def test_entries_that_learn_by_gradient_learn_from_it(config) -> None:
+    quantizer = replace(TINY.quantizer, learning="gradient", codebook_dimension=2)
+    batch, made = crops(0.5, 0.4), student(config, replace(TINY, quantizer=quantizer))
+    original = Resynthesis(config, TINY, "cpu").listen(batch)
+    original.distance(made(batch.wave).resynthesis).backward()
+    (book,) = made.codec.quantizer.semantic.codebooks
+    assert taught(book.project_in)
+    assert taught(book.project_out)
+    assert all(not taught(each) for each in made.codec.quantizer.acoustic.codebooks)
+
+
+def test_without_gradient_only_the_decoder_learns(config) -> None:
+    settings = replace(config, stop_gradient=True)
+    batch, made = crops(0.5, 0.4), student(settings)
+    original = Resynthesis(settings, TINY, "cpu").listen(batch)
+    original.distance(made(batch.wave).resynthesis).backward()
+    assert taught(made.codec.auxiliary)
+    assert not taught(made.codec.encoder)
+
+
+def test_the_codecs_own_decoder_may_speak(config) -> None:
+    settings = replace(config, decoder="main")
+    networks = replace(TINY, family="spectral", spectral=replace(TINY.spectral, dimension=8))
+    for codec in (TINY, networks):
+        batch, made = crops(0.5, 0.4), student(settings, codec)
+        original = Resynthesis(settings, codec, "cpu").listen(batch)
+        original.distance(made(batch.wave).resynthesis).backward()
+        assert taught(made.codec.decoder)
+    with pytest.raises(ValueError, match="no auxiliary decoder"):
+        student(config, networks)
+
+
+def test_an_auxiliary_decoder_that_nothing_asks_to_speak_does_not_train(config) -> None:
+    for settings in (None, replace(config, decoder="main")):
+        idle = Student(Codec(TINY), resynthesis=settings).codec.auxiliary
+        assert not any(each.requires_grad for each in idle.parameters())
+
+
+@pytest.mark.parametrize("rate", [16_000, 8_000])
+def test_what_lies_beyond_an_items_end_changes_nothing(config, rate) -> None:
+    """Of the speech, at its own rate; and an item has the distance that it has alone."""
+    speaks = replace(
+        TINY.lmspt, auxiliary=AuxiliaryConfig(width=8, sample_rate=rate, hop=rate // 100)
+    )
+    listener = Resynthesis(config, replace(TINY, lmspt=speaks), "cpu")
+    batch, speech = crops(0.5, 0.31), crops(0.52, 0.52, rate=rate, seed=5).wave
+    loss = listener.listen(batch).distance(speech)
+    end = round(0.31 * rate)
+    wild, noise = speech.clone(), batch.wave.clone()
+    wild[1, :, end:] = 3.0
+    noise[1, :, round(0.31 * 16_000) :] = 3.0
+    assert torch.equal(listener.listen(batch).distance(wild), loss)
+    assert torch.equal(listener.listen(batch._replace(wave=noise)).distance(speech), loss)
+    alone = [
+        listener.listen(crops(seconds, seed=row)).distance(speech[row : row + 1])
+        for row, seconds in enumerate((0.5, 0.31))
+    ]
+    # So gradients averaged over ranks are those of the joined batch, whatever its crops' lengths.
+    torch.testing.assert_close(loss, torch.stack(alone).mean(), rtol=1e-4, atol=1e-6)
+    wild[1, :, end - 400 : end] = 0.0
+    assert not torch.equal(listener.listen(batch).distance(wild), loss)
+
+
+def test_padding_dilutes_the_loss_as_released(config) -> None:
+    """50 frames of speech among 1500; the others differ little, but attend to those that do."""
+    batch, speech = crops(1.0, 1.0), crops(1.0, 1.0, seed=5).wave
+    masked, whole = (
+        float(Resynthesis(settings, TINY, "cpu").listen(batch).distance(speech))
+        for settings in (config, replace(config, mask=False))
+    )
+    assert 0.8 * 50 / 1500 < whole / masked < 2 * 50 / 1500
+
+
+def test_only_the_released_floor_couples_the_items(config) -> None:
+    """A loud neighbour raises the floor of the student's log-mel, and hides what is quiet."""
+    batch, speech = crops(0.5, 0.5), crops(0.5, 0.5, seed=5).wave
+    loud = speech * torch.tensor([1.0, 1e4])[:, None, None]
+    for per_item in (True, False):
+        listener = Resynthesis(replace(config, per_item=per_item), TINY, "cpu")
+        original = listener.listen(batch)
+        first = [_of_first(original, each) for each in (speech, loud)]
+        assert torch.equal(*first) == per_item
+    # What the original is compared with keeps floors of its own, as released.
+    both = listener.listen(batch).features.values[0]
+    alone = listener.listen(crops(0.5)).features.values[0]
+    torch.testing.assert_close(both, alone, rtol=1e-4, atol=1e-5)
+
+
+def _of_first(original, speech: torch.Tensor) -> torch.Tensor:
+    """What the student's ear makes of the first item of a batch."""
+    ear = original.listener
+    return ear._hear(
+        ear.student_teacher, speech, 16_000, original.lengths, original.samples
+    ).values[0]  # fmt: skip
+
+
+def test_a_teacher_that_is_no_whisper_is_refused(tmp_path: Path) -> None:
+    other = save(tmp_path, "hubert")
+    with pytest.raises(ValueError, match=r"resynthesis\.model: .* is no Whisper"):
+        Resynthesis(ResynthesisConfig(model=other), TINY, "cpu")
+
+
+class Alone:
+    """As much of an accelerator as one process needs."""
+
+    device, sync_gradients = torch.device("cpu"), True
+    process_index, num_processes, is_main_process, trackers = 0, 1, True, ()
+
+    def accumulate(self, *models):
+        return contextlib.nullcontext()
+
+    def autocast(self):
+        return contextlib.nullcontext()
+
+    def unwrap_model(self, model):
+        return model
+
+    def backward(self, loss) -> None:
+        loss.backward()
+
+    def clip_grad_norm_(self, parameters, norm) -> None:
+        torch.nn.utils.clip_grad_norm_(parameters, norm)
+
+    def reduce(self, values):
+        return values
+
+
+def trained(config: ResynthesisConfig | None, clip_norm: float) -> tuple[Models, Window]:
+    """Three steps on the same batches."""
+    made = Student(Codec(TINY), resynthesis=config) if config is None else student(config)
+    torch.manual_seed(0)
+    made.codec.load_state_dict(Codec(TINY).state_dict())
+    listener = None if config is None else Resynthesis(config, TINY, "cpu")
+    models, window = Models(made.train(), resynthesis=listener), Window(made.codec)
+    optimizer = torch.optim.AdamW([each for each in made.parameters() if each.requires_grad], 1e-3)
+    optim = OptimConfig(clip_norm=clip_norm)
+    losses = LOSSES if config else replace(LOSSES, weights=LossWeights())
+    loop = _Loop(models, [optimizer], Alone(), losses, optim, window)
+    for step in range(3):
+        with window.steps:
+            _train_step(loop, crops(0.5, 0.5, seed=10 * step), adversarial=False)
+    return models, window
+
+
+def test_without_gradient_the_codec_is_a_plain_one_to_the_bit(config) -> None:
+    """Gradients are clipped here, and the auxiliary decoder's do not count for the codec's."""
+    plain, _ = trained(None, 0.1)
+    control, _ = trained(replace(config, stop_gradient=True), 0.1)
+    taught_one, _ = trained(config, 0.1)
+    same, other = [], []
+    weights = taught_one.student.codec.state_dict()
+    for name, each in plain.student.codec.state_dict().items():
+        found = control.student.codec.state_dict()[name]
+        if name.startswith("auxiliary."):
+            other.append(torch.equal(each, found))
+        else:
+            assert torch.equal(each, found), name
+            same.append(torch.equal(each, weights[name]))
+    assert not all(other)
+    assert not all(same)
+
+
+def test_a_run_logs_the_distance_and_what_the_teacher_costs(config, write_wav, tmp_path) -> None:
+    models, window = trained(config, 1.0)
+    values = window.means(Alone(), audio_seconds=1.0)
+    assert values["resynthesis"] > 0
+    assert 0 < values["teacher_share"] < 1
+    cuts = [
+        Recording.from_file(write_wav(tmp_path / f"{seed}.wav", 0.7, seed=seed)).to_cut()
+        for seed in range(2)
+    ]
+    told = validate(
+        models.student, None, models.resynthesis, cuts, Alone(), CropConfig(), LOSSES, 0
+    )
+    assert told["dev/n"] == 2
+    assert told["dev/resynthesis"] > 0
+    assert 0 < told["dev/use_3"] <= 1
