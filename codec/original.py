@@ -5,7 +5,7 @@ SpeechTokenizer (arXiv 2308.16692, github.com/ZhangXInFD/SpeechTokenizer); DM-Co
 back from us as they were; what ours lose on the way there, `to_original` says.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -32,9 +32,8 @@ QUANTIZER_KEYS = {"n_q": "num_codebooks", "codebook_size": "codebook_size"}
 # What the original makes of keys that are not there; without any other it cannot be built.
 DEFAULTS = {"bidirectional": False, "lstm_layers": 0}
 ACTIVATIONS = {"ELU": "elu", "Snake": "snake"}
-# The smallest and largest number of a key, and of all others.
+# The smallest and largest number of a key.
 LIMITS = {"lstm_layers": (0, 1000), "codebook_size": (2, 65_536)}
-OTHER_LIMITS = (1, 2**31 - 1)
 
 # Our name of a tensor inside its module: theirs. Weight norm's are PyTorch's new and old ones.
 WEIGHT_NORM = {
@@ -63,15 +62,40 @@ def from_original(original: Original) -> Codec:
 
 def filled_codec(config: CodecConfig, state: Mapping[str, Tensor]) -> Codec:
     """A codec of `config` with the original's tensors. Raises `ValueError` as `from_original`."""
-    old_names = {renamed(name, WEIGHT_NORM): name for name in state}
-    found = {name: state[given] for name, given in old_names.items()}
-    outline = _outline(config, len(found))
+    counts = {
+        "n_q": config.quantizer.num_codebooks,
+        "strides": len(config.seanet.strides),
+        "n_residual_layers": config.seanet.num_residual_layers,
+        "lstm_layers": config.seanet.num_lstm_layers,
+    }
+    outline = outlined(config, counts, len(state))
     names, ours = tensor_names(outline), outline.state_dict()
     flags = {theirs for name, theirs in names.items() if _is_flag(name)}
     shapes = {
         theirs: (1,) if theirs in flags else tuple(ours[name].shape)
         for name, theirs in names.items()
     }
+    found = fitting(state, shapes, flags)
+    codec = Codec(config)
+    ours = codec.state_dict()
+    for name, theirs in names.items():
+        tensor = found[theirs]
+        ours[name].copy_((tensor > 0).squeeze() if theirs in flags else tensor)
+    return codec.eval()
+
+
+def fitting(
+    state: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    flags: Set[str] = frozenset(),
+) -> dict[str, Tensor]:
+    """Tensors by their old names of weight norm, of just these names and shapes.
+
+    Raises `ValueError` that names the missing, unknown, misshapen and unusable ones. Those of
+    `flags` need be no floating-point numbers.
+    """
+    old_names = {renamed(name, WEIGHT_NORM): name for name in state}
+    found = {name: state[given] for name, given in old_names.items()}
     unusable = [
         name
         for name in shapes.keys() & found.keys()
@@ -97,24 +121,17 @@ def filled_codec(config: CodecConfig, state: Mapping[str, Tensor]) -> Codec:
             and not bool(found[name].float().isfinite().all())
         ],
     }
-    if said := [f"{what}: {_some(which)}" for what, which in problems.items() if which]:
+    if said := [f"{what}: {some(which)}" for what, which in problems.items() if which]:
         raise ValueError(f"does not fit its configuration: tensors {'; '.join(said)}")
-    codec = Codec(config)
-    ours = codec.state_dict()
-    for name, theirs in names.items():
-        tensor = found[theirs]
-        ours[name].copy_((tensor > 0).squeeze() if theirs in flags else tensor)
-    return codec.eval()
+    return found
 
 
-def _outline(config: CodecConfig, num_tensors: int) -> Codec:
-    """The codec without storage: a configuration alone must not take all memory or time."""
-    counts = {
-        "n_q": config.quantizer.num_codebooks,
-        "strides": len(config.seanet.strides),
-        "n_residual_layers": config.seanet.num_residual_layers,
-        "lstm_layers": config.seanet.num_lstm_layers,
-    }
+def outlined(config: CodecConfig, counts: Mapping[str, int], num_tensors: int) -> Codec:
+    """The codec without storage: a configuration alone must not take all memory or time.
+
+    `counts` says how many of a kind each key asks for. Raises `ValueError` for more than there are
+    tensors.
+    """
     for key, count in counts.items():
         if count > num_tensors:
             raise ValueError(
@@ -140,11 +157,7 @@ def to_original(codec: Codec) -> Original:
     and our defaults. Raises `ValueError` for another family and for a folded codec.
     """
     config, tensors = _their_config(codec.config), codec.state_dict()
-    if codec.is_folded:
-        raise ValueError(
-            f"{codec.source}: loaded for inference, without its weight norm; load it with "
-            "Codec.from_pretrained to export it"
-        )
+    check_unfolded(codec)
     state = {}
     for name, theirs in tensor_names(codec).items():
         tensor = tensors[name].detach().cpu()
@@ -241,9 +254,11 @@ def config_from_original(theirs: Mapping[str, Any]) -> CodecConfig:
     values = {
         "activation": ACTIVATIONS[theirs["activation"]],
         "bidirectional": bool(theirs["bidirectional"]),
-        "strides": [_whole("strides", stride) for stride in theirs["strides"]],
+        "strides": [whole("strides", stride) for stride in theirs["strides"]],
     }
-    values |= {key: _whole(key, theirs[key]) for key in needed if key not in values}
+    values |= {
+        key: whole(key, theirs[key], *LIMITS.get(key, ())) for key in needed if key not in values
+    }
     quantizer = asdict(QuantizerConfig(decay=0.99, kmeans_iterations=50))
     return codec_config_from_dict(
         {
@@ -255,9 +270,8 @@ def config_from_original(theirs: Mapping[str, Any]) -> CodecConfig:
     )
 
 
-def _whole(key: str, value: Any) -> int:
-    """A whole number, which JSON may hold as 8 or as 8.0."""
-    least, most = LIMITS.get(key, OTHER_LIMITS)
+def whole(key: str, value: Any, least: int = 1, most: int = 2**31 - 1) -> int:
+    """A whole number, which JSON may hold as 8 or as 8.0, or a `ValueError` that names the key."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or value % 1 != 0 or not least <= value <= most:
         raise ValueError(f"{key} must be a whole number, {least} to {most}, got {value!r}")
@@ -277,7 +291,17 @@ def _their_config(ours: CodecConfig) -> dict[str, Any]:
     return config
 
 
-def _some(names: list[str]) -> str:
+def check_unfolded(codec: Codec) -> None:
+    """Raises `ValueError` for a codec without weight norm, whose tensors are not the original's."""
+    if codec.is_folded:
+        raise ValueError(
+            f"{codec.source}: loaded for inference, without its weight norm; load it with "
+            "Codec.from_pretrained to export it"
+        )
+
+
+def some(names: list[str]) -> str:
+    """The first three, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
