@@ -17,7 +17,7 @@ from test_words import save_ctc
 
 from codec import Codec, load_codec
 from recipes.common import load_config
-from recipes.train_codec import TrainCodecConfig
+from recipes.train_codec import TrainCodecConfig, check_codec
 
 CONFIGS = ROOT / "recipes" / "configs" / "codec"
 TINY = ["--config", str(CONFIGS / "tiny.yaml")]
@@ -124,6 +124,52 @@ def test_dm_codec_with_both_teachers_on_two_ranks(
 def test_a_weight_needs_a_teacher(settings: list[str]) -> None:
     with pytest.raises(ValueError, match=r"losses\.weights\.distill needs a teacher"):
         load_config(TrainCodecConfig, [*settings, "losses.weights.distill=1"])
+
+
+WHISPER = ["resynthesis.model=whisper", "losses.weights.resynthesis=1"]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (WHISPER[:1], r"resynthesis\.model names the teacher of losses\.weights\.resynthesis"),
+        (WHISPER[1:], r"resynthesis\.model names the teacher of losses\.weights\.resynthesis"),
+        ([*WHISPER, "resynthesis.decoder=mine"], r"resynthesis\.decoder"),
+        ([*WHISPER, "resynthesis.distance=far"], r"resynthesis\.distance"),
+        (WHISPER, "spectral has no such decoder"),
+        (
+            [*WHISPER, "codec.family=lmspt", "codec.lmspt.auxiliary.kind=none"],
+            r"set codec\.lmspt\.auxiliary\.kind",
+        ),
+        (["codec.quantizer.learning=gradient"], "nothing trains the entries"),
+    ],
+)
+def test_a_resynthesis_that_cannot_be_is_refused_in_words(given: list[str], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        check(given)
+
+
+def check(arguments: list[str]) -> TrainCodecConfig:
+    config = load_config(TrainCodecConfig, arguments)
+    check_codec(config.codec, config.losses, config.resynthesis)
+    return config
+
+
+@pytest.mark.parametrize("name", ["control", "feature", "large_auxiliary", "shared_decoder"])
+def test_each_ablation_is_a_file_on_top(name: str) -> None:
+    stack = ["lmspt_compare.yaml", "resynthesis.yaml", f"resynthesis_{name}.yaml"]
+    each = [check([f"--config={CONFIGS / file}" for file in stack[:count]]) for count in (2, 3)]
+    (plain, ablation), settings = each, [config.resynthesis for config in each]
+    assert settings[1].stop_gradient == (name in ("control", "feature"))
+    assert ablation.distill.any == (name == "feature")
+    assert (settings[1].decoder == "main") == (name == "shared_decoder")
+    assert (ablation.codec == plain.codec) == (name in ("control", "feature"))
+
+
+def test_the_released_resynthesis_is_a_file_on_top() -> None:
+    released = ["lmspt_compare.yaml", "resynthesis_released.yaml"]
+    settings = check([f"--config={CONFIGS / file}" for file in released]).resynthesis
+    assert (settings.mask, settings.per_item, settings.distance) == (False, False, "mse")
 
 
 def test_a_trained_codec_is_trained_further(
