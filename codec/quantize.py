@@ -189,9 +189,7 @@ class SplitVQ(nn.Module):
         semantic_latent, acoustic_latent = latent.float().chunk(2, dim=1)
         wanted = len(self.acoustic.codebooks) + 1 - first_codebook
         count = wanted if num_codebooks is None else num_codebooks
-        codes = []
-        if first_codebook == 0 or self.subtract:
-            semantic = self.semantic.encode(semantic_latent)
+        semantic, codes = self.semantic.encode(semantic_latent), []
         if first_codebook == 0:
             codes.append(semantic)
             count -= 1

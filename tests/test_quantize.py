@@ -1,4 +1,4 @@
-"""The residual quantiser: defects 1 to 4 and 8 of the public code."""
+"""The residual quantiser and the split one: defects 3 and 8 of the public code."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from codec.config import QuantizerConfig
-from codec.quantize import Codebook, ResidualVQ, codebook_use, count_codes
+from codec.quantize import ResidualVQ, SplitVQ, codebook_use, count_codes
 
 CONFIG = QuantizerConfig(num_codebooks=3, codebook_size=32, decay=0.9)
 
@@ -14,42 +14,6 @@ CONFIG = QuantizerConfig(num_codebooks=3, codebook_size=32, decay=0.9)
 def latents(count: int, *, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(4, 8, count, generator=generator)
-
-
-def test_revived_entries_survive() -> None:
-    """Four clusters, 64 entries: the public code leaves 4 in use."""
-    generator = torch.Generator().manual_seed(0)
-    centres = 10 * torch.randn(4, 8, generator=generator)
-    codebook = Codebook(8, replace(CONFIG, codebook_size=64, kmeans_samples=16), seed=1).train()
-    for _ in range(200):
-        chosen = torch.randint(0, 4, (512,), generator=generator)
-        vectors = centres[chosen] + 0.1 * torch.randn(512, 8, generator=generator)
-        codebook.initialize(vectors)
-        codebook.update(vectors, codebook.nearest(vectors))
-    used = codebook.nearest(vectors).unique()
-    assert len(used) > 55
-
-
-def test_without_revival_dead_entries_stay_dead() -> None:
-    codebook = Codebook(8, replace(CONFIG, revival_ratio=0.0), seed=1).train()
-    codebook.initialize(torch.zeros(100, 8) + torch.randn(100, 1))
-    codebook.entries[5] = 1000.0
-    codebook.entry_sum[5], codebook.cluster_size[5] = 0.0, 0.0
-    for _ in range(10):
-        codebook.update(torch.zeros(50, 8), codebook.nearest(torch.zeros(50, 8)))
-    assert codebook.entries[5, 0] == 1000.0
-
-
-def test_entries_follow_their_vectors() -> None:
-    codebook = Codebook(2, replace(CONFIG, codebook_size=2, revival_ratio=0.0), seed=1).train()
-    points = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(50, 1)
-    codebook.initialize(points)
-    moved = points + 0.3
-    for _ in range(100):
-        codebook.update(moved, codebook.nearest(moved))
-    expected = torch.tensor([[0.3, 1.3], [1.3, 0.3]])
-    found = codebook.entries[codebook.entries[:, 0].argsort()]
-    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
 
 
 def test_each_codebook_shrinks_the_residual() -> None:
@@ -89,22 +53,6 @@ def test_layers_initialise_in_order_on_what_is_left_over() -> None:
     assert scales[0] > 1.2 * scales[1] > 1.2 * scales[2]
 
 
-def test_kmeans_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Distances are never held for more than one chunk of vectors."""
-    largest = 0
-    argmin = torch.Tensor.argmin
-
-    def spy(tensor: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        nonlocal largest
-        largest = max(largest, tensor.numel())
-        return argmin(tensor, *args, **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "argmin", spy)
-    codebook = Codebook(4, replace(CONFIG, kmeans_samples=50_000), seed=1)
-    codebook.initialize(torch.randn(100_000, 4))
-    assert 0 < largest <= 8192 * 32
-
-
 def test_any_prefix_and_any_suffix_of_codebooks_decodes() -> None:
     quantizer = ResidualVQ(8, CONFIG).train()
     quantizer(latents(200))
@@ -142,6 +90,65 @@ def test_quantiser_dropout_keeps_first_codebooks_only() -> None:
 
 def test_use_and_perplexity_count_entries() -> None:
     codes = torch.tensor([[[0, 0, 0, 0], [0, 1, 2, 3]]])
-    use = codebook_use(count_codes(codes, 8))
-    assert use.share.tolist() == [1 / 8, 4 / 8]
+    use = codebook_use(count_codes(codes, 8), (8, 5))
+    torch.testing.assert_close(use.share, torch.tensor([1 / 8, 4 / 5]))
     torch.testing.assert_close(use.perplexity, torch.tensor([1.0, 4.0]))
+
+
+def split(subtract: bool, **changes) -> SplitVQ:
+    torch.manual_seed(0)
+    quantizer = SplitVQ(8, replace(CONFIG, **changes), subtract=subtract).train()
+    quantizer(torch.cat([latents(200), latents(200, seed=1)], dim=1))
+    return quantizer
+
+
+FACTORISED = {"codebook_dimension": 3, "normalize": True, "learning": "gradient"}
+
+
+@pytest.mark.parametrize("changes", [{}, FACTORISED], ids=["ema", "factorised"])
+@pytest.mark.parametrize("subtract", [True, False])
+def test_the_semantic_codebook_hears_its_own_latent_alone(subtract, changes) -> None:
+    quantizer = split(subtract, **changes).eval()
+    semantic, acoustic = latents(20), latents(20, seed=1)
+    codes = quantizer.encode(torch.cat([semantic, acoustic], dim=1))
+    other = quantizer.encode(torch.cat([semantic, acoustic + 1], dim=1))
+    assert torch.equal(codes[:, 0], other[:, 0])
+    taken = quantizer.decode(codes[:, :1]) if subtract else 0
+    assert torch.equal(codes[:, 1:], quantizer.acoustic.encode(acoustic - taken))
+    parts = quantizer.decode(codes[:, :1]) + quantizer.decode(codes[:, 1:], first_codebook=1)
+    torch.testing.assert_close(parts, quantizer.decode(codes))
+    assert torch.equal(quantizer.encode(torch.cat([semantic, acoustic], 1), 1, 1), codes[:, 1:2])
+
+
+def test_subtraction_leaves_each_encoder_an_identity_gradient() -> None:
+    """Were the subtracted entry no constant, the semantic encoder would get no gradient at all."""
+    quantizer = split(True)
+    latent = torch.cat([latents(50), latents(50, seed=1)], dim=1).requires_grad_()
+    quantizer(latent).latent.sum().backward()
+    assert torch.equal(latent.grad, torch.ones_like(latent))
+
+
+def test_dropout_leaves_the_semantic_codebook_and_masks_losses() -> None:
+    quantizer = split(False, dropout=1.0, **FACTORISED)
+    latent = torch.cat([latents(50), latents(50, seed=1)], dim=1)
+    quantizer.acoustic._kept_codebooks = lambda batch, device: torch.tensor([1, 1, 1, 2])
+    out = quantizer(latent)
+    torch.testing.assert_close(out.latent[0], out.entries[0][0] + out.entries[1][0])
+    torch.testing.assert_close(out.latent[3], sum(entry[3] for entry in out.entries))
+    # The last codebook counts with one item of four.
+    quantizer.acoustic._kept_codebooks = lambda batch, device: torch.tensor([2, 2, 2, 2])
+    whole = quantizer(latent)
+    assert out.commitments[2] < 0.5 * whole.commitments[2]
+    torch.testing.assert_close(out.commitments[:2], whole.commitments[:2])
+
+
+def test_codebooks_may_differ_in_size_and_width() -> None:
+    sizes = {"codebook_sizes": (32, 8, 4), "codebook_dimensions": (2, 3, 4)}
+    quantizer = split(True, learning="gradient", **sizes)
+    assert [each.codebook.entries.shape for each in quantizer.acoustic.codebooks] == [
+        (8, 3),
+        (4, 4),
+    ]
+    codes = quantizer.eval().encode(torch.randn(2, 16, 30))
+    assert all(int(row.max()) < size for row, size in zip(codes.unbind(1), (32, 8, 4), strict=True))
+    assert codes[:, 0].max() >= 8

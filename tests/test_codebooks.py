@@ -1,0 +1,134 @@
+"""Codebooks: defects 1, 2 and 4 of the public code; factorised and gradient-trained ones."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional
+
+from codec.codebooks import Codebook, FactorisedCodebook
+from codec.config import QuantizerConfig
+
+CONFIG = QuantizerConfig(decay=0.9)
+LEARNED = replace(CONFIG, learning="gradient")
+
+
+def test_revived_entries_survive() -> None:
+    """Four clusters, 64 entries: the public code leaves 4 in use."""
+    generator = torch.Generator().manual_seed(0)
+    centres = 10 * torch.randn(4, 8, generator=generator)
+    codebook = Codebook(8, 64, replace(CONFIG, kmeans_samples=16), seed=1).train()
+    for _ in range(200):
+        chosen = torch.randint(0, 4, (512,), generator=generator)
+        vectors = centres[chosen] + 0.1 * torch.randn(512, 8, generator=generator)
+        codebook.initialize(vectors)
+        codebook.update(vectors, codebook.nearest(vectors))
+    used = codebook.nearest(vectors).unique()
+    assert len(used) > 55
+
+
+def test_without_revival_dead_entries_stay_dead() -> None:
+    codebook = Codebook(8, 32, replace(CONFIG, revival_ratio=0.0), seed=1).train()
+    codebook.initialize(torch.zeros(100, 8) + torch.randn(100, 1))
+    codebook.entries[5] = 1000.0
+    codebook.entry_sum[5], codebook.cluster_size[5] = 0.0, 0.0
+    for _ in range(10):
+        codebook.update(torch.zeros(50, 8), codebook.nearest(torch.zeros(50, 8)))
+    assert codebook.entries[5, 0] == 1000.0
+
+
+def test_entries_follow_their_vectors() -> None:
+    codebook = Codebook(2, 2, replace(CONFIG, revival_ratio=0.0), seed=1).train()
+    points = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(50, 1)
+    codebook.initialize(points)
+    moved = points + 0.3
+    for _ in range(100):
+        codebook.update(moved, codebook.nearest(moved))
+    expected = torch.tensor([[0.3, 1.3], [1.3, 0.3]])
+    found = codebook.entries[codebook.entries[:, 0].argsort()]
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+def test_kmeans_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distances are never held for more than one chunk of vectors."""
+    largest = 0
+    argmin = torch.Tensor.argmin
+
+    def spy(tensor: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        nonlocal largest
+        largest = max(largest, tensor.numel())
+        return argmin(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "argmin", spy)
+    codebook = Codebook(4, 32, replace(CONFIG, kmeans_samples=50_000), seed=1)
+    codebook.initialize(torch.randn(100_000, 4))
+    assert 0 < largest <= 8192 * 32
+
+
+def test_gradient_trained_entries_that_die_are_revived() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = 10 * torch.randn(4, 8, generator=generator)
+    codebook = Codebook(8, 64, replace(LEARNED, kmeans_iterations=0), seed=1).train()
+    vectors = centres[torch.randint(0, 4, (512,), generator=generator)].clone()
+    vectors += 0.1 * torch.randn(512, 8, generator=generator)
+    # Four clusters far from 64 random entries: hardly any is chosen, and none would learn.
+    assert len(codebook.nearest(vectors).unique()) < 10
+    for _ in range(50):
+        codebook.update(vectors, codebook.nearest(vectors))
+    assert len(codebook.nearest(vectors).unique()) > 55
+
+
+def test_gradient_trained_entries_move_by_their_loss_alone() -> None:
+    torch.manual_seed(0)
+    codebook = Codebook(8, 16, replace(LEARNED, kmeans_iterations=0, revival_ratio=0.0), seed=1)
+    residual = torch.randn(3, 8, 20, requires_grad=True)
+    before = codebook.entries.detach().clone()
+    choice = codebook.train().choose(residual)
+    assert torch.equal(codebook.entries, before)
+    choice.codebook_loss.sum().backward()
+    assert residual.grad is None
+    used = codebook.entries.grad.abs().sum(1) > 0
+    assert used.tolist() == [index in choice.codes.unique() for index in range(16)]
+    torch.testing.assert_close(choice.codebook_loss, choice.commitment)
+    (gradient,) = torch.autograd.grad(choice.commitment.sum(), residual)
+    torch.testing.assert_close(gradient, 2 * (residual - choice.value).detach() / (8 * 20))
+
+
+def test_normalised_lookup_compares_directions() -> None:
+    torch.manual_seed(0)
+    codebook = Codebook(4, 16, replace(LEARNED, normalize=True), seed=1).eval()
+    vectors = torch.randn(50, 4)
+    angles = functional.cosine_similarity(vectors[:, None], codebook.entries[None], dim=2)
+    assert torch.equal(codebook.nearest(vectors), angles.argmax(1))
+    assert torch.equal(codebook.nearest(100 * vectors), angles.argmax(1))
+    # What stands for a vector afterwards is the entry as it is.
+    choice = codebook.choose(vectors.T[None])
+    assert torch.equal(choice.value[0].T, codebook.entries[angles.argmax(1)])
+
+
+@pytest.mark.parametrize("config", [CONFIG, LEARNED], ids=["ema", "gradient"])
+def test_factorised_values_have_a_gradient_to_the_residual_and_both_projections(config) -> None:
+    torch.manual_seed(0)
+    codebook = FactorisedCodebook(8, 3, 16, config, seed=1).train()
+    residual = torch.randn(2, 8, 20, requires_grad=True)
+    choice = codebook.choose(residual)
+    probe = torch.randn(2, 8, 20)
+    (gradient,) = torch.autograd.grad((choice.value * probe).sum(), residual, retain_graph=True)
+    # Past the choice: out-projection after in-projection, as if nothing were between them.
+    matrices = [each.weight[..., 0] for each in (codebook.project_out, codebook.project_in)]
+    torch.testing.assert_close(gradient, (matrices[0] @ matrices[1]).T @ probe)
+    (choice.value * probe).sum().backward()
+    for name, parameter in codebook.named_parameters():
+        if not name.endswith("codebook.entries"):
+            assert parameter.grad.abs().sum() > 0, name
+        else:
+            assert parameter.grad is None
+
+
+def test_factorised_codes_and_values_are_those_of_the_choice() -> None:
+    torch.manual_seed(0)
+    codebook = FactorisedCodebook(8, 3, 16, replace(LEARNED, normalize=True), seed=1).eval()
+    residual = torch.randn(2, 8, 20)
+    choice = codebook.choose(residual)
+    assert torch.equal(codebook.codes(residual), choice.codes)
+    torch.testing.assert_close(codebook.values(choice.codes), choice.value)

@@ -1,0 +1,197 @@
+"""LM-SPT's forms: both encoders and decoders, shared, causal, with a Transformer, any strides."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from codec import Codec, CodecConfig
+from codec.config import QuantizerConfig, SpectralConfig
+from codec.lmspt_config import AuxiliaryConfig, ConvConfig, LMSPTConfig, TransformerConfig
+
+QUANTIZER = QuantizerConfig(
+    num_codebooks=3, codebook_sizes=(64, 16, 16), codebook_dimension=4, normalize=True,
+    learning="gradient",
+)  # fmt: skip
+TRANSFORMER = TransformerConfig(num_layers=2, num_heads=2, context=6)
+CONV = CodecConfig(
+    family="lmspt",
+    sample_rate=24_000,
+    lmspt=LMSPTConfig(
+        encoder="conv",
+        decoder="conv",
+        dimension=16,
+        conv=ConvConfig(width=2, semantic_width=3, strides=(3, 4, 5), decoder_width=16),
+        auxiliary=AuxiliaryConfig(kind="conv", width=8, strides=(8, 5)),
+    ),
+    quantizer=QUANTIZER,
+)
+SPECTRAL = CodecConfig(
+    family="lmspt",
+    spectral=SpectralConfig(
+        num_mels=20, window=160, hop=40, strides=(2, 2), encoder_width=16,
+        encoder_depths=(1, 0, 1), decoder_width=16, decoder_depths=(1, 0, 1),
+    ),
+    lmspt=LMSPTConfig(
+        dimension=12,
+        auxiliary=AuxiliaryConfig(width=8, strides=(2, 2), depths=(0, 0, 1), window=160, hop=40),
+    ),
+    quantizer=replace(QUANTIZER, codebook_dimension=0, learning="ema", normalize=False),
+)  # fmt: skip
+FIRST = replace(
+    CONV,
+    sample_rate=16_000,
+    spectral=SpectralConfig(
+        window=60, hop=30, strides=(2,), encoder_depths=(0, 0), decoder_width=16,
+        decoder_depths=(1, 1),
+    ),
+    lmspt=replace(
+        CONV.lmspt, decoder="spectral", transformer=TRANSFORMER, semantic_subtraction=False,
+        auxiliary=AuxiliaryConfig(width=8, strides=(2,), depths=(0, 1), window=60, hop=30),
+    ),
+)  # fmt: skip
+FORMS = {
+    "conv": CONV,
+    "causal": replace(CONV, lmspt=replace(CONV.lmspt, causal=True, transformer=TRANSFORMER)),
+    "shared": replace(CONV, lmspt=replace(CONV.lmspt, shared_encoder=True)),
+    "spectral": SPECTRAL,
+    "first": FIRST,
+}
+
+
+def made(config: CodecConfig) -> Codec:
+    torch.manual_seed(0)
+    codec = Codec(config)
+    codec.train()(0.3 * torch.randn(2, 1, 40 * config.hop_length))
+    return codec.eval()
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return 0.3 * torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
+def test_nothing_of_an_odd_recording_is_lost(config: CodecConfig) -> None:
+    codec = made(config)
+    for samples in (1, config.hop_length - 1, config.hop_length, 7 * config.hop_length + 1):
+        codes = codec.encode(noise(1, 1, samples)).codes
+        frames = -(-samples // config.hop_length)
+        assert codes.shape == (1, 3, frames)
+        assert codec.decode(codes).shape == (1, 1, frames * config.hop_length)
+        spoken = codec.resynthesize(codes[:, :1])
+        auxiliary = config.lmspt.auxiliary
+        assert spoken.shape == (1, 1, frames * auxiliary.hop_length)
+        assert spoken.shape[-1] / auxiliary.sample_rate == frames / codec.frame_rate
+
+
+@pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
+def test_an_item_of_a_padded_batch_comes_out_as_alone(config: CodecConfig) -> None:
+    codec, hop = made(config), config.hop_length
+    wave = noise(3, 1, 30 * hop + 7)
+    lengths = torch.tensor([30 * hop + 7, 17 * hop - 3, 5])
+    with torch.no_grad():
+        latent = codec.encoder(wave, lengths)
+        for item, length in enumerate(lengths.tolist()):
+            alone = codec.encoder(wave[item : item + 1, :, :length])
+            frames = alone.shape[-1]
+            found = latent[item : item + 1, :, :frames]
+            torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-4)
+            for network in (codec.decoder, codec.auxiliary):
+                value = noise(3, config.dimension, 31)
+                whole = network(value, -(-lengths // hop))
+                single = network(value[item : item + 1, :, :frames])
+                found = whole[item : item + 1, :, : single.shape[-1]]
+                torch.testing.assert_close(found, single, atol=1e-5, rtol=1e-4)
+
+
+def test_a_causal_codec_never_looks_ahead() -> None:
+    codec = made(FORMS["causal"])
+    hop = codec.hop_length
+    wave = noise(1, 1, 20 * hop)
+    changed = wave.clone()
+    changed[..., 12 * hop :] = 0.3
+    with torch.no_grad():
+        latents = [codec.encoder(each) for each in (wave, changed)]
+        torch.testing.assert_close(latents[0][..., :12], latents[1][..., :12])
+        assert not torch.allclose(latents[0][..., 12], latents[1][..., 12])
+        value = noise(1, 16, 20)
+        cut = value.clone()
+        cut[..., 12:] = 0
+        waves = [codec.decoder(each) for each in (value, cut)]
+        torch.testing.assert_close(waves[0][..., : 12 * hop], waves[1][..., : 12 * hop])
+        assert not torch.allclose(waves[0][..., 12 * hop :], waves[1][..., 12 * hop :])
+
+
+def test_a_frame_hears_no_further_than_the_context() -> None:
+    """What chunked coding relies on: two layers of 6 frames reach 12."""
+    torch.manual_seed(0)
+    bottleneck = made(FIRST).encoder.semantic.bottleneck
+    x = noise(1, 16, 60)
+    changed = x.clone()
+    changed[..., 40:] = 1.0
+    with torch.no_grad():
+        before, after = bottleneck(x), bottleneck(changed)
+        torch.testing.assert_close(before[..., :28], after[..., :28])
+        assert not torch.allclose(before[..., 28:40], after[..., 28:40], atol=1e-6)
+        # Positions are relative: the same frames later in time come out the same.
+        late = bottleneck(torch.cat([torch.zeros(1, 16, 30), x], dim=-1))
+        torch.testing.assert_close(late[..., 42:], before[..., 12:], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["conv", "spectral", "first"])
+def test_pieces_of_a_long_recording_join(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Defect 9: the mismatch of pieces is measured, here with 20 frames of context."""
+    codec = made(FORMS[name])
+    wave = noise(1, 1, 200 * codec.hop_length)
+    whole = codec.encode(wave).codes
+    spoken, decoded = codec.resynthesize(whole), codec.decode(whole)
+    monkeypatch.setattr(type(codec), "_chunk_frames", property(lambda self: (60, 20)))
+    assert (codec.encode(wave).codes == whole).float().mean() > 0.99
+    torch.testing.assert_close(codec.resynthesize(whole), spoken, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(codec.decode(whole), decoded, atol=1e-4, rtol=1e-3)
+
+
+def test_a_shared_encoder_is_one() -> None:
+    codec = made(FORMS["shared"])
+    semantic, acoustic = codec.encoder(noise(1, 1, 600)).chunk(2, dim=1)
+    assert torch.equal(semantic, acoustic)
+    assert not any(name.startswith("encoder.acoustic") for name in codec.state_dict())
+
+
+def test_what_ships_has_no_auxiliary_decoder_and_the_same_digest(tmp_path) -> None:
+    codec = made(SPECTRAL)
+    bare = replace(SPECTRAL, lmspt=replace(SPECTRAL.lmspt, auxiliary=AuxiliaryConfig(kind="none")))
+    shipped = Codec(bare)
+    shipped.load_state_dict(codec.state_dict(), strict=False)
+    assert shipped.stamp.digest == codec.stamp.digest
+    codes = codec.encode(noise(1, 1, 4000)).codes
+    assert torch.equal(shipped.eval().decode(codes), codec.decode(codes))
+    with pytest.raises(ValueError, match="no auxiliary decoder"):
+        shipped.resynthesize(codes)
+    with torch.no_grad():
+        next(codec.decoder.parameters()).add_(1)
+    assert shipped.stamp.digest != codec.stamp.digest
+
+
+@pytest.mark.parametrize("name", ["conv", "spectral"])
+def test_the_codec_travels(name: str, tmp_path) -> None:
+    codec = made(FORMS[name])
+    codec.save_pretrained(tmp_path / "codec")
+    again = Codec.from_pretrained(str(tmp_path / "codec"))
+    assert again.config == FORMS[name]
+    assert again.stamp.digest == codec.stamp.digest
+    wave = noise(1, 1, 4000)
+    folded = Codec.from_pretrained(str(tmp_path / "codec")).fold_weight_norm()
+    assert torch.equal(folded.encode(wave).codes, codec.encode(wave).codes)
+    assert folded.stamp.digest == codec.stamp.digest
+
+
+def test_codes_of_a_smaller_codebook_are_checked_by_its_size() -> None:
+    codec = made(CONV)
+    codes = torch.full((1, 3, 4), 15)
+    codec.decode(codes)
+    codes[:, 0] = 63
+    codec.decode(codes)
+    codes[:, 2] = 16
+    with pytest.raises(ValueError, match=r"0\.\.15"):
+        codec.decode(codes)
