@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import ROOT
 
 from codec.discriminators import Verdict
 from codec.losses import (
@@ -11,9 +12,12 @@ from codec.losses import (
     log_mel,
     magnitude_loss,
     mel_loss,
+    mel_magnitudes,
     wave_loss,
 )
 from codec.train_config import LossConfig, LossWeights, MelScaleConfig
+from recipes.common import load_config
+from recipes.train_codec import TrainCodecConfig
 
 SCALES = LossConfig().mel_scales
 
@@ -61,6 +65,82 @@ def test_weights_of_scales_and_of_the_squared_term_count(waves) -> None:
     torch.testing.assert_close(squared, plain + (a - b).square().mean())
 
 
+@pytest.fixture(scope="module")
+def golden() -> dict:
+    """Numbers of LM-SPT's released code."""
+    return torch.load(ROOT / "tests" / "golden" / "lmspt_discriminator_loss.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def preset() -> LossConfig:
+    file = ROOT / "recipes" / "configs" / "codec" / "lmspt_losses.yaml"
+    return load_config(TrainCodecConfig, ["--config", str(file)]).losses
+
+
+def test_released_mel_loss_of_lm_spt(golden: dict, preset: LossConfig) -> None:
+    options = {
+        "sample_rate": golden["sample_rate"], "l2_weight": preset.mel_l2_weight,
+        "linear_weight": preset.mel_linear_weight, "form": preset.mel_form,
+    }  # fmt: skip
+    waves = golden["fake"], golden["real"]
+    each = [float(mel_loss(*waves, [scale], **options)) for scale in preset.mel_scales]
+    assert each == pytest.approx(golden["mel_loss_per_scale"], rel=1e-4)
+    total = float(mel_loss(*waves, preset.mel_scales, **options))
+    assert total == pytest.approx(golden["mel_loss_total"], rel=1e-4)
+
+
+def test_released_mels_of_lm_spt(golden: dict, preset: LossConfig) -> None:
+    mels = [
+        mel_magnitudes(golden["real"], scale, golden["sample_rate"], "lmspt")
+        for scale in preset.mel_scales
+    ]
+    batch, _, *shape = golden["mel_256_40_real_shape"]
+    assert list(mels[0].shape) == [batch, *shape]
+    first = golden["mel_1024_160_real_first"]
+    torch.testing.assert_close(mels[2][0, :, :3], first, atol=1e-5, rtol=1e-4)
+
+
+def test_terms_of_the_mel_loss_add_up(waves) -> None:
+    real, fake = waves
+    one = [MelScaleConfig(window=512, hop=128, num_mels=20)]
+    for form in ("speechtokenizer", "lmspt"):
+        plain, linear, all_three = (
+            mel_loss(fake, real, one, sample_rate=16_000, form=form, l2_weight=squared,
+                     linear_weight=weight)
+            for squared, weight in ((0.0, 0.0), (0.0, 2.0), (3.0, 2.0))
+        )  # fmt: skip
+        a, b = (mel_magnitudes(wave, one[0], 16_000, form) for wave in (fake, real))
+        torch.testing.assert_close(linear - plain, 2 * (a - b).abs().mean())
+        logs = [
+            each.clamp(min=1e-5).log() * (1.0 if form == "speechtokenizer" else 0.8685889638)
+            for each in (a, b)
+        ]
+        torch.testing.assert_close(plain, (logs[0] - logs[1]).abs().mean())
+        torch.testing.assert_close(all_three - linear, 3 * (logs[0] - logs[1]).square().mean())
+
+
+def test_silence_has_a_finite_gradient_in_either_form(waves) -> None:
+    real, _ = waves
+    for form in ("speechtokenizer", "lmspt"):
+        silent = torch.zeros_like(real, requires_grad=True)
+        mel_loss(silent, real, SCALES, sample_rate=16_000, linear_weight=1.0, form=form).backward()
+        assert bool(silent.grad.isfinite().all())
+
+
+def test_a_negative_weight_of_the_mels_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"losses\.mel_linear_weight must be at least 0"):
+        LossConfig(mel_linear_weight=-1.0)
+
+
+def test_the_preset_weighs_as_released(preset: LossConfig) -> None:
+    """15 mel, 1 adversarial, 2 features; commitment 0.25 and codebook 1 of sums over 8 codebooks,
+    whose means we weigh."""
+    weights = preset.weights
+    assert (weights.wave, weights.mel, weights.magnitude) == (0, 15, 0)
+    assert (weights.commitment, weights.codebook) == (8 * 0.25, 8 * 1)
+    assert (weights.adversarial, 2 * weights.feature) == (1, 2)
+
+
 def verdicts(score: float) -> list[Verdict]:
     return [Verdict(torch.full((2, 1, 5), score), [torch.full((2, 3), score)]) for _ in range(2)]
 
@@ -84,6 +164,17 @@ def test_feature_loss_forms() -> None:
     # Two sub-discriminators, one layer each, |2 - 5| = 3: released 2 * (3 + 3), papers 3 / 2.
     assert feature_loss(verdicts(2.0), verdicts(5.0), normalize=False) == 12
     assert feature_loss(verdicts(2.0), verdicts(5.0), normalize=True) == 1.5
+
+
+@pytest.mark.parametrize(("normalize", "expected"), [(False, 2 * (3 + 3)), (True, 3 / 2)])
+def test_feature_loss_without_scores_leaves_the_last_layer_out(normalize, expected) -> None:
+    def heard(feature: float, score: float) -> list[Verdict]:
+        maps = [torch.full((2, 3), feature), torch.full((2, 1), score)]
+        return [Verdict(maps[-1], maps) for _ in range(2)]
+
+    real, fake = heard(2.0, 1.0), heard(5.0, 9.0)
+    assert feature_loss(real, fake, normalize=normalize, scores=False) == expected
+    assert feature_loss(real, fake, normalize=normalize) > expected
 
 
 def test_feature_loss_trains_the_fake_side_only() -> None:

@@ -20,9 +20,21 @@ from test_speech_teachers import save
 from codec import Codec, CodecConfig
 from codec.codebooks import Codebook
 from codec.config import QuantizerConfig, SpectralConfig
+from codec.data import Crops
 from codec.discriminators import Discriminators
 from codec.distill import Student, Target
-from codec.train import Lesson, discriminator_step, generator_step, learning_rate, save_whole
+from codec.meters import Window
+from codec.train import (
+    Lesson,
+    Models,
+    _Loop,
+    _prepare,
+    _train_step,
+    discriminator_step,
+    generator_step,
+    learning_rate,
+    save_whole,
+)
 from codec.train_config import (
     DiscriminatorConfig,
     DistillConfig,
@@ -32,6 +44,7 @@ from codec.train_config import (
     OptimConfig,
     SpeechTeacherConfig,
 )
+from recipes.common import make_accelerator
 
 TINY = CodecConfig(
     spectral=SpectralConfig(
@@ -42,8 +55,9 @@ TINY = CodecConfig(
 )  # fmt: skip
 SCALES = (MelScaleConfig(window=512, hop=128, num_mels=40),)
 DISCRIMINATORS = DiscriminatorConfig(
-    periods=(2,), num_scales=1, stft_windows=(128,), stft_filters=4, width_divisor=64
-)
+    periods=(2,), num_scales=1, stft_windows=(128,), stft_filters=4, band_windows=(64,),
+    width_divisor=64,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -151,6 +165,8 @@ def _train_on_rank(rank: int, world: int, port: int, waves: torch.Tensor, out: s
         books[-1] = [{name: each.clone() for name, each in book.items()} for book in books[-1]]
     revived = _train_book_on_clusters(rank, world)
     result = {"books": books, "weights": codec.state_dict(), "revived": revived}
+    if world > 1:
+        result["discriminators"] = _train_discriminators(rank, waves.flatten(0, 1))
     torch.save(result, f"{out}.{rank}.pt")
     if world > 1:
         torch.distributed.destroy_process_group()
@@ -173,6 +189,28 @@ def _train_book_on_clusters(rank: int, world: int) -> torch.Tensor:
         book.update(mine, book.nearest(mine))
     assert drawn
     return book.entries
+
+
+def _train_discriminators(
+    rank: int, waves: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each parameter before and after three steps of the loop on waves of this rank's own."""
+    # accelerate takes the process group that is there, but asks for a launcher's variables.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    accelerator, optim = make_accelerator(), OptimConfig(warmup_steps=0)
+    torch.manual_seed(0)
+    models = Models(Student(Codec(TINY), DistillConfig()), Discriminators(DISCRIMINATORS))
+    before = [each.detach().clone() for each in models.discriminators.parameters()]
+    wrapped, optimizers = _prepare(models, accelerator, optim)
+    losses = LossConfig(weights=LossWeights(adversarial=1.0, feature=1.0), mel_scales=SCALES)
+    window = Window(models.student.codec)
+    loop = _Loop(wrapped, optimizers, accelerator, losses, optim, window)
+    for wave in waves.chunk(2)[rank][..., :4000].split(1)[:3]:
+        mine = Crops(wave, torch.tensor([wave.shape[-1]]), ("one",), (0.0,))
+        _train_step(loop, mine, adversarial=True)
+    after = [each.detach() for each in models.discriminators.parameters()]
+    return list(zip(before, after, strict=True))
 
 
 def test_two_ranks_hold_the_codebooks_of_one_process_on_the_joined_batch(wave, tmp_path) -> None:
@@ -200,6 +238,12 @@ def test_two_ranks_hold_the_codebooks_of_one_process_on_the_joined_batch(wave, t
     torch.testing.assert_close(first["revived"], joined["revived"], atol=1e-4, rtol=1e-3)
     for name, weights in joined["weights"].items():
         torch.testing.assert_close(first["weights"][name], weights, atol=1e-4, rtol=1e-3)
+    # LM-SPT's released trainer calls them past their DDP wrapper, and each rank ends with its own.
+    for (before, mine), (_, other) in zip(
+        first["discriminators"], second["discriminators"], strict=True
+    ):
+        assert torch.equal(mine, other)
+        assert not torch.equal(mine, before)
 
 
 @pytest.fixture
@@ -225,7 +269,7 @@ def recipe(write_wav, tmp_path) -> list[str]:
         "losses.weights.resynthesis": 1, "resynthesis.model": whisper,
         "discriminators.periods": "[2]", "discriminators.num_scales": 1,
         "discriminators.stft_windows": "[128]", "discriminators.stft_filters": 4,
-        "discriminators.width_divisor": 64,
+        "discriminators.band_windows": "[64]", "discriminators.width_divisor": 64,
         "data.seconds": 0.5, "data.batch_size": 2, "data.num_validation": 2,
         "optim.steps": 20, "optim.accumulate": 2, "optim.save_every": 5,
         "optim.eval_every": 10, "optim.log_every": 5,
