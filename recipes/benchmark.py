@@ -12,25 +12,21 @@ import argparse
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from codec.audio import read_audio, write_audio
+from codec.audio import read_audio, resample, write_audio
 from eval.benchmark import (
     ASR_PREFIX,
     Provenance,
     Row,
     Utterance,
-    all_libraries,
-    append_lines,
     append_rows,
     digest_of,
-    read_lines,
     read_rows,
     rows_of,
     score_asr,
@@ -42,54 +38,16 @@ from eval.benchmark import (
 from recipes.common import git_revision
 from recipes.scoring import (
     Judges,
+    Task,
     digest_of_text,
     digest_of_voice,
     load_judges,
     safe_name,
+    score_all,
     state_of_files,
 )
 
 logger = logging.getLogger(__name__)
-
-
-class Task(NamedTuple):
-    """One utterance that has still to be scored."""
-
-    id: str
-    score: Callable[[], Utterance]
-
-
-def score_all(folder: Path, tasks: Sequence[Task], key: str, label: str) -> list[Utterance]:
-    """Scores what is not stored yet and stores it; a bad recording is left out and listed.
-
-    `key` tells apart the systems, lists and judges that share a folder; other versions of the
-    libraries score anew.
-    """
-    digest = digest_of_text(f"{key} {all_libraries()}")[:12]
-    stored = folder / "utterances" / f"{safe_name(label)}-{digest}.jsonl"
-    done = {one.id: one for one in map(Utterance.from_json, read_lines(stored))}
-    skipped: list[str] = []
-    for task in tqdm(tasks, label, unit="utterance"):
-        if task.id in done:
-            continue
-        try:
-            done[task.id] = task.score()
-        except (ValueError, OSError) as error:
-            skipped.append(json.dumps({"id": task.id, "reason": str(error)}, ensure_ascii=False))
-            continue
-        append_lines(stored, [done[task.id].to_json()])
-    if skipped:
-        logger.warning("%d of %d utterances of %s skipped", len(skipped), len(tasks), label)
-    (folder / f"skipped-{safe_name(label)}.jsonl").write_text(
-        "".join(line + "\n" for line in skipped), encoding="utf-8"
-    )
-    scored = [done[task.id] for task in tasks if task.id in done]
-    for metric in sorted({metric for one in scored for metric in one.missing}):
-        count = sum(metric in one.missing for one in scored)
-        logger.warning("%s is not defined for %d utterances of %s", metric, count, label)
-    if not scored:
-        raise ValueError(f"no utterance of {label} could be scored: {'; '.join(skipped[:2])}")
-    return scored
 
 
 def finish(out: Path, rows: Iterable[Row]) -> None:
@@ -109,10 +67,16 @@ def benchmark_reconstruction(args: argparse.Namespace) -> None:
     num_codebooks = args.codebooks or codec.num_codebooks
     if not 1 <= num_codebooks <= codec.num_codebooks:
         raise ValueError(f"--codebooks must be 1 to {codec.num_codebooks}, got {num_codebooks}")
+    if args.auxiliary:
+        if getattr(codec, "auxiliary", None) is None:
+            raise ValueError(f"--auxiliary: {args.codec} has no auxiliary decoder")
+        num_codebooks = 1
     judges = judges_of(args)
     cuts = list(read_cuts(args.cuts))[: args.limit]
     rate, digest = codec.sample_rate, codec.stamp.digest
-    name = args.name or f"{args.codec.name}-{num_codebooks}"
+    if args.auxiliary:  # The stamp's digest leaves that decoder out.
+        digest = digest_of(args.codec / "model.safetensors")
+    name = args.name or f"{args.codec.name}-{'auxiliary' if args.auxiliary else num_codebooks}"
 
     def original(cut: Any) -> Utterance:
         wave = load_cut(cut, rate)
@@ -120,7 +84,7 @@ def benchmark_reconstruction(args: argparse.Namespace) -> None:
 
     def reconstruction(cut: Any) -> Utterance:
         wave = load_cut(cut, rate)
-        coded = reconstruct(codec, wave, num_codebooks)
+        coded = reconstruct(codec, wave, num_codebooks, auxiliary=args.auxiliary)
         folder = args.out / "waves" / safe_name(name)
         write_audio(folder / f"{safe_name(cut.id)}.wav", np.nan_to_num(coded), rate)
         return score_reconstruction(
@@ -154,16 +118,25 @@ def recordings_of(cuts: Iterable[Any]) -> list[Path]:
     ]
 
 
-def reconstruct(codec: Any, wave: np.ndarray, num_codebooks: int) -> np.ndarray:
-    """The wave after encoding and decoding, at its own length."""
+def reconstruct(
+    codec: Any, wave: np.ndarray, num_codebooks: int, *, auxiliary: bool = False
+) -> np.ndarray:
+    """The wave after encoding and decoding, at its own length and rate.
+
+    `auxiliary` is LM-SPT's decoder of the semantic codebook alone.
+    """
     import torch
 
     with torch.inference_mode():
         batch = torch.from_numpy(wave)[None, None].to(codec.device)
         lengths = torch.tensor([wave.size], device=codec.device)
         codes = codec.encode(batch, lengths, num_codebooks=num_codebooks)
-        decoded = codec.decode(codes.codes, codes.lengths)
-    return decoded[0, 0, : wave.size].float().cpu().numpy()
+        if not auxiliary:
+            decoded = codec.decode(codes.codes, codes.lengths)
+            return decoded[0, 0, : wave.size].float().cpu().numpy()
+        spoken = codec.resynthesize(codes.codes, codes.lengths)[0, 0].float().cpu().numpy()
+    coded = resample(spoken, codec.config.lmspt.auxiliary.sample_rate, codec.sample_rate)
+    return coded[: wave.size]
 
 
 def benchmark_tts(args: argparse.Namespace) -> None:
@@ -314,7 +287,8 @@ def origin(
     lists = [args.cuts] if args.kind == "reconstruction" else [args.list]
     if getattr(args, "references", None) is not None:
         lists.append(args.references)
-    options = {key: getattr(args, key, None) for key in ("limit", "language", "rate", "codebooks")}
+    named = ("limit", "language", "rate", "codebooks", "auxiliary")
+    options = {key: getattr(args, key, None) for key in named}
     settings = {"kind": args.kind, "lists": [digest_of(path) for path in lists], **options}
     return Provenance(
         system=system,
@@ -345,6 +319,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     kind.add_argument("--codec", type=Path, required=True, help="codec folder")
     kind.add_argument("--cuts", type=Path, required=True, help="list of cuts")
     kind.add_argument("--codebooks", type=int, help="use the first N (default: all)")
+    kind.add_argument(
+        "--auxiliary", action="store_true", help="LM-SPT's decoder of the semantic codebook alone"
+    )
     kind.add_argument("--device", default="cpu", help="cpu or cuda")
     for name, what in (("tts", "spoken texts"), ("asr", "transcripts")):
         parents = [shared, judged] if name == "tts" else [shared]

@@ -1,15 +1,28 @@
-"""What the programs that score share: the judges, digests of what is scored, names of files."""
+"""What the programs that score share: judges, scores kept by utterance, digests, names of files."""
 
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eval.benchmark import Embed, Transcribe, digest_of
+from tqdm import tqdm
+
+from eval.benchmark import (
+    Embed,
+    Transcribe,
+    Utterance,
+    all_libraries,
+    append_lines,
+    digest_of,
+    read_lines,
+)
 from eval.speaker import SpeakerEncoder
 from eval.transcribe import Judge
+
+logger = logging.getLogger(__name__)
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._ -]{0,119}")
 
@@ -23,6 +36,46 @@ class Judges(NamedTuple):
     judge_name: str
     """Name, digest and arithmetic; "" where there is no judge."""
     speaker_name: str
+
+
+class Task(NamedTuple):
+    """One utterance that has still to be scored."""
+
+    id: str
+    score: Callable[[], Utterance]
+
+
+def score_all(folder: Path, tasks: Sequence[Task], key: str, label: str) -> list[Utterance]:
+    """Scores what is not stored yet and stores it; a bad recording is left out and listed.
+
+    `key` tells apart the systems, lists and judges that share a folder; other versions of the
+    libraries score anew.
+    """
+    digest = digest_of_text(f"{key} {all_libraries()}")[:12]
+    stored = folder / "utterances" / f"{safe_name(label)}-{digest}.jsonl"
+    done = {one.id: one for one in map(Utterance.from_json, read_lines(stored))}
+    skipped: list[str] = []
+    for task in tqdm(tasks, label, unit="utterance"):
+        if task.id in done:
+            continue
+        try:
+            done[task.id] = task.score()
+        except (ValueError, OSError) as error:
+            skipped.append(json.dumps({"id": task.id, "reason": str(error)}, ensure_ascii=False))
+            continue
+        append_lines(stored, [done[task.id].to_json()])
+    if skipped:
+        logger.warning("%d of %d utterances of %s skipped", len(skipped), len(tasks), label)
+    (folder / f"skipped-{safe_name(label)}.jsonl").write_text(
+        "".join(line + "\n" for line in skipped), encoding="utf-8"
+    )
+    scored = [done[task.id] for task in tasks if task.id in done]
+    for metric in sorted({metric for one in scored for metric in one.missing}):
+        count = sum(metric in one.missing for one in scored)
+        logger.warning("%s is not defined for %d utterances of %s", metric, count, label)
+    if not scored:
+        raise ValueError(f"no utterance of {label} could be scored: {'; '.join(skipped[:2])}")
+    return scored
 
 
 def load_judges(

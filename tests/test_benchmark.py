@@ -5,7 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from test_lmspt import SPECTRAL
 
+from codec import Codec, load_codec, read_audio
 from eval import benchmark as scores
 from eval.benchmark import (
     Provenance,
@@ -342,7 +345,7 @@ def test_what_was_scored_is_scored_anew_when_anything_behind_it_changes(
     assert [heard(), heard()] == [1, 0]
     write_list(listed, [{**entry, "text": "hello you"}])
     assert [heard(), heard()] == [1, 0]
-    monkeypatch.setattr(program, "all_libraries", lambda: "jiwer 99")
+    monkeypatch.setattr(scoring, "all_libraries", lambda: "jiwer 99")
     assert [heard(), heard()] == [1, 0]
 
 
@@ -381,19 +384,25 @@ def test_rows_of_the_programs_say_where_they_come_from(
     assert len({row.config for row in read_rows(tmp_path / "out" / "rows.jsonl")}) == 3
 
 
-@pytest.mark.parametrize(
-    "name", ["../../esc", "/etc/passwd", ".hidden", "a/b", "a\\b", "", "x" * 300]
-)
-def test_an_id_never_leads_out_of_the_folder(name: str, tmp_path: Path) -> None:
-    safe = scoring.safe_name(name)
-    assert (tmp_path / f"{safe}.wav").resolve().parent == tmp_path.resolve()
-    assert 0 < len(safe) <= 120
-    assert safe[0] != "."
-    assert "/" not in safe
-    assert "\\" not in safe
-
-
-def test_names_of_files_do_not_collide() -> None:
-    names = ["a/b", "a-b", "a b", "a\\b", "a:b", ".a", "a", "../a", "a/", "x" * 200, "x" * 201]
-    assert len({scoring.safe_name(name) for name in names}) == len(names)
-    assert scoring.safe_name("84-121123-0001_a.b") == "84-121123-0001_a.b"
+def test_the_auxiliary_decoder_is_scored_like_a_codec(
+    tmp_path: Path, judge: str, tiny_codec_folder: Path, write_wav
+) -> None:
+    cuts = prepare_cuts(tmp_path / "in", write_wav, count=1)
+    codec = Codec(SPECTRAL)
+    codec.train()(torch.randn(1, 1, 8000))
+    codec.save_pretrained(tmp_path / "lmspt")
+    command = ["reconstruction", "--auxiliary", "--cuts", str(cuts), "--judge", judge]
+    program.main([*command, "--codec", str(tmp_path / "lmspt"), "--out", str(tmp_path / "out")])
+    rows = whole(
+        [row for row in read_rows(tmp_path / "out" / "rows.jsonl") if row.system != "original"]
+    )
+    assert rows["bitrate"].system == "lmspt-auxiliary"
+    assert rows["bitrate"].value == pytest.approx(100 * 6)
+    wave = read_audio(next((tmp_path / "out" / "waves").rglob("*.wav")), 16_000)
+    original = read_audio(tmp_path / "in" / "0.wav", 16_000)
+    codec = load_codec(tmp_path / "lmspt")
+    codes = codec.encode(torch.from_numpy(original)[None, None]).codes
+    expected = codec.resynthesize(codes)[0, 0, : len(original)].numpy()
+    np.testing.assert_allclose(wave, expected.clip(-1, 1), atol=1e-4)
+    with pytest.raises(ValueError, match="no auxiliary decoder"):
+        program.main([*command, "--codec", str(tiny_codec_folder), "--out", str(tmp_path / "no")])
