@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,15 @@ def test_only_weighted_losses_are_computed_and_weights_multiply(wave) -> None:
     assert set(losses.parts) == {"mel", "wave"}
     expected = 2 * losses.parts["mel"] + 3 * losses.parts["wave"]
     torch.testing.assert_close(losses.total, expected)
+
+
+def test_the_codebook_loss_moves_entries_and_nothing_else(wave) -> None:
+    torch.manual_seed(0)
+    codec = Codec(replace(TINY, quantizer=replace(TINY.quantizer, learning="gradient"))).train()
+    config = LossConfig(weights=LossWeights(codebook=2.0), mel_scales=SCALES)
+    generator_step(codec(wave), wave, None, config, 16_000).parts["codebook"].backward()
+    moved = {name for name, each in codec.named_parameters() if each.grad is not None}
+    assert moved == {"quantizer.codebooks.0.entries", "quantizer.codebooks.1.entries"}
 
 
 def test_each_step_trains_its_own_side(wave) -> None:
