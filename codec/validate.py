@@ -63,14 +63,8 @@ def validate(
         if wave.shape[-1] < max(scale.window for scale in losses.mel_scales):
             continue
         out = student(wave)
-        sums += _distances(
-            out,
-            Crops(wave, torch.tensor([wave.shape[-1]]), (chosen[index].id,), (0.0,)),
-            teachers,
-            resynthesis,
-            losses,
-            codec.sample_rate,
-        )
+        crop = Crops(wave, torch.tensor([wave.shape[-1]]), (chosen[index].id,), (0.0,))
+        sums += _distances(out, crop, teachers, resynthesis, losses, codec.sample_rate)
         counts += count_codes(out.quantized.codes, max(sizes))
         if index < NUM_SHOWN and accelerator.is_main_process:
             _show(accelerator, f"dev/{index}", wave, out.wave, codec.sample_rate, step)
