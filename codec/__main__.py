@@ -4,8 +4,8 @@ codec info DIR
 codec encode --codec DIR IN... --out TOKENS.parquet
 codec decode --codec DIR TOKENS.parquet --out DIR [--overwrite]
 codec reconstruct --codec DIR [--codebooks N] IN... --out DIR [--overwrite]
-codec import speechtokenizer|dmcodec CONFIG CHECKPOINT OUT [--overwrite]
-codec export speechtokenizer DIR OUT [--overwrite]
+codec import speechtokenizer|dmcodec|lmspt CONFIG CHECKPOINT OUT [--overwrite]
+codec export speechtokenizer|lmspt DIR OUT [--overwrite]
 """
 
 import argparse
@@ -24,7 +24,7 @@ from codec.audio import AUDIO_SUFFIXES
 from codec.tokens import CodecStamp, TokenRow, TokenShard, write_shard
 
 if TYPE_CHECKING:
-    from codec.model import Codec
+    from codec.contract import SpeechCodec
 
 logger = logging.getLogger("codec")
 T = TypeVar("T")
@@ -81,32 +81,40 @@ def _add_interop(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     about = "a published checkpoint to a codec folder"
     kinds = commands.add_parser("import", help=about, description=about.capitalize() + ".")
     sources = kinds.add_subparsers(required=True, metavar="KIND")
-    for kind, name in (("speechtokenizer", "SpeechTokenizer"), ("dmcodec", "DM-Codec")):
+    named = {"speechtokenizer": "SpeechTokenizer", "dmcodec": "DM-Codec", "lmspt": "LM-SPT"}
+    for kind, name in named.items():
+        config = "its YAML file, or JSON" if kind == "lmspt" else "its config.json"
         command = sources.add_parser(
             kind,
-            help=f"{name}'s config.json and checkpoint",
+            help=f"{name}'s configuration and checkpoint",
             description=f"{name}'s checkpoint to a codec folder, its weights bit for bit.",
         )
-        command.add_argument("config", type=Path, metavar="CONFIG", help="its config.json")
+        command.add_argument("config", type=Path, metavar="CONFIG", help=config)
         command.add_argument(
             "checkpoint",
             type=Path,
             metavar="CHECKPOINT",
             help="a state_dict or a trainer's checkpoint (torch.save), or .safetensors",
         )
-        command.set_defaults(run=_import)
+        command.set_defaults(run=_import, kind=kind)
         _add_out(command)
     about = "a codec folder to another project's checkpoint"
     kinds = commands.add_parser("export", help=about, description=about.capitalize() + ".")
-    command = kinds.add_subparsers(required=True, metavar="KIND").add_parser(
-        "speechtokenizer",
-        help="config.json and SpeechTokenizer.pt",
-        description="Writes config.json and SpeechTokenizer.pt, which SpeechTokenizer's and "
+    targets = kinds.add_subparsers(required=True, metavar="KIND")
+    written = {
+        "speechtokenizer": "Writes config.json and SpeechTokenizer.pt, which SpeechTokenizer's and "
         "DM-Codec's load_from_checkpoint read. Only codecs of the family seanet fit.",
-    )
-    command.add_argument("codec", metavar="DIR", help="codec folder or hub id")
-    command.set_defaults(run=_export)
-    _add_out(command)
+        "lmspt": "Writes the safetensors file that LM-SPT's get_model reads, named after the frame "
+        "rate and the codebooks' sizes, and the YAML that its package builds the model from. Only "
+        "codecs of the family lmspt in its released form fit.",
+    }
+    for kind, description in written.items():
+        command = targets.add_parser(
+            kind, help=f"{named[kind]}'s configuration and checkpoint", description=description
+        )
+        command.add_argument("codec", metavar="DIR", help="codec folder or hub id")
+        command.set_defaults(run=_export, kind=kind)
+        _add_out(command)
 
 
 def _add_out(command: argparse.ArgumentParser) -> None:
@@ -185,6 +193,7 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
 def _import(arguments: argparse.Namespace) -> None:
     from codec.folder import WEIGHTS_FILE, check_out_folder, written_together
     from codec.interop import import_speechtokenizer
+    from codec.lmspt_interop import import_lmspt
 
     check_out_folder(arguments.out)
     files = [arguments.out / name for name in ("config.json", WEIGHTS_FILE)]
@@ -192,7 +201,8 @@ def _import(arguments: argparse.Namespace) -> None:
         if source.resolve() in [file.resolve() for file in files]:
             raise ValueError(f"{source}: is what is imported; choose another OUT")
     _check_free(files, arguments.overwrite)
-    codec = import_speechtokenizer(arguments.config, arguments.checkpoint)
+    read = import_lmspt if arguments.kind == "lmspt" else import_speechtokenizer
+    codec = read(arguments.config, arguments.checkpoint)
     with written_together(arguments.out) as temporary:
         codec.save_pretrained(temporary)
         if (arguments.out / "README.md").exists():
@@ -202,19 +212,26 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    from codec.folder import check_out_folder
     from codec.interop import (
         CHECKPOINT_FILE,
         CONFIG_FILE,
         check_export_folder,
         export_speechtokenizer,
     )
+    from codec.lmspt_interop import export_lmspt, lmspt_files
     from codec.loading import load_codec
+    from codec.model import Codec
 
-    check_export_folder(arguments.out)
-    files = [arguments.out / name for name in (CONFIG_FILE, CHECKPOINT_FILE)]
-    _check_free(files, arguments.overwrite)
+    is_lmspt = arguments.kind == "lmspt"
+    (check_out_folder if is_lmspt else check_export_folder)(arguments.out)
     codec = load_codec(arguments.codec, fold=False)
-    export_speechtokenizer(codec, arguments.out, overwrite=arguments.overwrite)
+    if not isinstance(codec, Codec):
+        raise ValueError(f"{arguments.codec}: is another project's codec; only ours are exported")
+    names = lmspt_files(codec.config) if is_lmspt else (CONFIG_FILE, CHECKPOINT_FILE)
+    _check_free([arguments.out / name for name in names], arguments.overwrite)
+    write = export_lmspt if is_lmspt else export_speechtokenizer
+    write(codec, arguments.out, overwrite=arguments.overwrite)
     done = {"out": str(arguments.out), "codec": _facts(codec.stamp)}
     print(json.dumps(done, indent=2, ensure_ascii=False))
 
@@ -256,7 +273,7 @@ def _find(inputs: Sequence[Path]) -> Iterator[Recording]:
 
 
 def _encoded(
-    codec: "Codec", recordings: Sequence[Recording], skipped: list[str]
+    codec: "SpeechCodec", recordings: Sequence[Recording], skipped: list[str]
 ) -> Iterator[tuple[str, np.ndarray, float]]:
     """Name, codes and seconds of each readable recording, in bounded memory for long ones.
 
@@ -276,7 +293,7 @@ def _encoded(
         yield recording.name, codes, seconds
 
 
-def _write(codec: "Codec", codes: np.ndarray, seconds: float, target: Path) -> None:
+def _write(codec: "SpeechCodec", codes: np.ndarray, seconds: float, target: Path) -> None:
     from codec.audio import write_audio
 
     def blocks() -> Iterator[np.ndarray]:
@@ -312,7 +329,7 @@ def _report(out: Path, total: int, skipped: Sequence[str]) -> None:
     print(json.dumps(done, ensure_ascii=False))
 
 
-def _load(path: str, device: str) -> "Codec":
+def _load(path: str, device: str) -> "SpeechCodec":
     from codec.loading import load_codec
 
     return load_codec(path, device=device)

@@ -28,11 +28,11 @@ def import_speechtokenizer(config_file: str | Path, checkpoint_file: str | Path)
     config.json are ignored. Raises `ValueError` when a file is damaged or they do not fit.
     """
     try:
-        config = config_from_original(_read_json(Path(config_file)))
+        config = config_from_original(read_json(Path(config_file)))
     except ValueError as error:
         raise ValueError(f"{config_file}: {error}") from error
     try:
-        return filled_codec(config, _read_state(Path(checkpoint_file)))
+        return filled_codec(config, read_state(Path(checkpoint_file)))
     except ValueError as error:
         raise ValueError(f"{checkpoint_file}: {error}") from error
 
@@ -71,7 +71,8 @@ def check_export_folder(folder: Path) -> None:
         )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file, or a `ValueError`."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -83,8 +84,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     return config
 
 
-def _read_state(file: Path) -> dict[str, Tensor]:
-    """The generator's tensors by name, from any of the forms."""
+def read_state(file: Path) -> dict[str, Tensor]:
+    """A state_dict, or the generator's in a trainer's checkpoint, saved with torch.save or as
+    safetensors. Raises `ValueError` for anything else."""
     from safetensors.torch import load_file
 
     if file.is_dir():

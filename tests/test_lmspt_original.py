@@ -1,12 +1,13 @@
 """The released LM-SPT's tensors, and ours for them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from original_lmspt import OTHERS, ByNumber, other, state_of
+from original_lmspt import OTHERS, TINY, ByNumber, other, shapes_of, state_of
 from torch import Tensor
 from torch.nn import functional
 
@@ -271,3 +272,78 @@ def test_other_configurations(name: str) -> None:
         made = theirs.decode(side, quantized)
         assert decoded.shape[-1] >= made.shape[-1]
         torch.testing.assert_close(decoded[..., : made.shape[-1]], made, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_padded_batch_is_coded_as_its_items(name: str) -> None:
+    codec = from_lmspt(Original(other(name), state_of(other(name))))
+    hop = codec.hop_length
+    lengths = torch.tensor([17 * hop + 1, 20 * hop, 3])
+    wave = torch.randn(3, 1, 20 * hop, generator=torch.Generator().manual_seed(2))
+    codes = codec.encode(wave, lengths)
+    assert codes.lengths.tolist() == [18, 20, 1]
+    together = codec.decode(codes.codes, codes.lengths)
+    spoken = codec.resynthesize(codes.codes, codes.lengths)
+    for item, (length, frames) in enumerate(zip(lengths, codes.lengths, strict=True)):
+        alone = codec.encode(wave[item : item + 1, :, :length]).codes
+        assert torch.equal(codes.codes[item : item + 1, :, :frames], alone)
+        decoded, resynthesized = codec.decode(alone), codec.resynthesize(alone)
+        assert decoded.shape[-1] == frames * hop >= length
+        ours = together[item : item + 1, :, : decoded.shape[-1]]
+        torch.testing.assert_close(ours, decoded, atol=1e-5, rtol=0)
+        ours = spoken[item : item + 1, :, : resynthesized.shape[-1]]
+        torch.testing.assert_close(ours, resynthesized, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_causal_codecs_never_look_ahead(name: str) -> None:
+    codec = from_lmspt(Original(other(name), state_of(other(name))))
+    causal, causal_too = codec.config.lmspt.causal, codec.config.lmspt.auxiliary.causal
+    assert (causal, causal_too) == {
+        "causal": (True, False), "causal, aux too": (True, True), "strides": (False, True)
+    }.get(name, (False, False))  # fmt: skip
+    hop, frame = codec.hop_length, 12
+    wave = torch.randn(1, 1, 20 * hop, generator=torch.Generator().manual_seed(3))
+    changed = wave.clone()
+    changed[..., frame * hop + hop - 1 :] += 1
+    with torch.no_grad():
+        latent, other_latent = codec.encoder(wave), codec.encoder(changed)
+        assert torch.equal(latent[..., :frame], other_latent[..., :frame]) == causal
+        assert not torch.equal(latent[..., frame], other_latent[..., frame])
+        quantized = torch.randn(1, codec.latent_dimension, 20)
+        altered = quantized.clone()
+        altered[..., frame:] += 1
+        for decoder, is_causal in ((codec.decoder, causal), (codec.auxiliary, causal_too)):
+            one, two = decoder(quantized), decoder(altered)
+            before = frame * one.shape[-1] // 20
+            assert torch.equal(one[..., :before], two[..., :before]) == is_causal
+            assert not torch.equal(one[..., before:], two[..., before:])
+
+
+def test_fine_tuning_goes_on_from_the_codebooks(golden: dict[str, Any]) -> None:
+    """No k-means, no revival: entries move with their gradient alone."""
+    codec = from_lmspt(Original(golden["config"], golden["state_dict"])).train()
+    codec(golden["train"]["input"])
+    for name, theirs in lmspt_tensor_names(codec).items():
+        if theirs.endswith("codebook.weight"):
+            assert torch.equal(codec.state_dict()[name], golden["state_dict"][theirs])
+            assert codec.state_dict()[name.replace("entries", "num_updates")] == 2
+
+
+def test_a_round_trip_changes_what_is_said() -> None:
+    """The docstring of to_lmspt says it: update counts, so the digest, and training's keys."""
+    config = config_from_lmspt(TINY)
+    quantizer = replace(config.quantizer, decay=0.9, kmeans_iterations=3, revival_ratio=0.1)
+    codec = Codec(replace(config, quantizer=quantizer)).train()
+    wave = torch.randn(2, 1, 120, generator=torch.Generator().manual_seed(0))
+    codec(wave)
+    codec(wave)
+    original = to_lmspt(codec.eval())
+    assert {name: tuple(tensor.shape) for name, tensor in original.state.items()} == shapes_of(TINY)
+    again = from_lmspt(original)
+    assert again.config == config
+    assert again.stamp.digest != codec.stamp.digest
+    codes = codec.encode(wave).codes
+    assert torch.equal(again.encode(wave).codes, codes)
+    assert torch.equal(again.decode(codes), codec.decode(codes))
+    assert from_lmspt(to_lmspt(again)).stamp.digest == again.stamp.digest
