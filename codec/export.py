@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from codec.audio import stream_audio
-from codec.data import _single_file, load_cut
 from codec.contract import SpeechCodec
+from codec.data import _single_file, load_cut
 from codec.tokens import (
     CodecStamp,
     DamagedShard,

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from codec import Codec, load_codec, read_audio, write_audio
+from codec import SpeechCodec, load_codec, read_audio, write_audio
 from codec.audio import check_name as check_name
 from codec.audio import check_wave, stream_audio
 from slm.ar import SpeechLM, digest_of
@@ -97,7 +97,7 @@ class Transcript(NamedTuple):
 class Models(NamedTuple):
     """What a voice is made of."""
 
-    codec: Codec
+    codec: SpeechCodec
     lm: SpeechLM
     nar: NAR | None
     coverage: Coverage
