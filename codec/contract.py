@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from codec.layers import Lengths, ceil_div
-from codec.pieces import CHUNK_SECONDS, CONTEXT_SECONDS, pieces_of
+from codec.pieces import CHUNK_SECONDS, CONTEXT_FRAMES, CONTEXT_SECONDS, pieces_of
 from codec.tokens import CodecStamp
 
 
@@ -200,7 +200,8 @@ class SpeechCodec(nn.Module):
     @property
     def _chunk_frames(self) -> tuple[int, int]:
         """Frames of a piece that are kept, and how many stand before and after them."""
-        return round(CHUNK_SECONDS * self.frame_rate), round(CONTEXT_SECONDS * self.frame_rate)
+        context = max(round(CONTEXT_SECONDS * self.frame_rate), CONTEXT_FRAMES)
+        return round(CHUNK_SECONDS * self.frame_rate), context
 
     def _encode_held(
         self, samples: np.ndarray, skip: int, keep: int, books: range

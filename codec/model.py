@@ -1,6 +1,7 @@
 """Codec: recordings to codes and back, whatever networks its configuration names."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,6 +121,21 @@ class Codec(SpeechCodec, PyTorchModelHubMixin, library_name="parlance", tags=["s
         return self._decode_pieces(
             lambda part, inside: auxiliary(self.quantizer.decode(part, 0), inside), codes, lengths
         )
+
+    def without_auxiliary(self) -> "Codec":
+        """A copy without LM-SPT's auxiliary decoder: what ships. Codes, waves and digest are the same.
+
+        Raises `ValueError` for a folded codec.
+        """
+        if self.is_folded:
+            raise ValueError(f"{self.source}: folded; load it with Codec.from_pretrained")
+        auxiliary = replace(self.config.lmspt.auxiliary, kind="none")
+        config = replace(self.config, lmspt=replace(self.config.lmspt, auxiliary=auxiliary))
+        state = self.state_dict()
+        codec = Codec(config)
+        codec.load_state_dict({name: state[name] for name in codec.state_dict()})
+        codec.source = self.source
+        return codec.to(self.device).train(self.training)
 
     def fold_weight_norm(self) -> "Codec":
         """Makes this codec faster, for inference only; its codes, waves and stamp stay the same.

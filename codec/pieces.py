@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Longer recordings are coded in pieces of this length, each with CONTEXT on both sides. The
-# frame-rate networks look 1 s far at most, so there the pieces change nothing; SEANet's LSTMs
-# look further, and what that changes is measured in the tests.
+# Longer recordings are coded in pieces of this length, each with CONTEXT on both sides, and with as
+# many frames at least: LM-SPT's released convolutions reach 27 frames far, 2.2 s. There and in the
+# frame-rate networks the pieces change nothing; SEANet's LSTMs and LM-SPT's Transformers look
+# further, and what that changes is measured in the tests.
 CHUNK_SECONDS = 30.0
 CONTEXT_SECONDS = 2.0
+CONTEXT_FRAMES = 32
 
 
 class Piece(NamedTuple):
