@@ -123,7 +123,7 @@ class Codec(SpeechCodec, PyTorchModelHubMixin, library_name="parlance", tags=["s
         )
 
     def without_auxiliary(self) -> "Codec":
-        """A copy without LM-SPT's auxiliary decoder: what ships. Codes, waves and digest are the same.
+        """A copy that ships, without LM-SPT's auxiliary decoder: codes, waves, digest are the same.
 
         Raises `ValueError` for a folded codec.
         """

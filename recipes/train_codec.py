@@ -9,6 +9,7 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from accelerate.utils import DistributedDataParallelKwargs
 
 from codec import Codec
@@ -109,31 +110,38 @@ def main(argv: list[str]) -> None:
     )
     train, dev = read_cuts(config.train), read_cuts(config.dev)
     run = start_run(config, config.out, seed=config.seed, accelerator=accelerator)
-    codec = Codec.from_pretrained(config.start_from) if config.start_from else Codec(config.codec)
-    if config.start_from:
-        check_codec(codec.config, config.losses, config.resynthesis)
-    adversarial = config.losses.needs_discriminators
-    discriminators = Discriminators(config.discriminators) if adversarial else None
-    teachers = None
-    if config.losses.weights.distill:
-        teachers = Teachers(config.distill, codec.config, accelerator.device)
-        train, dev = teachers.known(list(train)), teachers.known(list(dev))
-    resynthesis = None
-    if config.resynthesis.model:
-        resynthesis = Resynthesis(config.resynthesis, codec.config, accelerator.device)
-    # Last, so that one seed gives the codec the same initial weights with any teacher and none.
-    student = Student(
-        codec, config.distill, teachers.widths if teachers else None,
-        config.resynthesis if resynthesis else None,
-    )  # fmt: skip
+    models = build_models(config, accelerator.device)
+    if models.teachers is not None:
+        train, dev = models.teachers.known(list(train)), models.teachers.known(list(dev))
+    codec = models.student.codec
     logger.info(
         "%s; %g Hz, %s; %d cuts to train on, %d to validate on",
         _sizes(codec), codec.frame_rate, _books(codec), len(train), len(dev),
     )  # fmt: skip
     fit(
-        Models(student, discriminators, teachers, resynthesis), list(train), list(dev), run,
+        models, list(train), list(dev), run,
         crops=config.data, losses=config.losses, optim=config.optim,
     )  # fmt: skip
+
+
+def build_models(config: TrainCodecConfig, device: str | torch.device) -> Models:
+    """The codec in training, and who trains it. Raises `ValueError` where they do not fit."""
+    codec = Codec.from_pretrained(config.start_from) if config.start_from else Codec(config.codec)
+    check_codec(codec.config, config.losses, config.resynthesis)
+    adversarial = config.losses.needs_discriminators
+    discriminators = Discriminators(config.discriminators) if adversarial else None
+    teachers = None
+    if config.losses.weights.distill:
+        teachers = Teachers(config.distill, codec.config, device)
+    resynthesis = None
+    if config.resynthesis.model:
+        resynthesis = Resynthesis(config.resynthesis, codec.config, device)
+    # Last, so that one seed gives the codec the same initial weights with any teacher and none.
+    student = Student(
+        codec, config.distill, teachers.widths if teachers else None,
+        config.resynthesis if resynthesis else None,
+    )  # fmt: skip
+    return Models(student, discriminators, teachers, resynthesis)
 
 
 def _sizes(codec: Codec) -> str:
