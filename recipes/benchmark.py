@@ -3,6 +3,7 @@
     python recipes/benchmark.py reconstruction --codec DIR --cuts CUTS --judge DIR --out OUT
     python recipes/benchmark.py tts --list RESULTS.jsonl --judge DIR --out OUT
     python recipes/benchmark.py asr --list TRANSCRIPTS.jsonl --out OUT
+    python recipes/benchmark.py speed --codec DIR --random mimi --out OUT
 
 Started again after an interruption it goes on where it stopped: what an utterance scored lies in
 OUT/utterances/, one file per system and judge.
@@ -46,6 +47,7 @@ from recipes.scoring import (
     score_all,
     state_of_files,
 )
+from recipes.speed import add_command, benchmark_speed
 
 logger = logging.getLogger(__name__)
 
@@ -334,7 +336,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             kind.add_argument("--prompts", type=Path, help="folder that prompts' paths count from")
         else:
             kind.add_argument("--references", type=Path, help="list of audio or id, and text")
+    add_command(kinds)
     args = parser.parse_args(argv)
+    if args.kind == "speed":
+        return args
     scored = args.cuts if args.kind == "reconstruction" else args.list
     args.list_name = args.list_name or scored.name.partition(".jsonl")[0]
     return args
@@ -348,6 +353,8 @@ def main(argv: Sequence[str]) -> None:
         benchmark_reconstruction(args)
     elif args.kind == "tts":
         benchmark_tts(args)
+    elif args.kind == "speed":
+        finish(args.out, benchmark_speed(args))
     else:
         benchmark_asr(args)
 
