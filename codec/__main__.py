@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="what a codec or a token shard is, as JSON")
     info.add_argument("path", metavar="DIR", help="codec folder, hub id, token shard, or shards")
+    info.add_argument("--use", action="store_true", help="of a shard: how its codebooks are used")
     info.set_defaults(run=_info)
 
     encode = commands.add_parser("encode", help="recordings to one token shard")
@@ -135,6 +136,10 @@ def _info(arguments: argparse.Namespace) -> None:
             "speakers": len(set(shard.speakers)),
             "codec": _facts(shard.stamp),
         }
+        if arguments.use:
+            facts["use"] = _use(shard)
+    elif arguments.use:
+        raise ValueError(f"{path}: --use is for token shards; codec encode makes one")
     else:
         codec = _load(arguments.path, "cpu")
         parameters = sum(parameter.numel() for parameter in codec.parameters())
@@ -145,6 +150,19 @@ def _info(arguments: argparse.Namespace) -> None:
 def _facts(stamp: CodecStamp) -> dict[str, object]:
     bits = stamp.frame_rate * float(np.log2(stamp.codebook_sizes).sum())
     return {**asdict(stamp), "bits_per_second": round(bits, 1)}
+
+
+def _use(shard: TokenShard) -> dict[str, list[float]]:
+    """Share of entries that occur, and perplexity (exp of their entropy), by codebook."""
+    sizes = shard.stamp.codebook_sizes
+    counts = [np.zeros(size, np.int64) for size in sizes]
+    for _, row in zip(_bar(range(len(shard))), shard, strict=True):
+        for count, codes in zip(counts, row.codes, strict=True):
+            count += np.bincount(codes, minlength=len(count))
+    shares = [round(float((count > 0).mean()), 4) for count in counts]
+    frequencies = [count[count > 0] / max(1, count.sum()) for count in counts]
+    perplexities = [round(float(np.exp(-(f * np.log(f)).sum())), 1) for f in frequencies]
+    return {"share": shares, "perplexity": perplexities}
 
 
 def _encode(arguments: argparse.Namespace) -> None:

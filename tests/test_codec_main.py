@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from codec import Codec, load_codec, read_audio
 from codec.__main__ import main
-from codec.tokens import TokenShard, write_shard
+from codec.tokens import TokenRow, TokenShard, write_shard
 
 Write = Callable[..., Path]
 GOLDEN = Path(__file__).parent / "golden" / "speechtokenizer_tiny.pt"
@@ -174,6 +174,20 @@ def test_info_tells_a_codec_from_a_shard(
     shard = json.loads(capsys.readouterr().out)
     assert (shard["kind"], shard["utterances"], shard["frames"]) == ("token shard", 1, 13)
     assert shard["codec"]["digest"] == codec["digest"]
+    assert "use" not in shard
+    run("info", "--use", tokens)
+    use = json.loads(capsys.readouterr().out)["use"]
+    codes = TokenShard.open(tokens)[0].codes
+    assert use["share"] == [round(len(np.unique(row)) / 32, 4) for row in codes]
+    assert all(1 <= each <= 13 for each in use["perplexity"])
+    even = TokenRow("x", "", "", "", 0.16, np.array([[3, 3, 7, 7]] * 3))
+    write_shard(tmp_path / "even.parquet", [even], load_codec(tiny_codec_folder).stamp)
+    run("info", "--use", tmp_path / "even.parquet")
+    assert json.loads(capsys.readouterr().out)["use"] == {
+        "share": [0.0625] * 3,
+        "perplexity": [2.0] * 3,
+    }
+    assert "--use is for token shards" in failure(capsys, "info", "--use", tiny_codec_folder)
 
 
 def test_decode_refuses_what_it_cannot_decode(
