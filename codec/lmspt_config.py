@@ -29,12 +29,12 @@ class ConvConfig:
     def __post_init__(self) -> None:
         if not self.strides or not self.dilations:
             raise ValueError("lmspt.conv.strides and .dilations must not be empty")
+        at_least(1, lmspt__conv__width=self.width, lmspt__conv__dilations=self.dilations)
+        # A stride has a kernel of twice its length: at 1 there would be T + 1 frames.
         at_least(
-            1,
-            lmspt__conv__width=self.width,
+            2,
             lmspt__conv__strides=self.strides,
             lmspt__conv__decoder_strides=self.decoder_strides,
-            lmspt__conv__dilations=self.dilations,
         )
         at_least(0, lmspt__conv__semantic_width=self.semantic_width)
         _check_halves("lmspt.conv.decoder_width", self.decoder_width, self.upsampling)
@@ -103,6 +103,8 @@ class AuxiliaryConfig:
 
     def __post_init__(self) -> None:
         one_of(("none", "conv", "spectral"), lmspt__auxiliary__kind=self.kind)
+        if not self.strides or not self.dilations:
+            raise ValueError("lmspt.auxiliary.strides and .dilations must not be empty")
         at_least(
             1,
             lmspt__auxiliary__sample_rate=self.sample_rate,
@@ -111,17 +113,27 @@ class AuxiliaryConfig:
             lmspt__auxiliary__hop=self.hop,
             lmspt__auxiliary__dilations=self.dilations,
         )
+        at_least(0, lmspt__auxiliary__depths=self.depths)
         _check_odd("lmspt.auxiliary.kernel_size", self.kernel_size)
         if self.kind == "conv":
+            at_least(2, lmspt__auxiliary__strides=self.strides)
             _check_halves("lmspt.auxiliary.width", self.width, self.strides)
         if self.kind == "spectral":
-            if self.causal:
-                raise ValueError("lmspt.auxiliary.causal is for kind conv: Vocos looks ahead")
-            if len(self.depths) != len(self.strides) + 1:
-                raise ValueError(
-                    f"lmspt.auxiliary.depths needs {len(self.strides) + 1} numbers (one more than "
-                    f"lmspt.auxiliary.strides), got {self.depths}"
-                )
+            self._check_vocos()
+
+    def _check_vocos(self) -> None:
+        if self.causal:
+            raise ValueError("lmspt.auxiliary.causal is for kind conv: Vocos looks ahead")
+        if len(self.depths) != len(self.strides) + 1:
+            raise ValueError(
+                f"lmspt.auxiliary.depths needs {len(self.strides) + 1} numbers (one more than "
+                f"lmspt.auxiliary.strides), got {self.depths}"
+            )
+        if (self.window - self.hop) % 2 or self.window < 2 * self.hop:
+            raise ValueError(
+                "lmspt.auxiliary.window must be at least twice lmspt.auxiliary.hop and differ from "
+                f"it by an even number, got {self.window} and {self.hop}"
+            )
 
     @property
     def hop_length(self) -> int:
