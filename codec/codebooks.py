@@ -16,8 +16,9 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from codec.config import QuantizerConfig
 
-# Distances of this many vectors at a time: 8192 x 1024 float32 are 32 MB.
+# Distances of this many vectors at a time, or of fewer to a large codebook: at most 32 MB.
 DISTANCE_CHUNK = 8192
+DISTANCES = 8192 * 1024
 
 
 class Choice(NamedTuple):
@@ -52,7 +53,10 @@ class Codebook(nn.Module):
         else:
             self.register_buffer("entries", torch.zeros(size, dimension))
             self.register_buffer("entry_sum", torch.zeros(size, dimension))
-        self.register_buffer("cluster_size", torch.zeros(size))
+        # Entries that learn by gradient start with equal use: with none, the first batch would
+        # replace all that it does not choose.
+        use = torch.ones(size) if self.learned else torch.zeros(size)
+        self.register_buffer("cluster_size", use)
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
 
     def nearest(self, vectors: Float[Tensor, "N D"]) -> Int[Tensor, " N"]:
@@ -207,11 +211,10 @@ class FactorisedCodebook(nn.Module):
 
 
 def _nearest(vectors: Float[Tensor, "N D"], entries: Float[Tensor, "K D"]) -> Int[Tensor, " N"]:
-    """Closest entries, in chunks so that memory stays bounded for any N."""
+    """Closest entries, in chunks so that memory stays bounded for any N and K."""
     squared = entries.square().sum(1)
-    chunks = [
-        (squared - 2 * chunk @ entries.T).argmin(1) for chunk in vectors.split(DISTANCE_CHUNK)
-    ]
+    size = max(1, min(DISTANCE_CHUNK, DISTANCES // len(entries)))
+    chunks = [(squared - 2 * chunk @ entries.T).argmin(1) for chunk in vectors.split(size)]
     return torch.cat(chunks)
 
 

@@ -159,7 +159,7 @@ class QuantizerConfig:
         sizes = (self.codebook_size, *self.codebook_sizes)
         if self.num_codebooks < 1 or not all(2 <= size <= 65_536 for size in sizes):
             raise ValueError(
-                "quantizer: num_codebooks must be at least 1 and codebook sizes between 2 and "
+                "quantizer: num_codebooks must be at least 1, codebook_size and codebook_sizes between 2 and "
                 f"65536, got {self.num_codebooks} and {sizes}"
             )
         for name in ("codebook_sizes", "codebook_dimensions"):
@@ -171,7 +171,12 @@ class QuantizerConfig:
         at_least(0, quantizer__codebook_dimension=self.codebook_dimension)
         if self.codebook_dimensions:
             at_least(1, quantizer__codebook_dimensions=self.codebook_dimensions)
-        at_least(0, quantizer__kmeans_iterations=self.kmeans_iterations)
+        at_least(
+            0,
+            quantizer__kmeans_iterations=self.kmeans_iterations,
+            quantizer__revival_ratio=self.revival_ratio,
+        )
+        at_least(1, quantizer__kmeans_samples=self.kmeans_samples)
         one_of(("ema", "gradient"), quantizer__learning=self.learning)
         if not 0 <= self.dropout <= 1 or not 0 < self.decay < 1:
             raise ValueError("quantizer.dropout must lie in [0, 1] and quantizer.decay in (0, 1)")

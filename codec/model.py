@@ -48,8 +48,9 @@ class Codec(SpeechCodec, PyTorchModelHubMixin, library_name="parlance", tags=["s
         if config.family == "lmspt":
             self.encoder = DualEncoder(config)
             self.quantizer: ResidualVQ | SplitVQ = SplitVQ(
-                dimension, config.quantizer, subtract=config.lmspt.semantic_subtraction
-            )
+                dimension, config.quantizer, subtract=config.lmspt.semantic_subtraction,
+                shared=config.lmspt.shared_encoder,
+            )  # fmt: skip
             self.decoder = build_decoder(config)
             self.auxiliary = build_auxiliary(config)
             return

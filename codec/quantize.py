@@ -146,12 +146,20 @@ class SplitVQ(nn.Module):
     The latent has 2D channels, those of the semantic encoder first. With `subtract` the acoustic
     codebooks quantise what the semantic one left over (released code, arXiv 2506.16738); without,
     their encoder's whole latent, in parallel (first form, after Mimi, arXiv 2410.00037). The
-    decoder hears the sum. Quantiser dropout is of the acoustic codebooks.
+    decoder hears the sum. Quantiser dropout is of the acoustic codebooks. `shared`: both halves are
+    one encoder's latent.
     """
 
-    def __init__(self, dimension: int, config: QuantizerConfig, *, subtract: bool) -> None:
+    def __init__(
+        self, dimension: int, config: QuantizerConfig, *, subtract: bool, shared: bool = False
+    ) -> None:
         super().__init__()
         self.subtract = subtract
+        # As released, the acoustic losses reach the semantic encoder through projections. An
+        # unprojected entry is a constant there: its straight-through gradient would cancel the one
+        # that the sum gives to the semantic encoder. Of a shared encoder it cancels the second of
+        # two, one for each half.
+        self.constant = not config.dimensions[0] and not shared
         self.semantic = ResidualVQ(dimension, replace(config, dropout=0.0), count=1)
         self.acoustic = ResidualVQ(dimension, config, first=1)
 
@@ -160,10 +168,7 @@ class SplitVQ(nn.Module):
         semantic_latent, acoustic_latent = latent.chunk(2, dim=1)
         semantic = self.semantic(semantic_latent)
         if self.subtract:
-            # As released, the acoustic losses reach the semantic encoder through projections. An
-            # unprojected entry is a constant here: its straight-through gradient would cancel the
-            # one that the sum gives to the semantic encoder.
-            taken = semantic.latent if self.semantic.projects else semantic.latent.detach()
+            taken = semantic.latent.detach() if self.constant else semantic.latent
             acoustic_latent = acoustic_latent - taken
         acoustic = self.acoustic(acoustic_latent)
         return Quantized(

@@ -49,8 +49,13 @@ def test_entries_follow_their_vectors() -> None:
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
 
 
-def test_kmeans_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Distances are never held for more than one chunk of vectors."""
+@pytest.mark.parametrize(
+    ("size", "samples", "limit"), [(32, 50_000, 8192 * 32), (16_384, 1000, 8192 * 1024)]
+)
+def test_kmeans_memory_is_bounded(
+    monkeypatch: pytest.MonkeyPatch, size: int, samples: int, limit: int
+) -> None:
+    """Distances are never held for more than one chunk of vectors, fewer where K is large."""
     largest = 0
     argmin = torch.Tensor.argmin
 
@@ -60,9 +65,10 @@ def test_kmeans_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         return argmin(tensor, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "argmin", spy)
-    codebook = Codebook(4, 32, replace(CONFIG, kmeans_samples=50_000), seed=1)
-    codebook.initialize(torch.randn(100_000, 4))
-    assert 0 < largest <= 8192 * 32
+    config = replace(CONFIG, kmeans_samples=samples, kmeans_iterations=1)
+    codebook = Codebook(4, size, config, seed=1)
+    codebook.initialize(torch.randn(2 * samples, 4))
+    assert 0 < largest <= limit
 
 
 def test_gradient_trained_entries_that_die_are_revived() -> None:
@@ -76,6 +82,13 @@ def test_gradient_trained_entries_that_die_are_revived() -> None:
     for _ in range(50):
         codebook.update(vectors, codebook.nearest(vectors))
     assert len(codebook.nearest(vectors).unique()) > 55
+
+
+def test_the_first_batch_leaves_gradient_trained_entries_where_they_are() -> None:
+    codebook = Codebook(8, 64, replace(LEARNED, kmeans_iterations=0), seed=1).train()
+    before = codebook.entries.detach().clone()
+    codebook.choose(torch.randn(1, 8, 30))
+    assert torch.equal(codebook.entries, before)
 
 
 def test_gradient_trained_entries_move_by_their_loss_alone() -> None:

@@ -35,6 +35,8 @@ from codec.train_config import CropConfig, OptimConfig
         (QuantizerConfig, {"codebook_size": 1}, "codebook_size"),
         (QuantizerConfig, {"codebook_size": 65_537}, "65536"),
         (QuantizerConfig, {"dropout": 1.5}, "quantizer.dropout"),
+        (QuantizerConfig, {"revival_ratio": -0.1}, "quantizer.revival_ratio must be at least 0"),
+        (QuantizerConfig, {"kmeans_samples": 0}, "quantizer.kmeans_samples must be at least 1"),
         (CodecConfig, {"sample_rate": 0}, "sample_rate"),
     ],
 )

@@ -128,6 +128,15 @@ def test_subtraction_leaves_each_encoder_an_identity_gradient() -> None:
     assert torch.equal(latent.grad, torch.ones_like(latent))
 
 
+@pytest.mark.parametrize("subtract", [True, False])
+def test_a_shared_encoder_has_the_identity_gradient_once(subtract: bool) -> None:
+    """Where the semantic entry is subtracted; in parallel both halves are heard in full."""
+    quantizer = SplitVQ(8, CONFIG, subtract=subtract, shared=True).train()
+    latent = latents(50).requires_grad_()
+    quantizer(torch.cat([latent, latent], dim=1)).latent.sum().backward()
+    torch.testing.assert_close(latent.grad, torch.full_like(latent, 1.0 if subtract else 2.0))
+
+
 def test_dropout_leaves_the_semantic_codebook_and_masks_losses() -> None:
     quantizer = split(False, dropout=1.0, **FACTORISED)
     latent = torch.cat([latents(50), latents(50, seed=1)], dim=1)
