@@ -72,16 +72,34 @@ def check_export_folder(folder: Path) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file, or a `ValueError`."""
+    """The object in another project's JSON file, or a `ValueError`."""
+    text = read_config_text(file)
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from error
+        config = json.loads(text)
     except ValueError:
         config = None
     if not isinstance(config, dict):
+        if file.suffix in (".yaml", ".yml"):
+            raise ValueError("is YAML; this kind has a config.json (LM-SPT has YAML: import lmspt)")
         raise ValueError("not a whole JSON object; copy it again")
+    check_foreign(config)
     return config
+
+
+def read_config_text(file: Path) -> str:
+    """What a configuration file says, or a `ValueError`. Bytes that are no text become marks."""
+    if file.is_dir():
+        raise ValueError("is a folder; name the configuration file in it")
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
+
+
+def check_foreign(config: dict[str, Any]) -> None:
+    """Raises `ValueError` for the config.json of a codec of ours."""
+    if {"family", "quantizer"} <= config.keys():
+        raise ValueError("is of a codec of ours already: its folder needs no import")
 
 
 def read_state(file: Path) -> dict[str, Tensor]:

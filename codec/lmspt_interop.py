@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from codec.config import CodecConfig
 from codec.folder import check_out_folder, written_together
-from codec.interop import read_json, read_state
+from codec.interop import check_foreign, read_config_text, read_json, read_state
 from codec.lmspt_original import SEMANTIC, filled_lmspt, to_lmspt
 from codec.lmspt_original_config import config_from_lmspt, config_to_lmspt
 from codec.model import Codec
@@ -82,12 +82,12 @@ def export_lmspt(codec: Codec, folder: str | Path, *, overwrite: bool = False) -
 def _read_config(file: Path) -> dict[str, Any]:
     if file.suffix == ".json":
         return read_json(file)
+    text = read_config_text(file)
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from error
+        config = yaml.safe_load(text)
     except (ValueError, yaml.YAMLError):
         config = None
     if not isinstance(config, dict):
         raise ValueError("holds no keys and values in YAML; copy it again")
+    check_foreign(config)
     return config

@@ -5,6 +5,7 @@ bit, and theirs come back from us as they were; what ours lose on the way there,
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from codec.original import (
 LEAVES = WEIGHT_NORM | {"entries": "weight"}
 USAGE = ("quantizer.semantic_vocab_usage", "quantizer.acoustic_vocab_usage")
 SEMANTIC, ACOUSTIC = "semantic_encoder.", "acoustic_encoder."
+AUXILIARY = "aux_decoder."
 
 
 def from_lmspt(original: Original) -> Codec:
@@ -37,8 +39,12 @@ def from_lmspt(original: Original) -> Codec:
 def filled_lmspt(config: CodecConfig, state: Mapping[str, Tensor]) -> Codec:
     """A codec of `config` with the original's tensors. Raises `ValueError` as `from_lmspt`.
 
-    Of a shared encoder's two names either is enough.
+    Of a shared encoder's two names either is enough. A state without any tensor of an auxiliary
+    decoder makes a codec without one.
     """
+    if not any(name.startswith(AUXILIARY) for name in state):
+        none = replace(config.lmspt.auxiliary, kind="none")
+        config = replace(config, lmspt=replace(config.lmspt, auxiliary=none))
     counts = {
         "n_codebooks": config.quantizer.num_codebooks,
         "encoder_rates": len(config.lmspt.conv.strides),
@@ -158,7 +164,9 @@ def _modules(config: CodecConfig) -> Iterator[tuple[str, str]]:
         sides.append(("encoder.acoustic.network", "acoustic_encoder.block", encoder))
     decoder = _decoder(len(lmspt.conv.upsampling), lmspt.causal)
     auxiliary = _decoder(len(lmspt.auxiliary.strides), lmspt.auxiliary.causal)
-    sides += [("decoder", "decoder.model", decoder), ("auxiliary", "aux_decoder.model", auxiliary)]
+    sides.append(("decoder", "decoder.model", decoder))
+    if lmspt.auxiliary.kind != "none":
+        sides.append(("auxiliary", "aux_decoder.model", auxiliary))
     for ours, theirs, slots in sides:
         for name, number in slots.items():
             yield f"{ours}.{name}", f"{theirs}.{number}"

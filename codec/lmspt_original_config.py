@@ -3,7 +3,8 @@
 The keys are arguments of its Python classes (github.com/kakao/lmspt), which Hydra builds from YAML.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from codec.config import CodecConfig, QuantizerConfig
@@ -56,6 +57,8 @@ CODEBOOK_SIZES = (2, 65_536)
 MOST_CODEBOOKS = 1024
 # Units of a stage: the original reads as many dilations, and no more.
 NUM_UNITS = 3
+# So deep may the keys lie, each time under `model`.
+MOST_NESTING = 4
 
 
 def config_from_lmspt(theirs: Mapping[str, Any]) -> CodecConfig:
@@ -64,14 +67,24 @@ def config_from_lmspt(theirs: Mapping[str, Any]) -> CodecConfig:
     Keys of Hydra are passed over. Raises `ValueError` that names the unknown or bad key, and for
     what the original cannot do or we have no place for.
     """
-    inside = theirs.get("model")
-    given = _filled(theirs if inside is None else _mapping("model", inside), DEFAULTS, "")
+    # Configurations of its training have them under model.model.
+    for _ in range(MOST_NESTING):
+        if theirs.get("model") is not None:
+            theirs = _mapping("model", theirs["model"])
+    if referring := list(_referring(theirs, "")):
+        raise ValueError(
+            f"{', '.join(referring)}: refer to other keys (${{...}}); write their values here, or "
+            "take a file of the package's lmspt/infer/conf/model/, which refer to none"
+        )
+    given = _filled(theirs, DEFAULTS, "")
     _check_possible(given)
     causal, sample_rate = _truth("is_causal", given["is_causal"]), _whole_of(given, "sample_rate")
     width = _whole_of(given, "encoder_dim")
     rates = _rates("encoder_rates", given["encoder_rates"], causal)
-    semantic = whole("semantic_encoder_dim", given["semantic_encoder_dim"] or width)
-    acoustic = whole("acoustic_encoder_dim", given["acoustic_encoder_dim"] or width)
+    semantic, acoustic = (
+        width if given[key] is None else _whole_of(given, key)
+        for key in ("semantic_encoder_dim", "acoustic_encoder_dim")
+    )
     is_shared = _truth("use_shared_encoder", given["use_shared_encoder"])
     acoustic = semantic if is_shared else acoustic
     if given["latent_dim"] is None:
@@ -110,6 +123,11 @@ def config_to_lmspt(ours: CodecConfig) -> dict[str, Any]:
         raise ValueError(f"only codecs of the family lmspt can be exported, not {ours.family}")
     lmspt, conv, quantizer = ours.lmspt, ours.lmspt.conv, ours.quantizer
     auxiliary = lmspt.auxiliary
+    if auxiliary.kind == "none":
+        raise ValueError(
+            "has no auxiliary decoder any more, and the released LM-SPT has one; export the folder "
+            "that was trained, which still has it"
+        )
     no_place = {
         "lmspt.encoder spectral": lmspt.encoder != "conv",
         "lmspt.decoder spectral": lmspt.decoder != "conv",
@@ -163,11 +181,19 @@ def _filled(theirs: Mapping[str, Any], defaults: Mapping[str, Any], where: str) 
     """All keys: the given ones that say something, and the original's defaults."""
     given = {str(key): value for key, value in theirs.items() if key not in HYDRA_KEYS}
     if unknown := sorted(given.keys() - defaults.keys()):
-        raise ValueError(f"unknown key {where}{unknown[0]}; known are {', '.join(defaults)}")
-    for key, value in given.items():
-        if isinstance(value, str) and "${" in value:
-            raise ValueError(f"{where}{key}: {value!r} refers to another key; write its value here")
+        alike = get_close_matches(unknown[0], defaults, n=1)
+        hint = f"; is {where}{alike[0]} meant?" if alike else " of the released LM-SPT's model"
+        raise ValueError(f"unknown key {where}{unknown[0]}{hint}")
     return {**defaults, **{key: value for key, value in given.items() if value is not None}}
+
+
+def _referring(given: Mapping[str, Any], where: str) -> Iterator[str]:
+    """Keys whose values are references of Hydra's; lists are looked into, and one mapping."""
+    for key, value in given.items():
+        if isinstance(value, Mapping) and not where:
+            yield from _referring(value, f"{key}.")
+        elif isinstance(value, str | list) and "${" in str(value):
+            yield f"{where}{key}"
 
 
 def _check_possible(given: Mapping[str, Any]) -> None:
@@ -176,10 +202,11 @@ def _check_possible(given: Mapping[str, Any]) -> None:
             f"output_sample_rate is {given['output_sample_rate']}, sample_rate "
             f"{given['sample_rate']}: a codec of ours decodes at the rate that it encodes"
         )
-    if given["semantic_quantizer"] != "rvq":
+    # Anything else is rvq to the original, to which semantic_quantizer_kwargs have nothing to say.
+    if given["semantic_quantizer"] == "fsq":
         raise ValueError(
-            f"semantic_quantizer is {given['semantic_quantizer']!r}: only rvq has a codebook of "
-            "its own, and only that can be imported"
+            "semantic_quantizer is 'fsq', which has no codebook of its own; only rvq can be "
+            "imported"
         )
     if given["n_semantic_codebooks"] != 1:
         raise ValueError(
@@ -197,7 +224,8 @@ def _quantizer(given: Mapping[str, Any]) -> QuantizerConfig:
             key = f"codebook_{what}" if given[key] is None else key
             all_of += _per_codebook(key, given[key], number, limits)
     dropout = given["quantizer_dropout"]
-    if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
+    is_number = isinstance(dropout, int | float) and not isinstance(dropout, bool)
+    if not is_number or not 0 <= dropout <= 1:
         raise ValueError(f"quantizer_dropout must lie in [0, 1], got {dropout!r}")
     return QuantizerConfig(
         num_codebooks=count,

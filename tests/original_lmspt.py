@@ -42,6 +42,13 @@ def other(name: str) -> dict[str, Any]:
     return TINY | OTHERS[name]
 
 
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        tensor.dtype == other[name].dtype and torch.equal(tensor, other[name])
+        for name, tensor in one.items()
+    )
+
+
 def state_of(config: dict[str, Any]) -> dict[str, Tensor]:
     """Random tensors; codebook use is a share, as in the original."""
     generator = torch.Generator().manual_seed(0)

@@ -253,6 +253,7 @@ def test_bad_configurations_are_named(published: tuple[Path, Path], golden: dict
     assert "bidirectional must be true" in said(json.dumps(config | {"bidirectional": "yes"}))
     assert "not a whole JSON object" in said('{"n_q": 8')
     assert "not a whole JSON object" in said("[8]")
+    assert "is of a codec of ours already" in said('{"family": "seanet", "quantizer": {}}')
     for value in ("4", True, 0, 4.5, float("inf"), float("nan"), [4]):
         wrong = said(json.dumps(config | {"n_filters": value}))
         assert (
@@ -268,6 +269,9 @@ def test_bad_configurations_are_named(published: tuple[Path, Path], golden: dict
         assert "codebook_size must be a whole number, 2 to 65536" in said(
             json.dumps(config | {"codebook_size": size})
         )
+    (published[0].parent / "c.yaml").write_text("model: {}")
+    with pytest.raises(ValueError, match=r"c\.yaml: is YAML; this kind has a config\.json"):
+        import_speechtokenizer(published[0].parent / "c.yaml", published[1])
     published[0].unlink()
     with pytest.raises(ValueError, match=r"config\.json: cannot be read"):
         import_speechtokenizer(*published)

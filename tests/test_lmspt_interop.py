@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from original_lmspt import OTHERS, TINY, other, state_of
+from original_lmspt import OTHERS, TINY, other, same, state_of
 from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
@@ -36,13 +36,6 @@ def written(config: dict[str, Any], state: dict[str, Tensor], folder: Path) -> t
     (folder / "c.yaml").write_text(f"# Inference\n{yaml.safe_dump({'model': model})}")
     save_file(state, folder / "c.safetensors")
     return folder / "c.yaml", folder / "c.safetensors"
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        tensor.dtype == other[name].dtype and torch.equal(tensor, other[name])
-        for name, tensor in one.items()
-    )
 
 
 def parametrized(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -148,7 +141,7 @@ def test_misfits_are_named(published: tuple[Path, Path]) -> None:
             import_lmspt(*published)
         return str(caught.value)
 
-    without = {name: state[name] for name in state if not name.startswith("aux_decoder")}
+    without = {name: state[name] for name in state if name != "aux_decoder.model.0.bias"}
     assert "missing: aux_decoder.model.0.bias" in said(without)
     assert "unknown: decoder.model.9.bias" in said(state | {"decoder.model.9.bias": torch.ones(1)})
     assert f"of another shape: {bias} (5,) and not (12,)" in said(state | {bias: torch.ones(5)})
@@ -159,12 +152,27 @@ def test_misfits_are_named(published: tuple[Path, Path]) -> None:
     assert "missing: semantic_encoder.block.0.conv.bias" not in said({bias: state[bias]})
 
 
+def test_a_checkpoint_without_auxiliary_decoder(
+    published: tuple[Path, Path], tmp_path: Path
+) -> None:
+    whole, state = import_lmspt(*published), state_of(TINY)
+    save_file({name: state[name] for name in state if "aux_decoder" not in name}, published[1])
+    codec = import_lmspt(*published)
+    assert codec.config.lmspt.auxiliary.kind == "none"
+    assert codec.stamp.digest == whole.stamp.digest
+    with pytest.raises(ValueError, match="export the folder that was trained"):
+        export_lmspt(codec, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
 @pytest.mark.parametrize("text", ["model: [1", "just words", "- 1", "", "\tmodel: {}", "\x00"])
 def test_damaged_configurations_are_named(text: str, published: tuple[Path, Path]) -> None:
     published[0].write_text(text)
     with pytest.raises(ValueError, match=r"c\.yaml: holds no keys and values in YAML") as caught:
         import_lmspt(*published)
     assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="published: is a folder; name the configuration"):
+        import_lmspt(published[0].parent, published[1])
     published[0].unlink()
     with pytest.raises(ValueError, match=r"c\.yaml: cannot be read"):
         import_lmspt(*published)
@@ -176,6 +184,9 @@ def test_what_cannot_be_exported(
     with pytest.raises(ValueError, match="family lmspt can be exported, not spectral"):
         export_lmspt(Codec.from_pretrained(str(tiny_codec_folder)), tmp_path / "out")
     codec = import_lmspt(*published)
+    codec.save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match=r"config\.json: is of a codec of ours already"):
+        import_lmspt(tmp_path / "ours" / "config.json", published[1])
     export_lmspt(codec, tmp_path / "out")
     (tmp_path / "out" / CONFIG).unlink()
     with pytest.raises(ValueError, match=rf"{CHECKPOINT}: is there already"):

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from original_lmspt import OTHERS, TINY, ByNumber, other, shapes_of, state_of
+import yaml
+from original_lmspt import OTHERS, TINY, ByNumber, other, same, shapes_of, state_of
 from torch import Tensor
 from torch.nn import functional
 
 from codec import Codec
+from codec.config import codec_config_from_dict
 from codec.lmspt_original import from_lmspt, lmspt_tensor_names, to_lmspt
-from codec.lmspt_original_config import config_from_lmspt
+from codec.lmspt_original_config import config_from_lmspt, config_to_lmspt
 from codec.original import Original
 from codec.quantize import Quantized, SplitVQ
 
@@ -41,13 +43,6 @@ def codec(golden: dict[str, Any]) -> Codec:
     return from_lmspt(Original(golden["config"], golden["state_dict"]))
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        tensor.dtype == other[name].dtype and torch.equal(tensor, other[name])
-        for name, tensor in one.items()
-    )
-
-
 def latents(codec: Codec, wave: Tensor) -> Tensor:
     """Without our padding to whole frames: as many as the original makes."""
     networks = codec.encoder.semantic.network, codec.encoder.acoustic.network
@@ -73,6 +68,12 @@ def test_the_released_keys_and_size() -> None:
     assert sum(parameter.numel() for parameter in codec.parameters()) == 74_652_220
     sizes = (codec.num_codebooks, codec.codebook_sizes, codec.frame_rate)
     assert sizes == (8, (16_384, *[4096] * 7), 12.5)
+
+
+def test_our_configuration_of_the_released_form_is_the_released() -> None:
+    file = Path(__file__).parent.parent / "recipes/configs/codec/lmspt_v2_12.5hz.yaml"
+    ours = codec_config_from_dict(yaml.safe_load(file.read_text())["codec"])
+    assert config_to_lmspt(ours) == config_to_lmspt(config_from_lmspt(RELEASED))
 
 
 def to_shapes(codec: Codec) -> dict[str, tuple[int, ...]]:
@@ -133,8 +134,13 @@ def test_no_sample_is_lost(golden: dict[str, Any], codec: Codec) -> None:
     wave = torch.cat([golden["input"].repeat(1, 1, 4), golden["input"][..., :777]], dim=-1)
     codes = codec.encode(wave).codes
     assert codes.shape[-1] == -(-wave.shape[-1] // HOP) == 51
-    assert codec.decode(codes).shape[-1] >= wave.shape[-1]
+    decoded, changed = codec.decode(codes), wave.clone()
+    assert decoded.shape[-1] >= wave.shape[-1]
+    assert decoded[..., 50 * HOP : wave.shape[-1]].count_nonzero() > 700
+    changed[..., 50 * HOP :] += 0.1
     with torch.no_grad():
+        last = [codec.encoder(each)[..., 50] for each in (wave, changed)]
+        assert not torch.allclose(*last, atol=1e-5)
         theirs = codec.quantizer.encode(latents(codec, wave))
     assert theirs.shape[-1] == 50
     assert torch.equal(codes[..., : 51 - 26], theirs[..., : 51 - 26])

@@ -85,6 +85,12 @@ def test_hydras_keys_are_passed_over() -> None:
     assert config_from_lmspt(model) == config_from_lmspt(TINY)
     whole = {"SAMPLE_RATE": 8000, "model": model, "discriminator": {"sample_rate": 8000}}
     assert config_from_lmspt(whole) == config_from_lmspt(TINY)
+    trained = {"SAMPLE_RATE": 8000, "model": {"model": model, "discriminator": {"rates": "${x}"}}}
+    assert config_from_lmspt(trained) == config_from_lmspt(TINY)
+    around: dict[str, Any] = {}
+    around["model"] = around
+    with pytest.raises(ValueError, match="unknown key model"):
+        config_from_lmspt(around)
 
 
 def test_numbers_as_the_original_takes_them() -> None:
@@ -94,7 +100,8 @@ def test_numbers_as_the_original_takes_them() -> None:
         "is_causal": 0,
         "dilation": [1, 3, 9, 27],
     }
-    loose |= {"output_sample_rate": 8000, "semantic_quantizer_kwargs": {}, "quantizer_dropout": 0}
+    loose |= {"output_sample_rate": 8000, "semantic_quantizer_kwargs": {"levels": [8, 5]}}
+    loose |= {"quantizer_dropout": 0, "semantic_quantizer": "vq"}
     ours = config_from_lmspt(TINY | loose)
     expected = config_from_lmspt(TINY)
     assert ours == replace(expected, quantizer=replace(expected.quantizer, dropout=0.0))
@@ -106,10 +113,10 @@ def test_numbers_as_the_original_takes_them() -> None:
     ("changed", "message"),
     [
         ({"output_sample_rate": 16_000}, "output_sample_rate is 16000, sample_rate 8000: a codec"),
-        ({"semantic_quantizer": "fsq"}, "semantic_quantizer is 'fsq': only rvq"),
+        ({"semantic_quantizer": "fsq"}, "semantic_quantizer is 'fsq', which has no codebook"),
         ({"n_semantic_codebooks": 2}, "n_semantic_codebooks is 2, and the original always has 1"),
-        ({"n_codebook": 8}, "unknown key n_codebook; known are sample_rate"),
-        ({4: 8}, "unknown key 4; "),
+        ({"n_codebook": 8}, r"unknown key n_codebook; is n_codebooks meant\?"),
+        ({4: 8}, "unknown key 4 of the released LM-SPT's model"),
         ({"n_codebooks": 1}, "n_codebooks must be a whole number, 2 to"),
         ({"n_codebooks": 2**30}, "n_codebooks must be a whole number, 2 to"),
         ({"encoder_rates": 6}, "encoder_rates must be a list"),
@@ -124,8 +131,14 @@ def test_numbers_as_the_original_takes_them() -> None:
         ({"acoustic_codebook_dim": [4, 0]}, "acoustic_codebook_dim must be a whole number, 1 to"),
         ({"quantizer_dropout": 1.5}, r"quantizer_dropout must lie in \[0, 1\], got 1.5"),
         ({"quantizer_dropout": "0.5"}, "quantizer_dropout must lie in"),
+        ({"quantizer_dropout": True}, "quantizer_dropout must lie in"),
+        ({"semantic_encoder_dim": 0}, "semantic_encoder_dim must be a whole number, 1 to"),
+        ({"acoustic_encoder_dim": 0}, "acoustic_encoder_dim must be a whole number, 1 to"),
         ({"is_causal": "yes"}, "is_causal must be true or false, got 'yes'"),
-        ({"sample_rate": "${..SAMPLE_RATE}"}, "sample_rate: .* refers to another key"),
+        (
+            {"sample_rate": "${a}", "decoder_rates": "${b}", "dilation": [1, "${c}", 9]},
+            r"^sample_rate, decoder_rates, dilation: refer to other .*infer/conf/model/, which",
+        ),
         ({"latent_dim": True}, "latent_dim must be a whole number"),
         ({"encoder_dim": 2**31}, "encoder_dim must be a whole number"),
         ({"encoder_dim": 2**30, "latent_dim": None}, "latent_dim must be a whole number"),
@@ -133,14 +146,14 @@ def test_numbers_as_the_original_takes_them() -> None:
         ({"model": [1]}, "model must hold keys and values"),
         ({"aux_decoder": "Decoder"}, "aux_decoder must hold keys and values, got 'Decoder'"),
         ({"aux_decoder": {}}, "lacks aux_decoder.input_channel, aux_decoder.channels, aux_dec"),
-        ({"aux_decoder": AUXILIARY | {"rate": 1}}, "unknown key aux_decoder.rate;"),
+        ({"aux_decoder": AUXILIARY | {"rate": 1}}, r"rate; is aux_decoder\.rates meant"),
         (
             {"aux_decoder": AUXILIARY | {"d_out": 2}},
             "aux_decoder.d_out is 2: speech of ours",
         ),
         ({"aux_decoder": AUXILIARY | {"input_channel": 9}}, "input_channel is 9, latent_dim is 8"),
         ({"aux_decoder": AUXILIARY | {"sample_rate": 8000}}, "3 samples a frame at 8000 Hz"),
-        ({"aux_decoder": AUXILIARY | {"rates": ["${x}"]}}, "aux_decoder.rates must be a whole"),
+        ({"aux_decoder": AUXILIARY | {"rates": ["${x}"]}}, "aux_decoder.rates: refer to"),
     ],
 )
 def test_bad_configurations_are_named(changed: dict[Any, Any], message: str) -> None:
@@ -177,8 +190,9 @@ def test_what_the_original_has_no_place_for() -> None:
     assert said(lmspt=replace(lmspt, conv=conv)) == "lmspt.conv.dilations other than 3"
     layers = replace(lmspt.transformer, num_layers=1, num_heads=1)
     assert said(lmspt=replace(lmspt, transformer=layers)) == "lmspt.transformer"
-    none = replace(lmspt.auxiliary, kind="none")
-    assert said(lmspt=replace(lmspt, auxiliary=none)) == "lmspt.auxiliary.kind none"
+    none = replace(ours, lmspt=replace(lmspt, auxiliary=replace(lmspt.auxiliary, kind="none")))
+    with pytest.raises(ValueError, match="export the folder that was trained, which still has it"):
+        config_to_lmspt(none)
     assert said(quantizer=replace(quantizer, learning="ema")) == "quantizer.learning ema"
     plain = replace(quantizer, normalize=False, codebook_dimensions=())
     assert "quantizer.normalize false, codebooks without projections" in said(quantizer=plain)
