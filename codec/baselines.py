@@ -83,6 +83,19 @@ class Baseline(SpeechCodec):
             self.network.save_pretrained(save_directory, **options)
 
     @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, device: str = "cpu", **options: Any
+    ) -> "Baseline":
+        """`load_baseline`, which takes no other options."""
+        if options:
+            raise ValueError(f"from_pretrained of a codec of transformers has no {min(options)}")
+        return load_baseline(str(pretrained_model_name_or_path), device)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Upload what `save_pretrained` writes; `options` are transformers'."""
+        return self.network.push_to_hub(repo_id, **options)
+
+    @classmethod
     def check(cls, model: str, config: Any) -> None:
         """Raises `ValueError` for a configuration that the contract has no place for."""
 

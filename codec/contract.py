@@ -50,8 +50,17 @@ class SpeechCodec(nn.Module):
         """Names this codec and its very weights in token shards."""
         raise NotImplementedError
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
+        """A codec of this class from a folder or hub id; `load_codec` finds the class out."""
+        raise NotImplementedError
+
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
         """Write config.json and model.safetensors, which `load_codec` takes."""
+        raise NotImplementedError
+
+    def push_to_hub(self, repo_id: str) -> Any:
+        """Upload what `save_pretrained` writes."""
         raise NotImplementedError
 
     @property

@@ -60,7 +60,8 @@ class ConvEncoder(nn.Module):
 class ConvDecoder(nn.Module):
     """quantized (B,D,T) -> wave (B,1,S) in [-1, 1], S = T * product of strides.
 
-    Odd strides leave the last few samples out (4 of 1920 in the released form); they are zeros.
+    Odd strides leave out the last few samples of the last frame (4 of 1920 in the released form);
+    they are zeros.
     """
 
     def __init__(

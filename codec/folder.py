@@ -22,6 +22,13 @@ def check_device(device: str) -> None:
         raise ValueError(f"device {device!r} cannot be used here ({reason}); try cpu") from error
 
 
+def check_name(name: str | Path) -> None:
+    """Raises `ValueError` for what is not there and, in a folder that is, can be no hub id."""
+    path = Path(name)
+    if len(path.parts) > 1 and Path(path.parts[0]).is_dir() and not path.exists():
+        raise ValueError(f"{name}: no such folder, and no hub id: {path.parts[0]} is a folder here")
+
+
 def check_config_file(file: Path) -> None:
     """Raises `ValueError` when config.json is missing or no JSON object."""
     if not file.is_file():

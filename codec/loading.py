@@ -7,7 +7,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from codec.contract import SpeechCodec
-from codec.folder import check_config_file, check_device
+from codec.folder import check_config_file, check_device, check_name
 from codec.model import Codec
 
 
@@ -23,12 +23,14 @@ def load_codec(
     """
     path, source = Path(path_or_hub_id), str(path_or_hub_id)
     check_device(device)
-    if path.is_dir():
-        check_config_file(path / "config.json")
+    check_name(path)
     try:
-        file = path if path.is_dir() else Path(hf_hub_download(source, "config.json")).parent
+        file = path / "config.json"
+        if not path.is_dir():
+            file = Path(hf_hub_download(source, "config.json"))
+        check_config_file(file)
         # Ours have none; all of transformers' have.
-        if "model_type" in json.loads((file / "config.json").read_text(encoding="utf-8")):
+        if "model_type" in json.loads(file.read_text(encoding="utf-8")):
             from codec.baselines import load_baseline
 
             return load_baseline(source, device)

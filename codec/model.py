@@ -29,11 +29,12 @@ class CodecOutput(NamedTuple):
     quantized: Quantized
 
 
-class Codec(SpeechCodec, PyTorchModelHubMixin, library_name="parlance", tags=["speech-codec"]):
+class Codec(PyTorchModelHubMixin, SpeechCodec, library_name="parlance", tags=["speech-codec"]):
     """A trainable speech codec.
 
     `from_pretrained(folder or hub id)`, `save_pretrained(folder)` and `push_to_hub(id)` move it;
-    a folder holds config.json and model.safetensors.
+    a folder holds config.json and model.safetensors. Where LM-SPT's convolutions have odd strides,
+    the last few samples of a decoded wave are zeros (see `codec.convolutional.ConvDecoder`).
     """
 
     def __init__(self, config: CodecConfig | dict[str, Any]) -> None:
@@ -204,6 +205,11 @@ class Codec(SpeechCodec, PyTorchModelHubMixin, library_name="parlance", tags=["s
         """Part of `from_pretrained`: build from config.json and load every tensor, strictly."""
         if config is None:
             raise ValueError(f"{model_id}: no config.json there; is it the folder of a codec?")
+        if isinstance(config, dict) and "model_type" in config:  # As in all of transformers'.
+            raise ValueError(
+                f"{model_id}: is a model of transformers ({config['model_type']}): load_codec uses "
+                "it; it cannot be trained here"
+            )
         try:
             codec = cls(config)
         except ValueError as error:

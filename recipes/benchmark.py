@@ -10,6 +10,7 @@ OUT/utterances/, one file per system and judge.
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -77,8 +78,9 @@ def benchmark_reconstruction(args: argparse.Namespace) -> None:
     cuts = list(read_cuts(args.cuts))[: args.limit]
     rate, digest = codec.sample_rate, codec.stamp.digest
     if args.auxiliary:  # The stamp's digest leaves that decoder out.
-        digest = digest_of(args.codec / "model.safetensors")
-    name = args.name or f"{args.codec.name}-{'auxiliary' if args.auxiliary else num_codebooks}"
+        digest = digest_of_text(f"{digest} {digest_of_module(codec.auxiliary)}")
+    part = "auxiliary" if args.auxiliary else num_codebooks
+    name = args.name or f"{Path(args.codec).name}-{part}"
 
     def original(cut: Any) -> Utterance:
         wave = load_cut(cut, rate)
@@ -107,6 +109,15 @@ def benchmark_reconstruction(args: argparse.Namespace) -> None:
         rows_of(args.list_name, kept, origin(args, "original", judges))
         + rows_of(args.list_name, coded, origin(args, name, judges, model=digest), constants),
     )
+
+
+def digest_of_module(module: Any) -> str:
+    """Of its tensors, by their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def recordings_of(cuts: Iterable[Any]) -> list[Path]:
@@ -318,7 +329,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Scores systems on lists.")
     kinds = parser.add_subparsers(dest="kind", required=True)
     kind = kinds.add_parser("reconstruction", parents=[shared, judged], help="a codec on cuts")
-    kind.add_argument("--codec", type=Path, required=True, help="codec folder")
+    kind.add_argument("--codec", required=True, metavar="DIR", help="folder or hub id")
     kind.add_argument("--cuts", type=Path, required=True, help="list of cuts")
     kind.add_argument("--codebooks", type=int, help="use the first N (default: all)")
     kind.add_argument(

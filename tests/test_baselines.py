@@ -10,15 +10,24 @@ import soundfile
 import torch
 from conftest import voiced
 from safetensors.torch import load_file, save_file
+from test_benchmark import prepare_cuts
 from tiny_baselines import MODELS, save_baseline
+from tiny_slm import quiet, save_voice
 from transformers import Xcodec2FeatureExtractor
 
-from codec import Codes, contract, load_codec
+from codec import Codec, Codes, contract, load_codec
 from codec.__main__ import main
 from codec.baselines import Baseline
 from codec.tokens import TokenShard
+from eval.benchmark import read_rows
+from recipes import benchmark, scoring
 from recipes.export_tokens import main as export_tokens
+from recipes.train_codec import TrainCodecConfig, build_models
 from recipes.tts import finish_voice
+from slm.config import SamplingConfig
+from slm.pipeline import Voice
+
+pytestmark = quiet()
 
 KINDS = list(MODELS)
 RESIDUAL = ["encodec", "dac", "mimi"]
@@ -196,7 +205,7 @@ def test_long_recordings_in_pieces(
     pieces = codec.encode(wave).codes
     assert pieces.shape == whole.shape
     mismatch = (pieces != whole).float().mean()
-    assert mismatch <= (0.25 if kind == "xcodec2" else 0.005)
+    assert mismatch <= {"dac": 0.0, "xcodec2": 0.25}.get(kind, 0.005)
     error = (codec.decode(whole) - spoken).pow(2).mean().sqrt() / spoken.pow(2).mean().sqrt()
     assert error <= (0.25 if kind == "xcodec2" else 1e-4)
     # A batch in pieces is what its items are alone.
@@ -223,11 +232,20 @@ def test_streams_equal_the_whole(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_again_they_are_the_same(
-    codec: Baseline, kind: str, tmp_path: Path, folders: dict[str, Path]
+    codec: Baseline,
+    kind: str,
+    tmp_path: Path,
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     finish_voice(tmp_path, str(folders[kind]), "A card.")  # As recipes/tts.py makes a voice.
-    again = load_codec(tmp_path / "codec")
-    assert again.stamp.digest == codec.stamp.digest
+    again = type(codec).from_pretrained(tmp_path / "codec")
+    assert type(again) is type(codec)
+    assert again.stamp.digest == codec.stamp.digest == load_codec(tmp_path / "codec").stamp.digest
+    pushed = []
+    monkeypatch.setattr(type(codec.network), "push_to_hub", lambda *given: pushed.append(given))
+    again.push_to_hub("some/codec")
+    assert pushed == [(again.network, "some/codec")]
     wave = speech(codec, 0.3)
     codes = codec.encode(wave).codes
     assert torch.equal(again.encode(wave).codes, codes)
@@ -313,6 +331,49 @@ def test_damaged_weights_are_named(tmp_path: Path, folders: dict[str, Path]) -> 
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"decoder\.conv1\.weight holds NaN"):
         load_codec(tmp_path)
+
+
+def test_they_cannot_be_trained(folders: dict[str, Path]) -> None:
+    message = r"mimi: is a model of transformers \(mimi\): load_codec uses it; it cannot be trained"
+    with pytest.raises(ValueError, match=message):
+        Codec.from_pretrained(str(folders["mimi"]))
+    with pytest.raises(ValueError, match=message):
+        build_models(TrainCodecConfig(start_from=str(folders["mimi"])), "cpu")
+
+
+def test_a_voice_speaks_with_one(tmp_path: Path) -> None:
+    codec = save_baseline(tmp_path / "mimi", "mimi", num_quantizers=3)
+    voice = Voice.from_pretrained(save_voice(tmp_path, codec))
+    voice.sampling = SamplingConfig(frames_per_token=(0.5, 1.0), spare_seconds=0.0, tries=1)
+    speech = voice.tts("a cat", voiced(0.3), "the dog", seed=1)
+    assert isinstance(voice.codec, Baseline)
+    assert speech.codes.shape[0] == 3
+    assert len(speech.wave) == speech.codes.shape[1] * 320 > 0
+
+
+def test_one_is_benchmarked(
+    tmp_path: Path, folders: dict[str, Path], write_wav: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Judge:
+        compute_type = "none"
+
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def transcribe(self, *_: object) -> str:
+            return "hello"
+
+    monkeypatch.setattr(scoring, "Judge", Judge)
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "model.bin").touch()
+    cuts = prepare_cuts(tmp_path / "in", write_wav, count=1)
+    command = ["reconstruction", "--codec", str(folders["dac"]), "--codebooks", "2"]
+    command += ["--cuts", str(cuts), "--judge", str(tmp_path / "judge"), "--out", str(tmp_path)]
+    benchmark.main(command)
+    rows = [row for row in read_rows(tmp_path / "rows.jsonl") if row.metric == "bitrate"]
+    assert [(row.system, row.value) for row in rows] == [("dac-2", 50 * 2 * 4)]
+    with pytest.raises(ValueError, match="no auxiliary decoder"):
+        benchmark.main([*command, "--auxiliary"])
 
 
 def test_codes_of_a_batch(folders: dict[str, Path]) -> None:

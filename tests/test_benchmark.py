@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_lmspt import SPECTRAL, made
+from tiny_lmspt import SPECTRAL, made
 
 from codec import read_audio
 from eval import benchmark as scores

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_baselines import save_baseline
 
-from codec import Codec, SpeechCodec, load_codec
+from codec import Codec, SpeechCodec, load_codec, loading, teachers
 from codec.baselines import DacBaseline
 
 
@@ -25,6 +25,26 @@ def test_ours_need_no_transformers(
     for name in ("transformers", "codec.baselines"):
         monkeypatch.setitem(sys.modules, name, None)  # Importing it fails.
     assert isinstance(load_codec(tiny_codec_folder), Codec)
+
+
+def test_a_damaged_download_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text('{"family": "spec')
+    monkeypatch.setattr(loading, "hf_hub_download", lambda *_: str(tmp_path / "config.json"))
+    with pytest.raises(ValueError, match="not a whole JSON object"):
+        load_codec("some/codec")
+
+
+def test_a_name_in_a_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loading, "hf_hub_download", None)  # Calling it fails.
+    (tmp_path / "models").mkdir()
+    with pytest.raises(ValueError, match="models/none: no such folder, and no hub id"):
+        load_codec("models/none")
+    with (
+        pytest.raises(ValueError, match="models/none: no such folder"),
+        teachers.loading("models/none", "speech teacher"),
+    ):
+        raise AssertionError
 
 
 def test_another_model_is_no_codec(tmp_path: Path) -> None:
