@@ -159,8 +159,8 @@ class QuantizerConfig:
         sizes = (self.codebook_size, *self.codebook_sizes)
         if self.num_codebooks < 1 or not all(2 <= size <= 65_536 for size in sizes):
             raise ValueError(
-                "quantizer: num_codebooks must be at least 1, codebook_size and codebook_sizes between 2 and "
-                f"65536, got {self.num_codebooks} and {sizes}"
+                "quantizer: num_codebooks must be at least 1, codebook_size and codebook_sizes "
+                f"between 2 and 65536, got {self.num_codebooks} and {sizes}"
             )
         for name in ("codebook_sizes", "codebook_dimensions"):
             if getattr(self, name) and len(getattr(self, name)) != self.num_codebooks:

@@ -54,7 +54,10 @@ class Discriminators(nn.Module):
         )
         self.others = nn.ModuleList(
             [
-                *(PeriodDiscriminator(period, divisor) for period in config.periods),
+                *(
+                    PeriodDiscriminator(period, divisor, extra=config.extra_period)
+                    for period in config.periods
+                ),
                 *(STFTDiscriminator(window, config.stft_filters) for window in config.stft_windows),
                 *(BandDiscriminator(window, divisor) for window in config.band_windows),
             ]
@@ -81,13 +84,13 @@ class Discriminators(nn.Module):
 class PeriodDiscriminator(nn.Module):
     """2-D convolutions over the wave folded into rows of `period` samples.
 
-    The last row is filled by reflection. LM-SPT's released code adds a whole row where none is
-    missing; this one does not.
+    The last row is filled by reflection; where no sample is missing `extra` adds a whole row, as
+    Descript's code does, and LM-SPT's after it.
     """
 
-    def __init__(self, period: int, width_divisor: int = 1) -> None:
+    def __init__(self, period: int, width_divisor: int = 1, *, extra: bool = False) -> None:
         super().__init__()
-        self.period = period
+        self.period, self.extra = period, extra
         widths = [1, *(max(width // width_divisor, 4) for width in PERIOD_WIDTHS)]
         self.convs = nn.ModuleList(
             weight_norm(
@@ -104,7 +107,10 @@ class PeriodDiscriminator(nn.Module):
         self.conv_out = weight_norm(nn.Conv2d(widths[-1], 1, (3, 1), padding=(1, 0)))
 
     def forward(self, wave: Float[Tensor, "B 1 S"]) -> Verdict:
-        padded = functional.pad(wave, (0, -wave.shape[-1] % self.period), mode="reflect")
+        missing = -wave.shape[-1] % self.period
+        if self.extra and not missing:
+            missing = self.period
+        padded = functional.pad(wave, (0, missing), mode="reflect")
         x = rearrange(padded, "b c (t p) -> b c t p", p=self.period)
         return _run_convs(self.convs, self.conv_out, x)
 
@@ -187,6 +193,12 @@ class BandDiscriminator(nn.Module):
             for _ in self.bands
         )
         self.conv_out = weight_norm(nn.Conv2d(width, 1, (3, 3), padding=1))
+
+    @property
+    def least_samples(self) -> int:
+        """Of a wave; shorter ones have too little to reflect."""
+        window = len(self.get_buffer("window"))
+        return (window - self.hop) // 2 + self.hop
 
     def forward(self, wave: Float[Tensor, "B 1 S"]) -> Verdict:
         window = self.get_buffer("window")

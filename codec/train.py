@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from codec.data import CropDataset, Crops, crop_batches
-from codec.discriminators import Discriminators
+from codec.discriminators import BandDiscriminator, Discriminators
 from codec.distill import Student, StudentOutput, Target, distill_losses
 from codec.losses import (
     adversarial_loss,
@@ -166,7 +166,7 @@ def fit(
     The trained codec ends in `run.folder / "codec"`.
     """
     accelerator, codec = run.accelerator, models.student.codec
-    _check(codec, crops, losses, accelerator)
+    _check(models, crops, losses, accelerator)
     wrapped, optimizers = _prepare(models, accelerator, optim)
     first = run.resume()
     dataset = CropDataset(
@@ -209,14 +209,22 @@ def fit(
     accelerator.wait_for_everyone()
 
 
-def _check(codec: Codec, crops: CropConfig, losses: LossConfig, accelerator) -> None:
+def _check(models: Models, crops: CropConfig, losses: LossConfig, accelerator) -> None:
     if accelerator.distributed_type.value == "DEEPSPEED":
         raise ValueError(
             "the codec's two optimisers do not train under DeepSpeed; launch with "
             "recipes/accelerate/ddp.yaml (or cpu.yaml)"
         )
-    if crops.seconds * codec.sample_rate < max(each.window for each in losses.mel_scales):
+    samples = crops.seconds * models.student.codec.sample_rate
+    if samples < max(each.window for each in losses.mel_scales):
         raise ValueError(f"data.seconds {crops.seconds:g} is shorter than a window of the mel loss")
+    critics = models.discriminators.others if models.discriminators is not None else ()
+    for each in critics:
+        if isinstance(each, BandDiscriminator) and samples < each.least_samples:
+            raise ValueError(
+                f"data.seconds {crops.seconds:g} is too short for a window of "
+                "discriminators.band_windows; lengthen the crops or leave the longest windows out"
+            )
 
 
 def _batches(dataset: CropDataset, crops: CropConfig, span: tuple[int, int], accelerator):
@@ -245,13 +253,16 @@ def _prepare(models: Models, accelerator, optim: OptimConfig) -> tuple[Models, l
 
 
 def _adamw(model: nn.Module, lr: float, optim: OptimConfig) -> torch.optim.AdamW:
-    trained = [each for each in model.parameters() if each.requires_grad]
+    decayed, others = [], []
+    for name, each in model.named_parameters():
+        if each.requires_grad:
+            # Snake's slopes and weight norm's gains are vectors with axes of length 1.
+            matrix = sum(size > 1 for size in each.shape) >= 2
+            entries = name.rpartition(".")[2] == "entries"
+            (decayed if matrix and not entries else others).append(each)
     groups = [
-        {
-            "params": [each for each in trained if each.ndim >= 2],
-            "weight_decay": optim.weight_decay,
-        },
-        {"params": [each for each in trained if each.ndim < 2], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": optim.weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=optim.betas)
 

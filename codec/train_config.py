@@ -95,6 +95,9 @@ class DiscriminatorConfig:
 
     periods: tuple[int, ...] = (2, 3, 5, 7, 11)
     """Samples per row of each multi-period discriminator; empty: none."""
+    extra_period: bool = False
+    """Where a wave is a multiple of a period, reflect one whole period more, as Descript's code
+    does."""
     num_scales: int = 3
     """Multi-scale discriminators, each at half the rate of the one before; 0: none."""
     stft_windows: tuple[int, ...] = (1024, 2048, 512, 256, 128)
@@ -278,7 +281,8 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     """Of AdamW, generator and discriminators alike."""
     weight_decay: float = 0.0
-    """Of AdamW, on tensors of two and more dimensions only."""
+    """Of AdamW, on matrices alone: neither on biases, gains, Snake's slopes nor on the entries of
+    codebooks that learn by gradient."""
     warmup_steps: int = 20
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "decay"] = "cosine"

@@ -91,7 +91,11 @@ def _distances(
     sample_rate: int,
 ) -> Tensor:
     """By name a recording's distance, and 1 where it counts: one without words has no text loss."""
-    mel = mel_loss(out.wave, crop.wave, losses.mel_scales, sample_rate=sample_rate)
+    mel = mel_loss(
+        out.wave, crop.wave, losses.mel_scales,
+        sample_rate=sample_rate, l2_weight=losses.mel_l2_weight,
+        linear_weight=losses.mel_linear_weight, form=losses.mel_form,
+    )  # fmt: skip
     rows = [[float(mel), 1.0], [float(wave_loss(out.wave, crop.wave)), 1.0]]
     if teachers is not None:
         targets = teachers(crop)

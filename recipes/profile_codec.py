@@ -31,7 +31,7 @@ from codec.targets import Teachers
 from codec.train import Models, _Loop, _prepare, _set_rates, _train_step
 from eval.benchmark import machine
 from recipes.common import git_revision, load_config, make_accelerator, run_program
-from recipes.train_codec import TrainCodecConfig, build_models, check_codec
+from recipes.train_codec import TrainCodecConfig, build_models, check_codec, starting_architecture
 
 
 class _Cut(NamedTuple):
@@ -236,16 +236,19 @@ def table(ordinary: Sequence[Step], by_parts: Sequence[Step]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=2)
-    options, rest = parser.parse_known_args(argv)
+    try:
+        options, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
     about = "How a training step's time divides. --steps N and --warmup N: steps (10, 2)."
     config = load_config(TrainCodecConfig, rest, about)
     if options.steps < 1 or options.warmup < 0:
         raise ValueError("--steps must be at least 1, --warmup at least 0")
-    if not config.start_from:
-        check_codec(config.codec, config.losses, config.resynthesis)
+    codec_config = starting_architecture(config)
+    check_codec(codec_config, config.losses, config.resynthesis, config.start_from)
     optim, crops = config.optim, config.data
     accelerator = make_accelerator(gradient_accumulation_steps=optim.accumulate)
     if accelerator.num_processes > 1:

@@ -5,18 +5,22 @@
 The run folder ends with `codec/`, which `load_codec` and the command `codec` take.
 """
 
+import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedDataParallelKwargs
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from codec import Codec
-from codec.config import CodecConfig
+from codec.config import CodecConfig, codec_config_from_dict
 from codec.data import read_cuts
 from codec.discriminators import Discriminators
 from codec.distill import Student
+from codec.folder import check_config_file
 from codec.resynthesis import Resynthesis
 from codec.targets import Teachers
 from codec.train import Models, fit
@@ -78,8 +82,11 @@ class TrainCodecConfig:
             raise ValueError("start_from brings its own architecture: leave the keys of codec out")
 
 
-def check_codec(codec: CodecConfig, losses: LossConfig, resynthesis: ResynthesisConfig) -> None:
-    """Raise `ValueError` where this codec cannot be trained with these losses."""
+def check_codec(
+    codec: CodecConfig, losses: LossConfig, resynthesis: ResynthesisConfig, started: str = ""
+) -> None:
+    """Raise `ValueError` where this codec cannot be trained with these losses; `started` is what
+    start_from names."""
     if codec.quantizer.learning == "gradient" and not losses.weights.codebook:
         raise ValueError(
             "quantizer.learning gradient: nothing trains the entries but losses.weights.codebook; "
@@ -91,6 +98,12 @@ def check_codec(codec: CodecConfig, losses: LossConfig, resynthesis: Resynthesis
                 f"resynthesis.decoder auxiliary is for codec.family lmspt: {codec.family} has no "
                 "such decoder; set it to main"
             )
+        if codec.lmspt.auxiliary.kind == "none" and started:
+            raise ValueError(
+                f"start_from {started} has no auxiliary decoder: start from the folder codec/ of "
+                "the run that trained it, which still has it, set resynthesis.decoder to main, or "
+                "losses.weights.resynthesis to 0 (and resynthesis.model to nothing)"
+            )
         if codec.lmspt.auxiliary.kind == "none":
             raise ValueError(
                 "resynthesis.decoder auxiliary needs one: set codec.lmspt.auxiliary.kind to conv "
@@ -100,8 +113,8 @@ def check_codec(codec: CodecConfig, losses: LossConfig, resynthesis: Resynthesis
 
 def main(argv: list[str]) -> None:
     config = load_config(TrainCodecConfig, argv, "Train a speech codec.")
-    if not config.start_from:
-        check_codec(config.codec, config.losses, config.resynthesis)
+    codec = starting_architecture(config)
+    check_codec(codec, config.losses, config.resynthesis, config.start_from)
     accelerator = make_accelerator(
         Path(config.out),
         gradient_accumulation_steps=config.optim.accumulate,
@@ -124,10 +137,30 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
 
 
+def starting_architecture(config: TrainCodecConfig) -> CodecConfig:
+    """Of the codec that will be trained: `codec`, or what start_from names. Raises `ValueError`
+    where that is missing or none of ours."""
+    if not config.start_from:
+        return config.codec
+    folder = Path(config.start_from)
+    if folder.is_dir():
+        check_config_file(folder / "config.json")
+    try:
+        file = folder / "config.json"
+        if not folder.is_dir():
+            file = Path(hf_hub_download(config.start_from, "config.json"))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
+        raise ValueError(
+            f"start_from {config.start_from}: no such folder, and not to be had from the hub "
+            f"either ({type(error).__name__}); check the name"
+        ) from error
+    return codec_config_from_dict(json.loads(file.read_text(encoding="utf-8")))
+
+
 def build_models(config: TrainCodecConfig, device: str | torch.device) -> Models:
     """The codec in training, and who trains it. Raises `ValueError` where they do not fit."""
     codec = Codec.from_pretrained(config.start_from) if config.start_from else Codec(config.codec)
-    check_codec(codec.config, config.losses, config.resynthesis)
+    check_codec(codec.config, config.losses, config.resynthesis, config.start_from)
     adversarial = config.losses.needs_discriminators
     discriminators = Discriminators(config.discriminators) if adversarial else None
     teachers = None

@@ -64,6 +64,20 @@ def test_they_learn_to_tell_noise_from_a_tone() -> None:
     assert loss < 0.6 * 6
 
 
+@pytest.mark.parametrize(("samples", "rows"), [(998, 333), (999, 334), (1000, 334)])
+def test_a_whole_period_more_where_none_is_missing(samples: int, rows: int) -> None:
+    """As Descript's code does; 999 samples are 333 rows of 3 without."""
+    torch.manual_seed(0)
+    wave = torch.randn(1, 1, samples)
+    for extra, expected in ((True, rows), (False, -(-samples // 3))):
+        discriminator, heard = PeriodDiscriminator(3, 32, extra=extra), []
+        discriminator.convs[0].register_forward_pre_hook(lambda _, x, heard=heard: heard.append(*x))
+        discriminator(wave)
+        assert heard[0].shape == (1, 1, expected, 3)
+        filled = heard[0].flatten()
+        assert torch.equal(filled[samples:], wave.flatten().flip(0)[1:][: len(filled) - samples])
+
+
 def test_none_at_all_is_an_error() -> None:
     with pytest.raises(ValueError, match="leave none"):
         Discriminators(DiscriminatorConfig(periods=(), num_scales=0, stft_windows=()))

@@ -195,3 +195,5 @@ def test_the_program_prints_a_table(
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="at least 1"):
         main(["--steps", "0"])
+    with pytest.raises(ValueError, match="--steps: invalid int value: 'x'"):
+        main(["--steps", "x"])

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,14 @@ import torch
 from conftest import ROOT
 from lhotse import CutSet, Recording
 from safetensors.torch import load_file
+from test_resynthesis import TINY as LM_SPT
 from test_speech_teachers import save
 from test_teachers import save_text_model
 from test_words import save_ctc
 
 from codec import Codec, load_codec
 from recipes.common import load_config
-from recipes.train_codec import TrainCodecConfig, check_codec
+from recipes.train_codec import TrainCodecConfig, check_codec, main
 
 CONFIGS = ROOT / "recipes" / "configs" / "codec"
 TINY = ["--config", str(CONFIGS / "tiny.yaml")]
@@ -167,9 +169,67 @@ def test_each_ablation_is_a_file_on_top(name: str) -> None:
 
 
 def test_the_released_resynthesis_is_a_file_on_top() -> None:
-    released = ["lmspt_compare.yaml", "resynthesis_released.yaml"]
-    settings = check([f"--config={CONFIGS / file}" for file in released]).resynthesis
-    assert (settings.mask, settings.per_item, settings.distance) == (False, False, "mse")
+    released = ["lmspt_v2_12.5hz.yaml", "resynthesis_released.yaml"]
+    config = check([f"--config={CONFIGS / file}" for file in released])
+    settings = config.resynthesis
+    assert config.losses.weights.resynthesis == 500
+    assert (settings.mask, settings.per_item, settings.half) == (False, False, False)
+    assert settings.distance == "mse"
+
+
+def test_the_second_form_has_the_losses_of_the_preset() -> None:
+    """But for the resynthesis, the number of steps and the rhythm."""
+    second, preset = (
+        load_config(TrainCodecConfig, [f"--config={CONFIGS / file}"])
+        for file in ("lmspt_v2_12.5hz.yaml", "lmspt_losses.yaml")
+    )
+    plain = replace(second.losses.weights, resynthesis=0.0)
+    assert replace(second.losses, weights=plain) == preset.losses
+    assert second.discriminators == preset.discriminators
+    own = {"steps", "log_every", "eval_every", "save_every"}
+    same = {name: getattr(second.optim, name) for name in own}
+    assert replace(preset.optim, **same) == second.optim
+
+
+RATES = ("25hz", "12.5hz", "6.25hz")
+STACKS = {
+    **{f"small {rate}": ["lmspt_small.yaml", f"rate_{rate}.yaml"] for rate in RATES},
+    **{rate: [f"lmspt_{rate}.yaml"] for rate in RATES},
+}
+STACKS["small 25hz"] = ["lmspt_small.yaml"]
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_a_crop_has_as_many_frames_at_every_rate(name: str) -> None:
+    config = check([f"--config={CONFIGS / file}" for file in STACKS[name]])
+    codec = config.codec
+    assert codec.sample_rate / codec.hop_length == float(name.split()[-1].removesuffix("hz"))
+    frames = config.data.seconds * codec.sample_rate / codec.hop_length
+    assert frames == (60 if name.startswith("small") else 150)
+    if name.startswith("small"):
+        sizes = [each.numel() for each in Codec(codec).parameters()]
+        assert 16e6 < sum(sizes) <= 20e6
+
+
+def test_the_large_auxiliary_decoder_is_as_large_as_the_main_one() -> None:
+    stack = ["lmspt_compare.yaml", "resynthesis.yaml", "resynthesis_large_auxiliary.yaml"]
+    config = check([f"--config={CONFIGS / file}" for file in stack])
+    codec = Codec(config.codec)
+    sizes = [
+        sum(each.numel() for each in part.parameters()) for part in (codec.decoder, codec.auxiliary)
+    ]
+    assert sizes[0] == sizes[1]
+
+
+def test_a_start_without_auxiliary_decoder_is_refused_before_the_run(tmp_path: Path) -> None:
+    codec = Codec(LM_SPT)
+    codec.without_auxiliary().save_pretrained(tmp_path / "shipped")
+    given = [f"start_from={tmp_path / 'shipped'}", f"out={tmp_path / 'run'}"]
+    with pytest.raises(ValueError, match=r"still has it, set resynthesis\.decoder to main"):
+        main([*given, *WHISPER])
+    with pytest.raises(ValueError, match="no such folder"):
+        main(["start_from=../none", f"out={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_trained_codec_is_trained_further(

@@ -1,0 +1,33 @@
+"""Validation: its distances are those that training minimises."""
+
+import torch
+from conftest import voiced
+from lhotse import Recording
+from test_resynthesis import LOSSES, TINY, Alone
+
+from codec import Codec
+from codec.distill import Student
+from codec.train import generator_step
+from codec.train_config import CropConfig, LossConfig, LossWeights
+from codec.validate import validate
+
+
+def test_the_mel_distance_is_the_one_that_is_trained(write_wav, tmp_path) -> None:
+    torch.manual_seed(0)
+    student = Student(Codec(TINY))
+    cut = Recording.from_file(write_wav(tmp_path / "one.wav", 0.7)).to_cut()
+    wave = torch.from_numpy(voiced(0.7))[None, None]
+    found = []
+    for changes in (
+        {},
+        {"mel_form": "lmspt", "mel_linear_weight": 1.0},
+        {"mel_l2_weight": 1.0},
+    ):
+        losses = LossConfig(weights=LossWeights(), mel_scales=LOSSES.mel_scales, **changes)
+        told = validate(student, None, None, [cut], Alone(), CropConfig(), losses, 1)
+        with torch.no_grad():
+            out = student.eval()(wave)
+            trained = generator_step(out, wave, None, losses, 16_000).parts["mel"]
+        torch.testing.assert_close(told["dev/mel"], float(trained), rtol=1e-3, atol=0)
+        found.append(told["dev/mel"])
+    assert len(set(found)) == 3
