@@ -314,7 +314,7 @@ class Transformer(nn.Module):
         self, width: int, *, num_layers: int, num_heads: int, context: int, causal: bool
     ) -> None:
         super().__init__()
-        self.context, self.causal, self.half = context, causal, width // num_heads // 2
+        self.context, self.causal, self.num_turns = context, causal, width // num_heads // 2
         self.layers = nn.ModuleList(TransformerLayer(width, num_heads) for _ in range(num_layers))
         self.norm_out = nn.LayerNorm(width)
 
@@ -322,7 +322,7 @@ class Transformer(nn.Module):
         self, x: Float[Tensor, "B C T"], lengths: Lengths | None = None
     ) -> Float[Tensor, "B C T"]:
         position = torch.arange(x.shape[-1], device=x.device)
-        rates = 10_000 ** -(torch.arange(self.half, device=x.device) / self.half)
+        rates = 10_000 ** -(torch.arange(self.num_turns, device=x.device) / self.num_turns)
         turns = position.unsqueeze(1) * rates
         distance = position.unsqueeze(1) - position
         seen = (distance <= self.context) & (distance >= (0 if self.causal else -self.context))

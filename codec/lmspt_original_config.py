@@ -122,7 +122,7 @@ def config_to_lmspt(ours: CodecConfig) -> dict[str, Any]:
     if ours.family != "lmspt":
         raise ValueError(f"only codecs of the family lmspt can be exported, not {ours.family}")
     lmspt, conv, quantizer = ours.lmspt, ours.lmspt.conv, ours.quantizer
-    auxiliary = lmspt.auxiliary
+    auxiliary, semantic_width = lmspt.auxiliary, conv.semantic_width or conv.width
     if auxiliary.kind == "none":
         raise ValueError(
             "has no auxiliary decoder any more, and the released LM-SPT has one; export the folder "
@@ -143,7 +143,6 @@ def config_to_lmspt(ours: CodecConfig) -> dict[str, Any]:
     }
     if said := [what for what, is_there in no_place.items() if is_there]:
         raise ValueError(f"the released LM-SPT has no place for {', '.join(said)}")
-    semantic_width = conv.semantic_width or conv.width
     return {
         "sample_rate": ours.sample_rate,
         "encoder_rates": list(conv.strides),

@@ -157,9 +157,9 @@ class SplitVQ(nn.Module):
         self.subtract = subtract
         # As released, the acoustic losses reach the semantic encoder through projections. An
         # unprojected entry is a constant there: its straight-through gradient would cancel the one
-        # that the sum gives to the semantic encoder. Of a shared encoder it cancels the second of
-        # two, one for each half.
-        self.constant = not config.dimensions[0] and not shared
+        # that the sum gives to the semantic encoder. A shared encoder has the acoustic half's.
+        self.constant = not config.dimensions[0]
+        self.once = self.constant and shared and subtract
         self.semantic = ResidualVQ(dimension, replace(config, dropout=0.0), count=1)
         self.acoustic = ResidualVQ(dimension, config, first=1)
 
@@ -171,8 +171,9 @@ class SplitVQ(nn.Module):
             taken = semantic.latent.detach() if self.constant else semantic.latent
             acoustic_latent = acoustic_latent - taken
         acoustic = self.acoustic(acoustic_latent)
+        heard = semantic.latent.detach() if self.once else semantic.latent
         return Quantized(
-            latent=semantic.latent + acoustic.latent,
+            latent=heard + acoustic.latent,
             entries=semantic.entries + acoustic.entries,
             codes=torch.cat([semantic.codes, acoustic.codes], dim=1),
             commitments=torch.cat([semantic.commitments, acoustic.commitments]),

@@ -21,7 +21,7 @@ CONV = LMSPTConfig(encoder="conv", decoder="conv")
         (AuxiliaryConfig, {"depths": (1,)}, "lmspt.auxiliary.depths needs 3"),
         (AuxiliaryConfig, {"causal": True}, "lmspt.auxiliary.causal"),
         (AuxiliaryConfig, {"kind": "conv", "width": 2}, "lmspt.auxiliary.width"),
-        (AuxiliaryConfig, {"kind": "conv", "strides": (4, 1)}, "auxiliary.strides must be at least"),
+        (AuxiliaryConfig, {"kind": "conv", "strides": (4, 1)}, "auxiliary.strides must be at"),
         (AuxiliaryConfig, {"strides": (), "depths": (1,)}, "lmspt.auxiliary.strides"),
         (AuxiliaryConfig, {"depths": (1, -1, 1)}, "lmspt.auxiliary.depths must be at least 0"),
         (AuxiliaryConfig, {"window": 240}, "lmspt.auxiliary.window must be at least twice"),

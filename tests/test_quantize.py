@@ -135,6 +135,12 @@ def test_a_shared_encoder_has_the_identity_gradient_once(subtract: bool) -> None
     latent = latents(50).requires_grad_()
     quantizer(torch.cat([latent, latent], dim=1)).latent.sum().backward()
     torch.testing.assert_close(latent.grad, torch.full_like(latent, 1.0 if subtract else 2.0))
+    # What is left over, and the semantic entry alone, still have their own.
+    again = latents(50).requires_grad_()
+    out = quantizer(torch.cat([again, again], dim=1))
+    for part in (out.commitments[1:].sum(), out.entries[0].sum(), out.entries[2].sum()):
+        (gradient,) = torch.autograd.grad(part, again, retain_graph=True)
+        assert gradient.abs().sum() > 0
 
 
 def test_dropout_leaves_the_semantic_codebook_and_masks_losses() -> None:
