@@ -22,11 +22,14 @@ def check_device(device: str) -> None:
         raise ValueError(f"device {device!r} cannot be used here ({reason}); try cpu") from error
 
 
-def check_name(name: str | Path) -> None:
-    """Raises `ValueError` for what is not there and, in a folder that is, can be no hub id."""
+def check_source(name: str | Path) -> None:
+    """Raises `ValueError` for a model that is no folder here and whose name can be no hub id.
+
+    A path whose first part is a folder (or the root) was meant as one.
+    """
     path = Path(name)
     if len(path.parts) > 1 and Path(path.parts[0]).is_dir() and not path.exists():
-        raise ValueError(f"{name}: no such folder, and no hub id: {path.parts[0]} is a folder here")
+        raise ValueError(f"{name}: no such folder; give a hub id (owner/name) or a folder")
 
 
 def check_config_file(file: Path) -> None:

@@ -7,7 +7,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from codec.contract import SpeechCodec
-from codec.folder import check_config_file, check_device, check_name
+from codec.folder import check_config_file, check_device, check_source
 from codec.model import Codec
 
 
@@ -23,7 +23,7 @@ def load_codec(
     """
     path, source = Path(path_or_hub_id), str(path_or_hub_id)
     check_device(device)
-    check_name(path)
+    check_source(path)
     try:
         file = path / "config.json"
         if not path.is_dir():

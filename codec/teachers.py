@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from codec.folder import check_name
+from codec.folder import check_source
 from codec.speech_teachers import (
     Features,
     Frozen,
@@ -251,7 +251,7 @@ def _network(model: str, config: Any) -> Any:
 @contextmanager
 def loading(model: str, purpose: str) -> Iterator[None]:
     """Quietly; ValueError in one line for whatever transformers and tokenizers raise."""
-    check_name(model)
+    check_source(model)
     try:
         with quiet():
             yield

@@ -105,15 +105,17 @@ class DiscriminatorConfig:
     stft_filters: int = 32
     """Channels of the STFT discriminators."""
     band_windows: tuple[int, ...] = ()
-    """Windows of the multi-band STFT discriminators, the hop a quarter of each; empty: none."""
+    """Windows of the multi-band STFT discriminators, the hop a quarter of each and each at least
+    128; empty: none."""
     normalize_input: bool = False
     """They hear each wave without its mean and scaled to a peak of 0.8 (LM-SPT's)."""
     width_divisor: int = 1
     """Divides the published channel counts of all but the STFT discriminators (miniatures)."""
 
     def __post_init__(self) -> None:
-        # Below that the lowest band, a tenth of the bins, would be empty.
-        at_least(32, discriminators__band_windows=self.band_windows)
+        # Below that the lowest band, a tenth of the bins, is one bin before its last stride, where
+        # torch 2.11's bfloat16 convolution on CPUs leaves weight gradients uninitialised.
+        at_least(128, discriminators__band_windows=self.band_windows)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

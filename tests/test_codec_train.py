@@ -130,7 +130,7 @@ def test_weight_decay_is_of_matrices_alone() -> None:
 
 
 def test_crops_too_short_for_a_band_window_are_refused() -> None:
-    bands = DiscriminatorConfig(periods=(), num_scales=0, stft_windows=(), band_windows=(2048, 64))
+    bands = DiscriminatorConfig(periods=(), num_scales=0, stft_windows=(), band_windows=(2048, 128))
     discriminators = Discriminators(replace(bands, width_divisor=64))
     models = Models(Student(Codec(TINY)), discriminators)
     accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value="NO"))

@@ -38,7 +38,7 @@ def test_a_name_in_a_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loading, "hf_hub_download", None)  # Calling it fails.
     (tmp_path / "models").mkdir()
-    with pytest.raises(ValueError, match="models/none: no such folder, and no hub id"):
+    with pytest.raises(ValueError, match="models/none: no such folder; give a hub id"):
         load_codec("models/none")
     with (
         pytest.raises(ValueError, match="models/none: no such folder"),

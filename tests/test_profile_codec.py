@@ -90,7 +90,7 @@ def build(kind: str, names: dict[str, str]) -> Models:
     teachers = Teachers(distill, config, "cpu")
     student = Student(Codec(config), distill, teachers.widths, told).train()
     critics = DiscriminatorConfig(
-        periods=(2,), num_scales=1, stft_windows=(128,), stft_filters=4, band_windows=(64,),
+        periods=(2,), num_scales=1, stft_windows=(128,), stft_filters=4, band_windows=(128,),
         width_divisor=64,
     )  # fmt: skip
     return Models(student, Discriminators(critics), teachers, Resynthesis(told, config, "cpu"))

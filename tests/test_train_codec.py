@@ -56,7 +56,7 @@ TINY = CodecConfig(
 )  # fmt: skip
 SCALES = (MelScaleConfig(window=512, hop=128, num_mels=40),)
 DISCRIMINATORS = DiscriminatorConfig(
-    periods=(2,), num_scales=1, stft_windows=(128,), stft_filters=4, band_windows=(64,),
+    periods=(2,), num_scales=1, stft_windows=(128,), stft_filters=4, band_windows=(128,),
     width_divisor=64,
 )  # fmt: skip
 
@@ -279,7 +279,7 @@ def recipe(write_wav, tmp_path) -> list[str]:
         "losses.weights.resynthesis": 1, "resynthesis.model": whisper,
         "discriminators.periods": "[2]", "discriminators.num_scales": 1,
         "discriminators.stft_windows": "[128]", "discriminators.stft_filters": 4,
-        "discriminators.band_windows": "[64]", "discriminators.width_divisor": 64,
+        "discriminators.band_windows": "[128]", "discriminators.width_divisor": 64,
         "data.seconds": 0.5, "data.batch_size": 2, "data.num_validation": 2,
         "optim.steps": 20, "optim.accumulate": 2, "optim.save_every": 5,
         "optim.eval_every": 10, "optim.log_every": 5,
