@@ -84,12 +84,17 @@ class Baseline(SpeechCodec):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, device: str = "cpu", **options: Any
+        cls, pretrained_model_name_or_path: str | Path, map_location: str = "cpu", **options: Any
     ) -> "Baseline":
-        """`load_baseline`, which takes no other options."""
+        """`load_baseline` of this class; it takes no other options."""
         if options:
             raise ValueError(f"from_pretrained of a codec of transformers has no {min(options)}")
-        return load_baseline(str(pretrained_model_name_or_path), device)
+        codec = load_baseline(str(pretrained_model_name_or_path), map_location)
+        if not isinstance(codec, cls):
+            raise ValueError(
+                f"{codec.source}: is no {cls.__name__}; load_codec finds the class out"
+            )
+        return codec
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Upload what `save_pretrained` writes; `options` are transformers'."""

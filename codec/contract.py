@@ -90,7 +90,8 @@ class SpeechCodec(nn.Module):
 
         `lengths` are samples per item. The codes are those of `num_codebooks` codebooks (default:
         all that are left) from `first_codebook` on, counted from 0. Where that is not 0, its
-        codebook quantises the latent itself, so the codes are no slice of the whole's.
+        codebook quantises the latent itself, so the codes are no slice of the whole's; LM-SPT's and
+        Mimi's are one from 1 on, where their acoustic codebooks begin.
         Each item of a padded batch gets the codes that it gets alone. Input of any length is coded
         in bounded memory. Raises `ValueError` for input that is not mono or empty, and for
         codebooks that are not there.

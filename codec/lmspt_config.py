@@ -29,12 +29,12 @@ class ConvConfig:
     def __post_init__(self) -> None:
         if not self.strides or not self.dilations:
             raise ValueError("lmspt.conv.strides and .dilations must not be empty")
-        at_least(1, lmspt__conv__width=self.width, lmspt__conv__dilations=self.dilations)
-        # A stride has a kernel of twice its length: at 1 there would be T + 1 frames.
         at_least(
-            2,
+            1,
+            lmspt__conv__width=self.width,
             lmspt__conv__strides=self.strides,
             lmspt__conv__decoder_strides=self.decoder_strides,
+            lmspt__conv__dilations=self.dilations,
         )
         at_least(0, lmspt__conv__semantic_width=self.semantic_width)
         _check_halves("lmspt.conv.decoder_width", self.decoder_width, self.upsampling)
@@ -116,7 +116,7 @@ class AuxiliaryConfig:
         at_least(0, lmspt__auxiliary__depths=self.depths)
         _check_odd("lmspt.auxiliary.kernel_size", self.kernel_size)
         if self.kind == "conv":
-            at_least(2, lmspt__auxiliary__strides=self.strides)
+            at_least(least_stride(self.causal), lmspt__auxiliary__strides=self.strides)
             _check_halves("lmspt.auxiliary.width", self.width, self.strides)
         if self.kind == "spectral":
             self._check_vocos()
@@ -172,12 +172,20 @@ class LMSPTConfig:
             raise ValueError(
                 "lmspt.causal is for encoder conv and decoder conv: spectral looks ahead"
             )
+        strides = {"lmspt__conv__strides": self.conv.strides}
+        strides["lmspt__conv__decoder_strides"] = self.conv.decoder_strides
+        at_least(least_stride(self.causal), **strides)
         heads = self.transformer.num_heads
         if self.transformer.num_layers and (self.dimension % heads or self.dimension // heads % 2):
             raise ValueError(
                 f"lmspt.transformer.num_heads: {heads} heads cannot share {self.dimension} "
                 "features in even parts"
             )
+
+
+def least_stride(causal: bool) -> int:
+    """A stride has a kernel of twice its length: 1, padded on both sides, makes T + 1 frames."""
+    return 1 if causal else 2
 
 
 def _check_odd(name: str, size: int) -> None:

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from codec.config import CodecConfig, QuantizerConfig
-from codec.lmspt_config import AuxiliaryConfig, ConvConfig, LMSPTConfig
+from codec.lmspt_config import AuxiliaryConfig, ConvConfig, LMSPTConfig, least_stride
 from codec.original import whole
 
 # Keys of the model and what the original makes of those that are not there.
@@ -313,8 +313,7 @@ def _dilations(key: str, value: Any) -> tuple[int, ...]:
 
 
 def _rates(key: str, value: Any, causal: bool) -> tuple[int, ...]:
-    """Strides. Of 1 the original's padding makes one frame more than it takes, unless causal."""
-    return tuple(whole(key, each, 1 if causal else 2) for each in _list(key, value))
+    return tuple(whole(key, each, least_stride(causal)) for each in _list(key, value))
 
 
 def _list(key: str, value: Any) -> list[Any]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from codec import load_codec
+from codec import Codec, load_codec
 from codec.tokens import TokenShard, written_whole
 from recipes.checkpoints import is_write_failure, sync
 from recipes.common import Run, load_config, make_accelerator, run_program, start_run
@@ -169,7 +169,10 @@ def finish_voice(
 ) -> None:
     """Puts the codec, the card and some prompts beside the models."""
     with whole_folder(voice / "codec") as partial:
-        load_codec(codec).save_pretrained(partial)
+        shipped = load_codec(codec, fold=False)
+        if isinstance(shipped, Codec) and shipped.auxiliary is not None:
+            shipped = shipped.without_auxiliary()
+        shipped.save_pretrained(partial)
     if prompts:
         with whole_folder(voice / "prompts") as partial:
             for name, prompt in prompts.items():

@@ -21,6 +21,10 @@ TINY: dict[str, Any] = {
 OTHERS: dict[str, dict[str, Any]] = {
     "causal": {"is_causal": True},
     "causal, aux too": {"is_causal": True, "aux_decoder": None, "encoder_rates": [3, 2]},
+    "causal, a rate of 1": {
+        "is_causal": True, "aux_decoder": None, "encoder_rates": [2, 1, 3],
+        "decoder_rates": [3, 1, 2],
+    },
     "shared": {"use_shared_encoder": True, "semantic_encoder_dim": 3, "acoustic_encoder_dim": 9},
     "parallel": {"semantic_subtraction": False, "semantic_encoder_dim": 3},
     "strides": {

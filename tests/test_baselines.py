@@ -17,7 +17,7 @@ from transformers import Xcodec2FeatureExtractor
 
 from codec import Codec, Codes, contract, load_codec
 from codec.__main__ import main
-from codec.baselines import Baseline
+from codec.baselines import Baseline, EncodecBaseline, MimiBaseline
 from codec.tokens import TokenShard
 from eval.benchmark import read_rows
 from recipes import benchmark, scoring
@@ -241,6 +241,9 @@ def test_saved_again_they_are_the_same(
     finish_voice(tmp_path, str(folders[kind]), "A card.")  # As recipes/tts.py makes a voice.
     again = type(codec).from_pretrained(tmp_path / "codec")
     assert type(again) is type(codec)
+    other = EncodecBaseline if kind != "encodec" else MimiBaseline
+    with pytest.raises(ValueError, match=f"is no {other.__name__}; load_codec"):
+        other.from_pretrained(tmp_path / "codec")
     assert again.stamp.digest == codec.stamp.digest == load_codec(tmp_path / "codec").stamp.digest
     pushed = []
     monkeypatch.setattr(type(codec.network), "push_to_hub", lambda *given: pushed.append(given))

@@ -10,6 +10,7 @@ from codec import Codec, CodecConfig
 from codec.config import SpectralConfig
 from codec.lmspt_config import AuxiliaryConfig, ConvConfig, LMSPTConfig, TransformerConfig
 from codec.pieces import CONTEXT_FRAMES
+from recipes.tts import finish_voice
 
 TRANSFORMER = TransformerConfig(num_layers=2, num_heads=2, context=6)
 CONV = CodecConfig(
@@ -149,8 +150,9 @@ def test_a_shared_encoder_is_one() -> None:
 
 def test_what_ships_has_no_auxiliary_decoder_and_the_same_digest(tmp_path) -> None:
     codec = made(SPECTRAL)
-    codec.without_auxiliary().save_pretrained(tmp_path / "shipped")
-    shipped = Codec.from_pretrained(str(tmp_path / "shipped"))
+    codec.save_pretrained(tmp_path / "trained")
+    finish_voice(tmp_path, str(tmp_path / "trained"), "A card.")
+    shipped = Codec.from_pretrained(str(tmp_path / "codec"))
     assert shipped.config.lmspt.auxiliary.kind == "none"
     assert shipped.stamp.digest == codec.stamp.digest
     codes = codec.encode(noise(1, 1, 4000)).codes

@@ -14,8 +14,13 @@ CONV = LMSPTConfig(encoder="conv", decoder="conv")
     ("config", "values", "words"),
     [
         (ConvConfig, {"strides": ()}, "lmspt.conv.strides"),
-        (ConvConfig, {"strides": (4, 1)}, "lmspt.conv.strides must be at least 2"),
-        (ConvConfig, {"decoder_strides": (1, 4)}, "lmspt.conv.decoder_strides must be at least 2"),
+        (ConvConfig, {"strides": (4, 0)}, "lmspt.conv.strides must be at least 1"),
+        (LMSPTConfig, {"conv": ConvConfig(strides=(4, 1))}, "conv.strides must be at least 2"),
+        (
+            LMSPTConfig,
+            {"conv": ConvConfig(decoder_strides=(1, 4))},
+            "lmspt.conv.decoder_strides must be at least 2",
+        ),
         (ConvConfig, {"kernel_size": 4}, "lmspt.conv.kernel_size must be odd"),
         (ConvConfig, {"decoder_width": 16}, "lmspt.conv.decoder_width must be at least 32"),
         (AuxiliaryConfig, {"depths": (1,)}, "lmspt.auxiliary.depths needs 3"),

@@ -306,7 +306,8 @@ def test_causal_codecs_never_look_ahead(name: str) -> None:
     codec = from_lmspt(Original(other(name), state_of(other(name))))
     causal, causal_too = codec.config.lmspt.causal, codec.config.lmspt.auxiliary.causal
     assert (causal, causal_too) == {
-        "causal": (True, False), "causal, aux too": (True, True), "strides": (False, True)
+        "causal": (True, False), "causal, aux too": (True, True),
+        "causal, a rate of 1": (True, True), "strides": (False, True),
     }.get(name, (False, False))  # fmt: skip
     hop, frame = codec.hop_length, 12
     wave = torch.randn(1, 1, 20 * hop, generator=torch.Generator().manual_seed(3))
