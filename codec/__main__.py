@@ -138,6 +138,8 @@ def _info(arguments: argparse.Namespace) -> None:
         }
         if arguments.use:
             facts["use"] = _use(shard)
+    elif arguments.use and not path.exists():
+        raise ValueError(f"{path}: no such file or folder; --use takes a token shard, or shards")
     elif arguments.use:
         raise ValueError(f"{path}: --use is for token shards; codec encode makes one")
     else:

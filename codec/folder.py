@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,9 @@ def check_source(name: str | Path) -> None:
     """
     path = Path(name)
     if len(path.parts) > 1 and Path(path.parts[0]).is_dir() and not path.exists():
-        raise ValueError(f"{name}: no such folder; give a hub id (owner/name) or a folder")
+        owner, is_id = path.parts[0], len(path.parts) == 2 and path.parts[0] not in ("..", "/")
+        why = f" ({owner} is a folder here, so it is not looked up on the hub)" if is_id else ""
+        raise ValueError(f"{name}: no such folder; give a hub id (owner/name) or a folder{why}")
 
 
 def check_config_file(file: Path) -> None:
@@ -42,6 +45,15 @@ def check_config_file(file: Path) -> None:
         whole = False
     if not whole:
         raise ValueError(f"{file}: not a whole JSON object; copy it again")
+
+
+def check_trainable(config: dict[str, Any], name: str | Path) -> None:
+    """Raises `ValueError` for a config.json of transformers: all of theirs name a model_type."""
+    if "model_type" in config:
+        raise ValueError(
+            f"{name}: is a model of transformers ({config['model_type']}): load_codec uses it; it "
+            "cannot be trained here"
+        )
 
 
 def check_out_folder(folder: Path) -> None:

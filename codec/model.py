@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from codec.config import CodecConfig, codec_config_from_dict
 from codec.contract import SpeechCodec
-from codec.folder import WEIGHTS_FILE, load_weights
+from codec.folder import WEIGHTS_FILE, check_trainable, load_weights
 from codec.layers import Lengths
 from codec.lmspt import DualEncoder, build_auxiliary, build_decoder
 from codec.quantize import Quantized, ResidualVQ, SplitVQ
@@ -205,11 +205,8 @@ class Codec(PyTorchModelHubMixin, SpeechCodec, library_name="parlance", tags=["s
         """Part of `from_pretrained`: build from config.json and load every tensor, strictly."""
         if config is None:
             raise ValueError(f"{model_id}: no config.json there; is it the folder of a codec?")
-        if isinstance(config, dict) and "model_type" in config:  # As in all of transformers'.
-            raise ValueError(
-                f"{model_id}: is a model of transformers ({config['model_type']}): load_codec uses "
-                "it; it cannot be trained here"
-            )
+        if isinstance(config, dict):
+            check_trainable(config, model_id)
         try:
             codec = cls(config)
         except ValueError as error:

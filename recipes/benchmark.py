@@ -67,7 +67,7 @@ def benchmark_reconstruction(args: argparse.Namespace) -> None:
     from codec.data import load_cut, read_cuts
 
     codec = load_codec(args.codec, device=args.device)
-    num_codebooks = args.codebooks or codec.num_codebooks
+    num_codebooks = codec.num_codebooks if args.codebooks is None else args.codebooks
     if not 1 <= num_codebooks <= codec.num_codebooks:
         raise ValueError(f"--codebooks must be 1 to {codec.num_codebooks}, got {num_codebooks}")
     if args.auxiliary:
@@ -351,6 +351,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.kind == "speed":
         return args
+    if getattr(args, "auxiliary", False) and args.codebooks is not None:
+        raise ValueError("--auxiliary hears the semantic codebook alone: leave --codebooks out")
     scored = args.cuts if args.kind == "reconstruction" else args.list
     args.list_name = args.list_name or scored.name.partition(".jsonl")[0]
     return args

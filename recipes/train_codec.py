@@ -9,6 +9,7 @@ import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedDataParallelKwargs
@@ -20,7 +21,7 @@ from codec.config import CodecConfig, codec_config_from_dict
 from codec.data import read_cuts
 from codec.discriminators import Discriminators
 from codec.distill import Student
-from codec.folder import check_config_file
+from codec.folder import check_config_file, check_source, check_trainable
 from codec.resynthesis import Resynthesis
 from codec.targets import Teachers
 from codec.train import Models, fit
@@ -33,6 +34,7 @@ from codec.train_config import (
     ResynthesisConfig,
 )
 from recipes.common import load_config, make_accelerator, run_program, start_run
+from recipes.configuration import leaves, resolved
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,8 @@ class TrainCodecConfig:
     """Of initial weights and crops."""
     start_from: str = ""
     """Codec folder or hub id to train further (`codec import` makes one of a published
-    checkpoint); its architecture takes the place of `codec`. Empty: random weights."""
+    checkpoint); its architecture takes the place of `codec`, which may only name the same. Empty:
+    random weights."""
     codec: CodecConfig = field(default_factory=CodecConfig)
     """Architecture."""
     discriminators: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
@@ -78,8 +81,6 @@ class TrainCodecConfig:
                 "resynthesis.model names the teacher of losses.weights.resynthesis: set both, or "
                 "none"
             )
-        if self.start_from and self.codec != CodecConfig():
-            raise ValueError("start_from brings its own architecture: leave the keys of codec out")
 
 
 def check_codec(
@@ -139,22 +140,59 @@ def main(argv: list[str]) -> None:
 
 def starting_architecture(config: TrainCodecConfig) -> CodecConfig:
     """Of the codec that will be trained: `codec`, or what start_from names. Raises `ValueError`
-    where that is missing or none of ours."""
+    where that is missing or none of ours, and where `codec` names another architecture."""
     if not config.start_from:
         return config.codec
-    folder = Path(config.start_from)
-    if folder.is_dir():
-        check_config_file(folder / "config.json")
     try:
-        file = folder / "config.json"
-        if not folder.is_dir():
-            file = Path(hf_hub_download(config.start_from, "config.json"))
+        started = _architecture_of(config.start_from)
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
         raise ValueError(
             f"start_from {config.start_from}: no such folder, and not to be had from the hub "
             f"either ({type(error).__name__}); check the name"
         ) from error
-    return codec_config_from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"start_from {error}") from error
+    if config.codec == CodecConfig():  # Nothing is said of it.
+        return started
+    given, there = _written_out(config.codec), _written_out(started)
+    if different := [key for key in given if given[key] != there[key]]:
+        said = [f"codec.{key} is {given[key]} here, {there[key]} there" for key in different[:3]]
+        more = f" (and {len(different) - 3} more)" if len(different) > 3 else ""
+        raise ValueError(
+            f"start_from {config.start_from} brings its own architecture, and not this one: "
+            f"{', '.join(said)}{more}; leave the keys of codec out, or set them alike"
+        )
+    return started
+
+
+def _architecture_of(source: str) -> CodecConfig:
+    """A folder's or hub id's. Raises `ValueError` that names the file, and the hub's errors."""
+    check_source(source)
+    folder, name = Path(source), f"{source}/config.json"
+    file = folder / "config.json"
+    if not folder.is_dir():
+        file = Path(hf_hub_download(source, "config.json"))
+    check_config_file(file)
+    content = json.loads(file.read_text(encoding="utf-8"))
+    check_trainable(content, name)
+    try:
+        return codec_config_from_dict(content)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _written_out(codec: CodecConfig) -> dict[str, Any]:
+    """Every key and its value, alike however the configuration spells it: `codec import` writes
+    what our files leave to fall back on another key."""
+    found = dict(leaves(resolved(codec)))
+    del found["quantizer.codebook_size"], found["quantizer.codebook_dimension"]
+    conv, quantizer = codec.lmspt.conv, codec.quantizer
+    return found | {
+        "quantizer.codebook_sizes": list(quantizer.sizes),
+        "quantizer.codebook_dimensions": list(quantizer.dimensions),
+        "lmspt.conv.semantic_width": conv.semantic_width or conv.width,
+        "lmspt.conv.decoder_strides": list(conv.upsampling),
+    }
 
 
 def build_models(config: TrainCodecConfig, device: str | torch.device) -> Models:

@@ -63,8 +63,7 @@ def test_list_rates_are_of_summed_counts_and_rows_carry_provenance() -> None:
     row = whole(rows)["wer"]
     assert (row.seed, row.git, row.model) == (3, "abc", "m")
     assert row.library.startswith("jiwer 4")
-    assert "whisper-normalizer 0." in row.library
-    assert "faster-whisper 1." in row.library
+    assert all(each in row.library for each in ("whisper-normalizer 0.", "faster-whisper 1."))
     assert row.library.endswith("whisper int8")
     assert row.machine
 
@@ -154,10 +153,8 @@ def test_a_column_of_two_judges_is_refused() -> None:
 
 def test_an_utterance_may_have_a_seed_of_its_own() -> None:
     scored = [replace(score_asr("a", "alpha", "alpha"), seed=7922)]
-    assert {(row.utterance, row.seed) for row in rows_of("dev", scored, ORIGIN)} == {
-        ("a", 7922),
-        (None, 3),
-    }
+    seeds = {(row.utterance, row.seed) for row in rows_of("dev", scored, ORIGIN)}
+    assert seeds == {("a", 7922), (None, 3)}
 
 
 def test_rows_survive_a_torn_tail(tmp_path: Path) -> None:
@@ -300,8 +297,9 @@ def test_reconstruction_program_goes_on_where_it_stopped(
     assert FakeJudge.heard == 4
     assert read_rows(out / "rows.jsonl") == rows
     assert "| tiny | all | 2 |" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--codebooks must be 1 to 3"):
-        program.main([*command[:-4], "--codebooks", "4"])
+    for count in ("0", "4"):
+        with pytest.raises(ValueError, match="--codebooks must be 1 to 3"):
+            program.main([*command[:-4], "--codebooks", count])
 
 
 def test_tts_program_counts_silence_as_failure(
@@ -396,5 +394,7 @@ def test_the_auxiliary_decoder_is_scored(tmp_path, judge, tiny_codec_folder, wri
     original = torch.from_numpy(read_audio(tmp_path / "in" / "0.wav", 16_000))
     expected = codec.resynthesize(codec.encode(original[None, None]).codes)
     np.testing.assert_allclose(wave, expected[0, 0, : len(wave)].clip(-1, 1), atol=1e-4)
-    with pytest.raises(ValueError, match="no auxiliary decoder"):
-        program.main([*command, "--codec", str(tiny_codec_folder), "--out", str(tmp_path / "no")])
+    command += ["--codec", str(tiny_codec_folder), "--out", str(tmp_path / "no")]
+    for more, told in (([], "no auxiliary"), (["--codebooks", "1"], "leave --codebooks out")):
+        with pytest.raises(ValueError, match=told):
+            program.main([*command, *more])

@@ -188,6 +188,8 @@ def test_info_tells_a_codec_from_a_shard(
         "perplexity": [2.0] * 3,
     }
     assert "--use is for token shards" in failure(capsys, "info", "--use", tiny_codec_folder)
+    nothing = tmp_path / "nothing"
+    assert f"{nothing}: no such file or folder" in failure(capsys, "info", "--use", nothing)
 
 
 def test_decode_refuses_what_it_cannot_decode(

@@ -38,8 +38,15 @@ def test_a_name_in_a_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loading, "hf_hub_download", None)  # Calling it fails.
     (tmp_path / "models").mkdir()
-    with pytest.raises(ValueError, match="models/none: no such folder; give a hub id"):
+    start = "no such folder; give a hub id (owner/name) or a folder"
+    with pytest.raises(ValueError, match="models/none: no such folder; give a hub id") as caught:
         load_codec("models/none")
+    why = " (models is a folder here, so it is not looked up on the hub)"
+    assert str(caught.value) == f"models/none: {start}{why}"
+    for name in (str(tmp_path / "none"), "../none"):  # These were never meant as hub ids.
+        with pytest.raises(ValueError, match="none: no such folder") as caught:
+            load_codec(name)
+        assert str(caught.value) == f"{name}: {start}"
     with (
         pytest.raises(ValueError, match="models/none: no such folder"),
         teachers.loading("models/none", "speech teacher"),

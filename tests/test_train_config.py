@@ -12,14 +12,13 @@ import torch
 from conftest import ROOT
 from lhotse import CutSet, Recording
 from safetensors.torch import load_file
-from test_resynthesis import TINY as LM_SPT
 from test_speech_teachers import save
 from test_teachers import save_text_model
 from test_words import save_ctc
 
 from codec import Codec, load_codec
 from recipes.common import load_config
-from recipes.train_codec import TrainCodecConfig, check_codec, main
+from recipes.train_codec import TrainCodecConfig, check_codec
 
 CONFIGS = ROOT / "recipes" / "configs" / "codec"
 TINY = ["--config", str(CONFIGS / "tiny.yaml")]
@@ -219,33 +218,3 @@ def test_the_large_auxiliary_decoder_is_as_large_as_the_main_one() -> None:
         sum(each.numel() for each in part.parameters()) for part in (codec.decoder, codec.auxiliary)
     ]
     assert sizes[0] == sizes[1]
-
-
-def test_a_start_without_auxiliary_decoder_is_refused_before_the_run(tmp_path: Path) -> None:
-    codec = Codec(LM_SPT)
-    codec.without_auxiliary().save_pretrained(tmp_path / "shipped")
-    given = [f"start_from={tmp_path / 'shipped'}", f"out={tmp_path / 'run'}"]
-    with pytest.raises(ValueError, match=r"still has it, set resynthesis\.decoder to main"):
-        main([*given, *WHISPER])
-    with pytest.raises(ValueError, match="no such folder"):
-        main(["start_from=../none", f"out={tmp_path / 'run'}"])
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_trained_codec_is_trained_further(
-    settings: list[str], tmp_path: Path, tiny_codec_folder: Path
-) -> None:
-    start = f"start_from={tiny_codec_folder}"
-    with pytest.raises(ValueError, match="brings its own architecture"):
-        load_config(TrainCodecConfig, [*settings, start])
-    plain = [each for each in settings if "=" in each]
-    crops = ["data.seconds=0.6", "data.batch_size=2", "data.num_validation=0"]
-    train(*plain, start, *crops, "optim.steps=1", "optim.lr=1e-9")
-    before = load_file(tiny_codec_folder / "model.safetensors")
-    after = load_file(tmp_path / "run" / "codec" / "model.safetensors")
-    assert all(
-        torch.allclose(after[name], each, atol=1e-6)
-        for name, each in before.items() if name.startswith(("encoder.", "decoder."))
-    )  # fmt: skip
-    name = "quantizer.codebooks.0.num_updates"
-    assert int(after[name]) == int(before[name]) + 1
