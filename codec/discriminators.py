@@ -159,6 +159,11 @@ class STFTDiscriminator(nn.Module):
         self.convs = nn.ModuleList(weight_norm(layer) for layer in layers)
         self.conv_out = weight_norm(nn.Conv2d(filters, 1, (3, 3), padding=1))
 
+    @property
+    def least_samples(self) -> int:
+        """Of a wave; shorter ones do not fill a window."""
+        return len(self.get_buffer("window"))
+
     def forward(self, wave: Float[Tensor, "B 1 S"]) -> Verdict:
         x = _complex_spectrum(wave, self.get_buffer("window"), normalized=True)
         return _run_convs(self.convs, self.conv_out, x)
@@ -196,7 +201,7 @@ class BandDiscriminator(nn.Module):
 
     @property
     def least_samples(self) -> int:
-        """Of a wave; shorter ones have too little to reflect."""
+        """Of a wave; shorter ones may have too little to reflect."""
         window = len(self.get_buffer("window"))
         return (window - self.hop) // 2 + self.hop
 

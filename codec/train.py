@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from codec.data import CropDataset, Crops, crop_batches
-from codec.discriminators import BandDiscriminator, Discriminators
+from codec.discriminators import BandDiscriminator, Discriminators, STFTDiscriminator
 from codec.distill import Student, StudentOutput, Target, distill_losses
 from codec.losses import (
     adversarial_loss,
@@ -220,10 +220,13 @@ def _check(models: Models, crops: CropConfig, losses: LossConfig, accelerator) -
         raise ValueError(f"data.seconds {crops.seconds:g} is shorter than a window of the mel loss")
     critics = models.discriminators.others if models.discriminators is not None else ()
     for each in critics:
-        if isinstance(each, BandDiscriminator) and samples < each.least_samples:
+        if not isinstance(each, STFTDiscriminator | BandDiscriminator):
+            continue
+        if samples < each.least_samples:
+            name = "stft" if isinstance(each, STFTDiscriminator) else "band"
             raise ValueError(
-                f"data.seconds {crops.seconds:g} is too short for a window of "
-                "discriminators.band_windows; lengthen the crops or leave the longest windows out"
+                f"data.seconds {crops.seconds:g} is too short for a window of discriminators."
+                f"{name}_windows; lengthen the crops or leave the longest windows out"
             )
 
 

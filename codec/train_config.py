@@ -101,7 +101,8 @@ class DiscriminatorConfig:
     num_scales: int = 3
     """Multi-scale discriminators, each at half the rate of the one before; 0: none."""
     stft_windows: tuple[int, ...] = (1024, 2048, 512, 256, 128)
-    """Windows of the multi-scale STFT discriminators; empty: none."""
+    """Windows of the multi-scale STFT discriminators, the hop a quarter of each and each at least
+    8; empty: none."""
     stft_filters: int = 32
     """Channels of the STFT discriminators."""
     band_windows: tuple[int, ...] = ()
@@ -113,8 +114,17 @@ class DiscriminatorConfig:
     """Divides the published channel counts of all but the STFT discriminators (miniatures)."""
 
     def __post_init__(self) -> None:
-        # Below that the lowest band, a tenth of the bins, is one bin before its last stride, where
-        # torch 2.11's bfloat16 convolution on CPUs leaves weight gradients uninitialised.
+        at_least(0, discriminators__num_scales=self.num_scales)
+        at_least(
+            1,
+            discriminators__periods=self.periods,
+            discriminators__stft_filters=self.stft_filters,
+            discriminators__width_divisor=self.width_divisor,
+        )
+        # Below 8 the spectrum, below 98 the lowest band (a tenth of the bins) is one bin before its
+        # last stride, where torch 2.11's bfloat16 convolution on CPUs leaves weight gradients
+        # uninitialised. 128 is the next power of two.
+        at_least(8, discriminators__stft_windows=self.stft_windows)
         at_least(128, discriminators__band_windows=self.band_windows)
 
 
@@ -140,6 +150,7 @@ class SpeechTeacherConfig:
     def __post_init__(self) -> None:
         one_of(("d_axis", "t_axis", "units"), distill__speech__objective=self.objective)
         one_of(("first", "mean", "last"), distill__speech__codebooks=self.codebooks)
+        _check_layer("distill.speech.layer", self.layer)
         _check_weights("speech", self)
         if self.model and (self.objective == "units") != bool(self.units):
             raise ValueError(
@@ -175,6 +186,7 @@ class TextTeacherConfig:
         one_of(("d_axis", "t_axis"), distill__text__objective=self.objective)
         one_of(("first", "mean", "last"), distill__text__codebooks=self.codebooks)
         one_of(("ctc", "global", "index"), distill__text__align=self.align)
+        _check_layer("distill.text.layer", self.layer)
         _check_weights("text", self)
 
 
@@ -214,6 +226,12 @@ class DistillConfig:
         return bool(self.speech.model or self.text.model)
 
 
+def _check_layer(name: str, layer: str) -> None:
+    """How many layers there are, the model knows."""
+    if layer not in ("mean", "last") and not layer.isdecimal():
+        raise ValueError(f"{name} must be mean, last, or a number from 0 up, got {layer!r}")
+
+
 def _check_weights(name: str, teacher: SpeechTeacherConfig | TextTeacherConfig) -> None:
     if teacher.weight <= 0:
         raise ValueError(f"distill.{name}.weight must be positive; without the teacher: no model")
@@ -245,6 +263,7 @@ class ResynthesisConfig:
     def __post_init__(self) -> None:
         one_of(("auxiliary", "main"), resynthesis__decoder=self.decoder)
         one_of(("mse", "l1"), resynthesis__distance=self.distance)
+        _check_layer("resynthesis.layer", self.layer)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -138,10 +138,28 @@ def test_factorised_values_have_a_gradient_to_the_residual_and_both_projections(
             assert parameter.grad is None
 
 
-def test_factorised_codes_and_values_are_those_of_the_choice() -> None:
+def test_factorised_entries_follow_what_is_projected() -> None:
     torch.manual_seed(0)
-    codebook = FactorisedCodebook(8, 3, 16, replace(LEARNED, normalize=True), seed=1).eval()
-    residual = torch.randn(2, 8, 20)
+    codebook = FactorisedCodebook(8, 3, 2, replace(CONFIG, revival_ratio=0.0), seed=1).train()
+    points = torch.randn(2, 8, 1).repeat(1, 1, 25)
+    codebook.choose(points)
+    moved = points + 0.1 * torch.randn(2, 8, 1)
+    for _ in range(100):
+        choice = codebook.choose(moved)
+    expected = codebook.project_in(moved)[:, :, 0]
+    torch.testing.assert_close(codebook.codebook.lookup(choice.codes[:, 0]), expected)
+    assert not choice.codebook_loss.any()
+    torch.testing.assert_close(choice.commitment, torch.zeros(2), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "config", [CONFIG, replace(LEARNED, normalize=True)], ids=["ema", "gradient"]
+)
+def test_factorised_codes_and_values_are_those_of_the_choice(config) -> None:
+    torch.manual_seed(0)
+    codebook, residual = FactorisedCodebook(8, 3, 16, config, seed=1), torch.randn(2, 8, 20)
+    codebook.train().choose(residual)
+    codebook.eval()
     choice = codebook.choose(residual)
     assert torch.equal(codebook.codes(residual), choice.codes)
     torch.testing.assert_close(codebook.values(choice.codes), choice.value)

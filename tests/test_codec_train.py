@@ -12,7 +12,7 @@ from codec.config import QuantizerConfig
 from codec.discriminators import Discriminators
 from codec.distill import Student
 from codec.lmspt_config import AuxiliaryConfig, ConvConfig, LMSPTConfig
-from codec.train import Models, _adamw, _check, generator_step
+from codec.train import Models, _adamw, _check, _prepare, _set_rates, generator_step
 from codec.train_config import (
     CropConfig,
     DiscriminatorConfig,
@@ -36,6 +36,11 @@ TINY = CodecConfig(
         learning="gradient", decay=0.8, kmeans_iterations=2,
     ),
 )  # fmt: skip
+QUANTIZERS = {
+    "factorised": TINY.quantizer,
+    "factorised-ema": replace(TINY.quantizer, learning="ema", normalize=False),
+    "ema": replace(TINY.quantizer, codebook_dimension=0, learning="ema", normalize=False),
+}
 LOSSES = LossConfig(
     weights=LossWeights(codebook=1.0),
     mel_scales=(MelScaleConfig(window=512, hop=128, num_mels=40),),
@@ -48,7 +53,7 @@ def waves(count: int) -> torch.Tensor:
     return torch.stack(made).unsqueeze(1)
 
 
-def _train_on_rank(rank: int, world: int, port: int, out: str) -> None:
+def _train_on_rank(rank: int, world: int, port: int, quantizer: str, out: str) -> None:
     """Four steps; writes the state after each."""
     torch.set_num_threads(1)
     if world > 1:
@@ -56,7 +61,7 @@ def _train_on_rank(rank: int, world: int, port: int, out: str) -> None:
             "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
         )
     torch.manual_seed(0)
-    codec = Codec(TINY).train()
+    codec = Codec(replace(TINY, quantizer=QUANTIZERS[quantizer])).train()
     codec.auxiliary.requires_grad_(False)
     model = codec
     if world > 1:
@@ -73,12 +78,15 @@ def _train_on_rank(rank: int, world: int, port: int, out: str) -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_train_lm_spt_as_one_process_on_the_joined_batch(tmp_path) -> None:
-    """Entries learn by gradient: their first centroids, use and revival are the joined batch's."""
+@pytest.mark.parametrize("quantizer", ["factorised", "factorised-ema"])
+def test_two_ranks_train_lm_spt_as_one_process_on_the_joined_batch(
+    quantizer: str, tmp_path
+) -> None:
+    """First centroids, use, sums and revival are the joined batch's."""
     torch.multiprocessing.spawn(
-        _train_on_rank, (2, free_port(), str(tmp_path / "two")), nprocs=2, join=True
+        _train_on_rank, (2, free_port(), quantizer, str(tmp_path / "two")), nprocs=2, join=True
     )
-    _train_on_rank(0, 1, 0, str(tmp_path / "one"))
+    _train_on_rank(0, 1, 0, quantizer, str(tmp_path / "one"))
     first, second, joined = (
         torch.load(tmp_path / name, weights_only=True)
         for name in ("two.0.pt", "two.1.pt", "one.0.pt")
@@ -92,14 +100,11 @@ def test_two_ranks_train_lm_spt_as_one_process_on_the_joined_batch(tmp_path) -> 
     assert not torch.equal(joined[0][entries], joined[-1][entries])
 
 
-@pytest.mark.parametrize("quantizer", ["factorised", "ema"])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_under_autocast_the_quantiser_stays_exact_and_everything_learns(quantizer: str) -> None:
     torch.manual_seed(0)
-    config = TINY
-    if quantizer == "ema":
-        plain = replace(TINY.quantizer, codebook_dimension=0, learning="ema", normalize=False)
-        config = replace(TINY, quantizer=plain)
-    codec, wave = Codec(config).train(), waves(2)
+    codec = Codec(replace(TINY, quantizer=QUANTIZERS[quantizer])).train()
+    wave = waves(2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         latent = codec.encoder(wave)
         out = codec(wave)
@@ -117,6 +122,50 @@ def test_under_autocast_the_quantiser_stays_exact_and_everything_learns(quantize
         assert bool(each.grad.any()), name
 
 
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_a_trained_codec_comes_back_from_its_folder(quantizer: str, tmp_path) -> None:
+    """And trains on as if it had stayed: sums and use of the entries travel along."""
+    torch.manual_seed(0)
+    codec, wave = Codec(replace(TINY, quantizer=QUANTIZERS[quantizer])).train(), waves(2)
+    initial = {name: each.clone() for name, each in codec.state_dict().items()}
+    codec(wave)
+    codec.eval().save_pretrained(tmp_path / "codec")
+    again = Codec.from_pretrained(str(tmp_path / "codec"))
+    assert again.config == codec.config
+    assert again.stamp.digest == codec.stamp.digest
+    assert torch.equal(again.encode(wave).codes, codec.encode(wave).codes)
+    for each in (codec, again):
+        each.train()(wave + 0.01)
+    found = again.state_dict()
+    for name, expected in codec.state_dict().items():
+        assert torch.equal(found[name], expected), name
+    entries = [name for name in found if name.endswith(".entries")]
+    assert len(entries) == 3
+    assert not any(torch.equal(found[name], initial[name]) for name in entries)
+
+
+def test_each_optimiser_has_a_learning_rate_of_its_own() -> None:
+    discriminators = Discriminators(
+        DiscriminatorConfig(periods=(2,), num_scales=0, stft_windows=(), width_divisor=64)
+    )
+    accelerator = SimpleNamespace(prepare=lambda *given: given)
+    optim = OptimConfig(
+        lr=1e-3, discriminator_lr=3e-4, warmup_steps=2, steps=10, final_lr_share=0.1
+    )
+    student = Student(Codec(TINY))
+    trained, optimizers = _prepare(Models(student, discriminators), accelerator, optim)
+    assert trained.student is student
+    for optimizer, model in zip(optimizers, (student, discriminators), strict=True):
+        held = {id(each) for group in optimizer.param_groups for each in group["params"]}
+        assert held == {id(each) for each in model.parameters() if each.requires_grad}
+    for step, share in ((None, 1.0), (0, 0.5), (2, 1.0), (10, 0.1)):
+        if step is not None:
+            _set_rates(optimizers, step, optim)
+        found = [group["lr"] for each in optimizers for group in each.param_groups]
+        expected = [share * peak for peak in (1e-3, 1e-3, 3e-4, 3e-4)]
+        assert found == pytest.approx(expected), step
+
+
 def test_weight_decay_is_of_matrices_alone() -> None:
     codec = Codec(TINY)
     groups = _adamw(codec, 1e-3, OptimConfig(weight_decay=0.1)).param_groups
@@ -129,15 +178,29 @@ def test_weight_decay_is_of_matrices_alone() -> None:
     assert kinds == {True: {"original1"}, False: {"original0", "bias", "alpha", "entries"}}
 
 
-def test_crops_too_short_for_a_band_window_are_refused() -> None:
-    bands = DiscriminatorConfig(periods=(), num_scales=0, stft_windows=(), band_windows=(2048, 128))
-    discriminators = Discriminators(replace(bands, width_divisor=64))
-    models = Models(Student(Codec(TINY)), discriminators)
+@pytest.mark.parametrize(
+    ("kind", "fits", "least", "too_few", "longer"),
+    [("band", 2048, 1280, 1025, 4096), ("stft", 1024, 1024, 1023, 2048)],
+)
+def test_crops_too_short_for_a_window_are_refused(
+    kind: str, fits: int, least: int, too_few: int, longer: int
+) -> None:
+    """Of the multi-band ones, which reflect what is missing, and of those that do not."""
+    none = DiscriminatorConfig(periods=(), num_scales=0, stft_windows=(), width_divisor=64)
+    of = {
+        window: Discriminators(replace(none, stft_filters=2, **{f"{kind}_windows": (window, 128)}))
+        for window in (fits, longer)
+    }
+    models = Models(Student(Codec(TINY)), of[fits])
     accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value="NO"))
-    # 1280 samples fill a window by reflection.
-    _check(models, CropConfig(seconds=0.1), LOSSES, accelerator)
-    discriminators(torch.randn(1, 1, 1280))
-    discriminators(torch.randn(1, 1, 1281))
-    models.discriminators = Discriminators(replace(bands, band_windows=(4096,), width_divisor=64))
-    with pytest.raises(ValueError, match=r"data\.seconds 0\.1 .* discriminators\.band_windows"):
-        _check(models, CropConfig(seconds=0.1), LOSSES, accelerator)
+    short = CropConfig(seconds=0.1)
+    _check(models, short, LOSSES, accelerator)
+    assert of[fits].others[0].least_samples == least
+    of[fits](torch.randn(1, 1, least))
+    of[fits](torch.randn(1, 1, least + 1))
+    with pytest.raises(RuntimeError):
+        of[fits](torch.randn(1, 1, too_few))
+    models.discriminators = of[longer]
+    told = rf"data\.seconds 0\.1 is too short for a window of discriminators\.{kind}_windows"
+    with pytest.raises(ValueError, match=told):
+        _check(models, short, LOSSES, accelerator)

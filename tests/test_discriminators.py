@@ -91,9 +91,11 @@ def test_bands_hold_each_bin_once(window: int) -> None:
     assert all(low < high for low, high in bands)
 
 
-def test_gradients_in_bfloat16_on_a_cpu_are_those_of_float32() -> None:
+@pytest.mark.parametrize(("kind", "window"), [(BandDiscriminator, 128), (STFTDiscriminator, 8)])
+def test_gradients_in_bfloat16_on_a_cpu_are_those_of_float32(kind, window: int) -> None:
+    """At the shortest windows that there are."""
     torch.manual_seed(0)
-    discriminator, wave = BandDiscriminator(128, 16), torch.randn(2, 1, 2000)
+    discriminator, wave = kind(window, 16), torch.randn(2, 1, 2000)
     gradients = {}
     for half in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -107,9 +109,23 @@ def test_gradients_in_bfloat16_on_a_cpu_are_those_of_float32() -> None:
         torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0.05 * largest)
 
 
-def test_a_window_too_short_for_five_bands_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"discriminators\.band_windows must be at least 128"):
-        DiscriminatorConfig(band_windows=(512, 127))
+@pytest.mark.parametrize(
+    ("name", "least", "value"),
+    [
+        ("band_windows", 128, (512, 127)),
+        ("stft_windows", 8, (512, 7)),
+        ("periods", 1, (2, 0)),
+        ("num_scales", 0, -1),
+        ("stft_filters", 1, 0),
+        ("width_divisor", 1, 0),
+    ],
+)
+def test_what_no_discriminator_can_be_made_of_is_refused(name: str, least: int, value) -> None:
+    with pytest.raises(ValueError, match=rf"discriminators\.{name} must be at least {least}, got"):
+        DiscriminatorConfig(**{name: value})
+    fitting = replace(TINY, **{name: (least,) if isinstance(value, tuple) else least})
+    for each in Discriminators(fitting)(torch.randn(1, 1, 1000)):
+        assert bool(each.score.isfinite().all())
 
 
 @pytest.mark.parametrize(("samples", "frames"), [(640, 40), (641, 41), (655, 41), (656, 41)])

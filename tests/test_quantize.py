@@ -1,5 +1,6 @@
 """The residual quantiser and the split one: defects 3 and 8 of the public code."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -105,7 +106,12 @@ def split(subtract: bool, **changes) -> SplitVQ:
 FACTORISED = {"codebook_dimension": 3, "normalize": True, "learning": "gradient"}
 
 
-@pytest.mark.parametrize("changes", [{}, FACTORISED], ids=["ema", "factorised"])
+MOVING = {"codebook_dimension": 3}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, FACTORISED, MOVING], ids=["ema", "factorised", "factorised-ema"]
+)
 @pytest.mark.parametrize("subtract", [True, False])
 def test_the_semantic_codebook_hears_its_own_latent_alone(subtract, changes) -> None:
     quantizer = split(subtract, **changes).eval()
@@ -128,6 +134,14 @@ def test_subtraction_leaves_each_encoder_an_identity_gradient() -> None:
     assert torch.equal(latent.grad, torch.ones_like(latent))
 
 
+@pytest.mark.parametrize("changes", [FACTORISED, MOVING], ids=["factorised", "factorised-ema"])
+def test_acoustic_losses_reach_the_semantic_encoder_through_projections(changes) -> None:
+    quantizer = split(True, **changes)
+    latent = torch.cat([latents(50), latents(50, seed=1)], dim=1).requires_grad_()
+    (gradient,) = torch.autograd.grad(quantizer(latent).commitments[1:].sum(), latent)
+    assert all(half.abs().sum() > 0 for half in gradient.chunk(2, dim=1))
+
+
 @pytest.mark.parametrize("subtract", [True, False])
 def test_a_shared_encoder_has_the_identity_gradient_once(subtract: bool) -> None:
     """Where the semantic entry is subtracted; in parallel both halves are heard in full."""
@@ -143,16 +157,18 @@ def test_a_shared_encoder_has_the_identity_gradient_once(subtract: bool) -> None
         assert gradient.abs().sum() > 0
 
 
-def test_dropout_leaves_the_semantic_codebook_and_masks_losses() -> None:
-    quantizer = split(False, dropout=1.0, **FACTORISED)
+@pytest.mark.parametrize("changes", [FACTORISED, MOVING], ids=["factorised", "factorised-ema"])
+def test_dropout_leaves_the_semantic_codebook_and_masks_losses(changes) -> None:
+    quantizer = split(False, dropout=1.0, **changes)
+    again = deepcopy(quantizer)  # Before moving averages move on.
     latent = torch.cat([latents(50), latents(50, seed=1)], dim=1)
     quantizer.acoustic._kept_codebooks = lambda batch, device: torch.tensor([1, 1, 1, 2])
     out = quantizer(latent)
     torch.testing.assert_close(out.latent[0], out.entries[0][0] + out.entries[1][0])
     torch.testing.assert_close(out.latent[3], sum(entry[3] for entry in out.entries))
     # The last codebook counts with one item of four.
-    quantizer.acoustic._kept_codebooks = lambda batch, device: torch.tensor([2, 2, 2, 2])
-    whole = quantizer(latent)
+    again.acoustic._kept_codebooks = lambda batch, device: torch.tensor([2, 2, 2, 2])
+    whole = again(latent)
     assert out.commitments[2] < 0.5 * whole.commitments[2]
     torch.testing.assert_close(out.commitments[:2], whole.commitments[:2])
 
