@@ -47,11 +47,11 @@ class Resynthesis:
             )
 
     @torch.no_grad()
-    def listen(self, crops: Crops) -> "Original":
+    def listen(self, crops: Crops) -> "Reference":
         """What Whisper makes of the crops themselves."""
         samples = crops.wave.shape[-1]
         features = self._hear(self.teacher, crops.wave, self.codec_rate, crops.lengths, samples)
-        return Original(self, features, crops.lengths, samples)
+        return Reference(self, features, crops.lengths, samples)
 
     def _hear(
         self,
@@ -80,7 +80,7 @@ class Resynthesis:
 
 
 @dataclass(frozen=True, slots=True)
-class Original:
+class Reference:
     """A batch as Whisper heard it."""
 
     listener: Resynthesis

@@ -26,7 +26,7 @@ from codec.losses import (
 )
 from codec.meters import Window, line
 from codec.model import Codec, CodecOutput
-from codec.resynthesis import Original, Resynthesis
+from codec.resynthesis import Reference, Resynthesis
 from codec.targets import Teachers
 from codec.train_config import CropConfig, DistillConfig, LossConfig, OptimConfig
 from codec.validate import validate
@@ -74,7 +74,7 @@ class Lesson(NamedTuple):
 
     targets: dict[str, Target]
     config: DistillConfig
-    original: Original | None = None
+    original: Reference | None = None
     """What the speech made of the semantic codes is compared with."""
 
 

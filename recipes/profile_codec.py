@@ -24,7 +24,7 @@ import codec.train as training
 from codec.data import CropDataset, crop_batches, read_cuts
 from codec.meters import Stopwatch, Window
 from codec.model import Codec
-from codec.resynthesis import Original, Resynthesis
+from codec.resynthesis import Reference, Resynthesis
 from codec.targets import Teachers
 
 # The trainer's own step, not one like it.
@@ -156,7 +156,7 @@ def _places(models: Models) -> Iterator[tuple[str, Any, str, bool]]:
             yield "projections to teachers", head, "forward", True
     yield "teachers, targets", Teachers, "__call__", False
     yield "Whisper, original", Resynthesis, "listen", False
-    yield "Whisper, resynthesis", Original, "distance", True
+    yield "Whisper, resynthesis", Reference, "distance", True
     yield "teachers, losses", training, "distill_losses", True
     for name in ("mel", "magnitude", "wave"):
         yield f"{name} loss", training, f"{name}_loss", True
