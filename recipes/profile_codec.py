@@ -31,7 +31,8 @@ from codec.targets import Teachers
 from codec.train import Models, _Loop, _prepare, _set_rates, _train_step
 from eval.benchmark import machine
 from recipes.common import git_revision, load_config, make_accelerator, run_program
-from recipes.train_codec import TrainCodecConfig, build_models, check_codec, starting_architecture
+from recipes.start_from import starting_architecture
+from recipes.train_codec import TrainCodecConfig, build_models, check_codec
 
 
 class _Cut(NamedTuple):
@@ -247,7 +248,7 @@ def main(argv: list[str]) -> None:
     config = load_config(TrainCodecConfig, rest, about)
     if options.steps < 1 or options.warmup < 0:
         raise ValueError("--steps must be at least 1, --warmup at least 0")
-    codec_config = starting_architecture(config)
+    codec_config = starting_architecture(config.codec, config.start_from)
     check_codec(codec_config, config.losses, config.resynthesis, config.start_from)
     optim, crops = config.optim, config.data
     accelerator = make_accelerator(gradient_accumulation_steps=optim.accumulate)

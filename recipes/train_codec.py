@@ -5,23 +5,18 @@
 The run folder ends with `codec/`, which `load_codec` and the command `codec` take.
 """
 
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import DistributedDataParallelKwargs
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from codec import Codec
-from codec.config import CodecConfig, codec_config_from_dict
+from codec.config import CodecConfig
 from codec.data import read_cuts
 from codec.discriminators import Discriminators
 from codec.distill import Student
-from codec.folder import check_config_file, check_source, check_trainable
 from codec.resynthesis import Resynthesis
 from codec.targets import Teachers
 from codec.train import Models, fit
@@ -34,7 +29,7 @@ from codec.train_config import (
     ResynthesisConfig,
 )
 from recipes.common import load_config, make_accelerator, run_program, start_run
-from recipes.configuration import leaves, resolved
+from recipes.start_from import starting_architecture
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +109,7 @@ def check_codec(
 
 def main(argv: list[str]) -> None:
     config = load_config(TrainCodecConfig, argv, "Train a speech codec.")
-    codec = starting_architecture(config)
+    codec = starting_architecture(config.codec, config.start_from)
     check_codec(codec, config.losses, config.resynthesis, config.start_from)
     accelerator = make_accelerator(
         Path(config.out),
@@ -136,63 +131,6 @@ def main(argv: list[str]) -> None:
         models, list(train), list(dev), run,
         crops=config.data, losses=config.losses, optim=config.optim,
     )  # fmt: skip
-
-
-def starting_architecture(config: TrainCodecConfig) -> CodecConfig:
-    """Of the codec that will be trained: `codec`, or what start_from names. Raises `ValueError`
-    where that is missing or none of ours, and where `codec` names another architecture."""
-    if not config.start_from:
-        return config.codec
-    try:
-        started = _architecture_of(config.start_from)
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
-        raise ValueError(
-            f"start_from {config.start_from}: no such folder, and not to be had from the hub "
-            f"either ({type(error).__name__}); check the name"
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"start_from {error}") from error
-    if config.codec == CodecConfig():  # Nothing is said of it.
-        return started
-    given, there = _written_out(config.codec), _written_out(started)
-    if different := [key for key in given if given[key] != there[key]]:
-        said = [f"codec.{key} is {given[key]} here, {there[key]} there" for key in different[:3]]
-        more = f" (and {len(different) - 3} more)" if len(different) > 3 else ""
-        raise ValueError(
-            f"start_from {config.start_from} brings its own architecture, and not this one: "
-            f"{', '.join(said)}{more}; leave the keys of codec out, or set them alike"
-        )
-    return started
-
-
-def _architecture_of(source: str) -> CodecConfig:
-    """A folder's or hub id's. Raises `ValueError` that names the file, and the hub's errors."""
-    check_source(source)
-    folder, name = Path(source), f"{source}/config.json"
-    file = folder / "config.json"
-    if not folder.is_dir():
-        file = Path(hf_hub_download(source, "config.json"))
-    check_config_file(file)
-    content = json.loads(file.read_text(encoding="utf-8"))
-    check_trainable(content, name)
-    try:
-        return codec_config_from_dict(content)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
-def _written_out(codec: CodecConfig) -> dict[str, Any]:
-    """Every key and its value, alike however the configuration spells it: `codec import` writes
-    what our files leave to fall back on another key."""
-    found = dict(leaves(resolved(codec)))
-    del found["quantizer.codebook_size"], found["quantizer.codebook_dimension"]
-    conv, quantizer = codec.lmspt.conv, codec.quantizer
-    return found | {
-        "quantizer.codebook_sizes": list(quantizer.sizes),
-        "quantizer.codebook_dimensions": list(quantizer.dimensions),
-        "lmspt.conv.semantic_width": conv.semantic_width or conv.width,
-        "lmspt.conv.decoder_strides": list(conv.upsampling),
-    }
 
 
 def build_models(config: TrainCodecConfig, device: str | torch.device) -> Models:

@@ -370,9 +370,9 @@ def test_one_is_benchmarked(
     (tmp_path / "judge").mkdir()
     (tmp_path / "judge" / "model.bin").touch()
     cuts = prepare_cuts(tmp_path / "in", write_wav, count=1)
-    command = ["reconstruction", "--codec", str(folders["dac"]), "--codebooks", "2"]
-    command += ["--cuts", str(cuts), "--judge", str(tmp_path / "judge"), "--out", str(tmp_path)]
-    benchmark.main(command)
+    command = ["reconstruction", "--codec", str(folders["dac"]), "--cuts", str(cuts)]
+    command += ["--judge", str(tmp_path / "judge"), "--out", str(tmp_path)]
+    benchmark.main([*command, "--codebooks", "2"])
     rows = [row for row in read_rows(tmp_path / "rows.jsonl") if row.metric == "bitrate"]
     assert [(row.system, row.value) for row in rows] == [("dac-2", 50 * 2 * 4)]
     with pytest.raises(ValueError, match="no auxiliary decoder"):

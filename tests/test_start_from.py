@@ -23,9 +23,10 @@ from test_train_config import WHISPER, train
 from codec import Codec, CodecConfig
 from codec.__main__ import main as codec_main
 from codec.lmspt_original_config import config_from_lmspt
-from recipes import train_codec
+from recipes import start_from
 from recipes.common import load_config
-from recipes.train_codec import TrainCodecConfig, check_codec, main, starting_architecture
+from recipes.start_from import starting_architecture
+from recipes.train_codec import TrainCodecConfig, check_codec, main
 
 CONFIGS = ROOT / "recipes" / "configs" / "codec"
 RELEASED_FORM = f"--config={CONFIGS / 'lmspt_v2_12.5hz.yaml'}"
@@ -58,7 +59,8 @@ def written(folder: Path, content: Any) -> Path:
 
 
 def architecture(*arguments: str) -> CodecConfig:
-    return starting_architecture(load_config(TrainCodecConfig, arguments))
+    config = load_config(TrainCodecConfig, arguments)
+    return starting_architecture(config.codec, config.start_from)
 
 
 def unchanged(before: Path, after: Path) -> None:
@@ -115,7 +117,7 @@ def test_what_is_no_codec_of_ours_is_named(
 ) -> None:
     folder, name = written(tmp_path / "started", content), "some/codec"
     file = str(folder / "config.json")
-    monkeypatch.setattr(train_codec, "hf_hub_download", lambda *_: file if from_hub else None)
+    monkeypatch.setattr(start_from, "hf_hub_download", lambda *_: file if from_hub else None)
     name = name if from_hub else str(folder)
     told = told.replace("NAME", re.escape(name)).replace("DIR", re.escape(str(folder)))
     with pytest.raises(ValueError, match=f"^start_from {told}"):
@@ -125,7 +127,7 @@ def test_what_is_no_codec_of_ours_is_named(
 
 def test_a_name_in_a_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_codec, "hf_hub_download", None)  # Calling it fails.
+    monkeypatch.setattr(start_from, "hf_hub_download", None)  # Calling it fails.
     (tmp_path / "models" / "empty").mkdir(parents=True)
     told = r"^start_from models/none: no such folder; give a hub id .* \(models is a folder here"
     with pytest.raises(ValueError, match=told):
@@ -144,7 +146,7 @@ def test_the_readmes_command_trains_what_is_published(tmp_path: Path) -> None:
     given = command[1].replace("DIR", str(folder)).replace("recipes/", f"{ROOT}/recipes/").split()
     config = load_config(TrainCodecConfig, given)
     assert config.codec != published
-    assert starting_architecture(config) == published
+    assert starting_architecture(config.codec, config.start_from) == published
     check_codec(published, config.losses, config.resynthesis, config.start_from)
 
 
