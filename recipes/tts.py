@@ -24,6 +24,7 @@ from codec.tokens import TokenShard, written_whole
 from recipes.checkpoints import is_write_failure, sync
 from recipes.common import Run, load_config, make_accelerator, run_program, start_run
 from recipes.speak import SpeakConfig, speak_and_score
+from slm.alphabet import Alphabet
 from slm.ar import SpeechLM
 from slm.config import ARConfig, BatchConfig, NARConfig, OptimConfig
 from slm.data import ARData, NARData
@@ -80,9 +81,10 @@ def main(argv: list[str]) -> None:
     forget_zero3()
     run = start_run(config, folder, seed=config.seed, accelerator=accelerator)
     train_ar(lm, train, dev, run, config, folder / "voice")
+    alphabet = lm.alphabet
     del lm
     if train.stamp.num_codebooks > 1:
-        train_nar(train, dev, run, config, folder / "voice")
+        train_nar(alphabet, train, dev, run, config, folder / "voice")
     if accelerator.is_main_process:
         longest = Coverage.load(folder / "voice" / "ar").longest_frames / train.stamp.frame_rate
         prompts = pick_prompts(dev, str(config.dev), longest) if dev is not None else None
@@ -117,7 +119,7 @@ def train_ar(
 
     def data(shard: TokenShard, limit: int | None = None) -> ARData:
         return ARData.open(
-            shard, lm.tokenizer, lm.vocabulary, config.ar.tasks, config.batch, config.seed,
+            shard, lm.alphabet, config.ar.tasks, config.batch, config.seed,
             longest=lm.max_positions, limit=limit,
         )  # fmt: skip
 
@@ -127,8 +129,7 @@ def train_ar(
     state = gather(run.accelerator, engine)
     if run.accelerator.is_main_process:
         corpus = train_data.corpus
-        texts = (train.texts[i] for i in corpus.items)
-        coverage = Coverage.of(texts, int(corpus.num_frames.max()))
+        coverage = Coverage.of(corpus.texts, int(corpus.num_frames.max()))
         with whole_folder(voice / "ar") as partial:
             lm.save(partial, state)
             coverage.save(partial)
@@ -136,8 +137,9 @@ def train_ar(
 
 
 def train_nar(
-    train: TokenShard, dev: TokenShard | None, run: Run, config: TTSConfig, voice: Path
-) -> None:
+    alphabet: Alphabet, train: TokenShard, dev: TokenShard | None, run: Run, config: TTSConfig,
+    voice: Path,
+) -> None:  # fmt: skip
     """Trains the NAR in the stage `nar` and writes voice/nar."""
     sizes = train.stamp.codebook_sizes
     if config.nar.codebook_sizes not in ((), sizes):
@@ -149,10 +151,12 @@ def train_nar(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         nar = NAR(settings)
-    train_data = NARData.open(train, settings, config.nar_batch, config.seed, limit=config.limit)
-    dev_data = None
-    if dev is not None:
-        dev_data = NARData.open(dev, settings, config.nar_batch, config.seed)
+
+    def data(shard: TokenShard, limit: int | None = None) -> NARData:
+        return NARData.open(shard, alphabet, settings, config.nar_batch, config.seed, limit=limit)
+
+    train_data = data(train, config.limit)
+    dev_data = data(dev) if dev is not None else None
     engine = fit(nar, nar_step, train_data, dev_data, run.stage("nar"), config.nar_optim)
     state = gather(run.accelerator, engine)
     if run.accelerator.is_main_process:

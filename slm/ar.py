@@ -4,6 +4,7 @@ Its folder, `ar/` of a voice:
 
     base.json          which LLM it grew from: name, digest, layers kept, adapter or whole weights
     vocabulary.json    the id map
+    alphabet.json      the forms of text and speech (slm/alphabet.py)
     coverage.json      what the training texts held (slm/prompts.py)
     adapter_*          peft's own files, the rows of the new tokens included; or the whole model
     tokenizer*         the LLM's tokenizer, so that whole weights need no base
@@ -20,12 +21,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
 from codec.tokens import CodecStamp, written_whole
+from slm.alphabet import Alphabet
 from slm.config import ARConfig, LoRAConfig
 from slm.data import IGNORE, ARBatch
 from slm.prompts import TASKS
@@ -138,11 +140,10 @@ class SpeechLM(nn.Module):
 
     groups = TASKS
 
-    def __init__(self, lm: Any, tokenizer: Any, vocabulary: Vocabulary, origin: dict[str, Any]):
+    def __init__(self, lm: Any, alphabet: Alphabet, origin: dict[str, Any]):
         super().__init__()
         self.lm = lm
-        self.tokenizer = tokenizer
-        self.vocabulary = vocabulary
+        self.alphabet = alphabet
         self.origin = origin
         self.config = lm.config
 
@@ -165,7 +166,11 @@ class SpeechLM(nn.Module):
             "adapter": config.lora is not None,
             "tasks": asdict(config.tasks),
         }
-        return cls(lm, base.tokenizer, vocabulary, origin)
+        return cls(lm, Alphabet(vocabulary, base.tokenizer, config.text, config.units), origin)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.alphabet.vocabulary
 
     def check_task(self, task: str) -> None:
         """Raises ValueError for a task that the model was not trained on."""
@@ -184,11 +189,10 @@ class SpeechLM(nn.Module):
     def forward(self, batch: ARBatch) -> Scores:
         """Losses at target positions only: no other position's logits are computed."""
         keep = batch.labels != IGNORE  # (B, L)
+        inputs = {} if batch.documents is None else separated(batch.documents)
         with _gathered(self.head, keep):
-            logits = self.lm(input_ids=batch.tokens, use_cache=False).logits[0]  # (N, V)
-        labels = batch.labels[keep]
-        tasks = batch.tasks[:, None].expand_as(keep)[keep]
-        return score(logits, labels, tasks, len(TASKS))
+            logits = self.lm(input_ids=batch.tokens, use_cache=False, **inputs).logits[0]  # (N, V)
+        return score(logits, batch.labels[keep], batch.tasks[keep], len(TASKS))
 
     @property
     def head(self) -> nn.Module:
@@ -210,8 +214,8 @@ class SpeechLM(nn.Module):
             (folder / "README.md").unlink(missing_ok=True)
         else:
             self.lm.save_pretrained(folder, state_dict=weights)
-        self.tokenizer.save_pretrained(folder)
-        self.vocabulary.save(folder)
+        self.alphabet.tokenizer.save_pretrained(folder)
+        self.alphabet.save(folder)
         self.save_origin(folder)
 
     def save_origin(self, folder: str | Path, beside: str | Path | None = None) -> None:
@@ -242,7 +246,20 @@ class SpeechLM(nn.Module):
             lm, tokenizer = loaded.lm, loaded.tokenizer
         if lm.get_input_embeddings().weight.shape[0] != vocabulary.size:
             raise ValueError(f"{folder}: its table of tokens does not fit its vocabulary.json")
-        return cls(lm, tokenizer, vocabulary, origin).eval().requires_grad_(False)
+        alphabet = Alphabet.load(folder, tokenizer)
+        return cls(lm, alphabet, origin).eval().requires_grad_(False)
+
+
+def separated(documents: Int[Tensor, "B L"]) -> dict[str, Tensor]:
+    """What keeps the items of packed rows apart: a mask (B, 1, L, L), and positions that begin anew
+    with each item."""
+    length = documents.shape[1]
+    same = documents[:, :, None] == documents[:, None]
+    causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
+    index = torch.arange(length, device=documents.device).expand_as(documents)
+    begins = functional.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    first = torch.where(begins, index, 0).cummax(1).values
+    return {"attention_mask": (same & causal)[:, None], "position_ids": index - first}
 
 
 def score(logits: Float[Tensor, "N V"], labels: Tensor, groups: Tensor, num_groups: int) -> Scores:

@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
+
+CHECKS = ("loop", "silence", "early", "leak")
+"""What `SamplingConfig.checks` may name."""
 
 
 def _positive(**values: float | int) -> None:
@@ -37,18 +40,52 @@ class LoRAConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskConfig:
-    """How often a recording is drawn for each task, relative to the others."""
+    """How often each task is trained, relative to the others."""
 
     tts: float = 1.0
     """Text to codes."""
     asr: float = 1.0
     """Codes to text."""
+    continuation: float = 0.0
+    """Codes alone: speech that goes on by itself."""
+    text: float = 0.0
+    """Text alone, so that the LLM does not forget it; needs `texts`."""
 
     def __post_init__(self) -> None:
-        if min(self.tts, self.asr) < 0 or self.tts + self.asr <= 0:
-            raise ValueError(
-                f"tasks: weights must not be negative nor all zero, got {self.tts} and {self.asr}"
-            )
+        weights = (self.tts, self.asr, self.continuation, self.text)
+        if min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(f"tasks: weights must not be negative nor all zero, got {weights}")
+        if sum(weights) == self.text:
+            raise ValueError("tasks: text alone makes no speech model; weigh another task")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextConfig:
+    """In which form the model reads and writes text."""
+
+    normalize: bool = True
+    """Numbers and abbreviations are spelt out (English)."""
+    spoken: Literal["tokens", "characters", "phonemes"] = "tokens"
+    """What speech is made from: the LLM's own tokens; its tokens of single characters, which
+    teach pronunciation sooner where there is little data; or phonemes (extra `phonemes`)."""
+    written: Literal["tokens", "characters"] = "tokens"
+    """What speech is transcribed to."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitsConfig:
+    """In which form the model hears and makes codebook 1."""
+
+    model: str | None = None
+    """Acoustic BPE: a file of recipes/train_units.py; null: codes as they are."""
+    spoken: Literal["codes", "bpe"] = "codes"
+    """What TTS and continuation make."""
+    heard: Literal["codes", "bpe"] = "codes"
+    """What ASR hears."""
+
+    def __post_init__(self) -> None:
+        if self.model is None and "bpe" in (self.spoken, self.heard):
+            raise ValueError("units.model is null: name the file of recipes/train_units.py")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +100,10 @@ class ARConfig:
     """Adapters; null trains every weight."""
     tasks: TaskConfig = field(default_factory=TaskConfig)
     """Mixing weights."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """The form of text."""
+    units: UnitsConfig = field(default_factory=UnitsConfig)
+    """The form of speech."""
     init_scale: float = 1.0
     """Spread of the new rows: 1 draws them like the old rows, 0 puts them at the old rows' mean."""
     gradient_checkpointing: bool = False
@@ -97,6 +138,9 @@ class NARConfig:
     """In training the prompt is this share of an utterance's start, drawn uniformly."""
     prompt_frames: int = 150
     """No training prompt is longer."""
+    masked: bool = False
+    """Some codes of the predicted codebook are given, others asked for (MaskGIT), so that decoding
+    can go in several iterations; else all are asked for at once (USLM)."""
 
     def __post_init__(self) -> None:
         _positive(
@@ -130,15 +174,20 @@ class NARConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchConfig:
-    """Length-bucketed batches under a budget of positions."""
+    """Length-bucketed or packed batches under a budget of positions."""
 
     positions: int = 2048
-    """Padded positions of one micro-batch on one rank: longest item times number of items."""
+    """Padded positions of one micro-batch on one rank: longest row times number of rows."""
     max_items: int = 64
     """Most items of a micro-batch."""
+    packed: int | None = None
+    """Length of rows that hold several items, none of which sees another (AR only); null: one item
+    a row, and rows of like lengths together."""
 
     def __post_init__(self) -> None:
         _positive(**{"batch.positions": self.positions, "batch.max_items": self.max_items})
+        if self.packed is not None and not 0 < self.packed <= self.positions:
+            raise ValueError(f"batch.packed {self.packed} must be in 1..{self.positions}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,6 +254,21 @@ class SamplingConfig:
     """A pattern that repeats itself for so long is a loop."""
     tries: int = 3
     """A failed generation is made again under a new seed, until so many were made."""
+    checks: tuple[str, ...] = ("loop", "silence", "early", "leak")
+    """What is a failure besides what is empty or cut: a loop; silence for longer than
+    `silence_seconds`; an end long before the text's; the prompt's words said again."""
+    silence_seconds: float = 2.0
+    """A longer stretch of silence is a failure."""
+    candidates: int = 1
+    """So many are made, and the one is kept whose text the model's own ASR finds the likeliest:
+    that many times the AR's work, and one pass of ASR over them."""
+    cache: Literal["dynamic", "static"] = "dynamic"
+    """The cache of keys and values grows with the sequence, or has its full size from the start."""
+    nar_iterations: int = 1
+    """Passes of the NAR for each codebook, the surest codes first; more than 1 needs a NAR that was
+    trained with nar.masked."""
+    nar_temperature: float = 0.0
+    """Of the NAR's codes; 0 takes the likeliest."""
 
     def __post_init__(self) -> None:
         _positive(
@@ -214,6 +278,9 @@ class SamplingConfig:
                 "sampling.top_k": self.top_k,
                 "sampling.loop_seconds": self.loop_seconds,
                 "sampling.tries": self.tries,
+                "sampling.silence_seconds": self.silence_seconds,
+                "sampling.candidates": self.candidates,
+                "sampling.nar_iterations": self.nar_iterations,
             }
         )
         _share(**{"sampling.top_p": self.top_p, "sampling.threshold": self.threshold})
@@ -222,5 +289,11 @@ class SamplingConfig:
             raise ValueError(
                 f"sampling.frames_per_token must rise from at least 0, got {self.frames_per_token}"
             )
-        if self.window < 0 or self.spare_seconds < 0:
-            raise ValueError("sampling: window and spare_seconds must not be negative")
+        if min(self.window, self.spare_seconds, self.nar_temperature) < 0:
+            raise ValueError(
+                "sampling: window, spare_seconds and nar_temperature must not be negative"
+            )
+        if unknown := set(self.checks) - set(CHECKS):
+            raise ValueError(
+                f"sampling.checks: no check {sorted(unknown)[0]!r}; there are {', '.join(CHECKS)}"
+            )

@@ -1,12 +1,7 @@
-"""Token shards to length-bucketed batches under a budget of positions.
+"""Token shards and texts to batches under a budget of positions (slm/plan.py says which)."""
 
-Which items stand in which batch is a pure function of (seed, step, rank, world), so a run resumes
-without any sampler state, and one rank that accumulates two batches sees what two ranks see.
-"""
-
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import copy
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,27 +10,25 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from codec.tokens import TokenShard
+from slm.alphabet import Alphabet
 from slm.config import BatchConfig, NARConfig, TaskConfig
-from slm.prompts import TASKS, has_words, layout, layout_length
-from slm.vocab import Vocabulary, encode_texts
-
-logger = logging.getLogger(__name__)
+from slm.corpus import Corpus, name_of, pieces_of, usable, within
+from slm.plan import Batch, Draw, Plan
+from slm.prompts import ASR, CONTINUATION, TASKS, TEXT, TTS, Layout, layout
 
 IGNORE = -100
-BUCKET_GROWTH = 1.04
-"""Lengths within one bucket differ by at most this factor: the price of shuffling, in padding."""
-NUM_LISTED = 20
-"""Most skipped items that the log names."""
 
 
 class ARBatch(NamedTuple):
-    """Sequences padded on the right: what is causal never sees the padding."""
+    """Rows padded on the right: what is causal never sees the padding."""
 
     tokens: Int[Tensor, "B L"]
     labels: Int[Tensor, "B L"]
     """The next token where it is a target, else IGNORE."""
-    tasks: Int[Tensor, " B"]
+    tasks: Int[Tensor, "B L"]
     """Indices into TASKS."""
+    documents: Int[Tensor, "B L"] | None
+    """Of packed rows: which item of its row a position belongs to, from 1; 0 is padding."""
 
 
 class NARBatch(NamedTuple):
@@ -74,221 +67,184 @@ class Data(Protocol):
     def num_steps(self, world: int, accumulate: int) -> int: ...
 
 
-class Plan:
-    """Batches of like lengths; their number and sizes are the same in every epoch."""
-
-    def __init__(self, lengths: np.ndarray, config: BatchConfig, seed: int):
-        self._seed = seed
-        self._bucket = np.ceil(np.log(np.maximum(lengths, 1)) / np.log(BUCKET_GROWTH)).astype(int)
-        order = np.lexsort((lengths, self._bucket))
-        self._starts = _cut(lengths, self._bucket, order, config)
-        self._cache: tuple[int, list[np.ndarray]] | None = None
-
-    def __len__(self) -> int:
-        return len(self._starts) - 1
-
-    def epoch(self, epoch: int) -> list[np.ndarray]:
-        """The batches of an epoch as item indices: items shuffled in their bucket, then batches."""
-        if self._cache is None or self._cache[0] != epoch:
-            random = np.random.default_rng((self._seed, epoch))
-            order = np.lexsort((random.random(len(self._bucket)), self._bucket))
-            batches = np.split(order, self._starts[1:-1])
-            self._cache = (epoch, [batches[i] for i in random.permutation(len(batches))])
-        return self._cache[1]
-
-    def group(self, step: int, size: int) -> tuple[int, list[np.ndarray]]:
-        """The epoch of a step and its `size` batches; the epoch's last group begins again."""
-        epoch, index = divmod(step, self.num_groups(size))
-        batches = self.epoch(epoch)
-        return epoch, [batches[(index * size + i) % len(batches)] for i in range(size)]
-
-    def num_groups(self, size: int) -> int:
-        return -(-len(self) // size)
-
-
-def _cut(
-    lengths: np.ndarray, bucket: np.ndarray, order: np.ndarray, config: BatchConfig
-) -> np.ndarray:
-    """Starts of the batches in the sorted order, and its end.
-
-    The budget counts every item as its bucket's longest, so that any shuffle within buckets fits.
-    """
-    longest = np.zeros(bucket.max(initial=0) + 1, dtype=np.int64)
-    np.maximum.at(longest, bucket, lengths)
-    starts = [0]
-    for position, item in enumerate(order):
-        count = position - starts[-1] + 1
-        # Sorted by bucket, the newest item is the longest.
-        if count > 1 and (
-            count > config.max_items or count * longest[bucket[item]] > config.positions
-        ):
-            starts.append(position)
-    return np.array([*starts, len(order)])
-
-
-@dataclass(frozen=True, slots=True)
-class Corpus:
-    """Usable utterances of a shard: those with something to say, and not too long."""
-
-    shard: TokenShard
-    items: np.ndarray
-    """Their rows in the shard, (N,)."""
-    texts: list[Sequence[int]]
-    """Their text ids."""
-    num_frames: np.ndarray
-    num_text: np.ndarray
-
-    def codes(self, item: int | np.integer) -> np.ndarray:
-        """(Q, T) int64."""
-        return self.shard[int(self.items[item])].codes.astype(np.int64)
-
-
-def usable(
-    shard: TokenShard, texts: list[Sequence[int]], longest: int, limit: int | None = None
-) -> Corpus:
-    """Drops what cannot be trained on; counts and lists it in the log.
-
-    `texts` are the text ids of every row, `longest` is the most positions that an item may take,
-    `limit` keeps the first usable items only.
-    """
-    name = _name(shard)
-    lengths = layout_length(np.array([len(text) for text in texts]), shard.num_frames)
-    empty = np.array([not has_words(text) for text in shard.texts], dtype=bool)
-    reasons = {
-        "without words": empty,
-        "without frames": ~empty & (shard.num_frames == 0),
-        f"longer than {longest} positions": ~empty & (lengths > longest),
-    }
-    keep = np.ones(len(shard), dtype=bool)
-    for reason, mask in reasons.items():
-        keep &= ~mask
-        if mask.any():
-            ids = [shard.ids[i] for i in np.flatnonzero(mask)]
-            tail = " ..." if len(ids) > NUM_LISTED else ""
-            logger.warning(
-                "%s: skipped %d items %s: %s%s",
-                name, len(ids), reason, ", ".join(ids[:NUM_LISTED]), tail,
-            )  # fmt: skip
-    items = np.flatnonzero(keep)[:limit]
-    if not items.size:
-        raise ValueError(
-            f"{name}: no item is usable; raise batch.positions, or export other tokens"
-        )
-    kept = [texts[i] for i in items]
-    num_text = np.array([len(text) for text in kept], dtype=np.int64)
-    return Corpus(shard, items, kept, shard.num_frames[items], num_text)
-
-
-def _name(shard: TokenShard) -> str:
-    """For messages: its file, or the folder of its files."""
-    return str(shard.files[0] if len(shard.files) == 1 else shard.files[0].parent)
-
-
 class ARData:
-    """Batches for the AR: every epoch draws the task of every item anew."""
+    """Batches for the AR. An item is an utterance in one task's layout, or a piece of a text.
+
+    An epoch has every utterance in the layout of the heaviest task, and of the other tasks the
+    share that their weights say, the rest of it in the epochs after.
+    """
 
     def __init__(
-        self,
-        corpus: Corpus,
-        vocabulary: Vocabulary,
-        tasks: TaskConfig,
-        batch: BatchConfig,
-        seed: int,
-    ):
-        vocabulary.check_codec(corpus.shard.stamp, _name(corpus.shard))
-        self.corpus, self.vocabulary, self._seed = corpus, vocabulary, seed
-        self._weights = np.array([getattr(tasks, name) for name in TASKS], dtype=float)
-        self._weights /= self._weights.sum()
-        self._lengths = layout_length(corpus.num_text, corpus.num_frames)
-        self._plan = Plan(self._lengths, batch, seed)
-        self.padding_share = _padding(self._lengths, self._plan)
-        self._tasks: tuple[int, np.ndarray] | None = None
+        self, corpus: Corpus, alphabet: Alphabet, tasks: TaskConfig, batch: BatchConfig, seed: int,
+        *, longest: int, texts: Sequence[str] = (),
+    ):  # fmt: skip
+        alphabet.vocabulary.check_codec(corpus.shard.stamp, name_of(corpus.shard))
+        if bool(texts) != bool(tasks.text):
+            raise ValueError("ar.tasks.text and texts belong together: give both, or neither")
+        longest = min(longest, batch.packed or batch.positions)
+        self.alphabet, self._packed = alphabet, batch.packed is not None
+        weights = {task: getattr(tasks, TASKS[task]) for task in (TTS, ASR, CONTINUATION)}
+        weights = {task: weight for task, weight in weights.items() if weight}
+        forms = [_Form(task, corpus, alphabet) for task in weights]
+        self.corpus = within(corpus, np.max([form.lengths for form in forms], axis=0), longest)
+        kept = np.isin(corpus.items, self.corpus.items)
+        self._forms = [form.at(kept) for form in forms]
+        self._pieces = _pieces(alphabet, texts, longest)
+        number = len(self.corpus.items)
+        self._tasks = np.concatenate(
+            [np.repeat(list(weights), number), np.full(len(self._pieces), TEXT)]
+        )
+        sizes = np.array([len(piece) for piece in self._pieces], dtype=np.int64)
+        self._targets = np.concatenate([*(form.targets for form in self._forms), sizes - 1])
+        pools = [np.arange(number) + number * index for index in range(len(weights))]
+        counts = [round(number * weight / max(weights.values())) for weight in weights.values()]
+        if self._pieces:
+            pools.append(np.arange(len(self._pieces)) + number * len(weights))
+            counts.append(round(number * tasks.text / max(weights.values())))
+        lengths = np.concatenate([*(form.lengths for form in self._forms), sizes])
+        self._plan = Plan(lengths, batch, seed, Draw(pools, counts, seed))
+        self.padding_share = self._plan.padding_share
 
     @classmethod
     def open(
-        cls, shard: TokenShard, tokenizer: Any, vocabulary: Vocabulary, tasks: TaskConfig,
-        batch: BatchConfig, seed: int, *, longest: int, limit: int | None = None,
+        cls, shard: TokenShard, alphabet: Alphabet, tasks: TaskConfig, batch: BatchConfig,
+        seed: int, *, longest: int, limit: int | None = None, texts: Sequence[str] = (),
     ) -> "ARData":  # fmt: skip
-        texts = encode_texts(tokenizer, shard.texts)
-        corpus = usable(shard, [*texts], min(longest, batch.positions), limit)
-        return cls(corpus, vocabulary, tasks, batch, seed)
+        corpus = usable(shard, limit)
+        return cls(corpus, alphabet, tasks, batch, seed, longest=longest, texts=texts)
 
     def num_steps(self, world: int, accumulate: int) -> int:
         return self._plan.num_groups(world * accumulate)
 
     def share(self, step: int, micro: int, rank: int, world: int, accumulate: int) -> Share:
         size, slot = world * accumulate, micro * world + rank
-        epoch, group = self._plan.group(step, size)
-        tasks = self._epoch_tasks(epoch)
-        num_text, num_frames = self.corpus.num_text, self.corpus.num_frames
-        targets = sum(
-            int(np.where(tasks[items] == 0, num_frames[items], num_text[items]).sum() + len(items))
-            for items in group
-        )
-        fill = step % self._plan.num_groups(size) * size + slot >= len(self._plan)
-        return Share(self.collate(group[slot], tasks), targets / size, 0.0 if fill else 1.0)
+        group, num_fill = self._plan.group(step, size)
+        targets = sum(int(self._targets[row].sum()) for batch in group for row in batch)
+        weight = 0.0 if slot >= size - num_fill else 1.0
+        return Share(self.collate(group[slot]), targets / size, weight)
 
-    def collate(self, items: np.ndarray, tasks: np.ndarray) -> ARBatch:
-        layouts = [
-            layout(
-                int(tasks[item]),
-                self.vocabulary,
-                self.corpus.texts[item],
-                self.corpus.codes(item)[0],
-            )
-            for item in items
-        ]
-        longest = max(len(one.tokens) for one in layouts)
+    def layout(self, item: int | np.integer) -> Layout:
+        """The sequence of an item."""
+        task, number = int(self._tasks[item]), len(self.corpus.items)
+        if task == TEXT:
+            piece = self._pieces[int(item) - number * len(self._forms)]
+            return layout(task, self.alphabet.vocabulary, piece.tolist(), [])
+        form, row = self._forms[int(item) // number], int(item) % number
+        text, speech = form.ids(row, self.corpus, self.alphabet)
+        return layout(task, self.alphabet.vocabulary, text, speech)
+
+    def collate(self, batch: Batch) -> ARBatch:
+        """A batch from the items of its rows."""
+        rows = [[self.layout(item) for item in row] for row in batch]
+        longest = max(sum(len(one.tokens) for one in row) for row in rows)
         # The padding is any valid id: causal attention keeps it from the tokens before it.
-        tokens = np.full((len(items), longest), self.vocabulary.eos, dtype=np.int64)
-        labels = np.full((len(items), longest), IGNORE, dtype=np.int64)
-        for row, one in enumerate(layouts):
-            length = len(one.tokens)
-            tokens[row, :length] = one.tokens
-            labels[row, one.num_context - 1 : length - 1] = one.tokens[one.num_context :]
-        return ARBatch(*map(torch.from_numpy, (tokens, labels, tasks[items])))
+        tokens = np.full((len(rows), longest), self.alphabet.vocabulary.eos, dtype=np.int64)
+        labels = np.full((len(rows), longest), IGNORE, dtype=np.int64)
+        tasks, documents = np.zeros((2, len(rows), longest), dtype=np.int64)
+        for index, (row, items) in enumerate(zip(rows, batch, strict=True)):
+            start = 0
+            for number, (one, item) in enumerate(zip(row, items, strict=True), start=1):
+                end = start + len(one.tokens)
+                tokens[index, start:end] = one.tokens
+                first = start + one.num_context
+                labels[index, first - 1 : end - 1] = one.tokens[one.num_context :]
+                tasks[index, start:end] = self._tasks[item]
+                documents[index, start:end] = number
+                start = end
+        held = torch.from_numpy(documents) if self._packed else None
+        tensors = map(torch.from_numpy, (tokens, labels, tasks))
+        return ARBatch(*tensors, documents=held)
 
-    def _epoch_tasks(self, epoch: int) -> np.ndarray:
-        if self._tasks is None or self._tasks[0] != epoch:
-            random = np.random.default_rng((self._seed, epoch, 1))
-            drawn = random.choice(len(TASKS), size=len(self.corpus.items), p=self._weights)
-            self._tasks = (epoch, drawn.astype(np.int64))
-        return self._tasks[1]
+
+class _Form:
+    """What the utterances of a corpus are in one task: ids, or how to make them."""
+
+    def __init__(self, task: int, corpus: Corpus, alphabet: Alphabet):
+        self.task, name = task, TASKS[task]
+        empty: list[list[int]] = [[]] * len(corpus.items)
+        self._texts = empty if task == CONTINUATION else alphabet.text_ids(name, corpus.texts)
+        # Codes are read from the shard when they are asked for; pieces of them are kept.
+        self._pieces = None
+        num_speech = corpus.num_frames.astype(np.int64)
+        if alphabet.has_pieces(name):
+            rows = range(len(corpus.items))
+            self._pieces = [alphabet.speech_ids(name, corpus.codes(row)[0]) for row in rows]
+            num_speech = np.array([len(pieces) for pieces in self._pieces], dtype=np.int64)
+        num_text = np.array([len(text) for text in self._texts], dtype=np.int64)
+        self.targets = (num_text if task == ASR else num_speech) + 1
+        self.lengths = num_text + num_speech + {TTS: 3, ASR: 4, CONTINUATION: 2}[task]
+
+    def at(self, kept: np.ndarray) -> "_Form":
+        """Of the utterances that are kept."""
+        part = copy(self)
+        where = np.flatnonzero(kept)
+        part._texts = [self._texts[row] for row in where]
+        part._pieces = self._pieces and [self._pieces[row] for row in where]
+        part.targets, part.lengths = self.targets[where], self.lengths[where]
+        return part
+
+    def ids(
+        self, row: int, corpus: Corpus, alphabet: Alphabet
+    ) -> tuple[list[int], Int[np.ndarray, " _"]]:
+        """Of an utterance's text and speech."""
+        if self._pieces is not None:
+            return self._texts[row], self._pieces[row]
+        return self._texts[row], alphabet.speech_ids(TASKS[self.task], corpus.codes(row)[0])
+
+
+def _pieces(alphabet: Alphabet, texts: Sequence[str], longest: int) -> list[np.ndarray]:
+    if not texts:
+        return []
+    return pieces_of(alphabet.text_ids("text", texts), alphabet.vocabulary.eos, longest)
 
 
 class NARData:
     """Batches for the NAR: codebook 2 always, and one codebook of the rest (USLM)."""
 
-    def __init__(self, corpus: Corpus, config: NARConfig, batch: BatchConfig, seed: int):
-        self.corpus, self._config, self._seed = corpus, config, seed
-        lengths = layout_length(corpus.num_text, corpus.num_frames)
-        self._plan = Plan(lengths, batch, seed)
-        self.padding_share = _padding(lengths, self._plan)
+    def __init__(
+        self, corpus: Corpus, alphabet: Alphabet, config: NARConfig, batch: BatchConfig, seed: int
+    ):
+        if batch.packed is not None:
+            raise ValueError("nar_batch.packed: only the AR's batches can be packed; leave it out")
+        texts = [text_bytes(alphabet.spelt(text)) for text in corpus.texts]
+        lengths = np.array([len(text) for text in texts]) + corpus.num_frames
+        self.corpus = within(corpus, lengths, batch.positions)
+        kept = np.flatnonzero(np.isin(corpus.items, self.corpus.items))
+        self._texts = [texts[row] for row in kept]
+        self._frames = self.corpus.num_frames
+        self._config, self._seed = config, seed
+        self._plan = Plan(lengths[kept], batch, seed)
+        self.padding_share = self._plan.padding_share
 
     @classmethod
     def open(
-        cls, shard: TokenShard, config: NARConfig, batch: BatchConfig, seed: int, *,
-        limit: int | None = None,
+        cls, shard: TokenShard, alphabet: Alphabet, config: NARConfig, batch: BatchConfig,
+        seed: int, *, limit: int | None = None,
     ) -> "NARData":  # fmt: skip
-        texts: list[Sequence[int]] = [text_bytes(text) for text in shard.texts]
-        return cls(usable(shard, texts, batch.positions, limit), config, batch, seed)
+        return cls(usable(shard, limit), alphabet, config, batch, seed)
 
     def num_steps(self, world: int, accumulate: int) -> int:
         return self._plan.num_groups(world * accumulate)
 
     def share(self, step: int, micro: int, rank: int, world: int, accumulate: int) -> Share:
         size, slot = world * accumulate, micro * world + rank
-        _, group = self._plan.group(step, size)
+        group, num_fill = self._plan.group(step, size)
+        items = [np.concatenate(batch) for batch in group]
         random = np.random.default_rng((self._seed, step, 2))
         stages = self._draw_stages(random)
-        prompts = [self._draw_prompts(items, random) for items in group]
+        prompts = [self._draw_prompts(rows, random) for rows in items]
         targets = sum(
-            int((self.corpus.num_frames[items] - prompt).sum())
-            for items, prompt in zip(group, prompts, strict=True)
+            int((self._frames[rows] - prompt).sum())
+            for rows, prompt in zip(items, prompts, strict=True)
         )
-        fill = step % self._plan.num_groups(size) * size + slot >= len(self._plan)
-        batch = self._collate(group[slot], prompts[slot], stages)
-        return Share(batch, targets * len(stages) / size, 0.0 if fill else 1.0)
+        weight = 0.0 if slot >= size - num_fill else 1.0
+        batch = nar_batch(
+            [self._texts[item] for item in items[slot]],
+            [self.corpus.codes(item) for item in items[slot]],
+            prompts[slot],
+            stages,
+        )
+        return Share(batch, targets * len(stages) / size, weight)
 
     def _draw_stages(self, random: np.random.Generator) -> list[int]:
         num_codebooks = len(self._config.codebook_sizes)
@@ -296,19 +252,11 @@ class NARData:
 
     def _draw_prompts(self, items: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """Frames of each item's prompt; at least one frame is left to predict."""
-        frames = self.corpus.num_frames[items]
+        frames = self._frames[items]
         share = random.uniform(*self._config.prompt_share, size=len(items))
         return np.minimum(
             np.minimum(frames * share, self._config.prompt_frames), frames - 1
         ).astype(int)
-
-    def _collate(self, items: np.ndarray, prompts: np.ndarray, stages: list[int]) -> NARBatch:
-        return nar_batch(
-            [self.corpus.texts[item] for item in items],
-            [self.corpus.codes(item) for item in items],
-            prompts,
-            stages,
-        )
 
 
 END_OF_TEXT = 256
@@ -342,9 +290,3 @@ def nar_batch(
         prompt_lengths=torch.tensor([int(length) for length in prompt_lengths]),
         stages=torch.tensor(list(stages)),
     )
-
-
-def _padding(lengths: np.ndarray, plan: Plan) -> float:
-    """Share of padded positions that hold nothing, over an epoch."""
-    padded = sum(int(lengths[items].max()) * len(items) for items in plan.epoch(0))
-    return 1 - float(lengths.sum()) / padded

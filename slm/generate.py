@@ -280,4 +280,4 @@ def restrict_context(
 
 def first_codes(lm: SpeechLM, made: Generated) -> Any:
     """Codes of codebook 1 (T,) that a TTS request brought."""
-    return lm.vocabulary.decode_speech(np.array(made.tokens, dtype=np.int64))
+    return lm.alphabet.codes_of(made.tokens)

@@ -233,10 +233,11 @@ class Voice:
         prompt.check(self.codec.codebook_sizes)
         if not prompt.continuation:
             self.coverage.check(prompt.text, "the prompt's text")
-        vocabulary, tokenizer = self.lm.vocabulary, self.lm.tokenizer
-        joined = vocabulary.encode_text(tokenizer, join_texts(prompt.text, text))
-        num_tokens = len(vocabulary.encode_text(tokenizer, text))
-        context = tts_context(vocabulary, joined, prompt.codes[0])
+        alphabet = self.lm.alphabet
+        joined, alone = alphabet.text_ids("tts", [join_texts(prompt.text, text), text])
+        num_tokens = len(alone)
+        speech = alphabet.speech_ids("tts", prompt.codes[0])
+        context = tts_context(alphabet.vocabulary, joined, speech)
         least, most = speech_bounds(num_tokens, self.codec.frame_rate, self.sampling)
         spoken = prompt.codes.shape[1]
         if prompt.continuation:
@@ -331,10 +332,10 @@ class Voice:
     def transcripts(self, first: Sequence[np.ndarray]) -> list[Transcript]:
         """Transcripts of codes of codebook 1, each (T,), and what is wrong with them."""
         self.lm.check_task("asr")
-        vocabulary, rate = self.lm.vocabulary, self.codec.frame_rate
+        alphabet, rate = self.lm.alphabet, self.codec.frame_rate
         requests = []
         for codes in first:
-            context = asr_context(vocabulary, codes)
+            context = asr_context(alphabet.vocabulary, alphabet.speech_ids("asr", codes))
             most = text_bound(len(codes), rate)
             most = restrict_context(self.lm.max_positions, context, 1, most, "recording")
             requests.append(Request(context=context, min_tokens=0, max_tokens=most, seed=0))
@@ -345,10 +346,7 @@ class Voice:
             logger.warning(
                 "%d of %d transcripts failed: %s", len(failed), len(made), ", ".join(failed)
             )
-        return [
-            Transcript(vocabulary.decode_text(self.lm.tokenizer, one.tokens), one.failure)
-            for one in made
-        ]
+        return [Transcript(alphabet.text_of(one.tokens), one.failure) for one in made]
 
     def _complete(
         self, utterances: Sequence[Utterance], first: Sequence[np.ndarray]

@@ -1,7 +1,9 @@
-"""Layouts of ASR and TTS, what the loss covers, and what may be said at all.
+"""Layouts of the tasks, what the loss covers, and what may be said at all.
 
-    TTS   <|text|> prompt text + target text <|speech|> | s1 s2 ... <|/speech|>
-    ASR   <|speech|> s1 s2 ... <|/speech|> <|text|> | transcript eos
+    tts            <|text|> prompt text + target text <|speech|> | s1 s2 ... <|/speech|>
+    asr            <|speech|> s1 s2 ... <|/speech|> <|text|> | transcript eos
+    continuation   <|speech|> | s1 s2 ... <|/speech|>
+    text           t1 | t2 ... eos     (the end where the document's is)
 
 The loss covers what stands behind the bar, its end token included. A zero-shot prompt is the
 prompt's codes right after <|speech|>: the model goes on from there.
@@ -22,8 +24,8 @@ from slm.vocab import Vocabulary
 
 logger = logging.getLogger(__name__)
 
-TASKS = ("tts", "asr")
-TTS, ASR = range(len(TASKS))
+TASKS = ("tts", "asr", "continuation", "text")
+TTS, ASR, CONTINUATION, TEXT = range(len(TASKS))
 COVERAGE_FILE = "coverage.json"
 
 
@@ -35,37 +37,36 @@ class Layout(NamedTuple):
     num_context: int
 
 
-def tts_context(vocabulary: Vocabulary, text: Sequence[int], prompt: np.ndarray) -> list[int]:
-    """What stands before the first generated token; `prompt` is codes of codebook 1, (T,)."""
-    speech = vocabulary.encode_speech(prompt).tolist()
-    return [vocabulary.text, *text, vocabulary.speech, *speech]
+def tts_context(
+    vocabulary: Vocabulary, text: Sequence[int], prompt: Sequence[int] | np.ndarray
+) -> list[int]:
+    """What stands before the first generated token; `text` and `prompt` are ids."""
+    return [vocabulary.text, *text, vocabulary.speech, *map(int, prompt)]
 
 
-def asr_context(vocabulary: Vocabulary, codes: np.ndarray) -> list[int]:
-    """What stands before a transcript; `codes` of codebook 1, (T,)."""
-    speech = vocabulary.encode_speech(codes).tolist()
-    return [vocabulary.speech, *speech, vocabulary.speech_end, vocabulary.text]
+def asr_context(vocabulary: Vocabulary, speech: Sequence[int] | np.ndarray) -> list[int]:
+    """What stands before a transcript; `speech` is ids."""
+    return [vocabulary.speech, *map(int, speech), vocabulary.speech_end, vocabulary.text]
 
 
-def tts_layout(vocabulary: Vocabulary, text: Sequence[int], codes: np.ndarray) -> Layout:
-    context = tts_context(vocabulary, text, codes[:0])
-    target = [*vocabulary.encode_speech(codes).tolist(), vocabulary.speech_end]
-    return Layout(np.array(context + target), len(context))
+def continuation_context(vocabulary: Vocabulary, prompt: Sequence[int] | np.ndarray) -> list[int]:
+    """What stands before speech that goes on by itself; `prompt` is ids."""
+    return [vocabulary.speech, *map(int, prompt)]
 
 
-def asr_layout(vocabulary: Vocabulary, text: Sequence[int], codes: np.ndarray) -> Layout:
-    context = asr_context(vocabulary, codes)
-    return Layout(np.array([*context, *text, vocabulary.eos]), len(context))
-
-
-def layout(task: int, vocabulary: Vocabulary, text: Sequence[int], codes: np.ndarray) -> Layout:
-    """The training sequence of a task, an index into TASKS."""
-    return (tts_layout, asr_layout)[task](vocabulary, text, codes)
-
-
-def layout_length(num_text: np.ndarray, num_frames: np.ndarray) -> np.ndarray:
-    """Tokens of the longest layout of an utterance."""
-    return num_text + num_frames + 4
+def layout(
+    task: int, vocabulary: Vocabulary, text: Sequence[int], speech: Sequence[int] | np.ndarray
+) -> Layout:
+    """The training sequence of a task, an index into TASKS, from ids of its text and speech."""
+    spoken = [*map(int, speech), vocabulary.speech_end]
+    written = [*text, vocabulary.eos]
+    context, target = {
+        TTS: lambda: (tts_context(vocabulary, text, []), spoken),
+        ASR: lambda: (asr_context(vocabulary, speech), written),
+        CONTINUATION: lambda: (continuation_context(vocabulary, []), spoken),
+        TEXT: lambda: (text[:1], text[1:]),
+    }[task]()
+    return Layout(np.array([*context, *target]), len(context))
 
 
 def join_texts(prompt_text: str, text: str) -> str:

@@ -295,4 +295,5 @@ def _whole(parameter: nn.Parameter) -> Any:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """A NamedTuple of tensors on `device`."""
-    return type(batch)(*(tensor.to(device, non_blocking=True) for tensor in batch))
+    moved = (part if part is None else part.to(device, non_blocking=True) for part in batch)
+    return type(batch)(*moved)

@@ -26,11 +26,9 @@ def make(tmp_path: Path, lora: LoRAConfig | None = LoRAConfig(rank=2), **kwargs)
 
 def batch_of(lm: SpeechLM, path: Path) -> ARBatch:
     shard = TokenShard.open(save_shard(path, 6))
-    data = ARData.open(
-        shard, lm.tokenizer, lm.vocabulary, TaskConfig(), BatchConfig(positions=300), 0,
-        longest=256,
-    )  # fmt: skip
-    return data.collate(np.arange(4), np.array([0, 1, 0, 1]))
+    data = ARData.open(shard, lm.alphabet, TaskConfig(), BatchConfig(positions=300), 0, longest=256)
+    # The first two utterances as tts, two others as asr.
+    return data.collate([np.array([item]) for item in (0, 8, 1, 9)])
 
 
 def train(lm: SpeechLM, batch: ARBatch, steps: int = 3) -> None:
@@ -49,10 +47,12 @@ def test_loss_is_that_of_plain_logits_at_targets(tmp_path: Path) -> None:
     nll = torch.nn.functional.cross_entropy(
         logits.transpose(1, 2), batch.labels, ignore_index=IGNORE, reduction="none"
     ).sum(1)
-    by_task = [nll[batch.tasks == task].sum() for task in range(2)]
+    by_task = [nll[batch.tasks[:, 0] == task].sum() for task in range(4)]
     torch.testing.assert_close(scores.nll, torch.stack(by_task), rtol=1e-5, atol=1e-3)
     targets = (batch.labels != IGNORE).sum(1)
-    assert scores.targets.tolist() == [targets[batch.tasks == t].sum().item() for t in range(2)]
+    assert scores.targets.tolist() == [
+        targets[batch.tasks[:, 0] == t].sum().item() for t in range(4)
+    ]
 
 
 def test_padding_changes_nothing(tmp_path: Path) -> None:
@@ -60,8 +60,8 @@ def test_padding_changes_nothing(tmp_path: Path) -> None:
     batch = batch_of(lm, tmp_path / "a.parquet")
     row = 0
     length = int((batch.labels[row] != IGNORE).nonzero().max()) + 2
-    alone = lm(ARBatch(batch.tokens[:1, :length], batch.labels[:1, :length], batch.tasks[:1]))
-    padded = lm(ARBatch(batch.tokens[:1], batch.labels[:1], batch.tasks[:1]))
+    alone = lm(ARBatch(*(part[:1, :length] for part in batch[:3]), documents=None))
+    padded = lm(ARBatch(*(part[:1] for part in batch[:3]), documents=None))
     torch.testing.assert_close(alone.nll, padded.nll, rtol=1e-5, atol=1e-4)
 
 

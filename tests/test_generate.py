@@ -40,7 +40,9 @@ def requests(lm: SpeechLM, least: int = 3, most: int = 40) -> list[Request]:
     return [
         Request(
             context=tts_context(
-                vocabulary, vocabulary.encode_text(lm.tokenizer, text), np.arange(frames)
+                vocabulary,
+                lm.alphabet.text_ids("tts", [text])[0],
+                vocabulary.encode_speech(np.arange(frames)),
             ),
             min_tokens=least,
             max_tokens=most,
@@ -99,7 +101,7 @@ def test_only_allowed_ids_come_out(lm: SpeechLM) -> None:
     vocabulary, config = lm.vocabulary, SamplingConfig(top_p=1.0, top_k=10_000)
     for made in generate(lm, requests(lm), speech_only(lm, config), config):
         vocabulary.decode_speech(np.array(made.tokens))
-    context = asr_context(vocabulary, np.arange(5))
+    context = asr_context(vocabulary, vocabulary.encode_speech(np.arange(5)))
     request = Request(context=context, min_tokens=20, max_tokens=40, seed=0)
     (made,) = generate(lm, [request], text_only(lm), config)
     assert all(token < vocabulary.num_text for token in made.tokens)
@@ -147,7 +149,7 @@ class Script(torch.nn.Module):
 
 
 def stub(real: SpeechLM, scripts: list[list[int]]) -> SpeechLM:
-    return SpeechLM(Script(real, scripts), real.tokenizer, real.vocabulary, {})
+    return SpeechLM(Script(real, scripts), real.alphabet, {})
 
 
 GOOD = [*range(12), -1]

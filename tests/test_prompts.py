@@ -9,13 +9,16 @@ from tiny_slm import STAMP, quiet, save_base
 
 from slm.ar import load_base
 from slm.prompts import (
+    ASR,
+    CONTINUATION,
+    TEXT,
+    TTS,
     Coverage,
     Prompt,
-    asr_layout,
     join_texts,
+    layout,
     load_prompts,
     tts_context,
-    tts_layout,
 )
 from slm.vocab import Vocabulary
 
@@ -28,27 +31,25 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
     return Vocabulary.of(base.lm, base.tokenizer, STAMP)
 
 
-def test_tts_layout(vocabulary: Vocabulary) -> None:
-    tokens, num_context = tts_layout(vocabulary, [5, 6], np.array([3, 0]))
-    first = vocabulary.first_speech
-    context = [vocabulary.text, 5, 6, vocabulary.speech]
-    target = [first + 3, first, vocabulary.speech_end]
-    assert tokens.tolist() == context + target
-    assert num_context == len(context)
-
-
-def test_asr_layout(vocabulary: Vocabulary) -> None:
-    tokens, num_context = asr_layout(vocabulary, [5, 6], np.array([3, 0]))
-    first = vocabulary.first_speech
-    context = [vocabulary.speech, first + 3, first, vocabulary.speech_end, vocabulary.text]
-    assert tokens.tolist() == [*context, 5, 6, vocabulary.eos]
-    assert num_context == len(context)
+def test_layouts(vocabulary: Vocabulary) -> None:
+    v = vocabulary
+    text, speech = [5, 6], vocabulary.encode_speech(np.array([3, 0])).tolist()
+    expected = {
+        TTS: ([v.text, *text, v.speech], [*speech, v.speech_end]),
+        ASR: ([v.speech, *speech, v.speech_end, v.text], [*text, v.eos]),
+        CONTINUATION: ([v.speech], [*speech, v.speech_end]),
+        TEXT: ([5], [6]),
+    }
+    for task, (context, target) in expected.items():
+        tokens, num_context = layout(task, vocabulary, text, speech)
+        assert tokens.tolist() == context + target
+        assert num_context == len(context)
 
 
 def test_a_prompt_stands_where_its_codes_stood_in_training(vocabulary: Vocabulary) -> None:
-    codes = np.array([3, 0, 2, 1])
-    trained = tts_layout(vocabulary, [5, 6], codes).tokens.tolist()
-    context = tts_context(vocabulary, [5, 6], codes[:2])
+    speech = vocabulary.encode_speech(np.array([3, 0, 2, 1]))
+    trained = layout(TTS, vocabulary, [5, 6], speech).tokens.tolist()
+    context = tts_context(vocabulary, [5, 6], speech[:2])
     assert trained[: len(context)] == context
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from tiny_slm import SIZES, STAMP, quiet, save_base, save_shard
+from tiny_slm import SIZES, STAMP, alphabet_of, quiet, save_base, save_shard
 
 from codec.tokens import TokenShard
 from recipes.common import start_run
@@ -49,10 +49,10 @@ def parts(kind: str, base: Path, path: Path):
             codebook_sizes=SIZES, num_layers=1, num_heads=2, width=16, feedforward=32, dropout=0.1
         )
         torch.manual_seed(0)
-        return NAR(config), nar_step, NARData.open(shard, config, BATCH, 0)
+        return NAR(config), nar_step, NARData.open(shard, alphabet_of(base), config, BATCH, 0)
     lora = LoRAConfig(rank=2, dropout=0.1) if kind == "lora" else None
     lm = SpeechLM.create(ARConfig(base=str(base), lora=lora), STAMP, seed=0)
-    data = ARData.open(shard, lm.tokenizer, lm.vocabulary, TaskConfig(), BATCH, 0, longest=256)
+    data = ARData.open(shard, lm.alphabet, TaskConfig(), BATCH, 0, longest=256)
     return lm, ar_step, data
 
 

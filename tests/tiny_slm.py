@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ STAMP = CodecStamp(
     id="tiny", digest="0123456789abcdef", sample_rate=16000, frame_rate=25.0,
     num_codebooks=len(SIZES), codebook_sizes=SIZES,
 )  # fmt: skip
+if TYPE_CHECKING:
+    from slm.alphabet import Alphabet
+
 WORDS = "the cat sat on a mat and dog ran far away from red hen in sun now"
 
 
@@ -69,6 +73,16 @@ def save_base(
     lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def alphabet_of(base: Path, stamp: CodecStamp = STAMP) -> "Alphabet":
+    """The LLM's own tokens and plain codes."""
+    from slm.alphabet import Alphabet
+    from slm.ar import load_base
+    from slm.vocab import Vocabulary
+
+    loaded = load_base(base)
+    return Alphabet(Vocabulary.of(loaded.lm, loaded.tokenizer, stamp), loaded.tokenizer)
 
 
 def make_rows(

@@ -1,0 +1,121 @@
+"""What is trained on: the usable utterances of token shards, and the pieces of plain texts."""
+
+import gzip
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from codec.tokens import TokenShard
+from slm.prompts import has_words
+
+logger = logging.getLogger(__name__)
+
+NUM_LISTED = 20
+"""Most skipped items that the log names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Usable utterances of a shard: those with something to say, and not too long."""
+
+    shard: TokenShard
+    items: Int[np.ndarray, " N"]
+    """Their rows in the shard."""
+
+    @property
+    def num_frames(self) -> Int[np.ndarray, " N"]:
+        return self.shard.num_frames[self.items]
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.shard.texts[i] for i in self.items]
+
+    def codes(self, item: int | np.integer) -> Int[np.ndarray, "Q T"]:
+        return self.shard[int(self.items[item])].codes.astype(np.int64)
+
+
+def usable(shard: TokenShard, limit: int | None = None) -> Corpus:
+    """Drops what says nothing or has no frames; counts and lists it in the log.
+
+    `limit` keeps the first usable items only.
+    """
+    empty = np.array([not has_words(text) for text in shard.texts], dtype=bool)
+    reasons = {"without words": empty, "without frames": ~empty & (shard.num_frames == 0)}
+    keep = np.ones(len(shard), dtype=bool)
+    for reason, mask in reasons.items():
+        keep &= ~mask
+        tell_skipped(shard, np.flatnonzero(mask), reason)
+    items = np.flatnonzero(keep)[:limit]
+    if not items.size:
+        raise ValueError(f"{name_of(shard)}: no item has words and frames; export other tokens")
+    return Corpus(shard, items)
+
+
+def within(corpus: Corpus, lengths: Int[np.ndarray, " N"], longest: int) -> Corpus:
+    """Drops items of more than `longest` positions; counts and lists them in the log."""
+    keep = lengths <= longest
+    tell_skipped(corpus.shard, corpus.items[~keep], f"longer than {longest} positions")
+    if not keep.any():
+        raise ValueError(
+            f"{name_of(corpus.shard)}: no item has as few as {longest} positions; raise "
+            "batch.positions (and batch.packed), or export other tokens"
+        )
+    return Corpus(corpus.shard, corpus.items[keep])
+
+
+def tell_skipped(shard: TokenShard, rows: np.ndarray, reason: str) -> None:
+    if rows.size:
+        ids = [shard.ids[i] for i in rows]
+        tail = " ..." if len(ids) > NUM_LISTED else ""
+        logger.warning(
+            "%s: skipped %d items %s: %s%s",
+            name_of(shard), len(ids), reason, ", ".join(ids[:NUM_LISTED]), tail,
+        )  # fmt: skip
+
+
+def name_of(shard: TokenShard) -> str:
+    """For messages: its file, or the folder of its files."""
+    return str(shard.files[0] if len(shard.files) == 1 else shard.files[0].parent)
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """Documents of a .txt file (paragraphs, with blank lines between them) or a .jsonl file (`text`
+    of each line), either gzipped or not. Raises ValueError for what is neither or holds none."""
+    path = Path(path)
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    if kind not in ("txt", "jsonl") or not path.is_file():
+        raise ValueError(f"{path}: no such .txt or .jsonl file (or .gz of one) of texts")
+    try:
+        with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
+            found = [text for text in _documents(path, file, kind) if has_words(text)]
+    except (EOFError, UnicodeDecodeError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: damaged: {error}") from error
+    if not found:
+        raise ValueError(f"{path}: no text in it")
+    return found
+
+
+def _documents(path: Path, file: Iterator[str], kind: str) -> Iterator[str]:
+    if kind == "txt":
+        yield from (part.strip() for part in "".join(file).split("\n\n"))
+        return
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            try:
+                yield str(json.loads(line)["text"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {number}: no JSON object with a text") from error
+
+
+def pieces_of(documents: Sequence[Sequence[int]], end: int, longest: int) -> list[np.ndarray]:
+    """Ids of documents, each with its end, in pieces of at most `longest` and at least two."""
+    pieces = []
+    for ids in documents:
+        array = np.array([*ids, end], dtype=np.int32)
+        pieces += [array[i : i + longest] for i in range(0, len(array), longest)]
+    return [piece for piece in pieces if len(piece) > 1]

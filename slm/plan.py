@@ -1,0 +1,151 @@
+"""Which items stand in which batch: a pure function of (seed, step, rank, world).
+
+So a run resumes without any sampler state, and one rank that accumulates two batches sees what two
+ranks see. A batch is rows; a row is one item, or several that are packed.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Int
+
+from slm.config import BatchConfig
+
+BUCKET_GROWTH = 1.04
+"""Lengths within one bucket differ by at most this factor: the price of shuffling, in padding."""
+OPEN_ROWS = 256
+"""Rows that still take items while the next ones are packed."""
+
+Batch = list[np.ndarray]
+"""Rows, each the indices of its items."""
+
+
+class Plan:
+    """Batches of an epoch after the other."""
+
+    def __init__(
+        self,
+        lengths: Int[np.ndarray, " N"],
+        config: BatchConfig,
+        seed: int,
+        draw: Callable[[int], Int[np.ndarray, " _"]] | None = None,
+    ):
+        """`lengths` of all items in positions; `draw` tells the items of an epoch (all if None)."""
+        self._lengths, self._config, self._seed = lengths, config, seed
+        self._draw = draw or (lambda epoch: np.arange(len(lengths)))
+        self._counts: list[int] = []
+        self._cache: tuple[int, list[Batch]] | None = None
+        self.epoch(0)
+
+    def __len__(self) -> int:
+        """Batches of the first epoch."""
+        return self._counts[0]
+
+    def epoch(self, epoch: int) -> list[Batch]:
+        """The batches of an epoch, in order."""
+        if self._cache is None or self._cache[0] != epoch:
+            random = np.random.default_rng((self._seed, epoch))
+            items = self._draw(epoch)
+            if self._config.packed is None:
+                batches = bucketed(items, self._lengths[items], self._config, random)
+            else:
+                batches = packed(items, self._lengths[items], self._config, random)
+            self._cache = (epoch, [batches[i] for i in random.permutation(len(batches))])
+            if epoch == len(self._counts):
+                self._counts.append(len(batches))
+        return self._cache[1]
+
+    def group(self, step: int, size: int) -> tuple[list[Batch], int]:
+        """The `size` batches of a step, and how many of them only fill it up: an epoch's last step
+        begins the epoch again."""
+        epoch, index = 0, step
+        while index >= (groups := self._num_groups(epoch, size)):
+            epoch, index = epoch + 1, index - groups
+        batches = self.epoch(epoch)
+        first = index * size
+        chosen = [batches[(first + i) % len(batches)] for i in range(size)]
+        return chosen, max(0, first + size - len(batches))
+
+    def num_groups(self, size: int) -> int:
+        """Steps of the first epoch."""
+        return self._num_groups(0, size)
+
+    def _num_groups(self, epoch: int, size: int) -> int:
+        if epoch == len(self._counts):
+            self.epoch(epoch)
+        return -(-self._counts[epoch] // size)
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the positions of the first epoch's rows that hold nothing."""
+        held = positions = 0
+        for batch in self.epoch(0):
+            rows = [int(self._lengths[row].sum()) for row in batch]
+            held += sum(rows)
+            positions += max(rows) * len(rows)
+        return 1 - held / max(1, positions)
+
+
+def bucketed(
+    items: np.ndarray, lengths: np.ndarray, config: BatchConfig, random: np.random.Generator
+) -> list[Batch]:
+    """Batches of items of like lengths, one a row, shuffled within their bucket."""
+    bucket = np.ceil(np.log(np.maximum(lengths, 1)) / np.log(BUCKET_GROWTH)).astype(int)
+    order = np.lexsort((random.random(len(items)), bucket))
+    batches: list[Batch] = []
+    batch: Batch = []
+    longest = 0
+    for index in order:
+        most = max(longest, int(lengths[index]))
+        if batch and (len(batch) == config.max_items or (len(batch) + 1) * most > config.positions):
+            batches.append(batch)
+            batch, most = [], int(lengths[index])
+        batch.append(items[index : index + 1])
+        longest = most
+    return [*batches, batch] if batch else batches
+
+
+def packed(
+    items: np.ndarray, lengths: np.ndarray, config: BatchConfig, random: np.random.Generator
+) -> list[Batch]:
+    """Batches of rows of at most `config.packed` positions: each item, in random order, goes to the
+    fullest open row that still takes it."""
+    assert config.packed is not None
+    rows: list[list[int]] = []
+    room = np.zeros(0, dtype=np.int64)
+    for index in random.permutation(len(items)):
+        length = int(lengths[index])
+        left = np.where(room >= length, room, np.iinfo(np.int64).max)[-OPEN_ROWS:]
+        if left.size and left.min() < np.iinfo(np.int64).max:
+            row = len(room) - len(left) + int(left.argmin())
+        else:
+            row = len(rows)
+            rows.append([])
+            room = np.append(room, config.packed)
+        rows[row].append(int(items[index]))
+        room[row] -= length
+    per_batch = max(1, config.positions // config.packed)
+    arrays = [np.array(row) for row in rows]
+    return [arrays[i : i + per_batch] for i in range(0, len(arrays), per_batch)]
+
+
+class Draw:
+    """Items of an epoch by task: each task's share of all epochs is its weight's."""
+
+    def __init__(self, pools: list[np.ndarray], counts: list[int], seed: int):
+        """`pools` of item indices; an epoch takes `counts` of each, in turn."""
+        self._pools, self._counts, self._seed = pools, counts, seed
+
+    def __call__(self, epoch: int) -> Int[np.ndarray, " _"]:
+        parts = []
+        for number, (pool, count) in enumerate(zip(self._pools, self._counts, strict=True)):
+            taken: list[np.ndarray] = []
+            start = epoch * count
+            while count:
+                turn, offset = divmod(start, len(pool))
+                random = np.random.default_rng((self._seed, number, turn, 1))
+                part = random.permutation(pool)[offset : offset + count]
+                taken.append(part)
+                start, count = start + len(part), count - len(part)
+            parts += taken
+        return np.concatenate(parts)
