@@ -27,8 +27,9 @@ from recipes.speak import SpeakConfig, speak_and_score
 from slm.alphabet import Alphabet
 from slm.ar import SpeechLM
 from slm.config import ARConfig, BatchConfig, NARConfig, OptimConfig
-from slm.data import ARData, NARData
+from slm.data import ARData
 from slm.nar import NAR
+from slm.nar_data import NARData
 from slm.prompts import Coverage, Prompt, has_words
 from slm.train import ar_step, fit, gather, nar_step
 

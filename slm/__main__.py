@@ -86,7 +86,7 @@ def _tts(arguments: argparse.Namespace) -> None:
     if arguments.prompt_text is not None:
         entry["prompt_text"] = arguments.prompt_text
     (speech,) = voice.speak([_prepare(voice, entry, Path(), arguments.seed)])
-    speech.save(arguments.out)
+    voice.save(speech, arguments.out)
     print(json.dumps(_result(arguments.out, entry, speech), ensure_ascii=False))
 
 
@@ -182,7 +182,7 @@ def _speak(
     speeches = voice.speak([utterance for _, utterance in waiting])
     for (entry, _), speech in zip(waiting, speeches, strict=True):
         name = f"{entry['id']}.wav"
-        speech.save(out / name)
+        voice.save(speech, out / name)
         record = {"id": entry["id"], **_result(name, entry, speech), "request": entry["request"]}
         _write(file, record)
 

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from slm.ar import Scores, score
 from slm.config import NARConfig
-from slm.data import NUM_TEXT_SYMBOLS, NARBatch, nar_batch, text_bytes
+from slm.nar_data import NUM_TEXT_SYMBOLS, NARBatch, nar_batch, text_bytes
 
 FILES = ("config.json", "model.safetensors")
 

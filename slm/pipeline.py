@@ -11,7 +11,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -20,18 +20,16 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from codec import SpeechCodec, load_codec, read_audio, write_audio
+from codec import load_codec, read_audio, write_audio
 from codec.audio import check_name as check_name
 from codec.audio import check_wave, stream_audio
 from slm.ar import SpeechLM, digest_of
 from slm.config import SamplingConfig
 from slm.generate import (
     Request,
-    first_codes,
     generate,
     restrict_context,
     speech_bounds,
-    speech_only,
     text_bound,
     text_only,
 )
@@ -46,44 +44,9 @@ from slm.prompts import (
     load_prompts,
     tts_context,
 )
+from slm.speaking import SILENCE_RMS, Models, Speech, Utterance, decode, speak
 
 logger = logging.getLogger(__name__)
-
-SILENCE_RMS = 1e-4
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Utterance:
-    """What is to be said, checked and encoded: `Voice.prepare` makes it."""
-
-    text: str
-    prompt: Prompt
-    context: list[int]
-    """What the AR goes on from."""
-    bounds: tuple[int, int]
-    """Least and most frames."""
-    seed: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Speech:
-    """What was said: the new part alone."""
-
-    wave: np.ndarray
-    """(S,) float32 at the codec's sample rate."""
-    codes: np.ndarray
-    """(Q, T)."""
-    text: str
-    prompt_text: str
-    failure: str | None
-    """None, or what is wrong with it after the last try: empty, loop or cut."""
-    tries: int
-    seed: int
-    sample_rate: int
-
-    def save(self, path: str | Path) -> None:
-        """Writes the wave; the file is whole or absent."""
-        write_audio(path, self.wave, self.sample_rate)
 
 
 class Transcript(NamedTuple):
@@ -92,15 +55,6 @@ class Transcript(NamedTuple):
     text: str
     failure: str | None
     """None, or what is wrong with it after the last try: empty, loop or cut."""
-
-
-class Models(NamedTuple):
-    """What a voice is made of."""
-
-    codec: SpeechCodec
-    lm: SpeechLM
-    nar: NAR | None
-    coverage: Coverage
 
 
 class Voice:
@@ -116,6 +70,7 @@ class Voice:
         folder: Path | None = None,
     ):
         """`longest_prompt` in seconds: a longer recording is cut there."""
+        self.models = models
         self.codec, self.lm, self.nar, self.coverage = models
         self.prompts = prompts or {}
         self.sampling = sampling or SamplingConfig()
@@ -248,35 +203,12 @@ class Voice:
 
     def speak(self, utterances: Sequence[Utterance]) -> list[Speech]:
         """One batch through the AR, the NAR and the codec."""
-        requests = [
-            Request(
-                context=one.context,
-                min_tokens=one.bounds[0],
-                max_tokens=one.bounds[1],
-                seed=one.seed,
-            )
-            for one in utterances
-        ]
-        made = generate(self.lm, requests, speech_only(self.lm, self.sampling), self.sampling)
-        first = [first_codes(self.lm, one) for one in made]
-        codes = self._complete(utterances, first)
-        speeches = []
-        for one, result, new in zip(utterances, made, codes, strict=True):
-            wave = self.decode(one.prompt.codes, new)
-            silent = wave.size == 0 or float(np.sqrt(np.mean(wave**2))) < SILENCE_RMS
-            speeches.append(
-                Speech(
-                    wave=wave,
-                    codes=new,
-                    text=one.text,
-                    prompt_text=one.prompt.text,
-                    failure="empty" if silent else result.failure,
-                    tries=result.tries,
-                    seed=result.seed,
-                    sample_rate=self.codec.sample_rate,
-                )
-            )
-        return speeches
+        return speak(self.models, utterances, self.sampling)
+
+    @staticmethod
+    def save(speech: Speech, path: str | Path) -> None:
+        """Writes what was said; the file is whole or absent."""
+        write_audio(path, speech.wave, speech.sample_rate)
 
     def asr(self, waves: Sequence[np.ndarray]) -> list[str]:
         """Transcripts of waves (S,) at the codec's sample rate, in one batch."""
@@ -348,23 +280,9 @@ class Voice:
             )
         return [Transcript(alphabet.text_of(one.tokens), one.failure) for one in made]
 
-    def _complete(
-        self, utterances: Sequence[Utterance], first: Sequence[np.ndarray]
-    ) -> list[np.ndarray]:
-        """Codes (Q, T) of the new parts."""
-        if self.nar is None:
-            return [row[None] for row in first]
-        texts = [join_texts(one.prompt.text, one.text) for one in utterances]
-        return self.nar.decode(texts, [one.prompt.codes for one in utterances], first)
-
-    @torch.inference_mode()
     def decode(self, prompt: np.ndarray, new: np.ndarray) -> np.ndarray:
         """The wave of the new part. The prompt is decoded before it, so that it starts clean."""
-        joined = np.concatenate([prompt, new], axis=1).astype(np.int64)
-        if joined.shape[1] == 0:
-            return np.zeros(0, np.float32)
-        wave = self.codec.decode(torch.from_numpy(joined)[None].to(self.codec.device))
-        return wave[0, 0, prompt.shape[1] * self.codec.hop_length :].float().cpu().numpy()
+        return decode(self.models.codec, prompt, new)
 
 
 def _check(wave: np.ndarray, name: str, *, allow_silence: bool = False) -> None:

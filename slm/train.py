@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from slm.ar import Scores
 from slm.config import OptimConfig
-from slm.data import ARBatch, Data, NARBatch, Share
+from slm.data import ARBatch, Data, Share
+from slm.nar_data import NARBatch
 
 logger = logging.getLogger(__name__)
 

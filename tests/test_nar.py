@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from tiny_slm import SIZES
 
 from slm.config import NARConfig
-from slm.data import NARBatch, nar_batch, text_bytes
 from slm.nar import NAR
+from slm.nar_data import NARBatch, nar_batch, text_bytes
 
 CONFIG = NARConfig(
     codebook_sizes=SIZES, num_layers=2, num_heads=2, width=16, feedforward=32, dropout=0.0

@@ -13,7 +13,8 @@ from codec.tokens import TokenShard, write_shard
 from slm.alphabet import Alphabet
 from slm.ar import load_base
 from slm.config import BatchConfig, NARConfig, TaskConfig
-from slm.data import IGNORE, ARData, NARData, Plan
+from slm.data import IGNORE, ARData, Plan
+from slm.nar_data import NARData
 from slm.prompts import ASR, TTS
 from slm.vocab import Vocabulary
 

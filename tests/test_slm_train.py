@@ -15,8 +15,9 @@ from codec.tokens import TokenShard
 from recipes.common import start_run
 from slm.ar import SpeechLM
 from slm.config import ARConfig, BatchConfig, LoRAConfig, NARConfig, OptimConfig, TaskConfig
-from slm.data import ARData, NARData
+from slm.data import ARData
 from slm.nar import NAR
+from slm.nar_data import NARData
 from slm.train import ar_step, evaluate, fit, gather, learning_rate, nar_step
 
 pytestmark = [

@@ -1,0 +1,124 @@
+"""Token shards to batches for the NAR (slm/plan.py says which)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from codec.tokens import TokenShard
+from slm.alphabet import Alphabet
+from slm.config import BatchConfig, NARConfig
+from slm.corpus import Corpus, usable, within
+from slm.data import Share
+from slm.plan import Plan
+
+
+class NARBatch(NamedTuple):
+    """Utterances padded on the right."""
+
+    text: Int[Tensor, "B N"]
+    text_mask: Bool[Tensor, "B N"]
+    codes: Int[Tensor, "B Q T"]
+    lengths: Int[Tensor, " B"]
+    """Frames, the prompt included."""
+    prompt_lengths: Int[Tensor, " B"]
+    """Frames whose every codebook is given."""
+    stages: Int[Tensor, " S"]
+    """Codebooks to predict, counted from 0."""
+
+
+class NARData:
+    """Batches for the NAR: codebook 2 always, and one codebook of the rest (USLM)."""
+
+    def __init__(
+        self, corpus: Corpus, alphabet: Alphabet, config: NARConfig, batch: BatchConfig, seed: int
+    ):
+        if batch.packed is not None:
+            raise ValueError("nar_batch.packed: only the AR's batches can be packed; leave it out")
+        texts = [text_bytes(alphabet.spelt(text)) for text in corpus.texts]
+        lengths = np.array([len(text) for text in texts]) + corpus.num_frames
+        self.corpus = within(corpus, lengths, batch.positions)
+        kept = np.flatnonzero(np.isin(corpus.items, self.corpus.items))
+        self._texts = [texts[row] for row in kept]
+        self._frames = self.corpus.num_frames
+        self._config, self._seed = config, seed
+        self._plan = Plan(lengths[kept], batch, seed)
+        self.padding_share = self._plan.padding_share
+
+    @classmethod
+    def open(
+        cls, shard: TokenShard, alphabet: Alphabet, config: NARConfig, batch: BatchConfig,
+        seed: int, *, limit: int | None = None,
+    ) -> "NARData":  # fmt: skip
+        return cls(usable(shard, limit), alphabet, config, batch, seed)
+
+    def num_steps(self, world: int, accumulate: int) -> int:
+        return self._plan.num_groups(world * accumulate)
+
+    def share(self, step: int, micro: int, rank: int, world: int, accumulate: int) -> Share:
+        size, slot = world * accumulate, micro * world + rank
+        group, num_fill = self._plan.group(step, size)
+        items = [np.concatenate(batch) for batch in group]
+        random = np.random.default_rng((self._seed, step, 2))
+        stages = self._draw_stages(random)
+        prompts = [self._draw_prompts(rows, random) for rows in items]
+        targets = sum(
+            int((self._frames[rows] - prompt).sum())
+            for rows, prompt in zip(items, prompts, strict=True)
+        )
+        weight = 0.0 if slot >= size - num_fill else 1.0
+        batch = nar_batch(
+            [self._texts[item] for item in items[slot]],
+            [self.corpus.codes(item) for item in items[slot]],
+            prompts[slot],
+            stages,
+        )
+        return Share(batch, targets * len(stages) / size, weight)
+
+    def _draw_stages(self, random: np.random.Generator) -> list[int]:
+        num_codebooks = len(self._config.codebook_sizes)
+        return [1] if num_codebooks == 2 else [1, int(random.integers(2, num_codebooks))]
+
+    def _draw_prompts(self, items: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """Frames of each item's prompt; at least one frame is left to predict."""
+        frames = self._frames[items]
+        share = random.uniform(*self._config.prompt_share, size=len(items))
+        return np.minimum(
+            np.minimum(frames * share, self._config.prompt_frames), frames - 1
+        ).astype(int)
+
+
+END_OF_TEXT = 256
+NUM_TEXT_SYMBOLS = 257
+
+
+def text_bytes(text: str) -> list[int]:
+    """The NAR's text: UTF-8 bytes and an end, so that it knows nothing of the LLM."""
+    return [*text.encode(), END_OF_TEXT]
+
+
+def nar_batch(
+    texts: Sequence[Sequence[int]],
+    codes: Sequence[np.ndarray],
+    prompt_lengths: Sequence[int] | np.ndarray,
+    stages: Sequence[int],
+) -> NARBatch:
+    """Pads texts (ids of `text_bytes`) and codes (Q, T)."""
+    num_text = [len(text) for text in texts]
+    lengths = [one.shape[1] for one in codes]
+    text = np.zeros((len(texts), max(num_text)), dtype=np.int64)
+    padded = np.zeros((len(codes), codes[0].shape[0], max(lengths)), dtype=np.int64)
+    for row, (symbols, one) in enumerate(zip(texts, codes, strict=True)):
+        text[row, : len(symbols)] = symbols
+        padded[row, :, : one.shape[1]] = one
+    return NARBatch(
+        text=torch.from_numpy(text),
+        text_mask=torch.arange(text.shape[1])[None] < torch.tensor(num_text)[:, None],
+        codes=torch.from_numpy(padded),
+        lengths=torch.tensor(lengths),
+        prompt_lengths=torch.tensor([int(length) for length in prompt_lengths]),
+        stages=torch.tensor(list(stages)),
+    )
