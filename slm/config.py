@@ -141,6 +141,9 @@ class NARConfig:
     masked: bool = False
     """Some codes of the predicted codebook are given, others asked for (MaskGIT), so that decoding
     can go in several iterations; else all are asked for at once (USLM)."""
+    text_dropout: float = 0.0
+    """In training so many utterances have no text, so that the NAR can do without one (voice
+    conversion, speech that goes on by itself); 0.1 is a good share."""
 
     def __post_init__(self) -> None:
         _positive(
@@ -151,7 +154,7 @@ class NARConfig:
                 "nar.feedforward": self.feedforward,
             }
         )
-        _share(**{"nar.dropout": self.dropout})
+        _share(**{"nar.dropout": self.dropout, "nar.text_dropout": self.text_dropout})
         low, high = self.prompt_share
         if not 0 <= low <= high < 1:
             raise ValueError(f"nar.prompt_share must rise within [0, 1), got {self.prompt_share}")
