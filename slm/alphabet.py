@@ -1,23 +1,35 @@
-"""How a task's text and speech become vocabulary ids, and back."""
+"""How a task's text and speech become vocabulary ids, and back.
+
+Text that is spoken (tts) is spelt out first: numbers and abbreviations in words, or phonemes. What
+is written (asr) is not: a model writes numbers as its transcripts do, and scores count words. Text
+alone is the LLM's own tokens whatever the form of the others, so that it stays what the LLM knows.
+"""
 
 import json
+import unicodedata
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from codec.tokens import written_whole
+from codec.tokens import CodecStamp, written_whole
 from slm.config import TextConfig, UnitsConfig
+from slm.spelling import normalize, phonemes
+from slm.units import Units
 from slm.vocab import Vocabulary, encode_texts
 
 FILE_NAME = "alphabet.json"
+UNITS_FILE = "units.model"
 
 
 class Alphabet:
-    """The vocabulary, and which of its ids a task's text and speech are made of."""
+    """The vocabulary, and which of its ids a task's text and speech are made of.
+
+    Make it by `create` or `load`; the constructor is for what has no pieces.
+    """
 
     def __init__(
         self,
@@ -25,42 +37,114 @@ class Alphabet:
         tokenizer: Any,
         text: TextConfig | None = None,
         units: UnitsConfig | None = None,
+        pieces: Units | None = None,
     ):
         self.vocabulary, self.tokenizer = vocabulary, tokenizer
         self.text, self.units = text or TextConfig(), units or UnitsConfig()
+        self.pieces = pieces
+        self._characters: dict[str, list[int]] = {}
+        if (pieces is not None) != ("bpe" in (self.units.spoken, self.units.heard)):
+            raise ValueError("units of bpe and their model belong together; use Alphabet.create")
+        if pieces is None:
+            return
+        pieces.check_codec(vocabulary.codec, self.units.model or "the units model")
+        if pieces.num_merges != vocabulary.num_merges:
+            raise ValueError(
+                f"the units model has {pieces.num_merges} merges, the vocabulary "
+                f"{vocabulary.num_merges}; copy the voice again"
+            )
+        if pieces.remove_runs and self.units.spoken == "bpe":
+            raise ValueError(
+                f"units.spoken=bpe: {self.units.model} removes runs, so that durations would be "
+                "lost; train units with remove_runs=false, or use it for units.heard alone"
+            )
+
+    @classmethod
+    def create(
+        cls, lm: Any, tokenizer: Any, codec: CodecStamp, text: TextConfig, units: UnitsConfig
+    ) -> "Alphabet":
+        """For a causal LM as it was loaded. Reads the units model where a task uses it."""
+        pieces = None
+        if "bpe" in (units.spoken, units.heard):
+            assert units.model is not None
+            pieces = Units.load(units.model)
+            pieces.check_codec(codec, units.model)
+        num_merges = 0 if pieces is None else pieces.num_merges
+        vocabulary = Vocabulary.of(lm, tokenizer, codec, num_merges)
+        return cls(vocabulary, tokenizer, text, units, pieces)
 
     def text_ids(self, task: str, texts: Sequence[str]) -> list[list[int]]:
         """Texts as `task` reads (tts) or writes (asr, text) them."""
-        return encode_texts(self.tokenizer, texts)
+        if task == "tts":
+            texts = [self.spelt(text) for text in texts]
+        form = {"tts": self.text.spoken, "asr": self.text.written}.get(task, "tokens")
+        if form == "tokens":
+            return encode_texts(self.tokenizer, texts)
+        return self._spell(texts)
 
     def text_of(self, ids: Sequence[int]) -> str:
         """A transcript's ids, without their end, back to text."""
         return self.vocabulary.decode_text(self.tokenizer, ids)
 
+    def num_words(self, text: str) -> int:
+        """How much there is to say: the LLM's own tokens of the text, whatever its form here."""
+        spelt = normalize(text) if self.text.normalize else text
+        return len(encode_texts(self.tokenizer, [spelt])[0])
+
     def speech_ids(self, task: str, codes: Int[np.ndarray, " T"]) -> Int[np.ndarray, " N"]:
         """Codes of codebook 1 as `task` hears (asr) or makes (tts, continuation) them."""
-        return self.vocabulary.encode_speech(codes)
+        if self.pieces is None or not self.has_pieces(task):
+            return self.vocabulary.encode_speech(codes)
+        return self.vocabulary.encode_pieces(self.pieces.encode(codes))
 
     def has_pieces(self, task: str) -> bool:
         """Whether `task`'s speech is in pieces of several codes (acoustic BPE)."""
         return (self.units.heard if task == "asr" else self.units.spoken) == "bpe"
 
+    def speech_range(self, task: str) -> range:
+        """Ids that `task`'s speech is made of: codes, and merges where it has pieces."""
+        first, vocabulary = self.vocabulary.first_speech, self.vocabulary
+        number = vocabulary.num_pieces if self.has_pieces(task) else vocabulary.codebook_size
+        return range(first, first + number)
+
     def codes_of(self, ids: Sequence[int] | np.ndarray) -> Int[np.ndarray, " T"]:
         """Speech ids back to codes of codebook 1."""
-        return self.vocabulary.decode_speech(ids)
+        if self.pieces is None:
+            return self.vocabulary.decode_speech(ids)
+        return self.pieces.decode(self.vocabulary.decode_pieces(ids))
 
     def frames(self, ids: Sequence[int] | np.ndarray) -> Int[np.ndarray, " N"]:
         """How many codes each speech id stands for."""
-        return np.ones(len(ids), dtype=np.int64)
+        if self.pieces is None:
+            return np.ones(len(ids), dtype=np.int64)
+        return self.pieces.lengths[self.vocabulary.decode_pieces(ids)]
 
     def spelt(self, text: str) -> str:
-        """The text as it is spoken: numbers and abbreviations in words. The NAR reads its bytes."""
-        return text
+        """The text as it is spoken: numbers and abbreviations in words, or phonemes.
+
+        The NAR reads its bytes. What is spelt already stays as it is.
+        """
+        if self.text.normalize:
+            text = normalize(text)
+        return phonemes(text) if self.text.spoken == "phonemes" else text
+
+    def _spell(self, texts: Sequence[str]) -> list[list[int]]:
+        """Each character's own tokens, case and spaces kept. Composed (NFC) before."""
+        texts = [unicodedata.normalize("NFC", text) for text in texts]
+        unknown = sorted(set().union(*map(set, texts)) - self._characters.keys())
+        ids = encode_texts(self.tokenizer, unknown)
+        for character, alone in zip(unknown, ids, strict=True):
+            self._characters[character] = _character_ids(self.tokenizer, character, alone)
+        return [[token for one in text for token in self._characters[one]] for text in texts]
 
     def save(self, folder: str | Path) -> None:
+        """The units model goes with it: a voice does not need the file that it was made with."""
         self.vocabulary.save(folder)
+        units = replace(self.units, model=None if self.pieces is None else UNITS_FILE)
+        if self.pieces is not None:
+            self.pieces.save(Path(folder) / UNITS_FILE)
         with written_whole(Path(folder) / FILE_NAME) as temporary:
-            record = {"text": asdict(self.text), "units": asdict(self.units)}
+            record = {"text": asdict(self.text), "units": asdict(units)}
             temporary.write_text(json.dumps(record, indent=1))
 
     @classmethod
@@ -70,10 +154,28 @@ class Alphabet:
             return cls(vocabulary, tokenizer, TextConfig(normalize=False))
         try:
             record = json.loads(path.read_text())
-            return cls(
-                vocabulary, tokenizer, TextConfig(**record["text"]), UnitsConfig(**record["units"])
-            )
+            text, units = TextConfig(**record["text"]), UnitsConfig(**record["units"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}: missing or damaged ({error}); copy the voice again"
             ) from error
+        used = "bpe" in (units.spoken, units.heard)
+        pieces = Units.load(Path(folder) / UNITS_FILE) if used else None
+        return cls(vocabulary, tokenizer, text, units, pieces)
+
+
+def _character_ids(tokenizer: Any, character: str, alone: Sequence[int]) -> list[int]:
+    """Ids that are this character and nothing else: what the tokenizer makes of it alone, or,
+    where that puts a space before it, its own piece or its bytes'."""
+    pieces = [character.replace(" ", "\u2581")]
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    spelt = [f"<0x{byte:02X}>" for byte in character.encode()]
+    for ids in (alone, *(tokenizer.convert_tokens_to_ids(names) for names in (pieces, spelt))):
+        if None in ids or unknown in ids:
+            continue
+        if tokenizer.decode(list(ids), clean_up_tokenization_spaces=False) == character:
+            return list(ids)
+    raise ValueError(
+        f"the LLM's tokenizer cannot spell {character!r} by itself; "
+        "use the LLM's own tokens (text.spoken and text.written)"
+    )

@@ -151,7 +151,8 @@ class SpeechLM(nn.Module):
     def create(cls, config: ARConfig, codec: CodecStamp, seed: int) -> "SpeechLM":
         """The pretrained LLM with rows for `codec`'s codebook 1, and adapters if so configured."""
         base = load_base(config.base, config.num_layers)
-        vocabulary = Vocabulary.of(base.lm, base.tokenizer, codec)
+        alphabet = Alphabet.create(base.lm, base.tokenizer, codec, config.text, config.units)
+        vocabulary = alphabet.vocabulary
         extend(base.lm, vocabulary, seed, config.init_scale)
         lm = base.lm
         if config.gradient_checkpointing:
@@ -166,7 +167,7 @@ class SpeechLM(nn.Module):
             "adapter": config.lora is not None,
             "tasks": asdict(config.tasks),
         }
-        return cls(lm, Alphabet(vocabulary, base.tokenizer, config.text, config.units), origin)
+        return cls(lm, alphabet, origin)
 
     @property
     def vocabulary(self) -> Vocabulary:

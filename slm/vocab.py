@@ -3,6 +3,7 @@
 0 .. text_size - 1     the LLM's own rows: text, and rows that pad its table; never touched
 then the specials      <|text|> <|speech|> <|/speech|>, and <|/text|> if the LLM has no end token
 then codebook 1        one id per entry
+then merges            one id per piece of several codes (slm/units.py); often none
 """
 
 import json
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 from codec.tokens import CodecStamp, written_whole
 
 FILE_NAME = "vocabulary.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
+"""Format 1 had no merges."""
 SPECIALS = ("<|text|>", "<|speech|>", "<|/speech|>")
 OWN_EOS = "<|/text|>"
 
@@ -37,6 +40,8 @@ class Vocabulary:
     codebook_size: int
     """Entries of codebook 1."""
     codec: CodecStamp
+    num_merges: int = 0
+    """Pieces of several codes."""
 
     def __post_init__(self) -> None:
         if not 0 < self.num_text <= self.text_size:
@@ -48,9 +53,11 @@ class Vocabulary:
                 f"codebook size {self.codebook_size} is not the codec's "
                 f"{self.codec.codebook_sizes[0]}"
             )
+        if self.num_merges < 0:
+            raise ValueError(f"num_merges must not be negative, got {self.num_merges}")
 
     @classmethod
-    def of(cls, lm: Any, tokenizer: Any, codec: CodecStamp) -> "Vocabulary":
+    def of(cls, lm: Any, tokenizer: Any, codec: CodecStamp, num_merges: int = 0) -> "Vocabulary":
         """The map for a causal LM as it was loaded, and its tokenizer."""
         num_rows = lm.get_input_embeddings().weight.shape[0]
         return cls(
@@ -60,6 +67,7 @@ class Vocabulary:
             text_eos=tokenizer.eos_token_id,
             codebook_size=codec.codebook_sizes[0],
             codec=codec,
+            num_merges=num_merges,
         )
 
     @property
@@ -94,7 +102,12 @@ class Vocabulary:
     @property
     def size(self) -> int:
         """Rows of the extended table."""
-        return self.first_speech + self.codebook_size
+        return self.first_speech + self.num_pieces
+
+    @property
+    def num_pieces(self) -> int:
+        """Ids of speech: codes, and merges of several."""
+        return self.codebook_size + self.num_merges
 
     @property
     def new_ids(self) -> range:
@@ -113,12 +126,27 @@ class Vocabulary:
         return codes + self.first_speech
 
     def decode_speech(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Ids (T,) back to codes of codebook 1, (T,)."""
-        codes = np.asarray(ids, dtype=np.int64) - self.first_speech
-        outside = codes[(codes < 0) | (codes >= self.codebook_size)]
+        """Ids (T,) of single codes back to codes of codebook 1, (T,)."""
+        return self._offsets(ids, self.codebook_size, "the id of a code")
+
+    def encode_pieces(self, pieces: np.ndarray) -> np.ndarray:
+        """Pieces of `slm.units`, (N,), to ids (N,): those of single codes are the codes' own."""
+        pieces = np.asarray(pieces, dtype=np.int64)
+        outside = pieces[(pieces < 0) | (pieces >= self.num_pieces)]
         if outside.size:
-            raise ValueError(f"id {outside[0] + self.first_speech} is not a speech id")
-        return codes
+            raise ValueError(f"there is no piece {outside[0]} among {self.num_pieces}")
+        return pieces + self.first_speech
+
+    def decode_pieces(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Ids (N,) of speech back to pieces, (N,)."""
+        return self._offsets(ids, self.num_pieces, "a speech id")
+
+    def _offsets(self, ids: Sequence[int] | np.ndarray, stop: int, what: str) -> np.ndarray:
+        offsets = np.asarray(ids, dtype=np.int64) - self.first_speech
+        outside = offsets[(offsets < 0) | (offsets >= stop)]
+        if outside.size:
+            raise ValueError(f"id {outside[0] + self.first_speech} is not {what}")
+        return offsets
 
     def encode_text(self, tokenizer: Any, text: str) -> list[int]:
         """Text to ids. What looks like a special token in it is spelt out as text."""
@@ -129,7 +157,10 @@ class Vocabulary:
         outside = [token for token in ids if not 0 <= token < self.num_text]
         if outside:
             raise ValueError(f"id {outside[0]} is not a text id")
-        return tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+        written = tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return written.strip()
 
     def check_codec(self, stamp: CodecStamp, what: str) -> None:
         """Raises ValueError if `what` belongs to another codec."""
@@ -151,7 +182,7 @@ class Vocabulary:
             raise ValueError(f"{path} is missing; is {folder} the ar/ folder of a voice?")
         try:
             record = json.loads(path.read_text())
-            if record.pop("format") != FORMAT_VERSION:
+            if record.pop("format") not in READABLE:
                 raise ValueError("it is of another format; update parlance or train again")
             del record["specials"]
             stamp = record.pop("codec")

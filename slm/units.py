@@ -1,0 +1,227 @@
+"""Acoustic BPE: SentencePiece over codebook 1, so that frequent runs of codes become one piece.
+
+Pieces 0 .. K-1 are the codec's own codes; K .. K+M-1 are merges of several. To SentencePiece a code
+is a character of Unicode's private planes, so nothing is normalised, split or unknown.
+"""
+
+import base64
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from codec.tokens import CodecStamp, written_whole
+
+FORMAT_VERSION = 1
+MAX_CODEBOOK_SIZE = 65_536
+FIRST_CHARACTER = 0xF0000
+PLANE_SIZE = 0xFFFE
+"""The last two numbers of a plane are no characters."""
+TRAINING_CODES = 512
+"""Utterances are cut to so many codes for training, and no merge crosses a cut."""
+ENCODING_CODES = 8192
+"""Longer sequences are encoded in stretches: bounds the memory."""
+PIECE_CODES = 32
+"""Most codes of a merge."""
+
+
+class Trained(NamedTuple):
+    """What a units model was made from and for; it travels in its file."""
+
+    codec: CodecStamp
+    remove_runs: bool
+    """Codes that repeat the one before are left out: durations are lost."""
+
+
+class Units:
+    """Pieces of one or more codes of codebook 1. Make it by `train` or `load`."""
+
+    def __init__(self, model: bytes, trained: Trained):
+        import sentencepiece
+
+        self._model, self.trained = model, trained
+        self.codebook_size = trained.codec.codebook_sizes[0]
+        self._processor: Any = sentencepiece.SentencePieceProcessor()
+        self._processor.LoadFromSerializedProto(model)
+        names = [self._processor.IdToPiece(index) for index in range(len(self._processor))]
+        # Ids of SentencePiece: unknown, merges in the order they were found, single codes.
+        expanded = [_codes(name) for name in names[1:]]
+        merges = [codes for codes in expanded if len(codes) > 1]
+        self._expanded = [*np.arange(self.codebook_size)[:, None], *merges]
+        singles = {int(codes[0]) for codes in expanded if len(codes) == 1}
+        if singles != set(range(self.codebook_size)):
+            raise ValueError(f"its single pieces are not the {self.codebook_size} codes")
+        self._piece_of = np.full(len(names), -1, dtype=np.int64)
+        number = self.codebook_size
+        for index, codes in enumerate(expanded, start=1):
+            self._piece_of[index] = codes[0] if len(codes) == 1 else number
+            number += len(codes) > 1
+
+    @classmethod
+    def train(
+        cls,
+        sequences: Iterable[Int[np.ndarray, " T"]],
+        codec: CodecStamp,
+        size: int,
+        remove_runs: bool = False,
+    ) -> "Units":
+        """Finds the `size` most useful merges (fewer where there are no more) in codes of `codec`.
+
+        Every code of the codebook is a piece, whether the sequences have it or not.
+        """
+        import sentencepiece
+
+        codebook_size = codec.codebook_sizes[0]
+        if codebook_size > MAX_CODEBOOK_SIZE:
+            raise ValueError(f"codebook 1 has {codebook_size} entries, {MAX_CODEBOOK_SIZE} at most")
+        if size < 0:
+            raise ValueError(f"the number of merges must not be negative, got {size}")
+        texts = _sentences(sequences, codebook_size, remove_runs)
+        first = next(texts, None)
+        if first is None:
+            raise ValueError("there are no codes to train units on")
+        written = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.Train(
+            # A sentence of one code has no pair: it only makes the code known.
+            sentence_iterator=chain(_text(np.arange(codebook_size)), [first], texts),
+            model_writer=written,
+            model_type="bpe",
+            vocab_size=1 + codebook_size + size,
+            hard_vocab_limit=False,
+            character_coverage=1.0,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            split_by_whitespace=False,
+            split_by_unicode_script=False,
+            split_by_number=False,
+            byte_fallback=False,
+            max_sentence_length=4 * TRAINING_CODES + 4,
+            max_sentencepiece_length=PIECE_CODES,
+            unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )  # fmt: skip
+        return cls(written.getvalue(), Trained(codec, remove_runs))
+
+    @property
+    def remove_runs(self) -> bool:
+        return self.trained.remove_runs
+
+    @property
+    def num_merges(self) -> int:
+        return len(self._expanded) - self.codebook_size
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits that tell one units model from another."""
+        about = json.dumps([self.trained.codec.digest, self.remove_runs])
+        return hashlib.sha256(about.encode() + self._model).hexdigest()[:16]
+
+    @cached_property
+    def lengths(self) -> Int[np.ndarray, " P"]:
+        """Codes of each piece."""
+        return np.array([len(codes) for codes in self._expanded], dtype=np.int64)
+
+    def encode(self, codes: Int[np.ndarray, " T"]) -> Int[np.ndarray, " N"]:
+        """Codes of codebook 1 to pieces. Raises ValueError for a code outside the codebook."""
+        codes = np.asarray(codes, dtype=np.int64)
+        _check_codes(codes, self.codebook_size)
+        if self.remove_runs:
+            codes = without_runs(codes)
+        parts = []
+        for start in range(0, len(codes), ENCODING_CODES):
+            ids = self._processor.EncodeAsIds(_text(codes[start : start + ENCODING_CODES]))
+            parts.append(self._piece_of[np.asarray(ids, dtype=np.int64)])
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+    def decode(self, pieces: Sequence[int] | Int[np.ndarray, " N"]) -> Int[np.ndarray, " T"]:
+        """Pieces back to codes; where runs were removed they stay so."""
+        pieces = np.asarray(pieces, dtype=np.int64)
+        outside = pieces[(pieces < 0) | (pieces >= len(self._expanded))]
+        if outside.size:
+            raise ValueError(f"there is no piece {outside[0]} among {len(self._expanded)}")
+        if not pieces.size:
+            return np.zeros(0, dtype=np.int64)
+        return np.concatenate([self._expanded[piece] for piece in pieces])
+
+    def check_codec(self, codec: CodecStamp, what: str = "the units model") -> None:
+        """Raises ValueError unless the units were trained on this codec's codes."""
+        known = self.trained.codec
+        if codec.digest != known.digest:
+            raise ValueError(
+                f"{what}: trained on codes of {known.id} ({known.digest}), but these are of "
+                f"{codec.id} ({codec.digest}); train units on them (recipes/train_units.py)"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """One JSON file, whole or absent."""
+        record = {
+            "format": FORMAT_VERSION,
+            "codec": asdict(self.trained.codec),
+            "remove_runs": self.remove_runs,
+            "num_merges": self.num_merges,
+            "sentencepiece": base64.b64encode(self._model).decode(),
+        }
+        with written_whole(Path(path)) as temporary:
+            temporary.write_text(json.dumps(record, indent=1))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Units":
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"{path}: no such units model; recipes/train_units.py makes one")
+        try:
+            record = json.loads(path.read_text())
+            if record["format"] != FORMAT_VERSION:
+                raise ValueError("it is of another format; update parlance or train again")
+            stamp = record["codec"]
+            stamp["codebook_sizes"] = tuple(stamp["codebook_sizes"])
+            trained = Trained(CodecStamp(**stamp), bool(record["remove_runs"]))
+            return cls(base64.b64decode(record["sentencepiece"], validate=True), trained)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path}: not a whole units model ({error})") from error
+
+
+def without_runs(codes: Int[np.ndarray, " T"]) -> Int[np.ndarray, " N"]:
+    """Each code that differs from the one before it."""
+    return codes[np.diff(codes, prepend=-1) != 0]
+
+
+def _sentences(
+    sequences: Iterable[np.ndarray], codebook_size: int, remove_runs: bool
+) -> Iterator[str]:
+    for sequence in sequences:
+        codes = np.asarray(sequence, dtype=np.int64)
+        _check_codes(codes, codebook_size)
+        codes = without_runs(codes) if remove_runs else codes
+        for start in range(0, len(codes), TRAINING_CODES):
+            yield _text(codes[start : start + TRAINING_CODES])
+
+
+def _check_codes(codes: np.ndarray, codebook_size: int) -> None:
+    outside = codes[(codes < 0) | (codes >= codebook_size)]
+    if outside.size:
+        raise ValueError(
+            f"code {outside[0]} is outside codebook 1 of {codebook_size} entries; "
+            "were these codes made by another codec?"
+        )
+
+
+def _text(codes: np.ndarray) -> str:
+    numbers = FIRST_CHARACTER + codes + 2 * (codes >= PLANE_SIZE)
+    return numbers.astype("<u4").tobytes().decode("utf-32-le")
+
+
+def _codes(text: str) -> np.ndarray:
+    numbers = np.frombuffer(text.encode("utf-32-le"), dtype="<u4").astype(np.int64)
+    codes = numbers - FIRST_CHARACTER
+    return codes - 2 * (codes >= PLANE_SIZE + 2)
