@@ -1,8 +1,12 @@
-"""The NAR: codebooks 2 to Q in one pass each, by a bidirectional Transformer.
+"""The NAR: codebooks 2 to Q, one after the other, by a bidirectional Transformer.
 
 A position of the speech part is the sum of the embeddings of the codebooks below the predicted one;
 of every codebook within the prompt. Each layer's norms are adapted to the stage, which is the
 codebook predicted, counted from 0.
+
+A masked NAR is also given some codes of the predicted codebook and asked for the others, at whose
+positions a mask is added (MaskGIT, arXiv 2202.04200): so it can decode a codebook in several
+passes, each of which keeps the codes that it is surest of.
 """
 
 import json
@@ -47,10 +51,11 @@ class NAR(
             raise ValueError(f"a NAR needs two codebooks or more, got codebook_sizes={sizes}")
         self.config = config
         self.groups = tuple(f"codebook_{stage + 1}" for stage in range(1, len(sizes)))
-        # One table for all codebooks: then every step's gradient reaches every parameter.
+        # One table for all codebooks: then every step's gradient reaches every parameter. A bag
+        # sums a frame's codebooks without a tensor, and a gradient of the table, for each.
         self._starts = [sum(sizes[:index]) for index in range(len(sizes) + 1)]
         self.text = nn.Embedding(NUM_TEXT_SYMBOLS, config.width)
-        self.codes = nn.Embedding(sum(sizes), config.width)
+        self.codes = nn.EmbeddingBag(sum(sizes), config.width, mode="sum")
         self.stages = nn.Embedding(len(sizes), config.width)
         self.kinds = nn.Embedding(2, config.width)
         self.layers = nn.ModuleList(
@@ -65,16 +70,18 @@ class NAR(
         self.norm = AdaptiveNorm(config.width)
         self.head = StageHead(config.width, sum(sizes))
         self.dropout = nn.Dropout(config.dropout)
+        # The last to draw, so that the others begin alike with and without it.
+        self.mask = nn.Embedding(1, config.width) if config.masked else None
         self.apply(_initialise)
 
     def forward(self, batch: NARBatch) -> Scores:
-        """Losses over the frames behind the prompt, summed over the batch's stages."""
-        frames = torch.arange(batch.codes.shape[2], device=batch.codes.device)
-        target = (frames >= batch.prompt_lengths[:, None]) & (frames < batch.lengths[:, None])
+        """Losses over the frames that are asked for, summed over the batch's stages."""
+        assert batch.given is None or self.config.masked
+        asked = _asked(batch)
         parts = []
         for stage in batch.stages.tolist():
-            logits = self._logits(self._hidden(batch, stage)[target], stage)
-            labels = batch.codes[:, stage][target]
+            logits = self._logits(self._hidden(batch, stage)[asked], stage)
+            labels = batch.codes[:, stage][asked]
             parts.append(
                 score(logits, labels, torch.full_like(labels, stage - 1), len(self.groups))
             )
@@ -82,21 +89,37 @@ class NAR(
 
     def _hidden(self, batch: NARBatch, stage: int) -> Float[Tensor, "B T D"]:
         """Features of the speech part."""
-        frames = torch.arange(batch.codes.shape[2], device=batch.codes.device)
-        in_prompt = (frames < batch.prompt_lengths[:, None])[..., None]  # (B, T, 1)
-        speech = torch.zeros((), device=batch.codes.device)
-        for codebook in range(batch.codes.shape[1]):
-            embedded = self.codes(batch.codes[:, codebook] + self._starts[codebook])
-            speech = speech + (embedded if codebook < stage else embedded * in_prompt)
-        kinds = self.kinds(torch.arange(2, device=frames.device))
+        kinds = self.kinds(torch.arange(2, device=batch.text.device))
         text = self.text(batch.text) + kinds[0]
-        joined = torch.cat([self._place(text), self._place(speech + kinds[1])], dim=1)
+        speech = self._speech(batch, stage) + kinds[1]
+        joined = torch.cat([self._place(text), self._place(speech)], dim=1)
+        frames = torch.arange(speech.shape[1], device=speech.device)
         valid = torch.cat([batch.text_mask, frames < batch.lengths[:, None]], dim=1)
-        condition = self.stages(torch.tensor(stage, device=frames.device))
+        condition = self.stages(torch.tensor(stage, device=speech.device))
         hidden = self.dropout(joined)
         for layer in self.layers:
             hidden = layer(hidden, valid[:, None, None], condition)
         return self.norm(hidden[:, text.shape[1] :], condition)
+
+    def _speech(self, batch: NARBatch, stage: int) -> Float[Tensor, "B T D"]:
+        """The sum of the embeddings of the codes that a stage may see, and of the mask."""
+        num_items, num_codebooks, num_frames = batch.codes.shape
+        device = batch.codes.device
+        frames = torch.arange(num_frames, device=device)
+        codebooks = torch.arange(num_codebooks, device=device)[:, None]
+        seen = (codebooks < stage) | (frames < batch.prompt_lengths[:, None])[:, None]  # (B, Q, T)
+        if batch.given is not None:
+            seen = seen | ((codebooks == stage) & batch.given[:, None])
+        rows = batch.codes + torch.tensor(self._starts[:-1], device=device)[:, None]
+        speech = self.codes(
+            rearrange(rows, "b q t -> (b t) q"),
+            per_sample_weights=rearrange(seen, "b q t -> (b t) q").to(self.codes.weight.dtype),
+        )
+        speech = rearrange(speech, "(b t) d -> b t d", b=num_items)
+        if self.mask is not None:
+            mask = self.mask(torch.zeros((), dtype=torch.long, device=device))
+            speech = speech + mask * _asked(batch)[..., None]
+        return speech
 
     def _logits(self, hidden: Float[Tensor, "N D"], stage: int) -> Float[Tensor, "N K"]:
         return self.head(hidden, slice(self._starts[stage], self._starts[stage + 1]))
@@ -118,14 +141,27 @@ class NAR(
         *,
         temperature: float = 0.0,
         seeds: Sequence[int] | None = None,
+        iterations: int = 1,
     ) -> list[Int[np.ndarray, "Q _"]]:
         """Codes (Q, T) of the new part from its codebook 1.
 
-        `texts` hold the prompt's transcript and the new text, `prompts` the prompts' codes (Q, P),
-        `first` codebook 1 of the new part (T,). Temperature 0 takes the likeliest code; above it,
-        each item draws under its own seed.
+        `texts` hold the prompt's transcript and the new text, or are empty; `prompts` the prompts'
+        codes (Q, P), also of no frames; `first` codebook 1 of the new part (T,). What of the new
+        part is finished belongs behind the prompt, with all its codebooks: it is context then, and
+        a part that grows is completed piece by piece.
+
+        Temperature 0 takes the likeliest code; above it, each item draws under its own seed. A
+        masked NAR decodes each codebook in `iterations` passes, or one for each frame where that is
+        fewer; raises ValueError for more than one of a NAR that is not masked.
         """
         assert not self.training
+        if iterations < 1:
+            raise ValueError(f"iterations must be at least 1, got {iterations}")
+        if iterations > 1 and not self.config.masked:
+            raise ValueError(
+                f"{iterations} iterations need a NAR that was trained with nar.masked: decode in "
+                "one (sampling.nar_iterations=1), or train another NAR"
+            )
         joined = []
         for prompt, row in zip(prompts, first, strict=True):
             codes = np.zeros(
@@ -136,20 +172,43 @@ class NAR(
             joined.append(codes)
         starts = [prompt.shape[1] for prompt in prompts]
         batch = nar_batch([text_bytes(text) for text in texts], joined, starts, [])
-        batch = NARBatch(*(tensor.to(self.head.weight.device) for tensor in batch))
+        device = self.head.weight.device
+        moved: list[Any] = [part if part is None else part.to(device) for part in batch]
+        batch = NARBatch(*moved)
+        passes = [min(iterations, len(row)) for row in first]
         seeds = list(seeds) if seeds is not None else [0] * len(texts)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         for stage in range(1, len(self.config.codebook_sizes)):
-            hidden = self._hidden(batch, stage)
-            for row, (start, codes) in enumerate(zip(starts, joined, strict=True)):
-                logits = self._logits(hidden[row, start : codes.shape[1]], stage)
-                chosen = _choose(logits.float().cpu(), temperature, generators[row])
-                batch.codes[row, stage, start : codes.shape[1]] = chosen.to(batch.codes.device)
+            self._fill_in(batch, stage, passes, temperature, generators)
         codes = batch.codes.cpu().numpy()
         return [
             codes[row, :, start : one.shape[1]]
             for row, (start, one) in enumerate(zip(starts, joined, strict=True))
         ]
+
+    def _fill_in(
+        self, batch: NARBatch, stage: int, passes: Sequence[int], temperature: float,
+        generators: Sequence[torch.Generator],
+    ) -> None:  # fmt: skip
+        """Writes codebook `stage` behind the prompts, each item in as many passes as it has."""
+        given = torch.zeros_like(batch.codes[:, stage], dtype=torch.bool)
+        num_frames = (batch.lengths - batch.prompt_lengths).tolist()
+        for number in range(1, max(passes) + 1):
+            rows = [row for row, most in enumerate(passes) if number <= most]
+            part = _items(batch._replace(given=given), rows)
+            asked = _asked(part)
+            logits = self._logits(self._hidden(part, stage)[asked], stage).float()
+            per_item = logits.split(asked.sum(1).tolist())
+            for row, frames, one in zip(rows, asked, per_item, strict=True):
+                left = num_masked(num_frames[row], number, passes[row])
+                chosen = _choose(one, temperature, generators[row])
+                places = frames.nonzero()[:, 0]
+                if left:
+                    noise = temperature * (1 - number / passes[row])
+                    surest = _by_confidence(one, chosen, noise, generators[row])[:-left]
+                    places, chosen = places[surest], chosen[surest]
+                batch.codes[row, stage, places] = chosen
+                given[row, places] = True
 
     @classmethod
     def _from_pretrained(
@@ -186,11 +245,52 @@ class NAR(
         return nar
 
 
+def num_masked(num_frames: int, number: int, passes: int) -> int:
+    """Frames that are still asked for after so many of the passes: MaskGIT's cosine, but at least
+    one frame is settled in each."""
+    return min(num_frames - number, int(num_frames * math.cos(0.5 * math.pi * number / passes)))
+
+
+def _asked(batch: NARBatch) -> Bool[Tensor, "B T"]:
+    """Frames behind the prompt whose code of the predicted codebook is not given."""
+    frames = torch.arange(batch.codes.shape[2], device=batch.codes.device)
+    asked = (frames >= batch.prompt_lengths[:, None]) & (frames < batch.lengths[:, None])
+    return asked if batch.given is None else asked & ~batch.given
+
+
+def _items(batch: NARBatch, rows: list[int]) -> NARBatch:
+    """Some of a batch's items."""
+    assert batch.given is not None
+    return NARBatch(
+        text=batch.text[rows],
+        text_mask=batch.text_mask[rows],
+        codes=batch.codes[rows],
+        lengths=batch.lengths[rows],
+        prompt_lengths=batch.prompt_lengths[rows],
+        stages=batch.stages,
+        given=batch.given[rows],
+    )
+
+
 def _choose(logits: Float[Tensor, "T K"], temperature: float, generator: torch.Generator) -> Tensor:
-    if temperature == 0 or not len(logits):
+    if temperature == 0:
         return logits.argmax(-1)
-    probabilities = torch.softmax(logits / temperature, dim=-1)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    # On the CPU: a seed means the same on every machine.
+    probabilities = torch.softmax(logits.cpu() / temperature, dim=-1)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
+
+
+def _by_confidence(
+    logits: Float[Tensor, "T K"], chosen: Int[Tensor, " T"], noise: float,
+    generator: torch.Generator,
+) -> Int[Tensor, " T"]:  # fmt: skip
+    """Indices of the chosen codes, the surest first: by log-probability and `noise` times Gumbel
+    noise."""
+    confidence = logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
+    if noise:
+        gumbel = -torch.empty(len(chosen)).exponential_(generator=generator).log()
+        confidence = confidence + noise * gumbel.to(logits.device)
+    return confidence.argsort(descending=True, stable=True)
 
 
 class StageHead(nn.Module):
@@ -249,7 +349,7 @@ class Layer(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         # As strong as the sinusoids, so that what is said counts beside where.
         nn.init.normal_(module.weight, std=0.5)
     elif isinstance(module, nn.Linear):
