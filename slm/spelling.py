@@ -1,9 +1,245 @@
-"""Text as it is spoken."""
+"""Text as it is spoken: numbers and abbreviations in words (English), and phonemes.
+
+Numbers, dates, times, money and units are read by wetext's offline rules (WeTextProcessing). It is
+given only the words that need it, after rules of ours for what it misreads; every other word stays
+as it was. Text with letters of other scripts is left alone.
+"""
+
+import re
+import unicodedata
+from functools import cache, lru_cache
+from typing import Any
+
+_TITLES = {
+    **{"Mr": "Mister", "Mrs": "Missus", "Dr": "Doctor", "Prof": "Professor", "Capt": "Captain"},
+    **{"Lt": "Lieutenant", "Sgt": "Sergeant", "Gen": "General", "Col": "Colonel"},
+    **{"Gov": "Governor", "Sen": "Senator", "Rev": "Reverend", "Hon": "Honorable"},
+    **{"St": "Saint", "Mt": "Mount", "Ft": "Fort"},
+}
+"""Before a name."""
+_ABBREVIATIONS = {
+    **{"Jr": "Junior", "Sr": "Senior", "St": "Street", "Ave": "Avenue", "Blvd": "Boulevard"},
+    **{"vs": "versus", "etc": "et cetera", "e.g": "for example", "i.e": "that is"},
+    **{"approx": "approximately", "dept": "department"},
+}
+_COUNTED = {
+    **{"no": "number", "nos": "numbers", "vol": "volume", "p": "page", "pp": "pages"},
+    **{"ch": "chapter", "fig": "figure", "sec": "section"},
+}
+"""Before a number."""
+_MONEY = {
+    **{
+        "$": ("dollar", "dollars", "cent", "cents"),
+        "\u00a3": ("pound", "pounds", "penny", "pence"),
+    },
+    **{"\u20ac": ("euro", "euros", "cent", "cents")},
+}
+_UNITS = "lbs?|oz|ft|yds?|mi|mph|km|kg|mg|cm|mm|ml|hrs?|mins?|secs?|kph|rpm|[kMG]?Hz|[kMGT]B|kW"
+_DIGITS = dict(
+    zip("0123456789", "oh one two three four five six seven eight nine".split(), strict=True)
+)
+_BEFORE_THOUSAND = {
+    *"one two three four five six seven eight nine ten eleven twelve thirteen fourteen".split(),
+    *"fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy".split(),
+    *"eighty ninety hundred a the few several of per".split(),
+}
 
 
+def _names(words: dict[str, str]) -> str:
+    return "|".join(re.escape(word) for word in words)
+
+
+def _any_case(words: dict[str, str], found: str) -> str:
+    """The full word, in the case that its abbreviation stands in."""
+    full = next(full for short, full in words.items() if short.lower() == found.lower())
+    if found.isupper() and len(found) > 1:
+        return full.upper()
+    return full.lower() if found.islower() else full.capitalize()
+
+
+def _money(match: re.Match[str]) -> str:
+    one, many, cent, cents = _MONEY[match[1]]
+    parts = [] if match[2] == "0" else [f"{match[2]} {one if match[2] == '1' else many}"]
+    if int(match[3]):
+        parts.append(f"{int(match[3])} {cent if int(match[3]) == 1 else cents}")
+    return " and ".join(parts) or f"0 {many}"
+
+
+def _telephone(match: re.Match[str]) -> str:
+    return ", ".join(
+        " ".join(_DIGITS[digit] for digit in part) for part in re.findall(r"\d+", match[0])
+    )
+
+
+_ALONE = r"(?<![\w.,:/$\u00a3\u20ac-])"
+"""Before a number that stands by itself."""
+_ENDS = r"(?![\w%]|[.,:/-]\d)"
+_CLOSED = r"(?=[\"')\]]*$)"
+"""At the end of the text, where an abbreviation's full stop is the sentence's as well."""
+_RULES = [
+    (re.compile("[\u2018\u2019]"), lambda m: "'"),
+    (re.compile("[\u201c\u201d]"), lambda m: '"'),
+    (re.compile(r"\s*&\s*(?=\w)"), lambda m: " and "),
+    (re.compile(r"#(?=\d)"), lambda m: "number "),
+    (
+        re.compile(rf"\b({_names(_COUNTED)})\.\s*(?=\d)", re.I),
+        lambda m: _any_case(_COUNTED, m[1]) + " ",
+    ),
+    (re.compile(r"\b(Mrs?|Dr)\b\.?(?=\s+[a-z])", re.I), lambda m: _any_case(_TITLES, m[1])),
+    (
+        re.compile(rf"(?<![\w.])({_names(_TITLES)})\.(?=\s+[A-Z][A-Za-z'])"),
+        lambda m: _TITLES[m[1]],
+    ),
+    (
+        re.compile(rf"(?<![\w.])({_names(_ABBREVIATIONS)})\.{_CLOSED}"),
+        lambda m: _ABBREVIATIONS[m[1]] + ".",
+    ),
+    (re.compile(r"\betc\.(?=\s+[A-Z])"), lambda m: "et cetera."),
+    (
+        re.compile(rf"(?<![\w.])({_names(_ABBREVIATIONS)})\.(?!\w)"),
+        lambda m: _ABBREVIATIONS[m[1]],
+    ),
+    (re.compile(rf"(\d)\s*({_UNITS})\.(?=[,;:]|\s+[a-z\d])"), lambda m: f"{m[1]} {m[2]}"),
+    (re.compile(r"(\d)\s+in\.(?!\w)"), lambda m: f"{m[1]} inches"),
+    (re.compile(r"(\d)\s?m(?![\w'/])(?=[^.]|\.?$)"), lambda m: f"{m[1]} meters"),
+    (
+        re.compile(r"(\d)\s*([AaPp])\.?[Mm]\b(?:\.(?!\s*$|\s+[A-Z]))?"),
+        lambda m: f"{m[1]} {m[2].upper()}M",
+    ),
+    (re.compile(rf"{_ALONE}(?:\(\d{{3}}\) ?|\d{{3}}-)?\d{{3}}-\d{{4}}{_ENDS}"), _telephone),
+    (
+        re.compile(r"([$\u00a3\u20ac])(\d+(?:,\d{3})*)\.(\d\d)(?!\d|\s+[mbt]r?illion)"),
+        _money,
+    ),
+    (re.compile(r"\b24/7\b"), lambda m: "twenty four seven"),
+    (re.compile(r"\b(1[1-9])00'?s\b"), lambda m: f"{m[1]} hundreds"),
+    (re.compile(r"\b2000'?s\b"), lambda m: "two thousands"),
+    (re.compile(r"\b(1[1-9]|20)10'?s\b"), lambda m: f"{m[1]} tens"),
+    (re.compile(r"\b(1[1-9]|20)([2-9]0)'?s\b"), lambda m: f"{m[1]} {m[2]}s"),
+    (re.compile(r"(?<!\w)'?([2-9]0)'s\b"), lambda m: f"{m[1]}s"),
+    (re.compile(rf"{_ALONE}(1[1-9])0([1-9]){_ENDS}"), lambda m: f"{m[1]} oh {m[2]}"),
+    (re.compile(rf"{_ALONE}100([1-9]){_ENDS}"), lambda m: f"one thousand and {m[1]}"),
+    (re.compile(r"(\d(?:st|nd|rd|th|s)|,\d{3})-(?=[A-Za-z])"), lambda m: f"{m[1]} "),
+    (re.compile(r"(\d)\s?\u00a2"), lambda m: f"{m[1]} cents"),
+]
+_TRIGGER = re.compile(r"[0-9\u00bc-\u00be]|\w@\w|^www\.|^https?:")
+_COMPANION = re.compile(
+    rf"(?:{_UNITS}|km/h|m/s|\u00b0[CF]|[AP]M|[x=+\u00d7\u00f7]|(?:m|b|tr)illion|January|February|March|April|May|June|July|"
+    r"August|September|October|November|December|(?:Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)"
+    r"\.)[.,;:!?)]*"
+)
+"""Words that wetext reads together with a number beside them."""
+
+
+def _is_foreign(letter: str) -> bool:
+    return letter.isalpha() and "LATIN" not in unicodedata.name(letter, "")
+
+
+@lru_cache(maxsize=65_536)
 def normalize(text: str) -> str:
-    return text
+    """English text with its numbers and abbreviations in words; no other word is changed.
+
+    What was normalised stays as it is. Raises ValueError where wetext is not installed.
+    """
+    if not text.isascii() and any(map(_is_foreign, text)):
+        return text
+    for pattern, spell in _RULES:
+        text = pattern.sub(spell, text)
+    if not _TRIGGER.search(text) and "@" not in text and "www" not in text:
+        return text
+    parts = re.split(r"(\s+)", text)
+    words, spaces = parts[::2], parts[1::2]
+    triggers = [_TRIGGER.search(word) is not None for word in words]
+    read = [
+        trigger or _COMPANION.fullmatch(word) is not None
+        for trigger, word in zip(triggers, words, strict=True)
+    ]
+    result, start = "", 0
+    while start < len(words):
+        end = start + 1
+        while read[start] and end < len(words) and read[end]:
+            end += 1
+        run = words[start:end]
+        result += _read(run) if any(triggers[start:end]) else " ".join(run)
+        result += spaces[end - 1] if end - 1 < len(spaces) else ""
+        start = end
+    return result
 
 
+def _read(words: list[str]) -> str:
+    """Words as wetext reads them; each alone, and at last its numbers alone, where it cannot."""
+    text = " ".join(words)
+    made = _ask(text)
+    if made is not None:
+        return made
+    if len(words) > 1:
+        return " ".join(_read([word]) for word in words)
+    return re.sub(r"[0-9]+", lambda m: _ask(m[0]) or m[0], text)
+
+
+def _ask(text: str) -> str | None:
+    normalizer = _wetext()
+    try:
+        # Quotes come back with a backslash, and a backslash is taken for one.
+        made = None if "\\" in text else normalizer.normalize(text).replace('\\"', '"')
+    except (AssertionError, IndexError, KeyError, RuntimeError, ValueError):
+        return None  # Its grammar has no reading of some symbols, and says so by these.
+    if not made:
+        return None
+    words = made.split(" ")
+    for index, word in enumerate(words):
+        before = re.sub(r"\W", "", words[index - 1]).lower() if index else ""
+        if word.rstrip(".,;:!?)") == "thousand" and before not in _BEFORE_THOUSAND:
+            words[index] = f"one {word}"
+    return " ".join(words)
+
+
+@cache
+def _wetext() -> Any:
+    try:
+        import wetext
+    except ImportError as error:
+        raise ValueError(
+            "text.normalize needs wetext: pip install wetext, or set text.normalize=false"
+        ) from error
+    return wetext.Normalizer(lang="en")
+
+
+_IPA = frozenset("\u02c8\u02cc\u02d0\u0259\u026a\u028a\u025b\u0254\u028c\u0251\u0283\u0292\u014b")
+"""Stress, length and sounds that English letters do not show."""
+
+
+@lru_cache(maxsize=65_536)
 def phonemes(text: str) -> str:
-    return text
+    """English text as IPA with stress, words apart and punctuation kept.
+
+    Text that is IPA already stays as it is, so words can be given as they sound. Raises ValueError
+    where the extra is not installed.
+    """
+    if not _IPA.isdisjoint(text) or not any(letter.isalnum() for letter in text):
+        return text
+    backend, separator = _espeak()
+    return backend.phonemize([text], separator=separator, strip=True)[0].strip()
+
+
+@cache
+def _espeak() -> tuple[Any, Any]:
+    try:
+        import espeakng_loader
+        from phonemizer.backend import EspeakBackend
+        from phonemizer.backend.espeak.wrapper import EspeakWrapper
+        from phonemizer.separator import Separator
+    except ImportError as error:
+        raise ValueError(
+            "text.spoken=phonemes needs the extra `phonemes` (GPL): pip install "
+            "'parlance[phonemes]'; or choose tokens or characters"
+        ) from error
+    EspeakWrapper.set_library(espeakng_loader.get_library_path())
+    EspeakWrapper.set_data_path(espeakng_loader.get_data_path())
+    backend = EspeakBackend(
+        "en-us",
+        preserve_punctuation=True,
+        with_stress=True,
+        language_switch="remove-flags",
+    )
+    return backend, Separator(phone="", syllable="", word=" ")
