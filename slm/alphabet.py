@@ -86,7 +86,7 @@ class Alphabet:
         """A transcript's ids, without their end, back to text."""
         return self.vocabulary.decode_text(self.tokenizer, ids)
 
-    def num_words(self, text: str) -> int:
+    def num_tokens(self, text: str) -> int:
         """How much there is to say: the LLM's own tokens of the text, whatever its form here."""
         spelt = normalize(text) if self.text.normalize else text
         return len(encode_texts(self.tokenizer, [spelt])[0])

@@ -28,21 +28,15 @@ _COUNTED = {
 }
 """Before a number."""
 _MONEY = {
-    **{
-        "$": ("dollar", "dollars", "cent", "cents"),
-        "\u00a3": ("pound", "pounds", "penny", "pence"),
-    },
-    **{"\u20ac": ("euro", "euros", "cent", "cents")},
+    "$": ("dollar", "dollars", "cent", "cents"),
+    "\u00a3": ("pound", "pounds", "penny", "pence"),
+    "\u20ac": ("euro", "euros", "cent", "cents"),
 }
 _UNITS = "lbs?|oz|ft|yds?|mi|mph|km|kg|mg|cm|mm|ml|hrs?|mins?|secs?|kph|rpm|[kMG]?Hz|[kMGT]B|kW"
-_DIGITS = dict(
-    zip("0123456789", "oh one two three four five six seven eight nine".split(), strict=True)
-)
-_BEFORE_THOUSAND = {
-    *"one two three four five six seven eight nine ten eleven twelve thirteen fourteen".split(),
-    *"fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy".split(),
-    *"eighty ninety hundred a the few several of per".split(),
-}
+_SPOKEN_DIGITS = "oh one two three four five six seven eight nine"
+_NUMERALS = f"""{_SPOKEN_DIGITS} ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+    eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred"""
+_BEFORE_THOUSAND = {*_NUMERALS.split(), "a", "the", "few", "several", "of", "per"}
 
 
 def _names(words: dict[str, str]) -> str:
@@ -66,9 +60,9 @@ def _money(match: re.Match[str]) -> str:
 
 
 def _telephone(match: re.Match[str]) -> str:
-    return ", ".join(
-        " ".join(_DIGITS[digit] for digit in part) for part in re.findall(r"\d+", match[0])
-    )
+    spoken = _SPOKEN_DIGITS.split()
+    groups = re.findall(r"\d+", match[0])
+    return ", ".join(" ".join(spoken[int(digit)] for digit in group) for group in groups)
 
 
 _ALONE = r"(?<![\w.,:/$\u00a3\u20ac-])"
@@ -225,10 +219,10 @@ def phonemes(text: str) -> str:
 @cache
 def _espeak() -> tuple[Any, Any]:
     try:
-        import espeakng_loader
-        from phonemizer.backend import EspeakBackend
-        from phonemizer.backend.espeak.wrapper import EspeakWrapper
-        from phonemizer.separator import Separator
+        import espeakng_loader  # pyright: ignore[reportMissingImports]
+        from phonemizer.backend import EspeakBackend  # pyright: ignore[reportMissingImports]
+        from phonemizer.backend.espeak.wrapper import EspeakWrapper  # pyright: ignore[reportMissingImports]
+        from phonemizer.separator import Separator  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
             "text.spoken=phonemes needs the extra `phonemes` (GPL): pip install "
