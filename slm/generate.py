@@ -4,21 +4,22 @@ Each item draws from its own generator: a batch gives what single items give und
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from slm.alphabet import Alphabet
 from slm.ar import SpeechLM
+from slm.caches import keep_rows, make_cache
+from slm.checks import Failure, is_loop
 from slm.config import SamplingConfig
 
 logger = logging.getLogger(__name__)
 
-Failure = Literal["empty", "loop", "cut"]
 BOUNDS_FRAME_RATE = 25.0
 """Frame rate for which `SamplingConfig.frames_per_token` counts."""
 CHECK_EVERY = 16
@@ -27,11 +28,14 @@ MIN_TEXT_LOOP = 24
 """Tokens of a transcript that must repeat themselves to be a loop."""
 TEXT_TOKENS_PER_SECOND = 20.0
 """No one speaks faster."""
+NEXT_TRY, NEXT_CANDIDATE = 7919, 1_299_709
+"""What a seed grows by. Both are primes, so that neither meets the other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One sequence to go on with."""
+    """One sequence to go on with. Its bounds are tokens of a text, but frames of speech, where a
+    token may stand for several."""
 
     context: Sequence[int]
     """Vocabulary ids (L,)."""
@@ -40,6 +44,8 @@ class Request:
     max_tokens: int
     """A sequence without its end by then is cut."""
     seed: int
+    sampled: bool = False
+    """Drawn even where the configuration is greedy: the likeliest token would be the same again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,18 +71,22 @@ class Allowed:
     end: int
     """The end token."""
     loop_tokens: int
-    """Tokens that must repeat an earlier stretch to be a loop."""
+    """Tokens of a text, or frames of speech, that must repeat an earlier stretch to be a loop."""
+    speech: Alphabet | None = None
+    """Whose codes the ids stand for, one id perhaps for several frames; None: they are text."""
 
 
 def speech_only(lm: SpeechLM, config: SamplingConfig) -> Allowed:
     """For TTS: speech ids and <|/speech|>."""
     vocabulary = lm.vocabulary
     loop = max(8, round(config.loop_seconds * vocabulary.codec.frame_rate))
+    pieces = lm.alphabet.has_pieces("tts")
     return Allowed(
         first=vocabulary.first_speech,
-        stop=vocabulary.size,
+        stop=vocabulary.size if pieces else vocabulary.first_speech + vocabulary.codebook_size,
         end=vocabulary.speech_end,
         loop_tokens=loop,
+        speech=lm.alphabet,
     )
 
 
@@ -100,170 +110,6 @@ def text_bound(num_frames: int, frame_rate: float) -> int:
     return int(num_frames / frame_rate * TEXT_TOKENS_PER_SECOND) + 8
 
 
-def generate(
-    lm: SpeechLM, requests: Sequence[Request], allowed: Allowed, config: SamplingConfig
-) -> list[Generated]:
-    """Goes on with every request, and again with what failed, under a new seed."""
-    results: list[Generated | None] = [None] * len(requests)
-    waiting = list(range(len(requests)))
-    for attempt in range(config.tries):
-        if not waiting:
-            break
-        seeds = {index: requests[index].seed + 7919 * attempt for index in waiting}
-        # The likeliest token fails the same way twice: a retry samples.
-        drawn = config if attempt == 0 else replace(config, greedy=False)
-        batch = [replace(requests[index], seed=seeds[index]) for index in waiting]
-        for index, (tokens, failure) in zip(
-            waiting, _generate_once(lm, batch, allowed, drawn), strict=True
-        ):
-            results[index] = Generated(
-                tokens=tuple(tokens), failure=failure, tries=attempt + 1, seed=seeds[index]
-            )
-        waiting = [
-            i for i in waiting if (made := results[i]) is not None and made.failure is not None
-        ]
-        if waiting:
-            logger.info("try %d of %d failed for %d items", attempt + 1, config.tries, len(waiting))
-    return [made for made in results if made is not None]
-
-
-class _Item:
-    """One sequence in the making."""
-
-    def __init__(self, index: int, request: Request):
-        self.index = index
-        self.request = request
-        self.generator = torch.Generator().manual_seed(request.seed)
-        self.tokens: list[int] = []
-        self.failure: Failure | None = None
-
-    def take(self, token: int, allowed: Allowed) -> bool:
-        """Adds a token; whether the sequence is over."""
-        if token == allowed.end:
-            if not self.tokens:
-                self.failure = "empty"
-            elif is_loop(self.tokens, allowed.loop_tokens):
-                self.failure = "loop"
-            return True
-        self.tokens.append(token)
-        over = len(self.tokens) >= self.request.max_tokens
-        if over or len(self.tokens) % CHECK_EVERY == 0:
-            if is_loop(self.tokens, allowed.loop_tokens):
-                self.failure = "loop"
-            elif over:
-                self.failure = "cut"
-        return self.failure is not None
-
-
-@torch.inference_mode()
-def _generate_once(
-    lm: SpeechLM, requests: Sequence[Request], allowed: Allowed, config: SamplingConfig
-) -> list[tuple[list[int], Failure | None]]:
-    from transformers import DynamicCache
-
-    items = [_Item(index, request) for index, request in enumerate(requests)]
-    active = items
-    device = next(lm.parameters()).device
-    tokens, mask = (part.to(device) for part in _left_padded([r.context for r in requests], lm))
-    cache = DynamicCache()
-    while active:
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        # Where nothing is padded there is nothing to mask, and attention has a faster way.
-        attention = None if bool(mask.all()) else mask
-        logits = lm.lm(
-            input_ids=tokens, attention_mask=attention, position_ids=positions,
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
-        ).logits[:, -1]  # fmt: skip
-        chosen = _choose(_restricted(logits, allowed), active, allowed, config)
-        over = [item.take(token, allowed) for item, token in zip(active, chosen, strict=True)]
-        stay = [row for row, done in enumerate(over) if not done]
-        if len(stay) < len(active):
-            active = [active[row] for row in stay]
-            if not active:
-                break
-            rows = torch.tensor(stay, device=device)
-            cache.batch_select_indices(rows)
-            mask = mask[rows]
-        tokens = torch.tensor([[chosen[row]] for row in stay], device=device)
-        mask = torch.cat([mask, mask.new_ones(len(stay), 1)], dim=1)
-    return [(item.tokens, item.failure) for item in items]
-
-
-def _left_padded(contexts: Sequence[Sequence[int]], lm: SpeechLM) -> tuple[Tensor, Tensor]:
-    """Tokens (B, L) and which of them are real."""
-    longest = max(len(context) for context in contexts)
-    tokens = torch.full((len(contexts), longest), lm.vocabulary.eos)
-    mask = torch.zeros_like(tokens)
-    for row, context in enumerate(contexts):
-        tokens[row, longest - len(context) :] = torch.tensor(context)
-        mask[row, longest - len(context) :] = 1
-    return tokens, mask
-
-
-def _restricted(logits: Float[Tensor, "B V"], allowed: Allowed) -> Float[Tensor, "B N"]:
-    """Logits of the allowed ids, the end token last."""
-    ids = logits[:, allowed.first : allowed.stop].float().cpu().clone()
-    if allowed.first <= allowed.end < allowed.stop:
-        ids[:, allowed.end - allowed.first] = -torch.inf
-    return torch.cat([ids, logits[:, allowed.end, None].float().cpu()], dim=1)
-
-
-def _choose(
-    logits: Float[Tensor, "B N"], items: Sequence[_Item], allowed: Allowed, config: SamplingConfig
-) -> list[int]:
-    """A vocabulary id for each item."""
-    end = logits.shape[1] - 1
-    early = [len(item.tokens) < item.request.min_tokens for item in items]
-    logits[torch.tensor(early), end] = -torch.inf
-    chosen = []
-    for row, item in enumerate(items):
-        recent = [token - allowed.first for token in item.tokens[-config.window :]]
-        index = draw(logits[row], recent[: config.window], item.generator, config)
-        chosen.append(allowed.end if index == end else index + allowed.first)
-    return chosen
-
-
-def draw(
-    logits: Float[Tensor, " N"],
-    recent: Sequence[int],
-    generator: torch.Generator,
-    config: SamplingConfig,
-) -> int:
-    """Repetition-aware sampling: from the nucleus; from the whole distribution when that repeats.
-
-    Nothing is masked for having occurred, because speech does hold its units: a silent second is
-    one unit over and over.
-    """
-    if config.greedy:
-        return int(logits.argmax())
-    probabilities = torch.softmax(logits / config.temperature, dim=-1)
-    highest, indices = probabilities.topk(min(config.top_k, len(probabilities)))
-    # The token that crosses top_p still belongs to the nucleus.
-    inside = highest.cumsum(0) - highest < config.top_p
-    drawn = int(indices[torch.multinomial(highest * inside, 1, generator=generator)])
-    if config.window and recent.count(drawn) >= max(1.0, config.threshold * config.window):
-        drawn = int(torch.multinomial(probabilities, 1, generator=generator))
-    return drawn
-
-
-def is_loop(tokens: Sequence[int], loop_tokens: int) -> bool:
-    """Whether the end of a sequence repeats one pattern for `loop_tokens` tokens or longer.
-
-    A pattern must come three times, so periods up to half of `loop_tokens` count.
-    """
-    if len(tokens) < loop_tokens:
-        return False
-    tail = np.asarray(tokens)
-    for period in range(1, loop_tokens // 2 + 1):
-        length = max(loop_tokens, 3 * period)
-        if len(tail) < length:
-            continue
-        stretch = tail[-length:]
-        if np.array_equal(stretch[period:], stretch[:-period]):
-            return True
-    return False
-
-
 def restrict_context(
     max_positions: int, context: Sequence[int], least: int, most: int, what: str
 ) -> int:
@@ -281,3 +127,208 @@ def restrict_context(
 def first_codes(lm: SpeechLM, made: Generated) -> Any:
     """Codes of codebook 1 (T,) that a TTS request brought."""
     return lm.alphabet.codes_of(made.tokens)
+
+
+def again(request: Request, attempt: int, candidate: int = 0) -> Request:
+    """The same under the seed of a later try or of a further candidate; both 0: itself."""
+    seed = request.seed + NEXT_TRY * attempt + NEXT_CANDIDATE * candidate
+    return replace(request, seed=seed, sampled=request.sampled or attempt + candidate > 0)
+
+
+def generate(
+    lm: SpeechLM, requests: Sequence[Request], allowed: Allowed, config: SamplingConfig
+) -> list[Generated]:
+    """Goes on with every request, and again with what failed, under a new seed."""
+    results: list[Generated | None] = [None] * len(requests)
+    waiting = list(range(len(requests)))
+    for attempt in range(config.tries):
+        if not waiting:
+            break
+        items = [_Item(again(requests[i], attempt), allowed, config) for i in waiting]
+        batch = _Batch(lm, items, allowed, config)
+        while batch.step():
+            pass
+        for index, item in zip(waiting, items, strict=True):
+            results[index] = Generated(
+                tokens=tuple(item.tokens),
+                failure=item.failure,
+                tries=attempt + 1,
+                seed=item.request.seed,
+            )
+        waiting = [i for i, item in zip(waiting, items, strict=True) if item.failure is not None]
+        if waiting:
+            logger.info("try %d of %d failed for %d items", attempt + 1, config.tries, len(waiting))
+    return [made for made in results if made is not None]
+
+
+class TokenStream(Iterator[int]):
+    """Ids as they are drawn. Once it has ended, `failure` names what is wrong with the whole."""
+
+    def __init__(self, lm: SpeechLM, request: Request, allowed: Allowed, config: SamplingConfig):
+        self._item = _Item(request, allowed, config)
+        self._batch = _Batch(lm, [self._item], allowed, config)
+        self._num_told = 0
+
+    def __next__(self) -> int:
+        if self._num_told == len(self._item.tokens):
+            self._batch.step()
+        if self._num_told == len(self._item.tokens):
+            raise StopIteration
+        self._num_told += 1
+        return self._item.tokens[self._num_told - 1]
+
+    @property
+    def failure(self) -> Failure | None:
+        """None, empty, loop or cut; before the end of the stream it is not yet known."""
+        return self._item.failure
+
+
+def stream_tokens(
+    lm: SpeechLM, request: Request, allowed: Allowed, config: SamplingConfig
+) -> TokenStream:
+    """What `generate` gives under the same seed in one try, id by id, the end token left out.
+
+    Nothing is raised when it fails and nothing is tried again, since what was told cannot be taken
+    back: a loop or a cut ends the stream, and its `failure` says so.
+    """
+    return TokenStream(lm, request, allowed, config)
+
+
+class _Item:
+    """One sequence in the making."""
+
+    def __init__(self, request: Request, allowed: Allowed, config: SamplingConfig):
+        self.request, self.allowed = request, allowed
+        self.config = replace(config, greedy=config.greedy and not request.sampled)
+        self.generator = torch.Generator().manual_seed(request.seed)
+        self.tokens: list[int] = []
+        self.length = 0
+        """Frames of speech, tokens of text."""
+        self.failure: Failure | None = None
+
+    def take(self, token: int) -> bool:
+        """Adds a token; whether the sequence is over."""
+        if token == self.allowed.end:
+            if not self.tokens:
+                self.failure = "empty"
+            elif self._loops():
+                self.failure = "loop"
+            return True
+        self.tokens.append(token)
+        speech = self.allowed.speech
+        self.length += 1 if speech is None else int(speech.frames([token])[0])
+        over = self.length >= self.request.max_tokens
+        if over or len(self.tokens) % CHECK_EVERY == 0:
+            if self._loops():
+                self.failure = "loop"
+            elif over:
+                self.failure = "cut"
+        return self.failure is not None
+
+    def choose(self, logits: Float[Tensor, " N"]) -> int:
+        """A vocabulary id from the logits of the allowed ids, the end token's last."""
+        end, first = len(logits) - 1, self.allowed.first
+        if self.length < self.request.min_tokens:
+            logits[end] = -torch.inf
+        window = self.config.window
+        recent = [token - first for token in self.tokens[-window:]][:window]
+        index = draw(logits, recent, self.generator, self.config)
+        return self.allowed.end if index == end else index + first
+
+    def _loops(self) -> bool:
+        if "loop" not in self.config.checks:
+            return False
+        speech = self.allowed.speech
+        units = self.tokens if speech is None else speech.codes_of(self.tokens)
+        return is_loop(units, self.allowed.loop_tokens)
+
+
+class _Batch:
+    """Items in the making, and what the LLM remembers of them."""
+
+    def __init__(
+        self, lm: SpeechLM, items: Sequence[_Item], allowed: Allowed, config: SamplingConfig
+    ):
+        self.lm, self.allowed = lm, allowed
+        self.active = list(items)
+        if not items:
+            return
+        self.device = next(lm.parameters()).device
+        contexts = [item.request.context for item in items]
+        padded = left_padded(contexts, lm.vocabulary.eos)
+        self.tokens, self.mask = (part.to(self.device) for part in padded)
+        most = max(item.request.max_tokens for item in items)
+        self.cache = make_cache(config.cache, lm.config, self.tokens.shape[1] + most)
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Adds a token to every item that is not over; whether there was any."""
+        if not self.active:
+            return False
+        rows = _restricted(self._logits(), self.allowed)
+        chosen = [item.choose(row) for item, row in zip(self.active, rows, strict=True)]
+        over = [item.take(token) for item, token in zip(self.active, chosen, strict=True)]
+        stay = [row for row, done in enumerate(over) if not done]
+        if 0 < len(stay) < len(over):
+            keep_rows(self.cache, stay, self.device)
+            self.mask = self.mask[torch.tensor(stay, device=self.device)]
+        self.active = [self.active[row] for row in stay]
+        self.tokens = torch.tensor([[chosen[row]] for row in stay], device=self.device)
+        if stay:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(stay), 1)], dim=1)
+        return True
+
+    def _logits(self) -> Float[Tensor, "B V"]:
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -self.tokens.shape[1] :]
+        # Where nothing is padded there is nothing to mask, and attention has a faster way.
+        attention = None if bool(self.mask.all()) else self.mask
+        made = self.lm.lm(
+            input_ids=self.tokens, attention_mask=attention, position_ids=positions,
+            past_key_values=self.cache, use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        return made.logits[:, -1]
+
+
+def left_padded(contexts: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
+    """Tokens (B, L) and which of them are real."""
+    longest = max(len(context) for context in contexts)
+    tokens = torch.full((len(contexts), longest), padding)
+    mask = torch.zeros_like(tokens)
+    for row, context in enumerate(contexts):
+        tokens[row, longest - len(context) :] = torch.tensor(context)
+        mask[row, longest - len(context) :] = 1
+    return tokens, mask
+
+
+def _restricted(logits: Float[Tensor, "B V"], allowed: Allowed) -> Float[Tensor, "B N"]:
+    """Logits of the allowed ids, the end token last."""
+    ids = logits[:, allowed.first : allowed.stop].float().cpu().clone()
+    if allowed.first <= allowed.end < allowed.stop:
+        ids[:, allowed.end - allowed.first] = -torch.inf
+    return torch.cat([ids, logits[:, allowed.end, None].float().cpu()], dim=1)
+
+
+def draw(
+    logits: Float[Tensor, " N"],
+    recent: Sequence[int],
+    generator: torch.Generator,
+    config: SamplingConfig,
+) -> int:
+    """Repetition-aware sampling (VALL-E 2): from the nucleus; where the drawn token's share of the
+    last `window` tokens reaches `threshold`, once more from the whole distribution.
+
+    VALL-E 2 draws again where the share exceeds the threshold, CosyVoice where it reaches it, as
+    here: with 0.1 of 10 tokens one occurrence is enough, in VALL-E 2 it takes two (0.11 does that).
+    The token may be drawn again, because speech does hold its units: a silent second is one unit
+    over and over.
+    """
+    if config.greedy:
+        return int(logits.argmax())
+    probabilities = torch.softmax(logits / config.temperature, dim=-1)
+    highest, indices = probabilities.topk(min(config.top_k, len(probabilities)))
+    # The token that crosses top_p still belongs to the nucleus.
+    inside = highest.cumsum(0) - highest < config.top_p
+    drawn = int(indices[torch.multinomial(highest * inside, 1, generator=generator)])
+    if config.window and recent.count(drawn) >= max(1.0, config.threshold * config.window):
+        drawn = int(torch.multinomial(probabilities, 1, generator=generator))
+    return drawn
