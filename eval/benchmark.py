@@ -289,10 +289,10 @@ def library_of(metric: str, origin: Provenance) -> str:
     """The libraries behind a metric with their versions, and the model that judged."""
     if metric.removeprefix(ASR_PREFIX) in WORD_METRICS and metric not in WORD_METRICS:
         names, extra = text.LIBRARIES, ""
-    elif metric in WORD_METRICS:
+    elif metric in (*WORD_METRICS, "wrong"):
         names = text.LIBRARIES + (transcribe.LIBRARIES if origin.judge else ())
         extra = origin.judge
-    elif metric == "similarity":
+    elif metric.startswith("similarity"):
         names, extra = speaker.LIBRARIES, origin.speaker
     else:
         names, extra = speech.LIBRARIES.get(metric, ("numpy",)), ""

@@ -1,9 +1,10 @@
-"""Lets a trained voice speak dev prompts and transcribe dev items, and scores both."""
+"""Lets a voice speak and transcribe, and scores both. recipes/voice.py does so after training,
+recipes/judge_voice.py on its own."""
 
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,46 +12,46 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from codec import write_audio
-from codec.tokens import TokenRow, TokenShard, written_whole
-from eval.benchmark import (
-    ASR_PREFIX,
-    Provenance,
-    Row,
-    Utterance,
-    append_rows,
-    rows_of,
-    score_asr,
-    score_tts,
-    table,
-)  # fmt: skip
-from recipes.common import Run, git_revision
-from recipes.scoring import Judges, digest_of_text, digest_of_voice, load_judges, safe_name
+from codec.tokens import TokenRow, written_whole
+from eval.benchmark import ASR_PREFIX, Provenance, Row, Utterance, rows_of, score_asr, score_tts
+from recipes.common import git_revision
+from recipes.likeness import Likeness
+from recipes.lines import Line, codes_of, list_name
+from recipes.scoring import Judges, digest_of_text, digest_of_voice, safe_name
 from slm.config import SamplingConfig
 from slm.pipeline import Speech, Voice
-from slm.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 
-ROWS = "rows.jsonl"
-METRICS = ("asr_wer", "asr_cer", "wer", "cer", "similarity", "failure", "seconds")
+METRICS = (
+    *("asr_wer", "asr_cer", "perplexity", "wer", "cer", "wrong"),
+    *("similarity", "similarity_speaker", "similarity_others", "failure", "seconds"),
+)
+"""In the order of a table's columns."""
+WRONG_WER = 0.5
+"""An utterance with a higher WER is wrong, whatever the voice itself found."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpeakConfig:
-    """What is spoken after training, and who judges it."""
+    """What is spoken, and who judges it."""
 
     num_items: int = 8
     """Dev items, spread over the list; 0: none."""
     prompt_seconds: float = 3.0
-    """Length of a continuation's beginning; of an item at most half."""
-    longest_prompt: float = 8.0
-    """Seconds of the longest whole recording that is a prompt for another text."""
+    """Length of a prompt: the beginning that a continuation goes on from (of an item at most half),
+    or another recording, which is cut if it is much longer."""
     batch: int = 8
     """Items generated together."""
     judge: str | None = None
     """Folder of the Whisper model that transcribes what was spoken; null: no WER."""
     speaker: str | None = None
     """Folder of the speaker encoder; null: no similarity."""
+    aligner: str | None = None
+    """Hub id or folder of a model (CTC or Whisper) that tells where a prompt's words end; null: a
+    prompt is cut where it is the quietest, and the judge hears which words it holds."""
+    sexes: str | None = None
+    """A JSON file, speaker to sex: other speakers are then of the same sex; null: any others."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How the codes are drawn."""
 
@@ -59,85 +60,21 @@ class SpeakConfig:
             raise ValueError("speak: num_items >= 0, batch >= 1 and prompt_seconds > 0, please")
 
 
-class Line(NamedTuple):
-    """Something to say."""
+class Ears(NamedTuple):
+    """Who judges what was said."""
 
-    id: str
-    text: str
-    prompt: Prompt
-
-
-def speak_and_score(
-    folder: Path, dev: TokenShard, speak: SpeakConfig, config: Any, run: Run
-) -> None:
-    """Speaks continuations and other texts, transcribes, writes rows.jsonl, prints a table."""
-    voice = Voice.from_pretrained(folder / "voice", device=run.accelerator.device.type)
-    voice.sampling = speak.sampling
-    judges = load_judges(speak.judge, speak.speaker)
-    items = spread(dev, speak.num_items)
-    model = digest_of_voice(folder / "voice")
-    origin = provenance(config, "slm", judges, model)
-    rows = transcribe_items(voice, items, origin)
-    begun = continuations(items, voice, speak)
-    for name, lines in (("continuation", begun), ("cross", other_texts(items, dev, speak))):
-        if not lines:
-            logger.warning("no dev item serves for %s", name)
-            continue
-        speeches = say(voice, lines, speak, config.seed)
-        scored = [
-            _score(voice, line, speech, judges, folder / "speak" / name)
-            for line, speech in zip(lines, speeches, strict=True)
-        ]
-        rows += rows_of(list_name(f"dev-{name}", lines), scored, origin)
-    codec = provenance(config, "codec", judges, voice.codec.stamp.digest)
-    rows += _score_codec(voice, items, begun, judges, codec)
-    with written_whole(folder / ROWS) as temporary:
-        append_rows(temporary, rows)
-    run.log(
-        {f"{row.list.partition('@')[0]}/{row.metric}": row.value for row in rows if _is_ours(row)},
-        config.optim.steps,
-    )
-    print(table(rows, [m for m in METRICS if any(row.metric == m for row in rows)]))
+    judges: Judges
+    likeness: Likeness | None
+    """None: no similarity but to the prompt, if that."""
 
 
-def spread(shard: TokenShard, count: int) -> list[TokenRow]:
-    """`count` rows with words, evenly from the whole list."""
-    usable = [i for i, text in enumerate(shard.texts) if text.strip() and shard.num_frames[i] > 1]
-    if not usable:
-        raise ValueError(f"{shard.files[0].parent}: no dev item has a text; export others")
-    picks = np.linspace(0, len(usable) - 1, min(count, len(usable))).round().astype(int)
-    return [shard[usable[i]] for i in dict.fromkeys(picks.tolist())]
+class Spoken(NamedTuple):
+    """A list of lines as it was spoken and scored."""
 
-
-def list_name(name: str, lines: Sequence[Line] | Sequence[TokenRow]) -> str:
-    """A list's name with a digest of its ids and texts: two shards never pass for one."""
-    return f"{name}@{digest_of_text(json.dumps([[line.id, line.text] for line in lines]))[:8]}"
-
-
-def continuations(items: Sequence[TokenRow], voice: Voice, speak: SpeakConfig) -> list[Line]:
-    """Each item's own text from its beginning on."""
-    most = round(speak.prompt_seconds * voice.codec.frame_rate)
-    starts = [_codes(row)[:, : min(most, row.num_frames // 2)] for row in items]
-    return [
-        Line(row.id, row.text, Prompt(codes=start, text="", continuation=True))
-        for row, start in zip(items, starts, strict=True)
-    ]
-
-
-def other_texts(items: Sequence[TokenRow], shard: TokenShard, speak: SpeakConfig) -> list[Line]:
-    """Each item's text after another recording of its speaker, the longest that is short enough."""
-    lines = []
-    for row in items:
-        others = [
-            (float(shard.durations[i]), i)
-            for i, speaker in enumerate(shard.speakers)
-            if speaker == row.speaker and shard.ids[i] != row.id and shard.texts[i].strip()
-            and 0 < shard.durations[i] <= speak.longest_prompt
-        ]  # fmt: skip
-        if others:
-            prompt = shard[max(others)[1]]
-            lines.append(Line(row.id, row.text, Prompt(codes=_codes(prompt), text=prompt.text)))
-    return lines
+    name: str
+    lines: list[Line]
+    speeches: list[Speech | None]
+    scored: list[Utterance]
 
 
 def say(voice: Voice, lines: Sequence[Line], speak: SpeakConfig, seed: int) -> list[Speech | None]:
@@ -157,26 +94,44 @@ def say(voice: Voice, lines: Sequence[Line], speak: SpeakConfig, seed: int) -> l
     return speeches
 
 
-def _score(
-    voice: Voice, line: Line, speech: Speech | None, judges: Judges, folder: Path
-) -> Utterance:
+def speak_lines(
+    voice: Voice, name: str, lines: Sequence[Line], speak: SpeakConfig, seed: int, ears: Ears,
+    folder: Path,
+) -> Spoken:  # fmt: skip
+    """Says the lines under `seed`, `seed` + 1, ..., writes FOLDER/NAME/ID.wav, and scores them."""
+    speeches = say(voice, lines, speak, seed)
+    scored = [
+        _score(voice, line, speech, ears, folder / name)
+        for line, speech in zip(lines, speeches, strict=True)
+    ]
+    return Spoken(name, list(lines), speeches, scored)
+
+
+def write_prompts(voice: Voice, lines: Sequence[Line], folder: Path) -> None:
+    """FOLDER/ID.wav: the prompt of each line, as the codec decodes it."""
+    for line in lines:
+        wave = voice.decode(line.prompt.codes[:, :0], line.prompt.codes)
+        write_audio(folder / f"{safe_name(line.id)}.wav", wave, voice.codec.sample_rate)
+
+
+def _score(voice: Voice, line: Line, speech: Speech | None, ears: Ears, folder: Path) -> Utterance:
     """Writes what was spoken, and scores it: a refused text loses all its words."""
     if speech is None:
-        return _judge(voice, line, line.prompt.codes[:, :0], judges, "refused")
+        return judge_codes(voice, line, line.prompt.codes[:, :0], ears, "refused")
     wave = _whole(voice, line, speech.codes) if line.prompt.continuation else speech.wave
     write_audio(folder / f"{safe_name(line.id)}.wav", wave, voice.codec.sample_rate)
-    scored = _judge(voice, line, speech.codes, judges, speech.failure)
+    scored = judge_codes(voice, line, speech.codes, ears, speech.failure)
     return dataclasses.replace(scored, seed=speech.seed)
 
 
-def _judge(
-    voice: Voice, line: Line, codes: np.ndarray, judges: Judges, failure: str | None = None
+def judge_codes(
+    voice: Voice, line: Line, codes: np.ndarray, ears: Ears, failure: str | None = None
 ) -> Utterance:
     """Scores the new part: its voice alone, but the words behind the beginning that it goes on.
 
     Where nothing was added, the beginning's own words and voice earn nothing.
     """
-    rate = voice.codec.sample_rate
+    rate, judges = voice.codec.sample_rate, ears.judges
     if failure in ("empty", "refused") or not codes.shape[1]:
         wave = whole = np.zeros(0, np.float32)
         prompt = None
@@ -189,9 +144,14 @@ def _judge(
         return judges.transcribe(whole, rate)
 
     scored = score_tts(line.id, line.text, wave, rate, hear, judges.embed, prompt, failure)
+    values = dict(scored.values)
+    if ears.likeness is not None and wave.size:
+        values |= ears.likeness.of(line, wave)
     if not judges.judge_name:
-        return dataclasses.replace(scored, words=None, characters=None)
-    return scored
+        return dataclasses.replace(scored, values=values, words=None, characters=None)
+    assert scored.words is not None
+    values["wrong"] = float(scored.words.wer > WRONG_WER)
+    return dataclasses.replace(scored, values=values)
 
 
 def _whole(voice: Voice, line: Line, codes: np.ndarray) -> np.ndarray:
@@ -199,21 +159,53 @@ def _whole(voice: Voice, line: Line, codes: np.ndarray) -> np.ndarray:
     return voice.decode(codes[:, :0], np.concatenate([line.prompt.codes, codes], axis=1))
 
 
-def _score_codec(
-    voice: Voice,
-    items: Sequence[TokenRow],
-    begun: Sequence[Line],
-    judges: Judges,
-    origin: Provenance,
+def score_codec(
+    voice: Voice, items: Sequence[TokenRow], begun: Sequence[Line], ears: Ears, origin: Provenance
 ) -> list[Row]:
     """The ceiling: the items' own codes behind the very beginnings that the voice was given."""
-    if not judges.judge_name and judges.embed is None:
+    if not ears.judges.judge_name and ears.judges.embed is None:
         return []
     scored = [
-        _judge(voice, line, _codes(row)[:, line.prompt.codes.shape[1] :], judges)
+        judge_codes(voice, line, codes_of(row)[:, line.prompt.codes.shape[1] :], ears)
         for row, line in zip(items, begun, strict=True)
     ]
     return rows_of(list_name("dev-continuation", begun), scored, origin)
+
+
+def write_results(path: Path, spoken: Mapping[str, Sequence[Spoken]], rate: float) -> None:
+    """results.jsonl: what was said of every line in every setting, where it lies, its scores."""
+    lines = []
+    for setting, lists in spoken.items():
+        for one in lists:
+            for line, speech, scored in zip(one.lines, one.speeches, one.scored, strict=True):
+                lines.append(
+                    {"setting": setting, "list": one.name, **_record(line, speech, scored)}
+                )
+                lines[-1]["prompt_seconds"] = line.prompt.codes.shape[1] / rate
+    with written_whole(path) as temporary:
+        temporary.write_text(
+            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
+            encoding="utf-8",
+        )
+
+
+def _record(line: Line, speech: Speech | None, scored: Utterance) -> dict[str, Any]:
+    """Of one line in one setting."""
+    return {
+        "id": line.id,
+        "audio": f"{safe_name(line.id)}.wav" if speech is not None else None,
+        "text": line.text,
+        "heard": scored.transcript,
+        "wer": None if scored.words is None else scored.words.wer,
+        "cer": None if scored.characters is None else scored.characters.rate,
+        "reported": "refused" if speech is None else speech.failure,
+        "tries": 0 if speech is None else speech.tries,
+        "seed": None if speech is None else speech.seed,
+        "prompt_id": line.prompt_id,
+        "prompt_text": line.prompt.text,
+        "speaker": line.speaker,
+        **scored.values,
+    }
 
 
 def transcribe_items(
@@ -224,7 +216,7 @@ def transcribe_items(
         origin = dataclasses.replace(origin, model=digest_of_voice(voice.folder))
     texts: list[str] = []
     for start in range(0, len(items), batch):
-        texts += voice.transcribe([_codes(row)[0] for row in items[start : start + batch]])
+        texts += voice.transcribe([codes_of(row)[0] for row in items[start : start + batch]])
     scored = [score_asr(row.id, row.text, text) for row, text in zip(items, texts, strict=True)]
     return rows_of(list_name("dev-asr", items), scored, origin, prefix=ASR_PREFIX)
 
@@ -242,11 +234,3 @@ def provenance(
         judge=judges.judge_name if judges else "",
         speaker=judges.speaker_name if judges else "",
     )
-
-
-def _is_ours(row: Row) -> bool:
-    return row.utterance is None and row.system == "slm"
-
-
-def _codes(row: TokenRow) -> np.ndarray:
-    return row.codes.astype(np.int64)

@@ -23,7 +23,7 @@ from eval.benchmark import read_rows
 from recipes import benchmark, scoring
 from recipes.export_tokens import main as export_tokens
 from recipes.train_codec import TrainCodecConfig, build_models
-from recipes.tts import finish_voice
+from recipes.voice_folder import finish_voice
 from slm.config import SamplingConfig
 from slm.pipeline import Voice
 

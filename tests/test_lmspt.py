@@ -10,7 +10,7 @@ from codec import Codec, CodecConfig
 from codec.config import SpectralConfig
 from codec.lmspt_config import AuxiliaryConfig, ConvConfig, LMSPTConfig, TransformerConfig
 from codec.pieces import CONTEXT_FRAMES
-from recipes.tts import finish_voice
+from recipes.voice_folder import finish_voice
 
 TRANSFORMER = TransformerConfig(num_layers=2, num_heads=2, context=6)
 CONV = CodecConfig(

@@ -1,0 +1,231 @@
+"""Trains a voice on token shards: the AR (it speaks and transcribes), then the NAR; scores it.
+
+The one program behind recipes/tts.py and recipes/asr.py, which differ in their defaults. Any
+mixture of tasks makes one model. The run folder ends with voice/ (which `slm` takes), speak/ (dev
+prompts and what was made of them) and rows.jsonl (the scores).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+
+from codec import load_codec
+from codec.tokens import TokenShard, written_whole
+from recipes.common import Run, make_accelerator, start_run
+from recipes.speak import SpeakConfig
+from recipes.voice_folder import card, finish_voice, pick_prompts, whole_folder
+from recipes.voice_scores import note_perplexity, score_voice
+from slm.alphabet import Alphabet
+from slm.ar import SpeechLM
+from slm.config import ARConfig, BatchConfig, NARConfig, OptimConfig, TaskConfig
+from slm.corpus import Corpus, read_texts
+from slm.data import ARData, Data
+from slm.nar import NAR
+from slm.nar_data import NARData
+from slm.prompts import Coverage
+from slm.train import ar_step, fit, gather, nar_step
+
+SEEN_FILE = "seen.json"
+"""In a stage's folder: hours of speech in the batches of a step, for recipes/plot_curves.py."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VoiceConfig:
+    """One voice."""
+
+    out: str = "out/smoke/tts"
+    """Run folder: goes on where an earlier start with the same configuration stopped."""
+    codec: str = "out/smoke/codec/codec"
+    """Folder or hub id of the codec that made the tokens."""
+    train: str = "out/smoke/tokens/train"
+    """Token shards to train on (recipes/export_tokens.py makes them)."""
+    dev: str | None = "out/smoke/tokens/dev"
+    """Token shards of other speakers; null: none."""
+    texts: str | None = None
+    """Plain texts that ar.tasks.text mixes in: a .txt (paragraphs) or .jsonl file (`text` of each
+    line), either gzipped or not."""
+    texts_dev: str | None = None
+    """Held-out texts of the same form: their perplexity is told before and after training."""
+    limit: int | None = None
+    """Use only so many of the training items."""
+    seed: int = 0
+    """Of new weights, batches and what is spoken."""
+    ar: ARConfig = field(default_factory=ARConfig)
+    """The model of codebook 1."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    """The AR's batches."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The AR's optimiser."""
+    nar: NARConfig | None = field(default_factory=NARConfig)
+    """The model of the other codebooks; null: none, and the voice cannot speak unless its codec has
+    but one codebook."""
+    nar_batch: BatchConfig = field(default_factory=BatchConfig)
+    """The NAR's batches."""
+    nar_optim: OptimConfig = field(default_factory=OptimConfig)
+    """The NAR's optimiser."""
+    num_items: int | None = None
+    """Dev items to transcribe at the end, spread over the list; null: as many as are spoken."""
+    speak: SpeakConfig = field(default_factory=SpeakConfig)
+    """What is spoken at the end, and who judges it."""
+
+    def __post_init__(self) -> None:
+        if self.ar.tasks.text and self.texts is None:
+            raise ValueError("ar.tasks.text needs texts: name a .txt or .jsonl file of them")
+        if self.num_items is not None and self.num_items < 0:
+            raise ValueError(f"num_items must not be negative, got {self.num_items}")
+
+
+class Texts(NamedTuple):
+    """Plain texts, none where none are given."""
+
+    train: list[str]
+    dev: list[str]
+
+
+def train_voice(config: VoiceConfig) -> None:
+    """All of it, in this process and the others of its launch."""
+    folder = Path(config.out)
+    train, dev = open_tokens(config)
+    nar = nar_settings(config, train)
+    texts = read_texts(config.texts) if config.texts is not None and config.ar.tasks.text else []
+    held_out = read_texts(config.texts_dev) if config.texts_dev is not None else []
+    # The adapters are put in before the Accelerator exists: under ZeRO-3 peft asks for a GPU then.
+    lm = SpeechLM.create(config.ar, train.stamp, config.seed)
+    accelerator = make_accelerator(folder, gradient_accumulation_steps=config.optim.accumulate)
+    forget_zero3()
+    run = start_run(config, folder, seed=config.seed, accelerator=accelerator)
+    if held_out and accelerator.is_main_process:
+        note_perplexity(folder, lm.to(accelerator.device), held_out)
+    train_ar(lm, train, dev, Texts(texts, held_out), run, config)
+    alphabet = lm.alphabet
+    del lm
+    if nar is not None:
+        train_nar(nar, alphabet, train, dev, run, config)
+    if accelerator.is_main_process:
+        prompts = None
+        if dev is not None and config.ar.tasks.tts and (nar or train.stamp.num_codebooks == 1):
+            longest = Coverage.load(folder / "voice" / "ar").longest_frames
+            prompts = pick_prompts(dev, str(config.dev), longest / train.stamp.frame_rate)
+        about = card(config.ar.base, config.train, train.stamp.id)
+        finish_voice(folder / "voice", config.codec, about, prompts)
+    leave_group(accelerator)
+    if accelerator.is_main_process:
+        score_voice(folder, train, dev, held_out, config, run.stage("speak"))
+
+
+def open_tokens(config: VoiceConfig) -> tuple[TokenShard, TokenShard | None]:
+    """The shards, checked to be the codec's own."""
+    stamp = load_codec(config.codec).stamp
+    shards = TokenShard.open(config.train, expect=stamp)
+    return shards, TokenShard.open(config.dev, expect=stamp) if config.dev is not None else None
+
+
+def forget_zero3() -> None:
+    """Accelerate tells transformers of ZeRO-3, which then builds every model in pieces.
+
+    The AR is whole before its engine is made, and the voice that speaks in the end is in one
+    process: transformers had better not know.
+    """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
+def nar_settings(config: VoiceConfig, train: TokenShard) -> NARConfig | None:
+    """Of the tokens' codebooks; None where no NAR is trained."""
+    sizes = train.stamp.codebook_sizes
+    if config.nar is None or len(sizes) == 1:
+        return None
+    if config.nar.codebook_sizes not in ((), sizes):
+        raise ValueError(
+            f"nar.codebook_sizes {config.nar.codebook_sizes} are not those of the tokens, {sizes}"
+        )
+    return replace(config.nar, codebook_sizes=sizes)
+
+
+def train_ar(
+    lm: SpeechLM, train: TokenShard, dev: TokenShard | None, texts: Texts, run: Run,
+    config: VoiceConfig,
+) -> None:  # fmt: skip
+    """Trains the AR in the stage `ar` and writes voice/ar."""
+
+    def data(shard: TokenShard, plain: Sequence[str], limit: int | None = None) -> ARData:
+        # Without held-out texts, the dev losses are those of the other tasks.
+        tasks = config.ar.tasks if plain else replace(config.ar.tasks, text=0.0)
+        return ARData.open(
+            shard, lm.alphabet, tasks, config.batch, config.seed,
+            longest=lm.max_positions, limit=limit, texts=plain,
+        )  # fmt: skip
+
+    train_data = data(train, texts.train, config.limit)
+    held_out = texts.dev if config.ar.tasks.text else []
+    dev_data = data(dev, held_out) if dev is not None else None
+    stage = run.stage("ar")
+    note_seen(stage, train_data, train_data.corpus, config.optim, times=passes(config.ar.tasks))
+    engine = fit(lm, ar_step, train_data, dev_data, stage, config.optim)
+    state = gather(run.accelerator, engine)
+    if run.accelerator.is_main_process:
+        corpus = train_data.corpus
+        coverage = Coverage.of(corpus.texts, int(corpus.num_frames.max()))
+        with whole_folder(run.folder / "voice" / "ar") as partial:
+            lm.save(partial, state)
+            coverage.save(partial)
+    run.accelerator.free_memory(engine)
+
+
+def train_nar(
+    settings: NARConfig, alphabet: Alphabet, train: TokenShard, dev: TokenShard | None, run: Run,
+    config: VoiceConfig,
+) -> None:  # fmt: skip
+    """Trains the NAR in the stage `nar` and writes voice/nar."""
+    # All ranks build the same model; what they drew while training the AR differs.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        nar = NAR(settings)
+
+    def data(shard: TokenShard, limit: int | None = None) -> NARData:
+        return NARData.open(shard, alphabet, settings, config.nar_batch, config.seed, limit=limit)
+
+    train_data = data(train, config.limit)
+    dev_data = data(dev) if dev is not None else None
+    stage = run.stage("nar")
+    note_seen(stage, train_data, train_data.corpus, config.nar_optim)
+    engine = fit(nar, nar_step, train_data, dev_data, stage, config.nar_optim)
+    state = gather(run.accelerator, engine)
+    if run.accelerator.is_main_process:
+        whole = NAR(settings)
+        whole.load_state_dict(state)
+        with whole_folder(run.folder / "voice" / "nar") as partial:
+            whole.save_pretrained(partial)
+            (partial / "README.md").unlink(missing_ok=True)
+    run.accelerator.free_memory(engine)
+
+
+def passes(tasks: TaskConfig) -> float:
+    """How often an epoch has an utterance, in whatever task."""
+    speech = (tasks.tts, tasks.asr, tasks.continuation)
+    return sum(speech) / max(speech)
+
+
+def note_seen(
+    stage: Run, data: Data, corpus: Corpus, optim: OptimConfig, *, times: float = 1.0
+) -> None:
+    """Writes how many hours of speech a step sees."""
+    if not stage.accelerator.is_main_process:
+        return
+    hours = times * int(corpus.num_frames.sum()) / corpus.shard.stamp.frame_rate / 3600
+    steps = data.num_steps(stage.accelerator.num_processes, optim.accumulate)
+    with written_whole(stage.folder / SEEN_FILE) as temporary:
+        temporary.write_text(json.dumps({"hours_per_step": hours / steps}))
+
+
+def leave_group(accelerator: Accelerator) -> None:
+    """Training is over: the main process goes on alone, however long it takes."""
+    accelerator.wait_for_everyone()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
