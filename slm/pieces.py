@@ -26,3 +26,14 @@ def split_at_quiet(
             held = held[cut:]
     if len(held):
         yield held
+
+
+def cut_at_quiet(levels: Float[np.ndarray, " T"], longest: int) -> list[slice]:
+    """Cuts frames of these energies into stretches of at most `longest`, likewise."""
+    cuts, start = [], 0
+    while len(levels) - start > longest:
+        first = start + longest - int(longest * QUIET_SEARCH)
+        stop = first + int(levels[first : start + longest].argmin()) if longest > 2 else first
+        cuts.append(slice(start, stop))
+        start = stop
+    return [*cuts, slice(start, len(levels))]

@@ -1,4 +1,4 @@
-"""Voice: text and a prompt recording to a wave, a wave to text. A codec, an AR and a NAR as one.
+"""Voice: text to a wave, a wave to text or to another voice. A codec, an AR and a NAR as one.
 
 Its folder:
 
@@ -10,11 +10,11 @@ Its folder:
 import hashlib
 import logging
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,37 +24,25 @@ from codec import load_codec, read_audio, write_audio
 from codec.audio import check_name as check_name
 from codec.audio import check_wave, stream_audio
 from slm.ar import SpeechLM, digest_of
+from slm.cards import voice_card
+from slm.checks import SILENCE_RMS, is_empty
 from slm.config import SamplingConfig
-from slm.generate import (
-    Request,
-    generate,
-    restrict_context,
-    speech_bounds,
-    text_bound,
-    text_only,
-)
+from slm.continuing import go_on
+from slm.conversion import convert, listen
+from slm.generate import restrict_context, speech_bounds
+from slm.hearing import Transcript, encode, hear
+from slm.long_text import Passage, Piece, join, joined, room_behind, split_text
 from slm.nar import NAR
 from slm.pieces import split_at_quiet
-from slm.prompts import (
-    Coverage,
-    Prompt,
-    asr_context,
-    has_words,
-    join_texts,
-    load_prompts,
-    tts_context,
-)
-from slm.speaking import SILENCE_RMS, Models, Speech, Utterance, decode, speak
+from slm.prompts import Coverage, Prompt, has_words, join_texts, load_prompts, tts_context
+from slm.speaking import Models, Speech, Utterance, decode, speak
+from slm.spelling import normalize
+from slm.streaming import stream
 
 logger = logging.getLogger(__name__)
 
-
-class Transcript(NamedTuple):
-    """What a recording says."""
-
-    text: str
-    failure: str | None
-    """None, or what is wrong with it after the last try: empty, loop or cut."""
+Sound = Float[np.ndarray, " S"] | Path | Prompt | str
+"""A wave at the codec's sample rate, a recording's path, codes, or the name of a shipped prompt."""
 
 
 class Voice:
@@ -113,86 +101,186 @@ class Voice:
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Copies the voice, prompts that were added included."""
-        assert self.folder is not None, "recipes/tts.py writes a voice that was never loaded"
+        """Copies the voice, prompts that were added included; writes a card where there is none."""
+        assert self.folder is not None, "recipes/voice.py writes a voice that was never loaded"
         folder = Path(folder)
-        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
-        self.lm.save_origin(folder / "ar", self.folder / "ar")
+        if folder.resolve() != self.folder.resolve():
+            shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+            self.lm.save_origin(folder / "ar", self.folder / "ar")
         for name, prompt in self.prompts.items():
             prompt.save(folder / "prompts", name)
+        if not (folder / "README.md").exists():
+            card = voice_card(self.models, self.prompts)
+            (folder / "README.md").write_text(card, encoding="utf-8")
 
     def tts(
-        self,
-        text: str,
-        prompt: Float[np.ndarray, " S"] | Path | Prompt | str,
-        prompt_text: str | None = None,
-        seed: int = 0,
+        self, text: str, prompt: Sound, prompt_text: str | None = None, seed: int = 0
     ) -> Speech:
-        """Says `text` in the voice of `prompt`: a wave at the codec's sample rate, the path of a
-        recording, codes, or the name of a shipped prompt. Without `prompt_text` the model
-        transcribes the prompt itself."""
-        return self.speak([self.prepare(text, self.prompt(prompt, prompt_text), seed)])[0]
+        """Says `text` in the voice of `prompt`. Without `prompt_text` the model transcribes the
+        prompt itself.
+
+        A text that is longer than what the model was trained on is said in pieces, which are joined
+        with pauses; `codes` are those of the pieces then, without the pauses."""
+        return self.say([self.passage(text, self.prompt(prompt, prompt_text), seed)])[0]
 
     def tts_batch(
         self, texts: Sequence[str], prompts: Sequence[Prompt], seeds: Sequence[int] | None = None
     ) -> list[Speech]:
         """Many at once; each is what `tts` gives alone under its seed."""
         seeds = seeds if seeds is not None else [0] * len(texts)
-        return self.speak([self.prepare(*one) for one in zip(texts, prompts, seeds, strict=True)])
+        return self.say([self.passage(*one) for one in zip(texts, prompts, seeds, strict=True)])
 
-    def prompt(
-        self, prompt: Float[np.ndarray, " S"] | Path | Prompt | str, prompt_text: str | None = None
-    ) -> Prompt:
+    def stream(
+        self,
+        text: str,
+        prompt: Sound,
+        prompt_text: str | None = None,
+        seed: int = 0,
+        chunk_seconds: float = 0.5,
+    ) -> Iterator[Float[np.ndarray, " _"]]:
+        """`tts` as it is being made: waves that follow each other, the first one early.
+
+        What has been heard cannot be taken back: nothing is tried again, checked or chosen from
+        several candidates; a failure is logged."""
+        if chunk_seconds <= 0:
+            raise ValueError(f"chunk_seconds must be positive, got {chunk_seconds}")
+        passage = self.passage(text, self.prompt(prompt, prompt_text), seed)
+        waves = [self._chunks(one, chunk_seconds) for one in passage.utterances]
+        return join(list(zip(waves, passage.pauses, strict=True)), self.codec.sample_rate)
+
+    def _chunks(self, utterance: Utterance, seconds: float) -> Iterator[np.ndarray]:
+        for chunk in stream(self.models, utterance, self.sampling, seconds):
+            yield chunk.wave
+            if chunk.failure is not None:
+                logger.warning("%r: %s", utterance.text, chunk.failure)
+
+    def convert(
+        self,
+        source: Float[np.ndarray, " S"] | Path,
+        target: Sound,
+        source_text: str | None = None,
+        target_text: str | None = None,
+    ) -> Speech:
+        """What `source` says, in the voice of `target`: codebook 1 is the source's, the NAR makes
+        the others. A source of any length, as long as it was.
+
+        The texts help the NAR. Those that are not given the model transcribes itself if it can; a
+        source that takes several pieces is always transcribed."""
+        if self.nar is None:
+            raise ValueError(
+                "this voice has no nar/, so it cannot convert; it takes a codec of two codebooks "
+                "or more, whose first says what is said and whose others say who speaks"
+            )
+        if isinstance(source, Path):
+            blocks: Iterable[np.ndarray] = stream_audio(source, self.codec.sample_rate)
+        else:
+            _check(source, "the source")
+            blocks = [source]
+        prompt = self._target(target, target_text)
+        heard = listen(self.codec, blocks)
+
+        def transcribe(first: Sequence[np.ndarray]) -> list[str]:
+            whole = len(first) == 1 and len(first[0]) == len(heard.first)
+            if whole and source_text is not None:
+                return [source_text]
+            return self._texts(first)
+
+        codes, text = convert(self.models, heard, prompt, transcribe, self.sampling)
+        wave = self.decode(codes[:, :0], codes)[: heard.num_samples]
+        return Speech(
+            wave=wave, codes=codes, text=text, prompt_text=prompt.text,
+            failure="empty" if is_empty(wave) else None, tries=1, seed=0,
+            sample_rate=self.codec.sample_rate,
+        )  # fmt: skip
+
+    def continue_speech(self, prompt: Sound, seconds: float, seed: int = 0) -> Speech:
+        """Goes on from `prompt` without a text, for at most so many seconds. Raises ValueError for
+        a voice that was not trained for it."""
+        codes = self._codes(prompt)[0]
+        return go_on(self.models, codes, seconds, self.sampling, seed)
+
+    def prompt(self, prompt: Sound, prompt_text: str | None = None) -> Prompt:
         """Codes and transcript of a prompt; see `tts`."""
         if prompt_text is not None and not has_words(prompt_text):
             raise ValueError(
                 f"the prompt's text {prompt_text!r} has no words; give what the prompt says, or "
                 "leave it out"
             )
+        if isinstance(prompt, str):
+            prompt = self._shipped(prompt)
         if isinstance(prompt, Prompt):
             return prompt if prompt_text is None else replace(prompt, text=prompt_text)
+        codes, whole = self._codes(prompt)
+        if prompt_text is None or not whole:
+            if not self._transcribes():
+                raise ValueError("this voice cannot transcribe the prompt; give --prompt-text")
+            (prompt_text,) = self._texts([codes[0]])
+            if not prompt_text:
+                raise ValueError("the prompt could not be transcribed; give --prompt-text")
+            logger.info("the prompt says: %s", prompt_text)
+        return Prompt(codes=codes, text=prompt_text)
+
+    def _target(self, target: Sound, text: str | None) -> Prompt:
+        """A prompt whose text is empty where nobody knows it."""
+        if text is not None or isinstance(target, Prompt | str):
+            prompt = self.prompt(target, text)
+            prompt.check(self.codec.codebook_sizes)
+            return prompt
+        codes = self._codes(target)[0]
+        return Prompt(codes=codes, text=self._texts([codes[0]])[0])
+
+    def _shipped(self, name: str) -> Prompt:
+        if name not in self.prompts:
+            known = ", ".join(sorted(self.prompts)) or "none"
+            raise ValueError(f"no prompt is named {name!r}; this voice has: {known}")
+        return self.prompts[name]
+
+    def _codes(self, prompt: np.ndarray | Path | Prompt | str) -> tuple[np.ndarray, bool]:
+        """Codes (Q, T) of a prompt, and whether they are the whole recording's."""
         if isinstance(prompt, str):
-            if prompt not in self.prompts:
-                known = ", ".join(sorted(self.prompts)) or "none"
-                raise ValueError(f"no prompt is named {prompt!r}; this voice has: {known}")
-            return self.prompt(self.prompts[prompt], prompt_text)
+            prompt = self._shipped(prompt)
+        if isinstance(prompt, Prompt):
+            prompt.check(self.codec.codebook_sizes)
+            return prompt.codes, True
         if isinstance(prompt, Path):
             prompt = read_audio(prompt, self.codec.sample_rate)
         _check(prompt, "the prompt")
         most = round(self.longest_prompt * self.codec.sample_rate)
         if len(prompt) > most:
             logger.warning(
-                "the prompt has %.1f s; its first %g s are used, and transcribed by the model",
+                "the prompt has %.1f s; its first %g s are used",
                 len(prompt) / self.codec.sample_rate, self.longest_prompt,
             )  # fmt: skip
-            prompt, prompt_text = prompt[:most], None
-        (codes,) = self._encode([prompt])
-        if prompt_text is None:
-            if self.lm.origin.get("tasks", {}).get("asr", 1.0) == 0:
-                raise ValueError("this voice cannot transcribe the prompt; give --prompt-text")
-            ((prompt_text, failure),) = self.transcripts([codes[0]])
-            if failure is not None or not has_words(prompt_text):
-                raise ValueError("the prompt could not be transcribed; give --prompt-text")
-            logger.info("the prompt says: %s", prompt_text)
-        return Prompt(codes=codes, text=prompt_text)
+        return encode(self.codec, [prompt[:most]])[0], len(prompt) <= most
+
+    def _transcribes(self) -> bool:
+        return self.lm.origin.get("tasks", {}).get("asr", 1.0) != 0
+
+    def _texts(self, first: Sequence[np.ndarray]) -> list[str]:
+        """Transcripts of codes of codebook 1; empty where there is none to be had."""
+        if not self._transcribes():
+            return [""] * len(first)
+        return [
+            text if failure is None and has_words(text) else ""
+            for text, failure in self.transcripts(first)
+        ]
 
     def prepare(self, text: str, prompt: Prompt, seed: int = 0) -> Utterance:
-        """Checks a text, and what the models will be given. Raises ValueError.
+        """Checks a text, and what the models will be given. Raises ValueError; also for a text that
+        is too long to be said at once.
 
         A prompt that is a continuation has no transcript: `text` holds its words as well.
         """
-        self.lm.check_task("tts")
-        if self.nar is None and self.codec.num_codebooks > 1:
-            raise ValueError("this voice has no nar/: it transcribes, but cannot speak")
-        self.coverage.check(text)
+        self._check_speaks()
+        self._check_text(text)
         prompt.check(self.codec.codebook_sizes)
         if not prompt.continuation:
-            self.coverage.check(prompt.text, "the prompt's text")
+            self._check_text(prompt.text, "the prompt's text")
         alphabet = self.lm.alphabet
-        joined, alone = alphabet.text_ids("tts", [join_texts(prompt.text, text), text])
-        num_tokens = len(alone)
+        (ids,) = alphabet.text_ids("tts", [join_texts(prompt.text, text)])
         speech = alphabet.speech_ids("tts", prompt.codes[0])
-        context = tts_context(alphabet.vocabulary, joined, speech)
+        context = tts_context(alphabet.vocabulary, ids, speech)
+        num_tokens = alphabet.num_tokens(text)
         least, most = speech_bounds(num_tokens, self.codec.frame_rate, self.sampling)
         spoken = prompt.codes.shape[1]
         if prompt.continuation:
@@ -200,6 +288,40 @@ class Voice:
         most = restrict_context(self.lm.max_positions, context, least, most, "text")
         self.coverage.check_length(spoken, least, self.codec.frame_rate)
         return Utterance(text=text, prompt=prompt, context=context, bounds=(least, most), seed=seed)
+
+    def passage(self, text: str, prompt: Prompt, seed: int = 0) -> Passage:
+        """`prepare` for texts of any length: what is too long for the model comes in pieces.
+
+        The words behind a continuation cannot be told from its own, so that it is not split.
+        """
+        self._check_speaks()
+        self._check_text(text)
+        prompt.check(self.codec.codebook_sizes)
+        pieces = [Piece(text, 0.0)]
+        if not prompt.continuation:
+            fits = room_behind(prompt, self.models, self.sampling)
+            # What is said at once stays as it is.
+            pieces = pieces if fits(text) else split_text(text, fits)
+        utterances = [self.prepare(piece.text, prompt, seed) for piece in pieces]
+        return Passage(text, utterances, [piece.pause for piece in pieces])
+
+    def _check_speaks(self) -> None:
+        self.lm.check_task("tts")
+        if self.nar is None and self.codec.num_codebooks > 1:
+            raise ValueError("this voice has no nar/: it transcribes, but cannot speak")
+
+    def _check_text(self, text: str, what: str = "the text") -> None:
+        """Numbers and abbreviations are words by the time that the model reads them."""
+        self.coverage.check(normalize(text) if self.lm.alphabet.text.normalize else text, what)
+
+    def say(self, passages: Sequence[Passage], batch: int = 8) -> list[Speech]:
+        """What was said of each, `batch` pieces at a time."""
+        utterances = [one for passage in passages for one in passage.utterances]
+        speeches: list[Speech] = []
+        for start in range(0, len(utterances), batch):
+            speeches += self.speak(utterances[start : start + batch])
+        told = iter(speeches)
+        return [joined(one, [next(told) for _ in one.utterances]) for one in passages]
 
     def speak(self, utterances: Sequence[Utterance]) -> list[Speech]:
         """One batch through the AR, the NAR and the codec."""
@@ -216,7 +338,7 @@ class Voice:
             _check(wave, "the recording", allow_silence=True)
         if any(len(wave) > self._longest_piece() for wave in waves):
             return [self.asr_stream([wave]) for wave in waves]
-        return self.transcribe([codes[0] for codes in self._encode(waves)])
+        return self.transcribe([codes[0] for codes in encode(self.codec, waves)])
 
     def asr_file(self, path: str | Path, batch: int = 8) -> str:
         """Transcript of a recording of any length, `batch` pieces at a time."""
@@ -224,17 +346,14 @@ class Voice:
 
     def asr_stream(self, blocks: Iterable[np.ndarray], batch: int = 8) -> str:
         """Transcript of a recording that comes in blocks (S,); any length in bounded memory."""
+        pieces = (
+            piece
+            for piece in split_at_quiet(blocks, self._longest_piece())
+            if float(np.abs(piece).max(initial=0.0)) >= SILENCE_RMS
+        )
         texts: list[str] = []
-        waiting: list[np.ndarray] = []
-        for piece in split_at_quiet(blocks, self._longest_piece()):
-            if float(np.abs(piece).max(initial=0.0)) < SILENCE_RMS:
-                continue
-            waiting.append(piece)
-            if len(waiting) == batch:
-                texts += self.transcribe([codes[0] for codes in self._encode(waiting)])
-                waiting = []
-        if waiting:
-            texts += self.transcribe([codes[0] for codes in self._encode(waiting)])
+        while waiting := list(islice(pieces, batch)):
+            texts += self.transcribe([codes[0] for codes in encode(self.codec, waiting)])
         return " ".join(text for text in texts if text)
 
     def _longest_piece(self) -> int:
@@ -243,42 +362,13 @@ class Voice:
         room = self.lm.max_positions / (self.codec.frame_rate + 8.0)
         return int(min(seconds, room) * self.codec.sample_rate)
 
-    @torch.inference_mode()
-    def _encode(self, waves: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Codes (Q, T) of each wave."""
-        lengths = torch.tensor([len(wave) for wave in waves])
-        batch = torch.zeros(len(waves), 1, int(lengths.max()))
-        for row, wave in enumerate(waves):
-            batch[row, 0, : len(wave)] = torch.from_numpy(np.ascontiguousarray(wave, np.float32))
-        device = self.codec.device
-        codes = self.codec.encode(batch.to(device), lengths.to(device))
-        return [
-            item[:, :length].cpu().numpy()
-            for item, length in zip(codes.codes, codes.lengths.tolist(), strict=True)
-        ]
-
     def transcribe(self, first: Sequence[np.ndarray]) -> list[str]:
         """Transcripts of codes of codebook 1, each (T,); those that failed as well."""
         return [made.text for made in self.transcripts(first)]
 
     def transcripts(self, first: Sequence[np.ndarray]) -> list[Transcript]:
         """Transcripts of codes of codebook 1, each (T,), and what is wrong with them."""
-        self.lm.check_task("asr")
-        alphabet, rate = self.lm.alphabet, self.codec.frame_rate
-        requests = []
-        for codes in first:
-            context = asr_context(alphabet.vocabulary, alphabet.speech_ids("asr", codes))
-            most = text_bound(len(codes), rate)
-            most = restrict_context(self.lm.max_positions, context, 1, most, "recording")
-            requests.append(Request(context=context, min_tokens=0, max_tokens=most, seed=0))
-        likeliest = replace(self.sampling, greedy=True)
-        made = generate(self.lm, requests, text_only(self.lm), likeliest)
-        failed = [one.failure for one in made if one.failure is not None]
-        if failed:
-            logger.warning(
-                "%d of %d transcripts failed: %s", len(failed), len(made), ", ".join(failed)
-            )
-        return [Transcript(alphabet.text_of(one.tokens), one.failure) for one in made]
+        return hear(self.lm, first, self.sampling)
 
     def decode(self, prompt: np.ndarray, new: np.ndarray) -> np.ndarray:
         """The wave of the new part. The prompt is decoded before it, so that it starts clean."""

@@ -1,0 +1,52 @@
+"""Speech that goes on from a recording without a text."""
+
+from dataclasses import replace
+
+import numpy as np
+from jaxtyping import Int
+
+from slm.config import SamplingConfig
+from slm.generate import NEXT_TRY, restrict_context
+from slm.prompts import Prompt, continuation_context
+from slm.speaking import Models, Speech, Utterance, speak
+
+
+def go_on(
+    models: Models,
+    codes: Int[np.ndarray, "Q _"],
+    seconds: float,
+    sampling: SamplingConfig,
+    seed: int,
+) -> Speech:
+    """What follows `codes`, for at most so many seconds: the model may find an end before.
+
+    Of the checks only those count that need no text. Raises ValueError for a model that was not
+    trained for it, and for what does not fit into it.
+    """
+    lm = models.lm
+    if lm.origin.get("tasks", {}).get("continuation", 0.0) == 0:
+        raise ValueError(
+            "this voice cannot go on with a recording: it was trained without continuation"
+        )
+    most = round(seconds * lm.vocabulary.codec.frame_rate)
+    if most < 1:
+        raise ValueError(f"{seconds:g} s are less than a frame of this codec; ask for more")
+    speech = lm.alphabet.speech_ids("continuation", codes[0])
+    context = continuation_context(lm.vocabulary, speech)
+    begun = Utterance(
+        text="",
+        prompt=Prompt(codes=codes, text="", continuation=True),
+        context=context,
+        bounds=(0, restrict_context(lm.max_positions, context, 1, most, "prompt")),
+        seed=seed,
+    )
+    checks = tuple(check for check in sampling.checks if check in ("loop", "silence"))
+    once = replace(sampling, tries=1, candidates=1, checks=checks)
+    for attempt in range(sampling.tries):
+        (made,) = speak(models, [replace(begun, seed=seed + NEXT_TRY * attempt)], once)
+        # As long as was asked for is no failure here.
+        failure = None if made.failure == "cut" else made.failure
+        made = replace(made, tries=attempt + 1, failure=failure)
+        if failure is None:
+            break
+    return made

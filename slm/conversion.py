@@ -1,0 +1,81 @@
+"""Voice conversion: codebook 1 of the source, the other codebooks from the NAR in another voice."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from slm.config import SamplingConfig
+from slm.pieces import cut_at_quiet
+from slm.prompts import Prompt, join_texts
+from slm.speaking import Models
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """A recording, as far as conversion needs it."""
+
+    first: Int[np.ndarray, " T"]
+    """Its codes of codebook 1."""
+    levels: Float[np.ndarray, " T"]
+    """The energy of each frame's samples."""
+    num_samples: int
+
+
+def listen(codec: Any, blocks: Iterable[Float[np.ndarray, " _"]]) -> Source:
+    """Reads a recording that comes in blocks; any length in bounded memory."""
+    levels: list[np.ndarray] = []
+    held, num_samples = np.zeros(0, np.float32), 0
+
+    def measured() -> Iterator[np.ndarray]:
+        nonlocal held, num_samples
+        for block in blocks:
+            num_samples += len(block)
+            held = np.concatenate([held, block])
+            count = len(held) // codec.hop_length
+            frames = held[: count * codec.hop_length].reshape(count, codec.hop_length)
+            levels.append(np.square(frames).sum(1))
+            held = held[count * codec.hop_length :]
+            yield block
+
+    codes = codec.encode_stream(measured(), num_codebooks=1)
+    if held.size:
+        levels.append(np.square(held).sum(keepdims=True))
+    return Source(first=codes[0], levels=np.concatenate(levels), num_samples=num_samples)
+
+
+def convert(
+    models: Models,
+    source: Source,
+    target: Prompt,
+    transcribe: Callable[[Sequence[np.ndarray]], list[str]],
+    sampling: SamplingConfig,
+    batch: int = 8,
+) -> tuple[Int[np.ndarray, "Q T"], str]:
+    """The source's codes in the target's voice, and the text that was used.
+
+    A source that is longer than the training utterances left room for is completed in pieces, cut
+    where it is quiet, `batch` at a time. `transcribe` gives the pieces' texts; where one of them or
+    the target's is empty, the NAR gets no text at all: half of it would be put to the wrong half.
+    """
+    nar, lm = models.nar, models.lm
+    assert nar is not None
+    rate = lm.vocabulary.codec.frame_rate
+    room = max(models.coverage.longest_frames - target.codes.shape[1], round(rate))
+    pieces = [source.first[cut] for cut in cut_at_quiet(source.levels, room)]
+    done, said = [], []
+    for start in range(0, len(pieces), batch):
+        part = pieces[start : start + batch]
+        texts = transcribe(part) if target.text else [""] * len(part)
+        said += texts
+        done += nar.decode(
+            [lm.alphabet.spelt(join_texts(target.text, one)) if one else "" for one in texts],
+            [target.codes] * len(part),
+            part,
+            temperature=sampling.nar_temperature,
+            seeds=[0] * len(part),
+            iterations=sampling.nar_iterations,
+        )
+    return np.concatenate(done, axis=1), " ".join(text for text in said if text)

@@ -1,0 +1,128 @@
+"""A voice's AR as a plain causal LM, which transformers and vLLM load without this package."""
+
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from slm.ar import SpeechLM
+from slm.cards import export_card
+from slm.prompts import asr_context, tts_context
+from slm.vocab import Vocabulary, encode_texts
+
+logger = logging.getLogger(__name__)
+
+MARK = "export.json"
+"""What tells an export from another folder."""
+FORMAT_VERSION = 1
+SAMPLES = ("Good morning.", "It is 5 o'clock, isn't it?", " two  spaces ", "caf\u00e9")
+"""Texts whose tokens in a prompt are compared with those of the layouts."""
+
+
+def export(lm: SpeechLM, folder: str | Path) -> None:
+    """Writes weights (adapters merged, a tied head tied), a tokenizer that has a token for every
+    row of the table, and a card. The folder is whole, or as it was.
+
+    Raises ValueError for a folder that holds something else, and for a tokenizer that cannot be
+    extended so.
+    """
+    from transformers import GenerationConfig
+
+    folder = Path(folder)
+    _check_free(folder)
+    vocabulary = lm.vocabulary
+    tokenizer = extended(lm.alphabet.tokenizer, vocabulary)
+    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{k}") for k in ("new", "old"))
+    partial.mkdir(parents=True)
+    kept = lm.lm.generation_config
+    try:
+        lm.lm.generation_config = GenerationConfig(
+            eos_token_id=[vocabulary.eos, vocabulary.speech_end],
+            bos_token_id=kept.bos_token_id,
+            pad_token_id=vocabulary.eos if kept.pad_token_id is None else kept.pad_token_id,
+        )
+        lm.lm.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        lm.alphabet.save(partial)
+        exact = as_layouts(tokenizer, lm)
+        (partial / "README.md").write_text(export_card(lm, exact), encoding="utf-8")
+        (partial / MARK).write_text(json.dumps({"format": FORMAT_VERSION, "base": _base(lm)}))
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+    finally:
+        lm.lm.generation_config = kept
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _base(lm: SpeechLM) -> dict[str, Any]:
+    return {key: lm.origin[key] for key in ("name", "digest", "num_layers")}
+
+
+def _check_free(folder: Path) -> None:
+    if folder.is_file():
+        raise ValueError(f"{folder}: is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file():
+        raise ValueError(f"{folder}: holds something else than an export; name a new folder")
+
+
+def token_names(vocabulary: Vocabulary) -> list[str]:
+    """The names of all ids that the LLM's tokenizer does not know, in their order: rows that only
+    pad its table, the specials, and speech: <|s_0|>, <|s_1|>, ... codes of codebook 1 first, merges
+    behind them."""
+    padding = [f"<|unused_{row}|>" for row in range(vocabulary.num_text, vocabulary.text_size)]
+    speech = [f"<|s_{number}|>" for number in range(vocabulary.size - vocabulary.first_speech)]
+    return [*padding, *vocabulary.specials, *speech]
+
+
+def extended(tokenizer: Any, vocabulary: Vocabulary) -> Any:
+    """A copy of the tokenizer that knows every id. Old text has its old tokens."""
+    from copy import deepcopy
+
+    from transformers import AddedToken
+
+    made, names = deepcopy(tokenizer), token_names(vocabulary)
+    known = made.get_vocab()
+    if taken := [name for name in names if name in known]:
+        raise ValueError(
+            f"the LLM's tokenizer has a token {taken[0]} of its own; export a voice of another LLM"
+        )
+    # Speech stays visible when special tokens are skipped in decoding, as servers do by default.
+    made.add_tokens(
+        [
+            AddedToken(name, normalized=False, special=re.match(r"<\|s_", name) is None)
+            for name in names
+        ]
+    )
+    ids = made.convert_tokens_to_ids(names)
+    if ids != list(range(vocabulary.num_text, vocabulary.size)):
+        raise ValueError("the LLM's tokenizer numbers new tokens otherwise than its table")
+    return made
+
+
+def as_layouts(tokenizer: Any, lm: SpeechLM) -> bool:
+    """Whether a prompt's string has the very tokens of our layouts; logs where it has not."""
+    vocabulary, alphabet = lm.vocabulary, lm.alphabet
+    if alphabet.text.spoken != "tokens" or alphabet.text.written != "tokens":
+        return False
+    speech = [vocabulary.first_speech, vocabulary.size - 1]
+    for text in SAMPLES:
+        (ids,) = encode_texts(alphabet.tokenizer, [text])
+        spoken = f"<|s_0|><|s_{speech[1] - speech[0]}|>"
+        pairs = (
+            (f"<|text|>{text}<|speech|>{spoken}", tts_context(vocabulary, ids, speech)),
+            (f"<|speech|>{spoken}<|/speech|><|text|>", asr_context(vocabulary, speech)),
+        )
+        for written, layout in pairs:
+            if tokenizer(written, add_special_tokens=False)["input_ids"] != layout:
+                logger.warning(
+                    "this tokenizer reads %r otherwise behind <|text|> than alone; the card says "
+                    "how to make prompts of ids",
+                    text,
+                )
+                return False
+    return True

@@ -1,0 +1,299 @@
+"""Long texts in pieces that a model can say, and the pieces' waves as one.
+
+A text is split at sentence ends; a sentence that is too long at those in its quotations, then at
+commas and the like, then between words.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from slm.config import SamplingConfig
+from slm.generate import BOUNDS_FRAME_RATE
+from slm.prompts import Prompt, has_words, join_texts
+from slm.speaking import Models, Speech, Utterance
+
+SENTENCE_PAUSE, CLAUSE_PAUSE, WORD_PAUSE = 0.4, 0.2, 0.05
+"""Seconds between two pieces, by what ends the first one."""
+LEAST_SECONDS = 2.0
+"""Speech that is never split."""
+WINDOW_SECONDS = 0.01
+"""Stretch that is loud or quiet as a whole."""
+FADE_SECONDS = 0.005
+QUIET_SHARE = 0.05
+"""A window is quiet below this share of the loudest one's level so far: 26 dB."""
+
+LONGEST_ABBREVIATION = 24
+"""Letters that are looked at before a full stop."""
+
+_EMPTY = np.zeros(0, np.float32)
+_OPENING, _CLOSING = "\"'([{\u201c\u2018\u00ab", "\"')]}\u201d\u2019\u00bb"
+_SPACE = re.compile(r"\s+")
+_SENTENCE = re.compile(
+    rf"[.!?\u2026]+[{re.escape(_CLOSING)}]*(?=\s)|[\u3002\uff01\uff1f]+[{re.escape(_CLOSING)}]*"
+)
+_CLAUSE = re.compile(rf"[,;:\u2014\u2013][{re.escape(_CLOSING)}]*(?=\s)|[\u3001\uff0c\uff1b\uff1a]")
+_NEXT = re.compile(rf"\s*[{re.escape(_OPENING)}]*(.)", re.DOTALL)
+_QUOTES = '"\u201c\u201d\u00ab\u00bb'
+_PARAGRAPH = re.compile(r"\n\s*\n")
+# What comes before a full stop that ends no sentence, whatever follows: titles, and words that lead
+# to a number or a name. Letters with stops between them are found by their form.
+_TITLES = "mr mrs ms mx dr prof rev hon st ste mt ft gen col capt cmdr lt maj sgt gov sen rep pres"
+_REFERENCES = "no nos vol vols fig figs eq ch chap sec pp p ed eds vs cf approx ca al etc dept univ"
+_NAMES = "sr jr messrs mme mlle fr br supt assn bros co corp inc ltd ave blvd rd"
+_DATES = "jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri sat sun"
+_ABBREVIATIONS = frozenset(f"{_TITLES} {_REFERENCES} {_NAMES} {_DATES}".split())
+_INITIALS = re.compile(r"(?:^|[\s(\"'\u201c\u2018.-])[^\W\d_](?:\.[^\W\d_])*$")
+
+
+class Piece(NamedTuple):
+    """A part of a text."""
+
+    text: str
+    pause: float
+    """Seconds of quiet behind it; 0 behind the last one."""
+
+
+class Passage(NamedTuple):
+    """A text of any length, checked and encoded: `Voice.passage` makes it."""
+
+    text: str
+    utterances: list[Utterance]
+    pauses: list[float]
+    """Seconds of quiet behind each."""
+
+
+def joined(passage: Passage, speeches: Sequence[Speech]) -> Speech:
+    """One speech of its pieces'; a failure says of which piece it is."""
+    if len(speeches) == 1:
+        return speeches[0]
+    failures = [
+        f"{speech.failure} in piece {number} of {len(speeches)}"
+        for number, speech in enumerate(speeches, start=1)
+        if speech.failure is not None
+    ]
+    waves = [([speech.wave], pause) for speech, pause in zip(speeches, passage.pauses, strict=True)]
+    return replace(
+        speeches[0],
+        wave=np.concatenate(list(join(waves, speeches[0].sample_rate)) or [_EMPTY]),
+        codes=np.concatenate([speech.codes for speech in speeches], axis=1),
+        text=passage.text,
+        failure="; ".join(failures) or None,
+        tries=max(speech.tries for speech in speeches),
+    )
+
+
+def room_behind(prompt: Prompt, models: Models, sampling: SamplingConfig) -> Callable[[str], bool]:
+    """Whether a text, said at the prompt's pace, is no longer with it than what was trained on.
+
+    Texts of LEAST_SECONDS count as short enough: a prompt that leaves less room is too long, and
+    whoever says the text will refuse it.
+    """
+    alphabet = models.lm.alphabet
+    rate, spoken = alphabet.vocabulary.codec.frame_rate, prompt.codes.shape[1]
+    low, high = (bound * rate / BOUNDS_FRAME_RATE for bound in sampling.frames_per_token)
+    pace = min(max(spoken / max(1, alphabet.num_tokens(prompt.text)), low), high)
+    room = max(models.coverage.longest_frames - spoken, LEAST_SECONDS * rate)
+    given = len(alphabet.speech_ids("tts", prompt.codes[0])) + 2
+
+    def fits(text: str) -> bool:
+        frames = pace * alphabet.num_tokens(text)
+        (ids,) = alphabet.text_ids("tts", [join_texts(prompt.text, text)])
+        return frames <= room and len(ids) + given + frames <= models.lm.max_positions
+
+    return fits
+
+
+def split_text(text: str, fits: Callable[[str], bool]) -> list[Piece]:
+    """Pieces that fit, as long as they can be. A single word that does not fit is a piece all the
+    same: whoever says it will refuse it."""
+    pieces = [
+        Piece(_SPACE.sub(" ", part).strip(), pause) for part, pause in _split(text.strip(), fits, 0)
+    ]
+    return [*pieces[:-1], Piece(pieces[-1].text, 0.0)]
+
+
+def _split(text: str, fits: Callable[[str], bool], level: int) -> list[tuple[str, float]]:
+    """Parts of `text` and the pauses behind them, by the breaks of `level` and those below it."""
+    if level == len(_LEVELS) or fits(text.strip()):
+        return [(text, 0.0)]
+    breaks, pause = _LEVELS[level]
+    groups: list[str] = []
+    for unit in _units(text, breaks(text)):
+        if groups and fits((groups[-1] + unit).strip()):
+            groups[-1] += unit
+        else:
+            groups.append(unit)
+    pieces: list[tuple[str, float]] = []
+    for group in groups:
+        inner = _split(group, fits, level + 1)
+        pieces += [*inner[:-1], (inner[-1][0], pause)]
+    return pieces
+
+
+def _units(text: str, breaks: Iterable[int]) -> list[str]:
+    """The text cut at its breaks; what has no words stays with what is before it."""
+    units: list[str] = []
+    edges = [0, *breaks, len(text)]
+    for start, stop in pairwise(edges):
+        unit = text[start:stop]
+        if units and not (has_words(unit) and has_words(units[-1])):
+            units[-1] += unit
+        elif unit:
+            units.append(unit)
+    return units
+
+
+def _sentence_ends(text: str) -> Iterator[int]:
+    """Ends of sentences and paragraphs outside of quotations."""
+    for start, stop in _paragraphs(text):
+        if start:
+            yield start
+        yield from _stops(text, start, stop, quoted=False)
+
+
+def _quoted_ends(text: str) -> Iterator[int]:
+    """Ends of sentences, within quotations as well."""
+    return _stops(text, 0, len(text), quoted=True)
+
+
+def _clause_ends(text: str) -> Iterator[int]:
+    return (match.end() for match in _CLAUSE.finditer(text))
+
+
+def _word_ends(text: str) -> Iterator[int]:
+    return (match.end() for match in _SPACE.finditer(text))
+
+
+_LEVELS: tuple[tuple[Callable[[str], Iterator[int]], float], ...] = (
+    (_sentence_ends, SENTENCE_PAUSE),
+    (_quoted_ends, SENTENCE_PAUSE),
+    (_clause_ends, CLAUSE_PAUSE),
+    (_word_ends, WORD_PAUSE),
+)
+
+
+def _paragraphs(text: str) -> list[tuple[int, int]]:
+    edges = [0, *(match.end() for match in _PARAGRAPH.finditer(text)), len(text)]
+    return list(pairwise(edges))
+
+
+def _stops(text: str, start: int, stop: int, *, quoted: bool) -> Iterator[int]:
+    """Ends of sentences in text[start:stop]; those in a quotation only if `quoted`."""
+    read, quotes = start, dict.fromkeys(_QUOTES, 0)
+    for match in _SENTENCE.finditer(text, start, stop):
+        passed = text[read : match.end()]
+        read = match.end()
+        quotes = {mark: count + passed.count(mark) for mark, count in quotes.items()}
+        after = _NEXT.match(text, match.end(), stop)
+        if after is None or (not quoted and _is_open(quotes)):
+            continue
+        # `"Go!" he said.` goes on.
+        if after[1].islower():
+            continue
+        before = text[max(start, match.start() - LONGEST_ABBREVIATION) : match.start()]
+        if match[0][0] == "." and _is_abbreviation(before):
+            continue
+        yield match.end()
+
+
+def _is_open(quotes: dict[str, int]) -> bool:
+    """Whether a quotation is open where so many of each mark have come."""
+    pairs = (("\u201c", "\u201d"), ("\u00ab", "\u00bb"))
+    return quotes['"'] % 2 == 1 or any(quotes[left] > quotes[right] for left, right in pairs)
+
+
+def _is_abbreviation(before: str) -> bool:
+    """Whether the full stop behind `before` belongs to its last word."""
+    if _INITIALS.search(before):
+        return True
+    words = before.split()
+    return bool(words) and words[-1].lstrip(_OPENING).lower() in _ABBREVIATIONS
+
+
+def join(
+    pieces: Sequence[tuple[Iterable[Float[np.ndarray, " _"]], float]], sample_rate: int
+) -> Iterator[Float[np.ndarray, " _"]]:
+    """The waves of pieces, each in blocks and with the seconds of quiet behind it, as one.
+
+    Where two pieces meet, the quiet edge of each is cut to half the pause, faded, and filled up to
+    the pause with zeros. The outer edges stay as they are, and so does a single piece. Blocks come
+    out as soon as it is known that what they hold stays; how a piece was cut into blocks changes
+    nothing.
+    """
+    joint = _Joint(sample_rate)
+    for number, (blocks, pause) in enumerate(pieces):
+        for block in blocks:
+            wave = joint.add(block)
+            if wave.size:
+                yield wave
+        wave = joint.end(pause, last=number == len(pieces) - 1)
+        if wave.size:
+            yield wave
+
+
+class _Joint:
+    """What of the pieces has not come out yet."""
+
+    def __init__(self, sample_rate: int):
+        self._sample_rate = sample_rate
+        self._window = max(1, round(WINDOW_SECONDS * sample_rate))
+        self._loudest = 0.0
+        # The first piece begins with whatever it has.
+        self._begun, self._room = True, 0
+        self._part = _EMPTY
+        """Less than a window."""
+        self._loud = _EMPTY
+        """The last loud window: it may be the piece's last sound."""
+        self._quiet: list[np.ndarray] = []
+        """The quiet windows behind it."""
+
+    def add(self, block: np.ndarray) -> np.ndarray:
+        """What is certain to come out, now that this block of the piece is known."""
+        held = np.concatenate([self._part, block])
+        count = len(held) // self._window
+        windows = held[: count * self._window].reshape(count, self._window)
+        self._part = held[count * self._window :]
+        return np.concatenate([_EMPTY, *map(self._take, windows)])
+
+    def end(self, pause: float, *, last: bool) -> np.ndarray:
+        """The rest of the piece, and half of the pause behind it."""
+        done = self._take(self._part) if self._part.size else _EMPTY
+        if not self._begun:  # Nothing of it was loud.
+            self._loud, self._quiet = np.zeros(self._room, np.float32), []
+        quiet = np.concatenate([_EMPTY, *self._quiet])
+        if last:
+            return np.concatenate([done, self._loud, quiet])
+        room = round(pause * self._sample_rate / 2)
+        kept = self._faded(np.concatenate([self._loud, quiet[:room]])[::-1])[::-1]
+        filling = np.zeros(max(0, room - len(quiet)), np.float32)
+        self._begun, self._room = False, room
+        self._part, self._loud, self._quiet = _EMPTY, _EMPTY, []
+        return np.concatenate([done, kept, filling])
+
+    def _take(self, window: np.ndarray) -> np.ndarray:
+        level = float(np.sqrt(np.mean(np.square(window))))
+        self._loudest = max(self._loudest, level)
+        if level <= QUIET_SHARE * self._loudest:
+            self._quiet.append(window)
+            return _EMPTY
+        quiet = np.concatenate([_EMPTY, *self._quiet])
+        self._quiet = []
+        if self._begun:
+            done, self._loud = np.concatenate([self._loud, quiet]), window
+            return done
+        self._begun = True
+        kept = quiet[max(0, len(quiet) - self._room) :]
+        self._loud = self._faded(np.concatenate([kept, window]))
+        return np.zeros(self._room - len(kept), np.float32)
+
+    def _faded(self, wave: np.ndarray) -> np.ndarray:
+        """Its beginning rises from nothing."""
+        size = min(len(wave), round(FADE_SECONDS * self._sample_rate))
+        rise = np.linspace(0.0, 1.0, size, endpoint=False, dtype=np.float32)
+        return np.concatenate([wave[:size] * rise, wave[size:]])
