@@ -1,4 +1,5 @@
-"""recipes/speak.py with a voice and judges that are made up, so that every score is foreseen."""
+"""recipes/speak.py and voice_scores.py with a voice and judges that are made up, so that every
+score is foreseen."""
 
 import json
 from pathlib import Path
@@ -10,9 +11,10 @@ from tiny_slm import STAMP
 
 from codec.tokens import TokenRow, TokenShard, write_shard
 from eval.benchmark import Row, read_rows
-from recipes import overfit_check, scoring, speak
-from recipes.speak import SpeakConfig, speak_and_score
+from recipes import overfit_check, scoring, voice_scores
+from recipes.speak import SpeakConfig
 from recipes.tts import TTSConfig
+from recipes.voice_scores import score_voice
 from slm.pipeline import Speech
 from slm.prompts import Prompt
 
@@ -30,7 +32,10 @@ class FakeVoice:
 
     def __init__(self, folder: Path) -> None:
         stamp = SimpleNamespace(digest="c" * 16)
-        self.codec = SimpleNamespace(sample_rate=16000, frame_rate=25.0, stamp=stamp)
+        self.codec = SimpleNamespace(
+            sample_rate=16000, frame_rate=25.0, stamp=stamp, num_codebooks=3
+        )
+        self.nar = "a NAR"
         self.folder = folder
         self.sampling = None
 
@@ -97,18 +102,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         FakeVoice.device = device
         return FakeVoice(path)
 
-    monkeypatch.setattr(speak, "Voice", SimpleNamespace(from_pretrained=load))
+    monkeypatch.setattr(voice_scores, "Voice", SimpleNamespace(from_pretrained=load))
     monkeypatch.setattr(scoring, "Judge", FakeJudge)
     monkeypatch.setattr(scoring, "SpeakerEncoder", FakeEncoder)
     return tmp_path / "run"
 
 
-def write_dev(folder: Path, texts: dict[str, str]) -> TokenShard:
+def write_dev(folder: Path, texts: dict[str, str], name: str = "dev") -> TokenShard:
     """Items of one speaker: 15 frames of amplitude 0.3, then 15 of 0.5."""
     codes = np.repeat([[3], [5]], FRAMES // 2, axis=0).T.repeat(3, axis=0).astype(np.uint16)
     rows = [TokenRow(name, text, "s", "en", FRAMES / 25, codes) for name, text in texts.items()]
-    write_shard(folder / "dev.parquet", rows, STAMP)
-    return TokenShard.open(folder / "dev.parquet")
+    write_shard(folder / f"{name}.parquet", rows, STAMP)
+    return TokenShard.open(folder / f"{name}.parquet")
 
 
 def score(folder: Path, texts: dict[str, str], device: str = "cpu") -> list[Row]:
@@ -119,7 +124,10 @@ def score(folder: Path, texts: dict[str, str], device: str = "cpu") -> list[Row]
     run = SimpleNamespace(
         accelerator=SimpleNamespace(device=SimpleNamespace(type=device)), log=lambda *_: None
     )
-    speak_and_score(folder, dev, settings, TTSConfig(seed=4, speak=settings), run)  # pyright: ignore
+    config = TTSConfig(seed=4, speak=settings)
+    score_voice(
+        folder, write_dev(folder, {"known": "something else"}, "train"), dev, [], config, run
+    )
     return read_rows(folder / "rows.jsonl")
 
 
@@ -168,9 +176,9 @@ def test_every_row_says_where_it_comes_from(folder: Path) -> None:
         origin = (row.system, row.list, row.git, row.config, row.model, row.library, row.machine)
         assert all(origin), row
         assert row.seed >= 4
-        if row.metric in ("wer", "cer"):
+        if row.metric in ("wer", "cer", "wrong"):
             assert "judge@" in row.library
-        if row.metric == "similarity":
+        if row.metric.startswith("similarity"):
             assert "encoder@" in row.library
     models = {row.system: row.model for row in rows}
     assert models == {"slm": scoring.digest_of_voice(folder / "voice"), "codec": "c" * 16}
@@ -199,8 +207,11 @@ def test_own_transcripts_and_judged_ones_have_columns_apart(
 def test_an_id_never_leads_out_of_the_folder(folder: Path) -> None:
     score(folder, {ESCAPE: TEXT, "a/b": TEXT, "a-b": TEXT})
     waves = set(folder.parent.rglob("*.wav"))
-    assert len([path for path in waves if path.parent.name == "continuation"]) == 3
-    assert {path.parent.parent for path in waves} == {folder / "speak"}
+    assert len([path for path in waves if path.parent == folder / "speak" / "continuation"]) == 3
+    assert {path.parent.parent for path in waves} == {folder / "speak", folder / "speak/prompts"}
+    lines = (folder / "speak" / "results.jsonl").read_text().splitlines()
+    audio = {json.loads(line)["audio"] for line in lines}
+    assert audio == {path.name for path in waves if path.parent.name == "cross"}
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -219,7 +230,7 @@ def test_earlier_scores_stay_whole_until_there_are_new_ones(
         path.write_text(json.dumps({"system": rows[0].system})[:-3])
         raise OSError("no space left")
 
-    monkeypatch.setattr(speak, "append_rows", torn)
+    monkeypatch.setattr(voice_scores, "append_rows", torn)
     with pytest.raises(OSError, match="no space left"):
         score(folder, {"a": f"{TEXT} echo"})
     assert (folder / "rows.jsonl").read_bytes() == before

@@ -1,0 +1,29 @@
+"""eval/stats.py: intervals that hold the truth as often as they say."""
+
+import numpy as np
+import pytest
+
+from eval.stats import Sums, paired_difference
+
+
+def test_the_difference_of_rates_and_an_interval_around_it() -> None:
+    errors, words = np.array([1.0, 0.0, 3.0, 2.0]), np.array([10.0, 5.0, 10.0, 5.0])
+    found = paired_difference(Sums(errors, words), Sums(errors + words / 10, words))
+    # Every unit is worse by the same share: nothing is uncertain.
+    assert found == pytest.approx((0.1, 0.1, 0.1))
+    assert found == paired_difference(Sums(errors, words), Sums(errors + words / 10, words))
+
+
+def test_the_interval_covers_the_truth() -> None:
+    random, hits, ones = np.random.default_rng(0), 0, np.ones(40)
+    for trial in range(60):
+        first = random.normal(size=40)
+        second = first + 0.3 + random.normal(size=40)
+        found = paired_difference(Sums(first, ones), Sums(second, ones), seed=trial)
+        hits += found.low <= 0.3 <= found.high
+    assert 52 <= hits <= 60
+
+
+def test_units_must_be_the_same() -> None:
+    with pytest.raises(ValueError, match="2 and 3 units"):
+        paired_difference(Sums(np.ones(2), np.ones(2)), Sums(np.ones(3), np.ones(3)))
