@@ -30,7 +30,8 @@ from codec.tokens import CodecStamp, written_whole
 from slm.alphabet import Alphabet
 from slm.config import ARConfig, LoRAConfig
 from slm.data import IGNORE, ARBatch
-from slm.prompts import TASKS
+from slm.head import Asked, logits_of, speech_rows, text_rows
+from slm.prompts import CONTINUATION, TASKS, TTS
 from slm.vocab import Vocabulary, extend, row_parameters
 
 BASE_FILE = "base.json"
@@ -156,7 +157,9 @@ class SpeechLM(nn.Module):
         extend(base.lm, vocabulary, seed, config.init_scale)
         lm = base.lm
         if config.gradient_checkpointing:
-            lm.gradient_checkpointing_enable({"use_reentrant": False})
+            with warnings.catch_warnings():  # Its later name is not in every release.
+                warnings.simplefilter("ignore", FutureWarning)
+                lm.gradient_checkpointing_enable({"use_reentrant": False})
             lm.enable_input_require_grads()
         if config.lora is not None:
             lm = _add_adapters(lm, config.lora, vocabulary, seed)
@@ -188,16 +191,40 @@ class SpeechLM(nn.Module):
         return int(getattr(self.config, "max_position_embeddings", 1 << 20))
 
     def forward(self, batch: ARBatch) -> Scores:
-        """Losses at target positions only: no other position's logits are computed."""
-        keep = batch.labels != IGNORE  # (B, L)
-        inputs = {} if batch.documents is None else separated(batch.documents)
-        with _gathered(self.head, keep):
-            logits = self.lm(input_ids=batch.tokens, use_cache=False, **inputs).logits[0]  # (N, V)
-        return score(logits, batch.labels[keep], batch.tasks[keep], len(TASKS))
+        """Losses at target positions only, each over what it may be: speech over codes and their
+        end, text over text. Generation chooses from the same."""
+        target = batch.labels != IGNORE
+        spoken = (batch.tasks == TTS) | (batch.tasks == CONTINUATION)
+        asked = [
+            Asked(chosen.flatten().nonzero()[:, 0], rows)
+            for chosen, rows in [
+                (target & spoken, speech_rows(self.alphabet)),
+                (target & ~spoken, text_rows(self.vocabulary)),
+            ]
+        ]
+        inputs = {} if batch.documents is None else self._apart(batch.documents)
+        logits = logits_of(self.lm, asked, input_ids=batch.tokens, **inputs)
+        labels, tasks = batch.labels.flatten(), batch.tasks.flatten()
+        scores = [
+            score(each, rows.columns(labels[where]), tasks[where], len(TASKS))
+            for each, (where, rows) in zip(logits, asked, strict=True)
+        ]
+        return Scores(*(one + other for one, other in zip(*scores, strict=True)))
 
-    @property
-    def head(self) -> nn.Module:
-        return self.lm.get_output_embeddings()
+    def _apart(self, documents: Int[Tensor, "B L"]) -> dict[str, Tensor]:
+        inputs, length = separated(documents), documents.shape[1]
+        window = getattr(self.config, "sliding_window", None)
+        if window is not None and window < length:
+            raise ValueError(
+                f"this LLM sees {window} positions back, which packed rows of {length} cannot "
+                f"show: batch.packed must be at most {window}, or null"
+            )
+        if self.config._attn_implementation != "sdpa":  # All others add the mask to the scores.
+            dtype = next(self.lm.parameters()).dtype
+            lowest = torch.finfo(dtype).min
+            mask = torch.zeros_like(inputs["attention_mask"], dtype=dtype)
+            inputs["attention_mask"] = mask.masked_fill(~inputs["attention_mask"], lowest)
+        return inputs
 
     def save(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Writes the folder described above.
@@ -276,23 +303,17 @@ def score(logits: Float[Tensor, "N V"], labels: Tensor, groups: Tensor, num_grou
     )
 
 
-@contextmanager
-def _gathered(head: nn.Module, keep: Tensor) -> Iterator[None]:
-    """While it lasts, the head sees only the kept positions: (1, N, D) instead of (B, L, D)."""
-
-    def gather(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][keep][None], *args[1:])
-
-    handle = head.register_forward_pre_hook(gather)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def _add_adapters(lm: Any, config: LoRAConfig, vocabulary: Vocabulary, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
+    tables = (lm.get_input_embeddings(), lm.get_output_embeddings())
+    names = [name for name, module in lm.named_modules() if module in tables]
+    for target in config.targets:
+        if any(f".{name}".endswith(f".{target}") for name in names):
+            raise ValueError(
+                f"lora.targets: {target} is the table of tokens, whose new rows are trained whole "
+                "and whose old rows stay as they are; leave it out"
+            )
     settings = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 import gzip
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,26 @@ class Corpus:
 
     def codes(self, item: int | np.integer) -> Int[np.ndarray, "Q T"]:
         return self.shard[int(self.items[item])].codes.astype(np.int64)
+
+
+class Ragged:
+    """Rows of whole numbers, not all of one length, in two arrays: small beside lists of lists."""
+
+    def __init__(self, rows: Iterable[Sequence[int] | np.ndarray], dtype: type = np.int32):
+        parts = [np.asarray(row, dtype) for row in rows]
+        self.lengths = np.array([len(part) for part in parts], dtype=np.int64)
+        self._ends = np.cumsum(self.lengths)
+        self._values = np.concatenate(parts) if parts else np.zeros(0, dtype)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, row: int | np.integer) -> np.ndarray:
+        return self._values[self._ends[row] - self.lengths[row] : self._ends[row]]
+
+    def at(self, rows: np.ndarray) -> "Ragged":
+        """The rows of these indices."""
+        return Ragged((self[row] for row in rows), self._values.dtype.type)
 
 
 def usable(shard: TokenShard, limit: int | None = None) -> Corpus:
@@ -112,10 +132,17 @@ def _documents(path: Path, file: Iterator[str], kind: str) -> Iterator[str]:
                 raise ValueError(f"{path}, line {number}: no JSON object with a text") from error
 
 
-def pieces_of(documents: Sequence[Sequence[int]], end: int, longest: int) -> list[np.ndarray]:
+def pieces_of(
+    documents: Iterable[Sequence[int]], end: int, longest: int
+) -> Iterator[Int[np.ndarray, " _"]]:
     """Ids of documents, each with its end, in pieces of at most `longest` and at least two."""
-    pieces = []
+    if longest < 2:
+        raise ValueError(f"pieces of texts need at least 2 positions, not {longest}")
     for ids in documents:
         array = np.array([*ids, end], dtype=np.int32)
-        pieces += [array[i : i + longest] for i in range(0, len(array), longest)]
-    return [piece for piece in pieces if len(piece) > 1]
+        # A rest of one id would have no target: the piece before it leaves it one more.
+        bounds = list(range(0, len(array), longest))
+        if len(array) - bounds[-1] == 1 and len(bounds) > 1 and longest > 2:
+            bounds[-1] -= 1
+        pieces = (array[i:j] for i, j in zip(bounds, [*bounds[1:], len(array)], strict=True))
+        yield from (piece for piece in pieces if len(piece) > 1)

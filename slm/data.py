@@ -1,6 +1,6 @@
 """Token shards and texts to batches under a budget of positions (slm/plan.py says which)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -12,11 +12,13 @@ from torch import Tensor
 from codec.tokens import TokenShard
 from slm.alphabet import Alphabet
 from slm.config import BatchConfig, TaskConfig
-from slm.corpus import Corpus, name_of, pieces_of, usable, within
+from slm.corpus import Corpus, Ragged, name_of, pieces_of, usable, within
 from slm.plan import Batch, Draw, Plan
 from slm.prompts import ASR, CONTINUATION, TASKS, TEXT, TTS, Layout, layout
 
 IGNORE = -100
+TEXTS_AT_ONCE = 4096
+"""Texts that are turned into ids together: lists of them are large."""
 
 
 class ARBatch(NamedTuple):
@@ -57,7 +59,8 @@ class ARData:
     """Batches for the AR. An item is an utterance in one task's layout, or a piece of a text.
 
     An epoch has every utterance in the layout of the heaviest task, and of the other tasks the
-    share that their weights say, the rest of it in the epochs after.
+    share that their weights say, the rest of it in the epochs after. Pieces of texts are longer
+    than utterances: their weight is in positions.
     """
 
     def __init__(
@@ -71,24 +74,29 @@ class ARData:
         self.alphabet, self._packed = alphabet, batch.packed is not None
         weights = {task: getattr(tasks, TASKS[task]) for task in (TTS, ASR, CONTINUATION)}
         weights = {task: weight for task, weight in weights.items() if weight}
-        forms = [_Form(task, corpus, alphabet) for task in weights]
+        codes = Ragged((corpus.codes(row)[0] for row in range(len(corpus.items))), np.uint16)
+        forms = [_Form(task, corpus, codes, alphabet) for task in weights]
         self.corpus = within(corpus, np.max([form.lengths for form in forms], axis=0), longest)
-        kept = np.isin(corpus.items, self.corpus.items)
-        self._forms = [form.at(kept) for form in forms]
-        self._pieces = _pieces(alphabet, texts, longest)
-        number = len(self.corpus.items)
-        self._tasks = np.concatenate(
-            [np.repeat(list(weights), number), np.full(len(self._pieces), TEXT)]
-        )
-        sizes = np.array([len(piece) for piece in self._pieces], dtype=np.int64)
+        kept = np.flatnonzero(np.isin(corpus.items, self.corpus.items))
+        self._codes, self._forms = codes.at(kept), [form.at(kept) for form in forms]
+        self._pieces = Ragged(_pieces(alphabet, texts, longest))
+        if texts and not len(self._pieces):
+            raise ValueError("the texts have no piece of two tokens; give longer ones")
+        number = len(kept)
+        self._tasks = np.repeat([*weights, TEXT], [number] * len(weights) + [len(self._pieces)])
+        sizes = self._pieces.lengths
         self._targets = np.concatenate([*(form.targets for form in self._forms), sizes - 1])
+        self.lengths = np.concatenate([*(form.lengths for form in self._forms), sizes])
+        """Positions of every item."""
+        heaviest = max(weights, key=lambda task: weights[task])
         pools = [np.arange(number) + number * index for index in range(len(weights))]
-        counts = [round(number * weight / max(weights.values())) for weight in weights.values()]
-        if self._pieces:
-            pools.append(np.arange(len(self._pieces)) + number * len(weights))
-            counts.append(round(number * tasks.text / max(weights.values())))
-        lengths = np.concatenate([*(form.lengths for form in self._forms), sizes])
-        self._plan = Plan(lengths, batch, seed, Draw(pools, counts, seed))
+        counts = [number * weight / weights[heaviest] for weight in weights.values()]
+        if texts:
+            positions = self.lengths[self._tasks == heaviest].sum()
+            pools.append(np.arange(len(sizes)) + number * len(weights))
+            counts.append(positions * tasks.text / weights[heaviest] / sizes.mean())
+        draw = Draw(pools, [max(1, round(count)) for count in counts], seed)
+        self._plan = Plan(self.lengths, batch, seed, draw)
         self.padding_share = self._plan.padding_share
 
     @classmethod
@@ -105,19 +113,23 @@ class ARData:
     def share(self, step: int, micro: int, rank: int, world: int, accumulate: int) -> Share:
         size, slot = world * accumulate, micro * world + rank
         group, num_fill = self._plan.group(step, size)
-        targets = sum(int(self._targets[row].sum()) for batch in group for row in batch)
+        targets = int(self._targets[np.concatenate([row for rows in group for row in rows])].sum())
         weight = 0.0 if slot >= size - num_fill else 1.0
         return Share(self.collate(group[slot]), targets / size, weight)
 
     def layout(self, item: int | np.integer) -> Layout:
         """The sequence of an item."""
         task, number = int(self._tasks[item]), len(self.corpus.items)
+        vocabulary = self.alphabet.vocabulary
         if task == TEXT:
             piece = self._pieces[int(item) - number * len(self._forms)]
-            return layout(task, self.alphabet.vocabulary, piece.tolist(), [])
+            return layout(task, vocabulary, piece.tolist(), [])
         form, row = self._forms[int(item) // number], int(item) % number
-        text, speech = form.ids(row, self.corpus, self.alphabet)
-        return layout(task, self.alphabet.vocabulary, text, speech)
+        if form.pieces is not None:
+            speech = form.pieces[row]
+        else:
+            speech = self.alphabet.speech_ids(TASKS[task], self._codes[row].astype(np.int64))
+        return layout(task, vocabulary, form.texts[row].tolist(), speech)
 
     def collate(self, batch: Batch) -> ARBatch:
         """A batch from the items of its rows."""
@@ -143,42 +155,35 @@ class ARData:
 
 
 class _Form:
-    """What the utterances of a corpus are in one task: ids, or how to make them."""
+    """What the utterances of a corpus are in one task."""
 
-    def __init__(self, task: int, corpus: Corpus, alphabet: Alphabet):
-        self.task, name = task, TASKS[task]
-        empty: list[list[int]] = [[]] * len(corpus.items)
-        self._texts = empty if task == CONTINUATION else alphabet.text_ids(name, corpus.texts)
-        # Codes are read from the shard when they are asked for; pieces of them are kept.
-        self._pieces = None
-        num_speech = corpus.num_frames.astype(np.int64)
+    def __init__(self, task: int, corpus: Corpus, codes: Ragged, alphabet: Alphabet):
+        name, number = TASKS[task], len(codes)
+        spelt = _encoded(alphabet, name, corpus.texts) if task != CONTINUATION else [[]] * number
+        self.texts = Ragged(spelt)
+        self.pieces: Ragged | None = None
+        """Ids of their speech, where it is not codes as they are."""
         if alphabet.has_pieces(name):
-            rows = range(len(corpus.items))
-            self._pieces = [alphabet.speech_ids(name, corpus.codes(row)[0]) for row in rows]
-            num_speech = np.array([len(pieces) for pieces in self._pieces], dtype=np.int64)
-        num_text = np.array([len(text) for text in self._texts], dtype=np.int64)
-        self.targets = (num_text if task == ASR else num_speech) + 1
-        self.lengths = num_text + num_speech + {TTS: 3, ASR: 4, CONTINUATION: 2}[task]
+            rows = (codes[row].astype(np.int64) for row in range(number))
+            self.pieces = Ragged(alphabet.speech_ids(name, row) for row in rows)
+        num_speech = (codes if self.pieces is None else self.pieces).lengths
+        self.targets = (self.texts.lengths if task == ASR else num_speech) + 1
+        self.lengths = self.texts.lengths + num_speech + {TTS: 3, ASR: 4, CONTINUATION: 2}[task]
 
-    def at(self, kept: np.ndarray) -> "_Form":
-        """Of the utterances that are kept."""
+    def at(self, rows: np.ndarray) -> "_Form":
+        """Of these utterances alone."""
         part = copy(self)
-        where = np.flatnonzero(kept)
-        part._texts = [self._texts[row] for row in where]
-        part._pieces = self._pieces and [self._pieces[row] for row in where]
-        part.targets, part.lengths = self.targets[where], self.lengths[where]
+        part.texts = self.texts.at(rows)
+        part.pieces = self.pieces and self.pieces.at(rows)
+        part.targets, part.lengths = self.targets[rows], self.lengths[rows]
         return part
 
-    def ids(
-        self, row: int, corpus: Corpus, alphabet: Alphabet
-    ) -> tuple[list[int], Int[np.ndarray, " _"]]:
-        """Of an utterance's text and speech."""
-        if self._pieces is not None:
-            return self._texts[row], self._pieces[row]
-        return self._texts[row], alphabet.speech_ids(TASKS[self.task], corpus.codes(row)[0])
+
+def _encoded(alphabet: Alphabet, task: str, texts: Sequence[str]) -> Iterator[list[int]]:
+    """Ids of texts, some thousands at a time."""
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        yield from alphabet.text_ids(task, texts[start : start + TEXTS_AT_ONCE])
 
 
-def _pieces(alphabet: Alphabet, texts: Sequence[str], longest: int) -> list[np.ndarray]:
-    if not texts:
-        return []
-    return pieces_of(alphabet.text_ids("text", texts), alphabet.vocabulary.eos, longest)
+def _pieces(alphabet: Alphabet, texts: Sequence[str], longest: int) -> Iterator[np.ndarray]:
+    return pieces_of(_encoded(alphabet, TASKS[TEXT], texts), alphabet.vocabulary.eos, longest)

@@ -4,6 +4,7 @@ So a run resumes without any sampler state, and one rank that accumulates two ba
 ranks see. A batch is rows; a row is one item, or several that are packed.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Callable
 
 import numpy as np
@@ -14,7 +15,7 @@ from slm.config import BatchConfig
 BUCKET_GROWTH = 1.04
 """Lengths within one bucket differ by at most this factor: the price of shuffling, in padding."""
 OPEN_ROWS = 256
-"""Rows that still take items while the next ones are packed."""
+"""Rows that still take items while the next ones are packed; of more, the fullest is closed."""
 
 Batch = list[np.ndarray]
 """Rows, each the indices of its items."""
@@ -57,7 +58,11 @@ class Plan:
 
     def group(self, step: int, size: int) -> tuple[list[Batch], int]:
         """The `size` batches of a step, and how many of them only fill it up: an epoch's last step
-        begins the epoch again."""
+        begins the epoch again.
+
+        Epochs differ in their number of batches, so the first call for a late step makes the plans
+        of all epochs before it, once.
+        """
         epoch, index = 0, step
         while index >= (groups := self._num_groups(epoch, size)):
             epoch, index = epoch + 1, index - groups
@@ -87,19 +92,23 @@ class Plan:
 
 
 def bucketed(
-    items: np.ndarray, lengths: np.ndarray, config: BatchConfig, random: np.random.Generator
-) -> list[Batch]:
-    """Batches of items of like lengths, one a row, shuffled within their bucket."""
-    bucket = np.ceil(np.log(np.maximum(lengths, 1)) / np.log(BUCKET_GROWTH)).astype(int)
+    items: np.ndarray, lengths: np.ndarray, config: BatchConfig, random: np.random.Generator,
+    growth: float = BUCKET_GROWTH,
+) -> list[Batch]:  # fmt: skip
+    """Batches of items of like lengths, one a row, shuffled within their bucket.
+
+    With infinite `growth` all lengths are alike: batches at random.
+    """
+    bucket = np.ceil(np.log(np.maximum(lengths, 1)) / np.log(growth)).astype(int)
     order = np.lexsort((random.random(len(items)), bucket))
     batches: list[Batch] = []
     batch: Batch = []
     longest = 0
-    for index in order:
-        most = max(longest, int(lengths[index]))
+    for index, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        most = max(longest, length)
         if batch and (len(batch) == config.max_items or (len(batch) + 1) * most > config.positions):
             batches.append(batch)
-            batch, most = [], int(lengths[index])
+            batch, most = [], length
         batch.append(items[index : index + 1])
         longest = most
     return [*batches, batch] if batch else batches
@@ -109,23 +118,26 @@ def packed(
     items: np.ndarray, lengths: np.ndarray, config: BatchConfig, random: np.random.Generator
 ) -> list[Batch]:
     """Batches of rows of at most `config.packed` positions: each item, in random order, goes to the
-    fullest open row that still takes it."""
+    fullest open row that still takes it. `max_items` does not count here: it is about rows."""
     assert config.packed is not None
     rows: list[list[int]] = []
-    room = np.zeros(0, dtype=np.int64)
-    for index in random.permutation(len(items)):
+    room: list[tuple[int, int]] = []  # of open rows, and which; sorted
+    shortest = int(lengths.min(initial=config.packed))
+    for index in random.permutation(len(items)).tolist():
         length = int(lengths[index])
-        left = np.where(room >= length, room, np.iinfo(np.int64).max)[-OPEN_ROWS:]
-        if left.size and left.min() < np.iinfo(np.int64).max:
-            row = len(room) - len(left) + int(left.argmin())
+        place = bisect_left(room, (length, 0))
+        if place < len(room):
+            left, row = room.pop(place)
         else:
-            row = len(rows)
+            left, row = config.packed, len(rows)
             rows.append([])
-            room = np.append(room, config.packed)
-        rows[row].append(int(items[index]))
-        room[row] -= length
-    per_batch = max(1, config.positions // config.packed)
-    arrays = [np.array(row) for row in rows]
+        rows[row].append(index)
+        if left - length >= shortest:
+            insort(room, (left - length, row))
+        if len(room) > OPEN_ROWS:
+            room.pop(0)
+    arrays = [items[row] for row in rows]
+    per_batch = config.positions // config.packed
     return [arrays[i : i + per_batch] for i in range(0, len(arrays), per_batch)]
 
 
@@ -141,7 +153,7 @@ class Draw:
         for number, (pool, count) in enumerate(zip(self._pools, self._counts, strict=True)):
             taken: list[np.ndarray] = []
             start = epoch * count
-            while count:
+            while count:  # A weight beyond the others' goes through its pool more than once.
                 turn, offset = divmod(start, len(pool))
                 random = np.random.default_rng((self._seed, number, turn, 1))
                 part = random.permutation(pool)[offset : offset + count]

@@ -46,7 +46,7 @@ Step = Callable[[nn.Module, Any, float], Losses]
 
 
 def ar_step(model: nn.Module, batch: ARBatch, num_targets: float) -> Losses:
-    """Cross-entropy of codebook 1 (tts) and of transcripts (asr), over targets only."""
+    """Cross-entropy of codebook 1 (tts, continuation) and of text (asr, text), targets only."""
     scores = model(batch)
     return Losses(scores.nll.sum() / num_targets, scores)
 

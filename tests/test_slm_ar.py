@@ -1,0 +1,142 @@
+"""slm/ar.py: losses and gradients are what they are said to be, padded, packed or saved on."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_ar import batch_of, make
+from tiny_slm import STAMP, quiet, save_base, save_shard
+
+from codec.tokens import TokenShard
+from slm.ar import SpeechLM
+from slm.config import ARConfig, BatchConfig, LoRAConfig, TaskConfig
+from slm.data import IGNORE, ARBatch, ARData
+from slm.prompts import ASR, TEXT
+
+pytestmark = quiet()
+
+
+def restricted(lm: SpeechLM, logits: torch.Tensor, batch: ARBatch) -> torch.Tensor:
+    """Logits of every position with -inf at the ids that its target cannot be."""
+    vocabulary = lm.vocabulary
+    allowed = torch.zeros(2, vocabulary.size, dtype=torch.bool)
+    allowed[0, vocabulary.first_speech :] = allowed[0, vocabulary.speech_end] = True
+    allowed[1, : vocabulary.num_text] = allowed[1, vocabulary.eos] = True
+    written = (batch.tasks == ASR) | (batch.tasks == TEXT)
+    return logits.masked_fill(~allowed[written.long()], -torch.inf)
+
+
+@pytest.mark.parametrize("lora", [LoRAConfig(rank=2), None])
+@pytest.mark.parametrize("eos", [True, False])
+def test_loss_is_that_of_plain_logits_at_targets_over_what_they_may_be(
+    tmp_path: Path, lora: LoRAConfig | None, eos: bool
+) -> None:
+    lm = make(tmp_path, lora, eos=eos).eval()
+    batch = batch_of(lm, tmp_path / "a.parquet")
+    parameters = [p for p in lm.parameters() if p.requires_grad]
+    scores = lm(batch)
+    logits = restricted(lm, lm.lm(input_ids=batch.tokens).logits, batch)
+    nll = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), batch.labels, ignore_index=IGNORE, reduction="none"
+    ).sum(1)
+    by_task = [nll[batch.tasks[:, 0] == task].sum() for task in range(4)]
+    torch.testing.assert_close(scores.nll, torch.stack(by_task), rtol=1e-5, atol=1e-3)
+    correct = ((logits.argmax(-1) == batch.labels) & (batch.labels != IGNORE)).sum()
+    assert scores.correct.sum() == correct
+    targets = (batch.labels != IGNORE).sum(1)
+    assert scores.targets.tolist() == [
+        targets[batch.tasks[:, 0] == t].sum().item() for t in range(4)
+    ]
+    ours, plain = (
+        torch.autograd.grad(loss / 100, parameters) for loss in (scores.nll.sum(), nll.sum())
+    )
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def packed_data(lm: SpeechLM, path: Path, packed: int | None = 160) -> ARData:
+    shard = TokenShard.open(save_shard(path, 6))
+    tasks = TaskConfig(continuation=1.0, text=1.0)
+    batch = BatchConfig(positions=480, packed=packed)
+    return ARData.open(
+        shard, lm.alphabet, tasks, batch, 0, longest=256, texts=["the cat sat on a mat"]
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("lora", [LoRAConfig(rank=2), None])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_items_are_as_one_by_one(
+    tmp_path: Path, kind: str, lora: LoRAConfig | None, attention: str
+) -> None:
+    lm = make(tmp_path, lora, kind=kind).eval()
+    lm.config._attn_implementation = attention
+    data = packed_data(lm, tmp_path / "a.parquet")
+    alone = packed_data(lm, tmp_path / "a.parquet", packed=None)
+    rows = [np.array([0, 6, 12]), np.array([18, 1, 7]), np.array([13, 2])]
+    parameters = [p for p in lm.parameters() if p.requires_grad]
+    packed = lm(data.collate(rows))
+    singles = [lm(alone.collate([np.array([item])])) for item in np.concatenate(rows)]
+    sums = [torch.stack(part).sum(0) for part in zip(*singles, strict=True)]
+    assert packed.targets.tolist() == sums[2].tolist()
+    assert (packed.targets > 0).all()
+    torch.testing.assert_close(packed.nll, sums[0], rtol=1e-5, atol=1e-3)
+    ours, others = (torch.autograd.grad(s.sum() / 100, parameters) for s in (packed.nll, sums[0]))
+    for one, other in zip(ours, others, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_no_packed_item_sees_another(tmp_path: Path, kind: str) -> None:
+    lm = make(tmp_path, kind=kind).eval()
+    batch = packed_data(lm, tmp_path / "a.parquet").collate([np.array([0, 12, 1])])
+    assert batch.documents is not None
+    hidden = batch.documents[0] == 2
+    changed = torch.where(hidden, (batch.tokens + 1) % 50, batch.tokens)
+    target = batch.labels != IGNORE
+    for document in (1, 3):  # Before and behind what changed.
+        labels = batch.labels.masked_fill(batch.documents != document, IGNORE)
+        nlls = [lm(batch._replace(tokens=t, labels=labels)).nll for t in (batch.tokens, changed)]
+        assert torch.equal(*nlls)
+    labels = batch.labels.masked_fill(~(target & hidden), IGNORE)
+    nlls = [lm(batch._replace(tokens=t, labels=labels)).nll for t in (batch.tokens, changed)]
+    assert not torch.equal(*nlls)
+
+
+def test_rows_longer_than_a_sliding_window_are_refused(tmp_path: Path) -> None:
+    lm = make(tmp_path)
+    lm.config.sliding_window = 50
+    batch = packed_data(lm, tmp_path / "a.parquet").collate([np.array([0, 12, 1])])
+    with pytest.raises(ValueError, match=r"batch\.packed must be at most 50"):
+        lm(batch)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("lora", [LoRAConfig(rank=2), None])
+def test_gradient_checkpointing_changes_nothing(
+    tmp_path: Path, kind: str, lora: LoRAConfig | None
+) -> None:
+    base = save_base(tmp_path / "base", kind=kind)
+    gradients = []
+    for saving in (False, True):
+        config = ARConfig(base=str(base), lora=lora, gradient_checkpointing=saving)
+        lm = SpeechLM.create(config, STAMP, seed=0).train()
+        for module in lm.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        data = packed_data(lm, tmp_path / "a.parquet")
+        (lm(data.collate([np.array([0, 6, 18])])).nll.sum() / 100).backward()
+        gradients.append({n: p.grad for n, p in lm.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_padding_changes_nothing(tmp_path: Path) -> None:
+    lm = make(tmp_path).eval()
+    batch = batch_of(lm, tmp_path / "a.parquet")
+    row = 0
+    length = int((batch.labels[row] != IGNORE).nonzero().max()) + 2
+    alone = lm(ARBatch(*(part[:1, :length] for part in batch[:3]), documents=None))
+    padded = lm(ARBatch(*(part[:1] for part in batch[:3]), documents=None))
+    torch.testing.assert_close(alone.nll, padded.nll, rtol=1e-5, atol=1e-4)
