@@ -84,20 +84,22 @@ def longest_silence(wave: Float[np.ndarray, " _"], sample_rate: int) -> float:
 
 
 def is_early(
-    num_frames: int, text: str, prompt_frames: int, prompt_text: str, least: int = 0
+    num_frames: int, bounds: tuple[int, int], text: str, prompt_frames: int, prompt_text: str
 ) -> bool:
-    """Whether speech is far shorter than its text needs: fewer frames than the bound `least`, or
-    than EARLY_SHARE of what the prompt took for as many letters.
+    """Whether speech is far shorter than its text needs: fewer frames than the lower bound, or than
+    EARLY_SHARE of what the prompt took for as many letters (or of the upper bound, if that is
+    less).
 
     Of 5,652 pairs of natural recordings of one speaker none differs so much in its rate, and one in
     a thousand by 0.475. Prompts without a text, and very few letters, tell nothing.
     """
+    least, most = bounds
     if num_frames < least:
         return True
     said, asked = num_letters(prompt_text), num_letters(text)
     if min(said, asked) < MIN_LETTERS:
         return False
-    return num_frames < EARLY_SHARE * asked * prompt_frames / said
+    return num_frames < EARLY_SHARE * min(most, asked * prompt_frames / said)
 
 
 def num_letters(text: str) -> int:

@@ -80,10 +80,10 @@ def speech_only(lm: SpeechLM, config: SamplingConfig) -> Allowed:
     """For TTS: speech ids and <|/speech|>."""
     vocabulary = lm.vocabulary
     loop = max(8, round(config.loop_seconds * vocabulary.codec.frame_rate))
-    pieces = lm.alphabet.has_pieces("tts")
+    ids = lm.alphabet.speech_range("tts")
     return Allowed(
-        first=vocabulary.first_speech,
-        stop=vocabulary.size if pieces else vocabulary.first_speech + vocabulary.codebook_size,
+        first=ids.start,
+        stop=ids.stop,
         end=vocabulary.speech_end,
         loop_tokens=loop,
         speech=lm.alphabet,

@@ -1,20 +1,31 @@
 """From what is to be said to a wave: the AR, the NAR and the codec's decoder, for a batch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from slm.ar import SpeechLM
+from slm.checks import (
+    Failure,
+    begins_with_prompt,
+    is_early,
+    is_empty,
+    lacks_end,
+    longest_silence,
+    repeats_codes,
+    severity,
+)
 from slm.config import SamplingConfig
-from slm.generate import Request, first_codes, generate, speech_only
+from slm.generate import Request, again, first_codes, generate, speech_only
 from slm.nar import NAR
 from slm.prompts import Coverage, Prompt, join_texts
-
-SILENCE_RMS = 1e-4
+from slm.selfcheck import can_transcribe, text_scores, transcripts
+from slm.spelling import normalize
 
 
 @runtime_checkable
@@ -64,56 +75,241 @@ class Speech:
     text: str
     prompt_text: str
     failure: str | None
-    """None, or what is wrong with it after the last try: empty, loop or cut."""
+    """None, or what is wrong with the least bad of all tries (slm/checks.py names it)."""
     tries: int
+    """So many were made."""
     seed: int
+    """The one under which this was made."""
     sample_rate: int
+    score: float | None = None
+    """Mean log-probability of the text given the speech, where candidates were compared."""
+
+
+class Candidate(NamedTuple):
+    """What the AR made of an utterance under one seed."""
+
+    first: Int[np.ndarray, " _"]
+    """Codebook 1 of the new part."""
+    failure: Failure | None
+    seed: int
+    score: float | None
 
 
 def speak(
     models: Models, utterances: Sequence[Utterance], sampling: SamplingConfig
 ) -> list[Speech]:
-    """What was said of each utterance; a failure's name stands in it."""
-    lm, codec = models.lm, models.codec
+    """What was said of each utterance, as one batch.
+
+    What fails a check is made again under a new seed, until `sampling.tries` were made; then the
+    least bad is returned with its failure's name. Where the model was trained on ASR, the checks
+    `early` and `leak` also transcribe what passed all others: about as much work again as the AR's.
+    Raises ValueError for several candidates and a model without ASR.
+    """
+    if sampling.candidates > 1 and not can_transcribe(models.lm):
+        raise ValueError(
+            f"sampling.candidates is {sampling.candidates}: they are compared by the model's own "
+            "ASR, but this voice was trained without asr; set it to 1"
+        )
+    best: list[Speech | None] = [None] * len(utterances)
+    for attempt in range(sampling.tries):
+        waiting = [i for i, one in enumerate(best) if one is None or one.failure is not None]
+        if not waiting:
+            break
+        made = _try([utterances[i] for i in waiting], models, sampling, attempt)
+        for index, speech in zip(waiting, made, strict=True):
+            kept = _better(best[index], speech)
+            best[index] = replace(kept, tries=attempt + 1)
+    return [one for one in best if one is not None]
+
+
+def _better(before: Speech | None, new: Speech) -> Speech:
+    """Of two that may have failed the less bad, the earlier one where they are alike."""
+    if before is None or severity(new.failure) < severity(before.failure):
+        return new
+    return before
+
+
+def _try(
+    utterances: Sequence[Utterance], models: Models, sampling: SamplingConfig, attempt: int
+) -> list[Speech]:
+    """Every utterance once: its best candidate, or the next ones where only a wave tells that a
+    candidate failed."""
+    ranked = candidates(models.lm, utterances, sampling, attempt)
+    best: list[Speech | None] = [None] * len(utterances)
+    unsettled = list(range(len(utterances)))
+    for rank in range(sampling.candidates):
+        made = _finish(
+            models,
+            [utterances[i] for i in unsettled],
+            [ranked[i][rank] for i in unsettled],
+            sampling,
+        )
+        for index, speech in zip(unsettled, made, strict=True):
+            best[index] = _better(best[index], speech)
+        unsettled = [
+            index
+            for index, speech in zip(unsettled, made, strict=True)
+            if speech.failure is not None
+            and rank + 1 < len(ranked[index])
+            and ranked[index][rank + 1].failure is None
+        ]
+        if not unsettled:
+            break
+    return [one for one in best if one is not None]
+
+
+def candidates(
+    lm: SpeechLM, utterances: Sequence[Utterance], sampling: SamplingConfig, attempt: int = 0
+) -> list[list[Candidate]]:
+    """`sampling.candidates` for each utterance in one batch, the best first: those that did not
+    fail, and among them the one whose text the model's own ASR finds the likeliest given the
+    speech. The first one's seed is the utterance's own, so that one candidate is the plain call.
+
+    Cost: the AR's work as many times, and one pass of ASR over all (no generation).
+    """
     requests = [
-        Request(
-            context=one.context,
-            min_tokens=one.bounds[0],
-            max_tokens=one.bounds[1],
-            seed=one.seed,
+        again(
+            Request(
+                context=one.context,
+                min_tokens=one.bounds[0],
+                max_tokens=one.bounds[1],
+                seed=one.seed,
+            ),
+            attempt,
+            number,
         )
         for one in utterances
+        for number in range(sampling.candidates)
     ]
-    made = generate(lm, requests, speech_only(lm, sampling), sampling)
-    first = [first_codes(lm, one) for one in made]
-    codes = complete(models.nar, utterances, first)
+    made = generate(lm, requests, speech_only(lm, sampling), replace(sampling, tries=1))
+    said = [one for one in utterances for _ in range(sampling.candidates)]
+    codes = [first_codes(lm, one) for one in made]
+    scores: Sequence[float | None] = [None] * len(made)
+    if sampling.candidates > 1:
+        scores = text_scores(lm, [one.text for one in said], _heard(said, codes))
+    found = [
+        Candidate(row, result.failure or _code_failure(lm, one, row, sampling), result.seed, score)
+        for one, result, row, score in zip(said, made, codes, scores, strict=True)
+    ]
+    count = sampling.candidates
+    groups = [found[start : start + count] for start in range(0, len(found), count)]
+    return [sorted(group, key=_rank) for group in groups]
+
+
+def _rank(one: Candidate) -> tuple[int, float]:
+    return severity(one.failure), 0.0 if one.score is None else -one.score
+
+
+def _heard(
+    utterances: Sequence[Utterance], first: Sequence[np.ndarray]
+) -> list[Int[np.ndarray, " _"]]:
+    """What the texts are the transcripts of: a continuation's text has its beginning's words."""
+    return [
+        np.concatenate([one.prompt.codes[0], row]) if one.prompt.continuation else row
+        for one, row in zip(utterances, first, strict=True)
+    ]
+
+
+def _code_failure(
+    lm: SpeechLM, one: Utterance, first: np.ndarray, sampling: SamplingConfig
+) -> Failure | None:
+    """What the codes themselves tell."""
+    prompt, num_prompt = one.prompt, one.prompt.codes.shape[1]
+    if "early" in sampling.checks:
+        text, before = _in_words(lm, one.text), _in_words(lm, prompt.text)
+        if is_early(len(first), one.bounds, text, num_prompt, before):
+            return "early"
+    if "leak" in sampling.checks:
+        rate = lm.vocabulary.codec.frame_rate
+        if repeats_codes(first, prompt.codes[0], rate):
+            return "leak"
+    return None
+
+
+def _in_words(lm: SpeechLM, text: str) -> str:
+    """Numbers spelt out, in letters: what is counted and compared."""
+    return normalize(text) if lm.alphabet.text.normalize else text
+
+
+def _finish(
+    models: Models, utterances: Sequence[Utterance], made: Sequence[Candidate],
+    sampling: SamplingConfig,
+) -> list[Speech]:  # fmt: skip
+    """Candidates to waves, and what these tell."""
+    codec = models.codec
+    first, seeds = [one.first for one in made], [one.seed for one in made]
+    codes = complete(models, utterances, first, seeds, sampling)
     speeches = []
-    for one, result, new in zip(utterances, made, codes, strict=True):
+    for one, candidate, new in zip(utterances, made, codes, strict=True):
         wave = decode(codec, one.prompt.codes, new)
-        silent = wave.size == 0 or float(np.sqrt(np.mean(wave**2))) < SILENCE_RMS
         speeches.append(
             Speech(
                 wave=wave,
                 codes=new,
                 text=one.text,
                 prompt_text=one.prompt.text,
-                failure="empty" if silent else result.failure,
-                tries=result.tries,
-                seed=result.seed,
+                failure=_wave_failure(wave, codec.sample_rate, candidate, sampling),
+                tries=1,
+                seed=candidate.seed,
                 sample_rate=codec.sample_rate,
+                score=candidate.score,
             )
         )
-    return speeches
+    return _listened(models.lm, utterances, speeches, sampling)
+
+
+def _wave_failure(
+    wave: np.ndarray, sample_rate: int, made: Candidate, sampling: SamplingConfig
+) -> Failure | None:
+    if is_empty(wave):
+        return "empty"
+    if made.failure is not None or "silence" not in sampling.checks:
+        return made.failure
+    return "silence" if longest_silence(wave, sample_rate) > sampling.silence_seconds else None
+
+
+def _listened(
+    lm: SpeechLM, utterances: Sequence[Utterance], speeches: Sequence[Speech],
+    sampling: SamplingConfig,
+) -> list[Speech]:  # fmt: skip
+    """The same, after the model's own ASR has heard those that had not failed."""
+    checked = list(speeches)
+    asked = {"early", "leak"} & set(sampling.checks)
+    rows = [row for row, one in enumerate(speeches) if one.failure is None]
+    if not asked or not rows or not can_transcribe(lm):
+        return checked
+    codes = _heard([utterances[row] for row in rows], [speeches[row].codes[0] for row in rows])
+    for row, heard in zip(rows, transcripts(lm, codes, sampling), strict=True):
+        one = utterances[row]
+        said, text, before = (_in_words(lm, each) for each in (heard, one.text, one.prompt.text))
+        if "leak" in asked and begins_with_prompt(said, before, text):
+            checked[row] = replace(speeches[row], failure="leak")
+        elif "early" in asked and lacks_end(said, text):
+            checked[row] = replace(speeches[row], failure="early")
+    return checked
 
 
 def complete(
-    nar: NAR | None, utterances: Sequence[Utterance], first: Sequence[np.ndarray]
+    models: Models,
+    utterances: Sequence[Utterance],
+    first: Sequence[np.ndarray],
+    seeds: Sequence[int],
+    sampling: SamplingConfig,
 ) -> list[np.ndarray]:
     """Codes (Q, T) of the new parts from their codebook 1."""
-    if nar is None:
+    if models.nar is None:
         return [row[None] for row in first]
-    texts = [join_texts(one.prompt.text, one.text) for one in utterances]
-    return nar.decode(texts, [one.prompt.codes for one in utterances], first)
+    spelt = models.lm.alphabet.spelt
+    texts = [spelt(join_texts(one.prompt.text, one.text)) for one in utterances]
+    several = {"iterations": sampling.nar_iterations} if sampling.nar_iterations > 1 else {}
+    return models.nar.decode(
+        texts,
+        [one.prompt.codes for one in utterances],
+        first,
+        temperature=sampling.nar_temperature,
+        seeds=seeds,
+        **several,
+    )
 
 
 @torch.inference_mode()
