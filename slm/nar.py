@@ -70,9 +70,9 @@ class NAR(
         self.norm = AdaptiveNorm(config.width)
         self.head = StageHead(config.width, sum(sizes))
         self.dropout = nn.Dropout(config.dropout)
-        # The last to draw, so that the others begin alike with and without it.
-        self.mask = nn.Embedding(1, config.width) if config.masked else None
         self.apply(_initialise)
+        # The last to draw, so that the others begin alike with and without it.
+        self.mask = nn.Embedding(1, config.width).apply(_initialise) if config.masked else None
 
     def forward(self, batch: NARBatch) -> Scores:
         """Losses over the frames that are asked for, summed over the batch's stages."""

@@ -1,5 +1,7 @@
 """slm/nar.py: what a stage sees, what it is judged on, and that padding is no matter."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_slm import SIZES
 
 from slm.config import NARConfig
-from slm.nar import NAR
+from slm.nar import NAR, num_masked
 from slm.nar_data import NARBatch, nar_batch, text_bytes
 
 CONFIG = NARConfig(
@@ -18,14 +20,23 @@ CONFIG = NARConfig(
 TEXTS = ["a cat", "the dog ran far away", "x"]
 
 
-@pytest.fixture
-def nar() -> NAR:
+def make_nar(config: NARConfig) -> NAR:
     torch.manual_seed(0)
-    model = NAR(CONFIG).eval()
+    model = NAR(config).eval()
     with torch.no_grad():  # strong enough that every path shows
         for parameter in model.parameters():
             parameter.mul_(3.0)
     return model
+
+
+@pytest.fixture
+def nar() -> NAR:
+    return make_nar(CONFIG)
+
+
+@pytest.fixture
+def masked() -> NAR:
+    return make_nar(replace(CONFIG, masked=True))
 
 
 def random_codes(frames: int, seed: int = 0) -> np.ndarray:
@@ -113,27 +124,150 @@ def test_padded_batch_equals_single_items(nar: NAR) -> None:
     torch.testing.assert_close(together, torch.stack(alone).sum(0), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("iterations", [1, 4, 100])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_decoding_a_batch_equals_single_items(nar: NAR, temperature: float) -> None:
-    prompts = [random_codes(3, 7), random_codes(0, 8), random_codes(6, 9)]
-    first = [random_codes(length, seed)[0] for seed, length in enumerate((9, 14, 5))]
-    kwargs = {"temperature": temperature}
-    together = nar.decode(TEXTS, prompts, first, seeds=[1, 2, 3], **kwargs)
-    for row in range(3):
-        (alone,) = nar.decode([TEXTS[row]], [prompts[row]], [first[row]], seeds=[row + 1], **kwargs)
+def test_decoding_a_batch_equals_single_items(
+    nar: NAR, masked: NAR, temperature: float, iterations: int
+) -> None:
+    nar = nar if iterations == 1 else masked
+    texts = [*TEXTS[:2], "", ""]
+    prompts = [random_codes(3, 7), random_codes(0, 8), random_codes(6, 9), random_codes(2, 5)]
+    first = [random_codes(length, seed)[0] for seed, length in enumerate((9, 14, 5, 1))]
+
+    def decode(rows: list[int], seeds: list[int]) -> list[np.ndarray]:
+        chosen = ([part[row] for row in rows] for part in (texts, prompts, first))
+        return nar.decode(*chosen, temperature=temperature, seeds=seeds, iterations=iterations)
+
+    together = decode([0, 1, 2, 3], [1, 2, 3, 4])
+    for row in range(4):
+        (alone,) = decode([row], [row + 1])
         assert np.array_equal(together[row], alone)
         assert np.array_equal(alone[0], first[row])
         assert alone.shape == (len(SIZES), len(first[row]))
+        assert ((alone >= 0) & (alone < np.array(SIZES)[:, None])).all()
+    other = decode([0, 1, 2, 3], [5, 6, 7, 8])
+    same = all(np.array_equal(a, b) for a, b in zip(together, other, strict=True))
+    assert same == (temperature == 0)
 
 
-def test_greedy_decoding_goes_codebook_by_codebook(nar: NAR) -> None:
+@pytest.mark.parametrize("trained", ["nar", "masked"])
+def test_greedy_decoding_goes_codebook_by_codebook(
+    trained: str, request: pytest.FixtureRequest
+) -> None:
+    nar = request.getfixturevalue(trained)
     prompt, first = random_codes(3, 7), random_codes(6, 1)[0]
-    (made,) = nar.decode(["a cat"], [prompt], [first])
+    (made,) = nar.decode(["a cat"], [prompt], [first], iterations=1)
+    assert np.array_equal(made, nar.decode(["a cat"], [prompt], [first])[0])
     joined = np.concatenate([prompt, made], axis=1)
     for stage in (1, 2):
         one = nar_batch([text_bytes("a cat")], [joined], [3], [stage])
         scores = nar(one)
         assert scores.correct[stage - 1] == scores.targets[stage - 1]
+
+
+def test_several_iterations_need_masked_training(nar: NAR) -> None:
+    prompt, first = random_codes(3), np.zeros(4, np.int64)
+    with pytest.raises(ValueError, match=r"trained with nar\.masked.*nar_iterations=1"):
+        nar.decode(["a"], [prompt], [first], iterations=2)
+    with pytest.raises(ValueError, match="at least 1"):
+        nar.decode(["a"], [prompt], [first], iterations=0)
+
+
+def test_every_pass_settles_a_frame_and_the_last_one_all() -> None:
+    for frames in range(1, 40):
+        for passes in range(1, frames + 1):
+            left = [num_masked(frames, number, passes) for number in range(passes + 1)]
+            assert left[0] == frames
+            assert left[-1] == 0
+            assert (np.diff(left) < 0).all()
+    assert [num_masked(100, number, 4) for number in range(5)] == [100, 92, 70, 38, 0]
+
+
+def test_no_more_passes_than_frames(masked: NAR, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, hidden = [], masked._hidden
+
+    def counting(batch: NARBatch, stage: int) -> torch.Tensor:
+        seen.append((stage, len(batch.lengths)))
+        return hidden(batch, stage)
+
+    monkeypatch.setattr(masked, "_hidden", counting)
+    first = [np.zeros(2, np.int64), np.zeros(3, np.int64), np.zeros(0, np.int64)]
+    masked.decode(TEXTS, [random_codes(3)] * 3, first, iterations=50)
+    # What is finished is not computed again.
+    assert seen == [(stage, items) for stage in (1, 2) for items in (2, 2, 1)]
+
+
+def test_the_surest_code_is_kept_and_seen_by_the_next_pass(masked: NAR) -> None:
+    prompt, first = random_codes(2, 3), random_codes(2, 4)[0]
+    (made,) = masked.decode(["a cat"], [prompt], [first], iterations=2)
+    joined = np.concatenate([prompt, made], axis=1)
+
+    def logits(given: list[int]) -> torch.Tensor:
+        frames = [np.array(given, dtype=np.int64)]
+        one = nar_batch([text_bytes("a cat")], [joined], [2], [], frames)
+        return masked._logits(masked._hidden(one, 1)[0, 2:], 1).detach()
+
+    before = logits([])
+    surest = int(before.softmax(-1).amax(-1).argmax())
+    assert made[1, surest] == before[surest].argmax()
+    after = logits([2 + surest])
+    assert not torch.allclose(before[1 - surest], after[1 - surest])
+    assert made[1, 1 - surest] == after[1 - surest].argmax()
+
+
+def test_loss_covers_what_is_masked_and_sees_what_is_given(masked: NAR) -> None:
+    one = batch([1, 2], (9, 14))
+    given = [np.array([4, 8]), np.array([], dtype=np.int64)]
+    marks = torch.zeros(2, 14, dtype=torch.bool)
+    marks[0, given[0]] = True
+    some = one._replace(given=marks)
+    assert masked(one).targets.tolist() == [6 + 10] * 2
+    assert masked(some).targets.tolist() == [4 + 10] * 2
+    frames = slice(8, 9)
+    hidden = masked._hidden(some, 1)
+    moved = masked._hidden(with_codes(some, 1, frames), 1)
+    assert (hidden[0] - moved[0]).abs().max() > 1e-3  # a given code is seen,
+    assert torch.equal(hidden[1], moved[1])  # a masked one is not,
+    moved = masked._hidden(with_codes(some, 2, frames), 1)
+    assert torch.equal(hidden, moved)  # nor is a given frame's next codebook.
+    masked(some).nll.sum().backward()
+    assert all(parameter.grad is not None for parameter in masked.parameters())
+    assert masked.mask is not None
+    assert masked.mask.weight.grad.abs().sum() > 0
+
+
+def test_masking_changes_no_other_parameter() -> None:
+    plain, other = make_nar(CONFIG).state_dict(), make_nar(replace(CONFIG, masked=True))
+    assert {*other.state_dict()} - {*plain} == {"mask.weight"}
+    assert all(torch.equal(other.state_dict()[name], plain[name]) for name in plain)
+
+
+def test_what_is_finished_goes_behind_the_prompt(nar: NAR) -> None:
+    prompt, first = random_codes(3, 7), random_codes(9, 1)[0]
+    (made,) = nar.decode(["a cat"], [prompt], [first[:4]])
+    done = np.concatenate([prompt, made], axis=1)
+    (rest,) = nar.decode(["a cat"], [done], [first[4:]])
+    whole = np.concatenate([made, rest], axis=1)
+    assert np.array_equal(whole[0], first)
+    # The rest stands where it would stand in the whole, and sees every codebook before it.
+    joined = np.concatenate([prompt, whole], axis=1)
+    one = nar_batch([text_bytes("a cat")], [joined], [7], [1, 2])
+    assert torch.equal(nar(one).correct, nar(one).targets)
+    assert changed(nar, one, with_codes(one, 2, slice(5, 6))) > 1e-3
+
+
+@pytest.mark.parametrize("sizes", [(8, 4), tuple(range(3, 35))])
+def test_any_number_of_codebooks_of_any_size(sizes: tuple[int, ...]) -> None:
+    nar = make_nar(replace(CONFIG, codebook_sizes=sizes, masked=True, num_layers=1))
+    calls = []
+    nar.codes.register_forward_hook(lambda *_: calls.append(1))
+    prompt = np.stack([np.arange(40) % size for size in sizes])
+    prompts = [prompt[:, :0], prompt]
+    made = nar.decode(["", "a"], prompts, [np.array([2]), np.arange(3) % sizes[0]], iterations=2)
+    assert [one.shape for one in made] == [(len(sizes), 1), (len(sizes), 3)]
+    assert all((one < np.array(sizes)[:, None]).all() for one in made)
+    # The table is read once for each pass, however many codebooks there are.
+    assert len(calls) == 2 * (len(sizes) - 1)
 
 
 def test_nothing_to_fill_in(nar: NAR) -> None:
@@ -149,6 +283,29 @@ def test_save_and_load(nar: NAR, tmp_path: Path) -> None:
     again = NAR.from_pretrained(tmp_path)
     assert torch.equal(again(batch([1])).nll, nar(batch([1])).nll)
     assert all(parameter.requires_grad for parameter in again.parameters())
+    half = NAR.load(tmp_path, torch.bfloat16)
+    (made,) = half.decode(["a"], [random_codes(3)], [np.zeros(5, np.int64)], temperature=1.0)
+    assert made.shape == (len(SIZES), 5)
+
+
+def test_save_and_load_a_masked_one(masked: NAR, tmp_path: Path) -> None:
+    masked.save_pretrained(tmp_path)
+    loaded = NAR.load(tmp_path)
+    assert loaded.config.masked
+    assert torch.equal(loaded(batch([1])).nll, masked(batch([1])).nll)
+    NAR(CONFIG).save_pretrained(tmp_path / "plain")
+    (tmp_path / "plain" / "config.json").write_text((tmp_path / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"mask\.weight"):
+        NAR.load(tmp_path / "plain")
+
+
+def test_folders_from_before_there_were_masks_load(nar: NAR, tmp_path: Path) -> None:
+    nar.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    del config["masked"], config["text_dropout"]
+    file.write_text(json.dumps(config))
+    assert NAR.load(tmp_path).config == CONFIG
 
 
 def test_damaged_folders_are_named(nar: NAR, tmp_path: Path) -> None:
