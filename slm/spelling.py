@@ -95,7 +95,10 @@ _RULES = [
     ),
     (re.compile(rf"(\d)\s*({_UNITS})\.(?=[,;:]|\s+[a-z\d])"), lambda m: f"{m[1]} {m[2]}"),
     (re.compile(r"(\d)\s+in\.(?!\w)"), lambda m: f"{m[1]} inches"),
-    (re.compile(r"(\d)\s?m(?![\w'/])(?=[^.]|\.?$)"), lambda m: f"{m[1]} meters"),
+    (
+        re.compile(r"(\d)\s?m(?![\w'/])(?!\.\w)(?:\.(?=[,;:]|\s+[a-z\d]))?"),
+        lambda m: f"{m[1]} meters",
+    ),
     (
         re.compile(r"(\d)\s*([AaPp])\.?[Mm]\b(?:\.(?!\s*$|\s+[A-Z]))?"),
         lambda m: f"{m[1]} {m[2].upper()}M",
@@ -116,6 +119,9 @@ _RULES = [
     (re.compile(r"(\d(?:st|nd|rd|th|s)|,\d{3})-(?=[A-Za-z])"), lambda m: f"{m[1]} "),
     (re.compile(r"(\d)\s?\u00a2"), lambda m: f"{m[1]} cents"),
 ]
+_AFTER = ".,;:!?)]\"'"
+MOST_PASSES = 4
+"""What one pass spells out may need another: a title before a number is before a word then."""
 _TRIGGER = re.compile(r"[0-9\u00bc-\u00be]|\w@\w|^www\.|^https?:")
 _COMPANION = re.compile(
     rf"(?:{_UNITS}|km/h|m/s|\u00b0[CF]|[AP]M|[x=+\u00d7\u00f7]|(?:m|b|tr)illion|January|February|March|April|May|June|July|"
@@ -137,6 +143,14 @@ def normalize(text: str) -> str:
     """
     if not text.isascii() and any(map(_is_foreign, text)):
         return text
+    for _ in range(MOST_PASSES):
+        before, text = text, _spell_out(text)
+        if text == before:
+            break
+    return text
+
+
+def _spell_out(text: str) -> str:
     for pattern, spell in _RULES:
         text = pattern.sub(spell, text)
     if not _TRIGGER.search(text) and "@" not in text and "www" not in text:
@@ -163,9 +177,10 @@ def normalize(text: str) -> str:
 def _read(words: list[str]) -> str:
     """Words as wetext reads them; each alone, and at last its numbers alone, where it cannot."""
     text = " ".join(words)
-    made = _ask(text)
+    body = text.rstrip(_AFTER)  # Dates lose what follows them.
+    made = _ask(body)
     if made is not None:
-        return made
+        return made + text[len(body) :]
     if len(words) > 1:
         return " ".join(_read([word]) for word in words)
     return re.sub(r"[0-9]+", lambda m: _ask(m[0]) or m[0], text)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from codec.tokens import CodecStamp, written_whole
 
@@ -68,7 +68,7 @@ class Units:
     @classmethod
     def train(
         cls,
-        sequences: Iterable[Int[np.ndarray, " T"]],
+        sequences: Iterable[Integer[np.ndarray, " _"]],
         codec: CodecStamp,
         size: int,
         remove_runs: bool = False,
@@ -131,7 +131,7 @@ class Units:
         """Codes of each piece."""
         return np.array([len(codes) for codes in self._expanded], dtype=np.int64)
 
-    def encode(self, codes: Int[np.ndarray, " T"]) -> Int[np.ndarray, " N"]:
+    def encode(self, codes: Integer[np.ndarray, " T"]) -> Int[np.ndarray, " N"]:
         """Codes of codebook 1 to pieces. Raises ValueError for a code outside the codebook."""
         codes = np.asarray(codes, dtype=np.int64)
         _check_codes(codes, self.codebook_size)

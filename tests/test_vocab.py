@@ -1,6 +1,7 @@
 """slm/vocab.py: ids never collide, old rows stay, new rows are drawn from them."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,42 @@ def test_ids_do_not_collide_and_codes_come_back(tmp_path: Path) -> None:
     everything = [*range(vocabulary.text_size), *specials, *ids]
     assert sorted(everything) == list(range(vocabulary.size))
     assert np.array_equal(vocabulary.decode_speech(ids), codes)
+
+
+def test_merges_follow_codebook_1(tmp_path: Path) -> None:
+    base = load_base(save_base(tmp_path))
+    plain = Vocabulary.of(base.lm, base.tokenizer, STAMP)
+    vocabulary = Vocabulary.of(base.lm, base.tokenizer, STAMP, num_merges=3)
+    size = STAMP.codebook_sizes[0]
+    assert vocabulary.size == plain.size + 3
+    codes, pieces = np.arange(size), np.arange(size + 3)
+    ids = vocabulary.encode_pieces(pieces)
+    assert np.array_equal(ids[:size], plain.encode_speech(codes))
+    assert np.array_equal(vocabulary.encode_speech(codes), ids[:size])
+    assert ids[-1] == vocabulary.size - 1 == vocabulary.new_ids[-1]
+    assert np.array_equal(vocabulary.decode_pieces(ids), pieces)
+    # A merge is no code, nor is what follows the last one a merge.
+    with pytest.raises(ValueError, match="is not the id of a code"):
+        vocabulary.decode_speech(ids[-1:])
+    with pytest.raises(ValueError, match="outside codebook 1"):
+        vocabulary.encode_speech(pieces)
+    with pytest.raises(ValueError, match=f"no piece {size + 3} among"):
+        vocabulary.encode_pieces(np.array([size + 3]))
+    with pytest.raises(ValueError, match="is not a speech id"):
+        vocabulary.decode_pieces([vocabulary.size])
+    extend(base.lm, vocabulary, seed=0)
+    assert base.lm.get_input_embeddings().weight.shape[0] == vocabulary.size
+    vocabulary.save(tmp_path)
+    assert Vocabulary.load(tmp_path) == vocabulary
+
+
+def test_the_first_format_had_no_merges(tmp_path: Path) -> None:
+    vocabulary = vocabulary_of(save_base(tmp_path / "base"))
+    vocabulary.save(tmp_path)
+    record = json.loads((tmp_path / FILE_NAME).read_text())
+    assert record.pop("num_merges") == 0
+    (tmp_path / FILE_NAME).write_text(json.dumps({**record, "format": 1}))
+    assert Vocabulary.load(tmp_path) == vocabulary
 
 
 def test_rows_that_pad_the_table_are_not_used(tmp_path: Path) -> None:

@@ -1,0 +1,202 @@
+"""slm/alphabet.py: each form of text and speech comes back from its ids, from a saved voice too."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_slm import STAMP, quiet, save_base
+
+from slm import alphabet as alphabet_module
+from slm.alphabet import FILE_NAME, UNITS_FILE, Alphabet
+from slm.ar import Base, SpeechLM, load_base
+from slm.config import ARConfig, LoRAConfig, TextConfig, UnitsConfig
+from slm.units import Units
+
+pytestmark = quiet()
+SIZE = STAMP.codebook_sizes[0]
+CODES = np.array([1, 2, 3, 1, 2, 3, 3, 3, 9, 1, 2, 3])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> Base:
+    return load_base(folder)
+
+
+def save_units(path: Path, remove_runs: bool = False, digest: str = STAMP.digest) -> str:
+    stamp = dataclasses.replace(STAMP, digest=digest)
+    Units.train([np.tile([1, 2, 3], 20)], stamp, 2, remove_runs).save(path)
+    return str(path)
+
+
+def make(base: Base, text: TextConfig | None = None, units: UnitsConfig | None = None) -> Alphabet:
+    text, units = text or TextConfig(), units or UnitsConfig()
+    return Alphabet.create(base.lm, base.tokenizer, STAMP, text, units)
+
+
+TEXTS = ["The cat. ", "at a mat", "Zoe\u0308 \u4f60\u597d \U0001f600 a . b  c\n", "<|end|>", ""]
+
+
+@pytest.mark.parametrize("form", ["tokens", "characters"])
+def test_transcripts_come_back(base: Base, form: str) -> None:
+    alphabet = make(base, TextConfig(written=form))
+    for ids, text in zip(alphabet.text_ids("asr", TEXTS), TEXTS, strict=True):
+        came = alphabet.text_of(ids)
+        composed = text.replace("e\u0308", "\u00eb")
+        assert came == (composed if form == "characters" else text).strip()
+
+
+def test_characters_are_the_llms_tokens_of_each_alone(base: Base) -> None:
+    alphabet = make(base, TextConfig(spoken="characters", written="characters"))
+    alone = {c: base.tokenizer(c, add_special_tokens=False)["input_ids"] for c in "at \u00eb"}
+    assert len(alone["\u00eb"]) == 2
+    (ids,) = alphabet.text_ids("tts", ["at \u00eb"])
+    assert ids == [token for c in "at \u00eb" for token in alone[c]]
+    assert alphabet.text_ids("asr", ["at \u00eb"]) == [ids]
+    # Text alone, and the other forms, have the tokenizer's own merge of a and t.
+    assert len(alphabet.text_ids("text", ["at"])[0]) == 1
+    assert len(make(base).text_ids("tts", ["at"])[0]) == 1
+
+
+class Prefixing:
+    """A tokenizer that puts a space before every text, but has characters and bytes."""
+
+    unk_token_id = 0
+
+    def __init__(self, pieces: list[str]):
+        self.pieces = ["<unk>", "\u2581a", *pieces]
+
+    def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[1] for _ in texts]}
+
+    def convert_tokens_to_ids(self, names: list[str]) -> list[int]:
+        return [self.pieces.index(name) if name in self.pieces else 0 for name in names]
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        pieces = [self.pieces[token] for token in ids]
+        if all(piece.startswith("<0x") for piece in pieces):
+            return bytes(int(piece[3:5], 16) for piece in pieces).decode()
+        return "".join(pieces).replace("\u2581", " ")
+
+
+def test_tokenizers_that_put_a_space_before_words(base: Base) -> None:
+    vocabulary, text = make(base).vocabulary, TextConfig(written="characters")
+    alphabet = Alphabet(
+        vocabulary, Prefixing(["a", "\u2581", "<0xC3>", "<0xAB>"]), text, UnitsConfig()
+    )
+    assert alphabet.text_ids("asr", ["a \u00eb"]) == [[2, 3, 4, 5]]
+    with pytest.raises(ValueError, match="cannot spell 'b' by itself"):
+        alphabet.text_ids("asr", ["ab"])
+
+
+def test_only_what_is_spoken_is_normalised(base: Base) -> None:
+    alphabet, plain = make(base), make(base, TextConfig(normalize=False))
+    assert alphabet.spelt("5 cats") == "five cats"
+    assert plain.spelt("5 cats") == "5 cats"
+    assert alphabet.text_ids("tts", ["5 cats"]) == plain.text_ids("tts", ["five cats"])
+    for task in ("asr", "text"):
+        assert alphabet.text_ids(task, ["5 cats"]) == plain.text_ids(task, ["5 cats"])
+
+
+def test_phonemes_are_spelt_as_characters(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alphabet_module, "phonemes", lambda text: text.replace("a", "\u00e6"))
+    alphabet = make(base, TextConfig(spoken="phonemes"))
+    assert alphabet.spelt("5 cats") == "five c\u00e6ts"
+    (ids,) = alphabet.text_ids("tts", ["5 cats"])
+    assert base.tokenizer.decode(ids) == "five c\u00e6ts"
+    assert alphabet.text_ids("asr", ["cats"]) == make(base).text_ids("asr", ["cats"])
+
+
+@pytest.mark.parametrize("form", ["tokens", "characters"])
+def test_how_much_there_is_to_say_does_not_depend_on_the_form(base: Base, form: str) -> None:
+    alphabet = make(base, TextConfig(spoken=form))
+    assert alphabet.num_tokens("at 5") == len(make(base).text_ids("tts", ["at five"])[0])
+
+
+@pytest.mark.parametrize(
+    ("spoken", "heard"), [("codes", "codes"), ("bpe", "codes"), ("codes", "bpe"), ("bpe", "bpe")]
+)
+def test_each_task_has_its_units(base: Base, tmp_path: Path, spoken: str, heard: str) -> None:
+    model = save_units(tmp_path / "units.model")
+    alphabet = make(base, units=UnitsConfig(model=model, spoken=spoken, heard=heard))
+    first = alphabet.vocabulary.first_speech
+    merges = 2 if "bpe" in (spoken, heard) else 0
+    assert alphabet.vocabulary.size == first + SIZE + merges
+    for task, form in (("tts", spoken), ("continuation", spoken), ("asr", heard)):
+        ids = alphabet.speech_ids(task, CODES)
+        assert len(ids) == (6 if form == "bpe" else len(CODES))
+        assert alphabet.codes_of(ids).tolist() == CODES.tolist()
+        assert alphabet.frames(ids).sum() == len(CODES)
+        assert alphabet.has_pieces(task) == (form == "bpe")
+        allowed = alphabet.speech_range(task)
+        assert set(ids) <= set(allowed)
+        assert len(allowed) == SIZE + (2 if form == "bpe" else 0)
+    with pytest.raises(ValueError, match="is not"):
+        alphabet.codes_of([alphabet.vocabulary.size])
+
+
+def test_units_without_runs_are_for_hearing(base: Base, tmp_path: Path) -> None:
+    model = save_units(tmp_path / "units.model", remove_runs=True)
+    alphabet = make(base, units=UnitsConfig(model=model, heard="bpe"))
+    ids = alphabet.speech_ids("asr", np.array([4, 4, 1, 2, 3]))
+    assert alphabet.codes_of(ids).tolist() == [4, 1, 2, 3]
+    with pytest.raises(ValueError, match=r"units\.spoken=bpe: .*removes runs"):
+        make(base, units=UnitsConfig(model=model, spoken="bpe"))
+
+
+def test_units_of_another_codec_are_refused(base: Base, tmp_path: Path) -> None:
+    model = save_units(tmp_path / "units.model", digest="f" * 16)
+    with pytest.raises(ValueError, match="train units on them"):
+        make(base, units=UnitsConfig(model=model, heard="bpe"))
+
+
+def test_a_voice_keeps_its_units(folder: Path, base: Base, tmp_path: Path) -> None:
+    path = tmp_path / "elsewhere" / "my.model"
+    model = save_units(path)
+    config = ARConfig(
+        base=str(folder),
+        lora=LoRAConfig(rank=2),
+        text=TextConfig(spoken="characters", normalize=False),
+        units=UnitsConfig(model=model, spoken="bpe", heard="bpe"),
+    )
+    lm = SpeechLM.create(config, STAMP, seed=0)
+    assert lm.lm.get_output_embeddings().weight.shape[0] == lm.vocabulary.size
+    lm.save(tmp_path / "ar")
+    shutil.rmtree(path.parent)
+    assert str(path.parent) not in (tmp_path / "ar" / FILE_NAME).read_text()
+    loaded = SpeechLM.load(tmp_path / "ar").alphabet
+    assert loaded.vocabulary == lm.vocabulary
+    assert loaded.text == config.text
+    assert loaded.speech_ids("tts", CODES).tolist() == lm.alphabet.speech_ids("tts", CODES).tolist()
+    # What was loaded can be saved again.
+    loaded.save(tmp_path / "again")
+    assert Alphabet.load(tmp_path / "again", base.tokenizer).units == loaded.units
+    (tmp_path / "ar" / UNITS_FILE).unlink()
+    with pytest.raises(ValueError, match="no such units model"):
+        Alphabet.load(tmp_path / "ar", base.tokenizer)
+
+
+def test_units_that_do_not_fit_the_vocabulary_are_refused(base: Base, tmp_path: Path) -> None:
+    model = save_units(tmp_path / "units.model")
+    make(base, units=UnitsConfig(model=model, heard="bpe")).save(tmp_path / "ar")
+    Units.train([np.array([1, 2])], STAMP, 1).save(tmp_path / "ar" / UNITS_FILE)
+    with pytest.raises(ValueError, match="has 1 merges, the vocabulary 2"):
+        Alphabet.load(tmp_path / "ar", base.tokenizer)
+    with pytest.raises(ValueError, match=r"use Alphabet\.create"):
+        Alphabet(make(base).vocabulary, base.tokenizer, None, UnitsConfig(model="x", heard="bpe"))
+
+
+def test_older_and_damaged_voices(base: Base, tmp_path: Path) -> None:
+    make(base).save(tmp_path)
+    (tmp_path / FILE_NAME).write_text(json.dumps({"text": {"normalise": True}, "units": {}}))
+    with pytest.raises(ValueError, match=FILE_NAME):
+        Alphabet.load(tmp_path, base.tokenizer)
+    (tmp_path / FILE_NAME).unlink()
+    assert Alphabet.load(tmp_path, base.tokenizer).text == TextConfig(normalize=False)
