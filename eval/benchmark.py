@@ -289,7 +289,7 @@ def library_of(metric: str, origin: Provenance) -> str:
     """The libraries behind a metric with their versions, and the model that judged."""
     if metric.removeprefix(ASR_PREFIX) in WORD_METRICS and metric not in WORD_METRICS:
         names, extra = text.LIBRARIES, ""
-    elif metric in (*WORD_METRICS, "wrong"):
+    elif metric in (*WORD_METRICS, "wrong", "fault"):
         names = text.LIBRARIES + (transcribe.LIBRARIES if origin.judge else ())
         extra = origin.judge
     elif metric.startswith("similarity"):

@@ -52,7 +52,7 @@ CONTROLS: dict[str, dict[str, Any]] = {
 }
 """Settings that lack a control; `no-window`: without repetition-aware sampling."""
 CANDIDATES = (1, 4, 8)
-DIFFERENCES = ("wer", "cer", "wrong", "failure", "similarity", "similarity_speaker")
+DIFFERENCES = ("wer", "cer", "wrong", "failure", "fault", "similarity")
 """Of these the differences get intervals."""
 
 

@@ -18,6 +18,7 @@ from recipes.common import git_revision
 from recipes.likeness import Likeness
 from recipes.lines import Line, codes_of, list_name
 from recipes.scoring import Judges, digest_of_text, digest_of_voice, safe_name
+from slm import checks
 from slm.config import SamplingConfig
 from slm.pipeline import Speech, Voice
 
@@ -25,11 +26,15 @@ logger = logging.getLogger(__name__)
 
 METRICS = (
     *("asr_wer", "asr_cer", "perplexity", "wer", "cer", "wrong"),
-    *("similarity", "similarity_speaker", "similarity_others", "failure", "seconds"),
+    *("similarity", "similarity_speaker", "similarity_others", "failure", "fault", "seconds"),
 )
 """In the order of a table's columns."""
 WRONG_WER = 0.5
 """An utterance with a higher WER is wrong, whatever the voice itself found."""
+
+
+STANDARD = SamplingConfig()
+"""Whose limits `fault` takes, whatever a setting's own checks are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,11 +152,34 @@ def judge_codes(
     values = dict(scored.values)
     if ears.likeness is not None and wave.size:
         values |= ears.likeness.of(line, wave)
+    heard = scored.transcript if judges.judge_name else None
+    values["fault"] = float(bool(faults(voice, line, codes, wave, heard)))
     if not judges.judge_name:
         return dataclasses.replace(scored, values=values, words=None, characters=None)
     assert scored.words is not None
     values["wrong"] = float(scored.words.wer > WRONG_WER)
     return dataclasses.replace(scored, values=values)
+
+
+def faults(
+    voice: Voice, line: Line, codes: np.ndarray, wave: np.ndarray, heard: str | None
+) -> list[str]:
+    """What is wrong with an utterance by every check, with the judge's ears for the words.
+
+    So settings whose voice checks less, and reports fewer failures for it, can be compared.
+    """
+    if checks.is_empty(wave):
+        return ["empty"]
+    rate, first = voice.codec.frame_rate, codes[0]
+    found = {
+        "loop": checks.is_loop(first, max(8, round(STANDARD.loop_seconds * rate))),
+        "silence": checks.longest_silence(wave, voice.codec.sample_rate) > STANDARD.silence_seconds,
+        "leak": checks.repeats_codes(first, line.prompt.codes[0], rate),
+        "early": heard is not None and checks.lacks_end(heard, line.text),
+    }
+    if heard is not None and checks.begins_with_prompt(heard, line.prompt.text, line.text):
+        found["leak"] = True
+    return [name for name, is_so in found.items() if is_so]
 
 
 def _whole(voice: Voice, line: Line, codes: np.ndarray) -> np.ndarray:

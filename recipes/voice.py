@@ -96,6 +96,7 @@ def train_voice(config: VoiceConfig) -> None:
     held_out = read_texts(config.texts_dev) if config.texts_dev is not None else []
     # The adapters are put in before the Accelerator exists: under ZeRO-3 peft asks for a GPU then.
     lm = SpeechLM.create(config.ar, train.stamp, config.seed)
+    lm.origin["data"] = config.train
     accelerator = make_accelerator(folder, gradient_accumulation_steps=config.optim.accumulate)
     forget_zero3()
     run = start_run(config, folder, seed=config.seed, accelerator=accelerator)

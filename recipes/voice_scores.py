@@ -28,6 +28,7 @@ from recipes.speak import (
     write_results,
 )
 from slm.ar import SpeechLM
+from slm.perplexity import text_perplexity
 from slm.pipeline import Voice
 
 logger = logging.getLogger(__name__)
@@ -58,11 +59,11 @@ def score_voice(
     if dev is not None and speaks and (voice.nar is not None or voice.codec.num_codebooks == 1):
         rows += _spoken_rows(folder, voice, train, dev, config)
     if texts:
-        from slm.perplexity import text_perplexity
-
         before = json.loads((folder / BEFORE_FILE).read_text())["perplexity"]
         rows.append(perplexity_row(before, texts, dataclasses.replace(origin, system="base")))
-        rows.append(perplexity_row(text_perplexity(voice.lm, list(texts)), texts, origin))
+        rows.append(
+            perplexity_row(text_perplexity(voice.lm, voice.lm.alphabet, texts), texts, origin)
+        )
     with written_whole(folder / ROWS) as temporary:
         append_rows(temporary, rows)
     run.log(
@@ -127,9 +128,7 @@ def note_perplexity(folder: Path, lm: SpeechLM, texts: Sequence[str]) -> None:
     """Writes what the LLM thinks of held-out texts before training, unless it is written."""
     path = folder / BEFORE_FILE
     if not path.exists():
-        from slm.perplexity import text_perplexity
-
-        value = text_perplexity(lm, list(texts))
+        value = text_perplexity(lm, lm.alphabet, texts)
         with written_whole(path) as temporary:
             temporary.write_text(json.dumps({"perplexity": value}))
 

@@ -1,0 +1,91 @@
+"""recipes/judge_voice.py: settings side by side, on a voice that knows nothing."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_slm import quiet, save_shard, save_voice
+
+from codec import load_codec
+from eval.benchmark import Utterance, read_rows
+from eval.text import word_errors
+from recipes.common import load_config
+from recipes.judge_voice import JudgeVoiceConfig, differences, main, repeated, settings
+from recipes.lines import Line
+from slm.prompts import Prompt
+
+pytestmark = quiet()
+
+
+def test_settings_differ_from_the_given_one_in_what_they_name() -> None:
+    config = load_config(JudgeVoiceConfig, ["compare=[controls,candidates]", "sampling.tries=2"])
+    found = settings(config)
+    given = config.sampling
+    assert next(iter(found)) == "given"
+    assert found["one-try"] == replace(given, tries=1)
+    assert found["no-window"] == replace(given, window=0)
+    assert found["no-leak"].checks == ("loop", "silence", "early")
+    assert found["no-controls"] == replace(given, checks=(), tries=1, window=0)
+    assert {name: found[name].candidates for name in found if name.startswith("cand")} == {
+        "candidates-4": 4, "candidates-8": 8,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="no setting 'no-such'; there are controls"):
+        JudgeVoiceConfig(compare=("no-such",))
+    with pytest.raises(ValueError, match="at least 1"):
+        JudgeVoiceConfig(seeds=0)
+    with pytest.raises(ValueError, match="prompt_seconds > 0"):
+        JudgeVoiceConfig(prompt_seconds=0)
+
+
+def test_seeds_of_an_item_are_one_unit() -> None:
+    def scored(heard: str, failure: float) -> Utterance:
+        return Utterance(
+            id="x", values={"failure": failure}, words=word_errors("a b c d", heard),
+        )  # fmt: skip
+
+    given = [scored("a b c d", 0.0), scored("a b", 1.0)] * 2
+    other = [scored("a b c", 0.0), scored("a", 1.0)] * 2
+    found = differences(given, other, seeds=2)
+    # Either item is worse by a word in four under both seeds: nothing is uncertain.
+    assert found["wer"] == pytest.approx((0.25, 0.25, 0.25))
+    assert found["failure"] == (0.0, 0.0, 0.0)
+    assert "similarity" not in found
+
+
+def test_repeated_lines_have_ids_of_their_own() -> None:
+    line = Line("a", "text", Prompt(codes=np.zeros((3, 4), np.int64), text="x"))
+    assert [one.id for one in repeated([line, line._replace(id="b")], 2)] == [
+        "a", "b", "a.1", "b.1",
+    ]  # fmt: skip
+
+
+def test_a_voice_is_judged_in_two_settings(
+    tmp_path: Path, tiny_codec_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    voice = save_voice(tmp_path, tiny_codec_folder)
+    stamp = load_codec(tiny_codec_folder).stamp
+    dev = save_shard(tmp_path / "dev.parquet", 4, stamp)
+    out = tmp_path / "judged"
+    main([
+        f"voice={voice}", f"tokens={dev}", f"out={out}", "num_items=2", "seeds=2",
+        "compare=[no-controls]", "prompt_seconds=0.4", "sampling.frames_per_token=[0.1,0.3]",
+        "sampling.spare_seconds=0.2",
+    ])  # fmt: skip
+    shown = capsys.readouterr().out
+    assert shown.strip() == (out / "table.md").read_text().strip()
+    assert "Differences from `given`" in shown
+    rows = read_rows(out / "rows.jsonl")
+    whole = {(row.system, row.list.partition("@")[0]): row.n for row in rows if not row.utterance}
+    assert whole[("given", "cross")] == whole[("no-controls", "continuation")] == 4
+    results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert len(results) == 2 * 2 * 4
+    for one in results:
+        assert one["fault"] in (0.0, 1.0)
+        if one["audio"] is not None:
+            assert (out / "audio" / one["setting"] / one["list"] / one["audio"]).is_file()
+    assert len(list((out / "audio" / "prompts" / "cross").glob("*.wav"))) == 2
+    records = [json.loads(line) for line in (out / "differences.jsonl").read_text().splitlines()]
+    assert {record["setting"] for record in records} == {"no-controls"}
+    assert {"value", "low", "high", "n", "seeds"} <= records[0].keys()
