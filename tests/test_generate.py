@@ -1,23 +1,25 @@
 """slm/generate.py: cached equals uncached, batched equals single, bounds, failures and retries."""
 
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from tiny_slm import STAMP, quiet, save_base
 
+from slm.alphabet import Alphabet
 from slm.ar import SpeechLM
+from slm.caches import CacheKind
 from slm.config import ARConfig, SamplingConfig
 from slm.generate import (
     Allowed,
     Request,
     draw,
     generate,
-    is_loop,
     restrict_context,
     speech_bounds,
     speech_only,
+    stream_tokens,
     text_only,
 )
 from slm.prompts import asr_context, tts_context
@@ -72,20 +74,42 @@ def uncached(lm: SpeechLM, request: Request, allowed: Allowed) -> tuple[int, ...
 NO_LOOPS = SamplingConfig(greedy=True, tries=1, loop_seconds=1000.0)
 
 
-def test_cached_greedy_equals_uncached(lm: SpeechLM) -> None:
+KINDS = pytest.mark.parametrize("kind", ["dynamic", "static"])
+
+
+@KINDS
+def test_cached_greedy_equals_uncached(lm: SpeechLM, kind: CacheKind) -> None:
     allowed = speech_only(lm, NO_LOOPS)
-    made = generate(lm, requests(lm), allowed, NO_LOOPS)
+    made = generate(lm, requests(lm), allowed, replace(NO_LOOPS, cache=kind))
     assert [one.tokens for one in made] == [uncached(lm, r, allowed) for r in requests(lm)]
     assert len({len(one.tokens) for one in made}) > 1 or made[0].tokens != made[1].tokens
 
 
+@KINDS
 @pytest.mark.parametrize("greedy", [True, False])
-def test_batched_equals_single_under_the_same_seeds(lm: SpeechLM, greedy: bool) -> None:
-    config = SamplingConfig(greedy=greedy, tries=2)
+def test_batched_equals_single_under_the_same_seeds(
+    lm: SpeechLM, greedy: bool, kind: CacheKind
+) -> None:
+    config = SamplingConfig(greedy=greedy, tries=2, cache=kind)
     allowed = speech_only(lm, config)
-    together = generate(lm, requests(lm), allowed, config)
-    alone = [generate(lm, [one], allowed, config)[0] for one in requests(lm)]
-    assert together == alone
+    # Items end at different steps and leave the batch.
+    asked = [replace(one, max_tokens=10 * n) for n, one in enumerate(requests(lm), start=1)]
+    together = generate(lm, asked, allowed, config)
+    assert len({len(one.tokens) for one in together}) > 1
+    assert together == [generate(lm, [one], allowed, config)[0] for one in asked]
+
+
+@KINDS
+def test_a_stream_is_what_one_try_gives(lm: SpeechLM, kind: CacheKind) -> None:
+    config = SamplingConfig(tries=1, cache=kind)
+    allowed = speech_only(lm, config)
+    for request in requests(lm):
+        (whole,) = generate(lm, [request], allowed, config)
+        stream = stream_tokens(lm, request, allowed, config)
+        first = next(stream)
+        assert (first, *stream) == whole.tokens
+        assert stream.failure == whole.failure
+        assert list(stream) == []
 
 
 def test_seeds_matter(lm: SpeechLM) -> None:
@@ -180,15 +204,53 @@ def test_a_sequence_without_end_is_cut(lm: SpeechLM) -> None:
     assert len(made.tokens) == 30
 
 
-def test_loops() -> None:
-    random = np.random.default_rng(0).integers(0, 1000, 100).tolist()
-    assert not is_loop(random, 20)
-    assert is_loop([*random, *[7] * 20], 20)
-    assert not is_loop([*random, *[7] * 19], 20)
-    assert is_loop([*random, *[1, 2, 3] * 7], 20)
-    # A phrase said twice is none; three times it is.
-    assert not is_loop([*random, *range(10), *range(10)], 20)
-    assert is_loop([*random, *range(10), *range(10), *range(10)], 20)
+def test_loops_may_be_left_alone(lm: SpeechLM) -> None:
+    config = SamplingConfig(tries=1, loop_seconds=0.8, checks=("silence",))
+    request = Request(context=[0, 1], min_tokens=0, max_tokens=50, seed=0)
+    (made,) = generate(stub(lm, [[3]]), [request], speech_only(lm, config), config)
+    assert (made.failure, len(made.tokens)) == ("cut", 50)
+
+
+@pytest.mark.parametrize(("script", "failure"), [(GOOD, None), (END, "empty"), ([3], "loop")])
+def test_a_stream_ends_with_its_failure(lm: SpeechLM, script: list[int], failure: str) -> None:
+    config = SamplingConfig(loop_seconds=0.8)
+    request = Request(context=[0, 1], min_tokens=0, max_tokens=50, seed=0)
+    stream = stream_tokens(stub(lm, [script, GOOD]), request, speech_only(lm, config), config)
+    num_told = len(list(stream))
+    assert (num_told == 0) == (failure == "empty")
+    assert num_told < 50
+    assert stream.failure == failure
+
+
+class Threes(Alphabet):
+    """Each id of speech stands for three codes."""
+
+    def frames(self, ids):
+        return np.full(len(ids), 3)
+
+    def codes_of(self, ids):
+        return np.repeat(super().codes_of(ids), 3)
+
+
+def test_bounds_and_loops_of_speech_count_frames(lm: SpeechLM) -> None:
+    threes = Threes(lm.vocabulary, lm.alphabet.tokenizer)
+    config = SamplingConfig(tries=1, loop_seconds=1.0)
+
+    def made(script: list[int], least: int, most: int):
+        told = SpeechLM(Script(lm, [script]), threes, {})
+        request = Request(context=[0, 1], min_tokens=least, max_tokens=most, seed=0)
+        return generate(told, [request], speech_only(told, config), config)[0]
+
+    varied = np.random.default_rng(0).integers(0, 24, 100).tolist()
+    cut = made(varied, 0, 30)
+    assert (cut.failure, len(cut.tokens)) == ("cut", 10)
+    # The end is not drawn before 12 frames, which are four tokens.
+    assert len(made([1, 2, -1], 12, 60).tokens) >= 4
+    first = lm.vocabulary.first_speech
+    assert made([1, 2, -1], 6, 60).tokens == (first + 1, first + 2)
+    # 25 frames of one code are nine tokens: found at the first look.
+    loop = made([5], 0, 300)
+    assert (loop.failure, len(loop.tokens)) == ("loop", 16)
 
 
 def test_nucleus_and_repetition() -> None:
@@ -213,5 +275,5 @@ def test_the_greedy_option_takes_the_likeliest() -> None:
     assert {draw(logits, [1] * 10, generator, config) for _ in range(20)} == {1}
 
 
-def test_a_prompt_of_nothing_is_no_matter(lm: SpeechLM, tmp_path: Path) -> None:
+def test_a_prompt_of_nothing_is_no_matter(lm: SpeechLM) -> None:
     assert generate(lm, [], speech_only(lm, NO_LOOPS), NO_LOOPS) == []

@@ -1,0 +1,64 @@
+"""slm/selfcheck.py: scores are what one pass per item over the text's rows gives."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_slm import STAMP, quiet, save_base
+
+from slm import selfcheck
+from slm.ar import SpeechLM
+from slm.config import ARConfig, SamplingConfig, TaskConfig
+from slm.prompts import asr_context
+from slm.selfcheck import can_transcribe, text_scores, transcripts
+
+pytestmark = quiet()
+
+TEXTS = ["hello", "a", "the cat sat"]
+CODES = [np.arange(10), np.arange(3), np.arange(20)]
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def lm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SpeechLM:
+    base = save_base(tmp_path_factory.mktemp("base"), kind=request.param)
+    return SpeechLM.create(ARConfig(base=str(base), lora=None), STAMP, seed=1).double().eval()
+
+
+@torch.inference_mode()
+def alone(lm: SpeechLM, text: str, codes: np.ndarray) -> float:
+    vocabulary = lm.vocabulary
+    target = [*lm.alphabet.text_ids("asr", [text])[0], vocabulary.eos]
+    context = asr_context(vocabulary, lm.alphabet.speech_ids("asr", codes))
+    logits = lm.lm(input_ids=torch.tensor([[*context, *target]]), use_cache=False).logits[0]
+    told = logits[len(context) - 1 : -1, : vocabulary.num_text].log_softmax(-1)
+    return float(told[range(len(target)), target].mean())
+
+
+@pytest.mark.parametrize("positions", [1, 8192])
+def test_scores_are_those_of_single_items(
+    lm: SpeechLM, positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selfcheck, "POSITIONS", positions)
+    expected = [alone(lm, text, codes) for text, codes in zip(TEXTS, CODES, strict=True)]
+    assert text_scores(lm, TEXTS, CODES) == pytest.approx(expected, abs=1e-5)
+    assert len({round(score, 4) for score in expected}) == 3
+
+
+def test_what_does_not_fit_is_the_least_likely(lm: SpeechLM) -> None:
+    long = np.arange(lm.max_positions) % 24
+    scores = text_scores(lm, ["a", "a"], [long, CODES[0]])
+    assert scores[0] == -np.inf
+    assert np.isfinite(scores[1])
+    assert transcripts(lm, [long, np.zeros(0, np.int64)], SamplingConfig()) == ["", ""]
+
+
+def test_transcripts_do_not_depend_on_the_batch(lm: SpeechLM) -> None:
+    together = transcripts(lm, CODES, SamplingConfig())
+    assert together == [transcripts(lm, [one], SamplingConfig())[0] for one in CODES]
+
+
+def test_without_asr_there_is_nothing_to_score(lm: SpeechLM) -> None:
+    assert can_transcribe(lm)
+    deaf = SpeechLM(lm.lm, lm.alphabet, {"tasks": {"tts": TaskConfig().tts, "asr": 0.0}})
+    assert not can_transcribe(deaf)
+    with pytest.raises(ValueError, match="cannot transcribe"):
+        text_scores(deaf, TEXTS, CODES)
