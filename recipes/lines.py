@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from codec.tokens import TokenRow, TokenShard
-from eval.text import normalize, word_errors
+from eval.text import character_errors, normalize
 from recipes.scoring import Judges, digest_of_text
 from slm.pipeline import Voice
 from slm.prompts import Prompt, has_words
@@ -101,8 +101,9 @@ def quietest(wave: np.ndarray, rate: int, least: float, most: float) -> float:
 def num_begun(words: Sequence[str], heard: str) -> int:
     """How many of the first words were heard best; at least one."""
     most = min(len(words), len(heard.split()) + 3)
+    # In characters: a word that was misheard still is one that was said.
     errors = [
-        word_errors(" ".join(words[:count]), heard).num_errors for count in range(1, most + 1)
+        character_errors(" ".join(words[:count]), heard).num_errors for count in range(1, most + 1)
     ]
     return 1 + int(np.argmin(errors))
 
