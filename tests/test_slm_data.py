@@ -13,14 +13,17 @@ from codec.tokens import TokenShard, write_shard
 from slm.alphabet import Alphabet
 from slm.ar import load_base
 from slm.config import BatchConfig, NARConfig, TaskConfig
-from slm.data import IGNORE, ARData, Plan
+from slm.data import IGNORE, ARData
 from slm.nar_data import NARData
-from slm.prompts import ASR, TTS
+from slm.prompts import ASR, CONTINUATION, TASKS, TEXT, TTS, layout
 from slm.vocab import Vocabulary
 
 pytestmark = quiet()
 
 BATCH = BatchConfig(positions=300)
+PACKED = BatchConfig(positions=480, packed=160)
+ALL = TaskConfig(tts=1.0, asr=1.0, continuation=1.0, text=1.0)
+TEXTS = ["the cat sat on a mat", "far away from " * 20]
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,97 @@ def test_labels_cover_exactly_the_target_and_its_end(
         assert np.array_equal(batch.tokens[row][where[1:]], labels[:-1])
 
 
+def test_packed_items_have_the_targets_of_their_layouts(tmp_path, base, vocabulary) -> None:
+    path = save_shard(tmp_path / "a.parquet", 12)
+    data = ar_data(path, base, vocabulary, batch=PACKED, tasks=ALL, texts=TEXTS)
+    seen = np.zeros(len(data.lengths), dtype=int)
+    for step in range(data.num_steps(1, 1)):
+        (batch,), _ = data._plan.group(step, 1)
+        made = data.collate(batch)
+        assert made.documents is not None
+        assert made.tokens.shape[1] <= 160
+        for row, items in enumerate(batch):
+            documents = made.documents[row]
+            assert documents.max() == len(items)
+            assert (made.labels[row][documents == 0] == IGNORE).all()
+            for number, item in enumerate(items, start=1):
+                seen[item] += 1
+                where = (documents == number).nonzero()[:, 0]
+                one = data.layout(item)
+                assert made.tokens[row][where].tolist() == one.tokens.tolist()
+                # The last token of an item has no label, nor has what stands before its target.
+                labels = made.labels[row][where].tolist()
+                target = one.tokens[one.num_context :].tolist()
+                assert labels == [*[IGNORE] * (one.num_context - 1), *target, IGNORE]
+                assert target[-1] in (vocabulary.eos, vocabulary.speech_end) or len(target) > 50
+                assert (made.tasks[row][where] == data._tasks[item]).all()
+    assert (seen[: 3 * 12] == 1).all()
+
+
+def test_every_layout_is_its_utterances(tmp_path, base, vocabulary) -> None:
+    rows = make_rows(12)
+    write_shard(tmp_path / "a.parquet", rows, STAMP)
+    data = ar_data(tmp_path / "a.parquet", base, vocabulary, tasks=ALL, texts=TEXTS)
+    for place, task in enumerate((TTS, ASR, CONTINUATION)):
+        for index, row in enumerate(rows):
+            (text,) = data.alphabet.text_ids(TASKS[task], [row.text])
+            speech = vocabulary.encode_speech(row.codes[0])
+            one, expected = data.layout(12 * place + index), layout(task, vocabulary, text, speech)
+            assert one.tokens.tolist() == expected.tokens.tolist()
+            assert one.num_context == expected.num_context
+            assert data.lengths[12 * place + index] == len(one.tokens)
+            targets = data._targets[12 * place + index]
+            assert targets == len(one.tokens) - one.num_context
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_texts_come_in_pieces_that_fit(tmp_path, base, vocabulary, packed: bool) -> None:
+    path = save_shard(tmp_path / "a.parquet", 12)
+    batch = PACKED if packed else BATCH
+    data = ar_data(path, base, vocabulary, batch=batch, tasks=ALL, texts=TEXTS)
+    pieces = [data.layout(item) for item in range(36, len(data.lengths))]
+    longest = 160 if packed else 256
+    assert all(one.num_context == 1 and len(one.tokens) <= longest for one in pieces)
+    ids = data.alphabet.text_ids("text", TEXTS)
+    whole = [token for text in ids for token in (*text, vocabulary.eos)]
+    assert np.concatenate([one.tokens for one in pieces]).tolist() == whole
+    assert [len(one.tokens) for one in pieces] == data.lengths[36:].tolist()
+
+
+def test_the_weight_of_texts_is_in_positions(tmp_path, base, vocabulary) -> None:
+    path = save_shard(tmp_path / "a.parquet", 30)
+    texts = ["the cat sat on a mat"] * 50
+    tasks = TaskConfig(tts=1.0, asr=0.0, text=0.5)
+    data = ar_data(path, base, vocabulary, tasks=tasks, texts=texts)
+    drawn = np.concatenate([row for batch in data._plan.epoch(0) for row in batch])
+    positions = [data.lengths[drawn[data._tasks[drawn] == task]].sum() for task in (TTS, TEXT)]
+    assert positions[1] / positions[0] == pytest.approx(0.5, rel=0.05)
+
+
+def test_texts_and_their_weight_belong_together(tmp_path, base, vocabulary) -> None:
+    path = save_shard(tmp_path / "a.parquet")
+    for settings in ({"texts": TEXTS}, {"tasks": ALL}):
+        with pytest.raises(ValueError, match=r"ar\.tasks\.text and texts belong together"):
+            ar_data(path, base, vocabulary, **settings)
+    with pytest.raises(ValueError, match="no piece of two tokens"):
+        ar_data(path, base, vocabulary, tasks=ALL, texts=[""])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_task_of_half_the_weight_has_every_item_once_in_two_epochs(
+    tmp_path, base, vocabulary, packed: bool
+) -> None:
+    path = save_shard(tmp_path / "a.parquet", 30)
+    tasks, batch = TaskConfig(tts=1.0, asr=0.5), PACKED if packed else BATCH
+    data = ar_data(path, base, vocabulary, tasks=tasks, batch=batch)
+    counts = np.zeros(60, dtype=int)
+    for epoch in range(2):
+        drawn = [row for rows in data._plan.epoch(epoch) for row in rows]
+        counts += np.bincount(np.concatenate(drawn), minlength=60)
+    assert (counts[:30] == 2).all()
+    assert (counts[30:] == 1).all()
+
+
 def test_same_step_same_batch_whatever_came_before(tmp_path, base, vocabulary) -> None:
     path = save_shard(tmp_path / "a.parquet", 30)
     one, other = (ar_data(path, base, vocabulary) for _ in range(2))
@@ -73,14 +167,14 @@ def test_same_step_same_batch_whatever_came_before(tmp_path, base, vocabulary) -
         assert same(a.batch, b.batch)
 
 
-@pytest.mark.parametrize("kind", ["ar", "nar"])
+@pytest.mark.parametrize("kind", ["ar", "packed", "nar"])
 def test_two_ranks_see_what_one_rank_accumulates(tmp_path, base, vocabulary, kind: str) -> None:
     path = save_shard(tmp_path / "a.parquet", 30)
-    if kind == "ar":
-        data = ar_data(path, base, vocabulary)
-    else:
+    if kind == "nar":
         config, alphabet = NARConfig(codebook_sizes=SIZES), Alphabet(vocabulary, base.tokenizer)
         data = NARData.open(TokenShard.open(path), alphabet, config, BATCH, 0)
+    else:
+        data = ar_data(path, base, vocabulary, batch=PACKED if kind == "packed" else BATCH)
     for step in range(5):
         for slot in range(2):
             alone = data.share(step, slot, 0, 1, 2)
@@ -89,32 +183,14 @@ def test_two_ranks_see_what_one_rank_accumulates(tmp_path, base, vocabulary, kin
             assert same(alone.batch, shared.batch)
 
 
-def test_num_targets_is_the_steps_mean(tmp_path, base, vocabulary) -> None:
-    data = ar_data(save_shard(tmp_path / "a.parquet", 30), base, vocabulary)
+@pytest.mark.parametrize("packed", [True, False])
+def test_num_targets_is_the_steps_mean(tmp_path, base, vocabulary, packed: bool) -> None:
+    path = save_shard(tmp_path / "a.parquet", 30)
+    settings = {"tasks": ALL, "texts": TEXTS, "batch": PACKED if packed else BATCH}
+    data = ar_data(path, base, vocabulary, **settings)
     shares = [data.share(2, 0, rank, 2, 1) for rank in range(2)]
     targets = sum(int((share.batch.labels != IGNORE).sum()) for share in shares)
     assert shares[0].num_targets == targets / 2
-
-
-def test_an_epoch_has_every_item_once_under_the_budget() -> None:
-    lengths = np.random.default_rng(0).integers(5, 200, size=500)
-    plan = Plan(lengths, BatchConfig(positions=1000, max_items=20), seed=0)
-    for epoch in range(3):
-        batches = plan.epoch(epoch)
-        items = [np.concatenate(batch) for batch in batches]
-        assert sorted(np.concatenate(items)) == list(range(500))
-        assert all(len(batch) <= 20 for batch in batches)
-        assert max(lengths[rows].max() * len(rows) for rows in items) <= 1000
-    assert not np.array_equal(plan.epoch(0)[0], plan.epoch(1)[0])
-
-
-def test_padding_waste_is_small() -> None:
-    lengths = np.random.default_rng(0).integers(50, 500, size=4000)
-    plan = Plan(lengths, BatchConfig(positions=8000), seed=0)
-    rows = [np.concatenate(batch) for batch in plan.epoch(0)]
-    padded = sum(lengths[items].max() * len(items) for items in rows)
-    assert plan.padding_share == pytest.approx(1 - lengths.sum() / padded)
-    assert plan.padding_share < 0.05
 
 
 def test_the_last_group_begins_again_and_weighs_nothing_twice(tmp_path, base, vocabulary) -> None:
