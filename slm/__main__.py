@@ -1,21 +1,27 @@
-"""The command `slm`: tts and asr."""
+"""The command `slm`: tts, asr, vc, continue and export."""
 
 import argparse
-import fcntl
-import hashlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from slm.config import CHECKS
 
 if TYPE_CHECKING:
-    from slm.pipeline import Speech, Utterance, Voice
+    from slm.pipeline import Voice
 
 logger = logging.getLogger("slm")
+
+SAMPLING = ("temperature", "top_p", "top_k", "candidates", "tries", "nar_iterations", "checks")
+"""Options of `slm tts` that are fields of SamplingConfig; those that are not given stay."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,249 +40,172 @@ def main(argv: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="slm", description="Speak and transcribe with a voice.")
-    commands = parser.add_subparsers(required=True, metavar="tts|asr")
+    commands = parser.add_subparsers(required=True, metavar="tts|asr|vc|continue|export")
     tts = commands.add_parser("tts", help="text and a prompt recording to speech")
     asr = commands.add_parser("asr", help="recordings to text, one JSON line each")
-    for command, run in ((tts, _tts), (asr, _asr)):
+    vc = commands.add_parser("vc", help="a recording to the same words in another voice")
+    goes_on = commands.add_parser("continue", help="a recording to what may follow it")
+    export = commands.add_parser("export", help="a plain causal LM for transformers and vLLM")
+    runs = ((tts, _tts), (asr, _asr), (vc, _vc), (goes_on, _continue), (export, _export))
+    for command, run in runs:
         command.set_defaults(run=run)
         command.add_argument("--voice", required=True, help="folder or hub id of a voice")
         command.add_argument("--base", help="where the voice's text LLM is, if it has moved")
         command.add_argument("--device", default="cpu", help="cpu or cuda")
+    for command in (tts, asr):
         command.add_argument("--batch", type=int, default=8, help="items generated together")
-    tts.add_argument("--text", help="what to say")
+    _add_tts(tts)
+    _add_sampling(tts)
+    asr.add_argument("recordings", nargs="+", metavar="REC")
+    vc.add_argument("--source", required=True, help="recording whose words are kept, of any length")
+    vc.add_argument(
+        "--target", required=True, help="recording of the other voice, or a shipped prompt's name"
+    )
+    vc.add_argument("--source-text", help="what the source says; else the model transcribes it")
+    vc.add_argument("--target-text", help="what the target says; else the model transcribes it")
+    vc.add_argument("--out", required=True, help="a .wav")
+    goes_on.add_argument("--prompt", required=True, help="recording, or a shipped prompt's name")
+    goes_on.add_argument("--seconds", type=float, required=True, help="most of what is added")
+    goes_on.add_argument("--seed", type=int, default=0)
+    goes_on.add_argument("--out", required=True, help="a .wav of what is added")
+    export.add_argument("out", metavar="OUT", help="a new folder, or an earlier export's")
+    return parser
+
+
+def _add_tts(tts: argparse.ArgumentParser) -> None:
+    tts.add_argument("--text", help="what to say, of any length")
     tts.add_argument(
         "--prompt", help="recording whose voice to take on, or a shipped prompt's name"
     )
     tts.add_argument("--prompt-text", help="what the prompt says; else the model transcribes it")
     tts.add_argument("--list", help="JSON lines: id, text, prompt, and prompt_text if known")
-    tts.add_argument("--out", required=True, help="a .wav; with --list a folder")
+    tts.add_argument("--out", help="a .wav; with --list a folder")
+    tts.add_argument(
+        "--stream", metavar="WAV", help="instead of --out: a .wav, or - for standard output, that "
+        "is written while the speech is made",
+    )  # fmt: skip
+    tts.add_argument(
+        "--chunk-seconds", type=float, default=0.5, help="speech that --stream makes at a time"
+    )
     tts.add_argument("--seed", type=int, default=0)
+
+
+def _add_sampling(tts: argparse.ArgumentParser) -> None:
     tts.add_argument("--greedy", action="store_true", help="always take the likeliest token")
-    asr.add_argument("recordings", nargs="+", metavar="REC")
-    return parser
+    tts.add_argument("--temperature", type=float, help="1: as trained; lower is more even")
+    tts.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this share")
+    tts.add_argument("--top-k", type=int, help="and from no more than so many")
+    tts.add_argument(
+        "--candidates", type=int, metavar="N",
+        help="make N and keep the one in which the model's own ASR finds the text the likeliest: "
+        "N times the work",
+    )  # fmt: skip
+    tts.add_argument("--tries", type=int, help="a failed one is made again until so many were made")
+    tts.add_argument(
+        "--checks", type=_checks, metavar="NAMES",
+        help=f"what is a failure: some of {','.join(CHECKS)}, or none",
+    )  # fmt: skip
+    tts.add_argument(
+        "--nar-iterations", type=int,
+        help="passes for each codebook; more than 1 needs a voice with nar.masked",
+    )  # fmt: skip
+
+
+def _checks(names: str) -> tuple[str, ...]:
+    return () if names == "none" else tuple(names.split(","))
 
 
 def _load(arguments: argparse.Namespace) -> "Voice":
     from slm.pipeline import Voice
 
-    if arguments.batch < 1:
-        raise ValueError(f"--batch must be at least 1, got {arguments.batch}")
     return Voice.from_pretrained(arguments.voice, base=arguments.base, device=arguments.device)
 
 
 def _tts(arguments: argparse.Namespace) -> None:
-    from dataclasses import replace
-
+    from slm.lists import alone, prepare, read_list, result, speak_list
     from slm.pipeline import check_name
 
-    if arguments.list is None and None in (arguments.text, arguments.prompt):
-        raise ValueError("give --text and --prompt, or --list")
-    if arguments.list is not None and (arguments.text or arguments.prompt):
-        raise ValueError("give either --text and --prompt, or --list, not both")
-    entries = list(_entries(Path(arguments.list))) if arguments.list else []
-    if not arguments.list:
+    _check_tts(arguments)
+    listed = Path(arguments.list) if arguments.list else None
+    entries = read_list(listed) if listed is not None else []
+    if listed is None and arguments.out is not None:
         check_name(arguments.out)
+    given = {name: getattr(arguments, name) for name in SAMPLING}
+    given = {name: value for name, value in given.items() if value is not None}
     voice = _load(arguments)
-    voice.sampling = replace(voice.sampling, greedy=arguments.greedy)
-    if arguments.list:
-        with _alone(Path(arguments.out)):
-            _tts_list(voice, entries, Path(arguments.list).parent, arguments)
+    voice.sampling = replace(voice.sampling, greedy=arguments.greedy, **given)
+    if listed is not None:
+        out = Path(arguments.out)
+        with alone(out):
+            speak_list(voice, entries, listed, out, seed=arguments.seed, batch=arguments.batch)
         return
     entry = {"text": arguments.text, "prompt": arguments.prompt}
     if arguments.prompt_text is not None:
         entry["prompt_text"] = arguments.prompt_text
-    (speech,) = voice.speak([_prepare(voice, entry, Path(), arguments.seed)])
+    passage = prepare(voice, entry, Path(), arguments.seed)
+    if arguments.stream is not None:
+        waves = voice.stream_passage(passage, arguments.chunk_seconds)
+        _stream(arguments.stream, waves, voice.codec.sample_rate)
+        return
+    (speech,) = voice.say([passage], arguments.batch)
     voice.save(speech, arguments.out)
-    print(json.dumps(_result(arguments.out, entry, speech), ensure_ascii=False))
+    _tell(result(arguments.out, arguments.prompt, speech))
 
 
-def _prepare(voice: "Voice", entry: Mapping[str, str], folder: Path, seed: int) -> "Utterance":
-    """Reads and checks a line. A prompt's path counts from the current folder, then the list's."""
-    voice.coverage.check(entry["text"])
-    name = entry["prompt"]
-    where = name if name in voice.prompts else _recording(name, folder)
-    return voice.prepare(entry["text"], voice.prompt(where, entry.get("prompt_text")), seed)
+def _check_tts(arguments: argparse.Namespace) -> None:
+    if arguments.list is None and None in (arguments.text, arguments.prompt):
+        raise ValueError("give --text and --prompt, or --list")
+    if arguments.list is not None and (arguments.text or arguments.prompt):
+        raise ValueError("give either --text and --prompt, or --list, not both")
+    if (arguments.out is None) == (arguments.stream is None):
+        raise ValueError("give either --out or --stream")
+    if arguments.stream is not None and arguments.list is not None:
+        raise ValueError("--stream is for --text; a list goes to a folder (--out)")
+    if arguments.stream is not None and arguments.candidates not in (None, 1):
+        raise ValueError("--stream has no --candidates: what has been heard cannot be exchanged")
+    if arguments.stream == "-" and sys.stdout.isatty():
+        raise ValueError("--stream - writes sound; pipe it to a player, such as `| aplay`")
+    if arguments.batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {arguments.batch}")
 
 
-def _recording(name: str, folder: Path) -> Path:
-    return next((p for p in (Path(name), folder / name) if p.exists()), Path(name))
+def _stream(target: str, waves: Iterable[np.ndarray], sample_rate: int) -> None:
+    """Writes a WAV file while it is made; to standard output nothing else goes then."""
+    from slm.streaming import write_wav
+
+    started, count = time.monotonic(), 0
+
+    def told() -> Iterator[np.ndarray]:
+        nonlocal count
+        for wave in waves:
+            if not count and len(wave):
+                logger.info("first sound after %.2f s", time.monotonic() - started)
+            count += len(wave)
+            yield wave
+        seconds = time.monotonic() - started
+        logger.info("%.2f s of speech in %.2f s", count / sample_rate, seconds)
+
+    if target != "-":
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        with open(target, "wb") as file:
+            write_wav(file, told(), sample_rate)
+        return
+    try:
+        write_wav(sys.stdout.buffer, told(), sample_rate)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Or the interpreter complains once more when it closes standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise ValueError("the player has gone before the end") from None
 
 
-def _entries(path: Path) -> Iterator[tuple[int, Any]]:
-    """Lines of a list that are JSON; whether they say enough is checked later."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such list")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError:
-                yield number, None
-
-
-def _check_entry(entry: Any, seen: set[str]) -> dict[str, str]:
-    if not isinstance(entry, dict):
-        raise ValueError("not a JSON object")
-    for key in ("id", "text", "prompt"):
-        if not isinstance(entry.get(key), str) or not entry[key]:
-            raise ValueError(f"{key} is missing")
-    known = {key: entry[key] for key in ("id", "text", "prompt", "prompt_text") if entry.get(key)}
-    if Path(known["id"]).is_absolute() or ".." in Path(known["id"]).parts:
-        raise ValueError(f"the id {known['id']!r} leads out of the folder")
-    if known["id"] in seen:
-        raise ValueError(f"the id {known['id']!r} comes twice")
-    seen.add(known["id"])
-    return known
-
-
-def _tts_list(
-    voice: "Voice", entries: list[tuple[int, Any]], folder: Path, arguments: argparse.Namespace
-) -> None:
-    """A list costs only its bad lines. What an earlier start has made is not made again.
-
-    A line that is whole but was refused is in results.jsonl as well, without a wave.
-    """
-    from tqdm import tqdm
-
-    out = Path(arguments.out)
-    results = out / "results.jsonl"
-    settings = [voice.digest, arguments.seed, repr(voice.sampling)]
-    done = _made(results, out)
-    made: set[str] = set()
-    waiting: list[tuple[dict[str, str], Utterance]] = []
-    skipped: list[str] = []
-    seen: set[str] = set()
-    with open(results, "a", encoding="utf-8") as file:
-        for number, entry in tqdm(entries, desc="tts", unit="line"):
-            known: dict[str, str] = {}
-            try:
-                known = _check_entry(entry, seen)
-                known["request"] = _request(voice, known, folder, settings)
-                if done.get(known["id"]) == known["request"]:
-                    made.add(known["id"])
-                    continue
-                waiting.append((known, _prepare(voice, known, folder, arguments.seed)))
-            except (ValueError, OSError) as error:
-                skipped.append(f"line {number}: {error}")
-                if known:
-                    _write(file, _refused(known, error, arguments.seed))
-                continue
-            if len(waiting) == arguments.batch:
-                _speak(voice, waiting, out, file)
-                waiting = []
-        if waiting:
-            _speak(voice, waiting, out, file)
-    _keep_newest(results)
-    for reason in skipped:
-        logger.warning("skipped %s", reason)
-    logger.info(
-        "%d lines: %d skipped, %d were there already", len(entries), len(skipped), len(made)
-    )
-    if entries and len(skipped) == len(entries):
-        raise ValueError(f"{arguments.list}: no line could be used")
-
-
-def _speak(
-    voice: "Voice", waiting: list[tuple[dict[str, str], "Utterance"]], out: Path, file: Any
-) -> None:
-    speeches = voice.speak([utterance for _, utterance in waiting])
-    for (entry, _), speech in zip(waiting, speeches, strict=True):
-        name = f"{entry['id']}.wav"
-        voice.save(speech, out / name)
-        record = {"id": entry["id"], **_result(name, entry, speech), "request": entry["request"]}
-        _write(file, record)
-
-
-def _write(file: Any, record: Mapping[str, Any]) -> None:
-    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    file.flush()
-
-
-def _refused(entry: Mapping[str, str], error: Exception, seed: int) -> dict[str, Any]:
-    """A line that was not spoken: whoever scores the list must know of it."""
-    return {
-        "id": entry["id"],
-        "audio": None,
-        "text": entry["text"],
-        "prompt": entry["prompt"],
-        "prompt_text": entry.get("prompt_text", ""),
-        "failure": "refused",
-        "reason": str(error),
-        "tries": 0,
-        "seed": seed,
-    }
-
-
-def _keep_newest(results: Path) -> None:
-    """Leaves one line of each id."""
-    lines = results.read_text(encoding="utf-8").splitlines()
-    _replace(results, {json.loads(line)["id"]: line for line in lines}.values())
-
-
-def _replace(results: Path, lines: Iterable[str]) -> None:
-    temporary = results.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    temporary.replace(results)
-
-
-def _result(audio: str, entry: Mapping[str, str], speech: "Speech") -> dict[str, Any]:
-    if speech.failure is not None:
-        logger.warning("%s: %s after %d tries", audio, speech.failure, speech.tries)
-    return {
-        "audio": audio,
-        "text": speech.text,
-        "prompt": entry["prompt"],
-        "prompt_text": speech.prompt_text,
-        "failure": speech.failure,
-        "tries": speech.tries,
-        "seed": speech.seed,
-    }
-
-
-def _request(voice: "Voice", entry: Mapping[str, str], folder: Path, settings: list[Any]) -> str:
-    """16 hex digits over all that decides what a line becomes; another id counts as well."""
-    name = entry["prompt"]
-    if name in voice.prompts:
-        prompt = [voice.prompts[name].codes.tolist(), voice.prompts[name].text]
-    else:
-        found = _recording(name, folder).stat()
-        prompt = [found.st_size, found.st_mtime_ns]
-    whole = json.dumps([dict(entry), prompt, settings], sort_keys=True)
-    return hashlib.sha256(whole.encode()).hexdigest()[:16]
-
-
-def _made(results: Path, out: Path) -> dict[str, str | None]:
-    """What is there, as requests by id. Results without a wave, a torn last line and all but the
-    newest line of an id are taken out."""
-    if not results.exists():
-        return {}
-    kept: dict[str, tuple[str, str | None]] = {}
-    for line in results.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-            if (out / record["audio"]).is_file():
-                kept[record["id"]] = line, record.get("request")
-        except (AttributeError, KeyError, TypeError, ValueError):
-            continue
-    _replace(results, (line for line, _ in kept.values()))
-    return {name: request for name, (_, request) in kept.items()}
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock: two runs in one folder would write the same files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{folder}: another process is writing here; wait for it or choose another --out"
-            ) from None
-        yield
+def _tell(record: object) -> None:
+    print(json.dumps(record, ensure_ascii=False), flush=True)
 
 
 def _asr(arguments: argparse.Namespace) -> None:
+    if arguments.batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {arguments.batch}")
     voice = _load(arguments)
     failed = []
     for path in arguments.recordings:
@@ -288,11 +217,45 @@ def _asr(arguments: argparse.Namespace) -> None:
             failed.append(path)
             logger.warning("skipped: %s", error)
             continue
-        print(json.dumps({"audio": path, "text": text}, ensure_ascii=False), flush=True)
+        _tell({"audio": path, "text": text})
     if failed:
         logger.info("%d of %d recordings skipped", len(failed), len(arguments.recordings))
     if len(failed) == len(arguments.recordings):
         raise ValueError("no recording could be used")
+
+
+def _vc(arguments: argparse.Namespace) -> None:
+    from slm.pipeline import check_name
+
+    check_name(arguments.out)
+    voice = _load(arguments)
+    target = arguments.target if arguments.target in voice.prompts else Path(arguments.target)
+    speech = voice.convert(
+        Path(arguments.source), target, arguments.source_text, arguments.target_text
+    )
+    voice.save(speech, arguments.out)
+    told = {"audio": arguments.out, "source": arguments.source, "target": arguments.target}
+    texts = {"text": speech.text, "target_text": speech.prompt_text}
+    _tell({**told, **texts, "failure": speech.failure})
+
+
+def _continue(arguments: argparse.Namespace) -> None:
+    from slm.lists import result
+    from slm.pipeline import check_name
+
+    check_name(arguments.out)
+    voice = _load(arguments)
+    prompt = arguments.prompt if arguments.prompt in voice.prompts else Path(arguments.prompt)
+    speech = voice.continue_speech(prompt, arguments.seconds, arguments.seed)
+    voice.save(speech, arguments.out)
+    _tell(result(arguments.out, arguments.prompt, speech))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from slm.exporting import export
+
+    export(_load(arguments).lm, arguments.out)
+    logger.info("%s: AutoModelForCausalLM and vLLM load it; its README.md says how", arguments.out)
 
 
 if __name__ == "__main__":

@@ -42,69 +42,57 @@ def voice_card(models: Models, prompts: Mapping[str, Prompt]) -> str:
 def export_card(lm: SpeechLM, exact: bool) -> str:
     """README.md of an exported LLM. `exact`: a prompt's string has the layouts' own tokens."""
     vocabulary, text = lm.vocabulary, lm.alphabet.text
-    encode = "tokenizer(prompt, add_special_tokens=False, return_tensors='pt').input_ids"
+    end = vocabulary.specials[-1]
+    if vocabulary.text_eos is not None:
+        end = lm.alphabet.tokenizer.convert_ids_to_tokens(vocabulary.eos)
     notes = []
-    if lm.alphabet.text.normalize:
-        notes.append("Spell numbers and abbreviations out in a text that is to be spoken.")
+    if text.normalize:
+        notes.append("Numbers and abbreviations in a text that is to be spoken are spelt out.")
     if text.spoken == "phonemes":
-        notes.append("A text that is to be spoken is IPA, as `espeak` writes it for English.")
-    if not exact:
-        encode = (
-            "torch.tensor([[i for part in re.split(r'(<\\|.*?\\|>)', prompt) for i in ids(part)]])"
-        )
-        notes.append("A text's tokens are those that `ids` below makes, not those of the string.")
+        notes.append("A text that is to be spoken is IPA, as espeak writes it.")
+    if text.spoken == "characters":
+        notes.append("A text that is to be spoken has the tokens of its single characters.")
     if vocabulary.num_merges:
         notes.append(
-            f"`<|s_{vocabulary.codebook_size}|>` and those behind it stand for several codes each: "
-            "`units.model` (SentencePiece) says for which."
+            f"`<|s_{vocabulary.codebook_size}|>` and those behind it are several codes each: "
+            "`units.model` (SentencePiece) says which."
         )
-    example = _EXAMPLE.format(encode=encode)
-    if not exact:
-        example = example.replace("prompt = ", _IDS[text.spoken] + "prompt = ", 1)
-    return _EXPORT_CARD.format(
-        name=lm.origin["name"],
-        num_text=vocabulary.num_text,
-        specials=", ".join(
-            f"{vocabulary.text_size + number} `{name}`"
-            for number, name in enumerate(vocabulary.specials)
+    parts = 'list("red hen the cat")' if text.spoken == "characters" else '["red hen the cat"]'
+    values = {
+        "name": lm.origin["name"],
+        "codec": f"`{vocabulary.codec.id}` (digest {vocabulary.codec.digest})",
+        "text": vocabulary.text,
+        "speech": vocabulary.speech,
+        "first": vocabulary.first_speech,
+        "end": end,
+        "parts": parts,
+    }
+    rows = [
+        (f"0 .. {vocabulary.num_text - 1}", "text, as before"),
+        *((str(vocabulary.text_size + i), f"`{n}`") for i, n in enumerate(vocabulary.specials)),
+        (
+            f"{vocabulary.first_speech} .. {vocabulary.size - 1}",
+            f"speech, `<|s_0|>` .. `<|s_{vocabulary.num_pieces - 1}|>`",
         ),
-        first=vocabulary.first_speech,
-        last=vocabulary.size - 1,
-        most=vocabulary.size - 1 - vocabulary.first_speech,
-        codec=f"`{vocabulary.codec.id}` (digest {vocabulary.codec.digest})",
-        eos=lm.alphabet.tokenizer.convert_ids_to_tokens(vocabulary.eos)
-        if vocabulary.text_eos is not None
-        else vocabulary.specials[-1],
-        notes="".join(f"\n{note}" for note in notes) + ("\n" if notes else ""),
-        example=example,
+    ]
+    return _EXPORT_CARD.format(
+        **values,
+        rows="\n".join(f"| {ids} | {what} |" for ids, what in rows),
+        notes="".join(f" {note}" for note in notes),
+        prompt=(_AS_STRING if exact else _AS_IDS).format(**values),
     )
 
 
-_IDS = {
-    "characters": (
-        "def ids(text):  # Special tokens have one id, other text those of its characters.\n"
-        "    parts = [text] if text.startswith('<|') else list(text)\n"
-        "    return [i for p in parts for i in tokenizer(p, add_special_tokens=False).input_ids]\n"
-    )
-}
-_IDS["tokens"] = _IDS["phonemes"] = (
-    _IDS["characters"]
-    .replace("those of its characters", "its own")
-    .replace(
-        "    parts = [text] if text.startswith('<|') else list(text)\n", "    parts = [text]\n"
-    )
-)
-
-_EXAMPLE = """\
-import re
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-lm, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
-prompt = "<|text|>red hen the cat<|speech|><|s_3|><|s_1|><|s_4|>"  # "red hen" is what 3 1 4 says
-made = lm.generate({encode}, max_new_tokens=50, do_sample=True)[0]
-spoken = tokenizer.decode(made).split("<|speech|>")[1]
-codes = [int(code) for code in re.findall(r"<\\|s_(\\d+)\\|>", spoken)]  # with the prompt's own
+_AS_STRING = """\
+# "red hen" is what the codes 3 1 4 say, "the cat" what is to be said in their voice
+prompt = "<|text|>red hen the cat<|speech|><|s_3|><|s_1|><|s_4|>"
+ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+"""
+_AS_IDS = """\
+# "red hen" is what the codes 3 1 4 say, "the cat" what is to be said in their voice
+text = tokenizer({parts}, add_special_tokens=False).input_ids
+ids = [{text}, *sum(text, []), {speech}, *({first} + code for code in (3, 1, 4))]
+ids = torch.tensor([ids])
 """
 _EXPORT_CARD = """\
 ---
@@ -113,21 +101,27 @@ tags: [text-to-speech, automatic-speech-recognition]
 ---
 # {name} with speech
 
-A causal LM that Parlance trained on text and codebook 1 of the codec {codec}. The other codebooks and
-waves are not its affair: they take the voice that it was exported from.
+A causal LM that was trained on text and on codebook 1 of the codec {codec}.
+Its other codebooks, and waves, take the Parlance voice that this was exported from.
 
 | ids | |
 |---|---|
-| 0 .. {num_text} | text, as before |
-| {specials} | specials |
-| {first} .. {last} | speech: `<|s_0|>` .. `<|s_{most}|>` |
+{rows}
 
-    tts            <|text|>PROMPT'S TEXT TEXT<|speech|>PROMPT'S CODES   goes on to <|/speech|>
-    asr            <|speech|>CODES<|/speech|><|text|>                   goes on to {eos}
-    continuation   <|speech|>CODES                                      goes on to <|/speech|>
+    tts            <|text|>PROMPT'S TEXT AND NEW TEXT<|speech|>PROMPT'S CODES   up to <|/speech|>
+    asr            <|speech|>CODES<|/speech|><|text|>                           up to {end}
+    continuation   <|speech|>CODES                                              up to <|/speech|>
 
-A prompt's string is tokenised without the tokenizer's own beginning (`add_special_tokens=False`).
-{notes}
+Strings are tokenised without what a tokenizer adds of itself (`add_special_tokens=False`).{notes}
+
 ```python
-{example}```
+import re
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+lm, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+{prompt}made = lm.generate(ids, max_new_tokens=50, do_sample=True, top_p=0.8, top_k=25)
+spoken = tokenizer.decode(made[0, ids.shape[1] :])
+codes = [int(code) for code in re.findall(r"<\\|s_(\\d+)\\|>", spoken)]
+```
 """

@@ -43,7 +43,9 @@ def go_on(
     checks = tuple(check for check in sampling.checks if check in ("loop", "silence"))
     once = replace(sampling, tries=1, candidates=1, checks=checks)
     for attempt in range(sampling.tries):
-        (made,) = speak(models, [replace(begun, seed=seed + NEXT_TRY * attempt)], once)
+        # The likeliest token fails the same way twice: a retry samples.
+        drawn = replace(once, greedy=once.greedy and attempt == 0)
+        (made,) = speak(models, [replace(begun, seed=seed + NEXT_TRY * attempt)], drawn)
         # As long as was asked for is no failure here.
         failure = None if made.failure == "cut" else made.failure
         made = replace(made, tries=attempt + 1, failure=failure)

@@ -69,7 +69,7 @@ class Passage(NamedTuple):
 
 
 def joined(passage: Passage, speeches: Sequence[Speech]) -> Speech:
-    """One speech of its pieces'; a failure says of which piece it is."""
+    """One speech of its pieces'; a failure says of which piece it is, the score is their mean."""
     if len(speeches) == 1:
         return speeches[0]
     failures = [
@@ -77,6 +77,7 @@ def joined(passage: Passage, speeches: Sequence[Speech]) -> Speech:
         for number, speech in enumerate(speeches, start=1)
         if speech.failure is not None
     ]
+    scores = [speech.score for speech in speeches if speech.score is not None]
     waves = [([speech.wave], pause) for speech, pause in zip(speeches, passage.pauses, strict=True)]
     return replace(
         speeches[0],
@@ -85,6 +86,7 @@ def joined(passage: Passage, speeches: Sequence[Speech]) -> Speech:
         text=passage.text,
         failure="; ".join(failures) or None,
         tries=max(speech.tries for speech in speeches),
+        score=sum(scores) / len(scores) if scores else None,
     )
 
 

@@ -35,6 +35,7 @@ from slm.long_text import Passage, Piece, join, joined, room_behind, split_text
 from slm.nar import NAR
 from slm.pieces import split_at_quiet
 from slm.prompts import Coverage, Prompt, has_words, join_texts, load_prompts, tts_context
+from slm.selfcheck import can_transcribe
 from slm.speaking import Models, Speech, Utterance, decode, speak
 from slm.spelling import normalize
 from slm.streaming import stream
@@ -142,9 +143,15 @@ class Voice:
 
         What has been heard cannot be taken back: nothing is tried again, checked or chosen from
         several candidates; a failure is logged."""
-        if chunk_seconds <= 0:
-            raise ValueError(f"chunk_seconds must be positive, got {chunk_seconds}")
         passage = self.passage(text, self.prompt(prompt, prompt_text), seed)
+        return self.stream_passage(passage, chunk_seconds)
+
+    def stream_passage(
+        self, passage: Passage, chunk_seconds: float = 0.5
+    ) -> Iterator[Float[np.ndarray, " _"]]:
+        """`stream` for what is checked and encoded already."""
+        if chunk_seconds <= 0:
+            raise ValueError(f"chunk_seconds must be positive, got {chunk_seconds:g}")
         waves = [self._chunks(one, chunk_seconds) for one in passage.utterances]
         return join(list(zip(waves, passage.pauses, strict=True)), self.codec.sample_rate)
 
@@ -156,7 +163,7 @@ class Voice:
 
     def convert(
         self,
-        source: Float[np.ndarray, " S"] | Path,
+        source: Float[np.ndarray, " s"] | Path,
         target: Sound,
         source_text: str | None = None,
         target_text: str | None = None,
@@ -171,12 +178,10 @@ class Voice:
                 "this voice has no nar/, so it cannot convert; it takes a codec of two codebooks "
                 "or more, whose first says what is said and whose others say who speaks"
             )
-        if isinstance(source, Path):
-            blocks: Iterable[np.ndarray] = stream_audio(source, self.codec.sample_rate)
-        else:
+        if not isinstance(source, Path):
             _check(source, "the source")
-            blocks = [source]
-        prompt = self._target(target, target_text)
+        rate, prompt = self.codec.sample_rate, self._target(target, target_text)
+        blocks = stream_audio(source, rate) if isinstance(source, Path) else [source]
         heard = listen(self.codec, blocks)
 
         def transcribe(first: Sequence[np.ndarray]) -> list[str]:
@@ -188,9 +193,8 @@ class Voice:
         codes, text = convert(self.models, heard, prompt, transcribe, self.sampling)
         wave = self.decode(codes[:, :0], codes)[: heard.num_samples]
         return Speech(
-            wave=wave, codes=codes, text=text, prompt_text=prompt.text,
+            wave=wave, codes=codes, text=text, prompt_text=prompt.text, sample_rate=rate,
             failure="empty" if is_empty(wave) else None, tries=1, seed=0,
-            sample_rate=self.codec.sample_rate,
         )  # fmt: skip
 
     def continue_speech(self, prompt: Sound, seconds: float, seed: int = 0) -> Speech:
@@ -212,7 +216,7 @@ class Voice:
             return prompt if prompt_text is None else replace(prompt, text=prompt_text)
         codes, whole = self._codes(prompt)
         if prompt_text is None or not whole:
-            if not self._transcribes():
+            if not can_transcribe(self.lm):
                 raise ValueError("this voice cannot transcribe the prompt; give --prompt-text")
             (prompt_text,) = self._texts([codes[0]])
             if not prompt_text:
@@ -253,12 +257,9 @@ class Voice:
             )  # fmt: skip
         return encode(self.codec, [prompt[:most]])[0], len(prompt) <= most
 
-    def _transcribes(self) -> bool:
-        return self.lm.origin.get("tasks", {}).get("asr", 1.0) != 0
-
     def _texts(self, first: Sequence[np.ndarray]) -> list[str]:
         """Transcripts of codes of codebook 1; empty where there is none to be had."""
-        if not self._transcribes():
+        if not can_transcribe(self.lm):
             return [""] * len(first)
         return [
             text if failure is None and has_words(text) else ""
@@ -272,10 +273,10 @@ class Voice:
         A prompt that is a continuation has no transcript: `text` holds its words as well.
         """
         self._check_speaks()
-        self._check_text(text)
+        self.check_text(text)
         prompt.check(self.codec.codebook_sizes)
         if not prompt.continuation:
-            self._check_text(prompt.text, "the prompt's text")
+            self.check_text(prompt.text, "the prompt's text")
         alphabet = self.lm.alphabet
         (ids,) = alphabet.text_ids("tts", [join_texts(prompt.text, text)])
         speech = alphabet.speech_ids("tts", prompt.codes[0])
@@ -295,7 +296,7 @@ class Voice:
         The words behind a continuation cannot be told from its own, so that it is not split.
         """
         self._check_speaks()
-        self._check_text(text)
+        self.check_text(text)
         prompt.check(self.codec.codebook_sizes)
         pieces = [Piece(text, 0.0)]
         if not prompt.continuation:
@@ -310,7 +311,7 @@ class Voice:
         if self.nar is None and self.codec.num_codebooks > 1:
             raise ValueError("this voice has no nar/: it transcribes, but cannot speak")
 
-    def _check_text(self, text: str, what: str = "the text") -> None:
+    def check_text(self, text: str, what: str = "the text") -> None:
         """Numbers and abbreviations are words by the time that the model reads them."""
         self.coverage.check(normalize(text) if self.lm.alphabet.text.normalize else text, what)
 

@@ -8,8 +8,10 @@ The last LOOK_AHEAD_SECONDS of the decided frames are decoded, but held back: wh
 changes their sound. What little it changes beyond that is cross-faded.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,13 +19,14 @@ from jaxtyping import Float, Int
 
 from slm.config import SamplingConfig
 from slm.generate import Request, speech_only, stream_tokens
-from slm.prompts import join_texts
-from slm.speaking import Decoder, Models, Utterance
+from slm.speaking import Decoder, Models, Utterance, complete
 
 CONTEXT_SECONDS = 2.0
 CONTEXT_FRAMES = 32
 """Decided frames before new ones that are decoded with them: as many as this and the seconds."""
 LOOK_AHEAD_SECONDS = 0.24
+"""With a frame-rate codec of 12.7 M parameters at 25 Hz (10 s of random codes, chunks of 0.5 s) the
+waves differ from the whole's by 1e-5 of its level; with 0.08 s by 4e-3."""
 FADE_SECONDS = 0.01
 """Of the cross-fade between two decodings of the same frames."""
 
@@ -76,18 +79,11 @@ def _complete(
     sampling: SamplingConfig,
 ) -> Int[np.ndarray, "Q _"]:
     """Codes of new frames, from their codebook 1 and all frames before them."""
-    if models.nar is None or not len(first):
-        return np.zeros((len(decided), 0), np.int64) if not len(first) else first[None]
-    text = models.lm.alphabet.spelt(join_texts(utterance.prompt.text, utterance.text))
-    (codes,) = models.nar.decode(
-        [text],
-        [decided],
-        [first],
-        temperature=sampling.nar_temperature,
-        seeds=[utterance.seed],
-        iterations=sampling.nar_iterations,
-    )
-    return codes
+    if not len(first):
+        return decided[:, :0]
+    prompt = replace(utterance.prompt, codes=decided)
+    so_far = [replace(utterance, prompt=prompt)]
+    return complete(models, so_far, [first], [utterance.seed], sampling)[0]
 
 
 class WaveStream:
@@ -128,3 +124,27 @@ class WaveStream:
         drop = max(0, stop - self._context)
         self._codes, self._told = joined[:, drop:], stop - drop
         return new
+
+
+def write_wav(file: Any, waves: Iterable[Float[np.ndarray, " _"]], sample_rate: int) -> None:
+    """Writes waves to an open binary file as WAV (mono, 16 bit) while they come. The header leaves
+    the length open, as in pipes; where the file can be sought, it is put in at the end."""
+    file.write(_wav_header(sample_rate, None))
+    size = 0
+    for wave in waves:
+        samples = (np.clip(wave, -1.0, 1.0) * 32767).round().astype("<i2").tobytes()
+        file.write(samples)
+        file.flush()
+        size += len(samples)
+    if file.seekable():
+        file.seek(0)
+        file.write(_wav_header(sample_rate, size))
+
+
+def _wav_header(sample_rate: int, size: int | None) -> bytes:
+    most = 0xFFFF_FFFF
+    whole, data = (most, most - 36) if size is None else (min(36 + size, most), min(size, most))
+    # PCM, one channel, bytes a second, bytes and bits a sample.
+    layout = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16)
+    head = struct.pack("<4sI4s", b"RIFF", whole, b"WAVE")
+    return head + layout + struct.pack("<4sI", b"data", data)

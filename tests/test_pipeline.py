@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -224,6 +225,59 @@ def test_what_it_was_not_trained_for_it_does_not_do(
     assert isinstance(voice.asr([voiced(0.5)])[0], str)
     with pytest.raises(ValueError, match="cannot speak: it was trained without tts"):
         voice.tts("a cat", "ann")
+
+
+def test_long_texts_are_said_in_pieces_by_the_same_voice(
+    voice: Voice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "The cat sat on a mat, Mr. Hen. It cost 3.50 in all! " * 3
+    passage = voice.passage(text, voice.prompt("ann"), seed=2)
+    assert len(passage.utterances) > 1
+    assert " ".join(one.text for one in passage.utterances) == text.strip()
+    assert {id(one.prompt) for one in passage.utterances} == {id(voice.prompts["ann"])}
+    sizes: list[int] = []
+    original = voice.speak
+
+    def speak(utterances: list) -> list:
+        sizes.append(len(utterances))
+        made = original(utterances)
+        return [*made[:-1], replace(made[-1], failure="loop", score=-1.0)]
+
+    monkeypatch.setattr(voice, "speak", speak)
+    speech = voice.tts(text, "ann", seed=2)
+    count = len(passage.utterances)
+    assert sizes == [count]
+    assert speech.text == text
+    assert speech.failure == f"loop in piece {count} of {count}"
+    assert speech.score == -1.0
+    assert abs(len(speech.wave) / 640 - speech.codes.shape[1]) < 0.4 * 25 * count
+
+
+def test_numbers_are_words_by_the_time_that_they_are_checked(
+    voice: Voice, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert voice.tts("1 cat", "ann").text == "1 cat"
+    assert "1" not in caplog.text.partition("characters that no training text had")[2]
+
+
+def test_a_voice_is_saved_whole(voice: Voice, tmp_path: Path) -> None:
+    voice.save_pretrained(tmp_path / "copy")
+    loaded = Voice.from_pretrained(tmp_path / "copy")
+    loaded.prompts["bob"] = replace(loaded.prompts["ann"], text="red hen")
+    (tmp_path / "copy" / "ar" / "units.model").write_bytes(b"kept")
+    card = (tmp_path / "copy" / "README.md").read_text()
+    for part in ("base", "3 codebooks, 25 Hz", "tts, asr", "LATIN", "`ann`: nobody"):
+        assert part in card
+    (tmp_path / "copy" / "README.md").write_text("My own.")
+    loaded.save_pretrained(tmp_path / "copy")  # in its place
+    loaded.save_pretrained(tmp_path / "deep" / "again")
+    again = Voice.from_pretrained(tmp_path / "deep" / "again")
+    assert set(again.prompts) == {"ann", "bob"}
+    assert again.digest == voice.digest
+    assert again.lm.alphabet.text == voice.lm.alphabet.text
+    assert (tmp_path / "deep" / "again" / "ar" / "units.model").read_bytes() == b"kept"
+    assert (tmp_path / "deep" / "again" / "README.md").read_text() == "My own."
 
 
 def test_save_and_load(voice: Voice, tmp_path: Path) -> None:

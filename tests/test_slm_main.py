@@ -1,5 +1,6 @@
 """The command slm: lists go on where they stopped, and what is wrong is one line and status 2."""
 
+import io
 import json
 import logging
 from collections.abc import Callable
@@ -13,7 +14,9 @@ import torch
 from conftest import voiced
 from tiny_slm import TEXT, copy_of, quiet, save_voice
 
-from slm.__main__ import _alone, main
+from slm.__main__ import main
+from slm.config import SamplingConfig
+from slm.lists import alone
 from slm.nar import NAR
 from slm.pipeline import Voice
 
@@ -97,7 +100,7 @@ def test_a_list_costs_only_its_bad_lines(
     assert all(record["audio"] is None and record["reason"] for record in refused)
     records = [record for record in records if record["failure"] != "refused"]
     assert [record["id"] for record in records] == ["one", "two words"]
-    expected = {"id", "audio", "text", "prompt", "prompt_text", "failure", "tries", "seed"}
+    expected = {"id", "audio", "text", "prompt", "prompt_text", "failure", "tries", "seed", "score"}
     assert set(records[0]) == expected | {"request"}
     assert sorted(path.name for path in out.glob("*.wav")) == ["one.wav", "two words.wav"]
 
@@ -176,6 +179,7 @@ def test_a_line_that_changed_is_made_again(
     assert made("--greedy") == ["a cat"]
     assert made("--greedy", voice=other) == ["a cat"]
     assert made("--greedy", voice=other) == []
+    assert made("--greedy", "--top-k", "3", voice=other) == ["a cat"]
     write_wav(recording, 0.7)
     assert made("--greedy", voice=other) == ["a cat"]
 
@@ -185,7 +189,7 @@ def test_two_runs_in_one_folder(
 ) -> None:
     listed, out = tmp_path / "list.jsonl", tmp_path / "out"
     listed.write_text(json.dumps({"id": "x", "text": TEXT, "prompt": "ann"}))
-    with _alone(out):
+    with alone(out):
         assert run("tts", "--voice", folder, "--list", listed, "--out", out) == 2
     assert "another process is writing here" in capsys.readouterr().err
 
@@ -221,6 +225,75 @@ def test_outputs_and_devices_that_there_are_not(
 
 
 @pytest.mark.usefixtures("brief")
+def test_command_tts_streams(
+    folder: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    arguments = ["--voice", folder, "--text", TEXT, "--prompt", "ann", "--chunk-seconds", "0.1"]
+    assert run("tts", *arguments, "--stream", tmp_path / "new" / "o.wav") == 0
+    wave, rate = soundfile.read(tmp_path / "new" / "o.wav")
+    assert (rate, len(wave) % 640) == (16000, 0)
+    capfdbinary.readouterr()
+    assert run("tts", *arguments, "--stream", "-") == 0
+    piped, _ = soundfile.read(io.BytesIO(capfdbinary.readouterr().out))
+    assert np.array_equal(piped, wave)
+
+
+def test_options_are_the_sampling_configurations(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[SamplingConfig] = []
+
+    def speak(voice: Voice, utterances: list) -> list:
+        seen.append(voice.sampling)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(Voice, "speak", speak)
+    arguments = ["--voice", folder, "--text", TEXT, "--prompt", "ann", "--out", tmp_path / "o.wav"]
+    options = "--candidates 4 --temperature 0.7 --top-p 0.9 --top-k 5 --checks loop,leak --tries 2"
+    assert run("tts", *arguments, *options.split(), "--nar-iterations", "3") == 2
+    assert seen == [
+        SamplingConfig(
+            candidates=4, temperature=0.7, top_p=0.9, top_k=5, checks=("loop", "leak"), tries=2,
+            nar_iterations=3,
+        )
+    ]  # fmt: skip
+    assert run("tts", *arguments, "--checks", "none") == 2
+    assert seen[1] == SamplingConfig(checks=())
+
+
+def test_command_vc(folder: Path, tmp_path: Path, write_wav: Callable[..., Path]) -> None:
+    source = write_wav(tmp_path / "a.wav", 0.8)
+    arguments = ["--voice", folder, "--source", source, "--source-text", "red hen"]
+    out = tmp_path / "o.wav"
+    assert run("vc", *arguments, "--target", "ann", "--out", out) == 0
+    assert len(soundfile.read(out)[0]) == 12800
+    target = ["--target", write_wav(tmp_path / "b.wav", 0.5), "--target-text", "a cat"]
+    assert run("vc", *arguments, *target, "--out", out) == 0
+
+
+def test_command_continue(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "o.wav"
+    arguments = ["--voice", folder, "--prompt", "ann", "--seconds", "0.4", "--out", out]
+    assert run("continue", *arguments) == 2
+    assert "trained without continuation" in capsys.readouterr().err
+    other = copy_of(folder, tmp_path)
+    base = json.loads((other / "ar" / "base.json").read_text())
+    base["tasks"]["continuation"] = 1.0
+    (other / "ar" / "base.json").write_text(json.dumps(base))
+    assert run("continue", "--voice", other, *arguments[2:]) == 0
+    assert 0 < len(soundfile.read(out)[0]) <= 6400
+
+
+def test_command_export(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run("export", "--voice", folder, tmp_path / "out") == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert run("export", "--voice", folder, folder) == 2
+    assert "holds something else" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("brief")
 def test_command_asr(
     folder: Path, tmp_path: Path, write_wav: Callable[..., Path], capsys: pytest.CaptureFixture
 ) -> None:
@@ -241,6 +314,9 @@ def test_command_asr(
         (["--list", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--text", "...", "--prompt", "ann"], "nothing to say"),
         (["--text", "hi", "--prompt", "nowhere.wav"], "nowhere.wav"),
+        (["--text", "hi", "--prompt", "ann", "--stream", "-"], "either --out or --stream"),
+        (["--text", "hi", "--prompt", "ann", "--checks", "lop"], "no check 'lop'"),
+        (["--text", "hi", "--prompt", "ann", "--batch", "0"], "--batch must be at least 1"),
     ],
 )
 def test_what_people_get_wrong_is_one_line_and_status_2(

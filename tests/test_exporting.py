@@ -1,0 +1,130 @@
+"""The exported causal LM: equal logits, equal tokens, and a card whose example runs."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_slm import STAMP, quiet, save_base
+
+from slm.ar import SpeechLM
+from slm.config import ARConfig, LoRAConfig, TextConfig
+from slm.exporting import SAMPLES, export
+from slm.prompts import asr_context, tts_context
+from slm.vocab import encode_texts
+
+pytestmark = quiet()
+
+
+def trained(folder: Path, *, lora: bool = True, text: TextConfig | None = None, **base) -> SpeechLM:
+    """A loaded AR, every trained weight of which has moved."""
+    config = ARConfig(
+        base=str(save_base(folder / "base", **base)),
+        lora=LoRAConfig(rank=2) if lora else None,
+        text=text or TextConfig(normalize=False),
+    )
+    lm = SpeechLM.create(config, STAMP, seed=0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    lm.save(folder / "ar")
+    return SpeechLM.load(folder / "ar")
+
+
+@pytest.mark.parametrize(
+    ("lora", "base"),
+    [
+        (True, {"tied": True}),
+        (True, {"tied": False}),
+        (False, {"tied": True, "kind": "gpt2"}),
+        (False, {"tied": False, "eos": False}),
+    ],
+)
+def test_logits_are_equal(tmp_path: Path, lora: bool, base: dict) -> None:
+    from transformers import AutoModelForCausalLM
+
+    lm = trained(tmp_path, lora=lora, **base)
+    export(lm, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = torch.randint(lm.vocabulary.size, (2, 20), generator=torch.Generator().manual_seed(0))
+    expected = lm.lm(input_ids=ids).logits
+    assert torch.equal(loaded(input_ids=ids).logits, expected)
+    tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert tied == base["tied"]
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    assert torch.equal(again(input_ids=ids).logits, expected)
+    assert loaded.generation_config.eos_token_id == [lm.vocabulary.eos, lm.vocabulary.speech_end]
+
+
+@pytest.mark.parametrize("eos", [True, False])
+def test_every_id_has_a_token_and_strings_are_layouts(tmp_path: Path, eos: bool) -> None:
+    from transformers import AutoTokenizer
+
+    lm = trained(tmp_path, eos=eos, pad_rows=5)
+    export(lm, tmp_path / "out")
+    old = AutoTokenizer.from_pretrained(tmp_path / "base")
+    new = AutoTokenizer.from_pretrained(tmp_path / "out")
+    vocabulary = lm.vocabulary
+    names = new.convert_ids_to_tokens(list(range(vocabulary.size)))
+    assert None not in names
+    assert len(set(names)) == len(new) == vocabulary.size
+    assert new.convert_tokens_to_ids("<|speech|>") == vocabulary.speech
+    assert new.convert_tokens_to_ids("<|s_7|>") == vocabulary.first_speech + 7
+    speech = vocabulary.encode_speech(np.array([3, 1, 4])).tolist()
+    for text in SAMPLES:
+        assert new(text)["input_ids"] == old(text)["input_ids"]
+        (ids,) = encode_texts(old, [text])
+        written = f"<|text|>{text}<|speech|><|s_3|><|s_1|><|s_4|>"
+        layout = tts_context(vocabulary, ids, speech)
+        assert new(written, add_special_tokens=False)["input_ids"] == layout
+        assert new.decode(layout) == written
+    written = "<|speech|><|s_3|><|s_1|><|s_4|><|/speech|><|text|>"
+    assert new(written, add_special_tokens=False)["input_ids"] == asr_context(vocabulary, speech)
+
+
+@pytest.mark.parametrize("spoken", ["tokens", "characters"])
+def test_the_example_of_the_card_runs(
+    tmp_path: Path, spoken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = trained(tmp_path, text=TextConfig(normalize=False, spoken=spoken))
+    out = tmp_path / "out"
+    export(lm, out)
+    card = (out / "README.md").read_text()
+    assert f"| {lm.vocabulary.speech_end} | `<|/speech|>` |" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(code.strip().splitlines()) <= 14
+    monkeypatch.chdir(out)
+    names: dict = {}
+    exec(code, names)
+    assert isinstance(names["codes"], list)
+    (text,) = lm.alphabet.text_ids("tts", ["red hen the cat"])
+    layout = tts_context(lm.vocabulary, text, lm.vocabulary.encode_speech(np.array([3, 1, 4])))
+    assert names["ids"].tolist() == [layout]
+
+
+def test_it_replaces_an_earlier_export_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = trained(tmp_path)
+    with pytest.raises(ValueError, match="holds something else than an export"):
+        export(lm, tmp_path / "base")
+    with pytest.raises(ValueError, match="is a file"):
+        export(lm, tmp_path / "base" / "config.json")
+    out = tmp_path / "deep" / "out"
+    export(lm, out)
+    (out / "left-over").write_text("")
+    before = json.loads((out / "export.json").read_text())
+    assert before["base"]["digest"] == lm.origin["digest"]
+    export(lm, out)
+    assert not (out / "left-over").exists()
+    # A failed one leaves the earlier one, and nothing beside it.
+    monkeypatch.setattr("slm.exporting.export_card", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(lm, out)
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert (out / "model.safetensors").is_file()
