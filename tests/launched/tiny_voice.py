@@ -1,0 +1,154 @@
+"""Trains tiny speech language models under the engine that it is launched with.
+
+usage: tiny_voice.py FOLDER OUT    FOLDER has base/ (a text LLM) and tokens.parquet
+
+test_slm_train.py launches it on two ranks, and trains the same models on one. For each of KINDS,
+OUT/KIND gets metrics.jsonl; ar/, of an AR; and seen.pt, the fields of a Seen.
+"""
+
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from codec.tokens import TokenShard
+from recipes.common import make_accelerator, run_program, start_run
+from recipes.voice import forget_zero3
+from slm.ar import SpeechLM
+from slm.config import ARConfig, BatchConfig, LoRAConfig, NARConfig, OptimConfig, TaskConfig
+from slm.data import ARData, Data
+from slm.nar import NAR
+from slm.nar_data import NARData
+from slm.train import Step, ar_step, fit, gather, nar_step
+
+KINDS = ("lora", "full-packed", "nar")
+
+
+class Parts(NamedTuple):
+    """A model, its step and its data, always the same."""
+
+    model: Any
+    step: Step
+    data: Data
+
+
+def parts(kind: str, folder: Path, dropout: float = 0.0) -> Parts:
+    """`kind` is lora, full or nar; the AR's rows are packed where it ends so."""
+    shard = TokenShard.open(folder / "tokens.parquet")
+    name, _, packed = kind.partition("-")
+    lora = LoRAConfig(rank=2, dropout=dropout) if name == "lora" else None
+    lm = SpeechLM.create(ARConfig(base=str(folder / "base"), lora=lora), shard.stamp, seed=0)
+    if kind == "nar":
+        config = NARConfig(
+            codebook_sizes=shard.stamp.codebook_sizes,
+            num_layers=1, num_heads=2, width=16, feedforward=32, dropout=dropout,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        batch = BatchConfig(positions=250)
+        return Parts(NAR(config), nar_step, NARData.open(shard, lm.alphabet, config, batch, 0))
+    batch = BatchConfig(positions=250, packed=120 if packed else None)
+    data = ARData.open(shard, lm.alphabet, TaskConfig(), batch, 0, longest=256)
+    return Parts(lm, ar_step, data)
+
+
+@dataclass
+class Seen:
+    """What a test looks at; whole tensors, whatever pieces the engine has them in."""
+
+    engine: str
+    share_held: float
+    """How much of the parameters a rank has in place between two steps."""
+    before: dict[str, Tensor]
+    """All parameters before the first step, tied ones once."""
+    after: dict[str, Tensor]
+    """And after the last one."""
+    logits: Tensor | None = None
+    """Of the AR, at the targets of the first batch."""
+
+
+def train_seen(one: Parts, folder: Path, accelerator: Accelerator, optim: OptimConfig) -> Seen:
+    """Trains; writes metrics.jsonl and, of an AR, the folder ar/. All ranks call it."""
+    before: dict[str, Tensor] = {}
+
+    def step(model: nn.Module, batch: Any, num_targets: float) -> Any:
+        if not before:
+            before.update(whole_parameters(accelerator, model))
+        return one.step(model, batch, num_targets)
+
+    run = start_run(optim, folder, seed=0, accelerator=accelerator)
+    engine = fit(one.model, step, one.data, None, run, optim)
+    run.close()
+    named = list(accelerator.unwrap_model(engine).parameters())
+    held = sum(parameter.numel() for parameter in named)
+    after = whole_parameters(accelerator, engine)
+    share = held / sum(parameter.numel() for parameter in after.values())
+    seen = Seen(engine=type(engine).__name__, share_held=share, before=before, after=after)
+    if isinstance(one.model, SpeechLM):
+        seen.logits = first_logits(engine, one.model, one.data)
+        state = gather(accelerator, engine)
+        if accelerator.is_main_process:
+            one.model.save(folder / "ar", state)
+    accelerator.free_memory(engine)
+    return seen
+
+
+def whole_parameters(accelerator: Accelerator, engine: nn.Module) -> dict[str, Tensor]:
+    named = dict(accelerator.unwrap_model(engine).named_parameters())
+    gathered: Any = nullcontext()
+    if any(hasattr(parameter, "ds_id") for parameter in named.values()):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        gathered = GatheredParameters(list(named.values()), modifier_rank=None)
+    with gathered:
+        return {name: parameter.detach().clone() for name, parameter in named.items()}
+
+
+@torch.no_grad()
+def first_logits(engine: nn.Module, lm: SpeechLM, data: Data) -> Tensor:
+    """What the head of `lm` says at the targets of the first batch, through what is around it."""
+    heard: list[Tensor] = []
+    handle = lm.lm.get_output_embeddings().register_forward_hook(
+        lambda module, inputs, output: heard.append(output.detach().clone())
+    )
+    engine.eval()
+    engine(data.share(0, 0, 0, 1, 1).batch)
+    handle.remove()
+    (logits,) = heard
+    return logits
+
+
+def optim_of(kind: str, ranks: int) -> OptimConfig:
+    """One rank has the same batches in a step as two. The clip norm cuts some steps."""
+    micros = 4 if kind == "full-packed" else 2
+    return OptimConfig(
+        steps=8, warmup_steps=2, lr=1e-2, clip_norm=1.0, accumulate=micros // ranks, log_every=1,
+        eval_every=1000, save_every=1000,
+    )  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+    folder, out = Path(argv[0]), Path(argv[1])
+    # The shipped files say bf16, whose rounding would hide what is looked for.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    # peft asks for a GPU once there is an Accelerator under ZeRO-3.
+    made = {kind: parts(kind, folder) for kind in KINDS}
+    accelerator = make_accelerator(out)
+    if (plugin := accelerator.state.deepspeed_plugin) is not None:
+        # ZeRO-3 leaves what is small whole on every rank, and here all is small.
+        plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        forget_zero3()
+        later = parts("full", folder).model
+        assert all(parameter.numel() for parameter in later.parameters()), "built in pieces"
+    for kind in KINDS:
+        seen = train_seen(made[kind], out / kind, accelerator, optim_of(kind, ranks=2))
+        if accelerator.is_main_process:
+            torch.save(vars(seen), out / kind / "seen.pt")
+
+
+if __name__ == "__main__":
+    run_program(main)
