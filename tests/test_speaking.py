@@ -1,0 +1,260 @@
+"""slm/speaking.py: what fails is made again, the least bad is kept, candidates are compared."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_slm import STAMP, alphabet_of, quiet, save_base
+
+from slm import speaking
+from slm.alphabet import Alphabet
+from slm.ar import SpeechLM
+from slm.config import ARConfig, SamplingConfig
+from slm.generate import NEXT_CANDIDATE, NEXT_TRY
+from slm.prompts import Coverage, Prompt
+from slm.speaking import Models, Speech, Utterance, candidates, speak
+
+pytestmark = quiet()
+
+END, SILENT = -1, 14
+"""Codes from SILENT on are silence."""
+ANN, BEN = 0, 1
+"""Codes of the prompts, after which the LLM begins one of its chains."""
+GOOD = [2, 3, 4, 5, 6, 7]
+OTHER = [8, 9, 10, 11, 12]
+PAUSE = [13, *range(14, 22), 12]
+NOTHING = [22, 23]
+
+
+class Chains(torch.nn.Module):
+    """An LM that says whole chains of codes: one for each try of each prompt, in this order."""
+
+    def __init__(self, alphabet: Alphabet, chains: dict[int, list[list[int]]]):
+        super().__init__()
+        from transformers import LlamaConfig
+
+        self.config = LlamaConfig(num_hidden_layers=1)
+        self.vocabulary, self.chains = alphabet.vocabulary, chains
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.begun: Counter[int] = Counter()
+        self.batches: list[int] = []
+        every = [chain for tries in chains.values() for chain in tries if chain]
+        self.next = {a: b for one in every for a, b in zip(one, [*one[1:], END], strict=True)}
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        last = (input_ids[:, -1] - self.vocabulary.first_speech).tolist()
+        if input_ids.shape[1] > 1:
+            self.batches.append(len(last))
+            codes = [self._begin(code) for code in last]
+        else:
+            codes = [self.next[code] for code in last]
+        logits = torch.full((len(last), 1, self.vocabulary.size), -30.0)
+        first, end = self.vocabulary.first_speech, self.vocabulary.speech_end
+        for row, code in enumerate(codes):
+            logits[row, 0, end if code == END else first + code] = 30.0
+        return type("Output", (), {"logits": logits})()
+
+    def _begin(self, prompt: int) -> int:
+        tries = self.chains[prompt]
+        chain = tries[min(self.begun[prompt], len(tries) - 1)]
+        self.begun[prompt] += 1
+        return chain[0] if chain else END
+
+
+class Codec:
+    sample_rate, hop_length, num_codebooks = 16000, 640, 1
+    device = torch.device("cpu")
+
+    def decode(self, codes: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        loud = (codes[:, :1] < SILENT).float().repeat_interleave(self.hop_length, dim=2)
+        return loud * 0.3
+
+
+class Nar:
+    """Its second codebook tells what it was given."""
+
+    def decode(self, texts: Any, prompts: Any, first: Any, **options: Any) -> list[np.ndarray]:
+        self.texts, self.options = texts, options
+        return [np.stack([row, row + 1]) for row in first]
+
+
+@pytest.fixture(scope="module")
+def alphabet(tmp_path_factory: pytest.TempPathFactory) -> Alphabet:
+    return alphabet_of(save_base(tmp_path_factory.mktemp("base")))
+
+
+def models(
+    alphabet: Alphabet, *, asr: float = 0.0, nar: Any = None, **chains: list[list[int]]
+) -> Models:
+    said = {{"ann": ANN, "ben": BEN}[name]: tries for name, tries in chains.items()}
+    lm = SpeechLM(Chains(alphabet, said), alphabet, {"tasks": {"tts": 1.0, "asr": asr}})
+    return Models(Codec(), lm, nar, Coverage(scripts=(), characters="", longest_frames=0))
+
+
+def utterance(prompt: int, seed: int = 5, text: str = "the cat sat on a mat") -> Utterance:
+    codes = np.array([[23, prompt]])
+    begun = Prompt(codes=codes, text="a dog")
+    return Utterance(text=text, prompt=begun, context=[0], bounds=(0, 60), seed=seed)
+
+
+def asked(lm: SpeechLM, *utterances: Utterance) -> list[Utterance]:
+    """With their prompts' codes in the context."""
+    return [
+        replace(one, context=[0, *map(int, lm.alphabet.speech_ids("tts", one.prompt.codes[0]))])
+        for one in utterances
+    ]
+
+
+SHORT = SamplingConfig(silence_seconds=0.2)
+
+
+def said(made: Speech) -> list[int]:
+    return made.codes[0].tolist()
+
+
+def test_only_what_failed_is_made_again(alphabet: Alphabet) -> None:
+    voice = models(alphabet, ann=[PAUSE, GOOD], ben=[OTHER])
+    ann, ben = speak(voice, asked(voice.lm, utterance(ANN), utterance(BEN)), SHORT)
+    assert (said(ann), ann.failure, ann.tries, ann.seed) == (GOOD, None, 2, 5 + NEXT_TRY)
+    assert (said(ben), ben.failure, ben.tries, ben.seed) == (OTHER, None, 1, 5)
+    assert voice.lm.lm.batches == [2, 1]
+    assert ann.score is None
+
+
+def test_the_least_bad_of_all_tries_is_kept(alphabet: Alphabet) -> None:
+    voice = models(alphabet, ann=[NOTHING, PAUSE, []])
+    (made,) = speak(voice, asked(voice.lm, utterance(ANN)), SHORT)
+    assert (said(made), made.failure, made.tries, made.seed) == (PAUSE, "silence", 3, 5 + NEXT_TRY)
+    # Switched off, a pause is no failure; what is empty always is.
+    voice = models(alphabet, ann=[NOTHING, PAUSE, []])
+    (made,) = speak(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, checks=()))
+    assert (said(made), made.failure, made.tries) == (PAUSE, None, 2)
+
+
+@pytest.mark.parametrize("chain", [NOTHING, []])
+def test_a_silent_wave_is_a_failure(alphabet: Alphabet, chain: list[int]) -> None:
+    voice = models(alphabet, ann=[chain])
+    (made,) = speak(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, tries=2))
+    assert (made.failure, made.tries, made.seed) == ("empty", 2, 5)
+
+
+def test_the_prompts_words_said_again_are_a_leak(alphabet: Alphabet) -> None:
+    words = list(range(2, 16))
+    voice = models(alphabet, ann=[words, [1, 0]])
+    one = utterance(ANN)
+    one = replace(one, prompt=Prompt(codes=np.array([[*words, 23, ANN]]), text="a dog"))
+    (made,) = speak(voice, asked(voice.lm, one), SamplingConfig())
+    assert (said(made), made.tries) == ([1, 0], 2)
+
+
+def test_speech_far_too_short_for_the_prompts_rate_is_early(alphabet: Alphabet) -> None:
+    voice = models(alphabet, ann=[GOOD])
+    slow = Prompt(codes=np.array([[23] * 20 + [ANN]]), text="a dog and a cat")
+    one = replace(utterance(ANN), prompt=slow)
+    (made,) = speak(voice, asked(voice.lm, one), replace(SHORT, tries=1))
+    assert made.failure == "early"
+    (made,) = speak(voice, asked(voice.lm, one), replace(SHORT, tries=1, checks=("leak",)))
+    assert made.failure is None
+
+
+def test_the_models_own_asr_hears_what_passed(
+    alphabet: Alphabet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = {tuple(GOOD): "the cat sat on a mat", tuple(OTHER): "a dog the cat sat"}
+    asked_for = []
+
+    def transcripts(_lm: Any, codes: Any, _config: Any) -> list[str]:
+        asked_for.append([one.tolist() for one in codes])
+        return [heard[tuple(one.tolist())] for one in codes]
+
+    monkeypatch.setattr(speaking, "transcripts", transcripts)
+    voice = models(alphabet, asr=1.0, ann=[OTHER, GOOD], ben=[PAUSE, GOOD])
+    ann, ben = speak(voice, asked(voice.lm, utterance(ANN), utterance(BEN)), SHORT)
+    assert (said(ann), ann.tries, said(ben), ben.tries) == (GOOD, 2, GOOD, 2)
+    assert asked_for == [[OTHER], [GOOD, GOOD]]  # What had failed already is not transcribed.
+    heard[tuple(GOOD)] = "the cat"
+    (made,) = speak(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, tries=1))
+    assert made.failure == "early"
+    # Without ASR, or without the checks that need it, no one is asked.
+    asked_for.clear()
+    deaf = models(alphabet, ann=[OTHER])
+    assert speak(deaf, asked(deaf.lm, utterance(ANN)), SHORT)[0].failure is None
+    speak(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, checks=("loop", "silence")))
+    assert asked_for == []
+
+
+def scored(monkeypatch: pytest.MonkeyPatch, scores: dict[int, float]) -> None:
+    """Scores by the first code; what is not transcribed says the text."""
+    monkeypatch.setattr(
+        speaking, "text_scores", lambda _lm, _texts, codes: [
+            scores[int(one[0])] if len(one) else -9.0 for one in codes
+        ]
+    )  # fmt: skip
+    monkeypatch.setattr(speaking, "transcripts", lambda _lm, codes, _config: [""] * len(codes))
+
+
+def test_the_likeliest_candidate_is_kept(
+    alphabet: Alphabet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored(monkeypatch, {GOOD[0]: -2.0, OTHER[0]: -1.0, NOTHING[0]: -0.1, PAUSE[0]: -0.5})
+    config = replace(SHORT, candidates=2)
+    voice = models(alphabet, asr=1.0, ann=[GOOD, OTHER], ben=[OTHER, GOOD])
+    ann, ben = speak(voice, asked(voice.lm, utterance(ANN), utterance(BEN)), config)
+    assert (said(ann), ann.score, ann.seed, ann.tries) == (OTHER, -1.0, 5 + NEXT_CANDIDATE, 1)
+    assert (said(ben), ben.score, ben.seed, ben.tries) == (OTHER, -1.0, 5, 1)
+    assert voice.lm.lm.batches == [4]
+    # What failed loses, also where only its wave tells.
+    for bad in ([], NOTHING, PAUSE):
+        voice = models(alphabet, asr=1.0, ann=[bad, GOOD])
+        (made,) = speak(voice, asked(voice.lm, utterance(ANN)), config)
+        assert (said(made), made.failure, made.score, made.tries) == (GOOD, None, -2.0, 1)
+    # All of them failed: all are made again.
+    voice = models(alphabet, asr=1.0, ann=[NOTHING, PAUSE, GOOD, OTHER])
+    (made,) = speak(voice, asked(voice.lm, utterance(ANN)), config)
+    assert (said(made), made.tries) == (OTHER, 2)
+    assert made.seed == 5 + NEXT_TRY + NEXT_CANDIDATE
+
+
+def test_the_plain_call_is_the_first_candidate(alphabet: Alphabet, tmp_path: Path) -> None:
+    real = SpeechLM.create(ARConfig(base=str(save_base(tmp_path)), lora=None), STAMP, seed=1)
+    lm = SpeechLM(real.lm.double(), alphabet, {})
+    said = asked(lm, utterance(ANN, seed=3), utterance(BEN, seed=4))
+    plain = candidates(lm, said, replace(SHORT, checks=()))
+    several = candidates(lm, said, replace(SHORT, checks=(), candidates=3))
+    for (alone,), group in zip(plain, several, strict=True):
+        assert alone.score is None
+        assert len({one.seed for one in group}) == 3
+        (same,) = [one for one in group if one.seed == alone.seed]
+        assert same.first.tolist() == alone.first.tolist()
+        ranks = [(one.failure is not None, -one.score) for one in group]
+        assert ranks == sorted(ranks)
+
+
+def test_candidates_need_asr(alphabet: Alphabet) -> None:
+    voice = models(alphabet, ann=[GOOD])
+    with pytest.raises(ValueError, match="trained without asr; set it to 1"):
+        speak(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, candidates=2))
+
+
+def test_what_the_nar_is_given(alphabet: Alphabet) -> None:
+    nar = Nar()
+    spelling = Alphabet(alphabet.vocabulary, alphabet.tokenizer)
+    voice = models(spelling, nar=nar, ann=[PAUSE, GOOD])
+    config = replace(SHORT, nar_temperature=0.5)
+    prompt = Prompt(codes=np.array([[23, ANN], [0, 0]]), text="a dog")
+    one = replace(utterance(ANN), text="2 cats", prompt=prompt)
+    (made,) = speak(voice, asked(voice.lm, one), config)
+    assert made.codes.shape == (2, len(GOOD))
+    assert nar.options == {"temperature": 0.5, "seeds": [5 + NEXT_TRY]}
+    assert nar.texts == [spelling.spelt("a dog 2 cats")]
+    speak(voice, asked(voice.lm, one), replace(config, nar_iterations=4))
+    assert nar.options["iterations"] == 4
+
+
+def test_nothing_to_say_is_said(alphabet: Alphabet) -> None:
+    voice = models(alphabet, ann=[GOOD])
+    assert speak(voice, [], SHORT) == []
