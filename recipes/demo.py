@@ -178,6 +178,9 @@ def draw(waves: dict[str, Path], out: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
+    if argv in (["--help"], ["-h"]):
+        print(__doc__)
+        return
     if argv:
         raise ValueError(f"the demo takes no arguments, got {argv}; the recipes it calls do")
     if not JUDGE.is_dir() or not SPEAKER.is_dir():
