@@ -153,7 +153,8 @@ def judge_codes(
     if ears.likeness is not None and wave.size:
         values |= ears.likeness.of(line, wave)
     heard = scored.transcript if judges.judge_name else None
-    values["fault"] = float(bool(faults(voice, line, codes, wave, heard)))
+    # Every setting reports what was cut; nothing but this can tell it afterwards.
+    values["fault"] = float(failure == "cut" or bool(faults(voice, line, codes, wave, heard)))
     if not judges.judge_name:
         return dataclasses.replace(scored, values=values, words=None, characters=None)
     assert scored.words is not None

@@ -188,6 +188,15 @@ def test_every_row_says_where_it_comes_from(folder: Path) -> None:
     assert scoring.digest_of_voice(folder / "voice") != models["slm"]
 
 
+def test_faults_are_found_whatever_the_voice_reports(folder: Path) -> None:
+    rows = score(folder, {"a": TEXT, "b": "alpha bravo charlie mute", "c": f"{TEXT} and much more"})
+    assert values(rows, "continuation", "a")["fault"] == 0.0
+    assert values(rows, "continuation", "b")["fault"] == 1.0
+    # The voice is content, but the judge misses the end.
+    missing = values(rows, "continuation", "c")
+    assert (missing["failure"], missing["fault"]) == (0.0, 1.0)
+
+
 def test_two_shards_never_pass_for_one_list(folder: Path) -> None:
     first = {row.list for row in score(folder, {"a": TEXT})}
     assert first.isdisjoint(row.list for row in score(folder, {"a": f"{TEXT} echo"}))
