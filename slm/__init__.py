@@ -1,19 +1,30 @@
 """The speech language model: a pretrained text LLM that gains speech, and the NAR that fills it in.
 
-`SpeechLM` (codebook 1, autoregressive), `NAR` (codebooks 2..Q) and `Voice` (both and the codec) are
-loaded on first use, so that importing `slm` stays light.
+`SpeechLM` (codebook 1, autoregressive), `NAR` (codebooks 2..Q), `Voice` (both and the codec) with
+`Prompt` and `SamplingConfig`, and `export` (to a plain causal LM) are loaded on first use, so that
+importing `slm` stays light.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slm.ar import SpeechLM
+    from slm.config import SamplingConfig
+    from slm.exporting import export
     from slm.nar import NAR
     from slm.pipeline import Voice
+    from slm.prompts import Prompt
 
-__all__ = ["NAR", "SpeechLM", "Voice"]
+__all__ = ["NAR", "Prompt", "SamplingConfig", "SpeechLM", "Voice", "export"]
 
-_HOMES = {"SpeechLM": "slm.ar", "NAR": "slm.nar", "Voice": "slm.pipeline"}
+_HOMES = {
+    "NAR": "slm.nar",
+    "Prompt": "slm.prompts",
+    "SamplingConfig": "slm.config",
+    "SpeechLM": "slm.ar",
+    "Voice": "slm.pipeline",
+    "export": "slm.exporting",
+}
 
 
 def __getattr__(name: str) -> Any:

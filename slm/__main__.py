@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -126,16 +126,17 @@ def _tts(arguments: argparse.Namespace) -> None:
     from slm.pipeline import check_name
 
     _check_tts(arguments)
+    target: Any = arguments.out
     listed = Path(arguments.list) if arguments.list else None
     entries = read_list(listed) if listed is not None else []
-    if listed is None and arguments.out is not None:
-        check_name(arguments.out)
+    if listed is None and arguments.stream is None:
+        check_name(target)
     given = {name: getattr(arguments, name) for name in SAMPLING}
     given = {name: value for name, value in given.items() if value is not None}
     voice = _load(arguments)
     voice.sampling = replace(voice.sampling, greedy=arguments.greedy, **given)
     if listed is not None:
-        out = Path(arguments.out)
+        out = Path(target)
         with alone(out):
             speak_list(voice, entries, listed, out, seed=arguments.seed, batch=arguments.batch)
         return
@@ -148,8 +149,8 @@ def _tts(arguments: argparse.Namespace) -> None:
         _stream(arguments.stream, waves, voice.codec.sample_rate)
         return
     (speech,) = voice.say([passage], arguments.batch)
-    voice.save(speech, arguments.out)
-    _tell(result(arguments.out, arguments.prompt, speech))
+    voice.save(speech, target)
+    _tell(result(target, arguments.prompt, speech))
 
 
 def _check_tts(arguments: argparse.Namespace) -> None:

@@ -42,13 +42,13 @@ def go_on(
     )
     checks = tuple(check for check in sampling.checks if check in ("loop", "silence"))
     once = replace(sampling, tries=1, candidates=1, checks=checks)
-    for attempt in range(sampling.tries):
+    attempt = 0
+    while True:
         # The likeliest token fails the same way twice: a retry samples.
         drawn = replace(once, greedy=once.greedy and attempt == 0)
         (made,) = speak(models, [replace(begun, seed=seed + NEXT_TRY * attempt)], drawn)
+        attempt += 1
         # As long as was asked for is no failure here.
         failure = None if made.failure == "cut" else made.failure
-        made = replace(made, tries=attempt + 1, failure=failure)
-        if failure is None:
-            break
-    return made
+        if failure is None or attempt == sampling.tries:
+            return replace(made, tries=attempt, failure=failure)

@@ -43,7 +43,7 @@ _QUOTES = '"\u201c\u201d\u00ab\u00bb'
 _PARAGRAPH = re.compile(r"\n\s*\n")
 # What comes before a full stop that ends no sentence, whatever follows: titles, and words that lead
 # to a number or a name. Letters with stops between them are found by their form.
-_TITLES = "mr mrs ms mx dr prof rev hon st ste mt ft gen col capt cmdr lt maj sgt gov sen rep pres"
+_TITLES = "mr mrs ms mx dr prof rev hon st ste mt ft gen col capt cmdr lt maj sgt gov sen rep"
 _REFERENCES = "no nos vol vols fig figs eq ch chap sec pp p ed eds vs cf approx ca al etc dept univ"
 _NAMES = "sr jr messrs mme mlle fr br supt assn bros co corp inc ltd ave blvd rd"
 _DATES = "jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri sat sun"

@@ -33,7 +33,9 @@ def test_what_does_not_end_a_sentence_does_not_split(text: str) -> None:
 
 
 def test_splits_at_sentences_then_within_quotations_then_at_commas_then_at_words() -> None:
-    text = 'A cat sat there. "Red hens ran. A dog did." One two three, four five six seven eight ok.'
+    text = (
+        'A cat sat there. "Red hens ran. A dog did." One two three, four five six seven eight ok.'
+    )
     assert split_text(text, lambda part: len(part) < 20) == [
         Piece("A cat sat there.", SENTENCE_PAUSE),
         Piece('"Red hens ran.', SENTENCE_PAUSE),
@@ -95,7 +97,8 @@ def test_a_single_piece_stays_as_it_is() -> None:
 
 def test_the_silence_between_two_pieces_is_the_pause() -> None:
     waves = [padded(0.3, 0.6), padded(0.7, 0.2, seed=1), padded(0.0, 0.0, seed=2)]
-    joined = np.concatenate(list(join(list(zip([[w] for w in waves], [0.4, 0.2, 0.0])), RATE)))
+    pieces = [([wave], pause) for wave, pause in zip(waves, (0.4, 0.2, 0.0), strict=True)]
+    joined = np.concatenate(list(join(pieces, RATE)))
     # 0.3 + 0.5 + 0.4 + 0.5 + 0.2 + 0.5, to a window
     assert len(joined) == pytest.approx(2.4 * RATE, abs=0.04 * RATE)
     assert np.array_equal(joined[: round(0.79 * RATE)], waves[0][: round(0.79 * RATE)])
