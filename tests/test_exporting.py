@@ -10,20 +10,29 @@ import torch
 from tiny_slm import STAMP, quiet, save_base
 
 from slm.ar import SpeechLM
-from slm.config import ARConfig, LoRAConfig, TextConfig
+from slm.config import ARConfig, LoRAConfig, TextConfig, UnitsConfig
 from slm.exporting import SAMPLES, export
 from slm.prompts import asr_context, tts_context
+from slm.units import Units
 from slm.vocab import encode_texts
 
 pytestmark = quiet()
 
 
-def trained(folder: Path, *, lora: bool = True, text: TextConfig | None = None, **base) -> SpeechLM:
+def trained(
+    folder: Path,
+    *,
+    lora: bool = True,
+    text: TextConfig | None = None,
+    units: UnitsConfig | None = None,
+    **base,
+) -> SpeechLM:
     """A loaded AR, every trained weight of which has moved."""
     config = ARConfig(
         base=str(save_base(folder / "base", **base)),
         lora=LoRAConfig(rank=2) if lora else None,
         text=text or TextConfig(normalize=False),
+        units=units or UnitsConfig(),
     )
     lm = SpeechLM.create(config, STAMP, seed=0)
     torch.manual_seed(1)
@@ -65,8 +74,16 @@ def test_logits_are_equal(tmp_path: Path, lora: bool, base: dict) -> None:
 def test_every_id_has_a_token_and_strings_are_layouts(tmp_path: Path, eos: bool) -> None:
     from transformers import AutoTokenizer
 
-    lm = trained(tmp_path, eos=eos, pad_rows=5)
+    units = UnitsConfig()
+    if not eos:  # Merges, in the same go.
+        random = np.random.default_rng(0)
+        codes = [np.repeat(random.integers(0, 24, 20), 2) for _ in range(40)]
+        Units.train(iter(codes), STAMP, size=30).save(tmp_path / "u.model")
+        units = UnitsConfig(model=str(tmp_path / "u.model"), spoken="bpe")
+    lm = trained(tmp_path, units=units, eos=eos, pad_rows=5)
     export(lm, tmp_path / "out")
+    assert (tmp_path / "out" / "units.model").is_file() == (not eos)
+    assert lm.vocabulary.num_merges == (0 if eos else 30)
     old = AutoTokenizer.from_pretrained(tmp_path / "base")
     new = AutoTokenizer.from_pretrained(tmp_path / "out")
     vocabulary = lm.vocabulary
