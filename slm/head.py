@@ -6,6 +6,7 @@ logits that no one looks at: speech never chooses a text token, nor a transcript
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -77,7 +78,7 @@ def logits_of(lm: Any, asked: Sequence[Asked], **inputs: Tensor) -> list[Float[T
     # and what an engine does before and after a module's forward (ZeRO-3 gathers weights) happens.
     def forward(hidden: Float[Tensor, "B L D"]) -> Float[Tensor, "1 1 M"]:
         flat = hidden.flatten(0, 1)
-        parts = [_logits(head, whole, flat.index_select(0, where), rows) for where, rows in asked]
+        parts = _logits(head, whole, [flat.index_select(0, where) for where, _ in asked], asked)
         shapes.extend(part.shape for part in parts)
         return torch.cat([part.flatten() for part in parts])[None, None]
 
@@ -101,16 +102,25 @@ def _replaced(head: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]
 
 
 def _logits(
-    head: nn.Module, whole: Callable[..., Tensor], hidden: Float[Tensor, "N D"], rows: Rows
-) -> Float[Tensor, "N _"]:
-    taken = [each for span in rows.spans if (each := _taken(head, *span)) is not None]
-    if len(taken) < len(rows.spans):
-        # A head of another kind, such as one with an adapter of its own: all of it is computed.
-        logits = whole(hidden[None])[0]
-        return torch.cat([logits[:, first:stop] for first, stop in rows.spans], dim=1)
-    weight = _joined([weight.to(hidden) for weight, _ in taken])
-    biases = [bias for _, bias in taken if bias is not None]
-    return functional.linear(hidden, weight, _joined(biases) if biases else None)
+    head: nn.Module,
+    whole: Callable[..., Tensor],
+    hidden: Sequence[Float[Tensor, "_ D"]],
+    asked: Sequence[Asked],
+) -> list[Float[Tensor, "_ _"]]:
+    spans = [span for each in asked for span in each.rows.spans]
+    taken = _taken(head, spans)
+    logits = []
+    for states, (_, rows) in zip(hidden, asked, strict=True):
+        if taken is None:
+            # A head of another kind, such as one with an adapter of its own: all of it is computed.
+            every = whole(states[None])[0]
+            logits.append(torch.cat([every[:, first:stop] for first, stop in rows.spans], dim=1))
+            continue
+        own = [taken[span] for span in rows.spans]
+        weight = _joined([weight.to(states) for weight, _ in own])
+        biases = [bias for _, bias in own if bias is not None]
+        logits.append(functional.linear(states, weight, _joined(biases) if biases else None))
+    return logits
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -118,10 +128,17 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _taken(head: nn.Module, first: int, stop: int) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a stretch of rows; None where the head does more than to multiply."""
+Span = tuple[int, int]
+
+
+def _taken(
+    head: nn.Module, spans: Sequence[Span]
+) -> dict[Span, tuple[Tensor, Tensor | None]] | None:
+    """Weight and bias of stretches of rows; None where the head does more than to multiply."""
     if type(head) is nn.Linear:
-        return head.weight[first:stop], None if head.bias is None else head.bias[first:stop]
+        weights = _stretches(head.weight, spans)
+        biases = [None] * len(spans) if head.bias is None else _stretches(head.bias, spans)
+        return dict(zip(spans, zip(weights, biases, strict=True), strict=True))
     from peft.utils.other import TrainableTokensWrapper
 
     if not isinstance(head, TrainableTokensWrapper):
@@ -133,8 +150,26 @@ def _taken(head: nn.Module, first: int, stop: int) -> tuple[Tensor, Tensor | Non
         return None
     (name,) = adapter.active_adapters
     ids = adapter.token_indices[name]
-    if stop <= ids[0]:
-        return adapter.base_layer.weight[first:stop], None
-    if ids[0] <= first and stop <= ids[-1] + 1 == ids[0] + len(ids):
-        return adapter.trainable_tokens_delta[name][first - ids[0] : stop - ids[0]], None
-    return None
+    start = ids[0]
+    if ids[-1] + 1 != start + len(ids) or any(a < start < b or b > ids[-1] + 1 for a, b in spans):
+        return None
+    weight, trained = adapter.base_layer.weight, adapter.trainable_tokens_delta[name]
+    return {
+        (first, stop): (
+            weight[first:stop] if stop <= start else trained[first - start : stop - start],
+            None,
+        )
+        for first, stop in spans
+    }
+
+
+def _stretches(table: Tensor, spans: Sequence[Span]) -> list[Tensor]:
+    """Rows of a table that is trained whole: one split, whose gradient is written once, where
+    each slice would write one of the table's size."""
+    bounds = sorted({0, len(table), *(bound for span in spans for bound in span)})
+    sizes = [stop - start for start, stop in pairwise(bounds)]
+    parts = dict(zip(bounds, table.split(sizes), strict=False))
+    return [
+        _joined([parts[bound] for bound in bounds if first <= bound < stop])
+        for first, stop in spans
+    ]
