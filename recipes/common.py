@@ -100,11 +100,16 @@ def make_accelerator(
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     # DeepSpeed launches set this to 1, and it would win over the argument below.
     os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(gradient_accumulation_steps)
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    gloo = cpu and (deepspeed or int(os.environ.get("WORLD_SIZE", "1")) > 1)
+    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    gloo = cpu and (zero or int(os.environ.get("WORLD_SIZE", "1")) > 1)
+    if cpu and zero:
+        import deepspeed.ops
+
+        # A kernel for inference alone, which would be compiled now: minutes on a busy machine.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return Accelerator(
         # With cpu=True accelerate forgets DeepSpeed; without it, it forgets to wrap in DDP.
-        cpu=cpu and not deepspeed,
+        cpu=cpu and not zero,
         gradient_accumulation_steps=gradient_accumulation_steps,
         log_with=tracker if folder is not None else None,
         project_config=ProjectConfiguration(str(folder), str(folder)) if folder else None,
