@@ -18,16 +18,17 @@ from codec import load_codec
 from codec.tokens import TokenShard, written_whole
 from recipes.common import Run, make_accelerator, start_run
 from recipes.speak import SpeakConfig
-from recipes.voice_folder import card, finish_voice, pick_prompts, whole_folder
+from recipes.voice_folder import finish_voice, pick_prompts, whole_folder
 from recipes.voice_scores import note_perplexity, score_voice
 from slm.alphabet import Alphabet
 from slm.ar import SpeechLM
+from slm.cards import voice_card
 from slm.config import ARConfig, BatchConfig, NARConfig, OptimConfig, TaskConfig
 from slm.corpus import Corpus, read_texts
 from slm.data import ARData, Data
 from slm.nar import NAR
 from slm.nar_data import NARData
-from slm.prompts import Coverage
+from slm.prompts import Coverage, Prompt
 from slm.train import ar_step, fit, gather, nar_step
 
 SEEN_FILE = "seen.json"
@@ -103,16 +104,17 @@ def train_voice(config: VoiceConfig) -> None:
     if held_out and accelerator.is_main_process:
         note_perplexity(folder, lm.to(accelerator.device), held_out)
     train_ar(lm, train, dev, Texts(texts, held_out), run, config)
-    alphabet = lm.alphabet
+    alphabet, origin = lm.alphabet, lm.origin
     del lm
     if nar is not None:
         train_nar(nar, alphabet, train, dev, run, config)
     if accelerator.is_main_process:
-        prompts = None
+        prompts: dict[str, Prompt] = {}
+        coverage = Coverage.load(folder / "voice" / "ar")
         if dev is not None and config.ar.tasks.tts and (nar or train.stamp.num_codebooks == 1):
-            longest = Coverage.load(folder / "voice" / "ar").longest_frames
-            prompts = pick_prompts(dev, str(config.dev), longest / train.stamp.frame_rate)
-        about = card(config.ar.base, config.train, train.stamp.id)
+            longest = coverage.longest_frames / train.stamp.frame_rate
+            prompts = pick_prompts(dev, str(config.dev), longest)
+        about = voice_card(origin, train.stamp, coverage, prompts)
         finish_voice(folder / "voice", config.codec, about, prompts)
     leave_group(accelerator)
     if accelerator.is_main_process:

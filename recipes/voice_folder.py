@@ -17,9 +17,7 @@ PROMPT_SECONDS = 4.0
 """Long enough to tell a voice."""
 
 
-def finish_voice(
-    voice: Path, codec: str, text: str, prompts: Mapping[str, Prompt] | None = None
-) -> None:
+def finish_voice(voice: Path, codec: str, card: str, prompts: Mapping[str, Prompt]) -> None:
     """Puts the codec, the card and some prompts beside the models."""
     with whole_folder(voice / "codec") as partial:
         shipped = load_codec(codec, fold=False)
@@ -31,7 +29,7 @@ def finish_voice(
             for name, prompt in prompts.items():
                 prompt.save(partial, name)
     with written_whole(voice / "README.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(card, encoding="utf-8")
 
 
 def pick_prompts(dev: TokenShard, source: str, longest: float) -> dict[str, Prompt]:
@@ -79,16 +77,3 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         folder.rename(old)
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def card(base: str, tokens: str, codec_id: str) -> str:
-    """The voice's README.md."""
-    return (
-        "---\nlibrary_name: parlance\ntags: [text-to-speech, automatic-speech-recognition]\n---\n"
-        f"# A voice grown from {base}\n\n"
-        f"Trained on the tokens `{tokens}` of the codec `{codec_id}`.\n\n"
-        "    slm tts --voice . --text TEXT --prompt RECORDING --out OUT.wav\n"
-        "    slm asr --voice . RECORDING\n\n"
-        "`ar/coverage.json` says which scripts and characters its training texts had. Name\n"
-        "here the recordings it was trained on, with their licences, before you publish it.\n"
-    )

@@ -1,18 +1,20 @@
 """The cards of a voice's folder, and of an exported LLM's."""
 
 from collections.abc import Mapping
+from typing import Any
 
+from codec.tokens import CodecStamp
 from slm.ar import SpeechLM
-from slm.prompts import Prompt
-from slm.speaking import Models
+from slm.prompts import Coverage, Prompt
 
 
-def voice_card(models: Models, prompts: Mapping[str, Prompt]) -> str:
-    """README.md of a voice: what it grew from, what it can do, and what must be added by hand."""
-    origin, codec = models.lm.origin, models.lm.vocabulary.codec
+def voice_card(
+    origin: Mapping[str, Any], codec: CodecStamp, coverage: Coverage, prompts: Mapping[str, Prompt]
+) -> str:
+    """README.md of a voice: what it grew from (`SpeechLM.origin`), what it can do, and what must be
+    added by hand."""
     kind = "adapters" if origin["adapter"] else "all weights"
     tasks = [task for task, weight in origin.get("tasks", {}).items() if weight]
-    coverage = models.coverage
     shipped = [f"- `{name}`: {prompt.credit or 'no credit'}" for name, prompt in prompts.items()]
     return "\n".join(
         [

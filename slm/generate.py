@@ -26,7 +26,7 @@ CHECK_EVERY = 16
 """Tokens between two looks for a loop."""
 MIN_TEXT_LOOP = 24
 """Tokens of a transcript that must repeat themselves to be a loop."""
-TEXT_TOKENS_PER_SECOND = 20.0
+TEXT_TOKENS_PER_SECOND = 30.0
 """No one speaks faster."""
 NEXT_TRY, NEXT_CANDIDATE = 7919, 1_299_709
 """What a seed grows by. Both are primes, so that neither meets the other."""

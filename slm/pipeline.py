@@ -111,7 +111,8 @@ class Voice:
         for name, prompt in self.prompts.items():
             prompt.save(folder / "prompts", name)
         if not (folder / "README.md").exists():
-            card = voice_card(self.models, self.prompts)
+            origin, stamp = self.lm.origin, self.codec.stamp
+            card = voice_card(origin, stamp, self.coverage, self.prompts)
             (folder / "README.md").write_text(card, encoding="utf-8")
 
     def tts(

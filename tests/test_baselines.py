@@ -238,7 +238,7 @@ def test_saved_again_they_are_the_same(
     folders: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    finish_voice(tmp_path, str(folders[kind]), "A card.")  # As recipes/tts.py makes a voice.
+    finish_voice(tmp_path, str(folders[kind]), "A card.", {})  # As recipes/tts.py makes a voice.
     again = type(codec).from_pretrained(tmp_path / "codec")
     assert type(again) is type(codec)
     other = EncodecBaseline if kind != "encodec" else MimiBaseline

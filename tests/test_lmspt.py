@@ -151,7 +151,7 @@ def test_a_shared_encoder_is_one() -> None:
 def test_what_ships_has_no_auxiliary_decoder_and_the_same_digest(tmp_path) -> None:
     codec = made(SPECTRAL)
     codec.save_pretrained(tmp_path / "trained")
-    finish_voice(tmp_path, str(tmp_path / "trained"), "A card.")
+    finish_voice(tmp_path, str(tmp_path / "trained"), "A card.", {})
     shipped = Codec.from_pretrained(str(tmp_path / "codec"))
     assert shipped.config.lmspt.auxiliary.kind == "none"
     assert shipped.stamp.digest == codec.stamp.digest
