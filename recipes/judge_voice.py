@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from codec.tokens import TokenShard, written_whole
-from eval.benchmark import Row, Utterance, append_rows, rows_of, table
+from eval.benchmark import Provenance, Row, Utterance, append_rows, library_of, rows_of, table
 from eval.stats import Interval, Sums, paired_difference
 from recipes.common import load_config, run_program
 from recipes.lines import Line, list_name, spread
@@ -39,7 +39,9 @@ from recipes.speak import (
 )
 from recipes.voice_scores import ears_of, known_texts, lines_of
 from slm.config import CHECKS, SamplingConfig
+from slm.lists import alone
 from slm.pipeline import Voice
+from slm.selfcheck import can_transcribe
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +71,8 @@ class JudgeVoiceConfig(SpeakConfig):
     train: str | None = None
     """Token shards that it was trained on: what they hold is not spoken; null: all may be."""
     out: str = "out/smoke/judged"
-    """Folder of the results; what is there of an earlier run is replaced."""
+    """Folder of the results. What an earlier start has made of the same voice, lines and sampling
+    is not made again; anything else is replaced."""
     seed: int = 0
     """Of the first item; the others count on from it."""
     seeds: int = 1
@@ -119,9 +122,22 @@ def settings(config: JudgeVoiceConfig) -> dict[str, SamplingConfig]:
 
 def main(argv: list[str]) -> None:
     config = load_config(JudgeVoiceConfig, argv, "Let a voice speak to unseen speakers' prompts.")
-    out = Path(config.out)
+    with alone(Path(config.out)):
+        judge_voice(config)
+
+
+def judge_voice(config: JudgeVoiceConfig) -> None:
+    """All of it."""
+    out, several = Path(config.out), settings(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     voice = Voice.from_pretrained(config.voice, base=config.base, device=device)
+    hears = can_transcribe(voice.lm)
+    deaf = [name for name, one in several.items() if one.candidates > 1 and not hears]
+    if deaf:
+        raise ValueError(
+            f"{config.voice} was trained without asr, which compares the candidates of "
+            f"{', '.join(deaf)}; leave them out"
+        )
     shard = TokenShard.open(config.tokens, expect=voice.codec.stamp)
     known = known_texts(TokenShard.open(config.train)) if config.train is not None else ()
     items = spread(shard, config.num_items, known)
@@ -131,18 +147,14 @@ def main(argv: list[str]) -> None:
     for name, lines in once.items():
         write_prompts(voice, lines, out / "audio" / "prompts" / name)
     origin = provenance(config, "given", judges, digest_of_voice(config.voice))
-    rows: list[Row] = []
-    if voice.lm.origin.get("tasks", {}).get("asr", 1.0):
-        rows += transcribe_items(voice, items, origin)
+    rows = transcribe_items(voice, items, origin) if hears else []
     spoken: dict[str, list[Spoken]] = {}
-    for setting, sampling in settings(config).items():
+    for setting, sampling in several.items():
         voice.sampling = sampling
         logger.info("speaking: %s", setting)
         folder = out / "audio" / setting
         spoken[setting] = [
-            speak_lines(
-                voice, name, repeated(lines, config.seeds), config, config.seed, ears, folder
-            )
+            speak_lines(voice, name, repeated(lines, config.seeds), config, ears, folder, origin)
             for name, lines in once.items()
         ]
         for one in spoken[setting]:
@@ -153,7 +165,7 @@ def main(argv: list[str]) -> None:
     rows += score_codec(voice, items, once["continuation"], ears, codec)
     with written_whole(out / "rows.jsonl") as temporary:
         append_rows(temporary, rows)
-    report(out, rows, spoken, config)
+    report(out, rows, spoken, origin, config.seeds)
 
 
 def repeated(lines: Sequence[Line], times: int) -> list[Line]:
@@ -165,8 +177,9 @@ def repeated(lines: Sequence[Line], times: int) -> list[Line]:
 
 
 def report(
-    out: Path, rows: Sequence[Row], spoken: Mapping[str, Sequence[Spoken]], config: JudgeVoiceConfig
-) -> None:
+    out: Path, rows: Sequence[Row], spoken: Mapping[str, Sequence[Spoken]], origin: Provenance,
+    seeds: int,
+) -> None:  # fmt: skip
     """Prints and writes the tables: scores, and differences of the settings from the given one."""
     scores = table(rows, [metric for metric in METRICS if any(r.metric == metric for r in rows)])
     lines, records = [], []
@@ -174,15 +187,17 @@ def report(
         if setting == "given":
             continue
         for base, other in zip(spoken["given"], lists, strict=True):
-            found = differences(base.scored, other.scored, config.seeds)
+            found = differences(base.scored, other.scored, seeds)
             cells = [_cell(found.get(metric)) for metric in DIFFERENCES]
             lines.append(f"| {setting} | {other.name} | " + " | ".join(cells) + " |")
             records += [
-                {"setting": setting, "list": other.name, "metric": metric, "n": len(base.lines),
-                 "seeds": config.seeds, **interval._asdict()}
+                {"setting": setting, "list": list_name(other.name, other.lines), "metric": metric,
+                 "n": len(base.lines), "seeds": seeds, **interval._asdict(),
+                 "seed": origin.seed, "git": origin.git, "config": origin.config,
+                 "model": origin.model, "library": library_of(metric, origin)}
                 for metric, interval in found.items()
             ]  # fmt: skip
-    text = f"{scores}\n\nn counts {config.seeds} seeds of each item.\n"
+    text = f"{scores}\n\nn counts {seeds} seeds of each item.\n"
     if lines:
         head = f"| setting | list | {' | '.join(DIFFERENCES)} |\n{'|---' * (len(DIFFERENCES) + 2)}|"
         text += (

@@ -25,13 +25,18 @@ class Likeness:
     """Similarities of what was said to the speakers of a shard."""
 
     def __init__(self, voice: Voice, shard: TokenShard, embed: Embed, sexes: Path | None = None):
-        """`sexes`: a JSON object, speaker to sex; other speakers are then of the prompt's sex."""
+        """`sexes`: a JSON object, speaker to sex; other speakers are then of the prompt's sex, and
+        speakers whose sex it does not tell are compared with nobody."""
         self._voice, self._shard, self._embed = voice, shard, embed
         self._recordings: dict[str, list[int]] = {}
         for index, speaker in enumerate(shard.speakers):
             if speaker and shard.num_frames[index] > 0:
                 self._recordings.setdefault(speaker, []).append(index)
-        self._sexes = read_sexes(sexes) if sexes is not None else {}
+        self.files = [*shard.files, *([sexes] if sexes is not None else [])]
+        """What the similarities come from."""
+        self._sexes = read_sexes(sexes) if sexes is not None else None
+        if self._sexes is not None and self._recordings.keys().isdisjoint(self._sexes):
+            raise ValueError(f"{sexes}: tells the sex of no speaker of {shard.files[0].parent}")
         self._known: dict[int, np.ndarray | None] = {}
 
     def of(self, line: Line, wave: np.ndarray) -> dict[str, float]:
@@ -51,7 +56,7 @@ class Likeness:
         indices = [
             index
             for index in self._recordings.get(line.speaker, [])
-            if self._shard.ids[index] not in (line.prompt_id, line.id)
+            if self._shard.ids[index] not in (line.prompt_id, line.item)
         ]
         found = self._alike(indices, ours)
         if found is None and line.rest is not None and line.rest.size:
@@ -63,12 +68,10 @@ class Likeness:
         return found
 
     def _others(self, line: Line, ours: np.ndarray) -> float | None:
-        sex = self._sexes.get(line.speaker)
-        names = [
-            name
-            for name in self._recordings
-            if name != line.speaker and (sex is None or self._sexes.get(name) == sex)
-        ]
+        names = [name for name in self._recordings if name != line.speaker]
+        if self._sexes is not None:
+            sex = self._sexes.get(line.speaker)
+            names = [name for name in names if sex is not None and self._sexes.get(name) == sex]
         if not names:
             return None
         picks = np.linspace(0, len(names) - 1, min(NUM_OTHERS, len(names))).round().astype(int)

@@ -40,6 +40,8 @@ class Line(NamedTuple):
     """Of which recording the prompt is the whole or the beginning."""
     rest: np.ndarray | None = None
     """Codes (Q, T) of that recording behind the prompt."""
+    item: str = ""
+    """The item that the line is about; `id` tells its repetitions apart."""
 
 
 class Cutter:
@@ -138,7 +140,7 @@ def continuations(items: Sequence[TokenRow], seconds: float, frame_rate: float) 
         codes = codes_of(row)
         frames = max(1, min(round(seconds * frame_rate), row.num_frames // 2))
         start = Prompt(codes=codes[:, :frames], text="", continuation=True)
-        lines.append(Line(row.id, row.text, start, row.speaker, row.id, codes[:, frames:]))
+        lines.append(Line(row.id, row.text, start, row.speaker, row.id, codes[:, frames:], row.id))
     return lines
 
 
@@ -160,7 +162,7 @@ def crosses(items: Sequence[TokenRow], shard: TokenShard, cutter: Cutter) -> lis
             if text is None:
                 continue
             prompt, rest = cutter.prompt(row, always=True)
-        lines.append(Line(row.id, text, prompt, lender.speaker, lender.id, rest))
+        lines.append(Line(row.id, text, prompt, lender.speaker, lender.id, rest, row.id))
     return lines
 
 

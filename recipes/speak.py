@@ -13,14 +13,28 @@ import numpy as np
 
 from codec import write_audio
 from codec.tokens import TokenRow, written_whole
-from eval.benchmark import ASR_PREFIX, Provenance, Row, Utterance, rows_of, score_asr, score_tts
+from eval.benchmark import (
+    ASR_PREFIX,
+    Provenance,
+    Row,
+    Utterance,
+    all_libraries,
+    append_lines,
+    machine,
+    read_lines,
+    rows_of,
+    score_asr,
+    score_tts,
+)
+from eval.text import normalize
 from recipes.common import git_revision
 from recipes.likeness import Likeness
 from recipes.lines import Line, codes_of, list_name
-from recipes.scoring import Judges, digest_of_text, digest_of_voice, safe_name
+from recipes.scoring import Judges, digest_of_text, digest_of_voice, safe_name, state_of_files
 from slm import checks
 from slm.config import SamplingConfig
 from slm.pipeline import Speech, Voice
+from slm.spelling import normalize as spell_out
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +45,8 @@ METRICS = (
 """In the order of a table's columns."""
 WRONG_WER = 0.5
 """An utterance with a higher WER is wrong, whatever the voice itself found."""
+MADE = "made.jsonl"
+"""Beside the waves of a list: what was made, so that a later start goes on."""
 
 
 STANDARD = SamplingConfig()
@@ -73,17 +89,34 @@ class Ears(NamedTuple):
     """None: no similarity but to the prompt, if that."""
 
 
+class Made(NamedTuple):
+    """A line as it was spoken and scored."""
+
+    scored: Utterance
+    faults: list[str]
+    """What every check finds (`faults`)."""
+    audio: str | None
+    """Name of the file; None where nothing was spoken."""
+    reported: str | None
+    """What the voice itself reports, or `refused`."""
+    tries: int
+    seed: int | None
+
+
 class Spoken(NamedTuple):
     """A list of lines as it was spoken and scored."""
 
     name: str
     lines: list[Line]
-    speeches: list[Speech | None]
-    scored: list[Utterance]
+    made: list[Made]
+
+    @property
+    def scored(self) -> list[Utterance]:
+        return [one.scored for one in self.made]
 
 
-def say(voice: Voice, lines: Sequence[Line], speak: SpeakConfig, seed: int) -> list[Speech | None]:
-    """What was spoken; None where the text could not be."""
+def say(voice: Voice, lines: Sequence[Line], seed: int) -> list[Speech | None]:
+    """What was spoken as one batch; None where the text could not be."""
     speeches: list[Speech | None] = [None] * len(lines)
     ready = []
     for index, line in enumerate(lines):
@@ -91,25 +124,74 @@ def say(voice: Voice, lines: Sequence[Line], speak: SpeakConfig, seed: int) -> l
             ready.append((index, voice.prepare(line.text, line.prompt, seed + index)))
         except ValueError as error:
             logger.warning("%s was not spoken: %s", line.id, error)
-    for start in range(0, len(ready), speak.batch):
-        part = ready[start : start + speak.batch]
-        spoken = voice.speak([utterance for _, utterance in part])
-        for (index, _), speech in zip(part, spoken, strict=True):
+    if ready:
+        spoken = voice.speak([utterance for _, utterance in ready])
+        for (index, _), speech in zip(ready, spoken, strict=True):
             speeches[index] = speech
     return speeches
 
 
 def speak_lines(
-    voice: Voice, name: str, lines: Sequence[Line], speak: SpeakConfig, seed: int, ears: Ears,
-    folder: Path,
+    voice: Voice, name: str, lines: Sequence[Line], speak: SpeakConfig, ears: Ears, folder: Path,
+    origin: Provenance,
 ) -> Spoken:  # fmt: skip
-    """Says the lines under `seed`, `seed` + 1, ..., writes FOLDER/NAME/ID.wav, and scores them."""
-    speeches = say(voice, lines, speak, seed)
-    scored = [
-        _score(voice, line, speech, ears, folder / name)
-        for line, speech in zip(lines, speeches, strict=True)
-    ]
-    return Spoken(name, list(lines), speeches, scored)
+    """Says the lines under `origin.seed`, `origin.seed` + 1, ..., writes FOLDER/NAME/ID.wav, and
+    scores them.
+
+    Every batch is kept in FOLDER/NAME/made.jsonl: a later call that would do the same goes on
+    behind it.
+    """
+    folder = folder / name
+    kept = folder / MADE
+    key = _key_of(voice, lines, speak, ears, origin)
+    made = _made(kept, key)
+    for start in range(0, len(lines), speak.batch):
+        part = lines[start : start + speak.batch]
+        places = range(start, start + len(part))
+        if made.keys() >= set(places):
+            continue
+        speeches = say(voice, part, origin.seed + start)
+        for place, line, speech in zip(places, part, speeches, strict=True):
+            made[place] = _score(voice, line, speech, ears, folder)
+        append_lines(kept, [_kept(key, place, made[place]) for place in places])
+    return Spoken(name, list(lines), [made[place] for place in range(len(lines))])
+
+
+def _key_of(
+    voice: Voice, lines: Sequence[Line], speak: SpeakConfig, ears: Ears, origin: Provenance
+) -> str:
+    """Changes with all that decides what the lines sound like and how they are scored."""
+    files = ears.likeness.files if ears.likeness is not None else []
+    said = [[line.id, line.text, line.prompt.text, line.prompt.codes.tolist()] for line in lines]
+    whole = [
+        said, dataclasses.asdict(voice.sampling), speak.batch, origin.seed, origin.git,
+        origin.model, origin.judge, origin.speaker, all_libraries(), machine(),
+        state_of_files(files),
+    ]  # fmt: skip
+    return digest_of_text(json.dumps(whole))
+
+
+def _made(kept: Path, key: str) -> dict[int, Made]:
+    """By place in the list, what an earlier call under the same key has made and is still there.
+
+    What has another key is forgotten, because its waves are about to be replaced.
+    """
+    found, lines = {}, []
+    for line in read_lines(kept):
+        record = json.loads(line)
+        audio = record["audio"]
+        if record.pop("key") == key and (audio is None or (kept.parent / audio).is_file()):
+            place, scored = record.pop("place"), Utterance.from_json(record.pop("scored"))
+            found[place] = Made(scored=scored, **record)
+            lines.append(line)
+    with written_whole(kept) as temporary:
+        append_lines(temporary, lines)
+    return found
+
+
+def _kept(key: str, place: int, made: Made) -> str:
+    record = {"key": key, "place": place, **made._asdict(), "scored": made.scored.to_json()}
+    return json.dumps(record, ensure_ascii=False)
 
 
 def write_prompts(voice: Voice, lines: Sequence[Line], folder: Path) -> None:
@@ -119,20 +201,24 @@ def write_prompts(voice: Voice, lines: Sequence[Line], folder: Path) -> None:
         write_audio(folder / f"{safe_name(line.id)}.wav", wave, voice.codec.sample_rate)
 
 
-def _score(voice: Voice, line: Line, speech: Speech | None, ears: Ears, folder: Path) -> Utterance:
+def _score(voice: Voice, line: Line, speech: Speech | None, ears: Ears, folder: Path) -> Made:
     """Writes what was spoken, and scores it: a refused text loses all its words."""
     if speech is None:
-        return judge_codes(voice, line, line.prompt.codes[:, :0], ears, "refused")
+        scored, found = judge_codes(voice, line, line.prompt.codes[:, :0], ears, "refused")
+        return Made(scored, found, None, "refused", 0, None)
     wave = _whole(voice, line, speech.codes) if line.prompt.continuation else speech.wave
-    write_audio(folder / f"{safe_name(line.id)}.wav", wave, voice.codec.sample_rate)
-    scored = judge_codes(voice, line, speech.codes, ears, speech.failure)
-    return dataclasses.replace(scored, seed=speech.seed)
+    name = f"{safe_name(line.id)}.wav"
+    write_audio(folder / name, wave, voice.codec.sample_rate)
+    scored, found = judge_codes(voice, line, speech.codes, ears, speech.failure)
+    scored = dataclasses.replace(scored, seed=speech.seed)
+    return Made(scored, found, name, speech.failure, speech.tries, speech.seed)
 
 
 def judge_codes(
     voice: Voice, line: Line, codes: np.ndarray, ears: Ears, failure: str | None = None
-) -> Utterance:
+) -> tuple[Utterance, list[str]]:
     """Scores the new part: its voice alone, but the words behind the beginning that it goes on.
+    Also what is wrong with it, by name.
 
     Where nothing was added, the beginning's own words and voice earn nothing.
     """
@@ -154,12 +240,13 @@ def judge_codes(
         values |= ears.likeness.of(line, wave)
     heard = scored.transcript if judges.judge_name else None
     # Every setting reports what was cut; nothing but this can tell it afterwards.
-    values["fault"] = float(failure == "cut" or bool(faults(voice, line, codes, wave, heard)))
+    found = ["cut"] * (failure == "cut") + faults(voice, line, codes, wave, heard)
+    values["fault"] = float(bool(found))
     if not judges.judge_name:
-        return dataclasses.replace(scored, values=values, words=None, characters=None)
+        return dataclasses.replace(scored, values=values, words=None, characters=None), found
     assert scored.words is not None
     values["wrong"] = float(scored.words.wer > WRONG_WER)
-    return dataclasses.replace(scored, values=values)
+    return dataclasses.replace(scored, values=values), found
 
 
 def faults(
@@ -176,11 +263,27 @@ def faults(
         "loop": checks.is_loop(first, max(8, round(STANDARD.loop_seconds * rate))),
         "silence": checks.longest_silence(wave, voice.codec.sample_rate) > STANDARD.silence_seconds,
         "leak": checks.repeats_codes(first, line.prompt.codes[0], rate),
-        "early": heard is not None and checks.lacks_end(heard, line.text),
+        "early": _is_early(voice, line, codes.shape[1]),
     }
-    if heard is not None and checks.begins_with_prompt(heard, line.prompt.text, line.text):
-        found["leak"] = True
+    if heard is not None:
+        # The judge writes numbers in figures, whatever the text does.
+        said, text, before = (normalize(one) for one in (heard, line.text, line.prompt.text))
+        found["early"] |= checks.lacks_end(said, text)
+        found["leak"] |= checks.begins_with_prompt(said, before, text)
     return [name for name, is_so in found.items() if is_so]
+
+
+def _is_early(voice: Voice, line: Line, num_frames: int) -> bool:
+    """By the bounds and letters that the voice itself goes by."""
+    try:
+        bounds = voice.prepare(line.text, line.prompt).bounds
+    except ValueError:  # The codec's own codes of a text that is refused.
+        return False
+    spelt = spell_out if voice.lm.alphabet.text.normalize else str
+    prompt = line.prompt
+    return checks.is_early(
+        num_frames, bounds, spelt(line.text), prompt.codes.shape[1], spelt(prompt.text)
+    )
 
 
 def _whole(voice: Voice, line: Line, codes: np.ndarray) -> np.ndarray:
@@ -195,7 +298,7 @@ def score_codec(
     if not ears.judges.judge_name and ears.judges.embed is None:
         return []
     scored = [
-        judge_codes(voice, line, codes_of(row)[:, line.prompt.codes.shape[1] :], ears)
+        judge_codes(voice, line, codes_of(row)[:, line.prompt.codes.shape[1] :], ears)[0]
         for row, line in zip(items, begun, strict=True)
     ]
     return rows_of(list_name("dev-continuation", begun), scored, origin)
@@ -206,10 +309,8 @@ def write_results(path: Path, spoken: Mapping[str, Sequence[Spoken]], rate: floa
     lines = []
     for setting, lists in spoken.items():
         for one in lists:
-            for line, speech, scored in zip(one.lines, one.speeches, one.scored, strict=True):
-                lines.append(
-                    {"setting": setting, "list": one.name, **_record(line, speech, scored)}
-                )
+            for line, made in zip(one.lines, one.made, strict=True):
+                lines.append({"setting": setting, "list": one.name, **_record(line, made)})
                 lines[-1]["prompt_seconds"] = line.prompt.codes.shape[1] / rate
     with written_whole(path) as temporary:
         temporary.write_text(
@@ -218,18 +319,20 @@ def write_results(path: Path, spoken: Mapping[str, Sequence[Spoken]], rate: floa
         )
 
 
-def _record(line: Line, speech: Speech | None, scored: Utterance) -> dict[str, Any]:
+def _record(line: Line, made: Made) -> dict[str, Any]:
     """Of one line in one setting."""
+    scored = made.scored
     return {
         "id": line.id,
-        "audio": f"{safe_name(line.id)}.wav" if speech is not None else None,
+        "audio": made.audio,
         "text": line.text,
         "heard": scored.transcript,
         "wer": None if scored.words is None else scored.words.wer,
         "cer": None if scored.characters is None else scored.characters.rate,
-        "reported": "refused" if speech is None else speech.failure,
-        "tries": 0 if speech is None else speech.tries,
-        "seed": None if speech is None else speech.seed,
+        "reported": made.reported,
+        "faults": made.faults,
+        "tries": made.tries,
+        "seed": made.seed,
         "prompt_id": line.prompt_id,
         "prompt_text": line.prompt.text,
         "speaker": line.speaker,

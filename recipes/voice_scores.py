@@ -55,7 +55,7 @@ def score_voice(
     origin = provenance(config, "slm", model=digest_of_voice(folder / "voice"))
     rows: list[Row] = []
     if dev is not None and hears:
-        rows += transcribe_items(voice, spread(dev, count), origin)
+        rows += transcribe_items(voice, spread(dev, count, known_texts(train)), origin)
     if dev is not None and speaks and (voice.nar is not None or voice.codec.num_codebooks == 1):
         rows += _spoken_rows(folder, voice, train, dev, config)
     if texts:
@@ -88,7 +88,7 @@ def _spoken_rows(
     rows, spoken = [], []
     for name, lines in lists.items():
         write_prompts(voice, lines, folder / "speak" / "prompts" / name)
-        one = speak_lines(voice, name, lines, speak, config.seed, ears, folder / "speak")
+        one = speak_lines(voice, name, lines, speak, ears, folder / "speak", origin)
         rows += rows_of(list_name(f"dev-{name}", lines), one.scored, origin)
         spoken.append(one)
     write_results(folder / "speak" / "results.jsonl", {"slm": spoken}, voice.codec.frame_rate)

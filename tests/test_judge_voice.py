@@ -14,6 +14,7 @@ from eval.text import word_errors
 from recipes.common import load_config
 from recipes.judge_voice import JudgeVoiceConfig, differences, main, repeated, settings
 from recipes.lines import Line
+from slm.lists import alone
 from slm.prompts import Prompt
 
 pytestmark = quiet()
@@ -55,10 +56,10 @@ def test_seeds_of_an_item_are_one_unit() -> None:
 
 
 def test_repeated_lines_have_ids_of_their_own() -> None:
-    line = Line("a", "text", Prompt(codes=np.zeros((3, 4), np.int64), text="x"))
-    assert [one.id for one in repeated([line, line._replace(id="b")], 2)] == [
-        "a", "b", "a.1", "b.1",
-    ]  # fmt: skip
+    line = Line("a", "text", Prompt(codes=np.zeros((3, 4), np.int64), text="x"), item="a")
+    found = repeated([line, line._replace(id="b", item="b")], 2)
+    assert [one.id for one in found] == ["a", "b", "a.1", "b.1"]
+    assert [one.item for one in found] == ["a", "b", "a", "b"]
 
 
 def test_a_voice_is_judged_in_two_settings(
@@ -68,11 +69,11 @@ def test_a_voice_is_judged_in_two_settings(
     stamp = load_codec(tiny_codec_folder).stamp
     dev = save_shard(tmp_path / "dev.parquet", 4, stamp)
     out = tmp_path / "judged"
-    main([
+    given = [
         f"voice={voice}", f"tokens={dev}", f"out={out}", "num_items=2", "seeds=2",
-        "compare=[no-controls]", "prompt_seconds=0.4", "sampling.frames_per_token=[0.1,0.3]",
-        "sampling.spare_seconds=0.2",
-    ])  # fmt: skip
+        "prompt_seconds=0.4", "sampling.frames_per_token=[0.1,0.3]", "sampling.spare_seconds=0.2",
+    ]  # fmt: skip
+    main([*given, "compare=[no-controls]"])
     shown = capsys.readouterr().out
     assert shown.strip() == (out / "table.md").read_text().strip()
     assert "Differences from `given`" in shown
@@ -89,3 +90,24 @@ def test_a_voice_is_judged_in_two_settings(
     records = [json.loads(line) for line in (out / "differences.jsonl").read_text().splitlines()]
     assert {record["setting"] for record in records} == {"no-controls"}
     assert {"value", "low", "high", "n", "seeds"} <= records[0].keys()
+    assert all(records[0][key] for key in ("git", "config", "model", "library"))
+    # A setting that is added costs its own speech alone.
+    waves = {path: path.stat().st_mtime_ns for path in (out / "audio").glob("[gn]*/*/*.wav")}
+    main([*given, "compare=[no-controls,one-try]"])
+    assert {path: path.stat().st_mtime_ns for path in waves} == waves
+    again = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert again[: len(results)] == results
+    assert len(again) == 3 * 2 * 4
+    with alone(out), pytest.raises(ValueError, match="another process is writing here"):
+        main(given)
+
+
+def test_candidates_without_asr_are_refused_before_anything_is_spoken(
+    tmp_path: Path, tiny_codec_folder: Path
+) -> None:
+    voice = save_voice(tmp_path, tiny_codec_folder)
+    base = json.loads((voice / "ar" / "base.json").read_text())
+    tasks = {**base.get("tasks", {}), "tts": 1.0, "asr": 0.0}
+    (voice / "ar" / "base.json").write_text(json.dumps({**base, "tasks": tasks}))
+    with pytest.raises(ValueError, match=r"without asr.*candidates-4"):
+        main([f"voice={voice}", "compare=[candidates-4]", f"out={tmp_path / 'out'}"])

@@ -67,6 +67,24 @@ def test_a_single_recording_is_compared_by_its_rest(shard: TokenShard) -> None:
     assert likeness.of(line("c", "c0"), wave[:100]) == {}
 
 
+def test_the_item_that_is_said_again_is_no_other_recording(shard: TokenShard) -> None:
+    likeness = Likeness(VOICE, shard, embed)
+    said = line("a", "a0")._replace(id="a1.1", item="a1")
+    assert "similarity_speaker" not in likeness.of(said, np.zeros(16_000, np.float32))
+
+
+def test_without_a_sex_there_are_no_others(shard: TokenShard, tmp_path: Path) -> None:
+    sexes = tmp_path / "sexes.json"
+    sexes.write_text(json.dumps({"a": "f", "b": "f"}))
+    likeness = Likeness(VOICE, shard, embed, sexes)
+    wave = np.zeros(16_000, np.float32)
+    assert "similarity_others" in likeness.of(line("a", "a0"), wave)
+    assert "similarity_others" not in likeness.of(line("c", "c0"), wave)
+    sexes.write_text(json.dumps({"p-a": "f"}))
+    with pytest.raises(ValueError, match="tells the sex of no speaker"):
+        Likeness(VOICE, shard, embed, sexes)
+
+
 def test_a_file_that_says_no_sexes_is_named(shard: TokenShard, tmp_path: Path) -> None:
     (tmp_path / "sexes.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"sexes\.json: give a JSON object"):

@@ -97,6 +97,7 @@ def test_who_lends_the_voice(tmp_path: Path) -> None:
     assert [(line.id, line.prompt_id, line.speaker) for line in lines] == [
         ("long", "fits", "s"), ("alone", "alone", "t"),
     ]  # fmt: skip
+    assert [line.item for line in lines] == ["long", "alone"]
     # The speaker of one recording says another item's text.
     assert [line.text for line in lines] == [TEXT, TEXT]
     rest = lines[1].rest

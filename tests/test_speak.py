@@ -4,6 +4,7 @@ score is foreseen."""
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from tiny_slm import STAMP
 from codec.tokens import TokenRow, TokenShard, write_shard
 from eval.benchmark import Row, read_rows
 from recipes import overfit_check, scoring, voice_scores
-from recipes.speak import SpeakConfig
+from recipes.lines import Line
+from recipes.speak import SpeakConfig, faults
 from recipes.tts import TTSConfig
 from recipes.voice_scores import score_voice
 from slm.pipeline import Speech
@@ -29,23 +31,26 @@ class FakeVoice:
     """Its codes are amplitudes. It refuses `no`, says 7s, too low to hear, for `mute`, else 9s."""
 
     device = ""
+    batches: ClassVar[list[list[str]]] = []
 
     def __init__(self, folder: Path) -> None:
         stamp = SimpleNamespace(digest="c" * 16)
         self.codec = SimpleNamespace(
             sample_rate=16000, frame_rate=25.0, stamp=stamp, num_codebooks=3
         )
+        self.lm = SimpleNamespace(alphabet=SimpleNamespace(text=SimpleNamespace(normalize=True)))
         self.nar = "a NAR"
         self.folder = folder
         self.sampling = None
 
-    def prepare(self, text: str, prompt: Prompt, seed: int) -> SimpleNamespace:
+    def prepare(self, text: str, prompt: Prompt, seed: int = 0) -> SimpleNamespace:
         if "no" in text.split():
             raise ValueError("this text is refused")
         assert prompt.continuation == (prompt.text == "")
-        return SimpleNamespace(text=text, prompt=prompt, seed=seed)
+        return SimpleNamespace(text=text, prompt=prompt, seed=seed, bounds=(2, 1000))
 
     def speak(self, utterances: list[SimpleNamespace]) -> list[Speech]:
+        self.batches.append([one.text for one in utterances])
         return [self._say(one) for one in utterances]
 
     def _say(self, one: SimpleNamespace) -> Speech:
@@ -102,6 +107,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         FakeVoice.device = device
         return FakeVoice(path)
 
+    monkeypatch.setattr(FakeVoice, "batches", [])
     monkeypatch.setattr(voice_scores, "Voice", SimpleNamespace(from_pretrained=load))
     monkeypatch.setattr(scoring, "Judge", FakeJudge)
     monkeypatch.setattr(scoring, "SpeakerEncoder", FakeEncoder)
@@ -116,10 +122,10 @@ def write_dev(folder: Path, texts: dict[str, str], name: str = "dev") -> TokenSh
     return TokenShard.open(folder / f"{name}.parquet")
 
 
-def score(folder: Path, texts: dict[str, str], device: str = "cpu") -> list[Row]:
+def score(folder: Path, texts: dict[str, str], device: str = "cpu", batch: int = 8) -> list[Row]:
     dev = write_dev(folder, texts)
     settings = SpeakConfig(
-        judge=str(folder.parent / "judge"), speaker=str(folder.parent / "encoder")
+        judge=str(folder.parent / "judge"), speaker=str(folder.parent / "encoder"), batch=batch
     )
     run = SimpleNamespace(
         accelerator=SimpleNamespace(device=SimpleNamespace(type=device)), log=lambda *_: None
@@ -195,6 +201,61 @@ def test_faults_are_found_whatever_the_voice_reports(folder: Path) -> None:
     # The voice is content, but the judge misses the end.
     missing = values(rows, "continuation", "c")
     assert (missing["failure"], missing["fault"]) == (0.0, 1.0)
+
+
+def test_faults_have_names_and_a_rate(folder: Path) -> None:
+    score(folder, {"a": TEXT, "b": "alpha bravo charlie delta and so much more than fits " * 4})
+    lines = [json.loads(s) for s in (folder / "speak" / "results.jsonl").read_text().splitlines()]
+    faults = {(line["list"], line["id"]): line["faults"] for line in lines}
+    assert faults["continuation", "a"] == []
+    # Ten frames: the prompt took as many for a few words.
+    assert "early" in faults["cross", "b"]
+
+
+def test_speech_that_is_too_quick_for_its_prompt_is_early() -> None:
+    voice = FakeVoice(Path())
+    codes = np.arange(90).reshape(3, 30) % 8
+    spoken = Prompt(codes=codes[:, :25], text="a sentence of one second")
+    wave = np.ones(16000, np.float32)
+
+    def found(prompt: Prompt, text: str) -> list[str]:
+        return faults(voice, Line("a", text, prompt), codes[:, 25:] + 8, wave, None)
+
+    assert found(spoken, "a sentence of one second and another one") == ["early"]
+    assert found(spoken, "short") == []
+    # Letters are counted as they are spoken.
+    assert found(spoken, "1,999,999") == ["early"]
+
+
+def test_numbers_in_figures_are_no_missing_end() -> None:
+    voice = FakeVoice(Path())
+    prompt = Prompt(codes=np.zeros((3, 2), np.int64), text="yes")
+    line = Line("a", "The house was built in nineteen eighty four.", prompt)
+    codes = np.arange(90).reshape(3, 30) + 1
+    wave = np.ones(16000, np.float32)
+    assert faults(voice, line, codes, wave, "The house was built in 1984.") == []
+    assert faults(voice, line, codes, wave, "The house was") == ["early"]
+
+
+def test_what_was_made_is_not_made_again(folder: Path) -> None:
+    texts = {name: f"{TEXT} {name}" for name in "abcdefgh"}
+    first = score(folder, texts, batch=6)
+    assert len(FakeVoice.batches) == 4  # Of two lists, six and two lines each.
+    kept = (folder / "speak" / "results.jsonl").read_text()
+    again = score(folder, texts, batch=6)
+    assert len(FakeVoice.batches) == 4
+    assert again == first
+    assert (folder / "speak" / "results.jsonl").read_text() == kept
+    # A kill in the midst of a line, and a wave that is gone: their batches are made again.
+    made = folder / "speak" / "cross" / "made.jsonl"
+    made.write_text(made.read_text()[:-20])
+    (folder / "speak" / "continuation" / "b.wav").unlink()
+    assert score(folder, texts, batch=6) == first
+    assert [len(batch) for batch in FakeVoice.batches[4:]] == [6, 2]
+    # Another voice.
+    (folder / "voice" / "ar" / "model.safetensors").write_text("trained on")
+    score(folder, texts, batch=6)
+    assert len(FakeVoice.batches) == 10
 
 
 def test_two_shards_never_pass_for_one_list(folder: Path) -> None:
