@@ -287,7 +287,9 @@ def separated(documents: Int[Tensor, "B L"]) -> dict[str, Tensor]:
     index = torch.arange(length, device=documents.device).expand_as(documents)
     begins = functional.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
     first = torch.where(begins, index, 0).cummax(1).values
-    return {"attention_mask": (same & causal)[:, None], "position_ids": index - first}
+    # A long padding would count beyond the positions that the LLM has.
+    position = torch.where(documents > 0, index - first, 0)
+    return {"attention_mask": (same & causal)[:, None], "position_ids": position}
 
 
 def score(logits: Float[Tensor, "N V"], labels: Tensor, groups: Tensor, num_groups: int) -> Scores:

@@ -104,6 +104,17 @@ def test_no_packed_item_sees_another(tmp_path: Path, kind: str) -> None:
     assert not torch.equal(*nlls)
 
 
+def test_a_padding_longer_than_what_the_llm_holds(tmp_path: Path) -> None:
+    """A packed row may be; where another row of its batch is short, its padding is as long."""
+    lm = make(tmp_path, kind="gpt2").eval()
+    data = packed_data(lm, tmp_path / "a.parquet", packed=480)
+    rows = [np.arange(10), np.array([10])]
+    batch = data.collate(rows)
+    assert data.lengths[10] + lm.max_positions < batch.tokens.shape[1]
+    together, apart = lm(batch).nll, [lm(data.collate([row])).nll for row in rows]
+    torch.testing.assert_close(together, apart[0] + apart[1], rtol=1e-5, atol=1e-3)
+
+
 def test_rows_longer_than_a_sliding_window_are_refused(tmp_path: Path) -> None:
     lm = make(tmp_path)
     lm.config.sliding_window = 50
