@@ -3,6 +3,8 @@
 import gzip
 import json
 import logging
+import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +66,8 @@ def usable(shard: TokenShard, limit: int | None = None) -> Corpus:
 
     `limit` keeps the first usable items only.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}; null takes all items")
     empty = np.array([not has_words(text) for text in shard.texts], dtype=bool)
     reasons = {"without words": empty, "without frames": ~empty & (shard.num_frames == 0)}
     keep = np.ones(len(shard), dtype=bool)
@@ -82,8 +86,9 @@ def within(corpus: Corpus, lengths: Int[np.ndarray, " N"], longest: int) -> Corp
     tell_skipped(corpus.shard, corpus.items[~keep], f"longer than {longest} positions")
     if not keep.any():
         raise ValueError(
-            f"{name_of(corpus.shard)}: no item has as few as {longest} positions; raise "
-            "batch.positions (and batch.packed), or export other tokens"
+            f"{name_of(corpus.shard)}: no item has as few as {longest} positions, the least of "
+            "batch.positions, batch.packed and what the LLM holds; raise that, or export other "
+            "tokens"
         )
     return Corpus(corpus.shard, corpus.items[keep])
 
@@ -111,9 +116,10 @@ def read_texts(path: str | Path) -> list[str]:
     if kind not in ("txt", "jsonl") or not path.is_file():
         raise ValueError(f"{path}: no such .txt or .jsonl file (or .gz of one) of texts")
     try:
-        with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8-sig") as file:
             found = [text for text in _documents(path, file, kind) if has_words(text)]
-    except (EOFError, UnicodeDecodeError, gzip.BadGzipFile) as error:
+    except (EOFError, UnicodeDecodeError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: damaged: {error}") from error
     if not found:
         raise ValueError(f"{path}: no text in it")
@@ -122,14 +128,17 @@ def read_texts(path: str | Path) -> list[str]:
 
 def _documents(path: Path, file: Iterator[str], kind: str) -> Iterator[str]:
     if kind == "txt":
-        yield from (part.strip() for part in "".join(file).split("\n\n"))
+        yield from (part.strip() for part in re.split(r"\n\s*\n", "".join(file)))
         return
     for number, line in enumerate(file, start=1):
         if line.strip():
             try:
-                yield str(json.loads(line)["text"])
+                text = json.loads(line)["text"]
+                if not isinstance(text, str):
+                    raise TypeError("its text is no string")
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{path}, line {number}: no JSON object with a text") from error
+            yield text
 
 
 def pieces_of(

@@ -80,7 +80,10 @@ def has_words(text: str) -> bool:
 
 
 def script_of(letter: str) -> str:
-    """LATIN, CYRILLIC, CJK, ... : the first word of the letter's Unicode name."""
+    """LATIN, CYRILLIC, CJK, ... : the first word of the letter's Unicode name; that of the plain
+    letter where it is a form of one, such as a raised or a wide one."""
+    plain = unicodedata.normalize("NFKC", letter)
+    letter = plain if len(plain) == 1 else letter
     return unicodedata.name(letter, "UNKNOWN").split()[0]
 
 

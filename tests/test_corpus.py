@@ -34,6 +34,9 @@ def test_what_says_nothing_or_has_no_frames_is_left_out(
     assert "skipped 1 items without words: item-1" in caplog.text
     assert "skipped 1 items without frames: item-2" in caplog.text
     assert usable(corpus.shard, limit=2).items.tolist() == [0, 3]
+    for limit in (0, -1):
+        with pytest.raises(ValueError, match=f"limit must be at least 1, got {limit}"):
+            usable(corpus.shard, limit)
 
 
 def test_what_is_too_long_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -58,6 +61,8 @@ def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
     ("name", "content"),
     [
         ("a.txt", "one\ntwo\n\n\n ...\n\nthree\n"),
+        ("a.txt", "\ufeffone\r\ntwo\r\n \t\r\nthree"),  # As some editors leave it.
+        ("a.jsonl", '\ufeff{"text": "one\\ntwo"}\n{"text": "three"}'),
         ("a.jsonl", '{"text": "one\\ntwo"}\n\n{"text": "--"}\n{"text": "three", "id": 3}\n'),
     ],
 )
@@ -78,9 +83,20 @@ def test_texts_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"words": "two"}\n')
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2: no JSON object with a text"):
         read_texts(tmp_path / "a.jsonl")
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one " * 1000)[:40])
-    with pytest.raises(ValueError, match=r"a\.txt\.gz: damaged"):
-        read_texts(tmp_path / "a.txt.gz")
+    for text in ("null", "5", '["one"]'):
+        (tmp_path / "a.jsonl").write_text(f'{{"text": {text}}}\n')
+        with pytest.raises(ValueError, match=r"a\.jsonl, line 1: no JSON object with a text"):
+            read_texts(tmp_path / "a.jsonl")
+    whole = gzip.compress("".join(map(str, range(3000))).encode())
+    for damaged in (
+        whole[:40],
+        whole[:100] + bytes(40) + whole[140:],
+        b"one",
+        whole[:-8] + bytes(8),
+    ):
+        (tmp_path / "a.txt.gz").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"a\.txt\.gz: damaged"):
+            read_texts(tmp_path / "a.txt.gz")
 
 
 @pytest.mark.parametrize("longest", [2, 3, 4, 100])

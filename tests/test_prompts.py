@@ -18,6 +18,7 @@ from slm.prompts import (
     join_texts,
     layout,
     load_prompts,
+    script_of,
     tts_context,
 )
 from slm.vocab import Vocabulary
@@ -64,6 +65,11 @@ COVERAGE = Coverage.of(["Hello there.", "bye 7"], longest_frames=100)
 def test_coverage_names_the_letter_and_its_script() -> None:
     with pytest.raises(ValueError, match=r"'\u043f' of the script CYRILLIC.*trained on LATIN"):
         COVERAGE.check("hello \u043f")
+
+
+def test_forms_of_a_letter_are_of_its_script() -> None:
+    assert [script_of(letter) for letter in "\u00ba\u00aa\uff21\u00b5"] == [*["LATIN"] * 3, "GREEK"]
+    COVERAGE.check("N\u00ba 7")
 
 
 @pytest.mark.parametrize("text", ["", "  ", "...!", "\u3002"])
