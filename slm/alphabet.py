@@ -6,6 +6,7 @@ alone is the LLM's own tokens whatever the form of the others, so that it stays 
 """
 
 import json
+import logging
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -20,6 +21,8 @@ from slm.config import TextConfig, UnitsConfig
 from slm.spelling import normalize, phonemes
 from slm.units import Units
 from slm.vocab import Vocabulary, encode_texts
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "alphabet.json"
 UNITS_FILE = "units.model"
@@ -69,6 +72,11 @@ class Alphabet:
             assert units.model is not None
             pieces = Units.load(units.model)
             pieces.check_codec(codec, units.model)
+        elif units.model is not None:
+            logger.warning(
+                "units.model %s is not used: units.heard and units.spoken are codes, not bpe",
+                units.model,
+            )
         num_merges = 0 if pieces is None else pieces.num_merges
         vocabulary = Vocabulary.of(lm, tokenizer, codec, num_merges)
         return cls(vocabulary, tokenizer, text, units, pieces)

@@ -2,16 +2,25 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 CHECKS = ("loop", "silence", "early", "leak")
 """What `SamplingConfig.checks` may name."""
+Spoken = Literal["tokens", "characters", "phonemes"]
+Written = Literal["tokens", "characters"]
+SpeechForm = Literal["codes", "bpe"]
 
 
 def _positive(**values: float | int) -> None:
     for name, value in values.items():
         if value <= 0:
             raise ValueError(f"{name} must be positive, got {value}")
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    """For what comes from a file; recipes check the values that they are given."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 def _share(**values: float | int) -> None:
@@ -65,11 +74,15 @@ class TextConfig:
 
     normalize: bool = True
     """Numbers and abbreviations are spelt out (English)."""
-    spoken: Literal["tokens", "characters", "phonemes"] = "tokens"
+    spoken: Spoken = "tokens"
     """What speech is made from: the LLM's own tokens; its tokens of single characters, which
     teach pronunciation sooner where there is little data; or phonemes (extra `phonemes`)."""
-    written: Literal["tokens", "characters"] = "tokens"
+    written: Written = "tokens"
     """What speech is transcribed to."""
+
+    def __post_init__(self) -> None:
+        _one_of("text.spoken", self.spoken, get_args(Spoken))
+        _one_of("text.written", self.written, get_args(Written))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,13 +90,15 @@ class UnitsConfig:
     """In which form the model hears and makes codebook 1."""
 
     model: str | None = None
-    """Acoustic BPE: a file of recipes/train_units.py; null: codes as they are."""
-    spoken: Literal["codes", "bpe"] = "codes"
+    """Acoustic BPE: a file of recipes/train_units.py, for what is `bpe` below; null: none."""
+    spoken: SpeechForm = "codes"
     """What TTS and continuation make."""
-    heard: Literal["codes", "bpe"] = "codes"
+    heard: SpeechForm = "codes"
     """What ASR hears."""
 
     def __post_init__(self) -> None:
+        _one_of("units.spoken", self.spoken, get_args(SpeechForm))
+        _one_of("units.heard", self.heard, get_args(SpeechForm))
         if self.model is None and "bpe" in (self.spoken, self.heard):
             raise ValueError("units.model is null: name the file of recipes/train_units.py")
 

@@ -187,7 +187,7 @@ class Units:
             stamp["codebook_sizes"] = tuple(stamp["codebook_sizes"])
             trained = Trained(CodecStamp(**stamp), bool(record["remove_runs"]))
             return cls(base64.b64decode(record["sentencepiece"], validate=True), trained)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path}: not a whole units model ({error})") from error
 
 

@@ -182,14 +182,18 @@ class Vocabulary:
             raise ValueError(f"{path} is missing; is {folder} the ar/ folder of a voice?")
         try:
             record = json.loads(path.read_text())
+            if not isinstance(record, dict):
+                raise ValueError("no JSON object")
             if record.pop("format") not in READABLE:
                 raise ValueError("it is of another format; update parlance or train again")
             del record["specials"]
             stamp = record.pop("codec")
             stamp["codebook_sizes"] = tuple(stamp["codebook_sizes"])
             return cls(codec=CodecStamp(**stamp), **record)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not a vocabulary map: {error}") from error
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: not a vocabulary map: {error}; copy the voice again"
+            ) from error
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

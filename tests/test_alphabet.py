@@ -193,10 +193,23 @@ def test_units_that_do_not_fit_the_vocabulary_are_refused(base: Base, tmp_path: 
         Alphabet(make(base).vocabulary, base.tokenizer, None, UnitsConfig(model="x", heard="bpe"))
 
 
+@pytest.mark.parametrize("heard", ["codes", "bpe"])
+def test_units_that_nothing_uses_are_told(base: Base, tmp_path: Path, caplog, heard: str) -> None:
+    make(base, units=UnitsConfig(model=save_units(tmp_path / "my.units"), heard=heard))
+    assert ("my.units is not used" in caplog.text) == (heard == "codes")
+
+
 def test_older_and_damaged_voices(base: Base, tmp_path: Path) -> None:
     make(base).save(tmp_path)
-    (tmp_path / FILE_NAME).write_text(json.dumps({"text": {"normalise": True}, "units": {}}))
-    with pytest.raises(ValueError, match=FILE_NAME):
-        Alphabet.load(tmp_path, base.tokenizer)
+    for damaged in (
+        {"text": {"normalise": True}, "units": {}},
+        {"text": {"spoken": "letters"}, "units": {}},
+        {"text": {"written": "phonemes"}, "units": {}},
+        {"text": {}, "units": {"heard": "words"}},
+        {"text": {}, "units": {"spoken": "words"}},
+    ):
+        (tmp_path / FILE_NAME).write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match=FILE_NAME):
+            Alphabet.load(tmp_path, base.tokenizer)
     (tmp_path / FILE_NAME).unlink()
     assert Alphabet.load(tmp_path, base.tokenizer).text == TextConfig(normalize=False)

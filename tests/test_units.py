@@ -83,6 +83,10 @@ def test_large_codebooks() -> None:
     """Their codes fill two of Unicode's planes."""
     codes = np.array([0, 0xFFFD, 0xFFFE, 0xFFFF, 0xFFFF, 0])
     assert units_module._codes(units_module._text(codes)).tolist() == codes.tolist()
+    stamp = dataclasses.replace(STAMP, codebook_sizes=(65_536, 16, 16))
+    units = Units.train([np.tile([0xFFFF, 0xFFFE, 0], 20)], stamp, size=2)
+    assert len(units.encode(np.tile([0xFFFF, 0xFFFE, 0], 5))) == 5
+    assert units.decode(units.encode(codes)).tolist() == codes.tolist()
     stamp = dataclasses.replace(STAMP, codebook_sizes=(65_537, 16, 16))
     with pytest.raises(ValueError, match="65537 entries, 65536 at most"):
         Units.train([codes], stamp, size=1)
@@ -140,6 +144,7 @@ def test_damaged_files_are_named(units: Units, tmp_path: Path) -> None:
         {**whole, "format": 99},
         {**whole, "sentencepiece": whole["sentencepiece"][:40]},
         {**whole, "codec": dataclasses.asdict(larger)},
+        {**whole, "codec": {**whole["codec"], "codebook_sizes": []}},
     ]
     for record in broken:
         path.write_text(json.dumps(record))

@@ -103,10 +103,19 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert Vocabulary.load(tmp_path) == vocabulary
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"format": 99}'])
+@pytest.mark.parametrize("content", ["", "{}", '{"format": 99}', "5", "null", '"map"'])
 def test_a_damaged_map_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / FILE_NAME).write_text(content)
     with pytest.raises(ValueError, match=FILE_NAME):
+        Vocabulary.load(tmp_path)
+
+
+def test_a_map_of_a_codec_without_codebooks_is_named(tmp_path: Path) -> None:
+    vocabulary_of(save_base(tmp_path / "base")).save(tmp_path)
+    record = json.loads((tmp_path / FILE_NAME).read_text())
+    record["codec"]["codebook_sizes"] = []
+    (tmp_path / FILE_NAME).write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=f"{FILE_NAME}: not a vocabulary map.*copy the voice"):
         Vocabulary.load(tmp_path)
 
 
