@@ -12,7 +12,7 @@ from torch import Tensor
 from codec.tokens import TokenShard
 from slm.alphabet import Alphabet
 from slm.config import BatchConfig, NARConfig
-from slm.corpus import Corpus, usable, within
+from slm.corpus import Corpus, name_of, usable, within
 from slm.data import Share
 from slm.plan import Plan
 
@@ -50,6 +50,13 @@ class NARData:
     ):
         if batch.packed is not None:
             raise ValueError("nar_batch.packed: only the AR's batches can be packed; leave it out")
+        stamp = corpus.shard.stamp
+        alphabet.vocabulary.check_codec(stamp, name_of(corpus.shard))
+        if config.codebook_sizes != stamp.codebook_sizes or len(stamp.codebook_sizes) < 2:
+            raise ValueError(
+                f"{name_of(corpus.shard)}: its codebooks {stamp.codebook_sizes} are not the NAR's, "
+                f"{config.codebook_sizes}, or are fewer than two, which need no NAR"
+            )
         texts = [text_bytes(alphabet.spelt(text)) for text in corpus.texts]
         lengths = np.array([len(text) for text in texts]) + corpus.num_frames
         self.corpus = within(corpus, lengths, batch.positions)

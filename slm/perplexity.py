@@ -22,8 +22,9 @@ def text_perplexity(
     """exp of the mean negative log-likelihood of the texts' tokens, but the first of each window.
 
     `lm` is a SpeechLM or a base LLM, `tokenizer` the LLM's own or an Alphabet that has it. A text
-    is cut into windows of at most `window` tokens that do not see each other; nothing is put before
-    or behind it. A batch has at most `positions` positions, or one window.
+    is cut into windows of at most `window` tokens (fewer where the LLM holds fewer) that do not see
+    each other; nothing is put before or behind it. A batch has at most `positions` positions, or
+    one window.
 
     `rows` says what a token competes with. "text": the ids that the tokenizer knows, so that before
     training a SpeechLM and its base LLM are equal. "all": every row of the table; a SpeechLM has
@@ -34,6 +35,7 @@ def text_perplexity(
     if isinstance(tokenizer, Alphabet):
         tokenizer = tokenizer.tokenizer
     model = lm.lm if isinstance(lm, SpeechLM) else lm
+    window = min(window, getattr(model.config, "max_position_embeddings", window))
     table = model.get_output_embeddings().weight.shape[0]
     asked = Rows(0, min(len(tokenizer), table) if rows == "text" else table, None)
     windows = [

@@ -119,6 +119,20 @@ def test_masks_and_dropped_texts_change_nothing_else(shard, alphabet) -> None:
     assert 0.25 < num_dropped / num_items < 0.75
 
 
+def test_tokens_that_are_not_the_models_are_refused(tmp_path: Path, shard, alphabet) -> None:
+    other = dataclasses.replace(STAMP, digest="e" * 16)
+    path = save_shard(tmp_path / "a.parquet", stamp=other)
+    with pytest.raises(ValueError, match=r"a\.parquet: codec tiny \(e{16}\) is not the one"):
+        nar_data(TokenShard.open(path), alphabet)
+    for sizes in (SIZES[:2], (*SIZES, 16), ()):
+        with pytest.raises(ValueError, match=r"codebooks \(24, 16, 16\) are not the NAR's"):
+            nar_data(shard, alphabet, codebook_sizes=sizes)
+    alone = dataclasses.replace(STAMP, codebook_sizes=(24,), num_codebooks=1)
+    path = save_shard(tmp_path / "b.parquet", stamp=alone)
+    with pytest.raises(ValueError, match="fewer than two, which need no NAR"):
+        nar_data(TokenShard.open(path), alphabet, codebook_sizes=(24,))
+
+
 def test_two_codebooks_have_one_stage(tmp_path: Path, alphabet) -> None:
     stamp = dataclasses.replace(STAMP, num_codebooks=2, codebook_sizes=SIZES[:2])
     two = TokenShard.open(save_shard(tmp_path / "a.parquet", 8, stamp))

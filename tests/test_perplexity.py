@@ -67,6 +67,15 @@ def test_no_batch_is_larger_than_allowed(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(rows * length <= 40 and length <= 16 for rows, length in shapes)
 
 
+def test_no_window_is_longer_than_what_the_llm_holds(tmp_path: Path) -> None:
+    base = load_base(save_base(tmp_path, kind="gpt2"))
+    texts = ["the cat sat on a mat " * 30]
+    limit = base.lm.config.max_position_embeddings
+    assert len(encode_texts(base.tokenizer, texts)[0]) > limit
+    known = text_perplexity(base.lm, base.tokenizer, texts, window=limit)
+    assert text_perplexity(base.lm, base.tokenizer, texts) == known
+
+
 def test_what_has_no_perplexity_is_refused(tmp_path: Path) -> None:
     base = load_base(save_base(tmp_path))
     with pytest.raises(ValueError, match="no text of at least 2 tokens"):
