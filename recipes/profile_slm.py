@@ -44,7 +44,7 @@ class ProfileSLMConfig:
     limit: int | None = None
     """Use only so many items."""
     texts: str | None = None
-    """Plain texts (.txt or .jsonl); needed if ar.tasks.text is not 0."""
+    """Plain texts (.txt or .jsonl) that ar.tasks.text mixes in; needed if that is not 0."""
     ar: ARConfig = field(default_factory=ARConfig)
     """The model of codebook 1."""
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -62,6 +62,8 @@ class ProfileSLMConfig:
     """What the device can do at most at this precision, for the share of it; null: not told."""
 
     def __post_init__(self) -> None:
+        if self.ar.tasks.text and self.texts is None:
+            raise ValueError("ar.tasks.text needs texts: name a .txt or .jsonl file of them")
         if self.steps < 1 or self.warmup < 0:
             raise ValueError("steps must be at least 1, warmup at least 0")
         if self.peak_tflops is not None and self.peak_tflops <= 0:
@@ -99,16 +101,14 @@ class Way(NamedTuple):
 def ways(config: ProfileSLMConfig, lm: SpeechLM) -> dict[str, Way]:
     """By name. All have the same items and the same budget."""
     shard = TokenShard.open(config.train)
-    texts = read_texts(config.texts) if config.texts is not None else ()
-    longest = min(lm.max_positions, config.batch.positions)
-    row = config.batch.packed or longest
-    if row > lm.max_positions:
-        raise ValueError(f"batch.packed {row}: this LLM holds {lm.max_positions} positions")
+    texts = read_texts(config.texts) if config.texts and config.ar.tasks.text else ()
+    row = config.batch.packed or min(lm.max_positions, config.batch.positions)
+    longest = min(row, lm.max_positions)  # Of an item; what a row holds begins anew with each.
 
     def data(batch: BatchConfig) -> ARData:
         return ARData.open(
             shard, lm.alphabet, config.ar.tasks, batch, config.seed,
-            longest=row, limit=config.limit, texts=texts,
+            longest=longest, limit=config.limit, texts=texts,
         )  # fmt: skip
 
     padded, together = (data(replace(config.batch, packed=length)) for length in (None, row))

@@ -32,6 +32,8 @@ class Plan:
         draw: Callable[[int], Int[np.ndarray, " _"]] | None = None,
     ):
         """`lengths` of all items in positions; `draw` tells the items of an epoch (all if None)."""
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
         self._lengths, self._config, self._seed = lengths, config, seed
         self._draw = draw or (lambda epoch: np.arange(len(lengths)))
         self._counts: list[int] = []
@@ -80,14 +82,19 @@ class Plan:
             self.epoch(epoch)
         return -(-self._counts[epoch] // size)
 
+    def _sums(self, batch: Batch) -> Int[np.ndarray, " _"]:
+        """Positions that each row holds."""
+        starts = np.cumsum([0, *map(len, batch[:-1])])
+        return np.add.reduceat(self._lengths[np.concatenate(batch)], starts)
+
     @property
     def padding_share(self) -> float:
         """Share of the positions of the first epoch's rows that hold nothing."""
         held = positions = 0
         for batch in self.epoch(0):
-            rows = [int(self._lengths[row].sum()) for row in batch]
-            held += sum(rows)
-            positions += max(rows) * len(rows)
+            rows = self._sums(batch)
+            held += int(rows.sum())
+            positions += int(rows.max()) * len(rows)
         return 1 - held / max(1, positions)
 
 
@@ -101,17 +108,18 @@ def bucketed(
     """
     bucket = np.ceil(np.log(np.maximum(lengths, 1)) / np.log(growth)).astype(int)
     order = np.lexsort((random.random(len(items)), bucket))
+    rows, lengths = items[order][:, None], lengths[order]
+    # A batch at a time: a loop over a million items would take seconds in each epoch.
+    numbers = np.arange(1, config.max_items + 1)
     batches: list[Batch] = []
-    batch: Batch = []
-    longest = 0
-    for index, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        most = max(longest, length)
-        if batch and (len(batch) == config.max_items or (len(batch) + 1) * most > config.positions):
-            batches.append(batch)
-            batch, most = [], length
-        batch.append(items[index : index + 1])
-        longest = most
-    return [*batches, batch] if batch else batches
+    start = 0
+    while start < len(rows):
+        longest = np.maximum.accumulate(lengths[start : start + config.max_items])
+        fitting = np.searchsorted(longest * numbers[: len(longest)], config.positions, "right")
+        stop = start + max(1, int(fitting))
+        batches.append(list(rows[start:stop]))
+        start = stop
+    return batches
 
 
 def packed(
@@ -123,8 +131,8 @@ def packed(
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # of open rows, and which; sorted
     shortest = int(lengths.min(initial=config.packed))
-    for index in random.permutation(len(items)).tolist():
-        length = int(lengths[index])
+    order = random.permutation(len(items))
+    for index, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         place = bisect_left(room, (length, 0))
         if place < len(room):
             left, row = room.pop(place)

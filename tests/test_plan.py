@@ -1,6 +1,7 @@
 """slm/plan.py: every item in its turn, under the budget, as a pure function of the step."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -90,6 +91,25 @@ def test_bucketing_and_packing_waste_little_where_random_batches_waste_much() ->
     assert sorted(flat(batches)) == list(range(4000))
     padded = sum(max(lengths[row].max() for row in batch) * len(batch) for batch in batches)
     assert 1 - lengths.sum() / padded > 0.3
+
+
+def test_a_batch_takes_what_fits_and_no_less() -> None:
+    """Item by item: the next one would break the budget of positions or of items."""
+    config = BatchConfig(positions=700, max_items=9)
+    batches = bucketed(np.arange(500), LENGTHS, config, np.random.default_rng(0))
+    for batch, following in pairwise(batches):
+        grown = LENGTHS[np.concatenate([*batch, following[0]])]
+        assert len(batch) == config.max_items or grown.max() * len(grown) > config.positions
+    assert {len(batch) == 9 for batch in batches} == {True, False}
+    # What is longer than the budget has a batch to itself.
+    alone = bucketed(np.arange(3), np.array([800, 5, 900]), config, np.random.default_rng(0))
+    assert [len(batch) for batch in alone] == [1, 1, 1]
+    assert bucketed(np.arange(0), np.arange(0), config, np.random.default_rng(0)) == []
+
+
+def test_a_seed_must_not_be_negative() -> None:
+    with pytest.raises(ValueError, match="seed must not be negative, got -1"):
+        Plan(LENGTHS, CONFIGS["packed"], seed=-1)
 
 
 def test_packing_splits_no_item_and_fills_rows() -> None:

@@ -53,6 +53,25 @@ def test_all_ways_hold_all_items_within_one_budget(tmp_path: Path) -> None:
     assert plain > 2 * max(buckets, packs)
 
 
+def test_rows_may_be_longer_than_what_the_llm_holds(tmp_path: Path) -> None:
+    """As in training: each item's positions begin anew. Texts without a weight are left out."""
+    save_shard(tmp_path / "a.parquet", 40, most_frames=150)
+    (tmp_path / "a.txt").write_text("the cat sat on a mat")
+    config = ProfileSLMConfig(
+        train=str(tmp_path / "a.parquet"), texts=str(tmp_path / "a.txt"),
+        ar=ARConfig(base=str(save_base(tmp_path / "base", kind="gpt2")), lora=LoRAConfig(rank=2)),
+        batch=BatchConfig(positions=1200, packed=600),
+    )  # fmt: skip
+    lm = SpeechLM.create(config.ar, STAMP, seed=0)
+    compared = ways(config, lm)
+    assert list(compared)[-1] == "packing, rows of 600"
+    for way in compared.values():
+        assert len(way.data.lengths) == 80
+        assert lm(way.data.collate(way.batches[0])).targets.sum() > 0
+    with pytest.raises(ValueError, match=r"ar\.tasks\.text needs texts"):
+        ProfileSLMConfig(ar=ARConfig(tasks=TaskConfig(text=0.1)))
+
+
 def test_medians_and_shares() -> None:
     class Lengths:
         lengths = np.array([3, 1, 4])
