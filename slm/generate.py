@@ -17,6 +17,7 @@ from slm.ar import SpeechLM
 from slm.caches import keep_rows, make_cache
 from slm.checks import Failure, is_loop
 from slm.config import SamplingConfig
+from slm.head import Rows, next_logits
 
 logger = logging.getLogger(__name__)
 
@@ -265,7 +266,7 @@ class _Batch:
         """Adds a token to every item that is not over; whether there was any."""
         if not self.active:
             return False
-        rows = _restricted(self._logits(), self.allowed)
+        rows = _end_last(self._logits(), self.allowed)
         chosen = [item.choose(row) for item, row in zip(self.active, rows, strict=True)]
         over = [item.take(token) for item, token in zip(self.active, chosen, strict=True)]
         stay = [row for row, done in enumerate(over) if not done]
@@ -278,15 +279,15 @@ class _Batch:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(stay), 1)], dim=1)
         return True
 
-    def _logits(self) -> Float[Tensor, "B V"]:
+    def _logits(self) -> Float[Tensor, "B _"]:
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -self.tokens.shape[1] :]
         # Where nothing is padded there is nothing to mask, and attention has a faster way.
         attention = None if bool(self.mask.all()) else self.mask
-        made = self.lm.lm(
-            input_ids=self.tokens, attention_mask=attention, position_ids=positions,
-            past_key_values=self.cache, use_cache=True, logits_to_keep=1,
+        rows = Rows(self.allowed.first, self.allowed.stop, self.allowed.end)
+        return next_logits(
+            self.lm.lm, rows, input_ids=self.tokens, attention_mask=attention,
+            position_ids=positions, past_key_values=self.cache, use_cache=True,
         )  # fmt: skip
-        return made.logits[:, -1]
 
 
 def left_padded(contexts: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
@@ -300,12 +301,14 @@ def left_padded(contexts: Sequence[Sequence[int]], padding: int) -> tuple[Tensor
     return tokens, mask
 
 
-def _restricted(logits: Float[Tensor, "B V"], allowed: Allowed) -> Float[Tensor, "B N"]:
-    """Logits of the allowed ids, the end token last."""
-    ids = logits[:, allowed.first : allowed.stop].float().cpu().clone()
-    if allowed.first <= allowed.end < allowed.stop:
-        ids[:, allowed.end - allowed.first] = -torch.inf
-    return torch.cat([ids, logits[:, allowed.end, None].float().cpu()], dim=1)
+def _end_last(logits: Float[Tensor, "B _"], allowed: Allowed) -> Float[Tensor, "B _"]:
+    """Logits of the allowed ids (slm/head.py), on the CPU; the end token's last, and only there."""
+    logits = logits.float().cpu()
+    if not allowed.first <= allowed.end < allowed.stop:
+        return logits
+    ids, end = logits.clone(), allowed.end - allowed.first
+    ids[:, end] = -torch.inf
+    return torch.cat([ids, logits[:, end, None]], dim=1)
 
 
 def draw(

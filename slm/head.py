@@ -78,7 +78,8 @@ def logits_of(lm: Any, asked: Sequence[Asked], **inputs: Tensor) -> list[Float[T
     # and what an engine does before and after a module's forward (ZeRO-3 gathers weights) happens.
     def forward(hidden: Float[Tensor, "B L D"]) -> Float[Tensor, "1 1 M"]:
         flat = hidden.flatten(0, 1)
-        parts = _logits(head, whole, [flat.index_select(0, where) for where, _ in asked], asked)
+        states = [flat.index_select(0, where) for where, _ in asked]
+        parts = _logits(head, whole, states, [rows for _, rows in asked])
         shapes.extend(part.shape for part in parts)
         return torch.cat([part.flatten() for part in parts])[None, None]
 
@@ -86,6 +87,19 @@ def logits_of(lm: Any, asked: Sequence[Asked], **inputs: Tensor) -> list[Float[T
         flat = lm(use_cache=False, **inputs).logits.flatten()
     parts = flat.split([shape.numel() for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def next_logits(lm: Any, rows: Rows, **inputs: Any) -> Float[Tensor, "B _"]:
+    """One pass of a causal LM, which may have a cache; its last position's logits of `rows`."""
+    head = lm.get_output_embeddings()
+    whole = head.forward
+
+    def forward(hidden: Float[Tensor, "B _ D"]) -> Float[Tensor, "B 1 _"]:
+        (logits,) = _logits(head, whole, [hidden[:, -1]], [rows])
+        return logits[:, None]
+
+    with _replaced(head, forward):
+        return lm(logits_to_keep=1, **inputs).logits[:, -1]
 
 
 @contextmanager
@@ -105,12 +119,11 @@ def _logits(
     head: nn.Module,
     whole: Callable[..., Tensor],
     hidden: Sequence[Float[Tensor, "_ D"]],
-    asked: Sequence[Asked],
+    chosen: Sequence[Rows],
 ) -> list[Float[Tensor, "_ _"]]:
-    spans = [span for each in asked for span in each.rows.spans]
-    taken = _taken(head, spans)
+    taken = _taken(head, [span for rows in chosen for span in rows.spans])
     logits = []
-    for states, (_, rows) in zip(hidden, asked, strict=True):
+    for states, rows in zip(hidden, chosen, strict=True):
         if taken is None:
             # A head of another kind, such as one with an adapter of its own: all of it is computed.
             every = whole(states[None])[0]

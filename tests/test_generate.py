@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_slm import STAMP, quiet, save_base
+from torch.nn import functional
 
 from slm.alphabet import Alphabet
 from slm.ar import SpeechLM
@@ -112,6 +113,26 @@ def test_a_stream_is_what_one_try_gives(lm: SpeechLM, kind: CacheKind) -> None:
         assert list(stream) == []
 
 
+@pytest.mark.parametrize(("task", "num_rows"), [("tts", 25), ("asr", None)])
+def test_no_other_row_of_the_head_is_computed(
+    lm: SpeechLM, monkeypatch: pytest.MonkeyPatch, task: str, num_rows: int | None
+) -> None:
+    speaks = task == "tts"
+    allowed = speech_only(lm, NO_LOOPS) if speaks else text_only(lm)
+    made = generate(lm, requests(lm, most=6), allowed, NO_LOOPS)
+    plain, wide = functional.linear, []
+
+    def linear(x, weight, bias=None):
+        if weight.shape[1] == lm.config.hidden_size:
+            wide.append((x.shape[:-1].numel(), weight.shape[0]))
+        return plain(x, weight, bias)
+
+    monkeypatch.setattr(functional, "linear", linear)
+    assert generate(lm, requests(lm, most=6), allowed, NO_LOOPS) == made
+    assert (len(TEXTS), num_rows or lm.vocabulary.num_text) in wide
+    assert max(rows for _, rows in wide) <= max(lm.vocabulary.num_text * (not speaks), 128)
+
+
 def test_seeds_matter(lm: SpeechLM) -> None:
     config = SamplingConfig(tries=1)
     same = requests(lm)[0]
@@ -158,7 +179,12 @@ class Script(torch.nn.Module):
         super().__init__()
         self.config, self.vocabulary = real.config, real.vocabulary
         self.scripts, self.tries = scripts, 0
-        self.weight = torch.nn.Parameter(torch.zeros(1))
+        size = real.vocabulary.size
+        self.head = torch.nn.Linear(size, size, bias=False)
+        self.head.weight = torch.nn.Parameter(torch.eye(size))
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.head
 
     def forward(self, input_ids: torch.Tensor, **_):
         if input_ids.shape[1] > 1:  # a new try
@@ -169,7 +195,7 @@ class Script(torch.nn.Module):
         token = self.vocabulary.speech_end if code < 0 else self.vocabulary.first_speech + code
         logits[0, 0, token] = 30.0
         self.said += 1
-        return type("Output", (), {"logits": logits})()
+        return type("Output", (), {"logits": self.head(logits)})()
 
 
 def stub(real: SpeechLM, scripts: list[list[int]]) -> SpeechLM:

@@ -39,7 +39,9 @@ class Chains(torch.nn.Module):
 
         self.config = LlamaConfig(num_hidden_layers=1)
         self.vocabulary, self.chains = alphabet.vocabulary, chains
-        self.weight = torch.nn.Parameter(torch.zeros(1))
+        size = self.vocabulary.size
+        self.head = torch.nn.Linear(size, size, bias=False)
+        self.head.weight = torch.nn.Parameter(torch.eye(size))
         self.begun: Counter[int] = Counter()
         self.batches: list[int] = []
         every = [chain for tries in chains.values() for chain in tries if chain]
@@ -56,7 +58,10 @@ class Chains(torch.nn.Module):
         first, end = self.vocabulary.first_speech, self.vocabulary.speech_end
         for row, code in enumerate(codes):
             logits[row, 0, end if code == END else first + code] = 30.0
-        return type("Output", (), {"logits": logits})()
+        return type("Output", (), {"logits": self.head(logits)})()
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.head
 
     def _begin(self, prompt: int) -> int:
         tries = self.chains[prompt]
