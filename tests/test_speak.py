@@ -118,8 +118,10 @@ def write_dev(folder: Path, texts: dict[str, str], name: str = "dev") -> TokenSh
     """Items of one speaker: 15 frames of amplitude 0.3, then 15 of 0.5."""
     codes = np.repeat([[3], [5]], FRAMES // 2, axis=0).T.repeat(3, axis=0).astype(np.uint16)
     rows = [TokenRow(name, text, "s", "en", FRAMES / 25, codes) for name, text in texts.items()]
-    write_shard(folder / f"{name}.parquet", rows, STAMP)
-    return TokenShard.open(folder / f"{name}.parquet")
+    path = folder / f"{name}.parquet"
+    if not path.exists() or TokenShard.open(path).texts != list(texts.values()):
+        write_shard(path, rows, STAMP)
+    return TokenShard.open(path)
 
 
 def score(folder: Path, texts: dict[str, str], device: str = "cpu", batch: int = 8) -> list[Row]:
