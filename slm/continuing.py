@@ -1,12 +1,13 @@
 """Speech that goes on from a recording without a text."""
 
 from dataclasses import replace
+from math import isfinite
 
 import numpy as np
 from jaxtyping import Int
 
 from slm.config import SamplingConfig
-from slm.generate import NEXT_TRY, restrict_context
+from slm.generate import NEXT_TRY, restrict_speech
 from slm.prompts import Prompt, continuation_context
 from slm.speaking import Models, Speech, Utterance, speak
 
@@ -28,6 +29,8 @@ def go_on(
         raise ValueError(
             "this voice cannot go on with a recording: it was trained without continuation"
         )
+    if not isfinite(seconds):
+        raise ValueError(f"{seconds} s are no length; say how many seconds at most")
     most = round(seconds * lm.vocabulary.codec.frame_rate)
     if most < 1:
         raise ValueError(f"{seconds:g} s are less than a frame of this codec; ask for more")
@@ -37,7 +40,7 @@ def go_on(
         text="",
         prompt=Prompt(codes=codes, text="", continuation=True),
         context=context,
-        bounds=(0, restrict_context(lm.max_positions, context, 1, most, "prompt")),
+        bounds=(0, restrict_speech(lm, context, 1, most, "prompt")),
         seed=seed,
     )
     checks = tuple(check for check in sampling.checks if check in ("loop", "silence"))

@@ -112,17 +112,24 @@ def text_bound(num_frames: int, frame_rate: float) -> int:
 
 
 def restrict_context(
-    max_positions: int, context: Sequence[int], least: int, most: int, what: str
+    max_positions: int, context: Sequence[int], least: int, most: int, what: str, longest: int = 1
 ) -> int:
-    """The upper bound that fits the model. Raises ValueError when not even the lower one does;
-    `what` is too long then: the text, or the recording."""
-    room = max_positions - len(context)
-    if room < max(1, least):
+    """The upper bound that fits the model, whose tokens stand for `longest` frames at most. Raises
+    ValueError when not even the lower one does; `what` is too long then: the text, or the
+    recording."""
+    room, needed = max_positions - len(context), -(-max(1, least) // longest)
+    if room < needed:
         raise ValueError(
             f"the {what} is too long for the model: {len(context)} tokens come in and at least "
-            f"{max(1, least)} go out, but it holds {max_positions}; split the {what}"
+            f"{needed} go out, but it holds {max_positions}; split the {what}"
         )
-    return min(most, room)
+    return min(most, room * longest)
+
+
+def restrict_speech(lm: SpeechLM, context: Sequence[int], least: int, most: int, what: str) -> int:
+    """The same for frames of speech: a token may stand for several."""
+    longest = int(lm.alphabet.frames(lm.alphabet.speech_range("tts")).max())
+    return restrict_context(lm.max_positions, context, least, most, what, longest)
 
 
 def first_codes(lm: SpeechLM, made: Generated) -> Any:
@@ -145,7 +152,7 @@ def generate(
     for attempt in range(config.tries):
         if not waiting:
             break
-        items = [_Item(again(requests[i], attempt), allowed, config) for i in waiting]
+        items = [_Item(lm, again(requests[i], attempt), allowed, config) for i in waiting]
         batch = _Batch(lm, items, allowed, config)
         while batch.step():
             pass
@@ -166,7 +173,7 @@ class TokenStream(Iterator[int]):
     """Ids as they are drawn. Once it has ended, `failure` names what is wrong with the whole."""
 
     def __init__(self, lm: SpeechLM, request: Request, allowed: Allowed, config: SamplingConfig):
-        self._item = _Item(request, allowed, config)
+        self._item = _Item(lm, request, allowed, config)
         self._batch = _Batch(lm, [self._item], allowed, config)
         self._num_told = 0
 
@@ -198,8 +205,10 @@ def stream_tokens(
 class _Item:
     """One sequence in the making."""
 
-    def __init__(self, request: Request, allowed: Allowed, config: SamplingConfig):
+    def __init__(self, lm: SpeechLM, request: Request, allowed: Allowed, config: SamplingConfig):
         self.request, self.allowed = request, allowed
+        self.most_tokens = min(request.max_tokens, lm.max_positions - len(request.context))
+        """However many frames a token stands for, the model holds no more."""
         self.config = replace(config, greedy=config.greedy and not request.sampled)
         self.generator = torch.Generator().manual_seed(request.seed)
         self.tokens: list[int] = []
@@ -218,7 +227,8 @@ class _Item:
         self.tokens.append(token)
         speech = self.allowed.speech
         self.length += 1 if speech is None else int(speech.frames([token])[0])
-        over = self.length >= self.request.max_tokens
+        most = self.request.max_tokens
+        over = self.length >= most or len(self.tokens) >= self.most_tokens
         if over or len(self.tokens) % CHECK_EVERY == 0:
             if self._loops():
                 self.failure = "loop"
@@ -258,7 +268,7 @@ class _Batch:
         contexts = [item.request.context for item in items]
         padded = left_padded(contexts, lm.vocabulary.eos)
         self.tokens, self.mask = (part.to(self.device) for part in padded)
-        most = max(item.request.max_tokens for item in items)
+        most = max(item.most_tokens for item in items)
         self.cache = make_cache(config.cache, lm.config, self.tokens.shape[1] + most)
 
     @torch.inference_mode()

@@ -29,7 +29,7 @@ from slm.checks import SILENCE_RMS, is_empty
 from slm.config import SamplingConfig
 from slm.continuing import go_on
 from slm.conversion import convert, listen
-from slm.generate import restrict_context, speech_bounds
+from slm.generate import restrict_speech, speech_bounds
 from slm.hearing import Transcript, encode, hear
 from slm.long_text import Passage, Piece, join, joined, room_behind, split_text
 from slm.nar import NAR
@@ -151,8 +151,8 @@ class Voice:
         self, passage: Passage, chunk_seconds: float = 0.5
     ) -> Iterator[Float[np.ndarray, " _"]]:
         """`stream` for what is checked and encoded already."""
-        if chunk_seconds <= 0:
-            raise ValueError(f"chunk_seconds must be positive, got {chunk_seconds:g}")
+        if not 0 < chunk_seconds < float("inf"):
+            raise ValueError(f"chunk_seconds must be positive and finite, got {chunk_seconds:g}")
         waves = [self._chunks(one, chunk_seconds) for one in passage.utterances]
         return join(list(zip(waves, passage.pauses, strict=True)), self.codec.sample_rate)
 
@@ -287,7 +287,7 @@ class Voice:
         spoken = prompt.codes.shape[1]
         if prompt.continuation:
             least, most = max(0, least - spoken), max(1, most - spoken)
-        most = restrict_context(self.lm.max_positions, context, least, most, "text")
+        most = restrict_speech(self.lm, context, least, most, "text")
         self.coverage.check_length(spoken, least, self.codec.frame_rate)
         return Utterance(text=text, prompt=prompt, context=context, bounds=(least, most), seed=seed)
 

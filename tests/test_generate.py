@@ -18,6 +18,7 @@ from slm.generate import (
     draw,
     generate,
     restrict_context,
+    restrict_speech,
     speech_bounds,
     speech_only,
     stream_tokens,
@@ -277,6 +278,22 @@ def test_bounds_and_loops_of_speech_count_frames(lm: SpeechLM) -> None:
     # 25 frames of one code are nine tokens: found at the first look.
     loop = made([5], 0, 300)
     assert (loop.failure, len(loop.tokens)) == ("loop", 16)
+
+
+def test_what_the_model_holds_are_tokens_not_frames(lm: SpeechLM) -> None:
+    threes = Threes(lm.vocabulary, lm.alphabet.tokenizer)
+    room = 20
+    told = SpeechLM(
+        Script(lm, [np.random.default_rng(0).integers(0, 24, 100).tolist()]), threes, {}
+    )
+    context = [0] * (told.max_positions - room)
+    assert restrict_speech(told, context, 30, 300, "text") == 3 * room
+    with pytest.raises(ValueError, match="at least 21 go out"):
+        restrict_speech(told, context, 3 * room + 1, 300, "text")
+    config = SamplingConfig(tries=1, loop_seconds=100.0)
+    request = Request(context=context, min_tokens=0, max_tokens=300, seed=0)
+    (made,) = generate(told, [request], speech_only(told, config), config)
+    assert (made.failure, len(made.tokens)) == ("cut", room)
 
 
 def test_nucleus_and_repetition() -> None:
