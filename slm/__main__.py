@@ -103,7 +103,9 @@ def _add_sampling(tts: argparse.ArgumentParser) -> None:
     tts.add_argument("--tries", type=int, help="a failed one is made again until so many were made")
     tts.add_argument(
         "--checks", type=_checks, metavar="NAMES",
-        help=f"what is a failure: some of {','.join(CHECKS)}, or none",
+        help=f"what is a failure: some of {','.join(CHECKS)}, or none; where the voice can "
+        "transcribe, early and leak make it transcribe its own speech: as much work again as to "
+        "make codebook 1",
     )  # fmt: skip
     tts.add_argument(
         "--nar-iterations", type=int,
@@ -164,6 +166,8 @@ def _check_tts(arguments: argparse.Namespace) -> None:
         raise ValueError("--stream is for --text; a list goes to a folder (--out)")
     if arguments.stream is not None and arguments.candidates not in (None, 1):
         raise ValueError("--stream has no --candidates: what has been heard cannot be exchanged")
+    if arguments.stream not in (None, "-") and Path(arguments.stream).suffix.lower() != ".wav":
+        raise ValueError(f"--stream {arguments.stream}: only WAV is streamed; call it .wav, or -")
     if arguments.stream == "-" and sys.stdout.isatty():
         raise ValueError("--stream - writes sound; pipe it to a player, such as `| aplay`")
     if arguments.batch < 1:

@@ -41,6 +41,8 @@ def _check_entry(entry: Any, seen: set[str]) -> dict[str, str]:
     for key in ("id", "text", "prompt"):
         if not isinstance(entry.get(key), str) or not entry[key]:
             raise ValueError(f"{key} is missing")
+    if not isinstance(entry.get("prompt_text"), str | None):
+        raise ValueError(f"prompt_text is not a text: {entry['prompt_text']!r}")
     known = {key: entry[key] for key in ("id", "text", "prompt", "prompt_text") if entry.get(key)}
     if Path(known["id"]).is_absolute() or ".." in Path(known["id"]).parts:
         raise ValueError(f"the id {known['id']!r} leads out of the folder")
@@ -71,7 +73,8 @@ def speak_list(
     waiting: list[tuple[dict[str, str], Passage]] = []
     skipped: list[str] = []
     seen: set[str] = set()
-    with open(results, "a", encoding="utf-8") as file:
+    # Half of a character, which JSON may have, is its escape again.
+    with open(results, "a", encoding="utf-8", errors="backslashreplace") as file:
         for number, entry in tqdm(entries, desc="tts", unit="line"):
             known: dict[str, str] = {}
             try:
@@ -103,6 +106,11 @@ def speak_list(
 
 def prepare(voice: Voice, entry: Mapping[str, str], folder: Path, seed: int) -> Passage:
     """Reads and checks a line. A prompt's path counts from the current folder, then the list's."""
+    for key in ("text", "prompt_text"):
+        try:
+            entry.get(key, "").encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{key} is no text: {entry[key]!r} has half a character") from error
     voice.check_text(entry["text"])
     name = entry["prompt"]
     where = name if name in voice.prompts else _recording(name, folder)

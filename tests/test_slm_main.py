@@ -85,18 +85,20 @@ def test_a_list_costs_only_its_bad_lines(
         {"id": "../out", "text": TEXT, "prompt": "ann"},
         {"id": "one", "text": TEXT, "prompt": "ann"},
         {"text": TEXT, "prompt": "ann"},
+        {"id": "five", "text": TEXT, "prompt": "ann", "prompt_text": 5},
+        {"id": "half", "text": "half \ud800 a sign", "prompt": "ann"},
     ]
     listed = tmp_path / "list.jsonl"
     listed.write_text("\n".join(map(json.dumps, lines)) + "\nnot json\n", encoding="utf-8")
     out = tmp_path / "out"
     with caplog.at_level(logging.INFO):
         assert run("tts", "--voice", folder, "--list", listed, "--out", out) == 0
-    for number in range(3, 10):
+    for number in range(3, 12):
         assert f"skipped line {number}:" in caplog.text
-    assert "9 lines: 7 skipped" in caplog.text
+    assert "11 lines: 9 skipped" in caplog.text
     records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     refused = [record for record in records if record["failure"] == "refused"]
-    assert {record["id"] for record in refused} == {"script", "gone", "empty"}
+    assert {record["id"] for record in refused} == {"script", "gone", "empty", "half"}
     assert all(record["audio"] is None and record["reason"] for record in refused)
     records = [record for record in records if record["failure"] != "refused"]
     assert [record["id"] for record in records] == ["one", "two words"]
@@ -238,6 +240,24 @@ def test_command_tts_streams(
     assert np.array_equal(piped, wave)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stream", "o.mp3"], "only WAV is streamed"),
+        (["--stream", "o.wav", "--chunk-seconds", "inf"], "positive and finite"),
+        (["--stream", "o.wav", "--chunk-seconds", "nan"], "positive and finite"),
+    ],
+)
+def test_streams_that_cannot_be(
+    folder: Path, tmp_path: Path, arguments: list[str], message: str,
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert run("tts", "--voice", folder, "--text", TEXT, "--prompt", "ann", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("o.*"))
+
+
 def test_options_are_the_sampling_configurations(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,6 +302,7 @@ def test_command_continue(
     base = json.loads((other / "ar" / "base.json").read_text())
     base["tasks"]["continuation"] = 1.0
     (other / "ar" / "base.json").write_text(json.dumps(base))
+    assert run("continue", "--voice", other, *arguments[2:], "--seconds", "inf") == 2
     assert run("continue", "--voice", other, *arguments[2:]) == 0
     assert 0 < len(soundfile.read(out)[0]) <= 6400
 
@@ -315,6 +336,11 @@ def test_command_asr(
         (["--text", "...", "--prompt", "ann"], "nothing to say"),
         (["--text", "hi", "--prompt", "nowhere.wav"], "nowhere.wav"),
         (["--text", "hi", "--prompt", "ann", "--stream", "-"], "either --out or --stream"),
+        (["--text", "hi \udcff", "--prompt", "ann"], "text is no text"),
+        (
+            ["--text", "hi", "--prompt", "ann", "--prompt-text", "\udcff a"],
+            "prompt_text is no text",
+        ),
         (["--text", "hi", "--prompt", "ann", "--checks", "lop"], "no check 'lop'"),
         (["--text", "hi", "--prompt", "ann", "--batch", "0"], "--batch must be at least 1"),
     ],
