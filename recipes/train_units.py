@@ -48,12 +48,17 @@ class UnitsTrainConfig:
             raise ValueError(f"size must be at least 1, got {self.size}")
         if self.most_codes < 1:
             raise ValueError(f"most_codes must be at least 1, got {self.most_codes}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
 
 
 def main(argv: list[str]) -> None:
     config = load_config(UnitsTrainConfig, argv, __doc__ or "")
     train = TokenShard.open(config.tokens)
     dev = None if config.dev is None else TokenShard.open(config.dev, expect=train.stamp)
+    for path, shard in ((config.tokens, train), (config.dev, dev)):
+        if shard is not None and not shard.num_frames.any():
+            raise ValueError(f"{path}: no utterance with codes; export other tokens")
     items = drawn(train, config.most_codes, config.seed)
     logger.info("training on %d of %d utterances", len(items), len(train))
     start = time.monotonic()

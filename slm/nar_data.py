@@ -52,10 +52,12 @@ class NARData:
             raise ValueError("nar_batch.packed: only the AR's batches can be packed; leave it out")
         stamp = corpus.shard.stamp
         alphabet.vocabulary.check_codec(stamp, name_of(corpus.shard))
-        if config.codebook_sizes != stamp.codebook_sizes or len(stamp.codebook_sizes) < 2:
+        if len(stamp.codebook_sizes) < 2:
+            raise ValueError(f"{name_of(corpus.shard)}: its codec has one codebook: leave out nar")
+        if config.codebook_sizes != stamp.codebook_sizes:
             raise ValueError(
                 f"{name_of(corpus.shard)}: its codebooks {stamp.codebook_sizes} are not the NAR's, "
-                f"{config.codebook_sizes}, or are fewer than two, which need no NAR"
+                f"{config.codebook_sizes}; set nar.codebook_sizes to them"
             )
         texts = [text_bytes(alphabet.spelt(text)) for text in corpus.texts]
         lengths = np.array([len(text) for text in texts]) + corpus.num_frames

@@ -3,8 +3,9 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -93,10 +94,11 @@ def fit(
     for step in range(start, config.steps + 1):
         last = step == config.steps
         fresh = step == start and start > 0  # what this checkpoint's run already did
-        if dev is not None and due(step, config.eval_every, last) and not fresh:
-            run.log(evaluate(model, step_losses, dev, accelerator, config, groups), step)
-        if due(step, config.save_every, last) and step > start:
-            run.save(step)
+        with meter.paused():
+            if dev is not None and due(step, config.eval_every, last) and not fresh:
+                run.log(evaluate(model, step_losses, dev, accelerator, config, groups), step)
+            if due(step, config.save_every, last) and step > start:
+                run.save(step)
         if last:
             break
         rate = learning_rate(step, config)
@@ -194,6 +196,13 @@ class Meter:
         self._sums: Tensor | None = None
         self._since = time.monotonic()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What takes place meanwhile is no training: its time does not count."""
+        start = time.monotonic()
+        yield
+        self._since += time.monotonic() - start
+
     def add(self, scores: Scores) -> None:
         sums = torch.stack([part.detach().double() for part in scores])
         self._sums = sums if self._sums is None else self._sums + sums
@@ -285,8 +294,6 @@ def gather(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
 
 
 def _whole(parameter: nn.Parameter) -> Any:
-    from contextlib import nullcontext
-
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     from deepspeed.runtime.zero import GatheredParameters

@@ -131,6 +131,31 @@ def test_evaluation_counts_every_target_once(folder: Path, accelerator: Accelera
     assert lm.training is False
 
 
+def test_evaluating_and_saving_do_not_slow_training_down(
+    folder: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens per second are those of the steps: a step takes a second here, an evaluation ten."""
+    model, step, data = parts("full", folder)
+    now = 0.0
+
+    def stepping(*args):
+        nonlocal now
+        now += 1.0 if torch.is_grad_enabled() else 10.0
+        return step(*args)
+
+    monkeypatch.setattr("slm.train.time.monotonic", lambda: now)
+    optim = OptimConfig(steps=4, log_every=2, eval_every=1, eval_batches=1, save_every=1000)
+    run = start_run(optim, folder / "timed", seed=0, accelerator=accelerator)
+    fit(model, stepping, data, data, run, optim)
+    accelerator.free_memory()
+    run._lock.close()
+    speeds = [
+        line["train/tokens_per_s"] for line in metrics(folder / "timed") if "train/lr" in line
+    ]
+    targets = [data.share(index, 0, 0, 1, 1).num_targets for index in range(4)]
+    assert speeds == pytest.approx([sum(targets[:2]) / 2, sum(targets[2:]) / 2])
+
+
 def test_accumulated_gradient_is_the_mean_over_the_steps_targets(folder: Path) -> None:
     lm, step, data = parts("full", folder)
     for micro in range(3):

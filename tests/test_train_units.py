@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_slm import STAMP, save_shard
 
-from codec.tokens import TokenShard
+from codec.tokens import TokenShard, write_shard
 from recipes import train_units
 from recipes.train_units import UnitsTrainConfig, drawn
 from slm.units import Units
@@ -66,6 +66,13 @@ def test_what_is_refused(tmp_path: Path) -> None:
         train_units.main([f"tokens={shard}", f"dev={other}", f"out={out}"])
     with pytest.raises(ValueError, match="no such token shard"):
         train_units.main([f"tokens={tmp_path / 'none'}", f"out={out}"])
+    write_shard(tmp_path / "c.parquet", [], STAMP)
+    for given in ([f"tokens={tmp_path / 'c.parquet'}"],
+                  [f"tokens={shard}", f"dev={tmp_path / 'c.parquet'}"]):  # fmt: skip
+        with pytest.raises(ValueError, match=r"c\.parquet: no utterance with codes"):
+            train_units.main([*given, f"out={out}"])
+    with pytest.raises(ValueError, match="seed must not be negative, got -1"):
+        UnitsTrainConfig(seed=-1)
     for given in ({"size": 0}, {"most_codes": 0}):
         with pytest.raises(ValueError, match="must be at least 1, got 0"):
             UnitsTrainConfig(**given)
