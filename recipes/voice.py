@@ -18,7 +18,7 @@ from codec import load_codec
 from codec.tokens import TokenShard, written_whole
 from recipes.common import Run, make_accelerator, start_run
 from recipes.speak import SpeakConfig
-from recipes.voice_folder import finish_voice, pick_prompts, whole_folder
+from recipes.voice_folder import described, finish_voice, pick_prompts, short_path, whole_folder
 from recipes.voice_scores import note_perplexity, score_voice
 from slm.alphabet import Alphabet
 from slm.ar import SpeechLM
@@ -97,7 +97,7 @@ def train_voice(config: VoiceConfig) -> None:
     held_out = read_texts(config.texts_dev) if config.texts_dev is not None else []
     # The adapters are put in before the Accelerator exists: under ZeRO-3 peft asks for a GPU then.
     lm = SpeechLM.create(config.ar, train.stamp, config.seed)
-    lm.origin["data"] = config.train
+    lm.origin["data"] = described(train, config.train)
     accelerator = make_accelerator(folder, gradient_accumulation_steps=config.optim.accumulate)
     forget_zero3()
     run = start_run(config, folder, seed=config.seed, accelerator=accelerator)
@@ -113,7 +113,7 @@ def train_voice(config: VoiceConfig) -> None:
         coverage = Coverage.load(folder / "voice" / "ar")
         if dev is not None and config.ar.tasks.tts and (nar or train.stamp.num_codebooks == 1):
             longest = coverage.longest_frames / train.stamp.frame_rate
-            prompts = pick_prompts(dev, str(config.dev), longest)
+            prompts = pick_prompts(dev, short_path(str(config.dev)), longest)
         about = voice_card(origin, train.stamp, coverage, prompts)
         finish_voice(folder / "voice", config.codec, about, prompts)
     leave_group(accelerator)

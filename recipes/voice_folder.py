@@ -1,5 +1,6 @@
 """A voice's folder as training leaves it: models, codec, card and prompts, each whole or absent."""
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ import numpy as np
 from codec import Codec, load_codec
 from codec.tokens import TokenShard, written_whole
 from recipes.checkpoints import is_write_failure, sync
+from recipes.scoring import digest_of_text
 from slm.prompts import Prompt, has_words
 
 NUM_PROMPTS = 3
@@ -52,6 +54,20 @@ def pick_prompts(dev: TokenShard, source: str, longest: float) -> dict[str, Prom
             codes=row.codes.astype(np.int64), text=row.text, credit=credit
         )
     return prompts
+
+
+def described(shard: TokenShard, path: str) -> str:
+    """What shards hold, so that others can tell whether theirs are the same."""
+    hours = float(np.sum(shard.durations)) / 3600
+    digest = digest_of_text(json.dumps([list(shard.ids), list(shard.texts)]))[:8]
+    return f"{short_path(path)}@{digest}, {len(shard)} utterances, {hours:.2f} hours"
+
+
+def short_path(path: str) -> str:
+    """A path as it was given; of an absolute one the end, as a shipped voice must not tell where
+    somebody's files lie."""
+    given = Path(path)
+    return "/".join(given.parts[-2:]).lstrip("/") if given.is_absolute() else given.as_posix()
 
 
 @contextmanager

@@ -276,6 +276,13 @@ def test_own_transcripts_and_judged_ones_have_columns_apart(
     assert "| system | list | n | asr_wer | asr_cer | wer | cer |" in capsys.readouterr().out
 
 
+def test_texts_that_were_trained_on_are_neither_spoken_nor_transcribed(folder: Path) -> None:
+    rows = score(folder, {"a": TEXT, "b": "something else"})
+    for kind in ("asr", "continuation"):
+        assert values(rows, kind, "a")
+        assert not values(rows, kind, "b")
+
+
 def test_an_id_never_leads_out_of_the_folder(folder: Path) -> None:
     score(folder, {ESCAPE: TEXT, "a/b": TEXT, "a-b": TEXT})
     waves = set(folder.parent.rglob("*.wav"))

@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from tiny_slm import save_shard
 
-from recipes.voice_folder import whole_folder
+from codec.tokens import TokenShard
+from recipes.voice_folder import described, short_path, whole_folder
 
 
 @pytest.mark.parametrize("limit", [None, 20_000], ids=["failing writer", "full disk"])
@@ -38,3 +40,15 @@ def test_a_voice_that_cannot_be_written_leaves_the_earlier_one(
     with whole_folder(folder) as partial:
         (partial / "new").write_text("whole")
     assert [path.name for path in folder.iterdir()] == ["new"]
+
+
+def test_data_are_told_by_what_they_hold_and_not_by_where_they_lie(tmp_path: Path) -> None:
+    one, same, other = (
+        described(TokenShard.open(save_shard(tmp_path / name / "train.parquet", 4, seed=seed)), "t")
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert one == same != other
+    assert one.endswith(" 4 utterances, 0.00 hours")
+    assert short_path("out/small/tokens/train") == "out/small/tokens/train"
+    assert short_path("/srv/people/ann/tokens/train") == "tokens/train"
+    assert short_path("/train") == "train"
