@@ -63,7 +63,7 @@ class Plan:
         begins the epoch again.
 
         Epochs differ in their number of batches, so the first call for a late step makes the plans
-        of all epochs before it, once.
+        of all epochs before it, once: about a second for each million items that came before.
         """
         epoch, index = 0, step
         while index >= (groups := self._num_groups(epoch, size)):
