@@ -230,11 +230,12 @@ def _asr(arguments: argparse.Namespace) -> None:
 
 
 def _vc(arguments: argparse.Namespace) -> None:
+    from slm.lists import prompt_of
     from slm.pipeline import check_name
 
     check_name(arguments.out)
     voice = _load(arguments)
-    target = arguments.target if arguments.target in voice.prompts else Path(arguments.target)
+    target = prompt_of(voice, arguments.target, Path())
     speech = voice.convert(
         Path(arguments.source), target, arguments.source_text, arguments.target_text
     )
@@ -245,12 +246,12 @@ def _vc(arguments: argparse.Namespace) -> None:
 
 
 def _continue(arguments: argparse.Namespace) -> None:
-    from slm.lists import result
+    from slm.lists import prompt_of, result
     from slm.pipeline import check_name
 
     check_name(arguments.out)
     voice = _load(arguments)
-    prompt = arguments.prompt if arguments.prompt in voice.prompts else Path(arguments.prompt)
+    prompt = prompt_of(voice, arguments.prompt, Path())
     speech = voice.continue_speech(prompt, arguments.seconds, arguments.seed)
     voice.save(speech, arguments.out)
     _tell(result(arguments.out, arguments.prompt, speech))

@@ -13,7 +13,7 @@ SpeechForm = Literal["codes", "bpe"]
 
 def _positive(**values: float | int) -> None:
     for name, value in values.items():
-        if value <= 0:
+        if not value > 0:  # Nor nan.
             raise ValueError(f"{name} must be positive, got {value}")
 
 

@@ -112,13 +112,21 @@ def prepare(voice: Voice, entry: Mapping[str, str], folder: Path, seed: int) -> 
         except UnicodeEncodeError as error:
             raise ValueError(f"{key} is no text: {entry[key]!r} has half a character") from error
     voice.check_text(entry["text"])
-    name = entry["prompt"]
-    where = name if name in voice.prompts else _recording(name, folder)
+    where = prompt_of(voice, entry["prompt"], folder)
     return voice.passage(entry["text"], voice.prompt(where, entry.get("prompt_text")), seed)
 
 
 def _recording(name: str, folder: Path) -> Path:
     return next((p for p in (Path(name), folder / name) if p.exists()), Path(name))
+
+
+def prompt_of(voice: Voice, name: str, folder: Path) -> Path | str:
+    """A shipped prompt's name, or where a recording is."""
+    found = name if name in voice.prompts else _recording(name, folder)
+    if isinstance(found, Path) and voice.prompts and not found.exists():
+        known = ", ".join(sorted(voice.prompts))
+        raise ValueError(f"{name}: no such recording, nor a prompt of this voice ({known})")
+    return found
 
 
 def _speak(

@@ -281,7 +281,9 @@ def test_options_are_the_sampling_configurations(
     assert seen[1] == SamplingConfig(checks=())
 
 
-def test_command_vc(folder: Path, tmp_path: Path, write_wav: Callable[..., Path]) -> None:
+def test_command_vc(
+    folder: Path, tmp_path: Path, write_wav: Callable[..., Path], capsys: pytest.CaptureFixture
+) -> None:
     source = write_wav(tmp_path / "a.wav", 0.8)
     arguments = ["--voice", folder, "--source", source, "--source-text", "red hen"]
     out = tmp_path / "o.wav"
@@ -289,6 +291,8 @@ def test_command_vc(folder: Path, tmp_path: Path, write_wav: Callable[..., Path]
     assert len(soundfile.read(out)[0]) == 12800
     target = ["--target", write_wav(tmp_path / "b.wav", 0.5), "--target-text", "a cat"]
     assert run("vc", *arguments, *target, "--out", out) == 0
+    assert run("vc", *arguments, "--target", "nobody", "--out", out) == 2
+    assert "nor a prompt of this voice" in capsys.readouterr().err
 
 
 def test_command_continue(
@@ -334,7 +338,14 @@ def test_command_asr(
         (["--text", "hi", "--list", "x"], "not both"),
         (["--list", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--text", "...", "--prompt", "ann"], "nothing to say"),
-        (["--text", "hi", "--prompt", "nowhere.wav"], "nowhere.wav"),
+        (
+            ["--text", "hi", "--prompt", "nobody"],
+            "nobody: no such recording, nor a prompt of this voice",
+        ),
+        (
+            ["--text", "hi", "--prompt", "ann", "--temperature", "nan"],
+            "temperature must be positive",
+        ),
         (["--text", "hi", "--prompt", "ann", "--stream", "-"], "either --out or --stream"),
         (["--text", "hi \udcff", "--prompt", "ann"], "text is no text"),
         (
