@@ -104,8 +104,8 @@ def _add_sampling(tts: argparse.ArgumentParser) -> None:
     tts.add_argument(
         "--checks", type=_checks, metavar="NAMES",
         help=f"what is a failure: some of {','.join(CHECKS)}, or none; where the voice can "
-        "transcribe, early and leak make it transcribe its own speech: as much work again as to "
-        "make codebook 1",
+        "transcribe, early and leak make it transcribe its own speech, up to half of codebook 1's "
+        "time again",
     )  # fmt: skip
     tts.add_argument(
         "--nar-iterations", type=int,
