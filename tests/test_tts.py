@@ -123,7 +123,7 @@ def test_asr_says_its_dev_wer(
         ("ar.num_layers=9", "ar.num_layers"),
         ("ar.lora.rank=0", "lora.rank must be positive"),
         ("nar.codebook_sizes=[4,4]", "nar.codebook_sizes"),
-        ("batch.positions=3", "raise batch.positions"),
+        ("batch.positions=3", "least of batch.positions"),
         ("optim.lr=fast", "lr"),
     ],
 )
