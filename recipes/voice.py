@@ -6,6 +6,7 @@ prompts and what was made of them) and rows.jsonl (the scores).
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +31,8 @@ from slm.nar import NAR
 from slm.nar_data import NARData
 from slm.prompts import Coverage, Prompt
 from slm.train import ar_step, fit, gather, nar_step
+
+logger = logging.getLogger(__name__)
 
 SEEN_FILE = "seen.json"
 """In a stage's folder: hours of speech in the batches of a step, for recipes/plot_curves.py."""
@@ -88,22 +91,29 @@ class Texts(NamedTuple):
     dev: list[str]
 
 
+def read(config: VoiceConfig) -> Texts:
+    """The plain texts that are named. Raises ValueError for files that hold none."""
+    if config.texts is not None and not config.ar.tasks.text:
+        logger.warning("texts %s is not used: ar.tasks.text is 0", config.texts)
+    used = config.texts if config.ar.tasks.text else None
+    return Texts(*(read_texts(one) if one is not None else [] for one in (used, config.texts_dev)))
+
+
 def train_voice(config: VoiceConfig) -> None:
     """All of it, in this process and the others of its launch."""
     folder = Path(config.out)
     train, dev = open_tokens(config)
     nar = nar_settings(config, train)
-    texts = read_texts(config.texts) if config.texts is not None and config.ar.tasks.text else []
-    held_out = read_texts(config.texts_dev) if config.texts_dev is not None else []
+    texts = read(config)
     # The adapters are put in before the Accelerator exists: under ZeRO-3 peft asks for a GPU then.
     lm = SpeechLM.create(config.ar, train.stamp, config.seed)
     lm.origin["data"] = described(train, config.train)
     accelerator = make_accelerator(folder, gradient_accumulation_steps=config.optim.accumulate)
     forget_zero3()
     run = start_run(config, folder, seed=config.seed, accelerator=accelerator)
-    if held_out and accelerator.is_main_process:
-        note_perplexity(folder, lm.to(accelerator.device), held_out)
-    train_ar(lm, train, dev, Texts(texts, held_out), run, config)
+    if texts.dev and accelerator.is_main_process:
+        note_perplexity(folder, lm.to(accelerator.device), texts.dev)
+    train_ar(lm, train, dev, texts, run, config)
     alphabet, origin = lm.alphabet, lm.origin
     del lm
     if nar is not None:
@@ -118,7 +128,7 @@ def train_voice(config: VoiceConfig) -> None:
         finish_voice(folder / "voice", config.codec, about, prompts)
     leave_group(accelerator)
     if accelerator.is_main_process:
-        score_voice(folder, train, dev, held_out, config, run.stage("speak"))
+        score_voice(folder, train, dev, texts.dev, config, run.stage("speak"))
 
 
 def open_tokens(config: VoiceConfig) -> tuple[TokenShard, TokenShard | None]:

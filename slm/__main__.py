@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     asr = commands.add_parser("asr", help="recordings to text, one JSON line each")
     vc = commands.add_parser("vc", help="a recording to the same words in another voice")
     goes_on = commands.add_parser("continue", help="a recording to what may follow it")
-    export = commands.add_parser("export", help="a plain causal LM for transformers and vLLM")
+    export = commands.add_parser("export", help="a plain causal LM of transformers")
     runs = ((tts, _tts), (asr, _asr), (vc, _vc), (goes_on, _continue), (export, _export))
     for command, run in runs:
         command.set_defaults(run=run)
@@ -261,7 +261,7 @@ def _export(arguments: argparse.Namespace) -> None:
     from slm.exporting import export
 
     export(_load(arguments).lm, arguments.out)
-    logger.info("%s: AutoModelForCausalLM and vLLM load it; its README.md says how", arguments.out)
+    logger.info("%s: AutoModelForCausalLM loads it; its README.md says how", arguments.out)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ class TaskConfig:
     continuation: float = 0.0
     """Codes alone: speech that goes on by itself."""
     text: float = 0.0
-    """Text alone, so that the LLM does not forget it; needs `texts`."""
+    """Text alone, so that the LLM does not forget it; needs `texts`. Its weight counts positions,
+    because pieces of texts are longer than utterances."""
 
     def __post_init__(self) -> None:
         weights = (self.tts, self.asr, self.continuation, self.text)
@@ -75,8 +76,8 @@ class TextConfig:
     normalize: bool = True
     """Numbers and abbreviations are spelt out (English)."""
     spoken: Spoken = "tokens"
-    """What speech is made from: the LLM's own tokens; its tokens of single characters, which
-    teach pronunciation sooner where there is little data; or phonemes (extra `phonemes`)."""
+    """What speech is made from: the LLM's own tokens; its tokens of single characters, about
+    three times as many, meant for little data; or phonemes (extra `phonemes`)."""
     written: Written = "tokens"
     """What speech is transcribed to."""
 

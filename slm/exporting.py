@@ -1,4 +1,4 @@
-"""A voice's AR as a plain causal LM, which transformers and vLLM load without this package."""
+"""A voice's AR as a plain causal LM, which transformers loads without this package."""
 
 import json
 import logging

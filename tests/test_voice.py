@@ -15,6 +15,7 @@ from codec import Codec, CodecConfig, load_codec
 from codec.config import QuantizerConfig, SEANetConfig
 from recipes.asr import main as asr
 from recipes.tts import main as tts
+from recipes.voice import VoiceConfig, read
 from slm.pipeline import Voice
 
 pytestmark = [
@@ -103,6 +104,13 @@ def test_text_is_mixed_in_and_its_perplexity_told(
     voice = Voice.from_pretrained(out / "voice")
     assert voice.lm.origin["tasks"]["text"] == 0.5
     assert "perplexity" in capsys.readouterr().out
+
+
+def test_texts_without_a_weight_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.txt").write_text("A held-out text.")
+    config = VoiceConfig(texts=str(tmp_path / "missing.txt"), texts_dev=str(tmp_path / "a.txt"))
+    assert read(config) == ([], ["A held-out text."])
+    assert "missing.txt is not used: ar.tasks.text is 0" in caplog.text
 
 
 def test_what_people_get_wrong(base: Path) -> None:
