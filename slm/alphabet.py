@@ -1,8 +1,9 @@
 """How a task's text and speech become vocabulary ids, and back.
 
 Text that is spoken (tts) is spelt out first: numbers and abbreviations in words, or phonemes. What
-is written (asr) is not: a model writes numbers as its transcripts do, and scores count words. Text
-alone is the LLM's own tokens whatever the form of the others, so that it stays what the LLM knows.
+is written (asr) is not: a model writes numbers as its transcripts do, and scores count words. What
+is all in capitals is lowered in both. Text alone is the LLM's own tokens whatever the form of the
+others, so that it stays what the LLM knows.
 """
 
 import json
@@ -18,6 +19,7 @@ from jaxtyping import Int
 
 from codec.tokens import CodecStamp, written_whole
 from slm.config import TextConfig, UnitsConfig
+from slm.prompts import in_small_letters
 from slm.spelling import normalize, phonemes
 from slm.units import Units
 from slm.vocab import Vocabulary, encode_texts
@@ -85,6 +87,8 @@ class Alphabet:
         """Texts as `task` reads (tts) or writes (asr, text) them."""
         if task == "tts":
             texts = [self.spelt(text) for text in texts]
+        elif task == "asr":
+            texts = [in_small_letters(text) for text in texts]
         form = {"tts": self.text.spoken, "asr": self.text.written}.get(task, "tokens")
         if form == "tokens":
             return encode_texts(self.tokenizer, texts)
@@ -96,6 +100,7 @@ class Alphabet:
 
     def num_tokens(self, text: str) -> int:
         """How much there is to say: the LLM's own tokens of the text, whatever its form here."""
+        text = in_small_letters(text)
         spelt = normalize(text) if self.text.normalize else text
         return len(encode_texts(self.tokenizer, [spelt])[0])
 
@@ -132,6 +137,7 @@ class Alphabet:
 
         The NAR reads its bytes. What is spelt already stays as it is.
         """
+        text = in_small_letters(text)
         if self.text.normalize:
             text = normalize(text)
         return phonemes(text) if self.text.spoken == "phonemes" else text

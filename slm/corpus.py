@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from codec.tokens import TokenShard
-from slm.prompts import has_words
+from slm.prompts import has_words, in_small_letters
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ class Corpus:
 
     @property
     def texts(self) -> list[str]:
-        return [self.shard.texts[i] for i in self.items]
+        """Those in capitals in small letters."""
+        return [in_small_letters(self.shard.texts[i]) for i in self.items]
 
     def codes(self, item: int | np.integer) -> Int[np.ndarray, "Q T"]:
         return self.shard[int(self.items[item])].codes.astype(np.int64)

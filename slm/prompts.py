@@ -71,7 +71,16 @@ def layout(
 
 def join_texts(prompt_text: str, text: str) -> str:
     """The prompt's transcript and the text to speak, as one utterance's transcript reads."""
-    return " ".join(part for part in (prompt_text.strip(), text.strip()) if part)
+    parts = (in_small_letters(part.strip()) for part in (prompt_text, text))
+    return " ".join(part for part in parts if part)
+
+
+def in_small_letters(text: str) -> str:
+    """The text; lower case where all of it is in capitals, as some corpora's transcripts are.
+
+    So a letter is one and the same token in all of them. One word alone stays: it may be a name.
+    """
+    return text.lower() if text.isupper() and sum(map(has_words, text.split())) > 1 else text
 
 
 def has_words(text: str) -> bool:
