@@ -33,6 +33,7 @@ from recipes.lines import Line, codes_of, list_name
 from recipes.scoring import Judges, digest_of_text, digest_of_voice, safe_name, state_of_files
 from slm import checks
 from slm.config import SamplingConfig
+from slm.generate import CHECK_EVERY
 from slm.pipeline import Speech, Voice
 from slm.spelling import normalize as spell_out
 
@@ -259,8 +260,9 @@ def faults(
     if checks.is_empty(wave):
         return ["empty"]
     rate, first = voice.codec.frame_rate, codes[0]
+    loop_length = max(8, round(STANDARD.loop_seconds * rate))
     found = {
-        "loop": checks.is_loop(first, max(8, round(STANDARD.loop_seconds * rate))),
+        "loop": checks.has_loop(first, loop_length, CHECK_EVERY),
         "silence": checks.longest_silence(wave, voice.codec.sample_rate) > STANDARD.silence_seconds,
         "leak": checks.repeats_codes(first, line.prompt.codes[0], rate),
         "early": _is_early(voice, line, codes.shape[1]),

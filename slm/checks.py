@@ -62,6 +62,16 @@ def is_loop(tokens: Sequence[int] | Int[np.ndarray, " _"], loop_tokens: int) -> 
     return False
 
 
+def has_loop(tokens: Int[np.ndarray, " _"], loop_tokens: int, every: int) -> bool:
+    """Whether a finished sequence held a loop at any place where one is looked for while it grows:
+    behind each `every` tokens, and at its end.
+
+    A loop that generation got out of is a fault all the same.
+    """
+    ends = [*range(every, len(tokens), every), len(tokens)]
+    return any(is_loop(tokens[:end], loop_tokens) for end in ends)
+
+
 def is_empty(wave: Float[np.ndarray, " _"]) -> bool:
     """Whether a wave has no sound at all."""
     return wave.size == 0 or float(np.sqrt(np.mean(wave**2))) < SILENCE_RMS

@@ -6,6 +6,7 @@ import pytest
 from slm.checks import (
     SEVERITY,
     begins_with_prompt,
+    has_loop,
     is_early,
     is_empty,
     is_loop,
@@ -30,6 +31,18 @@ def test_loops() -> None:
     # A phrase said twice is none; three times it is.
     assert not is_loop([*random, *range(10), *range(10)], 20)
     assert is_loop([*random, *range(10), *range(10), *range(10)], 20)
+
+
+def test_a_loop_that_was_left_again_is_found() -> None:
+    random = np.random.default_rng(0).integers(0, 1000, 100)
+    held = np.full(40, 7)
+    left = np.concatenate([random, held, random])
+    assert not is_loop(left, 20)
+    assert has_loop(left, 20, 16)
+    assert has_loop(np.concatenate([random, held[:20]]), 20, 16)  # At the end, wherever that is.
+    assert not has_loop(random, 20, 16)
+    assert not has_loop(np.concatenate([random, held[:19], random]), 20, 16)
+    assert not has_loop(random[:0], 20, 16)
 
 
 def noise(seconds: float, level: float) -> np.ndarray:

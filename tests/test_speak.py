@@ -214,6 +214,17 @@ def test_faults_have_names_and_a_rate(folder: Path) -> None:
     assert "early" in faults["cross", "b"]
 
 
+def test_a_loop_in_the_middle_is_a_fault() -> None:
+    prompt = Prompt(codes=np.zeros((3, 2), np.int64), text="yes")
+    line = Line("a", "yes", prompt)
+    spoken = np.arange(1, 121).reshape(1, 120).repeat(3, axis=0)
+    looped = spoken.copy()
+    looped[:, 20:90] = 5
+    wave = np.ones(16000, np.float32)
+    assert faults(FakeVoice(Path()), line, spoken, wave, None) == []
+    assert faults(FakeVoice(Path()), line, looped, wave, None) == ["loop"]
+
+
 def test_speech_that_is_too_quick_for_its_prompt_is_early() -> None:
     voice = FakeVoice(Path())
     codes = np.arange(90).reshape(3, 30) % 8
