@@ -1,8 +1,8 @@
 """From recordings to codes, and from codebook 1 to what they say, for a batch."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,11 +10,16 @@ import torch
 from jaxtyping import Float, Int
 
 from slm.ar import SpeechLM
+from slm.checks import SILENCE_RMS
 from slm.config import SamplingConfig
 from slm.generate import Request, generate, restrict_context, text_bound, text_only
+from slm.pieces import split_at_quiet
 from slm.prompts import asr_context
 
 logger = logging.getLogger(__name__)
+
+ONCE = SamplingConfig(greedy=True, tries=1, checks=("loop",))
+"""A transcript is the likeliest one; another, drawn at random, would be no better for it."""
 
 
 class Transcript(NamedTuple):
@@ -22,7 +27,7 @@ class Transcript(NamedTuple):
 
     text: str
     failure: str | None
-    """None, or what is wrong with it after the last try: empty, loop or cut."""
+    """None, or what is wrong with it: empty, loop or cut."""
 
 
 @torch.inference_mode()
@@ -39,11 +44,11 @@ def encode(codec: Any, waves: Sequence[Float[np.ndarray, " _"]]) -> list[Int[np.
     ]
 
 
-def hear(
-    lm: SpeechLM, first: Sequence[Int[np.ndarray, " _"]], sampling: SamplingConfig
-) -> list[Transcript]:
+def hear(lm: SpeechLM, first: Sequence[Int[np.ndarray, " _"]]) -> list[Transcript]:
     """Transcripts of codes of codebook 1, each (T,), the likeliest token always taken."""
     lm.check_task("asr")
+    if not first:
+        return []
     alphabet, rate = lm.alphabet, lm.vocabulary.codec.frame_rate
     requests = []
     for codes in first:
@@ -51,8 +56,38 @@ def hear(
         most = text_bound(len(codes), rate)
         most = restrict_context(lm.max_positions, context, 1, most, "recording")
         requests.append(Request(context=context, min_tokens=0, max_tokens=most, seed=0))
-    made = generate(lm, requests, text_only(lm), replace(sampling, greedy=True))
+    made = generate(lm, requests, text_only(lm), ONCE)
     failed = [one.failure for one in made if one.failure is not None]
     if failed:
         logger.warning("%d of %d transcripts failed: %s", len(failed), len(made), ", ".join(failed))
     return [Transcript(alphabet.text_of(one.tokens), one.failure) for one in made]
+
+
+def audible(
+    blocks: Iterable[Float[np.ndarray, " _"]], longest: int
+) -> Iterator[Float[np.ndarray, " _"]]:
+    """Pieces of at most `longest` samples of a recording that comes in blocks; silent ones are left
+    out, since a model makes words of them."""
+    for piece in split_at_quiet(blocks, longest):
+        if float(np.abs(piece).max(initial=0.0)) >= SILENCE_RMS:
+            yield piece
+
+
+def hear_pieces(
+    codec: Any,
+    pieces: Iterable[Float[np.ndarray, " _"]],
+    transcripts: Callable[[Sequence[np.ndarray]], Sequence[Transcript]],
+    batch: int = 8,
+) -> Iterator[Transcript]:
+    """What each piece says, `batch` at a time; `transcripts` gives it from codebook 1."""
+    waiting = iter(pieces)
+    while part := list(islice(waiting, batch)):
+        yield from transcripts([codes[0] for codes in encode(codec, part)])
+
+
+def as_one(parts: Iterable[Transcript]) -> Transcript:
+    """The transcript of a recording from those of its pieces; the first failure is the whole's."""
+    parts = list(parts)
+    failures = [part.failure for part in parts if part.failure is not None]
+    text = " ".join(part.text for part in parts if part.text)
+    return Transcript(text, failures[0] if failures else None)

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +25,14 @@ from codec.audio import check_name as check_name
 from codec.audio import check_wave, stream_audio
 from slm.ar import SpeechLM, digest_of
 from slm.cards import voice_card
-from slm.checks import SILENCE_RMS, is_empty
+from slm.checks import is_empty
 from slm.config import SamplingConfig
 from slm.continuing import go_on
 from slm.conversion import convert, listen
 from slm.generate import restrict_speech, speech_bounds
-from slm.hearing import Transcript, encode, hear
+from slm.hearing import Transcript, as_one, audible, encode, hear, hear_pieces
 from slm.long_text import Passage, Piece, join, joined, room_behind, split_text
 from slm.nar import NAR
-from slm.pieces import split_at_quiet
 from slm.prompts import Coverage, Prompt, has_words, join_texts, load_prompts, tts_context
 from slm.selfcheck import can_transcribe
 from slm.speaking import Models, Speech, Utterance, decode, speak
@@ -90,8 +89,7 @@ class Voice:
         codec = load_codec(folder / "codec", device)
         lm = SpeechLM.load(folder / "ar", base, dtype).to(device)
         nar = NAR.load(folder / "nar", dtype).to(device) if (folder / "nar").is_dir() else None
-        coverage = Coverage.load(folder / "ar")
-        models = Models(codec, lm, nar, coverage)
+        models = Models(codec, lm, nar, Coverage.load(folder / "ar"))
         return cls(models, load_prompts(folder / "prompts"), folder=folder)
 
     @cached_property
@@ -326,7 +324,6 @@ class Voice:
         return [joined(one, [next(told) for _ in one.utterances]) for one in passages]
 
     def speak(self, utterances: Sequence[Utterance]) -> list[Speech]:
-        """One batch through the AR, the NAR and the codec."""
         return speak(self.models, utterances, self.sampling)
 
     @staticmethod
@@ -335,28 +332,31 @@ class Voice:
         write_audio(path, speech.wave, speech.sample_rate)
 
     def asr(self, waves: Sequence[np.ndarray]) -> list[str]:
-        """Transcripts of waves (S,) at the codec's sample rate, in one batch."""
+        """Transcripts of waves (S,) at the codec's sample rate; that of silence is empty."""
+        self.lm.check_task("asr")
         for wave in waves:
             _check(wave, "the recording", allow_silence=True)
-        if any(len(wave) > self._longest_piece() for wave in waves):
-            return [self.asr_stream([wave]) for wave in waves]
-        return self.transcribe([codes[0] for codes in encode(self.codec, waves)])
+        heard = [list(audible([wave], self._longest_piece())) for wave in waves]
+        told = hear_pieces(self.codec, chain.from_iterable(heard), self.transcripts)
+        return [as_one(islice(told, len(pieces))).text for pieces in heard]
 
     def asr_file(self, path: str | Path, batch: int = 8) -> str:
         """Transcript of a recording of any length, `batch` pieces at a time."""
-        return self.asr_stream(stream_audio(path, self.codec.sample_rate), batch)
+        return self.hear_file(path, batch).text
 
     def asr_stream(self, blocks: Iterable[np.ndarray], batch: int = 8) -> str:
         """Transcript of a recording that comes in blocks (S,); any length in bounded memory."""
-        pieces = (
-            piece
-            for piece in split_at_quiet(blocks, self._longest_piece())
-            if float(np.abs(piece).max(initial=0.0)) >= SILENCE_RMS
-        )
-        texts: list[str] = []
-        while waiting := list(islice(pieces, batch)):
-            texts += self.transcribe([codes[0] for codes in encode(self.codec, waiting)])
-        return " ".join(text for text in texts if text)
+        return self.hear_stream(blocks, batch).text
+
+    def hear_file(self, path: str | Path, batch: int = 8) -> Transcript:
+        """`asr_file`, and what is wrong with the first piece that failed."""
+        return self.hear_stream(stream_audio(path, self.codec.sample_rate), batch)
+
+    def hear_stream(self, blocks: Iterable[np.ndarray], batch: int = 8) -> Transcript:
+        """`asr_stream`, and what is wrong with the first piece that failed."""
+        self.lm.check_task("asr")
+        pieces = audible(blocks, self._longest_piece())
+        return as_one(hear_pieces(self.codec, pieces, self.transcripts, batch))
 
     def _longest_piece(self) -> int:
         """Samples of the longest stretch that is transcribed at once: as in training, or 1 s."""
@@ -370,7 +370,7 @@ class Voice:
 
     def transcripts(self, first: Sequence[np.ndarray]) -> list[Transcript]:
         """Transcripts of codes of codebook 1, each (T,), and what is wrong with them."""
-        return hear(self.lm, first, self.sampling)
+        return hear(self.lm, first)
 
     def decode(self, prompt: np.ndarray, new: np.ndarray) -> np.ndarray:
         """The wave of the new part. The prompt is decoded before it, so that it starts clean."""

@@ -1,14 +1,12 @@
 """What the model's own ASR makes of speech: transcripts, and how likely a text is given it."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from jaxtyping import Int
 from numpy import ndarray
 
 from slm.ar import SpeechLM
-from slm.config import SamplingConfig
 from slm.head import Asked, logits_of, text_rows
 from slm.hearing import hear
 from slm.prompts import asr_context
@@ -26,11 +24,9 @@ def can_transcribe(lm: SpeechLM) -> bool:
     return True
 
 
-def transcripts(
-    lm: SpeechLM, codes: Sequence[Int[ndarray, " _"]], config: SamplingConfig
-) -> list[str]:
-    """The likeliest transcript of each (codes of codebook 1), in one batch and one try; of speech
-    that is too long for the model, or of none, nothing."""
+def transcripts(lm: SpeechLM, codes: Sequence[Int[ndarray, " _"]]) -> list[str]:
+    """The likeliest transcript of each (codes of codebook 1), in one batch; of speech that is too
+    long for the model, or of none, nothing."""
     texts = [""] * len(codes)
     fitting = [
         index
@@ -38,7 +34,7 @@ def transcripts(
         if 0 < len(lm.alphabet.speech_ids("asr", one)) < lm.max_positions - 3
     ]
     if fitting:
-        made = hear(lm, [codes[index] for index in fitting], replace(config, tries=1))
+        made = hear(lm, [codes[index] for index in fitting])
         for index, one in zip(fitting, made, strict=True):
             texts[index] = one.text
     return texts

@@ -280,7 +280,7 @@ def _listened(
     if not asked or not rows or not can_transcribe(lm):
         return checked
     codes = _heard([utterances[row] for row in rows], [speeches[row].codes[0] for row in rows])
-    for row, heard in zip(rows, transcripts(lm, codes, sampling), strict=True):
+    for row, heard in zip(rows, transcripts(lm, codes), strict=True):
         one = utterances[row]
         said, text, before = (_in_words(lm, each) for each in (heard, one.text, one.prompt.text))
         if "leak" in asked and begins_with_prompt(said, before, text):

@@ -11,7 +11,7 @@ import torch
 from conftest import voiced
 from tiny_slm import TEXT, copy_of, quiet, save_voice
 
-from codec import load_codec
+from codec import load_codec, read_audio, write_audio
 from slm.config import SamplingConfig
 from slm.pieces import split_at_quiet
 from slm.pipeline import Transcript, Voice
@@ -189,16 +189,45 @@ def test_a_long_recording_is_transcribed_in_pieces(
 ) -> None:
     lengths: list[int] = []
 
-    def transcribe(first: list[np.ndarray]) -> list[str]:
+    def transcripts(first: list[np.ndarray]) -> list[Transcript]:
         lengths.extend(len(codes) for codes in first)
-        return ["w"] * len(first)
+        assert len(first) <= 3
+        return [Transcript("w", None), *[Transcript("w", "cut")] * (len(first) - 1)]
 
-    monkeypatch.setattr(voice, "transcribe", transcribe)
-    blocks = (voiced(3.0, seed=seed) for seed in range(10))
-    text = voice.asr_stream(blocks)
-    assert text.split() == ["w"] * len(lengths)
+    monkeypatch.setattr(voice, "transcripts", transcripts)
+    blocks = [voiced(3.0, seed=seed) for seed in range(10)]
+    made = voice.hear_stream(blocks, batch=3)
+    assert made.text.split() == ["w"] * len(lengths)
+    assert made.failure == "cut"  # the first failure of a piece is the whole's
     assert max(lengths) <= 60  # the longest training utterance
     assert sum(lengths) >= 30 * 25
+    assert voice.asr_stream(blocks, batch=3) == made.text
+
+
+def test_a_file_is_heard_with_what_is_wrong(voice: Voice, tmp_path: Path) -> None:
+    write_audio(tmp_path / "a.wav", voiced(0.5), voice.codec.sample_rate)
+    made = voice.hear_file(tmp_path / "a.wav")
+    assert made == voice.hear_stream([read_audio(tmp_path / "a.wav", voice.codec.sample_rate)])
+    assert voice.asr_file(tmp_path / "a.wav") == made.text
+
+
+def test_transcripts_do_not_depend_on_how_speech_is_drawn(
+    voice: Voice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = [np.random.default_rng(seed).integers(0, 32, 40) for seed in range(4)]
+    hot = SamplingConfig(temperature=50.0, top_p=1.0, top_k=1000, tries=5, checks=())
+    expected = voice.transcripts(codes)
+    assert any(made.failure is not None for made in expected)  # no retry replaces these
+    monkeypatch.setattr(voice, "sampling", hot)
+    assert voice.transcripts(codes) == expected
+
+
+@pytest.mark.parametrize("seconds", [0.5, 30.0])
+def test_silence_says_nothing(voice: Voice, seconds: float) -> None:
+    silence = np.zeros(round(seconds * voice.codec.sample_rate), np.float32)
+    assert voice.asr([silence, voiced(0.5)]) == ["", *voice.asr([voiced(0.5)])]
+    assert voice.hear_stream([silence]) == Transcript("", None)
+    assert voice.asr([]) == []
 
 
 def test_splitting_loses_nothing_and_cuts_where_it_is_quiet() -> None:

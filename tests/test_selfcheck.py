@@ -7,7 +7,7 @@ from tiny_slm import STAMP, quiet, save_base
 
 from slm import selfcheck
 from slm.ar import SpeechLM
-from slm.config import ARConfig, SamplingConfig, TaskConfig
+from slm.config import ARConfig, TaskConfig
 from slm.prompts import asr_context
 from slm.selfcheck import can_transcribe, text_scores, transcripts
 
@@ -48,12 +48,12 @@ def test_what_does_not_fit_is_the_least_likely(lm: SpeechLM) -> None:
     scores = text_scores(lm, ["a", "a"], [long, CODES[0]])
     assert scores[0] == -np.inf
     assert np.isfinite(scores[1])
-    assert transcripts(lm, [long, np.zeros(0, np.int64)], SamplingConfig()) == ["", ""]
+    assert transcripts(lm, [long, np.zeros(0, np.int64)]) == ["", ""]
 
 
 def test_transcripts_do_not_depend_on_the_batch(lm: SpeechLM) -> None:
-    together = transcripts(lm, CODES, SamplingConfig())
-    assert together == [transcripts(lm, [one], SamplingConfig())[0] for one in CODES]
+    together = transcripts(lm, CODES)
+    assert together == [transcripts(lm, [one])[0] for one in CODES]
 
 
 def test_without_asr_there_is_nothing_to_score(lm: SpeechLM) -> None:

@@ -172,7 +172,7 @@ def test_the_models_own_asr_hears_what_passed(
     heard = {tuple(GOOD): "the cat sat on a mat", tuple(OTHER): "a dog the cat sat"}
     asked_for = []
 
-    def transcripts(_lm: Any, codes: Any, _config: Any) -> list[str]:
+    def transcripts(_lm: Any, codes: Any) -> list[str]:
         asked_for.append([one.tolist() for one in codes])
         return [heard[tuple(one.tolist())] for one in codes]
 
@@ -199,7 +199,7 @@ def scored(monkeypatch: pytest.MonkeyPatch, scores: dict[int, float]) -> None:
             scores[int(one[0])] if len(one) else -9.0 for one in codes
         ]
     )  # fmt: skip
-    monkeypatch.setattr(speaking, "transcripts", lambda _lm, codes, _config: [""] * len(codes))
+    monkeypatch.setattr(speaking, "transcripts", lambda _lm, codes: [""] * len(codes))
 
 
 def test_the_likeliest_candidate_is_kept(
