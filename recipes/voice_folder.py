@@ -12,6 +12,7 @@ from codec import Codec, load_codec
 from codec.tokens import TokenShard, written_whole
 from recipes.checkpoints import is_write_failure, sync
 from recipes.scoring import digest_of_text
+from slm.cards import short_path as short_path
 from slm.prompts import Prompt, has_words
 
 NUM_PROMPTS = 3
@@ -61,13 +62,6 @@ def described(shard: TokenShard, path: str) -> str:
     hours = float(np.sum(shard.durations)) / 3600
     digest = digest_of_text(json.dumps([list(shard.ids), list(shard.texts)]))[:8]
     return f"{short_path(path)}@{digest}, {len(shard)} utterances, {hours:.2f} hours"
-
-
-def short_path(path: str) -> str:
-    """A path as it was given; of an absolute one the end, as a shipped voice must not tell where
-    somebody's files lie."""
-    given = Path(path)
-    return "/".join(given.parts[-2:]).lstrip("/") if given.is_absolute() else given.as_posix()
 
 
 @contextmanager

@@ -1,11 +1,19 @@
 """The cards of a voice's folder, and of an exported LLM's."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from codec.tokens import CodecStamp
 from slm.ar import SpeechLM
 from slm.prompts import Coverage, Prompt
+
+
+def short_path(path: str) -> str:
+    """A path as it was given; of an absolute one the end, as what is shipped must not tell where
+    somebody's files lie."""
+    given = Path(path)
+    return "/".join(given.parts[-2:]).lstrip("/") if given.is_absolute() else given.as_posix()
 
 
 def voice_card(
@@ -15,6 +23,7 @@ def voice_card(
     added by hand."""
     kind = "adapters" if origin["adapter"] else "all weights"
     tasks = [task for task, weight in origin.get("tasks", {}).items() if weight]
+    base = short_path(origin["name"])
     shipped = [f"- `{name}`: {prompt.credit or 'no credit'}" for name, prompt in prompts.items()]
     return "\n".join(
         [
@@ -22,10 +31,11 @@ def voice_card(
             "library_name: parlance",
             "tags: [text-to-speech, automatic-speech-recognition]",
             "---",
-            f"# A voice grown from {origin['name']}",
+            f"# A voice grown from {base}",
             "",
-            f"- text LLM: `{origin['name']}` ({kind} trained)",
-            f"- codec: `{codec.id}` ({codec.num_codebooks} codebooks, {codec.frame_rate:g} Hz)",
+            f"- text LLM: `{base}` ({kind} trained)",
+            f"- codec: `{short_path(codec.id)}` ({codec.num_codebooks} codebooks, "
+            f"{codec.frame_rate:g} Hz)",
             f"- trained on: {', '.join(tasks) or 'not said'}; texts in "
             f"{', '.join(coverage.scripts)}; utterances of at most "
             f"{coverage.longest_frames / codec.frame_rate:.1f} s",
@@ -60,12 +70,17 @@ def export_card(lm: SpeechLM, exact: bool) -> str:
             "`units.model` (SentencePiece) says which."
         )
     parts = 'list("red hen the cat")' if text.spoken == "characters" else '["red hen the cat"]'
+    made = lm.alphabet.speech_range("tts")
     values = {
-        "name": lm.origin["name"],
-        "codec": f"`{vocabulary.codec.id}` (digest {vocabulary.codec.digest})",
+        "name": short_path(lm.origin["name"]),
+        "codec": f"`{short_path(vocabulary.codec.id)}` (digest {vocabulary.codec.digest})",
         "text": vocabulary.text,
         "speech": vocabulary.speech,
+        "speech_end": vocabulary.speech_end,
         "first": vocabulary.first_speech,
+        "stop": made.stop,
+        "num_text": vocabulary.num_text,
+        "eos": vocabulary.eos,
         "end": end,
         "parts": parts,
     }
@@ -82,6 +97,7 @@ def export_card(lm: SpeechLM, exact: bool) -> str:
         rows="\n".join(f"| {ids} | {what} |" for ids, what in rows),
         notes="".join(f" {note}" for note in notes),
         prompt=(_AS_STRING if exact else _AS_IDS).format(**values),
+        recording=(_HEARD_AS_STRING if exact else _HEARD_AS_IDS).format(**values),
     )
 
 
@@ -94,6 +110,14 @@ _AS_IDS = """\
 # "red hen" is what the codes 3 1 4 say, "the cat" what is to be said in their voice
 text = tokenizer({parts}, add_special_tokens=False).input_ids
 ids = [{text}, *sum(text, []), {speech}, *({first} + code for code in (3, 1, 4))]
+ids = torch.tensor([ids])
+"""
+_HEARD_AS_STRING = """\
+prompt = "<|speech|><|s_3|><|s_1|><|s_4|><|/speech|><|text|>"
+ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+"""
+_HEARD_AS_IDS = """\
+ids = [{speech}, *({first} + code for code in (3, 1, 4)), {speech_end}, {text}]
 ids = torch.tensor([ids])
 """
 _EXPORT_CARD = """\
@@ -116,14 +140,31 @@ Its other codebooks, and waves, take the Parlance voice that this was exported f
 
 Strings are tokenised without what a tokenizer adds of itself (`add_special_tokens=False`).{notes}
 
+Text ids and speech ids never competed in training, so draw only from those that can follow: speech
+and its end in TTS and continuation, text and its end in ASR. `generate` is told by
+`suppress_tokens`, as below; engines that take a list of allowed tokens (vLLM: `allowed_token_ids`)
+by the ids that are left.
+
 ```python
 import re
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 lm, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
-{prompt}made = lm.generate(ids, max_new_tokens=50, do_sample=True, top_p=0.8, top_k=25)
+speech = {{*range({first}, {stop}), {speech_end}}}
+others = [token for token in range(len(tokenizer)) if token not in speech]
+{prompt}options = dict(min_new_tokens=10, max_new_tokens=50, do_sample=True, top_p=0.8, top_k=25)
+made = lm.generate(ids, suppress_tokens=others, **options)
 spoken = tokenizer.decode(made[0, ids.shape[1] :])
 codes = [int(code) for code in re.findall(r"<\\|s_(\\d+)\\|>", spoken)]
+```
+
+and the other way:
+
+```python
+text = {{*range({num_text}), {eos}}}
+others = [token for token in range(len(tokenizer)) if token not in text]
+{recording}made = lm.generate(ids, suppress_tokens=others, max_new_tokens=50, do_sample=False)
+heard = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
 ```
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slm.ar import SpeechLM
-from slm.cards import export_card
+from slm.cards import export_card, short_path
 from slm.prompts import asr_context, tts_context
 from slm.vocab import Vocabulary, encode_texts
 
@@ -32,7 +32,7 @@ def export(lm: SpeechLM, folder: str | Path) -> None:
     from transformers import GenerationConfig
 
     folder = Path(folder)
-    _check_free(folder)
+    check_free(folder)
     vocabulary = lm.vocabulary
     tokenizer = extended(lm.alphabet.tokenizer, vocabulary)
     partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{k}") for k in ("new", "old"))
@@ -50,20 +50,31 @@ def export(lm: SpeechLM, folder: str | Path) -> None:
         exact = as_layouts(tokenizer, lm)
         (partial / "README.md").write_text(export_card(lm, exact), encoding="utf-8")
         (partial / MARK).write_text(json.dumps({"format": FORMAT_VERSION, "base": _base(lm)}))
+        _take_place(partial, folder, old)
+    finally:
+        lm.lm.generation_config = kept
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _take_place(partial: Path, folder: Path, old: Path) -> None:
+    """`partial` becomes `folder`; an earlier one is put back where that fails, never lost."""
+    try:
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
     finally:
-        lm.lm.generation_config = kept
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _base(lm: SpeechLM) -> dict[str, Any]:
-    return {key: lm.origin[key] for key in ("name", "digest", "num_layers")}
+    name = short_path(lm.origin["name"])
+    return {"name": name, **{key: lm.origin[key] for key in ("digest", "num_layers")}}
 
 
-def _check_free(folder: Path) -> None:
+def check_free(folder: Path) -> None:
+    """Raises ValueError for a place that an export must not take."""
     if folder.is_file():
         raise ValueError(f"{folder}: is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file():

@@ -10,9 +10,10 @@ import torch
 from tiny_slm import STAMP, quiet, save_base
 
 from slm.ar import SpeechLM
+from slm.cards import voice_card
 from slm.config import ARConfig, LoRAConfig, TextConfig, UnitsConfig
 from slm.exporting import SAMPLES, export
-from slm.prompts import asr_context, tts_context
+from slm.prompts import Coverage, asr_context, tts_context
 from slm.units import Units
 from slm.vocab import encode_texts
 
@@ -108,20 +109,34 @@ def test_every_id_has_a_token_and_strings_are_layouts(tmp_path: Path, eos: bool)
 def test_the_example_of_the_card_runs(
     tmp_path: Path, spoken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lm = trained(tmp_path, text=TextConfig(normalize=False, spoken=spoken))
-    out = tmp_path / "out"
+    # What codes are made from takes no merges, which the table has all the same.
+    Units.train(iter([np.tile(np.arange(24), 4)] * 8), STAMP, size=30).save(tmp_path / "u.model")
+    units = UnitsConfig(model=str(tmp_path / "u.model"), heard="bpe")
+    lm = trained(tmp_path, text=TextConfig(normalize=False, spoken=spoken), units=units)
+    out, vocabulary = tmp_path / "out", lm.vocabulary
     export(lm, out)
     card = (out / "README.md").read_text()
-    assert f"| {lm.vocabulary.speech_end} | `<|/speech|>` |" in card
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    assert len(code.strip().splitlines()) <= 14
+    assert f"| {vocabulary.speech_end} | `<|/speech|>` |" in card
+    speak, hear = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert max(len(code.strip().splitlines()) for code in (speak, hear)) <= 16
     monkeypatch.chdir(out)
     names: dict = {}
-    exec(code, names)
-    assert isinstance(names["codes"], list)
+    torch.manual_seed(0)
+    exec(speak, names)
     (text,) = lm.alphabet.text_ids("tts", ["red hen the cat"])
-    layout = tts_context(lm.vocabulary, text, lm.vocabulary.encode_speech(np.array([3, 1, 4])))
+    layout = tts_context(vocabulary, text, vocabulary.encode_speech(np.array([3, 1, 4])))
     assert names["ids"].tolist() == [layout]
+    made = names["made"][0, len(layout) :].tolist()
+    spoken_ids = made[:-1] if made[-1] == vocabulary.speech_end else made
+    assert set(spoken_ids) <= set(lm.alphabet.speech_range("tts"))
+    assert len(made) >= 10
+    assert names["codes"] == [token - vocabulary.first_speech for token in spoken_ids]
+    exec(hear, names)
+    layout = asr_context(vocabulary, vocabulary.encode_speech(np.array([3, 1, 4])))
+    assert names["ids"].tolist() == [layout]
+    made = names["made"][0, len(layout) :].tolist()
+    assert set(made) <= {*range(vocabulary.num_text), vocabulary.eos}
+    assert isinstance(names["heard"], str)
 
 
 def test_it_replaces_an_earlier_export_and_nothing_else(
@@ -145,3 +160,37 @@ def test_it_replaces_an_earlier_export_and_nothing_else(
         export(lm, out)
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     assert (out / "model.safetensors").is_file()
+
+
+def test_an_earlier_export_outlives_a_new_one_that_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, out = trained(tmp_path), tmp_path / "deep" / "out"
+    export(lm, out)
+    (out / "mine").write_text("")
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.name.endswith(".new"):
+            raise PermissionError("not today")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(PermissionError, match="not today"):
+        export(lm, out)
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert (out / "mine").exists()
+
+
+def test_nothing_in_it_tells_where_files_lie(tmp_path: Path) -> None:
+    lm = trained(tmp_path, text=TextConfig(normalize=False))
+    assert lm.origin["name"].startswith(str(tmp_path))
+    export(lm, tmp_path / "out")
+    for path in (tmp_path / "out").glob("*"):
+        if path.suffix in (".json", ".md"):
+            assert str(tmp_path) not in path.read_text(), path.name
+    name = f"{tmp_path.name}/base"
+    assert f"# {name} with speech" in (tmp_path / "out" / "README.md").read_text()
+    card = voice_card(lm.origin, STAMP, Coverage.of(["a cat"], longest_frames=9), {})
+    assert f"# A voice grown from {name}" in card
+    assert str(tmp_path) not in card
