@@ -4,10 +4,13 @@ A table of 50,000 text tokens and 1,000 codes spends most of a training step's t
 logits that no one looks at: speech never chooses a text token, nor a transcript a code.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +19,8 @@ from torch.nn import functional
 
 from slm.alphabet import Alphabet
 from slm.vocab import Vocabulary
+
+Forward = Callable[..., Tensor]
 
 
 class Rows(NamedTuple):
@@ -71,12 +76,11 @@ def logits_of(lm: Any, asked: Sequence[Asked], **inputs: Tensor) -> list[Float[T
     the gradients go back through the same parameters.
     """
     head = lm.get_output_embeddings()
-    whole = head.forward
     shapes: list[torch.Size] = []
 
     # The head is called by the LM, so that what the LM does to logits afterwards is done to ours,
     # and what an engine does before and after a module's forward (ZeRO-3 gathers weights) happens.
-    def forward(hidden: Float[Tensor, "B L D"]) -> Float[Tensor, "1 1 M"]:
+    def forward(whole: Forward, hidden: Float[Tensor, "B L D"]) -> Float[Tensor, "1 1 M"]:
         flat = hidden.flatten(0, 1)
         states = [flat.index_select(0, where) for where, _ in asked]
         parts = _logits(head, whole, states, [rows for _, rows in asked])
@@ -92,9 +96,8 @@ def logits_of(lm: Any, asked: Sequence[Asked], **inputs: Tensor) -> list[Float[T
 def next_logits(lm: Any, rows: Rows, **inputs: Any) -> Float[Tensor, "B _"]:
     """One pass of a causal LM, which may have a cache; its last position's logits of `rows`."""
     head = lm.get_output_embeddings()
-    whole = head.forward
 
-    def forward(hidden: Float[Tensor, "B _ D"]) -> Float[Tensor, "B 1 _"]:
+    def forward(whole: Forward, hidden: Float[Tensor, "B _ D"]) -> Float[Tensor, "B 1 _"]:
         (logits,) = _logits(head, whole, [hidden[:, -1]], [rows])
         return logits[:, None]
 
@@ -102,22 +105,36 @@ def next_logits(lm: Any, rows: Rows, **inputs: Any) -> Float[Tensor, "B _"]:
         return lm(logits_to_keep=1, **inputs).logits[:, -1]
 
 
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_making_a_lock = threading.Lock()
+
+
+def _lock_of(head: nn.Module) -> Any:
+    """Re-entrant. Kept apart from the module, which can be copied and pickled as it is."""
+    with _making_a_lock:
+        return _locks.setdefault(head, threading.RLock())
+
+
 @contextmanager
-def _replaced(head: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """While it lasts, the head computes `forward`; its hooks stay."""
-    before = vars(head).get("forward")
-    head.forward = forward
-    try:
-        yield
-    finally:
-        del head.forward
-        if before is not None:
-            head.forward = before
+def _replaced(head: nn.Module, forward: Callable[[Forward, Tensor], Tensor]) -> Iterator[None]:
+    """While it lasts, the head computes `forward`, which is given its own; its hooks stay.
+
+    Other threads wait: they share the head.
+    """
+    with _lock_of(head):
+        before, whole = vars(head).get("forward"), head.forward
+        head.forward = partial(forward, whole)
+        try:
+            yield
+        finally:
+            del head.forward
+            if before is not None:
+                head.forward = before
 
 
 def _logits(
     head: nn.Module,
-    whole: Callable[..., Tensor],
+    whole: Forward,
     hidden: Sequence[Float[Tensor, "_ D"]],
     chosen: Sequence[Rows],
 ) -> list[Float[Tensor, "_ _"]]:

@@ -1,5 +1,9 @@
 """slm/head.py: the logits of what is asked for are the LLM's own, and nothing else is computed."""
 
+import copy
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,7 @@ from torch.nn import functional
 
 from slm.ar import SpeechLM
 from slm.config import ARConfig, LoRAConfig
-from slm.head import Asked, Rows, logits_of, speech_rows, text_rows
+from slm.head import Asked, Rows, logits_of, next_logits, speech_rows, text_rows
 
 pytestmark = quiet()
 
@@ -152,6 +156,52 @@ def test_the_head_is_itself_again(tmp_path: Path) -> None:
     with pytest.raises(IndexError):
         logits_of(lm.lm, ask(lm), input_ids=torch.full((1, 7), 10_000))
     assert torch.equal(lm.lm(input_ids=TOKENS).logits, before)
+
+
+def test_threads_share_a_head(tmp_path: Path) -> None:
+    lm = make(tmp_path).eval()
+    groups = ask(lm)
+    expected = [logits_of(lm.lm, [one], input_ids=TOKENS)[0] for one in groups]
+    last = [next_logits(lm.lm, one.rows, input_ids=TOKENS, use_cache=False) for one in groups]
+    start = threading.Barrier(4)
+
+    @torch.no_grad()
+    def work(number: int) -> bool:
+        group, plain = groups[number % 2], expected[number % 2]
+        start.wait()
+        for _ in range(25):
+            if number < 2:
+                made, plain = next_logits(lm.lm, group.rows, input_ids=TOKENS), last[number]
+            else:
+                (made,) = logits_of(lm.lm, [group], input_ids=TOKENS)
+            if made.shape != plain.shape or not torch.equal(made, plain):
+                return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
+    # The lock belongs to the module, but is no part of it.
+    copied = copy.deepcopy(lm.lm)
+    assert torch.equal(logits_of(copied, groups[:1], input_ids=TOKENS)[0], expected[0])
+    pickle.dumps(lm.lm)
+    assert "forward" not in vars(lm.lm.get_output_embeddings())
+
+
+def test_a_pass_inside_a_pass_does_not_wait_for_itself(tmp_path: Path) -> None:
+    lm = make(tmp_path).eval()
+    (plain,) = logits_of(lm.lm, ask(lm)[:1], input_ids=TOKENS)
+    inner: list[torch.Tensor] = []
+
+    def look(*_: object) -> None:
+        if not inner:
+            inner.append(TOKENS)
+            inner[0] = logits_of(lm.lm, ask(lm)[:1], input_ids=TOKENS)[0]
+
+    handle = lm.lm.get_input_embeddings().register_forward_hook(look)
+    (outer,) = logits_of(lm.lm, ask(lm)[:1], input_ids=TOKENS)
+    handle.remove()
+    assert torch.equal(outer, plain)
+    assert torch.equal(inner[0], plain)
 
 
 def test_columns_put_an_end_apart_last() -> None:
