@@ -7,20 +7,22 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slm.config import CHECKS
+from slm.config import CHECKS, SamplingConfig
 
 if TYPE_CHECKING:
     from slm.pipeline import Voice
 
 logger = logging.getLogger("slm")
 
-SAMPLING = ("temperature", "top_p", "top_k", "candidates", "tries", "nar_iterations", "checks")
+DRAWING = ("greedy", "temperature", "top_p", "top_k")
+SAMPLING = (*DRAWING, "candidates", "tries", "nar_iterations", "checks")
 """Options of `slm tts` that are fields of SamplingConfig; those that are not given stay."""
 
 
@@ -52,18 +54,18 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--voice", required=True, help="folder or hub id of a voice")
         command.add_argument("--base", help="where the voice's text LLM is, if it has moved")
         command.add_argument("--device", default="cpu", help="cpu or cuda")
+        command.add_argument(
+            "--dtype", choices=("float32", "bfloat16"), default="float32",
+            help="of the LLM's and the NAR's weights; bfloat16 takes half the memory",
+        )  # fmt: skip
     for command in (tts, asr):
         command.add_argument("--batch", type=int, default=8, help="items generated together")
     _add_tts(tts)
-    _add_sampling(tts)
+    for command in (tts, goes_on):
+        _add_drawing(command)
+    _add_making(tts)
     asr.add_argument("recordings", nargs="+", metavar="REC")
-    vc.add_argument("--source", required=True, help="recording whose words are kept, of any length")
-    vc.add_argument(
-        "--target", required=True, help="recording of the other voice, or a shipped prompt's name"
-    )
-    vc.add_argument("--source-text", help="what the source says; else the model transcribes it")
-    vc.add_argument("--target-text", help="what the target says; else the model transcribes it")
-    vc.add_argument("--out", required=True, help="a .wav")
+    _add_vc(vc)
     goes_on.add_argument("--prompt", required=True, help="recording, or a shipped prompt's name")
     goes_on.add_argument("--seconds", type=float, required=True, help="most of what is added")
     goes_on.add_argument("--seed", type=int, default=0)
@@ -72,17 +74,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_vc(vc: argparse.ArgumentParser) -> None:
+    vc.add_argument("--source", required=True, help="recording whose words are kept, of any length")
+    vc.add_argument(
+        "--target", required=True, help="recording of the other voice, or a shipped prompt's name"
+    )
+    vc.add_argument(
+        "--source-text", help="what the source says; else, and where the source is so long that "
+        "it takes several pieces, the model transcribes it",
+    )  # fmt: skip
+    vc.add_argument("--target-text", help="what the target says; else the model transcribes it")
+    vc.add_argument("--out", required=True, help="a .wav")
+
+
 def _add_tts(tts: argparse.ArgumentParser) -> None:
     tts.add_argument("--text", help="what to say, of any length")
     tts.add_argument(
         "--prompt", help="recording whose voice to take on, or a shipped prompt's name"
     )
-    tts.add_argument("--prompt-text", help="what the prompt says; else the model transcribes it")
+    tts.add_argument(
+        "--prompt-text", help="what the prompt says; else, and where the prompt is so long that "
+        "only its beginning is used, the model transcribes it",
+    )  # fmt: skip
     tts.add_argument("--list", help="JSON lines: id, text, prompt, and prompt_text if known")
     tts.add_argument("--out", help="a .wav; with --list a folder")
     tts.add_argument(
-        "--stream", metavar="WAV", help="instead of --out: a .wav, or - for standard output, that "
-        "is written while the speech is made",
+        "--stream", metavar="WAV", help="instead of --out: - for standard output, or a pipe named "
+        ".wav, is written to while the speech is made; a file named .wav is there when it is whole",
     )  # fmt: skip
     tts.add_argument(
         "--chunk-seconds", type=float, default=0.5, help="speech that --stream makes at a time"
@@ -90,11 +108,17 @@ def _add_tts(tts: argparse.ArgumentParser) -> None:
     tts.add_argument("--seed", type=int, default=0)
 
 
-def _add_sampling(tts: argparse.ArgumentParser) -> None:
-    tts.add_argument("--greedy", action="store_true", help="always take the likeliest token")
-    tts.add_argument("--temperature", type=float, help="1: as trained; lower is more even")
-    tts.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this share")
-    tts.add_argument("--top-k", type=int, help="and from no more than so many")
+def _add_drawing(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--greedy", action="store_true", default=None,
+        help="take the likeliest token; what is made again is drawn all the same",
+    )  # fmt: skip
+    command.add_argument("--temperature", type=float, help="1: as trained; lower is more even")
+    command.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this share")
+    command.add_argument("--top-k", type=int, help="and from no more than so many")
+
+
+def _add_making(tts: argparse.ArgumentParser) -> None:
     tts.add_argument(
         "--candidates", type=int, metavar="N",
         help="make N and keep the one in which the model's own ASR finds the text the likeliest: "
@@ -118,9 +142,35 @@ def _checks(names: str) -> tuple[str, ...]:
 
 
 def _load(arguments: argparse.Namespace) -> "Voice":
+    import torch
+
     from slm.pipeline import Voice
 
-    return Voice.from_pretrained(arguments.voice, base=arguments.base, device=arguments.device)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[arguments.dtype]
+    return Voice.from_pretrained(
+        arguments.voice, base=arguments.base, device=arguments.device, dtype=dtype
+    )
+
+
+def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of SamplingConfig that were given, checked before a voice is loaded."""
+    values = {name: getattr(arguments, name, None) for name in SAMPLING}
+    given = {name: value for name, value in values.items() if value is not None}
+    SamplingConfig(**given)
+    return given
+
+
+def _check_place(target: str, *, is_folder: bool = False) -> None:
+    """Raises ValueError where nothing can be written; folders that are missing are made later."""
+    place = Path(target) if is_folder else Path(target).parent
+    if is_folder and place.is_file():
+        raise ValueError(f"{target}: is a file; name a folder")
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise ValueError(f"{target}: {place} is no folder; choose another place")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{target}: {place} may not be written to; choose another place")
 
 
 def _tts(arguments: argparse.Namespace) -> None:
@@ -128,15 +178,16 @@ def _tts(arguments: argparse.Namespace) -> None:
     from slm.pipeline import check_name
 
     _check_tts(arguments)
-    target: Any = arguments.out
+    target = arguments.stream if arguments.out is None else arguments.out
     listed = Path(arguments.list) if arguments.list else None
     entries = read_list(listed) if listed is not None else []
-    if listed is None and arguments.stream is None:
+    if target != "-":
+        _check_place(target, is_folder=listed is not None)
+    if listed is None and target != "-":
         check_name(target)
-    given = {name: getattr(arguments, name) for name in SAMPLING}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = _sampling(arguments)
     voice = _load(arguments)
-    voice.sampling = replace(voice.sampling, greedy=arguments.greedy, **given)
+    voice.sampling = replace(voice.sampling, **given)
     if listed is not None:
         out = Path(target)
         with alone(out):
@@ -176,6 +227,7 @@ def _check_tts(arguments: argparse.Namespace) -> None:
 
 def _stream(target: str, waves: Iterable[np.ndarray], sample_rate: int) -> None:
     """Writes a WAV file while it is made; to standard output nothing else goes then."""
+    from codec.tokens import written_whole
     from slm.streaming import write_wav
 
     started, count = time.monotonic(), 0
@@ -191,8 +243,11 @@ def _stream(target: str, waves: Iterable[np.ndarray], sample_rate: int) -> None:
         logger.info("%.2f s of speech in %.2f s", count / sample_rate, seconds)
 
     if target != "-":
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        with open(target, "wb") as file:
+        path = Path(target)
+        is_pipe = path.exists() and not path.is_file()
+        # What fails on the way leaves an earlier file as it was.
+        kept = nullcontext(path) if is_pipe else written_whole(path)
+        with kept as place, open(place, "wb") as file:
             write_wav(file, told(), sample_rate)
         return
     try:
@@ -215,14 +270,14 @@ def _asr(arguments: argparse.Namespace) -> None:
     failed = []
     for path in arguments.recordings:
         try:
-            text = voice.asr_file(path, arguments.batch)
+            heard = voice.hear_file(path, arguments.batch)
         except (ValueError, OSError) as error:
             if len(arguments.recordings) == 1:
                 raise
             failed.append(path)
             logger.warning("skipped: %s", error)
             continue
-        _tell({"audio": path, "text": text})
+        _tell({"audio": path, "text": heard.text, "failure": heard.failure})
     if failed:
         logger.info("%d of %d recordings skipped", len(failed), len(arguments.recordings))
     if len(failed) == len(arguments.recordings):
@@ -234,6 +289,7 @@ def _vc(arguments: argparse.Namespace) -> None:
     from slm.pipeline import check_name
 
     check_name(arguments.out)
+    _check_place(arguments.out)
     voice = _load(arguments)
     target = prompt_of(voice, arguments.target, Path())
     speech = voice.convert(
@@ -250,7 +306,10 @@ def _continue(arguments: argparse.Namespace) -> None:
     from slm.pipeline import check_name
 
     check_name(arguments.out)
+    _check_place(arguments.out)
+    given = _sampling(arguments)
     voice = _load(arguments)
+    voice.sampling = replace(voice.sampling, **given)
     prompt = prompt_of(voice, arguments.prompt, Path())
     speech = voice.continue_speech(prompt, arguments.seconds, arguments.seed)
     voice.save(speech, arguments.out)
@@ -258,8 +317,10 @@ def _continue(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from slm.exporting import export
+    from slm.exporting import check_free, export
 
+    check_free(Path(arguments.out))
+    _check_place(arguments.out)
     export(_load(arguments).lm, arguments.out)
     logger.info("%s: AutoModelForCausalLM loads it; its README.md says how", arguments.out)
 

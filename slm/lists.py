@@ -39,8 +39,10 @@ def _check_entry(entry: Any, seen: set[str]) -> dict[str, str]:
     if not isinstance(entry, dict):
         raise ValueError("not a JSON object")
     for key in ("id", "text", "prompt"):
-        if not isinstance(entry.get(key), str) or not entry[key]:
+        if entry.get(key) in (None, ""):
             raise ValueError(f"{key} is missing")
+        if not isinstance(entry[key], str):
+            raise ValueError(f"{key} must be a string, got {json.dumps(entry[key])}")
     if not isinstance(entry.get("prompt_text"), str | None):
         raise ValueError(f"prompt_text is not a text: {entry['prompt_text']!r}")
     known = {key: entry[key] for key in ("id", "text", "prompt", "prompt_text") if entry.get(key)}

@@ -1,10 +1,10 @@
-"""The command slm: lists go on where they stopped, and what is wrong is one line and status 2."""
+"""The command slm: what is wrong is one line and status 2, and is told early where it can be."""
 
 import io
 import json
-import logging
-from collections.abc import Callable
-from dataclasses import replace
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +12,10 @@ import pytest
 import soundfile
 import torch
 from conftest import voiced
-from tiny_slm import TEXT, copy_of, quiet, save_voice
+from tiny_slm import TEXT, copy_of, quiet, run_slm, save_voice, speak_briefly
 
-from slm.__main__ import main
 from slm.config import SamplingConfig
-from slm.lists import alone
-from slm.nar import NAR
+from slm.hearing import Transcript
 from slm.pipeline import Voice
 
 pytestmark = quiet()
@@ -28,27 +26,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_codec_folder: Path) ->
     return save_voice(tmp_path_factory.mktemp("voices"), tiny_codec_folder)
 
 
-def run(*arguments: str | Path) -> int:
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The models know no end: keep what they say short."""
-    original = Voice.from_pretrained.__func__  # type: ignore[attr-defined]
-
-    def load(cls, *args, **kwargs) -> Voice:
-        voice = original(cls, *args, **kwargs)
-        voice.sampling = replace(
-            voice.sampling, frames_per_token=(0.2, 0.5), spare_seconds=0.0, tries=2
-        )
-        return voice
-
-    monkeypatch.setattr(Voice, "from_pretrained", classmethod(load))
+    speak_briefly(monkeypatch)
 
 
 @pytest.mark.usefixtures("brief")
@@ -58,153 +38,13 @@ def test_command_tts(
     prompt = write_wav(tmp_path / "\u043f\u0440\u043e\u0431\u0430 1.wav", 1.0, 8000)
     out = tmp_path / "new folder" / "\u00e9.wav"
     arguments = ["--voice", folder, "--text", TEXT, "--prompt", prompt]
-    assert run("tts", *arguments, "--prompt-text", "red hen", "--seed", "3", "--out", out) == 0
+    assert run_slm("tts", *arguments, "--prompt-text", "red hen", "--seed", "3", "--out", out) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["prompt_text"] == "red hen"
     wave, rate = soundfile.read(out)
     assert rate == 16000
     assert len(wave) > 0
-    assert run("tts", "--voice", folder, "--text", TEXT, "--prompt", "ann", "--out", out) == 0
-
-
-@pytest.mark.usefixtures("brief")
-def test_a_list_costs_only_its_bad_lines(
-    folder: Path,
-    tmp_path: Path,
-    write_wav: Callable[..., Path],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    write_wav(tmp_path / "p.wav", 0.5)
-    (tmp_path / "empty.wav").write_bytes(b"")
-    lines = [
-        {"id": "one", "text": TEXT, "prompt": "ann"},
-        {"id": "two words", "text": "a cat", "prompt": "p.wav", "prompt_text": "red hen"},
-        {"id": "script", "text": "\u043f\u0440\u0438", "prompt": "ann"},
-        {"id": "gone", "text": TEXT, "prompt": "no.wav"},
-        {"id": "empty", "text": TEXT, "prompt": "empty.wav"},
-        {"id": "../out", "text": TEXT, "prompt": "ann"},
-        {"id": "one", "text": TEXT, "prompt": "ann"},
-        {"text": TEXT, "prompt": "ann"},
-        {"id": "five", "text": TEXT, "prompt": "ann", "prompt_text": 5},
-        {"id": "half", "text": "half \ud800 a sign", "prompt": "ann"},
-    ]
-    listed = tmp_path / "list.jsonl"
-    listed.write_text("\n".join(map(json.dumps, lines)) + "\nnot json\n", encoding="utf-8")
-    out = tmp_path / "out"
-    with caplog.at_level(logging.INFO):
-        assert run("tts", "--voice", folder, "--list", listed, "--out", out) == 0
-    for number in range(3, 12):
-        assert f"skipped line {number}:" in caplog.text
-    assert "11 lines: 9 skipped" in caplog.text
-    records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    refused = [record for record in records if record["failure"] == "refused"]
-    assert {record["id"] for record in refused} == {"script", "gone", "empty", "half"}
-    assert all(record["audio"] is None and record["reason"] for record in refused)
-    records = [record for record in records if record["failure"] != "refused"]
-    assert [record["id"] for record in records] == ["one", "two words"]
-    expected = {"id", "audio", "text", "prompt", "prompt_text", "failure", "tries", "seed", "score"}
-    assert set(records[0]) == expected | {"request"}
-    assert sorted(path.name for path in out.glob("*.wav")) == ["one.wav", "two words.wav"]
-
-
-@pytest.mark.usefixtures("brief")
-def test_a_list_goes_on_where_it_stopped(folder: Path, tmp_path: Path) -> None:
-    listed, out = tmp_path / "list.jsonl", tmp_path / "out"
-    lines = [json.dumps({"id": str(i), "text": TEXT, "prompt": "ann"}) for i in range(3)]
-    listed.write_text("\n".join(lines[:2]))
-    assert run("tts", "--voice", folder, "--list", listed, "--out", out) == 0
-    before = (out / "0.wav").stat().st_mtime_ns
-    (out / "1.wav").unlink()  # its result alone does not count
-    with open(out / "results.jsonl", "a") as file:
-        file.write('{"id": "torn')
-    listed.write_text("\n".join(lines))
-    assert run("tts", "--voice", folder, "--list", listed, "--out", out) == 0
-    assert (out / "0.wav").stat().st_mtime_ns == before
-    records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    assert [record["id"] for record in records] == ["0", "1", "2"]
-
-
-@pytest.mark.usefixtures("brief")
-def test_a_line_that_is_refused_in_its_new_form_is_not_its_old_one(
-    folder: Path, tmp_path: Path
-) -> None:
-    listed, out = tmp_path / "list.jsonl", tmp_path / "out"
-    for text, failure in (("a cat", None), ("\u043f", "refused"), ("\u043f", "refused")):
-        lines = [
-            {"id": "x", "text": text, "prompt": "ann"},
-            {"id": "y", "text": "a", "prompt": "ann"},
-        ]
-        listed.write_text("\n".join(map(json.dumps, lines)))
-        assert run("tts", "--voice", folder, "--list", listed, "--out", out) == 0
-        records = [json.loads(s) for s in (out / "results.jsonl").read_text().splitlines()]
-        (record,) = [record for record in records if record["id"] == "x"]
-        assert (record["failure"] == "refused") == (failure == "refused")
-        assert record["text"] == text
-        assert len(records) == 2
-
-
-@pytest.mark.usefixtures("brief")
-def test_a_line_that_changed_is_made_again(
-    folder: Path, tmp_path: Path, write_wav: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other = copy_of(folder, tmp_path)
-    nar = NAR.from_pretrained(other / "nar")
-    with torch.no_grad():
-        nar.head.weight.add_(1.0)
-    nar.save_pretrained(other / "nar")
-    recording = write_wav(tmp_path / "p.wav", 0.5)
-    listed, out = tmp_path / "list.jsonl", tmp_path / "out"
-    spoken: list[str] = []
-    original = Voice.speak
-
-    def speak(voice: Voice, utterances: list) -> list:
-        spoken.extend(one.text for one in utterances)
-        return original(voice, utterances)
-
-    monkeypatch.setattr(Voice, "speak", speak)
-
-    def made(*arguments: str, voice: Path = folder, **line: str) -> list[str]:
-        spoken.clear()
-        whole = {"id": "x", "text": "a cat", "prompt": "p.wav", "prompt_text": "red hen", **line}
-        listed.write_text(json.dumps(whole))
-        assert run("tts", "--voice", voice, "--list", listed, "--out", out, *arguments) == 0
-        assert len((out / "results.jsonl").read_text().splitlines()) == 1
-        return list(spoken)
-
-    assert made() == ["a cat"]
-    assert made() == []
-    assert made(text="a mat") == ["a mat"]
-    assert made() == ["a cat"]
-    assert made(prompt_text="the dog") == ["a cat"]
-    assert made(prompt="ann") == ["a cat"]
-    assert made("--seed", "1") == ["a cat"]
-    assert made("--greedy") == ["a cat"]
-    assert made("--greedy", voice=other) == ["a cat"]
-    assert made("--greedy", voice=other) == []
-    assert made("--greedy", "--top-k", "3", voice=other) == ["a cat"]
-    write_wav(recording, 0.7)
-    assert made("--greedy", voice=other) == ["a cat"]
-
-
-def test_two_runs_in_one_folder(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    listed, out = tmp_path / "list.jsonl", tmp_path / "out"
-    listed.write_text(json.dumps({"id": "x", "text": TEXT, "prompt": "ann"}))
-    with alone(out):
-        assert run("tts", "--voice", folder, "--list", listed, "--out", out) == 2
-    assert "another process is writing here" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("brief")
-def test_results_that_say_too_little_are_made_again(folder: Path, tmp_path: Path) -> None:
-    listed, out = tmp_path / "list.jsonl", tmp_path / "out"
-    listed.write_text(json.dumps({"id": "x", "text": TEXT, "prompt": "ann"}))
-    out.mkdir()
-    (out / "results.jsonl").write_text('{"id": "x"}\n[]\n7\n{"audio": 3}\n')
-    assert run("tts", "--voice", folder, "--list", listed, "--out", out) == 0
-    (line,) = (out / "results.jsonl").read_text().splitlines()
-    assert json.loads(line)["audio"] == "x.wav"
+    assert run_slm("tts", "--voice", folder, "--text", TEXT, "--prompt", "ann", "--out", out) == 0
 
 
 @pytest.mark.parametrize(
@@ -222,7 +62,7 @@ def test_outputs_and_devices_that_there_are_not(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Voice, "speak", lambda *_: pytest.fail("nothing should be spoken"))
-    assert run("tts", "--voice", folder, "--text", TEXT, "--prompt", "ann", *arguments) == 2
+    assert run_slm("tts", "--voice", folder, "--text", TEXT, "--prompt", "ann", *arguments) == 2
     assert message in capsys.readouterr().err
 
 
@@ -231,13 +71,90 @@ def test_command_tts_streams(
     folder: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     arguments = ["--voice", folder, "--text", TEXT, "--prompt", "ann", "--chunk-seconds", "0.1"]
-    assert run("tts", *arguments, "--stream", tmp_path / "new" / "o.wav") == 0
+    assert run_slm("tts", *arguments, "--stream", tmp_path / "new" / "o.wav") == 0
     wave, rate = soundfile.read(tmp_path / "new" / "o.wav")
     assert (rate, len(wave) % 640) == (16000, 0)
     capfdbinary.readouterr()
-    assert run("tts", *arguments, "--stream", "-") == 0
+    assert run_slm("tts", *arguments, "--stream", "-") == 0
     piped, _ = soundfile.read(io.BytesIO(capfdbinary.readouterr().out))
     assert np.array_equal(piped, wave)
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_stream_that_fails_leaves_an_earlier_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "o.wav"
+    out.write_bytes(b"an earlier one")
+    arguments = ["--voice", folder, "--text", TEXT, "--prompt", "ann", "--stream", out]
+    original = Voice.stream_passage
+
+    def torn(voice: Voice, *given) -> Iterator[np.ndarray]:
+        yield next(original(voice, *given))
+        raise ValueError("the middle of it")
+
+    monkeypatch.setattr(Voice, "stream_passage", torn)
+    assert run_slm("tts", *arguments) == 2
+    assert out.read_bytes() == b"an earlier one"
+    assert [path.name for path in tmp_path.iterdir()] == ["o.wav"]
+    monkeypatch.setattr(Voice, "stream_passage", original)
+    assert run_slm("tts", *arguments) == 0
+    assert soundfile.info(out).samplerate == 16000
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_named_pipe_is_written_to_and_stays(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.wav"
+    os.mkfifo(out)
+    with ThreadPoolExecutor() as pool:
+        piped = pool.submit(out.read_bytes)
+        assert (
+            run_slm("tts", "--voice", folder, "--text", TEXT, "--prompt", "ann", "--stream", out)
+            == 0
+        )
+        assert piped.result(timeout=30)[:4] == b"RIFF"
+    assert out.is_fifo()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tts", "--temperature", "0", "--out", "o.wav"], "temperature must be positive"),
+        (["tts", "--checks", "foo", "--out", "o.wav"], "no check 'foo'"),
+        (["tts", "--out", "file/o.wav"], "file is no folder"),
+        (["tts", "--stream", "file/deep/o.wav"], "file is no folder"),
+        (["tts", "--stream", "folder.wav"], "is a folder; name a file"),
+        (["tts", "--out", "shut/deep/o.wav"], "shut may not be written to"),
+        (["list", "--out", "file"], "is a file; name a folder"),
+        (["list", "--out", "shut"], "shut may not be written to"),
+        (["continue", "--top-p", "2", "--out", "o.wav"], "top_p must be between 0 and 1"),
+        (["continue", "--out", "shut/o.wav"], "shut may not be written to"),
+        (["vc", "--out", "file/o.wav"], "file is no folder"),
+        (["export", "file/o"], "file is no folder"),
+        (["export", "full"], "holds something else than an export"),
+    ],
+)
+def test_what_can_be_told_early_is_told_before_a_voice_is_loaded(
+    tmp_path: Path, arguments: list[str], message: str,
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Voice, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    for name in ("file", "folder.wav/x", "shut/x", "full/x"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("{}")
+    # The tests may run as root, to whom every folder is open.
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "shut")
+    texts = {
+        "tts": ["tts", "--text", TEXT, "--prompt", "ann"],
+        "list": ["tts", "--list", "file"],
+        "continue": ["continue", "--prompt", "ann", "--seconds", "1"],
+        "vc": ["vc", "--source", "a.wav", "--target", "ann"],
+        "export": ["export"],
+    }
+    command, *rest = arguments
+    assert run_slm(*texts[command], "--voice", "v", *rest) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -253,7 +170,7 @@ def test_streams_that_cannot_be(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    assert run("tts", "--voice", folder, "--text", TEXT, "--prompt", "ann", *arguments) == 2
+    assert run_slm("tts", "--voice", folder, "--text", TEXT, "--prompt", "ann", *arguments) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("o.*"))
 
@@ -270,15 +187,51 @@ def test_options_are_the_sampling_configurations(
     monkeypatch.setattr(Voice, "speak", speak)
     arguments = ["--voice", folder, "--text", TEXT, "--prompt", "ann", "--out", tmp_path / "o.wav"]
     options = "--candidates 4 --temperature 0.7 --top-p 0.9 --top-k 5 --checks loop,leak --tries 2"
-    assert run("tts", *arguments, *options.split(), "--nar-iterations", "3") == 2
+    assert run_slm("tts", *arguments, *options.split(), "--nar-iterations", "3") == 2
     assert seen == [
         SamplingConfig(
             candidates=4, temperature=0.7, top_p=0.9, top_k=5, checks=("loop", "leak"), tries=2,
             nar_iterations=3,
         )
     ]  # fmt: skip
-    assert run("tts", *arguments, "--checks", "none") == 2
+    assert run_slm("tts", *arguments, "--checks", "none") == 2
     assert seen[1] == SamplingConfig(checks=())
+
+
+def test_what_is_not_given_stays_as_the_voice_has_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    voice, seen = Voice.from_pretrained(folder), []
+    voice.sampling = SamplingConfig(greedy=True, top_k=7)
+    monkeypatch.setattr(
+        Voice, "from_pretrained", lambda *_, **options: seen.append(options) or voice
+    )
+
+    def go_on(*given) -> None:
+        raise ValueError("enough")
+
+    monkeypatch.setattr(Voice, "continue_speech", go_on)
+    arguments = [
+        "--voice",
+        folder,
+        "--prompt",
+        "ann",
+        "--seconds",
+        "1",
+        "--out",
+        tmp_path / "o.wav",
+    ]
+    options = ["--temperature", "0.5", "--dtype", "bfloat16"]
+    assert run_slm("continue", *arguments, *options) == 2
+    assert voice.sampling == SamplingConfig(greedy=True, top_k=7, temperature=0.5)
+    assert seen[0]["dtype"] == torch.bfloat16
+
+
+@pytest.mark.usefixtures("brief")
+def test_command_tts_with_halved_weights(folder: Path, tmp_path: Path) -> None:
+    arguments = ["--text", TEXT, "--prompt", "ann", "--out", tmp_path / "o.wav"]
+    assert run_slm("tts", "--voice", folder, *arguments, "--dtype", "bfloat16") == 0
+    assert len(soundfile.read(tmp_path / "o.wav")[0]) > 0
 
 
 def test_command_vc(
@@ -287,11 +240,11 @@ def test_command_vc(
     source = write_wav(tmp_path / "a.wav", 0.8)
     arguments = ["--voice", folder, "--source", source, "--source-text", "red hen"]
     out = tmp_path / "o.wav"
-    assert run("vc", *arguments, "--target", "ann", "--out", out) == 0
+    assert run_slm("vc", *arguments, "--target", "ann", "--out", out) == 0
     assert len(soundfile.read(out)[0]) == 12800
     target = ["--target", write_wav(tmp_path / "b.wav", 0.5), "--target-text", "a cat"]
-    assert run("vc", *arguments, *target, "--out", out) == 0
-    assert run("vc", *arguments, "--target", "nobody", "--out", out) == 2
+    assert run_slm("vc", *arguments, *target, "--out", out) == 0
+    assert run_slm("vc", *arguments, "--target", "nobody", "--out", out) == 2
     assert "nor a prompt of this voice" in capsys.readouterr().err
 
 
@@ -300,34 +253,42 @@ def test_command_continue(
 ) -> None:
     out = tmp_path / "o.wav"
     arguments = ["--voice", folder, "--prompt", "ann", "--seconds", "0.4", "--out", out]
-    assert run("continue", *arguments) == 2
+    assert run_slm("continue", *arguments) == 2
     assert "trained without continuation" in capsys.readouterr().err
     other = copy_of(folder, tmp_path)
     base = json.loads((other / "ar" / "base.json").read_text())
     base["tasks"]["continuation"] = 1.0
     (other / "ar" / "base.json").write_text(json.dumps(base))
-    assert run("continue", "--voice", other, *arguments[2:], "--seconds", "inf") == 2
-    assert run("continue", "--voice", other, *arguments[2:]) == 0
+    assert run_slm("continue", "--voice", other, *arguments[2:], "--seconds", "inf") == 2
+    assert run_slm("continue", "--voice", other, *arguments[2:]) == 0
     assert 0 < len(soundfile.read(out)[0]) <= 6400
 
 
 def test_command_export(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert run("export", "--voice", folder, tmp_path / "out") == 0
+    assert run_slm("export", "--voice", folder, tmp_path / "out") == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    assert run("export", "--voice", folder, folder) == 2
+    assert run_slm("export", "--voice", folder, folder) == 2
     assert "holds something else" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("brief")
 def test_command_asr(
-    folder: Path, tmp_path: Path, write_wav: Callable[..., Path], capsys: pytest.CaptureFixture
-) -> None:
+    folder: Path, tmp_path: Path, write_wav: Callable[..., Path], capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     good = write_wav(tmp_path / "a b.wav", 0.6, 44100)
     (tmp_path / "bad.wav").write_bytes(b"RIFF")
-    assert run("asr", "--voice", folder, good, tmp_path / "bad.wav") == 0
+    assert run_slm("asr", "--voice", folder, good, tmp_path / "bad.wav") == 0
     (line,) = capsys.readouterr().out.splitlines()
-    assert json.loads(line)["audio"] == str(good)
-    assert run("asr", "--voice", folder, tmp_path / "bad.wav") == 2
+    record = json.loads(line)
+    assert set(record) == {"audio", "text", "failure"}
+    assert record["audio"] == str(good)
+    told = Transcript("so far", "cut")
+    monkeypatch.setattr(Voice, "transcripts", lambda _, first: [told for _ in first])
+    assert run_slm("asr", "--voice", folder, good) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["text"], record["failure"]) == ("so far", "cut")
+    assert run_slm("asr", "--voice", folder, tmp_path / "bad.wav") == 2
     assert "bad.wav" in capsys.readouterr().err
 
 
@@ -359,7 +320,7 @@ def test_command_asr(
 def test_what_people_get_wrong_is_one_line_and_status_2(
     folder: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture
 ) -> None:
-    assert run("tts", "--voice", folder, *arguments, "--out", tmp_path / "o.wav") == 2
+    assert run_slm("tts", "--voice", folder, *arguments, "--out", tmp_path / "o.wav") == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert message in last
@@ -376,5 +337,5 @@ def test_prompts_that_cannot_be_used(
     if kind == "truncated":
         path.write_bytes(path.read_bytes()[:20])
     arguments = ["--text", TEXT, "--prompt", path, "--out", tmp_path / "o.wav"]
-    assert run("tts", "--voice", folder, *arguments) == 2
+    assert run_slm("tts", "--voice", folder, *arguments) == 2
     assert path.name in capsys.readouterr().err

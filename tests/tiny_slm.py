@@ -1,6 +1,7 @@
 """Tiny text LLMs, tokenizers and token shards for the tests of slm."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -130,6 +131,33 @@ def save_voice(root: Path, codec_folder: Path) -> Path:
     prompt = Prompt(codes=np.zeros((3, 10), np.int64), text="a cat", credit="nobody")
     prompt.save(voice / "prompts", "ann")
     return voice
+
+
+def run_slm(*arguments: str | Path) -> int:
+    """Exit status of the command `slm`."""
+    from slm.__main__ import main
+
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def speak_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny models know no end: what loaded voices say is kept short."""
+    from slm.pipeline import Voice
+
+    original = Voice.from_pretrained.__func__  # type: ignore[attr-defined]
+
+    def load(cls: type, *args, **kwargs) -> Voice:
+        voice = original(cls, *args, **kwargs)
+        voice.sampling = replace(
+            voice.sampling, frames_per_token=(0.2, 0.5), spare_seconds=0.0, tries=2
+        )
+        return voice
+
+    monkeypatch.setattr(Voice, "from_pretrained", classmethod(load))
 
 
 def copy_of(voice: Path, folder: Path) -> Path:

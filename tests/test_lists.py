@@ -1,0 +1,169 @@
+"""Lists of texts to speak: a bad line costs only itself, and a list goes on where it stopped."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_slm import TEXT, copy_of, quiet, run_slm, save_voice, speak_briefly
+
+from slm.lists import alone
+from slm.nar import NAR
+from slm.pipeline import Voice
+
+pytestmark = quiet()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_codec_folder: Path) -> Path:
+    return save_voice(tmp_path_factory.mktemp("voices"), tiny_codec_folder)
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    speak_briefly(monkeypatch)
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_list_costs_only_its_bad_lines(
+    folder: Path,
+    tmp_path: Path,
+    write_wav: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    write_wav(tmp_path / "p.wav", 0.5)
+    (tmp_path / "empty.wav").write_bytes(b"")
+    lines = [
+        {"id": "one", "text": TEXT, "prompt": "ann"},
+        {"id": "two words", "text": "a cat", "prompt": "p.wav", "prompt_text": "red hen"},
+        {"id": "script", "text": "\u043f\u0440\u0438", "prompt": "ann"},
+        {"id": "gone", "text": TEXT, "prompt": "no.wav"},
+        {"id": "empty", "text": TEXT, "prompt": "empty.wav"},
+        {"id": "../out", "text": TEXT, "prompt": "ann"},
+        {"id": "one", "text": TEXT, "prompt": "ann"},
+        {"text": TEXT, "prompt": "ann"},
+        {"id": "five", "text": TEXT, "prompt": "ann", "prompt_text": 5},
+        {"id": "half", "text": "half \ud800 a sign", "prompt": "ann"},
+        {"id": 5, "text": TEXT, "prompt": "ann"},
+    ]
+    listed = tmp_path / "list.jsonl"
+    listed.write_text("\n".join(map(json.dumps, lines)) + "\nnot json\n", encoding="utf-8")
+    out = tmp_path / "out"
+    with caplog.at_level(logging.INFO):
+        assert run_slm("tts", "--voice", folder, "--list", listed, "--out", out) == 0
+    for number in range(3, 13):
+        assert f"skipped line {number}:" in caplog.text
+    assert "skipped line 8: id is missing" in caplog.text
+    assert "skipped line 11: id must be a string, got 5" in caplog.text
+    assert "12 lines: 10 skipped" in caplog.text
+    records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    refused = [record for record in records if record["failure"] == "refused"]
+    assert {record["id"] for record in refused} == {"script", "gone", "empty", "half"}
+    assert all(record["audio"] is None and record["reason"] for record in refused)
+    records = [record for record in records if record["failure"] != "refused"]
+    assert [record["id"] for record in records] == ["one", "two words"]
+    expected = {"id", "audio", "text", "prompt", "prompt_text", "failure", "tries", "seed", "score"}
+    assert set(records[0]) == expected | {"request"}
+    assert sorted(path.name for path in out.glob("*.wav")) == ["one.wav", "two words.wav"]
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_list_goes_on_where_it_stopped(folder: Path, tmp_path: Path) -> None:
+    listed, out = tmp_path / "list.jsonl", tmp_path / "out"
+    lines = [json.dumps({"id": str(i), "text": TEXT, "prompt": "ann"}) for i in range(3)]
+    listed.write_text("\n".join(lines[:2]))
+    assert run_slm("tts", "--voice", folder, "--list", listed, "--out", out) == 0
+    before = (out / "0.wav").stat().st_mtime_ns
+    (out / "1.wav").unlink()  # its result alone does not count
+    with open(out / "results.jsonl", "a") as file:
+        file.write('{"id": "torn')
+    listed.write_text("\n".join(lines))
+    assert run_slm("tts", "--voice", folder, "--list", listed, "--out", out) == 0
+    assert (out / "0.wav").stat().st_mtime_ns == before
+    records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [record["id"] for record in records] == ["0", "1", "2"]
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_line_that_is_refused_in_its_new_form_is_not_its_old_one(
+    folder: Path, tmp_path: Path
+) -> None:
+    listed, out = tmp_path / "list.jsonl", tmp_path / "out"
+    for text, failure in (("a cat", None), ("\u043f", "refused"), ("\u043f", "refused")):
+        lines = [
+            {"id": "x", "text": text, "prompt": "ann"},
+            {"id": "y", "text": "a", "prompt": "ann"},
+        ]
+        listed.write_text("\n".join(map(json.dumps, lines)))
+        assert run_slm("tts", "--voice", folder, "--list", listed, "--out", out) == 0
+        records = [json.loads(s) for s in (out / "results.jsonl").read_text().splitlines()]
+        (record,) = [record for record in records if record["id"] == "x"]
+        assert (record["failure"] == "refused") == (failure == "refused")
+        assert record["text"] == text
+        assert len(records) == 2
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_line_that_changed_is_made_again(
+    folder: Path, tmp_path: Path, write_wav: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = copy_of(folder, tmp_path)
+    nar = NAR.from_pretrained(other / "nar")
+    with torch.no_grad():
+        nar.head.weight.add_(1.0)
+    nar.save_pretrained(other / "nar")
+    recording = write_wav(tmp_path / "p.wav", 0.5)
+    listed, out = tmp_path / "list.jsonl", tmp_path / "out"
+    spoken: list[str] = []
+    original = Voice.speak
+
+    def speak(voice: Voice, utterances: list) -> list:
+        spoken.extend(one.text for one in utterances)
+        return original(voice, utterances)
+
+    monkeypatch.setattr(Voice, "speak", speak)
+
+    def made(*arguments: str, voice: Path = folder, **line: str) -> list[str]:
+        spoken.clear()
+        whole = {"id": "x", "text": "a cat", "prompt": "p.wav", "prompt_text": "red hen", **line}
+        listed.write_text(json.dumps(whole))
+        assert run_slm("tts", "--voice", voice, "--list", listed, "--out", out, *arguments) == 0
+        assert len((out / "results.jsonl").read_text().splitlines()) == 1
+        return list(spoken)
+
+    assert made() == ["a cat"]
+    assert made() == []
+    assert made(text="a mat") == ["a mat"]
+    assert made() == ["a cat"]
+    assert made(prompt_text="the dog") == ["a cat"]
+    assert made(prompt="ann") == ["a cat"]
+    assert made("--seed", "1") == ["a cat"]
+    assert made("--greedy") == ["a cat"]
+    assert made("--greedy", voice=other) == ["a cat"]
+    assert made("--greedy", voice=other) == []
+    assert made("--greedy", "--top-k", "3", voice=other) == ["a cat"]
+    write_wav(recording, 0.7)
+    assert made("--greedy", voice=other) == ["a cat"]
+
+
+def test_two_runs_in_one_folder(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    listed, out = tmp_path / "list.jsonl", tmp_path / "out"
+    listed.write_text(json.dumps({"id": "x", "text": TEXT, "prompt": "ann"}))
+    with alone(out):
+        assert run_slm("tts", "--voice", folder, "--list", listed, "--out", out) == 2
+    assert "another process is writing here" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("brief")
+def test_results_that_say_too_little_are_made_again(folder: Path, tmp_path: Path) -> None:
+    listed, out = tmp_path / "list.jsonl", tmp_path / "out"
+    listed.write_text(json.dumps({"id": "x", "text": TEXT, "prompt": "ann"}))
+    out.mkdir()
+    (out / "results.jsonl").write_text('{"id": "x"}\n[]\n7\n{"audio": 3}\n')
+    assert run_slm("tts", "--voice", folder, "--list", listed, "--out", out) == 0
+    (line,) = (out / "results.jsonl").read_text().splitlines()
+    assert json.loads(line)["audio"] == "x.wav"
