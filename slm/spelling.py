@@ -32,6 +32,8 @@ _MONEY = {
     "\u00a3": ("pound", "pounds", "penny", "pence"),
     "\u20ac": ("euro", "euros", "cent", "cents"),
 }
+_LARGE = {"k": "thousand", "m": "million", "b": "billion"}
+_MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
 _UNITS = "lbs?|oz|ft|yds?|mi|mph|km|kg|mg|cm|mm|ml|hrs?|mins?|secs?|kph|rpm|[kMG]?Hz|[kMGT]B|kW"
 _SPOKEN_DIGITS = "oh one two three four five six seven eight nine"
 _NUMERALS = f"""{_SPOKEN_DIGITS} ten eleven twelve thirteen fourteen fifteen sixteen seventeen
@@ -57,6 +59,14 @@ def _money(match: re.Match[str]) -> str:
     if int(match[3]):
         parts.append(f"{int(match[3])} {cent if int(match[3]) == 1 else cents}")
     return " and ".join(parts) or f"0 {many}"
+
+
+def _large_money(match: re.Match[str]) -> str:
+    return f"{match[2]} {_LARGE[match[3].lower()]} {_MONEY[match[1]][1]}"
+
+
+def _version(match: re.Match[str]) -> str:
+    return f"{'Version' if match[1] == 'V' else 'version'} {match[2].replace('.', ' point ')}"
 
 
 def _telephone(match: re.Match[str]) -> str:
@@ -93,6 +103,11 @@ _RULES = [
         re.compile(rf"(?<![\w.])({_names(_ABBREVIATIONS)})\.(?!\w)"),
         lambda m: _ABBREVIATIONS[m[1]],
     ),
+    (
+        re.compile(r"([$\u00a3\u20ac])(\d+(?:,\d{3})*(?:\.\d+)?)([kmb])n?\b", re.I),
+        _large_money,
+    ),
+    (re.compile(r"(?<![\w.])([vV])(\d+(?:\.\d+)+)\b"), _version),
     (re.compile(rf"(\d)\s*({_UNITS})\.(?=[,;:]|\s+[a-z\d])"), lambda m: f"{m[1]} {m[2]}"),
     (re.compile(r"(\d)\s+in\.(?!\w)"), lambda m: f"{m[1]} inches"),
     (
@@ -124,11 +139,12 @@ MOST_PASSES = 4
 """What one pass spells out may need another: a title before a number is before a word then."""
 _TRIGGER = re.compile(r"[0-9\u00bc-\u00be]|\w@\w|^www\.|^https?:")
 _COMPANION = re.compile(
-    rf"(?:{_UNITS}|km/h|m/s|\u00b0[CF]|[AP]M|[x=+\u00d7\u00f7]|(?:m|b|tr)illion|January|February|March|April|May|June|July|"
-    r"August|September|October|November|December|(?:Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)"
-    r"\.)[.,;:!?)]*"
+    rf"(?:{_UNITS}|km/h|m/s|\u00b0[CF]|[AP]M|[x=+\u00d7\u00f7]|(?:m|b|tr)illion|{_MONTHS}|"
+    r"(?:Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)\.)[.,;:!?)]*"
 )
 """Words that wetext reads together with a number beside them."""
+_MONTH_OF_DATE = re.compile(rf"(?<=\bof )({_MONTHS.lower()})\b")
+"""wetext writes it in small letters."""
 
 
 def _is_foreign(letter: str) -> bool:
@@ -195,7 +211,7 @@ def _ask(text: str) -> str | None:
         return None  # Its grammar has no reading of some symbols, and says so by these.
     if not made:
         return None
-    words = made.split(" ")
+    words = _MONTH_OF_DATE.sub(lambda m: m[0].capitalize(), made).split(" ")
     for index, word in enumerate(words):
         before = re.sub(r"\W", "", words[index - 1]).lower() if index else ""
         if word.rstrip(".,;:!?)") == "thousand" and before not in _BEFORE_THOUSAND:

@@ -11,7 +11,7 @@ from slm.spelling import normalize, phonemes
 
 EXPECTED = {
     "Dr. Smith paid $3.50 on 21 Nov. 2026, at 5:30 p.m., for 2 lbs., etc.": (
-        "Doctor Smith paid three dollars and fifty cents on the twenty first of november "
+        "Doctor Smith paid three dollars and fifty cents on the twenty first of November "
         "twenty twenty six, at five thirty PM, for two pounds, et cetera."
     ),
     "It's 1st of 1,234 items; 50% off, No. 7.": (
@@ -45,6 +45,16 @@ EXPECTED = {
     "[9] and \u00a75": "[nine] and \u00a7five",
     "he said \u201cten, 10\u201d": 'he said "ten, ten"',
     "the 10th-century, 1,000-mile walk": "the tenth century, one thousand mile walk",
+    "12/25/2020, of may 5 and 4 July": (
+        "the twenty fifth of December twenty twenty, of may five and the fourth of July"
+    ),
+    "$5k, $2.5K or \u00a33m, not $1bn": (
+        "five thousand dollars, two point five thousand dollars or three million pounds, not one "
+        "billion dollars"
+    ),
+    "V2.0 and v3.11.1, e.g. v1": (
+        "Version two point zero and version three point eleven point one, for example v one"
+    ),
     "mail me@x.com 24/7": "mail me at x dot com twenty four seven",
 }
 
@@ -73,6 +83,7 @@ def test_what_needs_nothing_or_is_of_another_script_stays(text: str) -> None:
 PARTS = [
     *("5", "1,234", "1905", "$3.50", "50%", "No. 7", "p.m.", "Mr.", "St.", "etc.", "Nov.", "May"),
     *("3rd", "555-1234", "lbs.", "km/h", "1990s", "#1", "&", "cat", "the", "thousand", "and", "x"),
+    *("$5k", "v2.0", "12/25/2020"),
     *('"so"', "(well)", "a\\b", "caf\u00e9", "--", "\u00bd", "10:30", "@", "=", "\u2019tis"),
 ]
 
