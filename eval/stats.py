@@ -11,11 +11,11 @@ CHUNK = 1000
 
 
 class Interval(NamedTuple):
-    """A number and where it lies in `level` of the resamples."""
+    """A number and where it lies in `level` of the resamples; of a single unit nobody knows."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 class Sums(NamedTuple):
@@ -34,11 +34,14 @@ def paired_difference(
 ) -> Interval:  # fmt: skip
     """The rate of `second` less that of `first`, both of the same units in the same order.
 
-    Units (items, speakers, ...) are drawn with replacement, for both alike.
+    Units (items, speakers, ...) are drawn with replacement, for both alike. One unit has no
+    interval: it would be drawn every time, and pass for certain.
     """
     number = len(first.numerators)
     if number == 0 or number != len(second.numerators):
         raise ValueError(f"{number} and {len(second.numerators)} units: give the same ones, please")
+    if number == 1:
+        return Interval(second.rate - first.rate, None, None)
     random = np.random.default_rng(seed)
     parts = np.stack([*first, *second], axis=1).astype(np.float64)  # (N, 4)
     found = []

@@ -201,8 +201,8 @@ def report(
     if lines:
         head = f"| setting | list | {' | '.join(DIFFERENCES)} |\n{'|---' * (len(DIFFERENCES) + 2)}|"
         text += (
-            "\nDifferences from `given`, with 95 % intervals of a paired bootstrap over items:\n\n"
-            + "\n".join([head, *lines, ""])
+            "\nDifferences from `given`, with 95 % intervals of a paired bootstrap over items (one "
+            "item has none):\n\n" + "\n".join([head, *lines, ""])
         )
     with written_whole(out / "differences.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -214,6 +214,8 @@ def report(
 def _cell(interval: Interval | None) -> str:
     if interval is None:
         return ""
+    if interval.low is None:
+        return f"{interval.value:+.3f}"
     return f"{interval.value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
 
 

@@ -12,7 +12,7 @@ from codec import load_codec
 from eval.benchmark import Utterance, read_rows
 from eval.text import word_errors
 from recipes.common import load_config
-from recipes.judge_voice import JudgeVoiceConfig, differences, main, repeated, settings
+from recipes.judge_voice import JudgeVoiceConfig, _cell, differences, main, repeated, settings
 from recipes.lines import Line
 from slm.lists import alone
 from slm.prompts import Prompt
@@ -53,6 +53,16 @@ def test_seeds_of_an_item_are_one_unit() -> None:
     assert found["wer"] == pytest.approx((0.25, 0.25, 0.25))
     assert found["failure"] == (0.0, 0.0, 0.0)
     assert "similarity" not in found
+
+
+def test_one_item_has_no_interval() -> None:
+    one = Utterance(id="x", values={"failure": 0.0}, words=word_errors("a b", "a b"))
+    worse = replace(one, words=word_errors("a b", "a"))
+    found = differences([one, one], [worse, worse], seeds=2)
+    assert found["wer"] == (0.5, None, None)
+    assert _cell(found["wer"]) == "+0.500"
+    found = differences([one, one], [worse, worse], seeds=1)
+    assert _cell(found["wer"]) == "+0.500 [+0.500, +0.500]"
 
 
 def test_repeated_lines_have_ids_of_their_own() -> None:

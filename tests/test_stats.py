@@ -27,3 +27,10 @@ def test_the_interval_covers_the_truth() -> None:
 def test_units_must_be_the_same() -> None:
     with pytest.raises(ValueError, match="2 and 3 units"):
         paired_difference(Sums(np.ones(2), np.ones(2)), Sums(np.ones(3), np.ones(3)))
+
+
+def test_one_unit_has_no_interval() -> None:
+    one = np.ones(1)
+    assert paired_difference(Sums(one, one), Sums(2 * one, one)) == (1.0, None, None)
+    both = np.ones(2)
+    assert paired_difference(Sums(both, both), Sums(2 * both, both)) == (1.0, 1.0, 1.0)
