@@ -60,7 +60,7 @@ def is_write_failure(error: Exception) -> bool:
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Drops lines from `step` on, and one that a kill cut short."""
+    """Keeps the lines before `step`, but none that a kill cut short."""
     if not path.exists():
         return
     kept = []

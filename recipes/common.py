@@ -125,12 +125,13 @@ def start_run(
     seed: int,
     accelerator: Accelerator | None = None,
     keep: int = 2,
+    free: Sequence[str] = (),
 ) -> "Run":
     """Opens a run folder, new or to go on in, and seeds every generator. All ranks call it.
 
     Raises ValueError when another process runs in the folder, or when it was begun with another
     configuration (the message names the keys that differ). `keep` is the number of checkpoints
-    that stay.
+    that stay. Keys that are `free`, or below one that is, may change: config.yaml has the last.
     """
     folder = Path(folder)
     accelerator = accelerator or make_accelerator(folder)
@@ -139,7 +140,7 @@ def start_run(
     if accelerator.is_main_process:
         try:
             lock = _Lock(folder)
-            _claim(folder, resolved(config))
+            _claim(folder, resolved(config), free)
             note_start(folder, seed, accelerator.mixed_precision, _world(accelerator))
         except (ValueError, OSError) as error:
             failure = [error]
@@ -256,19 +257,20 @@ class Run:
                 remove(old)
         self.accelerator.wait_for_everyone()
 
-    def resume(self) -> int:
+    def resume(self, *, noted: bool = False) -> int:
         """Loads the newest whole checkpoint and returns its step; 0 when there is none.
 
         All ranks call it, after `accelerator.prepare`. Checkpoints with a missing or short file
         are skipped with a warning. Lines of metrics.jsonl from that step on go: the run notes that
-        step again.
+        step again, unless it had `noted` all of it before it saved.
         """
         newest: list[Any] = [None]
         if self.accelerator.is_main_process:
             for leftover in self._checkpoints.glob(".step-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             newest = [next((path for path in self._saved() if is_whole(path)), None)]
-            cut_metrics(self.folder / "metrics.jsonl", step_of(newest[0]) if newest[0] else 0)
+            first = step_of(newest[0]) + noted if newest[0] else 0
+            cut_metrics(self.folder / "metrics.jsonl", first)
         newest = self._broadcast(newest)
         if newest[0] is None:
             # Models are built alike on all ranks; from here on each rank draws for itself.
@@ -325,22 +327,34 @@ class _Lock:
     __del__ = close
 
 
-def _claim(folder: Path, config: dict[str, Any]) -> None:
-    """Writes config.yaml, or checks that the folder was begun with the same one."""
+def _claim(folder: Path, config: dict[str, Any], free: Sequence[str] = ()) -> None:
+    """Writes config.yaml, or checks that the folder was begun with the same one but for `free`."""
     path = folder / "config.yaml"
-    if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        temporary.rename(path)
-        return
-    before, now = dict(leaves(yaml.safe_load(path.read_text()))), dict(leaves(config))
-    differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    if differing:
-        changes = ", ".join(f"{key} ({before.get(key)} -> {now.get(key)})" for key in differing[:5])
-        raise ValueError(
-            f"{folder}: begun with another configuration: {changes}"
-            f"{', ...' if len(differing) > 5 else ''}; choose another folder, or remove this one"
+    if path.exists():
+        before, now = dict(leaves(yaml.safe_load(path.read_text()))), dict(leaves(config))
+        differing = sorted(
+            key
+            for key in before.keys() | now.keys()
+            if before.get(key) != now.get(key) and not _is_free(key, free)
         )
+        if differing:
+            changes = ", ".join(
+                f"{key} ({before.get(key)} -> {now.get(key)})" for key in differing[:5]
+            )
+            raise ValueError(
+                f"{folder}: begun with another configuration: {changes}"
+                f"{', ...' if len(differing) > 5 else ''}; choose another folder, or remove this "
+                "one"
+            )
+        if before == now:
+            return
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    temporary.rename(path)
+
+
+def _is_free(key: str, free: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in free)
 
 
 def _world(accelerator: Accelerator) -> dict[str, Any]:

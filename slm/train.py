@@ -30,7 +30,7 @@ class Run(Protocol):
 
     def save(self, step: int) -> None: ...
 
-    def resume(self) -> int: ...
+    def resume(self, *, noted: bool = False) -> int: ...
 
     def progress(self, total: int, initial: int, label: str) -> Any: ...
 
@@ -87,7 +87,7 @@ def fit(
     logger.info(
         "%s; padding %.1f %% of positions", describe(accelerator, model), 100 * train.padding_share
     )
-    start = run.resume()
+    start = run.resume(noted=True)  # A step's losses are logged before it is saved.
     meter = Meter(groups)
     shares = _ahead(train, range(start, config.steps), run, config)
     bar = run.progress(config.steps, start, "/".join(groups[:2]))

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,23 @@ def test_another_configuration_is_refused_by_key(run: Run, accelerator: Accelera
     run.close()
     with pytest.raises(ValueError, match=r"another configuration: width \(8 -> 9\)"):
         start_run(TinyConfig(width=9), run.folder, seed=0, accelerator=accelerator)
+
+
+def test_keys_that_are_free_may_change(tmp_path: Path, accelerator: Accelerator) -> None:
+    @dataclass
+    class Told:
+        widths: dict[str, int]
+        width_of: int = 1
+
+    def start(*args: Any, free: tuple[str, ...] = ("widths",)) -> None:
+        start_run(Told(*args), tmp_path, seed=0, accelerator=accelerator, free=free).close()
+
+    start({"a": 1})
+    start({"a": 2})
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["widths"] == {"a": 2}
+    with pytest.raises(ValueError, match=r"another configuration: width_of \(1 -> 2\); choose"):
+        start({"a": 3}, 2, free=("widths", "width"))
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["widths"] == {"a": 2}
 
 
 def test_git_revision_outside_a_checkout_is_unknown(
@@ -223,8 +241,16 @@ def test_metrics_are_lines_and_resuming_drops_what_will_be_repeated(
     with open(metrics, "a") as file:
         file.write('{"step": 4, "lo')  # Killed here.
     run.resume()
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    assert lines == [{"step": 0, "loss": 0.0}, {"step": 1, "loss": 0.5}]
+
+    def lines() -> list[dict[str, float]]:
+        return [json.loads(line) for line in metrics.read_text().splitlines()]
+
+    assert lines() == [{"step": 0, "loss": 0.0}, {"step": 1, "loss": 0.5}]
+    # What was noted before the step was saved, and will not be noted again, stays.
+    run.log({"loss": 1.0}, step=2)
+    run.log({"loss": 1.5}, step=3)
+    run.resume(noted=True)
+    assert [line["step"] for line in lines()] == [0, 1, 2]
 
 
 def test_a_stage_has_its_own_metrics_and_checkpoints(run: Run, accelerator: Accelerator) -> None:
