@@ -34,9 +34,7 @@ class Likeness:
                 self._recordings.setdefault(speaker, []).append(index)
         self.files = [*shard.files, *([sexes] if sexes is not None else [])]
         """What the similarities come from."""
-        self._sexes = read_sexes(sexes) if sexes is not None else None
-        if self._sexes is not None and self._recordings.keys().isdisjoint(self._sexes):
-            raise ValueError(f"{sexes}: tells the sex of no speaker of {shard.files[0].parent}")
+        self._sexes = sexes_of(shard, sexes) if sexes is not None else None
         self._known: dict[int, np.ndarray | None] = {}
 
     def of(self, line: Line, wave: np.ndarray) -> dict[str, float]:
@@ -99,6 +97,14 @@ class Likeness:
             except ValueError:
                 self._known[index] = None
         return self._known[index]
+
+
+def sexes_of(shard: TokenShard, path: Path) -> dict[str, str]:
+    """Speaker to sex. Raises ValueError for a file that tells it of no speaker of the shard."""
+    sexes = read_sexes(path)
+    if set(shard.speakers).isdisjoint(sexes):
+        raise ValueError(f"{path}: tells the sex of no speaker of {shard.files[0].parent}")
+    return sexes
 
 
 def read_sexes(path: Path) -> dict[str, str]:

@@ -40,7 +40,7 @@ from slm.spelling import normalize as spell_out
 logger = logging.getLogger(__name__)
 
 METRICS = (
-    *("asr_wer", "asr_cer", "perplexity", "wer", "cer", "wrong"),
+    *("asr_wer", "asr_cer", "perplexity", "perplexity_all", "wer", "cer", "wrong"),
     *("similarity", "similarity_speaker", "similarity_others", "failure", "fault", "seconds"),
 )
 """In the order of a table's columns."""
@@ -345,14 +345,25 @@ def _record(line: Line, made: Made) -> dict[str, Any]:
 def transcribe_items(
     voice: Voice, items: Sequence[TokenRow], origin: Provenance, batch: int = 8
 ) -> list[Row]:
-    """WER of the model's own ASR on the items' codes."""
+    """WER of the model's own ASR on the items' codes; what it refuses loses all its words."""
     if not origin.model and voice.folder is not None:
         origin = dataclasses.replace(origin, model=digest_of_voice(voice.folder))
     texts: list[str] = []
     for start in range(0, len(items), batch):
-        texts += voice.transcribe([codes_of(row)[0] for row in items[start : start + batch]])
+        texts += _heard(voice, items[start : start + batch])
     scored = [score_asr(row.id, row.text, text) for row, text in zip(items, texts, strict=True)]
     return rows_of(list_name("dev-asr", items), scored, origin, prefix=ASR_PREFIX)
+
+
+def _heard(voice: Voice, items: Sequence[TokenRow]) -> list[str]:
+    """Transcripts as one batch, or one by one where an item does not fit into the model."""
+    try:
+        return voice.transcribe([codes_of(row)[0] for row in items])
+    except ValueError as error:
+        if len(items) == 1:
+            logger.warning("%s was not transcribed: %s", items[0].id, error)
+            return [""]
+    return [text for row in items for text in _heard(voice, [row])]
 
 
 def provenance(

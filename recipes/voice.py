@@ -20,7 +20,7 @@ from codec.tokens import TokenShard, written_whole
 from recipes.common import Run, make_accelerator, start_run
 from recipes.speak import SpeakConfig
 from recipes.voice_folder import described, finish_voice, pick_prompts, short_path, whole_folder
-from recipes.voice_scores import note_perplexity, score_voice
+from recipes.voice_scores import check_scores, note_perplexity, score_voice
 from slm.alphabet import Alphabet
 from slm.ar import SpeechLM
 from slm.cards import voice_card
@@ -34,6 +34,8 @@ from slm.train import ar_step, fit, gather, nar_step
 
 logger = logging.getLogger(__name__)
 
+SCORING_KEYS = ("num_items", "speak")
+"""Nothing that is trained depends on these: they may change in a run folder, to score anew."""
 SEEN_FILE = "seen.json"
 """In a stage's folder: hours of speech in the batches of a step, for recipes/plot_curves.py."""
 
@@ -43,7 +45,8 @@ class VoiceConfig:
     """One voice."""
 
     out: str = "out/smoke/tts"
-    """Run folder: goes on where an earlier start with the same configuration stopped."""
+    """Run folder: goes on where an earlier start with the same configuration stopped; `num_items`
+    and `speak` may differ."""
     codec: str = "out/smoke/codec/codec"
     """Folder or hub id of the codec that made the tokens."""
     train: str = "out/smoke/tokens/train"
@@ -104,13 +107,14 @@ def train_voice(config: VoiceConfig) -> None:
     folder = Path(config.out)
     train, dev = open_tokens(config)
     nar = nar_settings(config, train)
+    check_scores(config, train, dev)
     texts = read(config)
     # The adapters are put in before the Accelerator exists: under ZeRO-3 peft asks for a GPU then.
     lm = SpeechLM.create(config.ar, train.stamp, config.seed)
     lm.origin["data"] = described(train, config.train)
     accelerator = make_accelerator(folder, gradient_accumulation_steps=config.optim.accumulate)
     forget_zero3()
-    run = start_run(config, folder, seed=config.seed, accelerator=accelerator)
+    run = start_run(config, folder, seed=config.seed, accelerator=accelerator, free=SCORING_KEYS)
     if texts.dev and accelerator.is_main_process:
         note_perplexity(folder, lm.to(accelerator.device), texts.dev)
     train_ar(lm, train, dev, texts, run, config)
@@ -157,6 +161,11 @@ def nar_settings(config: VoiceConfig, train: TokenShard) -> NARConfig | None:
     if config.nar.codebook_sizes not in ((), sizes):
         raise ValueError(
             f"nar.codebook_sizes {config.nar.codebook_sizes} are not those of the tokens, {sizes}"
+        )
+    if config.ar.tasks.continuation and not config.nar.text_dropout:
+        logger.warning(
+            "ar.tasks.continuation is not 0, but nar.text_dropout is: the NAR will go on without a "
+            "text, which it was never trained to do; nar.text_dropout=0.1 is a good share"
         )
     return replace(config.nar, codebook_sizes=sizes)
 

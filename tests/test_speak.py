@@ -11,10 +11,10 @@ import pytest
 from tiny_slm import STAMP
 
 from codec.tokens import TokenRow, TokenShard, write_shard
-from eval.benchmark import Row, read_rows
+from eval.benchmark import Provenance, Row, read_rows
 from recipes import overfit_check, scoring, voice_scores
 from recipes.lines import Line
-from recipes.speak import SpeakConfig, faults
+from recipes.speak import SpeakConfig, faults, transcribe_items
 from recipes.tts import TTSConfig
 from recipes.voice_scores import score_voice
 from slm.pipeline import Speech
@@ -65,6 +65,8 @@ class FakeVoice:
         return np.repeat(np.where(new[0] == MUTE, 1e-5, new[0] / 10), HOP).astype(np.float32)
 
     def transcribe(self, first: list[np.ndarray]) -> list[str]:
+        if any(len(codes) > FRAMES for codes in first):
+            raise ValueError("the recording is too long for the model")
         return ["alpha"] * len(first)
 
 
@@ -285,6 +287,21 @@ def test_own_transcripts_and_judged_ones_have_columns_apart(
         "asr_wer", "asr_cer", "asr_wil", "asr_mer",
     }  # fmt: skip
     assert "| system | list | n | asr_wer | asr_cer | wer | cer |" in capsys.readouterr().out
+
+
+def test_an_item_that_is_too_long_to_transcribe_loses_its_words(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    codes = np.zeros((3, FRAMES + 1), np.uint16)
+    rows = [
+        TokenRow("a", TEXT, "s", "en", 1.0, codes[:, 1:]),
+        TokenRow("long", TEXT, "s", "en", 1.0, codes),
+        TokenRow("b", "alpha", "s", "en", 1.0, codes[:, 1:]),
+    ]
+    scored = transcribe_items(FakeVoice(folder / "voice"), rows, Provenance(system="slm"))
+    found = {row.utterance: row.value for row in scored if row.metric == "asr_wer"}
+    assert found == {"a": 0.75, "long": 1.0, "b": 0.0, None: pytest.approx(7 / 9)}
+    assert "long was not transcribed: the recording is too long" in caplog.text
 
 
 def test_texts_that_were_trained_on_are_neither_spoken_nor_transcribed(folder: Path) -> None:

@@ -13,9 +13,13 @@ from tiny_slm import quiet, save_base, save_shard
 
 from codec import Codec, CodecConfig, load_codec
 from codec.config import QuantizerConfig, SEANetConfig
+from codec.tokens import TokenShard
 from recipes.asr import main as asr
+from recipes.speak import SpeakConfig
 from recipes.tts import main as tts
 from recipes.voice import VoiceConfig, read
+from recipes.voice_scores import check_scores
+from slm.config import ARConfig, TaskConfig
 from slm.pipeline import Voice
 
 pytestmark = [
@@ -97,6 +101,13 @@ def test_text_is_mixed_in_and_its_perplexity_told(
     assert told["base"]["value"] > 1
     assert told["slm"]["list"] == told["base"]["list"]
     assert "torch" in told["slm"]["library"]
+    # The rows of speech take their share of the probability.
+    for system in ("base", "slm"):
+        (whole,) = (
+            row["value"] for row in rows
+            if (row["metric"], row["system"]) == ("perplexity_all", system)
+        )  # fmt: skip
+        assert whole > told[system]["value"]
     lines = [json.loads(s) for s in (out / "ar" / "metrics.jsonl").read_text().splitlines()]
     assert any("dev/text_loss" in line for line in lines)
     assert json.loads((out / "ar" / "seen.json").read_text())["hours_per_step"] > 0
@@ -104,6 +115,97 @@ def test_text_is_mixed_in_and_its_perplexity_told(
     voice = Voice.from_pretrained(out / "voice")
     assert voice.lm.origin["tasks"]["text"] == 0.5
     assert "perplexity" in capsys.readouterr().out
+
+
+def test_a_voice_without_texts_goes_on_and_is_scored(
+    base: Path, tmp_path: Path, tiny_codec_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shard = save_shard(tmp_path / "tokens.parquet", 6, load_codec(tiny_codec_folder).stamp)
+    out = tmp_path / "run"
+    tts([
+        f"out={out}", f"ar.base={base}", f"codec={tiny_codec_folder}", f"train={shard}",
+        f"dev={shard}", "ar.tasks.tts=0", "ar.tasks.asr=0", "ar.tasks.continuation=1", *STEP,
+        "speak.num_items=2", "speak.sampling.checks=[]",
+    ])  # fmt: skip
+    assert "nar.text_dropout=0.1 is a good share" in caplog.text
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    whole = {(row["system"], row["metric"]): row for row in rows if row["utterance"] is None}
+    assert whole.keys() == {
+        (system, metric) for system in ("slm", "codec") for metric in ("failure", "seconds")
+    }  # fmt: skip
+    assert whole["slm", "failure"]["list"].startswith("dev-textless@")
+    longest = max(r["value"] for r in rows if (r["system"], r["metric"]) == ("codec", "seconds"))
+    lines = [json.loads(line) for line in results(out)]
+    assert [line["list"] for line in lines] == ["textless"] * 2
+    for line in lines:
+        assert line["wer"] is None
+        assert 0 < line["seconds"] <= longest
+        heard = soundfile.info(out / "speak" / "textless" / line["audio"]).duration
+        assert heard == pytest.approx(line["prompt_seconds"] + line["seconds"], abs=1e-3)
+
+
+def test_a_finished_voice_is_scored_anew_with_other_settings(
+    base: Path, tmp_path: Path, tiny_codec_folder: Path
+) -> None:
+    shard = save_shard(tmp_path / "tokens.parquet", 6, load_codec(tiny_codec_folder).stamp)
+    out = tmp_path / "run"
+    given = [
+        f"out={out}", f"ar.base={base}", f"codec={tiny_codec_folder}", f"train={shard}",
+        f"dev={shard}", *STEP,
+    ]  # fmt: skip
+    tts(given)
+
+    def trained() -> dict[str, bytes]:
+        paths = [
+            *out.glob("*/metrics.jsonl"), *out.rglob("*.safetensors"), *out.rglob("whole.json"),
+        ]  # fmt: skip
+        return {str(path): path.read_bytes() for path in paths if path.parent.name != "speak"}
+
+    before = trained()
+    assert len(before) > 4
+    tts([*given, "speak.num_items=2", "num_items=3", "speak.sampling.temperature=0.5"])
+    assert trained() == before
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    numbers = {row["list"].partition("@")[0]: row["n"] for row in rows if row["utterance"] is None}
+    assert numbers == {"dev-asr": 3, "dev-continuation": 2, "dev-cross": 2}
+    assert "temperature: 0.5" in (out / "config.yaml").read_text()
+    with pytest.raises(ValueError, match=r"another configuration: optim\.lr"):
+        tts([*given, "optim.lr=0.5"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("speak.sampling.candidates=2 ar.tasks.asr=0", "own ASR compares them"),
+        ("speak.sampling.nar_iterations=2", "needs nar.masked=true"),
+        ("speak.judge=/no/judge", "/no/judge holds no"),
+        ("speak.speaker=/no/encoder", "/no/encoder/config.json is missing"),
+        ("speak.sexes=/no/sexes.json", "/no/sexes.json: not to be read"),
+        ("speak.aligner=/no/aligner", "/no/aligner"),
+    ],
+)
+def test_scores_that_cannot_be_had_are_told_before_training(
+    base: Path, tmp_path: Path, tiny_codec_folder: Path, settings: str, message: str
+) -> None:
+    shard = save_shard(tmp_path / "tokens.parquet", 6, load_codec(tiny_codec_folder).stamp)
+    given = [f"ar.base={base}", f"codec={tiny_codec_folder}", f"train={shard}", f"dev={shard}"]
+    with pytest.raises(ValueError, match=message):
+        tts([f"out={tmp_path / 'run'}", *given, *STEP, *settings.split()])
+    assert not (tmp_path / "run").exists()
+
+
+def test_sexes_of_other_speakers_are_told_before_training(
+    tmp_path: Path, tiny_codec_folder: Path
+) -> None:
+    stamp = load_codec(tiny_codec_folder).stamp
+    shard = TokenShard.open(save_shard(tmp_path / "tokens.parquet", 6, stamp))
+    (tmp_path / "sexes.json").write_text('{"nobody": "f"}')
+    speak = SpeakConfig(sexes=str(tmp_path / "sexes.json"))
+    with pytest.raises(ValueError, match="tells the sex of no speaker"):
+        check_scores(VoiceConfig(speak=speak), shard, shard)
+    # Where nothing is spoken nobody asks.
+    check_scores(VoiceConfig(speak=speak, ar=ARConfig(tasks=TaskConfig(tts=0.0))), shard, shard)
+    check_scores(VoiceConfig(speak=speak), shard, None)
 
 
 def test_texts_without_a_weight_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
