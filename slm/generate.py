@@ -164,7 +164,7 @@ def generate(
                 seed=item.request.seed,
             )
         waiting = [i for i, item in zip(waiting, items, strict=True) if item.failure is not None]
-        if waiting:
+        if waiting and config.tries > 1:
             logger.info("try %d of %d failed for %d items", attempt + 1, config.tries, len(waiting))
     return [made for made in results if made is not None]
 

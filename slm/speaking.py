@@ -1,5 +1,6 @@
 """From what is to be said to a wave: the AR, the NAR and the codec's decoder, for a batch."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -26,6 +27,8 @@ from slm.nar import NAR
 from slm.prompts import Coverage, Prompt, join_texts
 from slm.selfcheck import can_transcribe, text_scores, transcripts
 from slm.spelling import normalize
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -120,6 +123,9 @@ def speak(
         for index, speech in zip(waiting, made, strict=True):
             kept = _better(best[index], speech)
             best[index] = replace(kept, tries=attempt + 1)
+        failed = sum(one.failure is not None for one in made)
+        if failed and sampling.tries > 1:
+            logger.info("try %d of %d failed for %d items", attempt + 1, sampling.tries, failed)
     return [one for one in best if one is not None]
 
 

@@ -1,5 +1,6 @@
 """slm/speaking.py: what fails is made again, the least bad is kept, candidates are compared."""
 
+import logging
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -128,6 +129,17 @@ def test_only_what_failed_is_made_again(alphabet: Alphabet) -> None:
     assert (said(ben), ben.failure, ben.tries, ben.seed) == (OTHER, None, 1, 5)
     assert voice.lm.lm.batches == [2, 1]
     assert ann.score is None
+
+
+def test_each_failed_try_is_told_of_once(
+    alphabet: Alphabet, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    voice = models(alphabet, ann=[PAUSE, GOOD])
+    speak(voice, asked(voice.lm, utterance(ANN)), SHORT)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"try 1 of {SHORT.tries} failed for 1 items"
+    ]
 
 
 def test_the_least_bad_of_all_tries_is_kept(alphabet: Alphabet) -> None:
