@@ -1,23 +1,24 @@
-"""Speed of the AR's training with plain padding, bucketing and packing, in one run.
+"""Speed of the AR's training with plain padding, bucketing and packing, or of the NAR's, which is
+bucketed alone.
 
 `accelerate launch recipes/profile_slm.py --config FILE key=value`
 
 The step is the trainer's own, at the launch's precision; batches are made beforehand, as the
-trainer makes them beside the step, and nothing is saved. The three ways take turns, so that all
-see the same machine, and have the same budget of positions. Markdown goes to standard output.
+trainer makes them beside the step, and nothing is saved. The AR's three ways take turns, so that
+all see the same machine, and have the same budget of positions. Markdown goes to standard output.
 """
 
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -25,14 +26,17 @@ from codec.meters import Stopwatch
 from codec.tokens import TokenShard
 from eval.benchmark import machine
 from recipes.common import git_revision, load_config, make_accelerator, run_program
+from slm.alphabet import Alphabet
 from slm.ar import SpeechLM
-from slm.config import ARConfig, BatchConfig, OptimConfig
+from slm.config import ARConfig, BatchConfig, NARConfig, OptimConfig
 from slm.corpus import read_texts
 from slm.data import IGNORE, ARBatch, ARData, Share
+from slm.nar import NAR
+from slm.nar_data import NARBatch, NARData
 from slm.plan import Batch, bucketed, packed
 
 # The trainer's own step, not one like it.
-from slm.train import Meter, _train_step, ar_step, make_optimizer
+from slm.train import Meter, _train_step, ar_step, make_optimizer, nar_step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,13 +49,17 @@ class ProfileSLMConfig:
     """Use only so many items."""
     texts: str | None = None
     """Plain texts (.txt or .jsonl) that ar.tasks.text mixes in; needed if that is not 0."""
+    part: Literal["ar", "nar"] = "ar"
+    """Which of the two models is trained."""
     ar: ARConfig = field(default_factory=ARConfig)
     """The model of codebook 1."""
+    nar: NARConfig = field(default_factory=NARConfig)
+    """The model of the other codebooks."""
     batch: BatchConfig = field(default_factory=BatchConfig)
-    """Budget of a micro-batch; packed: length of the packed rows (null: the whole budget, but no
-    more than the LLM can hold)."""
+    """Budget of a micro-batch; packed: length of the AR's packed rows (null: the whole budget, but
+    no more than the LLM can hold). The NAR has none."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """The optimiser; of its steps only the warm-up's learning rate is used."""
+    """The part's optimiser; of its steps only the warm-up's learning rate is used."""
     seed: int = 0
     """Of new weights and batches."""
     steps: int = 10
@@ -62,7 +70,7 @@ class ProfileSLMConfig:
     """What the device can do at most at this precision, for the share of it; null: not told."""
 
     def __post_init__(self) -> None:
-        if self.ar.tasks.text and self.texts is None:
+        if self.part == "ar" and self.ar.tasks.text and self.texts is None:
             raise ValueError("ar.tasks.text needs texts: name a .txt or .jsonl file of them")
         if self.steps < 1 or self.warmup < 0:
             raise ValueError("steps must be at least 1, warmup at least 0")
@@ -71,7 +79,7 @@ class ProfileSLMConfig:
 
 
 class Way(NamedTuple):
-    """One way to make batches."""
+    """One way to make the AR's batches."""
 
     data: ARData
     batches: list[Batch]
@@ -96,6 +104,31 @@ class Way(NamedTuple):
             made = [self.data.collate(batch) for batch in chosen]
             targets = sum(int((batch.labels != IGNORE).sum()) for batch in made)
             yield [Share(batch, targets / accumulate, 1.0) for batch in made]
+
+
+class NARWay(NamedTuple):
+    """The NAR's batches, as training has them."""
+
+    data: NARData
+
+    @property
+    def padding_share(self) -> float:
+        """Of the positions of the first epoch's batches."""
+        return self.data.padding_share
+
+    def shares(self, accumulate: int) -> Iterator[list[Share]]:
+        """Micro-batches of each step, epoch after epoch."""
+        for step in itertools.count():
+            yield [self.data.share(step, micro, 0, 1, accumulate) for micro in range(accumulate)]
+
+
+def nar_ways(config: ProfileSLMConfig, alphabet: Alphabet) -> dict[str, NARWay]:
+    """By name; there is but one."""
+    data = NARData.open(
+        TokenShard.open(config.train), alphabet, config.nar, config.batch, config.seed,
+        limit=config.limit,
+    )  # fmt: skip
+    return {"bucketing": NARWay(data)}
 
 
 def ways(config: ProfileSLMConfig, lm: SpeechLM) -> dict[str, Way]:
@@ -141,19 +174,21 @@ class Step(NamedTuple):
 
 
 def measure(
-    lm: nn.Module, ways: dict[str, Way], config: ProfileSLMConfig, accelerator: Accelerator
-) -> dict[str, list[Step]]:
+    lm: SpeechLM | NAR, ways: Mapping[str, Way | NARWay], config: ProfileSLMConfig,
+    accelerator: Accelerator,
+) -> dict[str, list[Step]]:  # fmt: skip
     """Steps of all ways, by turns; the `warmup` first of each do not count."""
+    losses = ar_step if isinstance(lm, SpeechLM) else nar_step
     accelerator.gradient_accumulation_steps = config.optim.accumulate
     optimizer = make_optimizer(lm, config.optim)
     model, optimizer = accelerator.prepare(lm, optimizer)
-    meter, watch = Meter(lm.groups), Stopwatch(accelerator.device)  # type: ignore[arg-type]
+    meter, watch = Meter(lm.groups), Stopwatch(accelerator.device)
     shares = {name: way.shares(config.optim.accumulate) for name, way in ways.items()}
     steps: dict[str, list[Step]] = {name: [] for name in ways}
 
     def step(chosen: Sequence[Share]) -> None:
         _train_step(
-            model, optimizer, ar_step, chosen, accelerator, config.optim, config.optim.lr, meter
+            model, optimizer, losses, chosen, accelerator, config.optim, config.optim.lr, meter
         )
 
     cuda = accelerator.device.type == "cuda"
@@ -172,15 +207,17 @@ def measure(
                 with FlopCounterMode(display=False) as counter:
                     step(chosen)
                 flops = counter.get_total_flops()
-            batches = [share.batch for share in chosen]
-            tokens = sum(num_tokens(ways[name].data, batch) for batch in batches)
-            targets = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
+            tokens = sum(num_tokens(share.batch) for share in chosen)
+            targets = round(sum(share.num_targets for share in chosen))
             steps[name].append(Step(seconds, tokens, targets, memory, flops))
     return steps
 
 
-def num_tokens(data: ARData, batch: ARBatch) -> int:
-    """Positions of a batch that are no padding."""
+def num_tokens(batch: ARBatch | NARBatch) -> int:
+    """Positions of a batch that are no padding; the NAR goes over them once for each codebook that
+    it predicts."""
+    if isinstance(batch, NARBatch):
+        return int(batch.text_mask.sum() + batch.lengths.sum()) * len(batch.stages)
     if batch.documents is not None:
         return int((batch.documents > 0).sum())
     # A row's last target stands right behind the position of its label, and ends it.
@@ -188,7 +225,9 @@ def num_tokens(data: ARData, batch: ARBatch) -> int:
     return int((last + 2).sum())
 
 
-def table(ways: dict[str, Way], steps: dict[str, list[Step]], peak: float | None) -> str:
+def table(
+    ways: Mapping[str, Way | NARWay], steps: Mapping[str, list[Step]], peak: float | None
+) -> str:
     """Medians over steps, in Markdown; padding is the whole epoch's."""
     lines = [
         "| batches | padding | tokens/s | targets/s | ms a step | peak memory | share of peak |",
@@ -214,24 +253,41 @@ def table(ways: dict[str, Way], steps: dict[str, list[Step]], peak: float | None
 
 
 def main(argv: list[str]) -> None:
-    config = load_config(ProfileSLMConfig, argv, "Speed of the AR's training by kind of batch.")
+    config = load_config(ProfileSLMConfig, argv, "Speed of a part's training by kind of batch.")
     stamp = TokenShard.open(config.train).stamp
+    config = replace(config, nar=replace(config.nar, codebook_sizes=stamp.codebook_sizes))
     lm = SpeechLM.create(config.ar, stamp, config.seed)
     accelerator = make_accelerator(gradient_accumulation_steps=config.optim.accumulate)
     if accelerator.num_processes > 1:
         raise ValueError("a profile is of one process: launch it with --num_processes 1")
     set_seed(config.seed)
-    compared = ways(config, lm)
-    steps = measure(lm, compared, config, accelerator)
-    items = len(compared["bucketing"].data.lengths)
-    form = "every weight" if config.ar.lora is None else f"LoRA of rank {config.ar.lora.rank}"
+    if config.part == "ar":
+        model, compared = lm, ways(config, lm)
+        items = len(compared["bucketing"].data.lengths)
+    else:
+        model, compared = NAR(config.nar), nar_ways(config, lm.alphabet)
+        items = len(compared["bucketing"].data.corpus.items)
+    steps = measure(model, compared, config, accelerator)
     print(table(compared, steps, config.peak_tflops))
     print(
         f"\nMedians of n = {config.steps} steps after {config.warmup}, by turns; {items} items, "
         f"{config.optim.accumulate} x {config.batch.positions} positions a step, seed "
-        f"{config.seed}; {config.ar.base}, {lm.config.num_hidden_layers} layers, {form}; "
+        f"{config.seed}; {described(model, config)}; "
         f"{torch.get_num_threads()} thread(s), precision {accelerator.mixed_precision}, "
         f"{accelerator.device}; {machine()}; torch {torch.__version__}; git {git_revision()}."
+    )
+
+
+def described(model: SpeechLM | NAR, config: ProfileSLMConfig) -> str:
+    """What was trained, in a few words."""
+    if isinstance(model, SpeechLM):
+        form = "every weight" if config.ar.lora is None else f"LoRA of rank {config.ar.lora.rank}"
+        return f"{config.ar.base}, {model.config.num_hidden_layers} layers, {form}"
+    nar = config.nar
+    predicted = min(2, len(nar.codebook_sizes) - 1)
+    return (
+        f"a NAR of {nar.num_layers} layers, width {nar.width}, {predicted} of its "
+        f"{len(nar.codebook_sizes) - 1} codebooks a step"
     )
 
 

@@ -1,16 +1,28 @@
 """The speed of three ways to make batches: the same items and budget, and a table of it."""
 
+import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from tiny_slm import STAMP, quiet, save_base, save_shard
+from tiny_slm import STAMP, alphabet_of, quiet, save_base, save_shard
 
-from recipes.profile_slm import ProfileSLMConfig, Step, Way, main, num_tokens, table, ways
+from recipes.profile_slm import (
+    ProfileSLMConfig,
+    Step,
+    Way,
+    main,
+    nar_ways,
+    num_tokens,
+    table,
+    ways,
+)
 from slm.ar import SpeechLM
-from slm.config import ARConfig, BatchConfig, LoRAConfig, TaskConfig
+from slm.config import ARConfig, BatchConfig, LoRAConfig, NARConfig, TaskConfig
 
 pytestmark = quiet()
 
@@ -48,7 +60,7 @@ def test_all_ways_hold_all_items_within_one_budget(tmp_path: Path) -> None:
         for batch in way.batches:
             made = way.data.collate(batch)
             assert made.tokens.numel() <= 1000
-            assert num_tokens(way.data, made) == sum(way.data.lengths[row].sum() for row in batch)
+            assert num_tokens(made) == sum(way.data.lengths[row].sum() for row in batch)
     plain, buckets, packs = (way.padding_share for way in compared.values())
     assert plain > 2 * max(buckets, packs)
 
@@ -70,6 +82,47 @@ def test_rows_may_be_longer_than_what_the_llm_holds(tmp_path: Path) -> None:
         assert lm(way.data.collate(way.batches[0])).targets.sum() > 0
     with pytest.raises(ValueError, match=r"ar\.tasks\.text needs texts"):
         ProfileSLMConfig(ar=ARConfig(tasks=TaskConfig(text=0.1)))
+
+
+def test_the_nars_batches_are_the_trainers(tmp_path: Path) -> None:
+    save_shard(tmp_path / "a.parquet", 40, most_frames=150)
+    nar = NARConfig(codebook_sizes=STAMP.codebook_sizes)
+    config = ProfileSLMConfig(
+        part="nar", train=str(tmp_path / "a.parquet"), nar=nar, batch=BatchConfig(positions=800)
+    )
+    alphabet = alphabet_of(save_base(tmp_path / "base"))
+    compared = nar_ways(config, alphabet)
+    (way,) = compared.values()
+    assert 0 < way.padding_share < 0.2
+    steps = list(itertools.islice(way.shares(2), 3))
+    for step, shares in enumerate(steps):
+        assert len(shares) == 2
+        for micro, share in enumerate(shares):
+            trained = way.data.share(step, micro, 0, 1, 2).batch
+            assert torch.equal(share.batch.codes, trained.codes)
+            # Codebook 2, and one of the rest: every position is seen twice.
+            one = share.batch
+            assert num_tokens(one) == 2 * int(one.text_mask.sum() + one.lengths.sum()) <= 1600
+        asked = sum(int((one.batch.lengths - one.batch.prompt_lengths).sum()) for one in shares)
+        assert round(sum(one.num_targets for one in shares)) == 2 * asked
+    with pytest.raises(ValueError, match="only the AR's batches can be packed"):
+        nar_ways(replace(config, batch=BatchConfig(positions=800, packed=400)), alphabet)
+
+
+def test_the_nar_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_shard(tmp_path / "a.parquet", 12)
+    settings = [
+        f"train={tmp_path / 'a.parquet'}", f"ar.base={save_base(tmp_path / 'base')}", "part=nar",
+        "nar.num_layers=1", "nar.num_heads=2", "nar.width=16", "nar.feedforward=16",
+    ]  # fmt: skip
+    main([*settings, "batch.positions=400", "steps=2", "warmup=1", "peak_tflops=0.001"])
+    printed = capsys.readouterr().out
+    row = r"^\| bucketing \| ([\d.]+)% \| (\d+) \| (\d+) \| \d+ \|  \| ([\d.]+)% \|$"
+    ((_, tokens, targets, share),) = re.findall(row, printed, re.MULTILINE)
+    assert int(tokens) > int(targets) > 0
+    assert float(share) > 0
+    assert "12 items, 1 x 400 positions a step" in printed
+    assert "a NAR of 1 layers, width 16, 2 of its 2 codebooks a step; 1 thread(s)" in printed
 
 
 def test_medians_and_shares() -> None:
