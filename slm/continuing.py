@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from slm.config import SamplingConfig
+from slm.conversion import warn_of_no_text
 from slm.generate import NEXT_TRY, restrict_speech
 from slm.prompts import Prompt, continuation_context
 from slm.speaking import Models, Speech, Utterance, speak
@@ -43,6 +44,7 @@ def go_on(
         bounds=(0, restrict_speech(lm, context, 1, most, "prompt")),
         seed=seed,
     )
+    warn_of_no_text(models)
     checks = tuple(check for check in sampling.checks if check in ("loop", "silence"))
     once = replace(sampling, tries=1, candidates=1, checks=checks)
     attempt = 0

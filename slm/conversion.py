@@ -1,5 +1,6 @@
 """Voice conversion: codebook 1 of the source, the other codebooks from the NAR in another voice."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from slm.config import SamplingConfig
 from slm.pieces import cut_at_quiet
 from slm.prompts import Prompt, join_texts
 from slm.speaking import Models
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +49,15 @@ def listen(codec: Any, blocks: Iterable[Float[np.ndarray, " _"]]) -> Source:
     return Source(first=codes[0], levels=np.concatenate(levels), num_samples=num_samples)
 
 
+def warn_of_no_text(models: Models) -> None:
+    """Says so where the NAR gets no text, but never had to do without one."""
+    if models.nar is not None and models.nar.config.text_dropout == 0:
+        logger.warning(
+            "the NAR has no text here, but was always given one in training (nar.text_dropout 0): "
+            "the voice may be off"
+        )
+
+
 def convert(
     models: Models,
     source: Source,
@@ -53,22 +65,31 @@ def convert(
     transcribe: Callable[[Sequence[np.ndarray]], list[str]],
     sampling: SamplingConfig,
     batch: int = 8,
+    source_text: str | None = None,
 ) -> tuple[Int[np.ndarray, "Q T"], str]:
     """The source's codes in the target's voice, and the text that was used.
 
     A source that is longer than the training utterances left room for is completed in pieces, cut
-    where it is quiet, `batch` at a time. `transcribe` gives the pieces' texts; where one of them or
-    the target's is empty, the NAR gets no text at all: half of it would be put to the wrong half.
+    where it is quiet, `batch` at a time. `transcribe` gives the pieces' texts, where there are
+    several or none is given; where one of them or the target's is empty, the NAR gets no text at
+    all: half of it would be put to the wrong half.
     """
     nar, lm = models.nar, models.lm
     assert nar is not None
     rate = lm.vocabulary.codec.frame_rate
     room = max(models.coverage.longest_frames - target.codes.shape[1], round(rate))
     pieces = [source.first[cut] for cut in cut_at_quiet(source.levels, room)]
+    if source_text is not None and len(pieces) > 1:
+        logger.warning(
+            "the source takes %d pieces; the text that was given is of all of it and is not used",
+            len(pieces),
+        )
+        source_text = None
     done, said = [], []
     for start in range(0, len(pieces), batch):
         part = pieces[start : start + batch]
-        texts = transcribe(part) if target.text else [""] * len(part)
+        heard = [source_text] if source_text is not None else None
+        texts = (heard or transcribe(part)) if target.text else [""] * len(part)
         said += texts
         done += nar.decode(
             [lm.alphabet.spelt(join_texts(target.text, one)) if one else "" for one in texts],
@@ -78,4 +99,6 @@ def convert(
             seeds=[0] * len(part),
             iterations=sampling.nar_iterations,
         )
+    if not all(said):
+        warn_of_no_text(models)
     return np.concatenate(done, axis=1), " ".join(text for text in said if text)

@@ -4,17 +4,18 @@ Its folder:
 
     codec/   ar/   nar/     the models (no nar/ where the codec has one codebook, or for ASR alone)
     prompts/NAME.json       codes, transcript and credit of each shipped prompt
+    sampling.json           how it speaks, where it was saved with other settings
     README.md               the card
 """
 
 import hashlib
 import logging
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,19 +25,18 @@ from codec import load_codec, read_audio, write_audio
 from codec.audio import check_name as check_name
 from codec.audio import check_wave, stream_audio
 from slm.ar import SpeechLM, digest_of
-from slm.cards import voice_card
 from slm.checks import is_empty
 from slm.config import SamplingConfig
 from slm.continuing import go_on
 from slm.conversion import convert, listen
-from slm.generate import restrict_speech, speech_bounds
 from slm.hearing import Transcript, as_one, audible, encode, hear, hear_pieces
-from slm.long_text import Passage, Piece, join, joined, room_behind, split_text
+from slm.long_text import Passage, join, joined
 from slm.nar import NAR
-from slm.prompts import Coverage, Prompt, has_words, join_texts, load_prompts, tts_context
+from slm.preparing import beginning, check_text, longest_prompt, passage, prepare
+from slm.prompts import Coverage, Prompt, has_words, load_prompts
 from slm.selfcheck import can_transcribe
+from slm.shipping import load_sampling, ship, write_extras
 from slm.speaking import Models, Speech, Utterance, decode, speak
-from slm.spelling import normalize
 from slm.streaming import stream
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,8 @@ class Voice:
         longest_prompt: float = 15.0,
         folder: Path | None = None,
     ):
-        """`longest_prompt` in seconds: a longer recording is cut there."""
+        """`longest_prompt` in seconds: a longer recording is cut there, or where it leaves no room
+        for a text behind it."""
         self.models = models
         self.codec, self.lm, self.nar, self.coverage = models
         self.prompts = prompts or {}
@@ -90,7 +91,8 @@ class Voice:
         lm = SpeechLM.load(folder / "ar", base, dtype).to(device)
         nar = NAR.load(folder / "nar", dtype).to(device) if (folder / "nar").is_dir() else None
         models = Models(codec, lm, nar, Coverage.load(folder / "ar"))
-        return cls(models, load_prompts(folder / "prompts"), folder=folder)
+        prompts = load_prompts(folder / "prompts")
+        return cls(models, prompts, sampling=load_sampling(folder), folder=folder)
 
     @cached_property
     def digest(self) -> str:
@@ -100,18 +102,18 @@ class Voice:
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Copies the voice, prompts that were added included; writes a card where there is none."""
-        assert self.folder is not None, "recipes/voice.py writes a voice that was never loaded"
-        folder = Path(folder)
-        if folder.resolve() != self.folder.resolve():
-            shutil.copytree(self.folder, folder, dirs_exist_ok=True)
-            self.lm.save_origin(folder / "ar", self.folder / "ar")
-        for name, prompt in self.prompts.items():
-            prompt.save(folder / "prompts", name)
-        if not (folder / "README.md").exists():
-            origin, stamp = self.lm.origin, self.codec.stamp
-            card = voice_card(origin, stamp, self.coverage, self.prompts)
-            (folder / "README.md").write_text(card, encoding="utf-8")
+        """Copies the voice with its sampling and the prompts that were added; the card names them,
+        unless it was edited. An earlier voice in the folder is replaced. Raises ValueError for a
+        folder of other things."""
+        source = self.folder
+        assert source is not None, "recipes/voice.py writes a voice that was never loaded"
+
+        def finish(copy: Path) -> None:
+            if copy != source.resolve():
+                self.lm.save_origin(copy / "ar", source / "ar")
+            write_extras(copy, self.lm, self.coverage, self.prompts, self.sampling)
+
+        ship(source, Path(folder), finish)
 
     def tts(
         self, text: str, prompt: Sound, prompt_text: str | None = None, seed: int = 0
@@ -124,11 +126,17 @@ class Voice:
         return self.say([self.passage(text, self.prompt(prompt, prompt_text), seed)])[0]
 
     def tts_batch(
-        self, texts: Sequence[str], prompts: Sequence[Prompt], seeds: Sequence[int] | None = None
+        self, texts: Sequence[str], prompts: Sequence[Sound], seeds: Sequence[int] | None = None
     ) -> list[Speech]:
         """Many at once; each is what `tts` gives alone under its seed."""
         seeds = seeds if seeds is not None else [0] * len(texts)
-        return self.say([self.passage(*one) for one in zip(texts, prompts, seeds, strict=True)])
+        if not len(texts) == len(prompts) == len(seeds):
+            raise ValueError(
+                f"{len(texts)} texts, {len(prompts)} prompts and {len(seeds)} seeds; give one of "
+                "each for every text"
+            )
+        known = [self.prompt(prompt) for prompt in prompts]
+        return self.say([self.passage(*one) for one in zip(texts, known, seeds, strict=True)])
 
     def stream(
         self,
@@ -178,18 +186,14 @@ class Voice:
                 "or more, whose first says what is said and whose others say who speaks"
             )
         if not isinstance(source, Path):
-            _check(source, "the source")
+            _check(source, "the source", also=", or a Path")
         rate, prompt = self.codec.sample_rate, self._target(target, target_text)
         blocks = stream_audio(source, rate) if isinstance(source, Path) else [source]
         heard = listen(self.codec, blocks)
 
-        def transcribe(first: Sequence[np.ndarray]) -> list[str]:
-            whole = len(first) == 1 and len(first[0]) == len(heard.first)
-            if whole and source_text is not None:
-                return [source_text]
-            return self._texts(first)
-
-        codes, text = convert(self.models, heard, prompt, transcribe, self.sampling)
+        codes, text = convert(
+            self.models, heard, prompt, self._texts, self.sampling, source_text=source_text
+        )
         wave = self.decode(codes[:, :0], codes)[: heard.num_samples]
         return Speech(
             wave=wave, codes=codes, text=text, prompt_text=prompt.text, sample_rate=rate,
@@ -199,7 +203,13 @@ class Voice:
     def continue_speech(self, prompt: Sound, seconds: float, seed: int = 0) -> Speech:
         """Goes on from `prompt` without a text, for at most so many seconds. Raises ValueError for
         a voice that was not trained for it."""
-        codes = self._codes(prompt)[0]
+        if isinstance(prompt, Prompt | str):
+            known = self.prompt(prompt)
+            known.check(self.codec.codebook_sizes)
+            codes = known.codes
+        else:
+            # No text is joined to its own: all that the model holds may come before.
+            codes = self._begin(prompt, self.longest_prompt)[0]
         return go_on(self.models, codes, seconds, self.sampling, seed)
 
     def prompt(self, prompt: Sound, prompt_text: str | None = None) -> Prompt:
@@ -213,8 +223,8 @@ class Voice:
             prompt = self._shipped(prompt)
         if isinstance(prompt, Prompt):
             return prompt if prompt_text is None else replace(prompt, text=prompt_text)
-        codes, whole = self._codes(prompt)
-        if prompt_text is None or not whole:
+        codes, prompt_text = self._begin(prompt, self._longest_prompt(), prompt_text)
+        if prompt_text is None:
             if not can_transcribe(self.lm):
                 raise ValueError("this voice cannot transcribe the prompt; give --prompt-text")
             (prompt_text,) = self._texts([codes[0]])
@@ -229,32 +239,41 @@ class Voice:
             prompt = self.prompt(target, text)
             prompt.check(self.codec.codebook_sizes)
             return prompt
-        codes = self._codes(target)[0]
+        codes = self._begin(target, self._longest_prompt())[0]
         return Prompt(codes=codes, text=self._texts([codes[0]])[0])
+
+    def _longest_prompt(self) -> float:
+        return longest_prompt(self.longest_prompt, self.models)
 
     def _shipped(self, name: str) -> Prompt:
         if name not in self.prompts:
             known = ", ".join(sorted(self.prompts)) or "none"
-            raise ValueError(f"no prompt is named {name!r}; this voice has: {known}")
+            also = f"; a recording is given as Path({name!r})" if Path(name).suffix else ""
+            raise ValueError(f"no prompt is named {name!r}; this voice has: {known}{also}")
         return self.prompts[name]
 
-    def _codes(self, prompt: np.ndarray | Path | Prompt | str) -> tuple[np.ndarray, bool]:
-        """Codes (Q, T) of a prompt, and whether they are the whole recording's."""
-        if isinstance(prompt, str):
-            prompt = self._shipped(prompt)
-        if isinstance(prompt, Prompt):
-            prompt.check(self.codec.codebook_sizes)
-            return prompt.codes, True
-        if isinstance(prompt, Path):
-            prompt = read_audio(prompt, self.codec.sample_rate)
-        _check(prompt, "the prompt")
-        most = round(self.longest_prompt * self.codec.sample_rate)
-        if len(prompt) > most:
-            logger.warning(
-                "the prompt has %.1f s; its first %g s are used",
-                len(prompt) / self.codec.sample_rate, self.longest_prompt,
-            )  # fmt: skip
-        return encode(self.codec, [prompt[:most]])[0], len(prompt) <= most
+    def _begin(
+        self, prompt: Any, seconds: float, text: str | None = None
+    ) -> tuple[np.ndarray, str | None]:
+        """Codes (Q, T) of a recording's first seconds, and its text if it is still theirs."""
+        rate = self.codec.sample_rate
+        wave = read_audio(prompt, rate) if isinstance(prompt, Path) else prompt
+        _check(wave, "the prompt")
+        begin = beginning(wave, max(1, round(seconds * rate)))
+        if len(begin) == len(wave):
+            return encode(self.codec, [wave])[0], text
+        if text is not None and not can_transcribe(self.lm):
+            raise ValueError(
+                f"the prompt has {len(wave) / rate:.1f} s and is cut, but this voice cannot "
+                f"transcribe what is left; give at most {seconds:.1f} s with their text"
+            )
+        logger.warning(
+            "the prompt has %.1f s; its first %.1f s are used%s",
+            len(wave) / rate, len(begin) / rate,
+            "" if text is None
+            else "; the text that was given is of all of it and is not used",
+        )  # fmt: skip
+        return encode(self.codec, [begin])[0], None
 
     def _texts(self, first: Sequence[np.ndarray]) -> list[str]:
         """Transcripts of codes of codebook 1; empty where there is none to be had."""
@@ -271,48 +290,18 @@ class Voice:
 
         A prompt that is a continuation has no transcript: `text` holds its words as well.
         """
-        self._check_speaks()
-        self.check_text(text)
-        prompt.check(self.codec.codebook_sizes)
-        if not prompt.continuation:
-            self.check_text(prompt.text, "the prompt's text")
-        alphabet = self.lm.alphabet
-        (ids,) = alphabet.text_ids("tts", [join_texts(prompt.text, text)])
-        speech = alphabet.speech_ids("tts", prompt.codes[0])
-        context = tts_context(alphabet.vocabulary, ids, speech)
-        num_tokens = alphabet.num_tokens(text)
-        least, most = speech_bounds(num_tokens, self.codec.frame_rate, self.sampling)
-        spoken = prompt.codes.shape[1]
-        if prompt.continuation:
-            least, most = max(0, least - spoken), max(1, most - spoken)
-        most = restrict_speech(self.lm, context, least, most, "text")
-        self.coverage.check_length(spoken, least, self.codec.frame_rate)
-        return Utterance(text=text, prompt=prompt, context=context, bounds=(least, most), seed=seed)
+        return prepare(self.models, text, prompt, seed, self.sampling)
 
     def passage(self, text: str, prompt: Prompt, seed: int = 0) -> Passage:
         """`prepare` for texts of any length: what is too long for the model comes in pieces.
 
         The words behind a continuation cannot be told from its own, so that it is not split.
         """
-        self._check_speaks()
-        self.check_text(text)
-        prompt.check(self.codec.codebook_sizes)
-        pieces = [Piece(text, 0.0)]
-        if not prompt.continuation:
-            fits = room_behind(prompt, self.models, self.sampling)
-            # What is said at once stays as it is.
-            pieces = pieces if fits(text) else split_text(text, fits)
-        utterances = [self.prepare(piece.text, prompt, seed) for piece in pieces]
-        return Passage(text, utterances, [piece.pause for piece in pieces])
-
-    def _check_speaks(self) -> None:
-        self.lm.check_task("tts")
-        if self.nar is None and self.codec.num_codebooks > 1:
-            raise ValueError("this voice has no nar/: it transcribes, but cannot speak")
+        return passage(self.models, text, prompt, seed, self.sampling)
 
     def check_text(self, text: str, what: str = "the text") -> None:
-        """Numbers and abbreviations are words by the time that the model reads them."""
-        self.coverage.check(normalize(text) if self.lm.alphabet.text.normalize else text, what)
+        """Raises ValueError for a text with nothing to say, or in an unknown script."""
+        check_text(self.models, text, what)
 
     def say(self, passages: Sequence[Passage], batch: int = 8) -> list[Speech]:
         """What was said of each, `batch` pieces at a time."""
@@ -335,7 +324,7 @@ class Voice:
         """Transcripts of waves (S,) at the codec's sample rate; that of silence is empty."""
         self.lm.check_task("asr")
         for wave in waves:
-            _check(wave, "the recording", allow_silence=True)
+            _check(wave, "the recording", also=" (asr_file takes a path)", allow_silence=True)
         heard = [list(audible([wave], self._longest_piece())) for wave in waves]
         told = hear_pieces(self.codec, chain.from_iterable(heard), self.transcripts)
         return [as_one(islice(told, len(pieces))).text for pieces in heard]
@@ -377,7 +366,11 @@ class Voice:
         return decode(self.models.codec, prompt, new)
 
 
-def _check(wave: np.ndarray, name: str, *, allow_silence: bool = False) -> None:
+def _check(wave: Any, name: str, *, also: str = "", allow_silence: bool = False) -> None:
+    if not isinstance(wave, np.ndarray):
+        raise ValueError(f"{name}: give samples as a NumPy array{also}, not {repr(wave)[:60]}")
+    if wave.dtype.kind != "f":
+        raise ValueError(f"{name}: give samples from -1 to 1 as floats, not as {wave.dtype}")
     if wave.ndim != 1:
         raise ValueError(f"{name}: give samples of one channel (S,), not shape {wave.shape}")
     check_wave(wave, name, allow_silence=allow_silence)

@@ -1,5 +1,6 @@
 """Speech that goes on without a text, from models that were trained for it."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,10 @@ def voice(tmp_path_factory: pytest.TempPathFactory, tiny_codec_folder: Path) -> 
     return loaded
 
 
-def test_it_lasts_as_long_as_was_asked_for(voice: Voice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_lasts_as_long_as_was_asked_for(
+    voice: Voice, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     with pytest.raises(ValueError, match="trained without continuation"):
         voice.continue_speech("ann", 1.0)
     monkeypatch.setitem(voice.lm.origin, "tasks", {"tts": 1.0, "continuation": 1.0})
@@ -28,6 +32,8 @@ def test_it_lasts_as_long_as_was_asked_for(voice: Voice, monkeypatch: pytest.Mon
     assert 0 < speech.codes.shape[1] <= 20
     assert len(speech.wave) == speech.codes.shape[1] * 640
     assert (speech.failure, speech.tries) == (None, 1)
+    assert caplog.text.count("nar.text_dropout 0") == 1
+    assert "failed" not in caplog.text  # A cut is what was asked for.
     again = voice.continue_speech(voiced(0.5), 0.8, seed=3)
     assert np.array_equal(speech.codes, again.codes)
     assert not np.array_equal(speech.codes, voice.continue_speech("ann", 0.8, seed=4).codes)

@@ -1,6 +1,7 @@
 """Voice conversion: codebook 1 stays the source's, the NAR makes the others; any length."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,15 +69,33 @@ def test_texts_are_transcribed_or_all_empty(
 
 
 def test_a_long_source_comes_in_pieces(
-    voice: Voice, asked: list[tuple[str, int]], tmp_path: Path, write_wav
-) -> None:
+    voice: Voice, asked: list[tuple[str, int]], tmp_path: Path, write_wav,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     path = write_wav(tmp_path / "long.wav", 7.5)
     speech = voice.convert(path, "ann", source_text="too much for one piece")
+    assert "the text that was given is of all of it and is not used" in caplog.text
     assert len(speech.wave) == 7.5 * 16000
     assert sum(length for _, length in asked) == speech.codes.shape[1] == 188
     # The longest training utterance has 60 frames, the prompt 10.
     assert max(length for _, length in asked) <= 50
     assert {text for text, _ in asked} == {"a cat cat"}
+
+
+def test_a_nar_that_never_lacked_a_text_is_told_of(
+    voice: Voice, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = "nar.text_dropout 0"
+    voice.convert(voiced(0.5), "ann", "red hen")
+    assert told not in caplog.text
+    monkeypatch.setitem(voice.lm.origin, "tasks", {"tts": 1.0, "asr": 0.0})
+    voice.convert(voiced(7.5), "ann")
+    assert caplog.text.count(told) == 1
+    caplog.clear()
+    used = replace(voice.nar.config, text_dropout=0.1)
+    monkeypatch.setattr(voice.nar, "config", used)
+    voice.convert(voiced(0.5), "ann")
+    assert told not in caplog.text
 
 
 def test_blocks_of_any_size_are_heard_alike(voice: Voice) -> None:

@@ -126,22 +126,63 @@ def test_a_prompt_text_of_an_unknown_script_is_refused(voice: Voice) -> None:
         voice.tts("a cat", "ann", "\u043f\u0440\u0438")
 
 
-def test_a_long_prompt_is_cut_and_transcribed_anew(
+def test_a_long_prompt_is_cut_where_it_is_quiet_and_transcribed_anew(
     voice: Voice, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(voice, "transcripts", lambda first: [Transcript("red hen", None)])
     monkeypatch.setattr(voice, "longest_prompt", 1.0)
+    wave = voiced(2.0)
+    wave[12800:13440] = 0.0
     with caplog.at_level(logging.WARNING):
-        prompt = voice.prompt(voiced(2.0), "much more than that")
-    assert prompt.codes.shape[1] == 25
+        prompt = voice.prompt(wave, "much more than that")
+    assert prompt.codes.shape[1] == 21  # in the quiet of the 21st frame
     assert prompt.text == "red hen"
-    assert "2.0 s" in caplog.text
+    assert "2.0 s; its first 0.8 s are used; the text that was given" in caplog.text
+    caplog.clear()
+    voice.prompt(wave)
+    assert "0.8 s are used" in caplog.text
+    assert "text" not in caplog.text
+    monkeypatch.setitem(voice.lm.origin, "tasks", {"tts": 1.0, "asr": 0.0})
+    with pytest.raises(ValueError, match=r"what is left; give at most 1\.0 s with their text"):
+        voice.prompt(wave, "much more than that")
+
+
+def test_a_prompt_leaves_room_for_a_text(voice: Voice, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(voice, "transcripts", lambda first: [Transcript("red hen", None)])
+    # The longest training utterance has 60 frames.
+    assert 20 <= voice.prompt(voiced(8.0)).codes.shape[1] <= 30
+    assert voice.tts(TEXT, voiced(8.0)).codes.shape[0] == 3
 
 
 def test_an_unknown_prompt_name_lists_the_shipped_ones(voice: Voice) -> None:
     assert voice.prompt("ann").credit == "nobody"
     with pytest.raises(ValueError, match="'bob'; this voice has: ann"):
         voice.prompt("bob")
+    with pytest.raises(ValueError, match=r"ann; a recording is given as Path\('p3\.wav'\)"):
+        voice.tts("a cat", "p3.wav")
+
+
+def test_what_is_no_wave_is_called_so(voice: Voice) -> None:
+    called = (Voice.asr, Voice.convert, Voice.prompt)
+    asr, convert, prompt = (method.__wrapped__ for method in called)
+    for paths in (["p.wav"], [Path("p.wav")]):
+        with pytest.raises(ValueError, match=r"asr_file takes a path\), not .*p\.wav"):
+            asr(voice, paths)
+    with pytest.raises(ValueError, match=r"the recording: give samples as a NumPy array"):
+        asr(voice, voiced(0.5))
+    with pytest.raises(ValueError, match=r"the source: .*, or a Path, not 'p3\.wav'"):
+        convert(voice, "p3.wav", "ann")
+    with pytest.raises(ValueError, match=r"the prompt: .* not tensor"):
+        prompt(voice, torch.zeros(3), "red hen")
+    with pytest.raises(ValueError, match=r"floats, not as int16"):
+        asr(voice, [np.ones(16000, np.int16)])
+
+
+def test_a_batch_takes_whatever_one_call_takes(voice: Voice) -> None:
+    made = voice.tts_batch(["a cat", TEXT], ["ann", voice.prompts["ann"]])
+    assert np.array_equal(made[0].codes, voice.tts("a cat", "ann").codes)
+    with pytest.raises(ValueError, match="2 texts, 1 prompts and 2 seeds"):
+        voice.tts_batch(["a cat", TEXT], ["ann"])
 
 
 @pytest.mark.parametrize(
