@@ -50,6 +50,10 @@ class SpeechCodec(nn.Module):
         """Names this codec and its very weights in token shards."""
         raise NotImplementedError
 
+    def entries(self) -> list[Float[Tensor, "K D"]] | None:
+        """Of every codebook, as the decoder hears them; None of a codec that does not tell."""
+        return None
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
         """A codec of this class from a folder or hub id; `load_codec` finds the class out."""

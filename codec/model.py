@@ -101,6 +101,12 @@ class Codec(PyTorchModelHubMixin, SpeechCodec, library_name="parlance", tags=["s
             codebook_sizes=self.codebook_sizes,
         )
 
+    @torch.no_grad()
+    def entries(self) -> list[Float[Tensor, "K D"]]:
+        """Of every codebook, as the decoder hears them: it gets their sums."""
+        codes = [torch.arange(size, device=self.device) for size in self.codebook_sizes]
+        return [self.quantizer.decode(row[None, None], q)[0].mT for q, row in enumerate(codes)]
+
     def forward(self, wave: Float[Tensor, "B 1 S"]) -> CodecOutput:
         """Code and decode for training; the output has the input's length."""
         quantized = self.quantizer(self.encoder(wave))

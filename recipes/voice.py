@@ -162,12 +162,22 @@ def nar_settings(config: VoiceConfig, train: TokenShard) -> NARConfig | None:
         raise ValueError(
             f"nar.codebook_sizes {config.nar.codebook_sizes} are not those of the tokens, {sizes}"
         )
+    if config.nar.from_codec:
+        entries_of(config)  # What they lack is told before the AR is trained.
     if config.ar.tasks.continuation and not config.nar.text_dropout:
         logger.warning(
             "ar.tasks.continuation is not 0, but nar.text_dropout is: the NAR will go on without a "
             "text, which it was never trained to do; nar.text_dropout=0.1 is a good share"
         )
     return replace(config.nar, codebook_sizes=sizes)
+
+
+def entries_of(config: VoiceConfig) -> list[torch.Tensor]:
+    """Of the codec's codebooks. Raises ValueError for a codec that does not tell them."""
+    entries = load_codec(config.codec).entries()
+    if entries is None:
+        raise ValueError(f"nar.from_codec: {config.codec} tells no entries; set it to false")
+    return entries
 
 
 def train_ar(
@@ -209,6 +219,8 @@ def train_nar(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         nar = NAR(settings)
+    if settings.from_codec:
+        nar.begin_with(entries_of(config), config.seed)
 
     def data(shard: TokenShard, limit: int | None = None) -> NARData:
         return NARData.open(shard, alphabet, settings, config.nar_batch, config.seed, limit=limit)

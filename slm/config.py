@@ -160,6 +160,9 @@ class NARConfig:
     text_dropout: float = 0.0
     """In training so many utterances have no text, so that the NAR can do without one (voice
     conversion, speech that goes on by itself); 0.1 is a good share."""
+    from_codec: bool = False
+    """The codes' embeddings and heads begin as the codec's own entries, projected at random; else
+    as random ones. With little data they learn several times as fast."""
 
     def __post_init__(self) -> None:
         _positive(

@@ -30,6 +30,8 @@ from slm.config import NARConfig
 from slm.nar_data import NUM_TEXT_SYMBOLS, NARBatch, nar_batch, text_bytes
 
 FILES = ("config.json", "model.safetensors")
+EMBEDDING_STD = 0.5
+"""As strong as the sinusoids, so that what is said counts beside where."""
 
 
 class NAR(
@@ -73,6 +75,19 @@ class NAR(
         self.apply(_initialise)
         # The last to draw, so that the others begin alike with and without it.
         self.mask = nn.Embedding(1, config.width).apply(_initialise) if config.masked else None
+
+    @torch.no_grad()
+    def begin_with(self, entries: Sequence[Float[Tensor, "_ E"]], seed: int) -> None:
+        """Puts a codec's entries, (K, E) of every codebook, in place of the codes' embeddings and
+        heads: projected at random, as strong as those. So what sounds alike begins alike."""
+        generator = torch.Generator().manual_seed(seed)
+        width = self.config.width
+        tables = ((self.codes.weight, EMBEDDING_STD), (self.head.weight, width**-0.5))
+        for table, strength in tables:
+            projection = torch.randn(entries[0].shape[1], width, generator=generator)
+            for start, book in zip(self._starts[:-1], entries, strict=True):
+                rows = (book - book.mean(0)).cpu().float() @ projection
+                table[start : start + len(book)] = rows * (strength / rows.std().clamp(min=1e-6))
 
     def forward(self, batch: NARBatch) -> Scores:
         """Losses over the frames that are asked for, summed over the batch's stages."""
@@ -350,8 +365,7 @@ class Layer(nn.Module):
 
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        # As strong as the sinusoids, so that what is said counts beside where.
-        nn.init.normal_(module.weight, std=0.5)
+        nn.init.normal_(module.weight, std=EMBEDDING_STD)
     elif isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

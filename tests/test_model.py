@@ -103,6 +103,14 @@ def test_any_stretch_of_codebooks(codec: Codec, speech) -> None:
     np.testing.assert_array_equal(pieces, decoded[0, 0])
 
 
+def test_the_decoder_hears_sums_of_entries(codec: Codec, speech) -> None:
+    codes = codec.encode(speech).codes
+    told = zip(codec.entries(), codes[0], strict=True)
+    with torch.inference_mode():
+        wave = codec.decoder(sum(entries[row] for entries, row in told).T[None])
+    torch.testing.assert_close(codec.decode(codes), wave, atol=1e-6, rtol=0)
+
+
 def test_codebooks_that_are_not_there(codec: Codec, speech) -> None:
     codes = codec.encode(speech).codes
     for first in (-1, 3):

@@ -50,6 +50,27 @@ def batch(stages: list[int], lengths: tuple[int, ...] = (9, 14, 5)) -> NARBatch:
     return nar_batch([text_bytes(text) for text in TEXTS[: len(lengths)]], codes, prompts, stages)
 
 
+def test_codes_that_sound_alike_begin_alike() -> None:
+    nar = NAR(CONFIG)
+    random = torch.Generator().manual_seed(0)
+    entries = [torch.randn(size, 6, generator=random) * 40 + 7 for size in SIZES]
+    for book in entries:
+        book[1] = book[0] + 0.01
+    nar.begin_with(entries, seed=0)
+    nar.requires_grad_(False)
+    # Strong as before, though the codec's entries are not; no codebook's mean is left.
+    assert float(nar.codes.weight.std()) == pytest.approx(0.5, rel=0.1)
+    assert float(nar.head.weight.std()) == pytest.approx(CONFIG.width**-0.5, rel=0.1)
+    for table in (nar.codes.weight, nar.head.weight):
+        for rows in table.split(list(SIZES)):
+            assert float(rows.mean(0).abs().max()) < 1e-5
+            apart = (rows - rows[0]).norm(dim=1)
+            assert float(apart[1]) < 0.01 * float(apart[2:].min())
+    again = NAR(CONFIG)
+    again.begin_with(entries, seed=0)
+    assert torch.equal(again.codes.weight, nar.codes.weight)
+
+
 def changed(nar: NAR, one: NARBatch, other: NARBatch) -> float:
     with torch.no_grad():
         return float((nar(one).nll - nar(other).nll).abs().sum())

@@ -20,6 +20,7 @@ from recipes.tts import main as tts
 from recipes.voice import VoiceConfig, read
 from recipes.voice_scores import check_scores
 from slm.config import ARConfig, TaskConfig
+from slm.nar import NAR
 from slm.pipeline import Voice
 
 pytestmark = [
@@ -61,6 +62,32 @@ def save_codec(folder: Path, kind: str) -> Path:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize("kind", ["encodec", "lmspt"])
+def test_a_nar_begins_with_the_codecs_entries(kind: str, base: Path, tmp_path: Path) -> None:
+    codec = load_codec(save_codec(tmp_path / "codec", kind))
+    shard = save_shard(tmp_path / "tokens.parquet", 6, codec.stamp)
+    given = [
+        f"out={tmp_path / 'run'}", f"ar.base={base}", f"codec={tmp_path / 'codec'}",
+        f"train={shard}", "dev=null", "speak.num_items=0", "nar.from_codec=true",
+        # Steps that change nothing.
+        *(key for key in STEP if key != "speak.num_items=1"), "nar_optim.lr=1e-12",
+        "nar_optim.weight_decay=0.0",
+    ]  # fmt: skip
+    if kind == "encodec":
+        with pytest.raises(ValueError, match="tells no entries"):
+            tts(given)
+        assert not (tmp_path / "run").exists()
+        return
+    tts(given)
+    entries = codec.entries()
+    assert entries is not None
+    nar = NAR.load(tmp_path / "run" / "voice" / "nar")
+    expected = NAR(nar.config)
+    expected.begin_with(entries, seed=0)
+    torch.testing.assert_close(nar.codes.weight, expected.codes.weight.detach())
+    torch.testing.assert_close(nar.head.weight, expected.head.weight.detach())
 
 
 @pytest.mark.parametrize("kind", [*BASELINES, *SEANET, "lmspt"])
