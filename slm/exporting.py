@@ -2,15 +2,14 @@
 
 import json
 import logging
-import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 from slm.ar import SpeechLM
 from slm.cards import export_card, short_path
 from slm.prompts import asr_context, tts_context
+from slm.shipping import anew
 from slm.vocab import Vocabulary, encode_texts
 
 logger = logging.getLogger(__name__)
@@ -35,8 +34,6 @@ def export(lm: SpeechLM, folder: str | Path) -> None:
     check_free(folder)
     vocabulary = lm.vocabulary
     tokenizer = extended(lm.alphabet.tokenizer, vocabulary)
-    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{k}") for k in ("new", "old"))
-    partial.mkdir(parents=True)
     kept = lm.lm.generation_config
     try:
         lm.lm.generation_config = GenerationConfig(
@@ -44,28 +41,15 @@ def export(lm: SpeechLM, folder: str | Path) -> None:
             bos_token_id=kept.bos_token_id,
             pad_token_id=vocabulary.eos if kept.pad_token_id is None else kept.pad_token_id,
         )
-        lm.lm.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        lm.alphabet.save(partial)
-        exact = as_layouts(tokenizer, lm)
-        (partial / "README.md").write_text(export_card(lm, exact), encoding="utf-8")
-        (partial / MARK).write_text(json.dumps({"format": FORMAT_VERSION, "base": _base(lm)}))
-        _take_place(partial, folder, old)
+        with anew(folder) as partial:
+            lm.lm.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            lm.alphabet.save(partial)
+            exact = as_layouts(tokenizer, lm)
+            (partial / "README.md").write_text(export_card(lm, exact), encoding="utf-8")
+            (partial / MARK).write_text(json.dumps({"format": FORMAT_VERSION, "base": _base(lm)}))
     finally:
         lm.lm.generation_config = kept
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _take_place(partial: Path, folder: Path, old: Path) -> None:
-    """`partial` becomes `folder`; an earlier one is put back where that fails, never lost."""
-    try:
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _base(lm: SpeechLM) -> dict[str, Any]:

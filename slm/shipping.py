@@ -54,7 +54,7 @@ def ship(source: Path, folder: Path, finish: Callable[[Path], None]) -> None:
         raise ValueError(f"{folder}: one of it and the voice {source} is in the other; save apart")
     if folder.exists() and not is_voice(folder) and not _is_empty(folder):
         raise ValueError(f"{folder}: neither empty nor a voice; name a new folder")
-    with _anew(folder) as partial:
+    with anew(folder) as partial:
         shutil.copytree(source, partial, dirs_exist_ok=True)
         finish(partial)
 
@@ -89,7 +89,7 @@ def _is_empty(folder: Path) -> bool:
 
 
 @contextmanager
-def _anew(folder: Path) -> Iterator[Path]:
+def anew(folder: Path) -> Iterator[Path]:
     """Yields an empty folder beside `folder`, whose place it takes at the end; after an error an
     earlier `folder` is as it was."""
     partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{k}") for k in ("new", "old"))
