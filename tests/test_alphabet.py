@@ -105,6 +105,15 @@ def test_only_what_is_spoken_is_normalised(base: Base) -> None:
         assert alphabet.text_ids(task, ["5 cats"]) == plain.text_ids(task, ["5 cats"])
 
 
+def test_what_is_all_in_capitals_is_lowered_but_in_text_alone(base: Base) -> None:
+    alphabet = make(base)
+    assert alphabet.spelt("5 RED CATS") == "five red cats"
+    assert alphabet.num_tokens("RED CATS") == alphabet.num_tokens("red cats")
+    for task in ("tts", "asr"):
+        assert alphabet.text_ids(task, ["RED CATS"]) == alphabet.text_ids(task, ["red cats"])
+    assert alphabet.text_ids("text", ["RED CATS"]) != alphabet.text_ids("text", ["red cats"])
+
+
 def test_phonemes_are_spelt_as_characters(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alphabet_module, "phonemes", lambda text: text.replace("a", "\u00e6"))
     alphabet = make(base, TextConfig(spoken="phonemes"))

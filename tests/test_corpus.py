@@ -16,6 +16,7 @@ from slm.corpus import Ragged, pieces_of, read_texts, usable, within
 def shard(path: Path) -> TokenShard:
     rows = make_rows(6)
     rows[1] = rows[1]._replace(text=" ... ")
+    rows[4] = rows[4]._replace(text="A RED HEN")
     write_shard(path, rows, STAMP)
     opened = TokenShard.open(path)
     opened.num_frames[2] = 0  # Our writer refuses it; another program's may not.
@@ -29,6 +30,7 @@ def test_what_says_nothing_or_has_no_frames_is_left_out(
         corpus = usable(shard(tmp_path / "a.parquet"))
     assert corpus.items.tolist() == [0, 3, 4, 5]
     assert corpus.texts[1] == corpus.shard.texts[3]
+    assert corpus.texts[2] == "a red hen"
     assert np.array_equal(corpus.codes(1), corpus.shard[3].codes)
     assert corpus.num_frames[1] == corpus.codes(1).shape[1]
     assert "skipped 1 items without words: item-1" in caplog.text

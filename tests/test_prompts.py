@@ -15,6 +15,7 @@ from slm.prompts import (
     TTS,
     Coverage,
     Prompt,
+    in_small_letters,
     join_texts,
     layout,
     load_prompts,
@@ -57,6 +58,13 @@ def test_a_prompt_stands_where_its_codes_stood_in_training(vocabulary: Vocabular
 def test_texts_are_joined_like_one_transcript() -> None:
     assert join_texts(" one two ", "three") == "one two three"
     assert join_texts("", "three") == "three"
+    assert join_texts("ONE TWO.", "Three NASA men") == "one two. Three NASA men"
+
+
+def test_what_is_all_in_capitals_is_lowered() -> None:
+    assert in_small_letters("IT'S 5 O'CLOCK, I SAY") == "it's 5 o'clock, i say"
+    for kept in ("I", "NASA", "NASA - ", "Good MORNING", "12 34", "\u4f60\u597d \u4f60", ""):
+        assert in_small_letters(kept) == kept
 
 
 COVERAGE = Coverage.of(["Hello there.", "bye 7"], longest_frames=100)
