@@ -7,7 +7,7 @@ from slm.config import SamplingConfig
 from slm.generate import restrict_speech, speech_bounds
 from slm.long_text import Passage, Piece, room_behind, split_text
 from slm.pieces import split_at_quiet
-from slm.prompts import Prompt, join_texts, tts_context
+from slm.prompts import Prompt, in_small_letters, join_texts, tts_context
 from slm.speaking import Models, Utterance
 from slm.spelling import normalize
 
@@ -75,6 +75,8 @@ def check_speaks(models: Models) -> None:
 
 
 def check_text(models: Models, text: str, what: str = "the text") -> None:
-    """Numbers and abbreviations are words by the time that the model reads them."""
+    """Numbers and abbreviations are words by the time that the model reads them, and capitals
+    alone small letters."""
+    text = in_small_letters(text)
     spelt_out = normalize(text) if models.lm.alphabet.text.normalize else text
     models.coverage.check(spelt_out, what)

@@ -331,6 +331,17 @@ def test_numbers_are_words_by_the_time_that_they_are_checked(
     assert "1" not in caplog.text.partition("characters that no training text had")[2]
 
 
+def test_capitals_alone_are_small_letters_by_the_time_that_they_are_checked(
+    voice: Voice, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        voice.prepare("THE CAT SAT", voice.prompts["ann"])
+    assert "characters that no training text had" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        voice.prepare("the CAT sat", voice.prompts["ann"])
+    assert "characters that no training text had: A C T" in caplog.text
+
+
 def test_a_voice_is_saved_whole(voice: Voice, tmp_path: Path) -> None:
     voice.save_pretrained(tmp_path / "copy")
     loaded = Voice.from_pretrained(tmp_path / "copy")
