@@ -162,7 +162,8 @@ class NARConfig:
     conversion, speech that goes on by itself); 0.1 is a good share."""
     from_codec: bool = False
     """The codes' embeddings and heads begin as the codec's own entries, projected at random; else
-    as random ones. With little data they learn several times as fast."""
+    as random ones. In a trial with ten hours of speech the loss fell two to three times
+    as fast at first (LOG.md)."""
 
     def __post_init__(self) -> None:
         _positive(

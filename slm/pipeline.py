@@ -313,6 +313,7 @@ class Voice:
         return [joined(one, [next(told) for _ in one.utterances]) for one in passages]
 
     def speak(self, utterances: Sequence[Utterance]) -> list[Speech]:
+        """One batch through the AR, the NAR and the codec."""
         return speak(self.models, utterances, self.sampling)
 
     @staticmethod
