@@ -11,6 +11,7 @@ C = TypeVar("C")
 
 
 Family = Literal["seanet", "spectral", "lmspt"]
+WHISPER_RATE, WHISPER_HOP = 16_000, 320
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,6 +231,14 @@ class CodecConfig:
             raise ValueError(
                 f"lmspt: the encoder's frames have {hops['encoder']} samples, the decoder's "
                 f"{hops['decoder']}; their strides must agree"
+            )
+        if lmspt.semantic == "whisper" and (
+            self.sample_rate != WHISPER_RATE or hops["encoder"] % WHISPER_HOP
+        ):
+            raise ValueError(
+                f"lmspt.semantic whisper: Whisper hears {WHISPER_RATE} Hz and has a feature each "
+                f"{WHISPER_HOP} samples; sample_rate {self.sample_rate} and frames of "
+                f"{hops['encoder']} samples do not fit"
             )
         auxiliary = lmspt.auxiliary
         if auxiliary.kind != "none":

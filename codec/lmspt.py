@@ -15,6 +15,7 @@ from codec.config import CodecConfig, SpectralConfig
 from codec.convolutional import ConvDecoder, ConvEncoder
 from codec.layers import Lengths, Transformer, ceil_div
 from codec.spectral import SpectralDecoder, SpectralEncoder
+from codec.whisper_encoder import WhisperEncoder
 
 
 class Encoder(nn.Module):
@@ -62,7 +63,10 @@ class DualEncoder(nn.Module):
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         conv = config.lmspt.conv
-        self.semantic = Encoder(config, conv.semantic_width or conv.width)
+        if config.lmspt.semantic == "whisper":
+            self.semantic: nn.Module = WhisperEncoder(config)
+        else:
+            self.semantic = Encoder(config, conv.semantic_width or conv.width)
         self.acoustic: Encoder | None = None
         if not config.lmspt.shared_encoder:
             self.acoustic = Encoder(config, conv.width)

@@ -77,6 +77,44 @@ class TransformerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WhisperConfig:
+    """Whisper's encoder as the semantic one, frozen, and what makes codes of its features.
+
+    The first five say which Whisper: recipes/train_semantic.py reads them from the model."""
+
+    width: int = 384
+    """Features of Whisper's hidden states (tiny 384, base 512)."""
+    num_layers: int = 4
+    """Its encoder's Transformer layers (tiny 4, base 6)."""
+    num_heads: int = 6
+    """Their attention heads (tiny 6, base 8)."""
+    feedforward: int = 1536
+    """Features inside their feed-forward parts (tiny 1536, base 2048)."""
+    num_mels: int = 80
+    """Mel bins that it hears."""
+    adapter_width: int = 256
+    """Channels of the ConvNeXt blocks behind it."""
+    adapter_depth: int = 2
+    """Their number."""
+
+    def __post_init__(self) -> None:
+        at_least(
+            1,
+            lmspt__whisper__width=self.width,
+            lmspt__whisper__num_layers=self.num_layers,
+            lmspt__whisper__num_heads=self.num_heads,
+            lmspt__whisper__feedforward=self.feedforward,
+            lmspt__whisper__num_mels=self.num_mels,
+            lmspt__whisper__adapter_width=self.adapter_width,
+        )
+        at_least(0, lmspt__whisper__adapter_depth=self.adapter_depth)
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"lmspt.whisper: {self.num_heads} heads cannot share {self.width} features"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AuxiliaryConfig:
     """The decoder that speaks the semantic codebook alone; it exists for training."""
 
@@ -149,6 +187,9 @@ class LMSPTConfig:
     """Convolutions on the wave (lmspt.conv), or ConvNeXt on mel frames (spectral)."""
     decoder: Literal["conv", "spectral"] = "spectral"
     """Transposed convolutions (lmspt.conv), or Vocos (spectral)."""
+    semantic: Literal["own", "whisper"] = "own"
+    """The semantic encoder: of the same kind as the acoustic one, or a pretrained Whisper's
+    (lmspt.whisper), as GLM-4-Voice has (arXiv 2412.02612, section 3.1), for waves at 16 kHz."""
     dimension: int = 256
     """Features D of the latents; spectral.dimension is not read."""
     shared_encoder: bool = False
@@ -162,11 +203,19 @@ class LMSPTConfig:
     """Read where encoder or decoder is conv."""
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     """After each encoder."""
+    whisper: WhisperConfig = field(default_factory=WhisperConfig)
+    """Read where semantic is whisper."""
     auxiliary: AuxiliaryConfig = field(default_factory=AuxiliaryConfig)
     """Decoder of the semantic codebook, for training."""
 
     def __post_init__(self) -> None:
         one_of(("conv", "spectral"), lmspt__encoder=self.encoder, lmspt__decoder=self.decoder)
+        one_of(("own", "whisper"), lmspt__semantic=self.semantic)
+        if self.semantic == "whisper" and (self.shared_encoder or self.causal):
+            raise ValueError(
+                "lmspt.semantic whisper is an encoder apart, and looks ahead: leave "
+                "lmspt.shared_encoder and lmspt.causal out"
+            )
         at_least(1, lmspt__dimension=self.dimension)
         if self.causal and "spectral" in (self.encoder, self.decoder):
             raise ValueError(

@@ -44,6 +44,7 @@ class Codec(PyTorchModelHubMixin, SpeechCodec, library_name="parlance", tags=["s
             config = codec_config_from_dict(config)
         self.config = config
         self._folded: dict[str, str] = {}  # Digest of the folded weights -> of those they are of.
+        self._frozen: list[nn.Module] = []
         dimension = config.dimension
         self.auxiliary: nn.Module | None = None
         if config.family == "lmspt":
@@ -158,6 +159,18 @@ class Codec(PyTorchModelHubMixin, SpeechCodec, library_name="parlance", tags=["s
             self._folded[_digest(self)] = digest
         return self.eval()
 
+    def freeze_semantic(self) -> None:
+        """Training leaves LM-SPT's semantic encoder and codebook as they are from now on.
+
+        Raises `ValueError` for another family, and where both halves share an encoder.
+        """
+        if not isinstance(self.encoder, DualEncoder) or self.encoder.acoustic is None:
+            raise ValueError("a semantic half of its own to freeze has codec.family lmspt alone")
+        assert isinstance(self.quantizer, SplitVQ)
+        self._frozen = [self.encoder.semantic, self.quantizer.semantic]
+        for part in self._frozen:
+            part.requires_grad_(False).eval()
+
     def train(self, mode: bool = True) -> "Codec":
         """Training mode, or not. Raises `ValueError` for a folded codec."""
         if mode and self._folded:
@@ -165,7 +178,10 @@ class Codec(PyTorchModelHubMixin, SpeechCodec, library_name="parlance", tags=["s
                 f"{self.source}: this codec was loaded for inference; to train it, load it with "
                 "Codec.from_pretrained"
             )
-        return super().train(mode)
+        super().train(mode)
+        for part in self._frozen:
+            part.eval()
+        return self
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
         """Write config.json and model.safetensors; `options` are the hub mixin's.

@@ -50,6 +50,9 @@ class TrainCodecConfig:
     """Codec folder or hub id to train further (`codec import` makes one of a published
     checkpoint); its architecture takes the place of `codec`, which may only name the same. Empty:
     random weights."""
+    freeze_semantic: bool = False
+    """LM-SPT's semantic encoder and codebook stay what start_from brings (recipes/train_semantic.py
+    trains them apart); the rest learns."""
     codec: CodecConfig = field(default_factory=CodecConfig)
     """Architecture."""
     discriminators: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
@@ -75,6 +78,16 @@ class TrainCodecConfig:
             raise ValueError(
                 "resynthesis.model names the teacher of losses.weights.resynthesis: set both, or "
                 "none"
+            )
+        if self.freeze_semantic and not self.start_from:
+            raise ValueError(
+                "freeze_semantic keeps random weights without start_from: name a codec whose "
+                "semantic half is trained"
+            )
+        if self.freeze_semantic and (self.losses.weights.distill or self.resynthesis.model):
+            raise ValueError(
+                "freeze_semantic leaves no semantic codebook to teach: set losses.weights.distill "
+                "and losses.weights.resynthesis to 0"
             )
 
 
@@ -137,6 +150,8 @@ def build_models(config: TrainCodecConfig, device: str | torch.device) -> Models
     """The codec in training, and who trains it. Raises `ValueError` where they do not fit."""
     codec = Codec.from_pretrained(config.start_from) if config.start_from else Codec(config.codec)
     check_codec(codec.config, config.losses, config.resynthesis, config.start_from)
+    if config.freeze_semantic:
+        codec.freeze_semantic()
     adversarial = config.losses.needs_discriminators
     discriminators = Discriminators(config.discriminators) if adversarial else None
     teachers = None

@@ -184,7 +184,7 @@ def config_class(path: Path) -> type:
     import importlib
 
     folder = path.relative_to(ROOT / "recipes" / "configs").parts[0]
-    stems = {"codec": "train_codec", "export": "export_tokens"}
+    stems = {"codec": "train_codec", "export": "export_tokens", "semantic": "train_semantic"}
     module = importlib.import_module(f"recipes.{stems.get(folder, folder)}")
     source = (ROOT / "recipes" / f"{stems.get(folder, folder)}.py").read_text()
     (loaded,) = set(re.findall(r"load_config\(\s*(\w+)", source))

@@ -1,0 +1,125 @@
+"""A pretrained Whisper's encoder as a codec's semantic encoder.
+
+What a codec of a few hours' training can learn of words by itself is little; a speech recogniser's
+hidden states, quantised, hold them (CosyVoice, arXiv 2407.05407, section 2.1; GLM-4-Voice,
+2412.02612, section 3.1). Whisper's weights (arXiv 2212.04356) are part of the codec, and frozen.
+"""
+
+from dataclasses import replace
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from codec.config import WHISPER_HOP, CodecConfig
+from codec.layers import ChannelNorm, ConvNeXtBlock, Lengths, ceil_div, length_mask
+from codec.lmspt_config import WhisperConfig
+from codec.speech_teachers import WINDOW_SECONDS, WhisperTeacher
+from codec.teachers import load_speech_teacher
+
+KERNEL = 5
+"""Frames of an adapter block's depthwise convolution."""
+
+
+class WhisperEncoder(nn.Module):
+    """wave (B,1,S) at 16 kHz -> latent (B,D,T): Whisper's features, those of a frame side by side,
+    then ConvNeXt blocks, which learn. An item of a padded batch gets what it gets alone."""
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        whisper = config.lmspt.whisper
+        self.hop_length = config.hop_length
+        self.stack = config.hop_length // WHISPER_HOP
+        """Of Whisper's features in a frame."""
+        self.whisper = WhisperTeacher(_network(whisper), name="whisper", layer="last")
+        inside, depth = whisper.adapter_width, whisper.adapter_depth
+        self.norm_in = ChannelNorm(self.stack * whisper.width)
+        self.embed = nn.Conv1d(self.stack * whisper.width, inside, 1)
+        self.blocks = nn.ModuleList(
+            ConvNeXtBlock(inside, kernel=KERNEL, scale=1 / depth) for _ in range(depth)
+        )
+        self.norm_out = ChannelNorm(inside)
+        self.project = nn.Conv1d(inside, config.lmspt.dimension, 1)
+
+    @torch.no_grad()
+    def features(
+        self, wave: Float[Tensor, "B 1 S"], lengths: Lengths | None = None
+    ) -> Float[Tensor, "B F T"]:
+        """Whisper's, F = stack * width of each frame; zeros behind an item's end."""
+        if lengths is None:
+            lengths = torch.full((len(wave),), wave.shape[-1], device=wave.device)
+        # Whisper has a feature for each 20 ms that has begun: silence completes the last frame.
+        frames = ceil_div(lengths, self.hop_length)
+        wave = wave * length_mask(lengths, wave.shape[-1])
+        wave = functional.pad(wave, (0, -wave.shape[-1] % self.hop_length))
+        values = self.whisper(wave, frames * self.hop_length).values
+        return rearrange(values, "b (t s) d -> b (s d) t", s=self.stack)
+
+    def forward(
+        self, wave: Float[Tensor, "B 1 S"], lengths: Lengths | None = None
+    ) -> Float[Tensor, "B D T"]:
+        mask = None
+        if lengths is not None:
+            frames = ceil_div(lengths, self.hop_length)
+            mask = length_mask(frames, ceil_div(wave.shape[-1], self.hop_length))
+        return self.adapt(self.features(wave, lengths), mask)
+
+    def adapt(
+        self, features: Float[Tensor, "B F T"], mask: Float[Tensor, "B 1 T"] | None = None
+    ) -> Float[Tensor, "B D T"]:
+        """What is quantised of the features; `mask` is 0 in padding."""
+        x = self.embed(self.norm_in(features))
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.project(self.norm_out(x))
+
+
+def architecture_of(model: str, config: CodecConfig) -> CodecConfig:
+    """`config` with the sizes of a Whisper, by hub id or folder. ValueError: it is none."""
+    found = _loaded(model).network.config
+    whisper = replace(
+        config.lmspt.whisper,
+        width=found.d_model,
+        num_layers=found.encoder_layers,
+        num_heads=found.encoder_attention_heads,
+        feedforward=found.encoder_ffn_dim,
+        num_mels=found.num_mel_bins,
+    )
+    return replace(config, lmspt=replace(config.lmspt, semantic="whisper", whisper=whisper))
+
+
+def load_whisper(encoder: WhisperEncoder, model: str) -> None:
+    """Gives the encoder a Whisper's weights, by hub id or folder. ValueError: it does not fit."""
+    network = _loaded(model).network
+    try:
+        encoder.whisper.network.load_state_dict(network.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"{model}: is of other sizes than codec.lmspt.whisper says; leave those keys out"
+        ) from error
+
+
+def _loaded(model: str) -> WhisperTeacher:
+    teacher = load_speech_teacher(model, layer="last", half=False)
+    if not isinstance(teacher, WhisperTeacher):
+        raise ValueError(f"{model}: is no Whisper; name one by hub id or folder")
+    return teacher
+
+
+def _network(config: WhisperConfig) -> nn.Module:
+    """Whisper's encoder with random weights."""
+    import transformers
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder as Network
+
+    return Network(
+        transformers.WhisperConfig(
+            d_model=config.width,
+            encoder_layers=config.num_layers,
+            encoder_attention_heads=config.num_heads,
+            encoder_ffn_dim=config.feedforward,
+            num_mel_bins=config.num_mels,
+            max_source_positions=WINDOW_SECONDS * 16_000 // WHISPER_HOP,
+        )
+    )

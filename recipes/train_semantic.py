@@ -1,0 +1,259 @@
+"""Trains the semantic codebook of an LM-SPT codec on a pretrained Whisper's encoder.
+
+    accelerate launch recipes/train_semantic.py --config recipes/configs/semantic/small.yaml
+    accelerate launch recipes/train_codec.py --config recipes/configs/codec/lmspt_whisper.yaml
+
+The first command's folder ends with `codec/`: a codec whose semantic half is whole. The second one
+trains the rest of it and leaves that half alone. The lists of cuts must have transcripts.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from codec import Codec
+from codec.checks import at_least
+from codec.config import CodecConfig
+from codec.data import load_cut, read_cuts
+from codec.quantize import codebook_use, count_codes
+from codec.semantic import SemanticStudent, Spoken, letters_of, read, spell, spelling_loss
+from codec.train import save_whole
+from codec.whisper_encoder import architecture_of, load_whisper
+from recipes.common import load_config, make_accelerator, run_program, start_run
+from slm.ar import Scores
+from slm.config import BatchConfig, OptimConfig
+from slm.data import Share
+from slm.plan import Plan
+from slm.train import Losses, evaluate, fit
+
+if TYPE_CHECKING:
+    from lhotse.cut import Cut
+
+logger = logging.getLogger(__name__)
+
+NUM_LISTED = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SemanticWeights:
+    """How much each loss counts."""
+
+    letters: float = 0.5
+    """Nats a letter of the transcript (CTC)."""
+    features: float = 1.0
+    """Squared error of Whisper's features, normalised."""
+    commitment: float = 0.25
+    """Distance of the latent to its codebook entries."""
+
+    def __post_init__(self) -> None:
+        at_least(
+            0,
+            weights__letters=self.letters,
+            weights__features=self.features,
+            weights__commitment=self.commitment,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSemanticConfig:
+    """One run."""
+
+    out: str = "out/small/semantic"
+    """Run folder: goes on where an earlier start with the same configuration stopped."""
+    train: str = "out/small/cuts/train.jsonl.gz"
+    """Cuts with transcripts (recipes/prepare_data.py makes them)."""
+    dev: str = "out/small/cuts/dev.jsonl.gz"
+    """Cuts to validate on: speakers that are not in `train`."""
+    seed: int = 0
+    """Of initial weights and batches."""
+    whisper: str = "models/whisper-tiny.en-transformers"
+    """Whisper by hub id or folder; its encoder becomes a part of the codec."""
+    codec: CodecConfig = field(default_factory=lambda: CodecConfig(family="lmspt"))
+    """Architecture; codec.lmspt.semantic and the sizes of the Whisper are set from `whisper`."""
+    weights: SemanticWeights = field(default_factory=SemanticWeights)
+    """Of the losses."""
+    batch: BatchConfig = field(default_factory=lambda: BatchConfig(positions=2400, max_items=64))
+    """Whole recordings; positions are the codec's frames."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser and schedule."""
+
+    def __post_init__(self) -> None:
+        if self.codec.family != "lmspt":
+            raise ValueError(f"codec.family must be lmspt, got {self.codec.family}")
+        if self.batch.packed is not None:
+            raise ValueError("batch.packed: recordings stand one in a row; leave it out")
+
+
+class Recordings:
+    """Whole recordings in batches of like lengths: slm.train's Data."""
+
+    def __init__(
+        self, cuts: Sequence["Cut"], letters: str, codec: Codec, batch: BatchConfig, seed: int,
+        bad_file: Path,
+    ):  # fmt: skip
+        self._sample_rate, self._bad_file = codec.sample_rate, bad_file
+        spelt = [spell(_text(cut), letters) for cut in cuts]
+        frames = [int(np.ceil(cut.duration * codec.frame_rate)) for cut in cuts]
+        kept = [i for i, labels in enumerate(spelt) if labels and frames[i] <= batch.positions]
+        _tell([cut.id for cut, labels in zip(cuts, spelt, strict=True) if not labels],
+              "without a transcript in letters")  # fmt: skip
+        _tell([cut.id for cut, count in zip(cuts, frames, strict=True) if count > batch.positions],
+              f"longer than batch.positions ({batch.positions} frames)")  # fmt: skip
+        if not kept:
+            raise ValueError(
+                "no recording has a transcript in letters and at most batch.positions frames; "
+                "give another list of cuts"
+            )
+        self._cuts = [cuts[i] for i in kept]
+        self._labels: list[Any] = [spelt[i] for i in kept]
+        self._plan = Plan(np.array([frames[i] for i in kept]), batch, seed)
+        self.padding_share = self._plan.padding_share
+        self._bad: set[str] = set()
+
+    def num_steps(self, world: int, accumulate: int) -> int:
+        return self._plan.num_groups(world * accumulate)
+
+    def share(self, step: int, micro: int, rank: int, world: int, accumulate: int) -> Share:
+        size, slot = world * accumulate, micro * world + rank
+        group, num_fill = self._plan.group(step, size)
+        targets = sum(len(self._labels[item]) for rows in group for row in rows for item in row)
+        weight = 0.0 if slot >= size - num_fill else 1.0
+        return Share(self._batch([int(row[0]) for row in group[slot]]), targets / size, weight)
+
+    def _batch(self, items: Sequence[int]) -> Spoken:
+        waves, labels = [], []
+        for item in items:
+            cut = self._cuts[item]
+            try:
+                wave = load_cut(cut, self._sample_rate, allow_silence=True)
+            except (ValueError, OSError) as error:
+                if cut.id not in self._bad:
+                    self._bad.add(cut.id)
+                    with open(self._bad_file, "a", encoding="utf-8") as file:
+                        file.write(json.dumps({"id": cut.id, "why": str(error)}) + "\n")
+                    logger.warning("left out: %s", error)
+                continue
+            waves.append(torch.from_numpy(wave))
+            labels.append(torch.tensor(self._labels[item]))
+        if not waves:
+            raise ValueError(
+                f"none of the {len(items)} recordings of a batch can be read (the first: "
+                f"{self._cuts[items[0]].id}); see {self._bad_file}"
+            )
+        lengths = torch.tensor([len(wave) for wave in waves])
+        wave = pad_sequence(waves, batch_first=True)[:, None]
+        return Spoken(wave, lengths, pad_sequence(labels, batch_first=True))
+
+
+class Student(SemanticStudent):
+    """With the names of what its losses count."""
+
+    groups = ("letters", "features")
+
+
+def semantic_step(
+    model: nn.Module, batch: Spoken, num_targets: float, *, weights: SemanticWeights, hop: int
+) -> Losses:
+    """CTC in nats a letter, and the means over the batch's frames. Right letters (all less the edit
+    distance) are counted in evaluation alone: "accuracy" is 1 - CER there."""
+    told = model(batch)
+    spelling = spelling_loss(told, batch, hop).sum()
+    total = (
+        weights.letters * spelling / num_targets
+        + weights.features * told.features
+        + weights.commitment * told.commitment
+    )
+    letters, frames = (batch.labels != 0).sum(), told.codes.numel()
+    right = letters.new_zeros(()) if model.training else letters - _distance(told, batch, hop)
+    zero = spelling.new_zeros(())
+    return Losses(
+        total,
+        Scores(
+            nll=torch.stack([spelling, told.features * frames]),
+            correct=torch.stack([right.to(zero), zero]),
+            targets=torch.stack([letters.to(zero), zero + frames]),
+        ),
+    )
+
+
+def main(argv: list[str]) -> None:
+    config = load_config(TrainSemanticConfig, argv, __doc__ or "")
+    # A codec for this Whisper: what the keys say of its sizes must not contradict it.
+    config = replace(config, codec=architecture_of(config.whisper, config.codec))
+    accelerator = make_accelerator(
+        Path(config.out), handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
+    )
+    train, dev = list(read_cuts(config.train)), list(read_cuts(config.dev))
+    run = start_run(config, config.out, seed=config.seed, accelerator=accelerator)
+    letters = letters_of([_text(cut) for cut in train])
+    codec = Codec(config.codec)
+    student = Student(codec, len(letters))
+    load_whisper(student.encoder, config.whisper)
+    open_list = partial(
+        Recordings, letters=letters, codec=codec, bad_file=run.folder / "skipped.jsonl"
+    )
+    data = open_list(train, batch=config.batch, seed=config.seed)
+    held = open_list(dev, batch=config.batch, seed=config.seed)
+    logger.info("letters: %s", letters)
+    step = partial(semantic_step, weights=config.weights, hop=codec.hop_length)
+    model = fit(student, step, data, held, run, config.optim)
+    whole = replace(config.optim, eval_batches=held.num_steps(1, 1))
+    scores = evaluate(model, step, held, accelerator, whole, Student.groups)
+    use = _use(student, held, accelerator)
+    if accelerator.is_main_process:
+        save_whole(codec.eval(), run.folder / "codec")
+        told = {
+            "codec": str(run.folder / "codec"),
+            "dev_cer": round(1 - scores["dev/letters_accuracy"], 4),
+            "dev_features": round(scores["dev/features_loss"], 4),
+            "entries_used": round(float(use.share), 3),
+            "perplexity": round(float(use.perplexity), 1),
+        }
+        print(json.dumps(told))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def _use(student: SemanticStudent, held: Recordings, accelerator: Any) -> Any:
+    """How evenly the dev list uses the codebook."""
+    size = student.quantizer.config.sizes[0]
+    counts = torch.zeros(1, size, dtype=torch.long)
+    student.eval()
+    with torch.inference_mode():
+        for index in range(held.num_steps(1, 1)):
+            batch = held.share(index, 0, 0, 1, 1).batch
+            told = student(Spoken(*(part.to(accelerator.device) for part in batch)))
+            counts += count_codes(told.codes[None, None].cpu(), size)
+    return codebook_use(counts, [size])
+
+
+def _distance(told: Any, batch: Spoken, hop: int) -> torch.Tensor:
+    from torchaudio.functional import edit_distance
+
+    heard = read(told, batch.lengths, hop)
+    rows = (row[row != 0].tolist() for row in batch.labels)
+    return torch.tensor(sum(edit_distance(a, b) for a, b in zip(heard, rows, strict=True)))
+
+
+def _text(cut: "Cut") -> str:
+    return " ".join(part.text for part in cut.supervisions if part.text)
+
+
+def _tell(ids: Sequence[str], why: str) -> None:
+    if ids:
+        named = ", ".join(ids[:NUM_LISTED]) + (" ..." if len(ids) > NUM_LISTED else "")
+        logger.warning("%d recordings left out, %s: %s", len(ids), why, named)
+
+
+if __name__ == "__main__":
+    run_program(main)
