@@ -5,55 +5,17 @@ CosyVoice, arXiv 2407.05407, section 2.1) and tell Whisper's features, which kee
 no transcript says.
 """
 
-import logging
-import unicodedata
-from collections.abc import Sequence
 from typing import NamedTuple
 
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from codec.layers import ConvNeXtBlock, ceil_div, length_mask
+from codec.layers import ceil_div, length_mask
 from codec.model import Codec
 from codec.quantize import SplitVQ
-from codec.whisper_encoder import KERNEL, WhisperEncoder
-
-logger = logging.getLogger(__name__)
-
-APOSTROPHE = "\N{RIGHT SINGLE QUOTATION MARK}"
-BLANK, SPACE = 0, 1
-"""CTC's blank and the end of a word; letters follow."""
-STEPS = 2
-"""Letters that a frame can hold, at least: fast speech has more than 20 a second."""
-DEPTH = 2
-"""ConvNeXt blocks of the reader."""
-
-
-def letters_of(texts: Sequence[str]) -> str:
-    """The letters of transcripts, sorted: what is read is spelt in them."""
-    found = set().union(*(set(_plain(text)) for text in texts))
-    return "".join(sorted(letter for letter in found - {" "} if not letter.isnumeric()))
-
-
-def spell(text: str, letters: str) -> list[int] | None:
-    """Labels of a transcript, from 1 on; None where it says nothing, or has what cannot be spelt,
-    such as a digit: nobody knows how it was read."""
-    words = _plain(text)
-    if not words or any(letter.isnumeric() or letter not in letters + " " for letter in words):
-        return None
-    return [SPACE if letter == " " else letters.index(letter) + 2 for letter in words]
-
-
-def _plain(text: str) -> str:
-    """In small letters, without punctuation; apostrophes are letters, hyphens end words."""
-    small = unicodedata.normalize("NFC", text.lower().replace(APOSTROPHE, "'"))
-    kept = [
-        letter if letter == "'" or unicodedata.category(letter)[0] in "LMN" else " "
-        for letter in small
-    ]
-    return " ".join("".join(kept).split())
+from codec.reader import BLANK, STEPS, Reader
+from codec.whisper_encoder import WhisperEncoder
 
 
 class Spoken(NamedTuple):
@@ -80,21 +42,15 @@ class Told(NamedTuple):
 class SemanticStudent(nn.Module):
     """The semantic encoder and codebook of a codec, and the reader that teaches them."""
 
-    def __init__(self, codec: Codec, num_letters: int) -> None:
+    def __init__(self, codec: Codec, letters: str) -> None:
         super().__init__()
         encoder, quantizer = codec.encoder.semantic, codec.quantizer
         if not isinstance(encoder, WhisperEncoder) or not isinstance(quantizer, SplitVQ):
             raise ValueError("the semantic codebook is trained so where lmspt.semantic is whisper")
         self.encoder, self.quantizer = encoder, quantizer.semantic
-        width, dimension = codec.config.lmspt.whisper.adapter_width, codec.latent_dimension
-        self.embed = nn.Conv1d(dimension, width, 1)
-        self.blocks = nn.ModuleList(
-            ConvNeXtBlock(width, kernel=KERNEL, scale=1 / DEPTH) for _ in range(DEPTH)
-        )
+        width = codec.config.lmspt.whisper.adapter_width
+        self.reader = Reader(codec.latent_dimension, width, letters)
         self.tell = nn.Conv1d(width, encoder.embed.in_channels, 1)
-        self.widen = nn.Conv1d(width, STEPS * width, 1)
-        self.fine = ConvNeXtBlock(width, kernel=KERNEL, scale=1.0)
-        self.letters = nn.Linear(width, num_letters + 2)
 
     def forward(self, batch: Spoken) -> Told:
         frames = ceil_div(batch.lengths, self.encoder.hop_length)
@@ -103,18 +59,12 @@ class SemanticStudent(nn.Module):
         inside = mask[:, 0].bool()
         latent = self.encoder.adapt(features, mask)
         # Padding is no speech: the codebook must not learn from it.
-        taken = latent.mT[inside].mT[None]
-        quantized = self.quantizer(taken)
+        quantized = self.quantizer(latent.mT[inside].mT[None])
         entries = latent.new_zeros(latent.mT.shape, dtype=quantized.latent.dtype)
         entries[inside] = quantized.latent[0].mT
-        x = self.embed(entries.mT)
-        for block in self.blocks:
-            x = block(x, mask)
+        letters, states = self.reader(entries.mT, mask)
         target = functional.layer_norm(features.mT, features.shape[1:2])[inside]
-        told = functional.mse_loss(self.tell(x).mT[inside].float(), target)
-        fine = rearrange(self.widen(x), "b (s c) t -> b c (t s)", s=STEPS)
-        fine = self.fine(fine, mask.repeat_interleave(STEPS, dim=-1))
-        letters = self.letters(fine.mT).float().log_softmax(-1)
+        told = functional.mse_loss(self.tell(states).mT[inside].float(), target)
         return Told(letters, told, quantized.commitment, quantized.codes[0, 0])
 
 

@@ -130,14 +130,17 @@ class TokenShard:
         self._group: tuple[tuple[int, int, int], Any] | None = None
 
     @classmethod
-    def open(cls, path: str | Path, expect: CodecStamp | None = None) -> "TokenShard":
-        """Opens a .parquet file or a folder of them, sorted by name.
+    def open(
+        cls, path: str | Path | Sequence[str | Path], expect: CodecStamp | None = None
+    ) -> "TokenShard":
+        """Opens a .parquet file or a folder of them, sorted by name; or several such as one.
 
         Raises ValueError when it is missing, cut, of a later format or of mixed codecs, when an id
         comes twice, and when `expect` is given and another codec made the codes.
         """
-        path = Path(path)
-        files = _shard_files(path)
+        paths = [path] if isinstance(path, str | Path) else list(path)
+        files = [file for each in paths for file in _shard_files(Path(each))]
+        path = " and ".join(map(str, paths))
         opened = [_open_file(file) for file in files]
         stamp = opened[0][0]
         for file, (other, _) in zip(files, opened, strict=True):

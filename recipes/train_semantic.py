@@ -3,8 +3,9 @@
     accelerate launch recipes/train_semantic.py --config recipes/configs/semantic/small.yaml
     accelerate launch recipes/train_codec.py --config recipes/configs/codec/lmspt_whisper.yaml
 
-The first command's folder ends with `codec/`: a codec whose semantic half is whole. The second one
-trains the rest of it and leaves that half alone. The lists of cuts must have transcripts.
+The first command's folder ends with `codec/`, a codec whose semantic half is whole, and `reader/`,
+which reads letters from codebook 1 (recipes/make_clips.py). The second one trains the rest of the
+codec and leaves that half alone. The lists of cuts must have transcripts.
 """
 
 import json
@@ -26,7 +27,8 @@ from codec.checks import at_least
 from codec.config import CodecConfig
 from codec.data import load_cut, read_cuts
 from codec.quantize import codebook_use, count_codes
-from codec.semantic import SemanticStudent, Spoken, letters_of, read, spell, spelling_loss
+from codec.reader import CodeReader, letters_of, spell
+from codec.semantic import SemanticStudent, Spoken, read, spelling_loss
 from codec.train import save_whole
 from codec.whisper_encoder import architecture_of, load_whisper
 from recipes.common import load_config, make_accelerator, run_program, start_run
@@ -197,7 +199,7 @@ def main(argv: list[str]) -> None:
     run = start_run(config, config.out, seed=config.seed, accelerator=accelerator)
     letters = letters_of([_text(cut) for cut in train])
     codec = Codec(config.codec)
-    student = Student(codec, len(letters))
+    student = Student(codec, letters)
     load_whisper(student.encoder, config.whisper)
     open_list = partial(
         Recordings, letters=letters, codec=codec, bad_file=run.folder / "skipped.jsonl"
@@ -212,8 +214,10 @@ def main(argv: list[str]) -> None:
     use = _use(student, held, accelerator)
     if accelerator.is_main_process:
         save_whole(codec.eval(), run.folder / "codec")
+        CodeReader(student.reader, codec.entries()[0]).cpu().save(run.folder / "reader")
         told = {
             "codec": str(run.folder / "codec"),
+            "reader": str(run.folder / "reader"),
             "dev_cer": round(1 - scores["dev/letters_accuracy"], 4),
             "dev_features": round(scores["dev/features_loss"], 4),
             "entries_used": round(float(use.share), 3),

@@ -53,6 +53,9 @@ class VoiceConfig:
     """Token shards to train on (recipes/export_tokens.py makes them)."""
     dev: str | None = "out/smoke/tokens/dev"
     """Token shards of other speakers; null: none."""
+    clips: str | None = None
+    """Token shards of a few words each (recipes/make_clips.py) that the AR learns from as well:
+    short texts teach it to read long before long ones do."""
     texts: str | None = None
     """Plain texts that ar.tasks.text mixes in: a .txt (paragraphs) or .jsonl file (`text` of each
     line), either gzipped or not."""
@@ -194,7 +197,10 @@ def train_ar(
             longest=lm.max_positions, limit=limit, texts=plain,
         )  # fmt: skip
 
-    train_data = data(train, texts.train, config.limit)
+    spoken = train
+    if config.clips is not None:
+        spoken = TokenShard.open([config.train, config.clips], expect=train.stamp)
+    train_data = data(spoken, texts.train, config.limit)
     held_out = texts.dev if config.ar.tasks.text else []
     dev_data = data(dev, held_out) if dev is not None else None
     stage = run.stage("ar")

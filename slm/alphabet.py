@@ -151,6 +151,10 @@ class Alphabet:
             self._characters[character] = _character_ids(self.tokenizer, character, alone)
         return [[token for one in text for token in self._characters[one]] for text in texts]
 
+    def spelling_ids(self, characters: Sequence[str]) -> list[list[int]]:
+        """Ids that are each character and nothing else. ValueError for one that has none."""
+        return self._spell(characters)
+
     def save(self, folder: str | Path) -> None:
         """The units model goes with it: a voice does not need the file that it was made with."""
         self.vocabulary.save(folder)

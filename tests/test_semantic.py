@@ -14,7 +14,8 @@ from test_speech_teachers import save
 from tiny_semantic import LM_SPT, tiny_semantic
 
 from codec import Codec, load_codec
-from codec.semantic import BLANK, SemanticStudent, Spoken, letters_of, read, spell, spelling_loss
+from codec.reader import BLANK, CodeReader
+from codec.semantic import SemanticStudent, Spoken, read, spelling_loss
 from codec.teachers import load_speech_teacher
 from codec.whisper_encoder import WhisperEncoder, architecture_of, load_whisper
 from recipes.train_codec import main as train_codec
@@ -25,20 +26,6 @@ TEXTS = ["Ann had a plan.", "AN APPLE, A PEAR", "Dad's pal", "a lad", "Anna"]
 
 def noise(*shape: int) -> torch.Tensor:
     return 0.3 * torch.randn(*shape, generator=torch.Generator().manual_seed(1))
-
-
-def test_letters_are_those_of_the_transcripts_in_small_letters() -> None:
-    assert letters_of(["Dad\N{RIGHT SINGLE QUOTATION MARK}s well-known 2 plans!"]) == "'adeklnopsw"
-    assert spell("Ab, a-b.", "ab") == [2, 3, 1, 2, 1, 3]
-    assert spell("I'm", "'im") == [3, 2, 4]
-    assert spell(
-        "Caf\N{LATIN SMALL LETTER E WITH ACUTE}", letters_of(["CAFE\N{COMBINING ACUTE ACCENT}"])
-    ) == [3, 2, 4, 5]
-
-
-@pytest.mark.parametrize("text", ["", "?!", "room 2", "xa"])
-def test_what_cannot_be_spelt_has_no_labels(text: str) -> None:
-    assert spell(text, letters_of(["a room 2"])) is None
 
 
 def test_features_are_whispers_those_of_a_frame_side_by_side(tmp_path: Path) -> None:
@@ -129,7 +116,7 @@ def batch_of(*samples: int) -> Spoken:
 def test_padding_changes_neither_what_is_read_nor_the_codebook(tmp_path: Path) -> None:
     codec, _ = tiny_semantic(tmp_path)
     torch.manual_seed(1)
-    student = SemanticStudent(codec, 2).eval()
+    student = SemanticStudent(codec, "ab").eval()
     batch = batch_of(12 * 640, 5 * 640)
     both = student(batch)
     alone = student(Spoken(batch.wave[1:, :, : 5 * 640], batch.lengths[1:], batch.labels[1:, :2]))
@@ -142,7 +129,7 @@ def test_padding_changes_neither_what_is_read_nor_the_codebook(tmp_path: Path) -
     for one in (batch, loud):
         again = Codec(codec.config)
         again.load_state_dict(codec.state_dict())
-        fresh = SemanticStudent(again, 2)
+        fresh = SemanticStudent(again, "ab")
         fresh.load_state_dict(student.state_dict())
         fresh.train()(one)
         entries.append(again.quantizer.semantic.codebooks[0].entries)
@@ -152,7 +139,7 @@ def test_padding_changes_neither_what_is_read_nor_the_codebook(tmp_path: Path) -
 
 def test_the_spelling_loss_sums_every_path_of_the_transcript(tmp_path: Path) -> None:
     codec, _ = tiny_semantic(tmp_path)
-    student = SemanticStudent(codec, 2).eval()
+    student = SemanticStudent(codec, "ab").eval()
     batch = batch_of(3 * 640)._replace(labels=torch.tensor([[2, 2]]))
     told = student(batch)
     chances = told.letters[0].exp()
@@ -166,7 +153,7 @@ def test_the_spelling_loss_sums_every_path_of_the_transcript(tmp_path: Path) -> 
 
 def test_reading_drops_blanks_and_repetitions(tmp_path: Path) -> None:
     codec, _ = tiny_semantic(tmp_path)
-    told = SemanticStudent(codec, 2)(batch_of(3 * 640))
+    told = SemanticStudent(codec, "ab")(batch_of(3 * 640))
     best = torch.tensor([[2, 2, 0, 2, 3, 1]])
     letters = torch.nn.functional.one_hot(best, 4).float()
     told = told._replace(letters=letters)
@@ -177,7 +164,7 @@ def test_reading_drops_blanks_and_repetitions(tmp_path: Path) -> None:
 def test_a_codec_without_such_an_encoder_is_refused() -> None:
     own = replace(LM_SPT, lmspt=replace(LM_SPT.lmspt, semantic="own"))
     with pytest.raises(ValueError, match=r"lmspt\.semantic is whisper"):
-        SemanticStudent(Codec(own), 2)
+        SemanticStudent(Codec(own), "ab")
 
 
 @pytest.fixture
@@ -212,6 +199,9 @@ def test_both_stages_end_to_end_and_the_semantic_half_stays(
     train_semantic([*settings, f"out={tmp_path / 'semantic'}"])
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told["codec"] == str(tmp_path / "semantic" / "codec")
+    reader, codec = CodeReader.load(told["reader"]), Codec.from_pretrained(told["codec"])
+    assert torch.equal(reader.entries, codec.entries()[0])
+    assert isinstance(reader.read(codec.encode(noise(1, 1, 9_000)).codes[0, 0].numpy()), str)
     assert told["dev_cer"] > 0
     assert 0 < told["entries_used"] <= 1
     assert "2 recordings left out, without a transcript in letters: 5, 6" in caplog.text

@@ -1,0 +1,81 @@
+"""New rows that begin as their codes' letters."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_slm import STAMP, save_base
+
+from slm.ar import SpeechLM
+from slm.config import ARConfig, TextConfig
+from slm.letters import Letters
+
+NUM_CODES = STAMP.codebook_sizes[0]
+
+
+def shares() -> np.ndarray:
+    """Code 1 says a, code 2 b and a little of a, code 3 the end of a word, the others nothing."""
+    found = np.zeros((NUM_CODES, 3), dtype=np.float32)
+    found[1], found[2], found[3] = (0, 1, 0), (0, 0.25, 0.75), (0.5, 0, 0)
+    return found
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_begin_as_their_letters(tmp_path: Path, tied: bool) -> None:
+    base = save_base(tmp_path / "base", tied=tied)
+    Letters("ab", shares()).save(tmp_path / "letters.json")
+    text = TextConfig(spoken="characters", written="characters")
+    config = ARConfig(base=str(base), lora=None, text=text, init_scale=0.0)
+    plain = SpeechLM.create(config, STAMP, seed=0)
+    spelt = SpeechLM.create(
+        ARConfig(base=str(base), lora=None, text=text, init_scale=0.0,
+                 letters=str(tmp_path / "letters.json")), STAMP, seed=0,
+    )  # fmt: skip
+    first = spelt.vocabulary.first_speech
+    ids = dict(zip(" ab", (row[0] for row in spelt.alphabet.spelling_ids(" ab")), strict=True))
+    for table in ("get_input_embeddings", "get_output_embeddings"):
+        before = getattr(plain.lm, table)().weight
+        after = getattr(spelt.lm, table)().weight
+        mean = before[: spelt.vocabulary.num_text].mean(0)
+        a, b, space = (before[ids[one]] for one in "ab ")
+        expected = before.clone()
+        expected[first + 1] = before[first + 1] + a - mean
+        expected[first + 2] = before[first + 2] + 0.25 * (a - mean) + 0.75 * (b - mean)
+        expected[first + 3] = before[first + 3] + 0.5 * (space - mean)
+        torch.testing.assert_close(after, expected)
+        assert torch.equal(after[:first], before[:first])
+
+
+def test_letters_of_another_codebook_are_refused(tmp_path: Path) -> None:
+    Letters("ab", shares()[1:]).save(tmp_path / "letters.json")
+    config = ARConfig(
+        base=str(save_base(tmp_path / "base")), letters=str(tmp_path / "letters.json")
+    )
+    with pytest.raises(ValueError, match=f"of {NUM_CODES - 1} codes, but codebook 1 has"):
+        SpeechLM.create(config, STAMP, seed=0)
+
+
+def test_the_file_holds_what_was_saved(tmp_path: Path) -> None:
+    Letters("ab", shares()).save(tmp_path / "letters.json")
+    again = Letters.load(tmp_path / "letters.json")
+    assert again.letters == "ab"
+    np.testing.assert_allclose(again.shares, shares(), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None, "{", "[]", json.dumps({"letters": "ab", "shares": [[0, 1]]}),
+        json.dumps({"letters": "a", "shares": [[0, 2]]}),
+        json.dumps({"letters": "a", "shares": [[0, float("nan")]]}),
+        json.dumps({"letters": "a", "shares": [0]}),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_named(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "letters.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=r"letters\.json: no letters of codes"):
+        Letters.load(path)

@@ -1,0 +1,95 @@
+"""Clips of a few words, and the letters of codes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_reader import speller
+
+import recipes.make_clips as recipe
+from codec.reader import CodeReader, Reader
+from codec.tokens import CodecStamp, TokenRow, TokenShard, write_shard
+from recipes.make_clips import cut, main
+from slm.letters import Letters
+
+STAMP = CodecStamp(
+    id="c", digest="0" * 16, sample_rate=16_000, frame_rate=25.0, num_codebooks=2,
+    codebook_sizes=(5, 7),
+)  # fmt: skip
+TEXTS = ["Ab ca, bac.", "CAB A", "b2 a"]
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Three utterances whose codes are their letters, four frames each; the third has a digit."""
+    rows = []
+    for number, text in enumerate(TEXTS):
+        labels = ["_ abc".index(one) for one in text.lower() if one in " abc"]
+        first = np.repeat(labels, 4).astype(np.uint16)
+        first[np.arange(len(first)) % 4 > 0] = 0
+        both = np.stack([first, np.arange(len(first)) % 7]).astype(np.uint16)
+        rows.append(TokenRow(f"u{number}", text, "s", "en", both.shape[1] / 25, both))
+    write_shard(tmp_path / "tokens.parquet", rows, STAMP)
+    CodeReader(Reader(4, 8, "abc"), torch.randn(5, 4)).save(tmp_path / "reader")
+    heard = speller("abc").heard
+    monkeypatch.setattr(CodeReader, "heard", lambda _, codes: heard(codes))
+    return [f"tokens={tmp_path / 'tokens.parquet'}", f"reader={tmp_path / 'reader'}",
+            f"out={tmp_path / 'out'}"]  # fmt: skip
+
+
+def test_clips_are_all_of_an_utterance_word_by_word(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    main([*settings, "max_words=2"])
+    told = json.loads(capsys.readouterr().out)
+    assert (told["unspelled"], told["dropped"]) == (1, 0)
+    shard, whole = TokenShard.open(told["clips"]), TokenShard.open(tmp_path / "tokens.parquet")
+    assert len(shard) == told["number"]
+    assert shard.stamp == whole.stamp
+    for number, text in enumerate(["Ab ca, bac.", "cab a"]):
+        mine = [i for i, name in enumerate(shard.ids) if name.startswith(f"u{number}#")]
+        assert " ".join(shard.texts[i] for i in mine) == text
+        joined = np.concatenate([shard[i].codes for i in mine], axis=1)
+        np.testing.assert_array_equal(joined, whole[number].codes)
+        assert all(len(shard.texts[i].split()) <= 2 for i in mine)
+    assert np.isclose(shard.durations, shard.num_frames / 25).all()
+    both = TokenShard.open([tmp_path / "tokens.parquet", told["clips"]])
+    assert len(both) == len(whole) + len(shard)
+    letters = Letters.load(told["letters"])
+    assert letters.letters == "abc"
+    assert letters.shares.argmax(1)[1:].tolist() == [0, 1, 2, 3]
+
+
+def test_a_seed_cuts_alike_and_another_one_otherwise() -> None:
+    edges = list(range(0, 300, 3))
+    drawn = [list(cut(edges, 8, np.random.default_rng(seed))) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    sizes = [clip.last - clip.first for clip in drawn[0]]
+    assert set(sizes) <= set(range(1, 9))
+    assert sum(sizes) == 99
+
+
+def test_long_silences_are_dropped(settings: list[str], monkeypatch, capsys) -> None:
+    monkeypatch.setattr(recipe, "MAX_WORD", 0.3)
+    with pytest.raises(ValueError, match="no utterance could be cut"):
+        main(settings)
+
+
+def test_a_reader_of_other_codes_is_noticed(settings: list[str], monkeypatch) -> None:
+    monkeypatch.setattr(CodeReader, "read", lambda *_: "zzzz")
+    with pytest.raises(ValueError, match="does not read the codes of"):
+        main(settings)
+
+
+def test_a_reader_of_another_codebook_is_refused(settings: list[str], tmp_path: Path) -> None:
+    CodeReader(Reader(4, 8, "abc"), torch.randn(6, 4)).save(tmp_path / "reader")
+    with pytest.raises(ValueError, match=r"a codebook of 6 entries, but that of .* has 5"):
+        main(settings)
+
+
+@pytest.mark.parametrize("given", ["max_words=0", "seed=-1"])
+def test_settings_that_make_no_sense(settings: list[str], given: str) -> None:
+    with pytest.raises(ValueError, match="must be at least"):
+        main([*settings, given])

@@ -1,0 +1,113 @@
+"""The reader of codes: what it spells, when each word is said, and its folder."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from codec.reader import BLANK, SPACE, STEPS, CodeReader, Reader, letters_of, spell
+
+
+def test_letters_are_those_of_the_transcripts_in_small_letters() -> None:
+    assert letters_of(["Dad\N{RIGHT SINGLE QUOTATION MARK}s well-known 2 plans!"]) == "'adeklnopsw"
+    assert spell("Ab, a-b.", "ab") == [2, 3, 1, 2, 1, 3]
+    assert spell("I'm", "'im") == [3, 2, 4]
+    assert spell(
+        "Caf\N{LATIN SMALL LETTER E WITH ACUTE}", letters_of(["CAFE\N{COMBINING ACUTE ACCENT}"])
+    ) == [3, 2, 4, 5]
+
+
+@pytest.mark.parametrize("text", ["", "?!", "room 2", "xa"])
+def test_what_cannot_be_spelt_has_no_labels(text: str) -> None:
+    assert spell(text, letters_of(["a room 2"])) is None
+
+
+def speller(letters: str) -> CodeReader:
+    """Code 0 says nothing, 1 ends a word, 2 is the first letter, ...; in a frame's first step."""
+    torch.manual_seed(0)
+    size = len(letters) + 2
+    reader = CodeReader(Reader(size, 8, letters), torch.eye(size))
+
+    def heard(codes: np.ndarray) -> torch.Tensor:
+        chances = torch.full((len(codes), STEPS, size), 0.01 / size)
+        chances[:, 1:, BLANK] = 0.99
+        chances[torch.arange(len(codes)), 0, torch.from_numpy(codes.astype(np.int64))] = 0.99
+        return (chances / chances.sum(-1, keepdim=True)).log().flatten(0, 1)
+
+    reader.heard = heard
+    return reader
+
+
+def codes(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.uint16)
+
+
+def test_codes_are_read_as_letters_and_words() -> None:
+    reader = speller("abc")
+    assert reader.read(codes(0, 2, 0, 3, 3, 1, 1, 0, 4, 0)) == "abb c"
+    assert reader.read(codes(0, 0)) == ""
+
+
+def test_words_are_cut_in_the_middle_of_their_pause() -> None:
+    reader = speller("abc")
+    said = codes(0, 2, 3, 0, 0, 0, 0, 4, 0, 1, 2, 0)
+    assert reader.word_edges(said, "ab c a") == [0, 5, 9, 12]
+    assert reader.word_edges(said, "AB, C! a.") == [0, 5, 9, 12]
+    assert reader.word_edges(said, "ab - c a") == [0, 2, 7, 9, 12]
+
+
+def test_a_text_that_was_not_said_like_that_still_ends_at_both_ends() -> None:
+    edges = speller("abc").word_edges(codes(2, 3, 4, 2, 3), "c c")
+    assert (edges[0], edges[-1], len(edges)) == (0, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a 2", "'2' cannot be spelt"),
+        ("x", "'x' cannot be spelt"),
+        ("?!", "0 letters cannot be said"),
+        ("abcabcabc", "9 letters cannot be said in 3 frames"),
+        ("aaaa", "4 letters cannot be said in 3 frames"),
+    ],
+)
+def test_texts_that_cannot_be_aligned(text: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        speller("abc").word_edges(codes(2, 3, 4), text)
+
+
+def test_shares_are_means_over_the_frames_of_a_code() -> None:
+    shares = speller("ab").letter_shares([codes(2, 2, 1), codes(3)])
+    assert shares.shape == (4, 3)
+    np.testing.assert_allclose(shares.argmax(1)[1:], [0, 1, 2])
+    assert shares[2, 1] > 0.97
+    assert not shares[0].any()  # This code never occurred.
+
+
+def test_what_is_read_depends_on_neighbours_and_not_on_the_batch() -> None:
+    torch.manual_seed(0)
+    reader = CodeReader(Reader(6, 8, "ab"), torch.randn(5, 6))
+    found = reader.heard(codes(0, 1, 2, 3, 4))
+    assert found.shape == (5 * STEPS, 4)
+    torch.testing.assert_close(found.exp().sum(1), torch.ones(10))
+    assert not torch.allclose(found[:2], reader.heard(codes(0, 4, 2, 3, 4))[:2])
+    with pytest.raises(ValueError, match="code 5 of a codebook of 5 entries"):
+        reader.heard(codes(5))
+
+
+def test_it_is_saved_whole(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    reader = CodeReader(Reader(6, 8, "ab'"), torch.randn(5, 6))
+    reader.save(tmp_path / "reader")
+    again = CodeReader.load(tmp_path / "reader")
+    assert torch.equal(again.heard(codes(0, 3, 2)), reader.heard(codes(0, 3, 2)))
+    assert again.reader.letters == "ab'"
+    (tmp_path / "reader" / "reader.json").write_text("{")
+    for folder in ("reader", "none"):
+        with pytest.raises(ValueError, match="no whole reader of codes"):
+            CodeReader.load(tmp_path / folder)
+
+
+def test_a_space_is_a_label_of_its_own() -> None:
+    assert spell("a b", "ab") == [2, SPACE, 3]
