@@ -31,7 +31,7 @@ from slm.alphabet import Alphabet
 from slm.config import ARConfig, LoRAConfig
 from slm.data import IGNORE, ARBatch
 from slm.head import Asked, logits_of, speech_rows, text_rows
-from slm.letters import Letters, spell_rows
+from slm.letters import spell_rows
 from slm.prompts import CONTINUATION, TASKS, TTS
 from slm.vocab import Vocabulary, extend, row_parameters
 
@@ -156,8 +156,7 @@ class SpeechLM(nn.Module):
         alphabet = Alphabet.create(base.lm, base.tokenizer, codec, config.text, config.units)
         vocabulary = alphabet.vocabulary
         extend(base.lm, vocabulary, seed, config.init_scale)
-        if config.letters is not None:
-            spell_rows(base.lm, alphabet, Letters.load(config.letters))
+        spell_rows(base.lm, alphabet, config.letters)
         lm = base.lm
         if config.gradient_checkpointing:
             with warnings.catch_warnings():  # Its later name is not in every release.

@@ -46,13 +46,16 @@ class Letters(NamedTuple):
         return cls(letters, shares)
 
 
-def spell_rows(lm: Any, alphabet: Alphabet, letters: Letters) -> None:
+def spell_rows(lm: Any, alphabet: Alphabet, path: str | Path | None) -> None:
     """Adds to the new row of each code of codebook 1 what its letters' rows are apart from the mean
-    of the text rows, by their shares; in place, before any adapter.
+    of the text rows, by the shares of a file of letters (None: nothing); in place, before any
+    adapter.
 
     Raises ValueError where the codebook has another size, or the LLM cannot spell a letter.
     """
-    vocabulary = alphabet.vocabulary
+    if path is None:
+        return
+    letters, vocabulary = Letters.load(path), alphabet.vocabulary
     if len(letters.shares) != vocabulary.codebook_size:
         raise ValueError(
             f"ar.letters is of {len(letters.shares)} codes, but codebook 1 has "

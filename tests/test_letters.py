@@ -9,7 +9,7 @@ import torch
 from tiny_slm import STAMP, save_base
 
 from slm.ar import SpeechLM
-from slm.config import ARConfig, TextConfig
+from slm.config import ARConfig, LoRAConfig, TextConfig
 from slm.letters import Letters
 
 NUM_CODES = STAMP.codebook_sizes[0]
@@ -46,6 +46,20 @@ def test_rows_begin_as_their_letters(tmp_path: Path, tied: bool) -> None:
         expected[first + 3] = before[first + 3] + 0.5 * (space - mean)
         torch.testing.assert_close(after, expected)
         assert torch.equal(after[:first], before[:first])
+
+
+def test_adapters_keep_the_rows_as_they_began(tmp_path: Path) -> None:
+    base = str(save_base(tmp_path / "base"))
+    Letters("ab", shares()).save(tmp_path / "letters.json")
+    letters = str(tmp_path / "letters.json")
+    whole = SpeechLM.create(ARConfig(base=base, lora=None, letters=letters), STAMP, seed=0)
+    adapted = SpeechLM.create(
+        ARConfig(base=base, lora=LoRAConfig(rank=2), letters=letters), STAMP, seed=0
+    )
+    adapted.save(tmp_path / "ar")
+    again = SpeechLM.load(tmp_path / "ar", base, torch.float32)
+    rows = [each.lm.get_input_embeddings().weight for each in (whole, again)]
+    torch.testing.assert_close(rows[0], rows[1])
 
 
 def test_letters_of_another_codebook_are_refused(tmp_path: Path) -> None:

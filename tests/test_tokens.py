@@ -88,6 +88,15 @@ def test_a_folder_is_one_shard_across_row_groups(tmp_path: Path) -> None:
         np.testing.assert_array_equal(opened[int(index)].codes, rows[index].codes)
 
 
+def test_several_paths_are_one_shard(shard: Path, tmp_path: Path) -> None:
+    write_shard(tmp_path / "more" / "1.parquet", [row("c", 3, 3)], STAMP)
+    opened = TokenShard.open([shard, tmp_path / "more"], expect=STAMP)
+    assert opened.ids == ["a", "b", "c"]
+    np.testing.assert_array_equal(opened[2].codes, row("c", 3, 3).codes)
+    with pytest.raises(ValueError, match="the id 'a' comes twice"):
+        TokenShard.open([shard, shard])
+
+
 def test_an_empty_part_opens(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.parquet", [], STAMP)
     assert len(TokenShard.open(tmp_path)) == 0

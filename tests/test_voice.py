@@ -3,23 +3,25 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
 from conftest import voiced
 from tiny_baselines import save_baseline
 from tiny_lmspt import SPECTRAL, made
-from tiny_slm import quiet, save_base, save_shard
+from tiny_slm import make_rows, quiet, save_base, save_shard
 
 from codec import Codec, CodecConfig, load_codec
 from codec.config import QuantizerConfig, SEANetConfig
-from codec.tokens import TokenShard
+from codec.tokens import TokenShard, write_shard
 from recipes.asr import main as asr
 from recipes.speak import SpeakConfig
 from recipes.tts import main as tts
 from recipes.voice import VoiceConfig, read
 from recipes.voice_scores import check_scores
 from slm.config import ARConfig, TaskConfig
+from slm.letters import Letters
 from slm.nar import NAR
 from slm.pipeline import Voice
 
@@ -103,6 +105,27 @@ def test_a_voice_of_any_codec_speaks(kind: str, base: Path, tmp_path: Path) -> N
     (line,) = (json.loads(s) for s in results(tmp_path / "run") if '"list": "cross"' in s)
     assert line["speaker"] in ("s0", "s1")
     assert line["prompt_seconds"] > 0
+
+
+def test_the_ar_learns_from_clips_and_letters_as_well_and_the_nar_does_not(
+    base: Path, tmp_path: Path, tiny_codec_folder: Path
+) -> None:
+    stamp = load_codec(tiny_codec_folder).stamp
+    rows = make_rows(9, sizes=stamp.codebook_sizes)
+    write_shard(tmp_path / "tokens.parquet", rows[:6], stamp)
+    write_shard(tmp_path / "clips" / "clips.parquet", rows[6:], stamp)
+    Letters("at", np.full((stamp.codebook_sizes[0], 3), 0.5)).save(tmp_path / "letters.json")
+    out = tmp_path / "run"
+    tts([
+        f"out={out}", f"ar.base={base}", f"codec={tiny_codec_folder}",
+        f"train={tmp_path / 'tokens.parquet'}", f"dev={tmp_path / 'tokens.parquet'}",
+        f"clips={tmp_path / 'clips'}", f"ar.letters={tmp_path / 'letters.json'}", *STEP,
+    ])  # fmt: skip
+    # Hours a step are those of an epoch, the AR's in two tasks, over a whole number of steps.
+    for stage, part, tasks in (("ar", rows, 2), ("nar", rows[:6], 1)):
+        seen = json.loads((out / stage / "seen.json").read_text())["hours_per_step"]
+        steps = tasks * sum(row.num_frames for row in part) / 25 / 3600 / seen
+        assert steps == pytest.approx(round(steps), abs=1e-6)
 
 
 def results(folder: Path) -> list[str]:
