@@ -131,6 +131,7 @@ def config_to_lmspt(ours: CodecConfig) -> dict[str, Any]:
     no_place = {
         "lmspt.encoder spectral": lmspt.encoder != "conv",
         "lmspt.decoder spectral": lmspt.decoder != "conv",
+        "lmspt.semantic whisper": lmspt.semantic != "own",
         "lmspt.transformer": lmspt.transformer.num_layers > 0,
         f"lmspt.auxiliary.kind {auxiliary.kind}": auxiliary.kind != "conv",
         f"lmspt.conv.dilations other than {NUM_UNITS}": len(conv.dilations) != NUM_UNITS,

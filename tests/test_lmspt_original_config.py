@@ -199,5 +199,7 @@ def test_what_the_original_has_no_place_for() -> None:
     assert "lmspt.encoder spectral, lmspt.decoder spectral" in said(
         lmspt=LMSPTConfig(), sample_rate=16_000
     )
+    whisper = LMSPTConfig(semantic="whisper")
+    assert "lmspt.semantic whisper" in said(lmspt=whisper, sample_rate=16_000)
     with pytest.raises(ValueError, match="only codecs of the family lmspt can be exported, not"):
         config_to_lmspt(CodecConfig())
