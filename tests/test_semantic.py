@@ -258,6 +258,17 @@ def test_stopped_and_started_again_it_ends_with_the_same_weights(
     assert all(torch.equal(once[name], twice[name]) for name in semantic)
 
 
+def test_two_ranks_train_one_codebook(settings: list[str], tmp_path: Path, launch) -> None:
+    """Ranks hold batches of other sizes; what they write is one codec with one reader."""
+    script = Path(__file__).parent.parent / "recipes" / "train_semantic.py"
+    done = launch("ddp", script, *settings, f"out={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    codec = Codec.from_pretrained(told["codec"])
+    assert torch.equal(CodeReader.load(told["reader"]).entries, codec.entries()[0])
+    assert codec.quantizer.semantic.codebooks[0].num_updates == 6
+
+
 def test_a_run_learns_to_read(settings: list[str], tmp_path: Path) -> None:
     longer = ["optim.steps=60", "optim.lr=0.01", "optim.save_every=60", "optim.eval_every=60"]
     train_semantic([*settings, *longer, f"out={tmp_path / 'run'}"])
