@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -24,9 +25,9 @@ from recipes.voice_scores import check_scores, note_perplexity, score_voice
 from slm.alphabet import Alphabet
 from slm.ar import SpeechLM
 from slm.cards import voice_card
-from slm.config import ARConfig, BatchConfig, NARConfig, OptimConfig, TaskConfig
-from slm.corpus import Corpus, read_texts
-from slm.data import ARData, Data
+from slm.config import ARConfig, BatchConfig, NARConfig, OptimConfig
+from slm.corpus import read_texts
+from slm.data import ARData, Start
 from slm.nar import NAR
 from slm.nar_data import NARData
 from slm.prompts import Coverage, Prompt
@@ -56,6 +57,8 @@ class VoiceConfig:
     clips: str | None = None
     """Token shards of a few words each (recipes/make_clips.py) that the AR learns from as well:
     short texts teach it to read long before long ones do."""
+    clip_epochs: int = 1
+    """The first epochs are of clips alone; then come whole utterances and clips."""
     texts: str | None = None
     """Plain texts that ar.tasks.text mixes in: a .txt (paragraphs) or .jsonl file (`text` of each
     line), either gzipped or not."""
@@ -86,6 +89,8 @@ class VoiceConfig:
     def __post_init__(self) -> None:
         if self.ar.tasks.text and self.texts is None:
             raise ValueError("ar.tasks.text needs texts: name a .txt or .jsonl file of them")
+        if self.clip_epochs < 0:
+            raise ValueError(f"clip_epochs must not be negative, got {self.clip_epochs}")
         if self.num_items is not None and self.num_items < 0:
             raise ValueError(f"num_items must not be negative, got {self.num_items}")
 
@@ -189,22 +194,28 @@ def train_ar(
 ) -> None:  # fmt: skip
     """Trains the AR in the stage `ar` and writes voice/ar."""
 
-    def data(shard: TokenShard, plain: Sequence[str], limit: int | None = None) -> ARData:
+    def data(
+        shard: TokenShard,
+        plain: Sequence[str],
+        limit: int | None = None,
+        start: Start | None = None,
+    ) -> ARData:
         # Without held-out texts, the dev losses are those of the other tasks.
         tasks = config.ar.tasks if plain else replace(config.ar.tasks, text=0.0)
         return ARData.open(
             shard, lm.alphabet, tasks, config.batch, config.seed,
-            longest=lm.max_positions, limit=limit, texts=plain,
+            longest=lm.max_positions, limit=limit, texts=plain, start=start,
         )  # fmt: skip
 
-    spoken = train
+    spoken, start = train, None
     if config.clips is not None:
         spoken = TokenShard.open([config.train, config.clips], expect=train.stamp)
-    train_data = data(spoken, texts.train, config.limit)
+        start = Start(np.arange(len(spoken)) >= len(train), config.clip_epochs)
+    train_data = data(spoken, texts.train, config.limit, start)
     held_out = texts.dev if config.ar.tasks.text else []
     dev_data = data(dev, held_out) if dev is not None else None
     stage = run.stage("ar")
-    note_seen(stage, train_data, train_data.corpus, config.optim, times=passes(config.ar.tasks))
+    note_seen(stage, train_data, train_data.num_frames, config.optim)
     engine = fit(lm, ar_step, train_data, dev_data, stage, config.optim)
     state = gather(run.accelerator, engine)
     if run.accelerator.is_main_process:
@@ -234,7 +245,7 @@ def train_nar(
     train_data = data(train, config.limit)
     dev_data = data(dev) if dev is not None else None
     stage = run.stage("nar")
-    note_seen(stage, train_data, train_data.corpus, config.nar_optim)
+    note_seen(stage, train_data, int(train_data.corpus.num_frames.sum()), config.nar_optim)
     engine = fit(nar, nar_step, train_data, dev_data, stage, config.nar_optim)
     state = gather(run.accelerator, engine)
     if run.accelerator.is_main_process:
@@ -246,22 +257,14 @@ def train_nar(
     run.accelerator.free_memory(engine)
 
 
-def passes(tasks: TaskConfig) -> float:
-    """How often an epoch has an utterance, in whatever task."""
-    speech = (tasks.tts, tasks.asr, tasks.continuation)
-    return sum(speech) / max(speech)
-
-
-def note_seen(
-    stage: Run, data: Data, corpus: Corpus, optim: OptimConfig, *, times: float = 1.0
-) -> None:
-    """Writes how many hours of speech a step sees."""
+def note_seen(stage: Run, data: ARData | NARData, num_frames: int, optim: OptimConfig) -> None:
+    """Writes how many hours of speech a step sees; `num_frames` are those of the first epoch."""
     if not stage.accelerator.is_main_process:
         return
-    hours = times * int(corpus.num_frames.sum()) / corpus.shard.stamp.frame_rate / 3600
+    rate = data.corpus.shard.stamp.frame_rate
     steps = data.num_steps(stage.accelerator.num_processes, optim.accumulate)
     with written_whole(stage.folder / SEEN_FILE) as temporary:
-        temporary.write_text(json.dumps({"hours_per_step": hours / steps}))
+        temporary.write_text(json.dumps({"hours_per_step": num_frames / rate / 3600 / steps}))
 
 
 def leave_group(accelerator: Accelerator) -> None:

@@ -1,12 +1,12 @@
 """Token shards and texts to batches under a budget of positions (slm/plan.py says which)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from codec.tokens import TokenShard
@@ -44,6 +44,14 @@ class Share(NamedTuple):
     """0 for a batch that only fills up the last step of an evaluation."""
 
 
+class Start(NamedTuple):
+    """What the first epochs are made of."""
+
+    rows: Bool[np.ndarray, " N"]
+    """Of the shard: the utterances that alone are spoken in them."""
+    epochs: int
+
+
 @runtime_checkable
 class Data(Protocol):
     """What the training loop needs to know of data."""
@@ -65,8 +73,9 @@ class ARData:
 
     def __init__(
         self, corpus: Corpus, alphabet: Alphabet, tasks: TaskConfig, batch: BatchConfig, seed: int,
-        *, longest: int, texts: Sequence[str] = (),
+        *, longest: int, texts: Sequence[str] = (), start: Start | None = None,
     ):  # fmt: skip
+        """`longest` in positions; `start`: see VoiceConfig.clip_epochs."""
         alphabet.vocabulary.check_codec(corpus.shard.stamp, name_of(corpus.shard))
         if bool(texts) != bool(tasks.text):
             raise ValueError("ar.tasks.text and texts belong together: give both, or neither")
@@ -95,7 +104,9 @@ class ARData:
             positions = self.lengths[self._tasks == heaviest].sum()
             pools.append(np.arange(len(sizes)) + number * len(weights))
             counts.append(positions * tasks.text / weights[heaviest] / sizes.mean())
-        draw = Draw(pools, [max(1, round(count)) for count in counts], seed)
+        draw: Any = Draw(pools, [max(1, round(count)) for count in counts], seed)
+        if start is not None and start.epochs:
+            draw = self._beginning(draw, start)
         self._plan = Plan(self.lengths, batch, seed, draw)
         self.padding_share = self._plan.padding_share
 
@@ -103,9 +114,33 @@ class ARData:
     def open(
         cls, shard: TokenShard, alphabet: Alphabet, tasks: TaskConfig, batch: BatchConfig,
         seed: int, *, longest: int, limit: int | None = None, texts: Sequence[str] = (),
+        start: Start | None = None,
     ) -> "ARData":  # fmt: skip
         corpus = usable(shard, limit)
-        return cls(corpus, alphabet, tasks, batch, seed, longest=longest, texts=texts)
+        return cls(corpus, alphabet, tasks, batch, seed, longest=longest, texts=texts, start=start)
+
+    def _beginning(self, draw: Draw, start: Start) -> Callable[[int], np.ndarray]:
+        """`draw`, but in the first epochs of `start`'s utterances and the texts alone."""
+        chosen = start.rows[self.corpus.items]
+        if not chosen.any():
+            raise ValueError("clip_epochs: no clip is usable; set it to 0")
+        inside = np.append(
+            np.tile(chosen, len(self._forms)), np.ones(len(self._pieces), dtype=bool)
+        )
+
+        def items(epoch: int) -> np.ndarray:
+            drawn = draw(epoch)
+            return drawn[inside[drawn]] if epoch < start.epochs else drawn
+
+        return items
+
+    @property
+    def num_frames(self) -> int:
+        """Of the utterances of the first epoch, each as often as it comes."""
+        items = np.concatenate([row for rows in self._plan.epoch(0) for row in rows])
+        number = len(self.corpus.items)
+        spoken = items[items < number * len(self._forms)]
+        return int(self.corpus.num_frames[spoken % number].sum())
 
     def num_steps(self, world: int, accumulate: int) -> int:
         return self._plan.num_groups(world * accumulate)

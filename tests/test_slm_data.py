@@ -13,7 +13,7 @@ from codec.tokens import TokenShard, write_shard
 from slm.alphabet import Alphabet
 from slm.ar import load_base
 from slm.config import BatchConfig, NARConfig, TaskConfig
-from slm.data import IGNORE, ARData
+from slm.data import IGNORE, ARData, Start
 from slm.nar_data import NARData
 from slm.prompts import ASR, CONTINUATION, TASKS, TEXT, TTS, layout
 from slm.vocab import Vocabulary
@@ -154,6 +154,23 @@ def test_a_task_of_half_the_weight_has_every_item_once_in_two_epochs(
         counts += np.bincount(np.concatenate(drawn), minlength=60)
     assert (counts[:30] == 2).all()
     assert (counts[30:] == 1).all()
+
+
+def test_the_first_epochs_are_of_the_chosen_rows_and_the_texts(tmp_path, base, vocabulary) -> None:
+    path = save_shard(tmp_path / "a.parquet", 10)
+    rows = np.arange(10) >= 6
+    data = ar_data(path, base, vocabulary, tasks=ALL, texts=TEXTS, start=Start(rows, 2))
+    number, forms = 10, 3  # tts, asr, continuation
+    frames = data.corpus.num_frames
+    for epoch in range(4):
+        items = np.concatenate([row for rows in data._plan.epoch(epoch) for row in rows])
+        spoken = items[items < forms * number] % number
+        assert set(spoken) == set(range(6 if epoch < 2 else 0, 10))
+        assert (items >= forms * number).any()
+        if epoch == 0:
+            assert data.num_frames == frames[spoken].sum()
+    with pytest.raises(ValueError, match="no clip is usable"):
+        ar_data(path, base, vocabulary, start=Start(np.zeros(10, dtype=bool), 1))
 
 
 def test_same_step_same_batch_whatever_came_before(tmp_path, base, vocabulary) -> None:

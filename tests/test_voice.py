@@ -121,8 +121,9 @@ def test_the_ar_learns_from_clips_and_letters_as_well_and_the_nar_does_not(
         f"train={tmp_path / 'tokens.parquet'}", f"dev={tmp_path / 'tokens.parquet'}",
         f"clips={tmp_path / 'clips'}", f"ar.letters={tmp_path / 'letters.json'}", *STEP,
     ])  # fmt: skip
-    # Hours a step are those of an epoch, the AR's in two tasks, over a whole number of steps.
-    for stage, part, tasks in (("ar", rows, 2), ("nar", rows[:6], 1)):
+    # Hours a step are those of the first epoch over a whole number of steps; the AR's is of clips,
+    # each in two tasks.
+    for stage, part, tasks in (("ar", rows[6:], 2), ("nar", rows[:6], 1)):
         seen = json.loads((out / stage / "seen.json").read_text())["hours_per_step"]
         steps = tasks * sum(row.num_frames for row in part) / 25 / 3600 / seen
         assert steps == pytest.approx(round(steps), abs=1e-6)
