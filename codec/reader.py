@@ -35,16 +35,26 @@ DEPTH, KERNEL = 2, 5
 def letters_of(texts: Sequence[str]) -> str:
     """The letters of transcripts, sorted: what is read is spelt in them."""
     found = set().union(*(set(_plain(text)) for text in texts))
-    return "".join(sorted(letter for letter in found - {" "} if not letter.isnumeric()))
+    return "".join(sorted(one for one in found - {" "} if not _is_number(one)))
 
 
 def spell(text: str, letters: str) -> list[int] | None:
     """Labels of a transcript, from 1 on; None where it says nothing, or has what cannot be spelt,
     such as a digit: nobody knows how it was read."""
     words = _plain(text)
-    if not words or any(letter.isnumeric() or letter not in letters + " " for letter in words):
+    if not words or any(_is_number(one) or one not in letters + " " for one in words):
         return None
     return [SPACE if letter == " " else letters.index(letter) + 2 for letter in words]
+
+
+def _is_number(letter: str) -> bool:
+    """Digits and the like; words for numbers are letters, Han ones too."""
+    return unicodedata.category(letter)[0] == "N"
+
+
+def num_steps(labels: Sequence[int]) -> int:
+    """How many steps a CTC path through these labels has at least."""
+    return len(labels) + sum(one == two for one, two in pairwise(labels))
 
 
 def _plain(text: str) -> str:
@@ -135,7 +145,7 @@ class CodeReader(nn.Module):
             labels += spelt or []
             owners += [index] * len(spelt or [])
         steps = STEPS * len(codes)
-        if not labels or len(labels) + sum(one == two for one, two in pairwise(labels)) > steps:
+        if not labels or num_steps(labels) > steps:
             raise ValueError(f"{len(labels)} letters cannot be said in {len(codes)} frames")
         heard = self.heard(codes)[None].contiguous()
         path, _ = forced_align(heard, torch.tensor([labels], dtype=torch.int32), blank=BLANK)
@@ -148,9 +158,10 @@ class CodeReader(nn.Module):
         between = [(one[1] + two[0]) / (2 * STEPS) for one, two in pairwise(spans)]
         return [0, *(round(edge) for edge in between), len(codes)]
 
-    def letter_shares(self, many: Iterable[Integer[np.ndarray, " T"]]) -> Float[np.ndarray, "K L"]:
+    def letter_shares(self, many: Iterable[np.ndarray]) -> Float[np.ndarray, "K L"]:
         """How much of each letter (column 0: of a word's end) each code says: over the frames that
-        have it, the mean chance that one of the frame's steps is that letter."""
+        have it, the mean chance that one of the frame's steps is that letter. `many` are codes of
+        utterances, (T,) each."""
         size = len(self.entries)
         sums, counts = torch.zeros(size, len(self.reader.letters) + 1), torch.zeros(size)
         for codes in many:

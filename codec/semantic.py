@@ -53,8 +53,13 @@ class SemanticStudent(nn.Module):
         self.tell = nn.Conv1d(width, encoder.embed.in_channels, 1)
 
     def forward(self, batch: Spoken) -> Told:
+        """In training Whisper hears each item twice, at two places in its 30 s: the codes of one
+        must tell the features of the other, so that they do not hold the place."""
         frames = ceil_div(batch.lengths, self.encoder.hop_length)
-        features = self.encoder.features(batch.wave, batch.lengths)
+        if self.training:
+            features, wanted = (self._somewhere(batch) for _ in range(2))
+        else:
+            features = wanted = self.encoder.features(batch.wave, batch.lengths)
         mask = length_mask(frames, features.shape[-1])
         inside = mask[:, 0].bool()
         latent = self.encoder.adapt(features, mask)
@@ -63,9 +68,13 @@ class SemanticStudent(nn.Module):
         entries = latent.new_zeros(latent.mT.shape, dtype=quantized.latent.dtype)
         entries[inside] = quantized.latent[0].mT
         letters, states = self.reader(entries.mT, mask)
-        target = functional.layer_norm(features.mT, features.shape[1:2])[inside]
+        target = functional.layer_norm(wanted.mT, wanted.shape[1:2])[inside]
         told = functional.mse_loss(self.tell(states).mT[inside].float(), target)
         return Told(letters, told, quantized.commitment, quantized.codes[0, 0])
+
+    def _somewhere(self, batch: Spoken) -> Float[Tensor, "B F T"]:
+        with self.encoder.shifted(batch.lengths):
+            return self.encoder.features(batch.wave, batch.lengths)
 
 
 def spelling_loss(told: Told, batch: Spoken, hop_length: int) -> Float[Tensor, " B"]:

@@ -181,7 +181,11 @@ class WhisperTeacher(SpeechTeacher):
     """Whisper's encoder on as many frames as there are, where its own forward wants 30 s.
 
     `per_item` False: the log-mel's floor is the batch's, see `log_mel`; that couples its items.
+    `first` is the position that each item's first frame is said to have (B,), for training what
+    must not depend on it; None: 0, as everywhere else.
     """
+
+    first: Int[Tensor, " B"] | None = None
 
     def __init__(self, network: nn.Module, *, name: str, layer: str, per_item: bool = True) -> None:
         hop = 2 * MEL_HOP
@@ -211,7 +215,12 @@ class WhisperTeacher(SpeechTeacher):
         hidden = nn.functional.gelu(network.conv1(mel.to(place["dtype"])))
         hidden = nn.functional.gelu(network.conv2(hidden))
         hidden = rearrange(hidden, "b d t -> b t d")
-        hidden = hidden + network.embed_positions.weight[: hidden.shape[1]]
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        if self.first is not None:
+            positions = positions + self.first.to(hidden.device)[:, None]
+        # What is beyond the last position is padding.
+        last = len(network.embed_positions.weight) - 1
+        hidden = hidden + network.embed_positions.weight[positions.clamp(max=last)]
         mask = None
         if min(lengths) < waves.shape[1]:
             lowest = torch.finfo(hidden.dtype).min

@@ -5,6 +5,8 @@ hidden states, quantised, hold them (CosyVoice, arXiv 2407.05407, section 2.1; G
 2412.02612, section 3.1). Whisper's weights (arXiv 2212.04356) are part of the codec, and frozen.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -47,7 +49,9 @@ class WhisperEncoder(nn.Module):
     def features(
         self, wave: Float[Tensor, "B 1 S"], lengths: Lengths | None = None
     ) -> Float[Tensor, "B F T"]:
-        """Whisper's, F = stack * width of each frame; zeros behind an item's end."""
+        """Whisper's, F = stack * width of each frame, T = ceil(S / hop_length); zeros behind an
+        item's end."""
+        total = ceil_div(wave.shape[-1], self.hop_length)
         if lengths is None:
             lengths = torch.full((len(wave),), wave.shape[-1], device=wave.device)
         # Whisper has a feature for each 20 ms that has begun: silence completes the last frame.
@@ -55,7 +59,24 @@ class WhisperEncoder(nn.Module):
         wave = wave * length_mask(lengths, wave.shape[-1])
         wave = functional.pad(wave, (0, -wave.shape[-1] % self.hop_length))
         values = self.whisper(wave, frames * self.hop_length).values
-        return rearrange(values, "b (t s) d -> b (s d) t", s=self.stack)
+        values = rearrange(values, "b (t s) d -> b (s d) t", s=self.stack)
+        return functional.pad(values, (0, total - values.shape[-1]))
+
+    @contextmanager
+    def shifted(self, lengths: Lengths) -> Iterator[None]:
+        """Meanwhile Whisper takes items of `lengths` samples to begin anywhere in its 30 s.
+
+        Its features tell where in them a sound stands. Codes had better not (LOG.md): who learns
+        with shifts learns to do without that.
+        """
+        whisper = self.whisper
+        room = (whisper.window_frames - ceil_div(lengths, WHISPER_HOP) - self.stack).clamp(min=0)
+        drawn = torch.rand(len(lengths)) * (room.cpu() + 1)
+        whisper.first = drawn.long().clamp(max=room.cpu())
+        try:
+            yield
+        finally:
+            whisper.first = None
 
     def forward(
         self, wave: Float[Tensor, "B 1 S"], lengths: Lengths | None = None

@@ -27,7 +27,7 @@ from codec.checks import at_least
 from codec.config import CodecConfig
 from codec.data import load_cut, read_cuts
 from codec.quantize import codebook_use, count_codes
-from codec.reader import CodeReader, letters_of, spell
+from codec.reader import STEPS, CodeReader, letters_of, num_steps, spell
 from codec.semantic import SemanticStudent, Spoken, read, spelling_loss
 from codec.train import save_whole
 from codec.whisper_encoder import architecture_of, load_whisper
@@ -94,6 +94,11 @@ class TrainSemanticConfig:
             raise ValueError(f"codec.family must be lmspt, got {self.codec.family}")
         if self.batch.packed is not None:
             raise ValueError("batch.packed: recordings stand one in a row; leave it out")
+        if self.codec.quantizer.learning != "ema":
+            raise ValueError(
+                "codec.quantizer.learning: the semantic codebook learns by moving averages here; "
+                "set it to ema"
+            )
 
 
 class Recordings:
@@ -106,15 +111,23 @@ class Recordings:
         self._sample_rate, self._bad_file = codec.sample_rate, bad_file
         spelt = [spell(_text(cut), letters) for cut in cuts]
         frames = [int(np.ceil(cut.duration * codec.frame_rate)) for cut in cuts]
-        kept = [i for i, labels in enumerate(spelt) if labels and frames[i] <= batch.positions]
-        _tell([cut.id for cut, labels in zip(cuts, spelt, strict=True) if not labels],
-              "without a transcript in letters")  # fmt: skip
-        _tell([cut.id for cut, count in zip(cuts, frames, strict=True) if count > batch.positions],
-              f"longer than batch.positions ({batch.positions} frames)")  # fmt: skip
+        spoken, longest = np.array([bool(labels) for labels in spelt]), batch.positions
+        short = np.array(frames) <= longest
+        fits = np.array([
+            not labels or num_steps(labels) <= STEPS * count
+            for labels, count in zip(spelt, frames, strict=True)
+        ])  # fmt: skip
+        for keep, why in (
+            (spoken, "without a transcript in letters"),
+            (short, f"longer than batch.positions ({longest} frames)"),
+            (fits, "with more letters than can be said in them"),
+        ):
+            _tell([cuts[i].id for i in np.flatnonzero(~keep)], why)
+        kept = np.flatnonzero(spoken & short & fits).tolist()
         if not kept:
             raise ValueError(
-                "no recording has a transcript in letters and at most batch.positions frames; "
-                "give another list of cuts"
+                "no recording is left: each needs a transcript in letters, at most batch.positions "
+                f"({longest}) frames, and {STEPS} frames' time for {STEPS} letters; see above"
             )
         self._cuts = [cuts[i] for i in kept]
         self._labels: list[Any] = [spelt[i] for i in kept]
@@ -213,8 +226,9 @@ def main(argv: list[str]) -> None:
     scores = evaluate(model, step, held, accelerator, whole, Student.groups)
     use = _use(student, held, accelerator)
     if accelerator.is_main_process:
-        save_whole(codec.eval(), run.folder / "codec")
-        CodeReader(student.reader, codec.entries()[0]).cpu().save(run.folder / "reader")
+        # Only the semantic half has been where the training was.
+        save_whole(codec.cpu().eval(), run.folder / "codec")
+        CodeReader(student.reader.cpu(), codec.entries()[0]).save(run.folder / "reader")
         told = {
             "codec": str(run.folder / "codec"),
             "reader": str(run.folder / "reader"),

@@ -131,6 +131,7 @@ def test_padding_changes_neither_what_is_read_nor_the_codebook(tmp_path: Path) -
         again.load_state_dict(codec.state_dict())
         fresh = SemanticStudent(again, "ab")
         fresh.load_state_dict(student.state_dict())
+        torch.manual_seed(2)  # Of the places at which Whisper hears them.
         fresh.train()(one)
         entries.append(again.quantizer.semantic.codebooks[0].entries)
     assert torch.equal(*entries)
@@ -284,7 +285,7 @@ def test_a_run_learns_to_read(settings: list[str], tmp_path: Path) -> None:
         (["batch.packed=70"], r"batch\.packed: recordings stand one in a row"),
         (["weights.letters=-1"], r"weights\.letters must be at least 0"),
         (["whisper=../none"], "no such folder"),
-        (["batch.positions=5"], "no recording has a transcript"),
+        (["batch.positions=5"], "no recording is left"),
     ],
 )
 def test_settings_that_make_no_sense(
