@@ -202,7 +202,7 @@ class LMSPTConfig:
     conv: ConvConfig = field(default_factory=ConvConfig)
     """Read where encoder or decoder is conv."""
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
-    """After each encoder."""
+    """After each encoder that is not Whisper's."""
     whisper: WhisperConfig = field(default_factory=WhisperConfig)
     """Read where semantic is whisper."""
     auxiliary: AuxiliaryConfig = field(default_factory=AuxiliaryConfig)

@@ -19,6 +19,7 @@ from codec.lmspt import DualEncoder, build_auxiliary, build_decoder
 from codec.quantize import Quantized, ResidualVQ, SplitVQ
 from codec.seanet import SEANetDecoder, SEANetEncoder, semantic_head
 from codec.spectral import SpectralDecoder, SpectralEncoder
+from codec.speech_teachers import WINDOW_SECONDS
 from codec.tokens import CodecStamp
 
 
@@ -165,7 +166,10 @@ class Codec(PyTorchModelHubMixin, SpeechCodec, library_name="parlance", tags=["s
         Raises `ValueError` for another family, and where both halves share an encoder.
         """
         if not isinstance(self.encoder, DualEncoder) or self.encoder.acoustic is None:
-            raise ValueError("a semantic half of its own to freeze has codec.family lmspt alone")
+            raise ValueError(
+                "freeze_semantic: only codec.family lmspt, without lmspt.shared_encoder, has a "
+                "semantic half that can be frozen"
+            )
         assert isinstance(self.quantizer, SplitVQ)
         self._frozen = [self.encoder.semantic, self.quantizer.semantic]
         for part in self._frozen:
@@ -208,6 +212,14 @@ class Codec(PyTorchModelHubMixin, SpeechCodec, library_name="parlance", tags=["s
                 "the same any more; to change a codec, load it with Codec.from_pretrained"
             )
         return codec
+
+    @property
+    def _chunk_frames(self) -> tuple[int, int]:
+        chunk, context = super()._chunk_frames
+        if self.config.family == "lmspt" and self.config.lmspt.semantic == "whisper":
+            # A piece and its context must fit into what Whisper hears at once.
+            chunk = int(WINDOW_SECONDS * self.frame_rate) - 2 * context
+        return chunk, context
 
     def _encode_piece(self, wave: Tensor, lengths: Lengths | None, books: range) -> Tensor:
         return self.quantizer.encode(self.encoder(wave, lengths), len(books), books.start)

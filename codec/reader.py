@@ -34,14 +34,14 @@ DEPTH, KERNEL = 2, 5
 
 def letters_of(texts: Sequence[str]) -> str:
     """The letters of transcripts, sorted: what is read is spelt in them."""
-    found = set().union(*(set(_plain(text)) for text in texts))
+    found = set().union(*(set(plain(text)) for text in texts))
     return "".join(sorted(one for one in found - {" "} if not _is_number(one)))
 
 
 def spell(text: str, letters: str) -> list[int] | None:
     """Labels of a transcript, from 1 on; None where it says nothing, or has what cannot be spelt,
     such as a digit: nobody knows how it was read."""
-    words = _plain(text)
+    words = plain(text)
     if not words or any(_is_number(one) or one not in letters + " " for one in words):
         return None
     return [SPACE if letter == " " else letters.index(letter) + 2 for letter in words]
@@ -57,7 +57,7 @@ def num_steps(labels: Sequence[int]) -> int:
     return len(labels) + sum(one == two for one, two in pairwise(labels))
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """In small letters, without punctuation; apostrophes are letters, hyphens end words."""
     small = unicodedata.normalize("NFC", text.lower().replace(APOSTROPHE, "'"))
     kept = [
@@ -84,8 +84,8 @@ class Reader(nn.Module):
 
     def forward(
         self, entries: Float[Tensor, "B D T"], mask: Float[Tensor, "B 1 T"]
-    ) -> tuple[Float[Tensor, "B S L"], Float[Tensor, "B C T"]]:
-        """Log probabilities of the labels, S = STEPS * T, and the states before they are spelt."""
+    ) -> tuple[Float[Tensor, "B N V"], Float[Tensor, "B C T"]]:
+        """Log probabilities of the labels, N = STEPS * T, and the states before they are spelt."""
         x = self.embed(entries)
         for block in self.blocks:
             x = block(x, mask)
@@ -109,13 +109,15 @@ class CodeReader(nn.Module):
         self.eval()
 
     @torch.inference_mode()
-    def heard(self, codes: Integer[np.ndarray, " T"]) -> Float[Tensor, "S L"]:
+    def heard(self, codes: Integer[np.ndarray, " T"]) -> Float[Tensor, "N V"]:
         """Log probabilities of the labels, STEPS a frame. ValueError for codes it does not know."""
         if codes.size and int(codes.max()) >= len(self.entries):
             raise ValueError(
                 f"code {int(codes.max())} of a codebook of {len(self.entries)} entries; the reader "
                 "belongs to another codec"
             )
+        if not codes.size:
+            return self.entries.new_zeros(0, self.reader.spell.out_features)
         found = self.entries[torch.from_numpy(codes.astype(np.int64))]
         return self.reader(found.T[None], found.new_ones(1, 1, len(found)))[0][0]
 

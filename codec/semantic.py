@@ -30,8 +30,8 @@ class Spoken(NamedTuple):
 class Told(NamedTuple):
     """What the reader makes of a batch."""
 
-    letters: Float[Tensor, "B T L"]
-    """Log probabilities, STEPS a frame."""
+    letters: Float[Tensor, "B N V"]
+    """Log probabilities of the labels, N = STEPS * T."""
     features: Float[Tensor, ""]
     """Mean squared error of Whisper's features, each normalised over its frame."""
     commitment: Float[Tensor, ""]
@@ -41,6 +41,8 @@ class Told(NamedTuple):
 
 class SemanticStudent(nn.Module):
     """The semantic encoder and codebook of a codec, and the reader that teaches them."""
+
+    groups = ("letters", "features")
 
     def __init__(self, codec: Codec, letters: str) -> None:
         super().__init__()

@@ -140,14 +140,16 @@ class TokenShard:
         """
         paths = [path] if isinstance(path, str | Path) else list(path)
         files = [file for each in paths for file in _shard_files(Path(each))]
+        if not files:
+            raise ValueError("no token shard is named; name a .parquet file or a folder of them")
         path = " and ".join(map(str, paths))
         opened = [_open_file(file) for file in files]
         stamp = opened[0][0]
         for file, (other, _) in zip(files, opened, strict=True):
             if other.digest != stamp.digest:
                 raise ValueError(
-                    f"{file}: made by codec {_name(other)}, but {files[0].name} beside it by "
-                    f"{_name(stamp)}; keep one codec's shards in a folder"
+                    f"{file}: made by codec {_name(other)}, but {files[0]} by {_name(stamp)}; "
+                    "only one codec's shards go together: export or cut the other ones again"
                 )
         if expect is not None and expect.digest != stamp.digest:
             raise ValueError(

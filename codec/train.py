@@ -204,7 +204,7 @@ def fit(
             run.log({f"train/{name}": value for name, value in values.items()}, step)
     bar.close()
     if accelerator.is_main_process:
-        _list_bad(run.folder / "skipped.jsonl")
+        list_bad(run.folder / "skipped.jsonl")
         save_whole(codec, run.folder / "codec")
     accelerator.wait_for_everyone()
 
@@ -351,7 +351,7 @@ def _check_finite(codec: Codec, step: int) -> None:
             )
 
 
-def _list_bad(file: Path) -> None:
+def list_bad(file: Path) -> None:
     """One line for each recording that some loader process could not read."""
     if not file.is_file():
         return

@@ -21,16 +21,18 @@ from torchaudio.functional import edit_distance
 from tqdm import tqdm
 
 from codec.checks import at_least
-from codec.reader import CodeReader
+from codec.reader import CodeReader, plain
 from codec.tokens import TokenRow, TokenShard, write_shard
 from recipes.common import load_config, run_program
 from slm.letters import Letters
-from slm.prompts import in_small_letters
+from slm.prompts import has_words, in_small_letters
 
 logger = logging.getLogger(__name__)
 
 NUM_CHECKED = 100
 """Utterances that the reader reads first, to see that it knows these codes."""
+MAX_CHECKED = 30.0
+"""Seconds of the longest of these: an edit distance takes time by the square."""
 WORST_CER = 0.8
 """What a reader of other codes exceeds: it does little better than one that guesses."""
 MIN_WORD, MAX_WORD = 0.08, 1.5
@@ -41,11 +43,11 @@ MIN_WORD, MAX_WORD = 0.08, 1.5
 class ClipsConfig:
     """One set of clips."""
 
-    tokens: str = "out/small/tokens/train"
+    tokens: str = "out/smoke/tokens/train"
     """Token shards of whole utterances."""
-    reader: str = "out/small/semantic/reader"
+    reader: str = "out/smoke/semantic/reader"
     """The reader of their codec."""
-    out: Path = Path("out/small/clips")
+    out: Path = Path("out/smoke/clips")
     """The folder for clips/ and letters.json."""
     max_words: int = 8
     """A clip has one word to so many, drawn uniformly."""
@@ -76,11 +78,15 @@ def main(argv: list[str]) -> None:
         )
     cer = check_reader(reader, shard, config)
     counts = {"unspelled": 0, "dropped": 0}
-    heard = (shard[row].codes[0] for row in tqdm(range(len(shard)), desc="letters", unit="utt"))
-    Letters(reader.reader.letters, reader.letter_shares(heard)).save(config.out / "letters.json")
     rows = list(clips(reader, shard, config, counts))
     if not rows:
-        raise ValueError(f"{config.tokens}: no utterance could be cut; see the warnings")
+        raise ValueError(
+            f"{config.tokens}: no utterance could be cut: {counts['unspelled']} have texts that "
+            f"cannot be spelt or said in their time, {counts['dropped']} clips are too short or "
+            "too long for their words"
+        )
+    heard = (shard[row].codes[0] for row in tqdm(range(len(shard)), desc="letters", unit="utt"))
+    Letters(reader.reader.letters, reader.letter_shares(heard)).save(config.out / "letters.json")
     write_shard(config.out / "clips" / "clips.parquet", rows, shard.stamp)
     hours = sum(row.duration for row in rows) / 3600
     told = {"clips": str(config.out / "clips"), "letters": str(config.out / "letters.json")}
@@ -91,8 +97,9 @@ def main(argv: list[str]) -> None:
 def check_reader(reader: CodeReader, shard: TokenShard, config: ClipsConfig) -> float:
     """CER of the first utterances. ValueError where the reader can make nothing of them."""
     wrong = letters = 0
-    for row in range(min(len(shard), NUM_CHECKED)):
-        text = shard.texts[row].lower()
+    short = np.flatnonzero(shard.durations <= MAX_CHECKED)[:NUM_CHECKED].tolist()
+    for row in short:
+        text = plain(shard.texts[row])
         wrong += edit_distance(reader.read(shard[row].codes[0]), text)
         letters += len(text)
     if not letters or wrong / letters > WORST_CER:
@@ -122,12 +129,14 @@ def clips(
         random = np.random.default_rng((config.seed, index))
         for clip in cut(edges, config.max_words, random):
             seconds = (clip.stop - clip.start) / rate
-            if not MIN_WORD <= seconds / (clip.last - clip.first) <= MAX_WORD:
+            said = " ".join(words[clip.first : clip.last])
+            fits = MIN_WORD <= seconds / (clip.last - clip.first) <= MAX_WORD
+            if not fits or not has_words(said):
                 counts["dropped"] += 1
                 continue
             yield row._replace(
                 id=f"{row.id}#{clip.first}-{clip.last}",
-                text=" ".join(words[clip.first : clip.last]),
+                text=said,
                 duration=seconds,
                 codes=row.codes[:, clip.start : clip.stop],
             )

@@ -124,6 +124,8 @@ def main(argv: list[str]) -> None:
     config = load_config(TrainCodecConfig, argv, "Train a speech codec.")
     codec = starting_architecture(config.codec, config.start_from)
     check_codec(codec, config.losses, config.resynthesis, config.start_from)
+    if config.freeze_semantic:
+        Codec(codec).freeze_semantic()
     accelerator = make_accelerator(
         Path(config.out),
         gradient_accumulation_steps=config.optim.accumulate,

@@ -26,10 +26,12 @@ from codec import Codec
 from codec.checks import at_least
 from codec.config import CodecConfig
 from codec.data import load_cut, read_cuts
+from codec.export import text_of
+from codec.lmspt_config import AuxiliaryConfig, LMSPTConfig
 from codec.quantize import codebook_use, count_codes
 from codec.reader import STEPS, CodeReader, letters_of, num_steps, spell
 from codec.semantic import SemanticStudent, Spoken, read, spelling_loss
-from codec.train import save_whole
+from codec.train import list_bad, save_whole
 from codec.whisper_encoder import architecture_of, load_whisper
 from recipes.common import load_config, make_accelerator, run_program, start_run
 from slm.ar import Scores
@@ -70,18 +72,24 @@ class SemanticWeights:
 class TrainSemanticConfig:
     """One run."""
 
-    out: str = "out/small/semantic"
+    out: str = "out/smoke/semantic"
     """Run folder: goes on where an earlier start with the same configuration stopped."""
-    train: str = "out/small/cuts/train.jsonl.gz"
+    train: str = "out/smoke/cuts/train.jsonl.gz"
     """Cuts with transcripts (recipes/prepare_data.py makes them)."""
-    dev: str = "out/small/cuts/dev.jsonl.gz"
+    dev: str = "out/smoke/cuts/dev.jsonl.gz"
     """Cuts to validate on: speakers that are not in `train`."""
     seed: int = 0
     """Of initial weights and batches."""
     whisper: str = "models/whisper-tiny.en-transformers"
     """Whisper by hub id or folder; its encoder becomes a part of the codec."""
-    codec: CodecConfig = field(default_factory=lambda: CodecConfig(family="lmspt"))
-    """Architecture; codec.lmspt.semantic and the sizes of the Whisper are set from `whisper`."""
+    codec: CodecConfig = field(
+        default_factory=lambda: CodecConfig(
+            family="lmspt",
+            lmspt=LMSPTConfig(semantic_subtraction=False, auxiliary=AuxiliaryConfig(kind="none")),
+        )
+    )
+    """Architecture; codec.lmspt.semantic and the sizes in codec.lmspt.whisper that are Whisper's
+    own are set from `whisper`, whatever they are here."""
     weights: SemanticWeights = field(default_factory=SemanticWeights)
     """Of the losses."""
     batch: BatchConfig = field(default_factory=lambda: BatchConfig(positions=2400, max_items=64))
@@ -105,12 +113,13 @@ class Recordings:
     """Whole recordings in batches of like lengths: slm.train's Data."""
 
     def __init__(
-        self, cuts: Sequence["Cut"], letters: str, codec: Codec, batch: BatchConfig, seed: int,
-        bad_file: Path,
+        self, cuts: Sequence["Cut"], letters: str, codec: CodecConfig, batch: BatchConfig,
+        seed: int, bad_file: Path,
     ):  # fmt: skip
         self._sample_rate, self._bad_file = codec.sample_rate, bad_file
-        spelt = [spell(_text(cut), letters) for cut in cuts]
-        frames = [int(np.ceil(cut.duration * codec.frame_rate)) for cut in cuts]
+        spelt = [spell(text_of(cut), letters) for cut in cuts]
+        frame_rate = codec.sample_rate / codec.hop_length
+        frames = [int(np.ceil(cut.duration * frame_rate)) for cut in cuts]
         spoken, longest = np.array([bool(labels) for labels in spelt]), batch.positions
         short = np.array(frames) <= longest
         fits = np.array([
@@ -122,7 +131,7 @@ class Recordings:
             (short, f"longer than batch.positions ({longest} frames)"),
             (fits, "with more letters than can be said in them"),
         ):
-            _tell([cuts[i].id for i in np.flatnonzero(~keep)], why)
+            _tell([cuts[i].id for i in np.flatnonzero(~keep).tolist()], why)
         kept = np.flatnonzero(spoken & short & fits).tolist()
         if not kept:
             raise ValueError(
@@ -143,9 +152,16 @@ class Recordings:
         group, num_fill = self._plan.group(step, size)
         targets = sum(len(self._labels[item]) for rows in group for row in rows for item in row)
         weight = 0.0 if slot >= size - num_fill else 1.0
-        return Share(self._batch([int(row[0]) for row in group[slot]]), targets / size, weight)
+        batch = self._batch([int(row[0]) for row in group[slot]])
+        for other in self._plan.epoch(0) if batch is None else ():
+            # Nothing of it can be read: another batch takes its place, as a rank must have one.
+            if batch is None:
+                batch = self._batch([int(row[0]) for row in other])
+        if batch is None:
+            raise ValueError(f"none of the recordings can be read; see {self._bad_file}")
+        return Share(batch, targets / size, weight)
 
-    def _batch(self, items: Sequence[int]) -> Spoken:
+    def _batch(self, items: Sequence[int]) -> Spoken | None:
         waves, labels = [], []
         for item in items:
             cut = self._cuts[item]
@@ -161,19 +177,10 @@ class Recordings:
             waves.append(torch.from_numpy(wave))
             labels.append(torch.tensor(self._labels[item]))
         if not waves:
-            raise ValueError(
-                f"none of the {len(items)} recordings of a batch can be read (the first: "
-                f"{self._cuts[items[0]].id}); see {self._bad_file}"
-            )
+            return None
         lengths = torch.tensor([len(wave) for wave in waves])
         wave = pad_sequence(waves, batch_first=True)[:, None]
         return Spoken(wave, lengths, pad_sequence(labels, batch_first=True))
-
-
-class Student(SemanticStudent):
-    """With the names of what its losses count."""
-
-    groups = ("letters", "features")
 
 
 def semantic_step(
@@ -203,29 +210,34 @@ def semantic_step(
 
 def main(argv: list[str]) -> None:
     config = load_config(TrainSemanticConfig, argv, __doc__ or "")
-    # A codec for this Whisper: what the keys say of its sizes must not contradict it.
-    config = replace(config, codec=architecture_of(config.whisper, config.codec))
     accelerator = make_accelerator(
         Path(config.out), handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
     )
+    if accelerator.distributed_type.value == "DEEPSPEED":
+        raise ValueError(
+            "the semantic codebook does not train under DeepSpeed; launch with "
+            "recipes/accelerate/ddp.yaml (or cpu.yaml)"
+        )
+    config = replace(config, codec=architecture_of(config.whisper, config.codec))
     train, dev = list(read_cuts(config.train)), list(read_cuts(config.dev))
-    run = start_run(config, config.out, seed=config.seed, accelerator=accelerator)
-    letters = letters_of([_text(cut) for cut in train])
-    codec = Codec(config.codec)
-    student = Student(codec, letters)
-    load_whisper(student.encoder, config.whisper)
-    open_list = partial(
-        Recordings, letters=letters, codec=codec, bad_file=run.folder / "skipped.jsonl"
+    letters = letters_of([text_of(cut) for cut in train])
+    bad_file = Path(config.out) / "skipped.jsonl"
+    data, held = (
+        Recordings(cuts, letters, config.codec, config.batch, config.seed, bad_file)
+        for cuts in (train, dev)
     )
-    data = open_list(train, batch=config.batch, seed=config.seed)
-    held = open_list(dev, batch=config.batch, seed=config.seed)
+    run = start_run(config, config.out, seed=config.seed, accelerator=accelerator)
+    codec = Codec(config.codec)
+    student = SemanticStudent(codec, letters)
+    load_whisper(student.encoder, config.whisper)
     logger.info("letters: %s", letters)
     step = partial(semantic_step, weights=config.weights, hop=codec.hop_length)
     model = fit(student, step, data, held, run, config.optim)
     whole = replace(config.optim, eval_batches=held.num_steps(1, 1))
-    scores = evaluate(model, step, held, accelerator, whole, Student.groups)
+    scores = evaluate(model, step, held, accelerator, whole, SemanticStudent.groups)
     use = _use(student, held, accelerator)
     if accelerator.is_main_process:
+        list_bad(bad_file)
         # Only the semantic half has been where the training was.
         save_whole(codec.cpu().eval(), run.folder / "codec")
         CodeReader(student.reader.cpu(), codec.entries()[0]).save(run.folder / "reader")
@@ -261,10 +273,6 @@ def _distance(told: Any, batch: Spoken, hop: int) -> torch.Tensor:
     heard = read(told, batch.lengths, hop)
     rows = (row[row != 0].tolist() for row in batch.labels)
     return torch.tensor(sum(edit_distance(a, b) for a, b in zip(heard, rows, strict=True)))
-
-
-def _text(cut: "Cut") -> str:
-    return " ".join(part.text for part in cut.supervisions if part.text)
 
 
 def _tell(ids: Sequence[str], why: str) -> None:

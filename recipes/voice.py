@@ -89,6 +89,8 @@ class VoiceConfig:
     def __post_init__(self) -> None:
         if self.ar.tasks.text and self.texts is None:
             raise ValueError("ar.tasks.text needs texts: name a .txt or .jsonl file of them")
+        if self.clips is not None and self.limit is not None:
+            raise ValueError("limit is of whole utterances: leave it or clips out")
         if self.clip_epochs < 0:
             raise ValueError(f"clip_epochs must not be negative, got {self.clip_epochs}")
         if self.num_items is not None and self.num_items < 0:
@@ -120,6 +122,8 @@ def train_voice(config: VoiceConfig) -> None:
     # The adapters are put in before the Accelerator exists: under ZeRO-3 peft asks for a GPU then.
     lm = SpeechLM.create(config.ar, train.stamp, config.seed)
     lm.origin["data"] = described(train, config.train)
+    if config.clips is not None:
+        lm.origin["data"] += f", and clips of them ({short_path(config.clips)})"
     accelerator = make_accelerator(folder, gradient_accumulation_steps=config.optim.accumulate)
     forget_zero3()
     run = start_run(config, folder, seed=config.seed, accelerator=accelerator, free=SCORING_KEYS)
@@ -147,6 +151,8 @@ def open_tokens(config: VoiceConfig) -> tuple[TokenShard, TokenShard | None]:
     """The shards, checked to be the codec's own."""
     stamp = load_codec(config.codec).stamp
     shards = TokenShard.open(config.train, expect=stamp)
+    if config.clips is not None:
+        TokenShard.open([config.train, config.clips])  # What is wrong with them is told now.
     return shards, TokenShard.open(config.dev, expect=stamp) if config.dev is not None else None
 
 

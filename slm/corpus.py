@@ -105,8 +105,10 @@ def tell_skipped(shard: TokenShard, rows: np.ndarray, reason: str) -> None:
 
 
 def name_of(shard: TokenShard) -> str:
-    """For messages: its file, or the folder of its files."""
-    return str(shard.files[0] if len(shard.files) == 1 else shard.files[0].parent)
+    """For messages: its file, or the folders of its files."""
+    if len(shard.files) == 1:
+        return str(shard.files[0])
+    return " and ".join(dict.fromkeys(str(file.parent) for file in shard.files))
 
 
 def read_texts(path: str | Path) -> list[str]:

@@ -75,7 +75,7 @@ class ARData:
         self, corpus: Corpus, alphabet: Alphabet, tasks: TaskConfig, batch: BatchConfig, seed: int,
         *, longest: int, texts: Sequence[str] = (), start: Start | None = None,
     ):  # fmt: skip
-        """`longest` in positions; `start`: see VoiceConfig.clip_epochs."""
+        """`longest` in positions; `start` says what the first epochs are made of."""
         alphabet.vocabulary.check_codec(corpus.shard.stamp, name_of(corpus.shard))
         if bool(texts) != bool(tasks.text):
             raise ValueError("ar.tasks.text and texts belong together: give both, or neither")

@@ -6,6 +6,7 @@ with what it can already do: find the place where the same stood before.
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from jaxtyping import Float
 
 from codec.tokens import written_whole
 from slm.alphabet import Alphabet
+
+logger = logging.getLogger(__name__)
 
 
 class Letters(NamedTuple):
@@ -27,7 +30,7 @@ class Letters(NamedTuple):
     def save(self, path: str | Path) -> None:
         record = {"letters": self.letters, "shares": np.round(self.shares, 4).tolist()}
         with written_whole(Path(path)) as temporary:
-            temporary.write_text(json.dumps(record, ensure_ascii=False))
+            temporary.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "Letters":
@@ -61,7 +64,14 @@ def spell_rows(lm: Any, alphabet: Alphabet, path: str | Path | None) -> None:
             f"ar.letters is of {len(letters.shares)} codes, but codebook 1 has "
             f"{vocabulary.codebook_size}; make the letters of these tokens"
         )
-    ids = alphabet.spelling_ids([" ", *letters.letters])
+    if "characters" not in (alphabet.text.spoken, alphabet.text.written):
+        logger.warning(
+            "ar.letters helps little where neither text.spoken nor .written is characters"
+        )
+    try:
+        ids = alphabet.spelling_ids([" ", *letters.letters])
+    except ValueError as error:
+        raise ValueError(f"ar.letters: {error}; or leave ar.letters out") from error
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     tables = [embedding] if head.weight is embedding.weight else [embedding, head]
     codes = torch.from_numpy(vocabulary.encode_speech(np.arange(vocabulary.codebook_size)))

@@ -85,6 +85,18 @@ def test_shares_are_means_over_the_frames_of_a_code() -> None:
     assert not shares[0].any()  # This code never occurred.
 
 
+def test_no_codes_say_nothing() -> None:
+    reader = CodeReader(Reader(6, 8, "ab"), torch.randn(5, 6))
+    assert reader.read(codes()) == ""
+    assert not reader.letter_shares([codes()]).any()
+
+
+def test_han_numbers_are_letters() -> None:
+    three = "\N{CJK UNIFIED IDEOGRAPH-4E09}"
+    assert letters_of([three + "3"]) == three
+    assert spell(three, three) == [2]
+
+
 def test_what_is_read_depends_on_neighbours_and_not_on_the_batch() -> None:
     torch.manual_seed(0)
     reader = CodeReader(Reader(6, 8, "ab"), torch.randn(5, 6))

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from lhotse import CutSet, Recording, SupervisionSegment
@@ -53,11 +55,64 @@ def test_an_item_of_a_padded_batch_gets_the_codes_that_it_gets_alone(
     assert torch.equal(both.codes[:1, :, :count], alone.codes)
 
 
-def test_a_recording_of_more_than_whispers_window_is_coded(tmp_path: Path) -> None:
+def test_items_may_all_be_shorter_than_the_batch_is_wide(tmp_path: Path) -> None:
     codec, _ = tiny_semantic(tmp_path)
-    wave = noise(1, 1, 34 * 16_000)
-    assert codec.encode(wave).codes.shape == (1, 3, 850)
-    assert codec.encoder.semantic(wave).shape[-1] == 850
+    wave = noise(2, 1, 9 * 640)
+    both = codec.encode(wave, torch.tensor([5 * 640, 3 * 640]))
+    assert both.codes.shape == (2, 3, 9)
+    alone = codec.encode(wave[:1, :, : 5 * 640])
+    assert torch.equal(both.codes[:1, :, :5], alone.codes)
+
+
+def test_a_piece_of_a_long_recording_fits_into_whispers_window(tmp_path: Path) -> None:
+    codec, _ = tiny_semantic(tmp_path)
+    kept, context = codec._chunk_frames
+    assert (kept + 2 * context) / codec.frame_rate <= 30
+    wave = noise(1, 1, 47 * 16_000)
+    codes = codec.encode(wave).codes
+    assert codes.shape == (1, 3, 1175)
+    first = codec.encode(wave[..., : (kept + context) * 640]).codes
+    assert torch.equal(codes[..., :kept], first[..., :kept])
+    assert np.array_equal(codec.encode_stream(wave[0, 0].numpy().reshape(47, -1)), codes[0])
+
+
+def test_shifts_move_whispers_positions_and_nothing_else(tmp_path: Path) -> None:
+    codec, _ = tiny_semantic(tmp_path)
+    encoder, wave = codec.encoder.semantic, noise(2, 1, 10 * 640)
+    assert isinstance(encoder, WhisperEncoder)
+    lengths = torch.tensor([10 * 640, 29 * 16_000])
+    torch.manual_seed(0)
+    drawn = []
+    for _ in range(200):
+        with encoder.shifted(lengths):
+            assert encoder.whisper.first is not None
+            drawn.append(encoder.whisper.first.tolist())
+    low, high = min(one for one, _ in drawn), max(one for one, _ in drawn)
+    assert 0 <= low < 200
+    assert 1200 < high <= 1500 - 20
+    assert max(one for _, one in drawn) <= 50
+    assert encoder.whisper.first is None
+    plain = encoder.features(wave[:1])
+    encoder.whisper.first = torch.tensor([7])
+    moved = encoder.features(wave[:1])
+    table = encoder.whisper.network.embed_positions.weight
+    with torch.no_grad():
+        table.copy_(table.roll(-7, dims=0))
+    encoder.whisper.first = None
+    torch.testing.assert_close(encoder.features(wave[:1]), moved)
+    assert not torch.allclose(plain, moved)
+
+
+def test_codes_are_trained_at_two_places_and_made_at_one(tmp_path: Path) -> None:
+    codec, _ = tiny_semantic(tmp_path)
+    torch.manual_seed(1)
+    student = SemanticStudent(codec, "ab")
+    batch = batch_of(12 * 640, 5 * 640)
+    torch.manual_seed(0)
+    once, again = student(batch), student(batch)
+    assert not torch.equal(once.features, again.features)
+    student.eval()
+    assert torch.equal(student(batch).features, student(batch).features)
 
 
 def test_it_is_saved_whole_and_its_whisper_does_not_learn(tmp_path: Path) -> None:
@@ -257,10 +312,44 @@ def test_stopped_and_started_again_it_ends_with_the_same_weights(
     semantic = [name for name in once if ".semantic." in name]
     assert semantic
     assert all(torch.equal(once[name], twice[name]) for name in semantic)
+    readers = [CodeReader.load(tmp_path / run / "reader").state_dict() for run in ("once", "twice")]
+    assert all(torch.equal(one, two) for one, two in zip(*map(dict.values, readers), strict=True))
+
+
+def test_an_unreadable_recording_costs_itself_alone(settings: list[str], tmp_path: Path) -> None:
+    (tmp_path / "1.wav").write_bytes(b"")
+    alone = ["batch.max_items=1", "optim.steps=12"]
+    train_semantic([*settings, *alone, f"out={tmp_path / 'run'}"])
+    lines = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["1"]
+    for seed in range(5):
+        (tmp_path / f"{seed}.wav").write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the recordings can be read"):
+        train_semantic([*settings, *alone, f"out={tmp_path / 'none'}"])
+
+
+def test_a_text_that_cannot_be_said_in_the_time_is_left_out(
+    settings: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cuts = list(CutSet.from_jsonl(tmp_path / "cuts.jsonl.gz"))
+    cuts[0].supervisions[0].text = "a" * 31  # 30 frames of 1.2 s are 60 steps, and it needs 61.
+    cuts[1].supervisions[0].text = "ab" * 30
+    CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
+    train_semantic([*settings, f"out={tmp_path / 'run'}"])
+    assert "1 recordings left out, with more letters than can be said in them: 0" in caplog.text
+
+
+def test_deepspeed_is_refused_in_words(settings: list[str], monkeypatch) -> None:
+    import recipes.train_semantic as recipe
+
+    kind = SimpleNamespace(distributed_type=SimpleNamespace(value="DEEPSPEED"))
+    monkeypatch.setattr(recipe, "make_accelerator", lambda *_, **__: kind)
+    with pytest.raises(ValueError, match="does not train under DeepSpeed; launch with"):
+        train_semantic(settings)
 
 
 def test_two_ranks_train_one_codebook(settings: list[str], tmp_path: Path, launch) -> None:
-    """Ranks hold batches of other sizes; what they write is one codec with one reader."""
+    """Ranks hold batches of other sizes, which must not make them wait for each other."""
     script = Path(__file__).parent.parent / "recipes" / "train_semantic.py"
     done = launch("ddp", script, *settings, f"out={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
@@ -286,6 +375,7 @@ def test_a_run_learns_to_read(settings: list[str], tmp_path: Path) -> None:
         (["weights.letters=-1"], r"weights\.letters must be at least 0"),
         (["whisper=../none"], "no such folder"),
         (["batch.positions=5"], "no recording is left"),
+        (["codec.quantizer.learning=gradient"], r"codec\.quantizer\.learning"),
     ],
 )
 def test_settings_that_make_no_sense(
@@ -293,6 +383,7 @@ def test_settings_that_make_no_sense(
 ) -> None:
     with pytest.raises(ValueError, match=told):
         train_semantic([*settings, *given, f"out={tmp_path / 'run'}"])
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 @pytest.mark.parametrize(
@@ -308,5 +399,5 @@ def test_freezing_that_makes_no_sense(tmp_path: Path, given: list[str], told: st
 
 
 def test_a_codec_without_a_semantic_half_cannot_freeze_it(tiny_codec_folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"codec\.family lmspt alone"):
+    with pytest.raises(ValueError, match=r"codec\.family lmspt, without lmspt\.shared"):
         Codec.from_pretrained(tiny_codec_folder).freeze_semantic()

@@ -1,6 +1,7 @@
 """recipes/voice.py: any mixture of tasks, plain texts, and tokens of any codec."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,28 @@ def test_the_ar_learns_from_clips_and_letters_as_well_and_the_nar_does_not(
         seen = json.loads((out / stage / "seen.json").read_text())["hours_per_step"]
         steps = tasks * sum(row.num_frames for row in part) / 25 / 3600 / seen
         assert steps == pytest.approx(round(steps), abs=1e-6)
+
+
+def test_clips_that_cannot_be_used_are_told_before_the_run(
+    base: Path, tmp_path: Path, tiny_codec_folder: Path
+) -> None:
+    stamp = load_codec(tiny_codec_folder).stamp
+    shard = save_shard(tmp_path / "tokens.parquet", 3, stamp)
+    other = save_shard(tmp_path / "other.parquet", 3, replace(stamp, digest="f" * 16))
+    out = tmp_path / "run"
+    given = [f"out={out}", f"ar.base={base}", f"codec={tiny_codec_folder}", f"train={shard}",
+             f"dev={shard}"]  # fmt: skip
+    for clips, told in (
+        (other, "only one codec's shards go together"),
+        (tmp_path / "none", "no such token shard"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            tts([*given, f"clips={clips}"])
+    with pytest.raises(ValueError, match="limit is of whole utterances"):
+        tts([*given, f"clips={shard}", "limit=2"])
+    with pytest.raises(ValueError, match="clip_epochs must not be negative"):
+        tts([*given, "clip_epochs=-1"])
+    assert not out.exists()
 
 
 def results(folder: Path) -> list[str]:
