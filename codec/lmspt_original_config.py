@@ -114,20 +114,10 @@ def config_from_lmspt(theirs: Mapping[str, Any]) -> CodecConfig:
     )
 
 
-def config_to_lmspt(ours: CodecConfig) -> dict[str, Any]:
-    """What `config_from_lmspt` takes, without Hydra's keys.
-
-    Raises `ValueError` that names what the original has no place for.
-    """
-    if ours.family != "lmspt":
-        raise ValueError(f"only codecs of the family lmspt can be exported, not {ours.family}")
+def _without_place(ours: CodecConfig) -> list[str]:
+    """What the original cannot have."""
     lmspt, conv, quantizer = ours.lmspt, ours.lmspt.conv, ours.quantizer
-    auxiliary, semantic_width = lmspt.auxiliary, conv.semantic_width or conv.width
-    if auxiliary.kind == "none":
-        raise ValueError(
-            "has no auxiliary decoder any more, and the released LM-SPT has one; export the folder "
-            "that was trained, which still has it"
-        )
+    auxiliary = lmspt.auxiliary
     no_place = {
         "lmspt.encoder spectral": lmspt.encoder != "conv",
         "lmspt.decoder spectral": lmspt.decoder != "conv",
@@ -142,7 +132,24 @@ def config_to_lmspt(ours: CodecConfig) -> dict[str, Any]:
             quantizer.dimensions
         ),
     }
-    if said := [what for what, is_there in no_place.items() if is_there]:
+    return [what for what, is_there in no_place.items() if is_there]
+
+
+def config_to_lmspt(ours: CodecConfig) -> dict[str, Any]:
+    """What `config_from_lmspt` takes, without Hydra's keys.
+
+    Raises `ValueError` that names what the original has no place for.
+    """
+    if ours.family != "lmspt":
+        raise ValueError(f"only codecs of the family lmspt can be exported, not {ours.family}")
+    lmspt, conv, quantizer = ours.lmspt, ours.lmspt.conv, ours.quantizer
+    auxiliary, semantic_width = lmspt.auxiliary, conv.semantic_width or conv.width
+    if auxiliary.kind == "none":
+        raise ValueError(
+            "has no auxiliary decoder any more, and the released LM-SPT has one; export the folder "
+            "that was trained, which still has it"
+        )
+    if said := _without_place(ours):
         raise ValueError(f"the released LM-SPT has no place for {', '.join(said)}")
     return {
         "sample_rate": ours.sample_rate,

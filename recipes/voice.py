@@ -26,7 +26,7 @@ from slm.alphabet import Alphabet
 from slm.ar import SpeechLM
 from slm.cards import voice_card
 from slm.config import ARConfig, BatchConfig, NARConfig, OptimConfig
-from slm.corpus import read_texts
+from slm.corpus import read_texts, usable
 from slm.data import ARData, Start
 from slm.nar import NAR
 from slm.nar_data import NARData
@@ -208,9 +208,9 @@ def train_ar(
     ) -> ARData:
         # Without held-out texts, the dev losses are those of the other tasks.
         tasks = config.ar.tasks if plain else replace(config.ar.tasks, text=0.0)
-        return ARData.open(
-            shard, lm.alphabet, tasks, config.batch, config.seed,
-            longest=lm.max_positions, limit=limit, texts=plain, start=start,
+        return ARData(
+            usable(shard, limit), lm.alphabet, tasks, config.batch, config.seed,
+            longest=lm.max_positions, texts=plain, start=start,
         )  # fmt: skip
 
     spoken, start = train, None

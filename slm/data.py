@@ -44,6 +44,10 @@ class Share(NamedTuple):
     """0 for a batch that only fills up the last step of an evaluation."""
 
 
+Epochs = Callable[[int], np.ndarray]
+"""The items of an epoch."""
+
+
 class Start(NamedTuple):
     """What the first epochs are made of."""
 
@@ -97,29 +101,33 @@ class ARData:
         self._targets = np.concatenate([*(form.targets for form in self._forms), sizes - 1])
         self.lengths = np.concatenate([*(form.lengths for form in self._forms), sizes])
         """Positions of every item."""
-        heaviest = max(weights, key=lambda task: weights[task])
-        pools = [np.arange(number) + number * index for index in range(len(weights))]
-        counts = [number * weight / weights[heaviest] for weight in weights.values()]
-        if texts:
-            positions = self.lengths[self._tasks == heaviest].sum()
-            pools.append(np.arange(len(sizes)) + number * len(weights))
-            counts.append(positions * tasks.text / weights[heaviest] / sizes.mean())
-        draw: Any = Draw(pools, [max(1, round(count)) for count in counts], seed)
+        draw = self._draw(weights, tasks.text if texts else 0.0, seed)
         if start is not None and start.epochs:
             draw = self._beginning(draw, start)
         self._plan = Plan(self.lengths, batch, seed, draw)
         self.padding_share = self._plan.padding_share
 
+    def _draw(self, weights: dict[int, float], text: float, seed: int) -> Epochs:
+        """Which items an epoch has, by the weights of their tasks."""
+        number, sizes = len(self.corpus.items), self._pieces.lengths
+        heaviest = max(weights, key=lambda task: weights[task])
+        pools = [np.arange(number) + number * index for index in range(len(weights))]
+        counts = [number * weight / weights[heaviest] for weight in weights.values()]
+        if text:
+            positions = self.lengths[self._tasks == heaviest].sum()
+            pools.append(np.arange(len(sizes)) + number * len(weights))
+            counts.append(positions * text / weights[heaviest] / sizes.mean())
+        return Draw(pools, [max(1, round(count)) for count in counts], seed)
+
     @classmethod
     def open(
         cls, shard: TokenShard, alphabet: Alphabet, tasks: TaskConfig, batch: BatchConfig,
         seed: int, *, longest: int, limit: int | None = None, texts: Sequence[str] = (),
-        start: Start | None = None,
     ) -> "ARData":  # fmt: skip
         corpus = usable(shard, limit)
-        return cls(corpus, alphabet, tasks, batch, seed, longest=longest, texts=texts, start=start)
+        return cls(corpus, alphabet, tasks, batch, seed, longest=longest, texts=texts)
 
-    def _beginning(self, draw: Draw, start: Start) -> Callable[[int], np.ndarray]:
+    def _beginning(self, draw: Epochs, start: Start) -> Epochs:
         """`draw`, but in the first epochs of `start`'s utterances and the texts alone."""
         chosen = start.rows[self.corpus.items]
         if not chosen.any():

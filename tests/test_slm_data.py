@@ -13,6 +13,7 @@ from codec.tokens import TokenShard, write_shard
 from slm.alphabet import Alphabet
 from slm.ar import load_base
 from slm.config import BatchConfig, NARConfig, TaskConfig
+from slm.corpus import usable
 from slm.data import IGNORE, ARData, Start
 from slm.nar_data import NARData
 from slm.prompts import ASR, CONTINUATION, TASKS, TEXT, TTS, layout
@@ -159,7 +160,13 @@ def test_a_task_of_half_the_weight_has_every_item_once_in_two_epochs(
 def test_the_first_epochs_are_of_the_chosen_rows_and_the_texts(tmp_path, base, vocabulary) -> None:
     path = save_shard(tmp_path / "a.parquet", 10)
     rows = np.arange(10) >= 6
-    data = ar_data(path, base, vocabulary, tasks=ALL, texts=TEXTS, start=Start(rows, 2))
+    alphabet, corpus = Alphabet(vocabulary, base.tokenizer), usable(TokenShard.open(path))
+
+    def begun(chosen: np.ndarray) -> ARData:
+        start = Start(chosen, 2)
+        return ARData(corpus, alphabet, ALL, BATCH, 0, longest=256, texts=TEXTS, start=start)
+
+    data = begun(rows)
     number, forms = 10, 3  # tts, asr, continuation
     frames = data.corpus.num_frames
     for epoch in range(4):
@@ -170,7 +177,7 @@ def test_the_first_epochs_are_of_the_chosen_rows_and_the_texts(tmp_path, base, v
         if epoch == 0:
             assert data.num_frames == frames[spoken].sum()
     with pytest.raises(ValueError, match="no clip is usable"):
-        ar_data(path, base, vocabulary, start=Start(np.zeros(10, dtype=bool), 1))
+        begun(np.zeros(10, dtype=bool))
 
 
 def test_same_step_same_batch_whatever_came_before(tmp_path, base, vocabulary) -> None:

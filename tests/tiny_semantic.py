@@ -34,3 +34,7 @@ def tiny_semantic(folder: Path) -> tuple[Codec, str]:
     load_whisper(codec.encoder.semantic, whisper)
     codec.train()(0.3 * torch.randn(2, 1, 40 * config.hop_length))
     return codec.eval(), whisper
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return 0.3 * torch.randn(*shape, generator=torch.Generator().manual_seed(1))

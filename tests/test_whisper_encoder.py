@@ -1,0 +1,141 @@
+"""The semantic encoder that is Whisper's."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_speech_teachers import save
+from tiny_semantic import LM_SPT, noise, tiny_semantic
+
+from codec import Codec, load_codec
+from codec.teachers import load_speech_teacher
+from codec.whisper_encoder import WhisperEncoder, architecture_of, load_whisper
+
+
+def test_features_are_whispers_those_of_a_frame_side_by_side(tmp_path: Path) -> None:
+    codec, whisper = tiny_semantic(tmp_path)
+    encoder, wave = codec.encoder.semantic, noise(1, 1, 5 * 640)
+    assert isinstance(encoder, WhisperEncoder)
+    teacher = load_speech_teacher(whisper, layer="last", half=False)
+    values = teacher(wave).values
+    features = encoder.features(wave)
+    assert features.shape == (1, 2 * teacher.dimension, 5)
+    expected = torch.cat([values[0, 0::2], values[0, 1::2]], dim=1)
+    torch.testing.assert_close(features[0].T, expected)
+
+
+@pytest.mark.parametrize("samples", [1, 639, 640, 641, 7 * 640 + 5])
+def test_an_item_of_a_padded_batch_gets_the_codes_that_it_gets_alone(
+    tmp_path: Path, samples: int
+) -> None:
+    codec, _ = tiny_semantic(tmp_path)
+    wave = noise(2, 1, 9 * 640 + 3)
+    alone = codec.encode(wave[:1, :, :samples])
+    both = codec.encode(wave, torch.tensor([samples, wave.shape[-1]]))
+    count = -(-samples // 640)
+    assert alone.codes.shape[-1] == both.lengths[0] == count
+    assert torch.equal(both.codes[:1, :, :count], alone.codes)
+
+
+def test_items_may_all_be_shorter_than_the_batch_is_wide(tmp_path: Path) -> None:
+    codec, _ = tiny_semantic(tmp_path)
+    wave = noise(2, 1, 9 * 640)
+    both = codec.encode(wave, torch.tensor([5 * 640, 3 * 640]))
+    assert both.codes.shape == (2, 3, 9)
+    alone = codec.encode(wave[:1, :, : 5 * 640])
+    assert torch.equal(both.codes[:1, :, :5], alone.codes)
+
+
+def test_a_piece_of_a_long_recording_fits_into_whispers_window(tmp_path: Path) -> None:
+    codec, _ = tiny_semantic(tmp_path)
+    kept, context = codec._chunk_frames
+    assert (kept + 2 * context) / codec.frame_rate <= 30
+    wave = noise(1, 1, 47 * 16_000)
+    codes = codec.encode(wave).codes
+    assert codes.shape == (1, 3, 1175)
+    first = codec.encode(wave[..., : (kept + context) * 640]).codes
+    assert torch.equal(codes[..., :kept], first[..., :kept])
+    assert np.array_equal(codec.encode_stream(wave[0, 0].numpy().reshape(47, -1)), codes[0])
+
+
+def test_shifts_move_whispers_positions_and_nothing_else(tmp_path: Path) -> None:
+    codec, _ = tiny_semantic(tmp_path)
+    encoder, wave = codec.encoder.semantic, noise(2, 1, 10 * 640)
+    assert isinstance(encoder, WhisperEncoder)
+    lengths = torch.tensor([10 * 640, 29 * 16_000])
+    torch.manual_seed(0)
+    drawn = []
+    for _ in range(200):
+        with encoder.shifted(lengths):
+            assert encoder.whisper.first is not None
+            drawn.append(encoder.whisper.first.tolist())
+    low, high = min(one for one, _ in drawn), max(one for one, _ in drawn)
+    assert 0 <= low < 200
+    assert 1200 < high <= 1500 - 20
+    assert max(one for _, one in drawn) <= 50
+    assert encoder.whisper.first is None
+    plain = encoder.features(wave[:1])
+    encoder.whisper.first = torch.tensor([7])
+    moved = encoder.features(wave[:1])
+    table = encoder.whisper.network.embed_positions.weight
+    with torch.no_grad():
+        table.copy_(table.roll(-7, dims=0))
+    encoder.whisper.first = None
+    torch.testing.assert_close(encoder.features(wave[:1]), moved)
+    assert not torch.allclose(plain, moved)
+
+
+def test_it_is_saved_whole_and_its_whisper_does_not_learn(tmp_path: Path) -> None:
+    codec, _ = tiny_semantic(tmp_path)
+    codec.save_pretrained(tmp_path / "codec")
+    loaded, wave = load_codec(str(tmp_path / "codec")), noise(1, 1, 6400)
+    assert torch.equal(loaded.encode(wave).codes, codec.encode(wave).codes)
+    codec.train()(wave).wave.square().sum().backward()
+    learning = {name for name, each in codec.named_parameters() if each.requires_grad}
+    assert not any("whisper" in name for name in learning)
+    assert {"encoder.semantic.embed.weight", "encoder.semantic.project.bias"} <= learning
+    assert codec.encoder.semantic.embed.weight.grad.abs().sum() > 0
+    assert not any(part.training for part in codec.encoder.semantic.whisper.modules())
+
+
+def test_another_whisper_is_refused_by_name(tmp_path: Path) -> None:
+    codec, whisper = tiny_semantic(tmp_path)
+    encoder = codec.encoder.semantic
+    assert isinstance(encoder, WhisperEncoder)
+    hubert = save(tmp_path / "hubert", "hubert")
+    with pytest.raises(ValueError, match="is no Whisper"):
+        architecture_of(hubert, LM_SPT)
+    other = Codec(replace(codec.config, lmspt=replace(LM_SPT.lmspt, semantic="whisper")))
+    assert isinstance(other.encoder.semantic, WhisperEncoder)
+    with pytest.raises(ValueError, match=r"of other sizes than codec\.lmspt\.whisper"):
+        load_whisper(other.encoder.semantic, whisper)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda c: replace(c, sample_rate=24_000), "Whisper hears 16000 Hz"),
+        (
+            lambda c: replace(c, spectral=replace(c.spectral, hop=100, window=400)),
+            "frames of 400 samples do not fit",
+        ),
+        (lambda c: replace(c, lmspt=replace(c.lmspt, shared_encoder=True)), "an encoder apart"),
+        (
+            lambda c: replace(
+                c, lmspt=replace(c.lmspt, whisper=replace(c.lmspt.whisper, num_heads=5))
+            ),
+            "5 heads cannot share 384 features",
+        ),
+    ],
+)
+def test_configurations_that_cannot_be(change: Callable, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        change(LM_SPT)
+
+
+def test_a_codec_without_a_semantic_half_cannot_freeze_it(tiny_codec_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"codec\.family lmspt, without lmspt\.shared"):
+        Codec.from_pretrained(tiny_codec_folder).freeze_semantic()
