@@ -7,6 +7,7 @@ prompts and what was made of them) and rows.jsonl (the scores).
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -57,8 +58,9 @@ class VoiceConfig:
     clips: str | None = None
     """Token shards of a few words each (recipes/make_clips.py) that the AR learns from as well:
     short texts teach it to read long before long ones do."""
-    clip_epochs: int = 1
-    """The first epochs are of clips alone; then come whole utterances and clips."""
+    clip_epochs: float = 1.0
+    """The first epochs are of clips alone (0.5: half an epoch of them); then come whole utterances
+    and clips."""
     texts: str | None = None
     """Plain texts that ar.tasks.text mixes in: a .txt (paragraphs) or .jsonl file (`text` of each
     line), either gzipped or not."""
@@ -91,8 +93,8 @@ class VoiceConfig:
             raise ValueError("ar.tasks.text needs texts: name a .txt or .jsonl file of them")
         if self.clips is not None and self.limit is not None:
             raise ValueError("limit is of whole utterances: leave it or clips out")
-        if self.clip_epochs < 0:
-            raise ValueError(f"clip_epochs must not be negative, got {self.clip_epochs}")
+        if not 0 <= self.clip_epochs < math.inf:
+            raise ValueError(f"clip_epochs must be 0 or more, got {self.clip_epochs}")
         if self.num_items is not None and self.num_items < 0:
             raise ValueError(f"num_items must not be negative, got {self.num_items}")
 

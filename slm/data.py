@@ -53,7 +53,8 @@ class Start(NamedTuple):
 
     rows: Bool[np.ndarray, " N"]
     """Of the shard: the utterances that alone are spoken in them."""
-    epochs: int
+    epochs: float
+    """How many; of the last a share alone, where this is no whole number."""
 
 
 @runtime_checkable
@@ -103,7 +104,7 @@ class ARData:
         """Positions of every item."""
         draw = self._draw(weights, tasks.text if texts else 0.0, seed)
         if start is not None and start.epochs:
-            draw = self._beginning(draw, start)
+            draw = self._beginning(draw, start, seed)
         self._plan = Plan(self.lengths, batch, seed, draw)
         self.padding_share = self._plan.padding_share
 
@@ -127,7 +128,7 @@ class ARData:
         corpus = usable(shard, limit)
         return cls(corpus, alphabet, tasks, batch, seed, longest=longest, texts=texts)
 
-    def _beginning(self, draw: Epochs, start: Start) -> Epochs:
+    def _beginning(self, draw: Epochs, start: Start, seed: int) -> Epochs:
         """`draw`, but in the first epochs of `start`'s utterances and the texts alone."""
         chosen = start.rows[self.corpus.items]
         if not chosen.any():
@@ -137,8 +138,14 @@ class ARData:
         )
 
         def items(epoch: int) -> np.ndarray:
-            drawn = draw(epoch)
-            return drawn[inside[drawn]] if epoch < start.epochs else drawn
+            drawn, left = draw(epoch), start.epochs - epoch
+            if left <= 0:
+                return drawn
+            drawn = drawn[inside[drawn]]
+            if left >= 1:
+                return drawn
+            random = np.random.default_rng((seed, epoch, 2))
+            return random.permutation(drawn)[: max(1, round(left * len(drawn)))]
 
         return items
 

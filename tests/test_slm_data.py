@@ -162,8 +162,8 @@ def test_the_first_epochs_are_of_the_chosen_rows_and_the_texts(tmp_path, base, v
     rows = np.arange(10) >= 6
     alphabet, corpus = Alphabet(vocabulary, base.tokenizer), usable(TokenShard.open(path))
 
-    def begun(chosen: np.ndarray) -> ARData:
-        start = Start(chosen, 2)
+    def begun(chosen: np.ndarray, epochs: float = 2.0) -> ARData:
+        start = Start(chosen, epochs)
         return ARData(corpus, alphabet, ALL, BATCH, 0, longest=256, texts=TEXTS, start=start)
 
     data = begun(rows)
@@ -176,6 +176,10 @@ def test_the_first_epochs_are_of_the_chosen_rows_and_the_texts(tmp_path, base, v
         assert (items >= forms * number).any()
         if epoch == 0:
             assert data.num_frames == frames[spoken].sum()
+    sizes = [[sum(map(len, rows)) for rows in begun(rows, 1.5)._plan.epoch(k)] for k in range(3)]
+    clips, half, whole = map(sum, sizes)
+    assert half == round(clips / 2)
+    assert whole > clips
     with pytest.raises(ValueError, match="no clip is usable"):
         begun(np.zeros(10, dtype=bool))
 
