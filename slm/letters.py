@@ -52,7 +52,7 @@ class Letters(NamedTuple):
 def spell_rows(lm: Any, alphabet: Alphabet, path: str | Path | None) -> None:
     """Adds to the new row of each code of codebook 1 what its letters' rows are apart from the mean
     of the text rows, by the shares of a file of letters (None: nothing); in place, before any
-    adapter.
+    adapter. A merge of several codes gets the mean of what they get.
 
     Raises ValueError where the codebook has another size, or the LLM cannot spell a letter.
     """
@@ -74,10 +74,13 @@ def spell_rows(lm: Any, alphabet: Alphabet, path: str | Path | None) -> None:
         raise ValueError(f"ar.letters: {error}; or leave ar.letters out") from error
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     tables = [embedding] if head.weight is embedding.weight else [embedding, head]
-    codes = torch.from_numpy(vocabulary.encode_speech(np.arange(vocabulary.codebook_size)))
+    pieces, units = np.arange(vocabulary.num_pieces), alphabet.pieces
+    made_of = [one[None] if units is None else units.decode(one[None]) for one in pieces]
+    shares = torch.from_numpy(np.stack([letters.shares[codes].mean(0) for codes in made_of]))
+    new_rows = torch.from_numpy(vocabulary.encode_pieces(pieces))
     with torch.no_grad():
         for table in tables:
             rows = torch.stack([table.weight[one].float().mean(0) for one in ids])
             apart = rows - table.weight[: vocabulary.num_text].float().mean(0)
-            told = torch.from_numpy(letters.shares).to(apart) @ apart
-            table.weight[codes] += told.to(table.weight.dtype)
+            said = shares.to(apart) @ apart
+            table.weight[new_rows] += said.to(table.weight.dtype)

@@ -1,6 +1,7 @@
 """New rows that begin as their codes' letters."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 from tiny_slm import STAMP, save_base
 
 from slm.ar import SpeechLM
-from slm.config import ARConfig, LoRAConfig, TextConfig
+from slm.config import ARConfig, LoRAConfig, TextConfig, UnitsConfig
 from slm.letters import Letters
+from slm.units import Units
 
 NUM_CODES = STAMP.codebook_sizes[0]
 
@@ -46,6 +48,24 @@ def test_rows_begin_as_their_letters(tmp_path: Path, tied: bool) -> None:
         expected[first + 3] = before[first + 3] + 0.5 * (space - mean)
         torch.testing.assert_close(after, expected)
         assert torch.equal(after[:first], before[:first])
+
+
+def test_a_merge_says_what_its_codes_say(tmp_path: Path) -> None:
+    base = str(save_base(tmp_path / "base"))
+    Letters("ab", shares()).save(tmp_path / "letters.json")
+    units = Units.train([np.tile([1, 3], 50)], STAMP, size=1)
+    units.save(tmp_path / "units.model")
+    heard = UnitsConfig(heard="bpe", model=str(tmp_path / "units.model"))
+    config = ARConfig(base=base, lora=None, units=heard, init_scale=0.0)
+    plain = SpeechLM.create(config, STAMP, seed=0)
+    spelt = SpeechLM.create(replace(config, letters=str(tmp_path / "letters.json")), STAMP, seed=0)
+    before, after = (lm.lm.get_input_embeddings().weight for lm in (plain, spelt))
+    a, space = (before[ids[0]] for ids in spelt.alphabet.spelling_ids("a "))
+    mean = before[: spelt.vocabulary.num_text].mean(0)
+    merge = spelt.vocabulary.first_speech + NUM_CODES
+    assert units.decode([NUM_CODES]).tolist() == [1, 3]
+    said = (a - mean + 0.5 * (space - mean)) / 2
+    torch.testing.assert_close(after[merge], before[merge] + said)
 
 
 def test_adapters_keep_the_rows_as_they_began(tmp_path: Path) -> None:
