@@ -75,7 +75,7 @@ def spell_rows(lm: Any, alphabet: Alphabet, path: str | Path | None) -> None:
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     tables = [embedding] if head.weight is embedding.weight else [embedding, head]
     pieces, units = np.arange(vocabulary.num_pieces), alphabet.pieces
-    made_of = [one[None] if units is None else units.decode(one[None]) for one in pieces]
+    made_of = [row if units is None else units.decode(row) for row in pieces[:, None]]
     shares = torch.from_numpy(np.stack([letters.shares[codes].mean(0) for codes in made_of]))
     new_rows = torch.from_numpy(vocabulary.encode_pieces(pieces))
     with torch.no_grad():
