@@ -59,8 +59,8 @@ class VoiceConfig:
     """Token shards of a few words each (recipes/make_clips.py) that the AR learns from as well:
     short texts teach it to read long before long ones do."""
     clip_epochs: float = 1.0
-    """The first epochs are of clips alone (0.5: half an epoch of them); then come whole utterances
-    and clips."""
+    """The first epochs are of clips alone (0.5: half of the items of one); then come whole
+    utterances and clips."""
     texts: str | None = None
     """Plain texts that ar.tasks.text mixes in: a .txt (paragraphs) or .jsonl file (`text` of each
     line), either gzipped or not."""

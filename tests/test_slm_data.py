@@ -180,6 +180,12 @@ def test_the_first_epochs_are_of_the_chosen_rows_and_the_texts(tmp_path, base, v
     clips, half, whole = map(sum, sizes)
     assert half == round(clips / 2)
     assert whole > clips
+    short = begun(rows, 0.5)
+    items = np.concatenate([row for rows in short._plan.epoch(0) for row in rows])
+    spoken = items[items < forms * number] % number
+    assert len(items) == half
+    assert set(spoken) <= set(range(6, 10))
+    assert short.num_frames == frames[spoken].sum()
     with pytest.raises(ValueError, match="no clip is usable"):
         begun(np.zeros(10, dtype=bool))
 
