@@ -124,7 +124,8 @@ class ARConfig:
     """Spread of the new rows: 1 draws them like the old rows, 0 puts them at the old rows' mean."""
     letters: str | None = None
     """What codes say (a file of recipes/make_clips.py): the new rows begin as their letters'
-    (a merge's as the mean of its codes'); null: as they are drawn. For characters, and codebooks that hold what is said."""
+    (a merge's as the mean of its codes'); null: as they are drawn. For characters, and codebooks
+    that hold what is said."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
 
