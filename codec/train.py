@@ -267,7 +267,7 @@ def _adamw(model: nn.Module, lr: float, optim: OptimConfig) -> torch.optim.AdamW
         {"params": decayed, "weight_decay": optim.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=optim.betas)
+    return torch.optim.AdamW(groups, lr=lr, betas=optim.betas, fused=True)
 
 
 def _set_rates(optimizers: Sequence[Any], step: int, optim: OptimConfig) -> None:

@@ -9,13 +9,15 @@ others, so that it stays what the LLM knows.
 import json
 import logging
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
+from tokenizers.pre_tokenizers import ByteLevel
 
 from codec.tokens import CodecStamp, written_whole
 from slm.config import TextConfig, UnitsConfig
@@ -94,6 +96,12 @@ class Alphabet:
             return encode_texts(self.tokenizer, texts)
         return self._spell(texts)
 
+    def text_range(self, task: str) -> range:
+        """Ids that `task`'s text is made of: those of bytes, where it is spelt in characters and
+        the tokenizer has them in one stretch; else all of the tokenizer's."""
+        spelt = task == "asr" and self.text.written == "characters"
+        return (spelt and self._bytes) or range(self.vocabulary.num_text)
+
     def text_of(self, ids: Sequence[int]) -> str:
         """A transcript's ids, without their end, back to text."""
         return self.vocabulary.decode_text(self.tokenizer, ids)
@@ -146,10 +154,21 @@ class Alphabet:
         """Each character's own tokens, case and spaces kept. Composed (NFC) before."""
         texts = [unicodedata.normalize("NFC", text) for text in texts]
         unknown = sorted(set().union(*map(set, texts)) - self._characters.keys())
-        ids = encode_texts(self.tokenizer, unknown)
-        for character, alone in zip(unknown, ids, strict=True):
-            self._characters[character] = _character_ids(self.tokenizer, character, alone)
+        spell = _character_ids if self._bytes is None else _byte_ids
+        for character in unknown:
+            self._characters[character] = spell(self.tokenizer, character)
         return [[token for one in text for token in self._characters[one]] for text in texts]
+
+    @cached_property
+    def _bytes(self) -> range | None:
+        """Ids of single bytes; None: the tokenizer is not byte-level, or has them scattered."""
+        space, names = _BYTES.pre_tokenize_str(" ")[0][0], sorted(_BYTES.alphabet())
+        if encode_texts(self.tokenizer, [" "]) != [self.tokenizer.convert_tokens_to_ids([space])]:
+            return None
+        # Some have no token for bytes that no text has, or hardly any.
+        unknown = {None, getattr(self.tokenizer, "unk_token_id", None)}
+        ids = sorted(set(self.tokenizer.convert_tokens_to_ids(names)) - unknown)
+        return range(ids[0], ids[-1] + 1) if ids[-1] - ids[0] < 2 * len(names) else None
 
     def spelling_ids(self, characters: Sequence[str]) -> list[list[int]]:
         """Ids that are each character and nothing else. ValueError for one that has none."""
@@ -182,13 +201,28 @@ class Alphabet:
         return cls(vocabulary, tokenizer, text, units, pieces)
 
 
-def _character_ids(tokenizer: Any, character: str, alone: Sequence[int]) -> list[int]:
+_BYTES = ByteLevel(add_prefix_space=False, use_regex=False)
+"""Names of bytes in byte-level vocabularies."""
+
+
+def _byte_ids(tokenizer: Any, character: str) -> list[int]:
+    """The tokens of a character's bytes, one each."""
+    (named,) = _BYTES.pre_tokenize_str(character)
+    return _first_that_spells(tokenizer, character, [tokenizer.convert_tokens_to_ids([*named[0]])])
+
+
+def _character_ids(tokenizer: Any, character: str) -> list[int]:
     """Ids that are this character and nothing else: what the tokenizer makes of it alone, or,
     where that puts a space before it, its own piece or its bytes'."""
     pieces = [character.replace(" ", "\u2581")]
-    unknown = getattr(tokenizer, "unk_token_id", None)
     spelt = [f"<0x{byte:02X}>" for byte in character.encode()]
-    for ids in (alone, *(tokenizer.convert_tokens_to_ids(names) for names in (pieces, spelt))):
+    named = [tokenizer.convert_tokens_to_ids(names) for names in (pieces, spelt)]
+    return _first_that_spells(tokenizer, character, [*encode_texts(tokenizer, [character]), *named])
+
+
+def _first_that_spells(tokenizer: Any, character: str, tries: Iterable[list[int]]) -> list[int]:
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    for ids in tries:
         if None in ids or unknown in ids:
             continue
         if tokenizer.decode(list(ids), clean_up_tokenization_spaces=False) == character:

@@ -32,7 +32,7 @@ from slm.config import ARConfig, LoRAConfig
 from slm.data import IGNORE, ARBatch
 from slm.head import Asked, logits_of, speech_rows, text_rows
 from slm.letters import spell_rows
-from slm.prompts import CONTINUATION, TASKS, TTS
+from slm.prompts import ASR, CONTINUATION, TASKS, TEXT, TTS
 from slm.vocab import Vocabulary, extend, row_parameters
 
 BASE_FILE = "base.json"
@@ -195,23 +195,24 @@ class SpeechLM(nn.Module):
     def forward(self, batch: ARBatch) -> Scores:
         """Losses at target positions only, each over what it may be: speech over codes and their
         end, text over text. Generation chooses from the same."""
-        target = batch.labels != IGNORE
-        spoken = (batch.tasks == TTS) | (batch.tasks == CONTINUATION)
+        labels, tasks = batch.labels.flatten(), batch.tasks.flatten()
+        target, spoken = labels != IGNORE, (tasks == TTS) | (tasks == CONTINUATION)
         asked = [
-            Asked(chosen.flatten().nonzero()[:, 0], rows)
+            Asked((target & chosen).nonzero()[:, 0], rows)
             for chosen, rows in [
-                (target & spoken, speech_rows(self.alphabet)),
-                (target & ~spoken, text_rows(self.vocabulary)),
+                (spoken, speech_rows(self.alphabet)),
+                (tasks == ASR, text_rows(self.alphabet, "asr")),
+                (tasks == TEXT, text_rows(self.alphabet, "text")),
             ]
         ]
+        asked = asked[: 2 + bool(len(asked[2].where))]  # Its many rows cost where none is asked.
         inputs = {} if batch.documents is None else self._apart(batch.documents)
         logits = logits_of(self.lm, asked, input_ids=batch.tokens, **inputs)
-        labels, tasks = batch.labels.flatten(), batch.tasks.flatten()
         scores = [
             score(each, rows.columns(labels[where]), tasks[where], len(TASKS))
             for each, (where, rows) in zip(logits, asked, strict=True)
         ]
-        return Scores(*(one + other for one, other in zip(*scores, strict=True)))
+        return Scores(*(torch.stack(parts).sum(0) for parts in zip(*scores, strict=True)))
 
     def _apart(self, documents: Int[Tensor, "B L"]) -> dict[str, Tensor]:
         inputs, length = separated(documents), documents.shape[1]
@@ -272,8 +273,7 @@ class SpeechLM(nn.Module):
         if origin["adapter"]:
             lm, tokenizer = _load_adapted(folder, origin, vocabulary, base, dtype)
         else:
-            loaded = load_base(folder, None, dtype)
-            lm, tokenizer = loaded.lm, loaded.tokenizer
+            lm, tokenizer, _ = load_base(folder, None, dtype)
         if lm.get_input_embeddings().weight.shape[0] != vocabulary.size:
             raise ValueError(f"{folder}: its table of tokens does not fit its vocabulary.json")
         alphabet = Alphabet.load(folder, tokenizer)

@@ -92,9 +92,9 @@ def speech_only(lm: SpeechLM, config: SamplingConfig) -> Allowed:
 
 
 def text_only(lm: SpeechLM) -> Allowed:
-    """For ASR: the tokenizer's ids and the end of a transcript."""
-    vocabulary = lm.vocabulary
-    return Allowed(first=0, stop=vocabulary.num_text, end=vocabulary.eos, loop_tokens=MIN_TEXT_LOOP)
+    """For ASR: what transcripts are made of, and their end."""
+    ids, end = lm.alphabet.text_range("asr"), lm.vocabulary.eos
+    return Allowed(first=ids.start, stop=ids.stop, end=end, loop_tokens=MIN_TEXT_LOOP)
 
 
 def speech_bounds(

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slm.alphabet import Alphabet
-from slm.vocab import Vocabulary
 
 Forward = Callable[..., Tensor]
 
@@ -56,9 +55,10 @@ def speech_rows(alphabet: Alphabet) -> Rows:
     return Rows(made.start, made.stop, alphabet.vocabulary.speech_end)
 
 
-def text_rows(vocabulary: Vocabulary) -> Rows:
-    """What a target of text may be."""
-    return Rows(0, vocabulary.num_text, vocabulary.eos)
+def text_rows(alphabet: Alphabet, task: str) -> Rows:
+    """What a target of text may be: a transcript (asr), or text alone."""
+    made = alphabet.text_range(task)
+    return Rows(made.start, made.stop, alphabet.vocabulary.eos)
 
 
 class Asked(NamedTuple):

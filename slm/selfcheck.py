@@ -85,7 +85,7 @@ def _scores(lm: SpeechLM, rows: Sequence[Sequence[int]], num_targets: Sequence[i
         where += range(first, first + count)
         labels += row[-count:]
     device = next(lm.parameters()).device
-    chosen = text_rows(vocabulary)
+    chosen = text_rows(lm.alphabet, "asr")
     asked = Asked(torch.tensor(where, device=device), chosen)
     (logits,) = logits_of(lm.lm, [asked], input_ids=tokens.to(device))
     columns = chosen.columns(torch.tensor(labels, device=device))

@@ -240,8 +240,9 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas
-    )
+        [group for group in groups if group["params"]],
+        lr=config.lr, betas=config.betas, fused=True,
+    )  # fmt: skip
 
 
 def _tell_engine(accelerator: Accelerator, config: OptimConfig) -> None:

@@ -8,12 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_slm import STAMP, quiet, save_base
+from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
 from slm import alphabet as alphabet_module
 from slm.alphabet import FILE_NAME, UNITS_FILE, Alphabet
 from slm.ar import Base, SpeechLM, load_base
 from slm.config import ARConfig, LoRAConfig, TextConfig, UnitsConfig
 from slm.units import Units
+from slm.vocab import Vocabulary
 
 pytestmark = quiet()
 SIZE = STAMP.codebook_sizes[0]
@@ -65,6 +69,26 @@ def test_characters_are_the_llms_tokens_of_each_alone(base: Base) -> None:
     assert len(make(base).text_ids("tts", ["at"])[0]) == 1
 
 
+def test_characters_are_of_bytes_and_those_alone(base: Base) -> None:
+    """What is never written need not be a row of the head; a merge of bytes is no character's."""
+    core = json.loads(base.tokenizer.backend_tokenizer.to_str())
+    core["model"]["merges"].append(["\u00c3", "\u00ab"])  # The bytes of e with two dots.
+    core["model"]["vocab"]["\u00c3\u00ab"] = len(base.tokenizer)
+    merging = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(core)))
+    assert len(merging("\u00eb", add_special_tokens=False)["input_ids"]) == 1
+    for tokenizer in (base.tokenizer, merging):
+        vocabulary = Vocabulary.of(base.lm, tokenizer, STAMP)
+        alphabet = Alphabet(vocabulary, tokenizer, TextConfig(written="characters"))
+        made = alphabet.text_range("asr")
+        assert len(made) == 256
+        assert set(made) == set(tokenizer.convert_tokens_to_ids(ByteLevel.alphabet()))
+        written = alphabet.text_ids("asr", [*TEXTS, "\u00eb"])
+        assert {token for ids in written for token in ids} <= set(made)
+        assert alphabet.text_of(written[-1]) == "\u00eb"
+        assert alphabet.text_range("text") == range(vocabulary.num_text)
+    assert make(base).text_range("asr") == range(len(base.tokenizer))
+
+
 class Prefixing:
     """A tokenizer that puts a space before every text, but has characters and bytes."""
 
@@ -92,6 +116,7 @@ def test_tokenizers_that_put_a_space_before_words(base: Base) -> None:
         vocabulary, Prefixing(["a", "\u2581", "<0xC3>", "<0xAB>"]), text, UnitsConfig()
     )
     assert alphabet.text_ids("asr", ["a \u00eb"]) == [[2, 3, 4, 5]]
+    assert alphabet.text_range("asr") == range(vocabulary.num_text)
     with pytest.raises(ValueError, match="cannot spell 'b' by itself"):
         alphabet.text_ids("asr", ["ab"])
 

@@ -10,9 +10,9 @@ from tiny_slm import STAMP, quiet, save_base, save_shard
 
 from codec.tokens import TokenShard
 from slm.ar import SpeechLM
-from slm.config import ARConfig, BatchConfig, LoRAConfig, TaskConfig
+from slm.config import ARConfig, BatchConfig, LoRAConfig, TaskConfig, TextConfig
 from slm.data import IGNORE, ARBatch, ARData
-from slm.prompts import ASR, TEXT
+from slm.prompts import ASR, CONTINUATION, TEXT, TTS
 
 pytestmark = quiet()
 
@@ -20,20 +20,31 @@ pytestmark = quiet()
 def restricted(lm: SpeechLM, logits: torch.Tensor, batch: ARBatch) -> torch.Tensor:
     """Logits of every position with -inf at the ids that its target cannot be."""
     vocabulary = lm.vocabulary
-    allowed = torch.zeros(2, vocabulary.size, dtype=torch.bool)
-    allowed[0, vocabulary.first_speech :] = allowed[0, vocabulary.speech_end] = True
-    allowed[1, : vocabulary.num_text] = allowed[1, vocabulary.eos] = True
-    written = (batch.tasks == ASR) | (batch.tasks == TEXT)
-    return logits.masked_fill(~allowed[written.long()], -torch.inf)
+    allowed = torch.zeros(4, vocabulary.size, dtype=torch.bool)
+    for task in (TTS, CONTINUATION):
+        allowed[task, vocabulary.first_speech :] = allowed[task, vocabulary.speech_end] = True
+    for task in (ASR, TEXT):
+        allowed[task, : vocabulary.num_text] = allowed[task, vocabulary.eos] = True
+    if lm.alphabet.text.written == "characters":
+        names = lm.alphabet.tokenizer.convert_ids_to_tokens(range(vocabulary.num_text))
+        allowed[ASR, : vocabulary.num_text] = torch.tensor([len(name) == 1 for name in names])
+        allowed[ASR, vocabulary.eos] = True
+    return logits.masked_fill(~allowed[batch.tasks], -torch.inf)
 
 
 @pytest.mark.parametrize("lora", [LoRAConfig(rank=2), None])
 @pytest.mark.parametrize("eos", [True, False])
+@pytest.mark.parametrize("written", ["tokens", "characters"])
+@pytest.mark.parametrize("items", [(0, 8, 13, 18), (0, 8)])
 def test_loss_is_that_of_plain_logits_at_targets_over_what_they_may_be(
-    tmp_path: Path, lora: LoRAConfig | None, eos: bool
+    tmp_path: Path, lora: LoRAConfig | None, eos: bool, written: str, items: tuple[int, ...]
 ) -> None:
-    lm = make(tmp_path, lora, eos=eos).eval()
-    batch = batch_of(lm, tmp_path / "a.parquet")
+    base = save_base(tmp_path / "base", eos=eos)
+    config = ARConfig(base=str(base), lora=lora, text=TextConfig(written=written))
+    lm = SpeechLM.create(config, STAMP, seed=0).eval()
+    data = packed_data(lm, tmp_path / "a.parquet", packed=None)
+    batch = data.collate([np.array([item]) for item in items])
+    assert batch.tasks[:, 0].tolist() == [TTS, ASR, CONTINUATION, TEXT][: len(items)]
     parameters = [p for p in lm.parameters() if p.requires_grad]
     scores = lm(batch)
     logits = restricted(lm, lm.lm(input_ids=batch.tokens).logits, batch)
