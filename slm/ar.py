@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
 from codec.tokens import CodecStamp, written_whole
 from slm.alphabet import Alphabet
+from slm.attention import attention_of, kept_apart
 from slm.config import ARConfig, LoRAConfig
 from slm.data import IGNORE, ARBatch
 from slm.head import Asked, logits_of, speech_rows, text_rows
@@ -206,28 +207,16 @@ class SpeechLM(nn.Module):
             ]
         ]
         asked = asked[: 2 + bool(len(asked[2].where))]  # Its many rows cost where none is asked.
-        inputs = {} if batch.documents is None else self._apart(batch.documents)
-        logits = logits_of(self.lm, asked, input_ids=batch.tokens, **inputs)
+        inputs = {"input_ids": batch.tokens}
+        with attention_of(self.lm, batch.tokens):
+            if batch.documents is not None:
+                inputs |= kept_apart(self.lm, batch.documents)
+            logits = logits_of(self.lm, asked, **inputs)
         scores = [
             score(each, rows.columns(labels[where]), tasks[where], len(TASKS))
             for each, (where, rows) in zip(logits, asked, strict=True)
         ]
         return Scores(*(torch.stack(parts).sum(0) for parts in zip(*scores, strict=True)))
-
-    def _apart(self, documents: Int[Tensor, "B L"]) -> dict[str, Tensor]:
-        inputs, length = separated(documents), documents.shape[1]
-        window = getattr(self.config, "sliding_window", None)
-        if window is not None and window < length:
-            raise ValueError(
-                f"this LLM sees {window} positions back, which packed rows of {length} cannot "
-                f"show: batch.packed must be at most {window}, or null"
-            )
-        if self.config._attn_implementation != "sdpa":  # All others add the mask to the scores.
-            dtype = next(self.lm.parameters()).dtype
-            lowest = torch.finfo(dtype).min
-            mask = torch.zeros_like(inputs["attention_mask"], dtype=dtype)
-            inputs["attention_mask"] = mask.masked_fill(~inputs["attention_mask"], lowest)
-        return inputs
 
     def save(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Writes the folder described above.
@@ -278,20 +267,6 @@ class SpeechLM(nn.Module):
             raise ValueError(f"{folder}: its table of tokens does not fit its vocabulary.json")
         alphabet = Alphabet.load(folder, tokenizer)
         return cls(lm, alphabet, origin).eval().requires_grad_(False)
-
-
-def separated(documents: Int[Tensor, "B L"]) -> dict[str, Tensor]:
-    """What keeps the items of packed rows apart: a mask (B, 1, L, L), and positions that begin anew
-    with each item."""
-    length = documents.shape[1]
-    same = documents[:, :, None] == documents[:, None]
-    causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
-    index = torch.arange(length, device=documents.device).expand_as(documents)
-    begins = functional.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-    first = torch.where(begins, index, 0).cummax(1).values
-    # A long padding would count beyond the positions that the LLM has.
-    position = torch.where(documents > 0, index - first, 0)
-    return {"attention_mask": (same & causal)[:, None], "position_ids": position}
 
 
 def score(logits: Float[Tensor, "N V"], labels: Tensor, groups: Tensor, num_groups: int) -> Scores:

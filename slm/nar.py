@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slm.ar import Scores, score
+from slm.attention import attend
 from slm.config import NARConfig
 from slm.nar_data import NUM_TEXT_SYMBOLS, NARBatch, nar_batch, text_bytes
 
@@ -357,7 +358,7 @@ class Layer(nn.Module):
         query, key, value = rearrange(
             projected, "b l (n h d) -> n b h l d", n=3, h=self.num_heads
         ).unbind()
-        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=valid)
+        attended = attend(query, key, value, valid)
         hidden = hidden + self.dropout(self.output(rearrange(attended, "b h l d -> b l (h d)")))
         inner = functional.gelu(self.expand(self.feedforward_norm(hidden, condition)))
         return hidden + self.dropout(self.contract(self.dropout(inner)))
