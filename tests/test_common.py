@@ -1,5 +1,6 @@
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -342,3 +343,27 @@ def test_a_mistake_under_two_ranks_is_said_once(tmp_path: Path, launch: Callable
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1
     assert "width (7 -> 8)" in done.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_is_used_again() -> None:
+    """Page faults of allocations of 48 MB, each made after the last was freed."""
+    code = """
+import resource, torch
+from recipes.common import keep_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.zeros(12_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+plain = faults()
+keep_memory()
+faults()
+print(plain, faults())
+"""
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True
+    )
+    plain, kept = map(int, done.stdout.split())
+    assert kept < plain / 50
