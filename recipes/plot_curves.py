@@ -30,6 +30,8 @@ class PlotCurvesConfig:
     """Run folders of recipes/tts.py or recipes/asr.py."""
     names: tuple[str, ...] = ()
     """What the legend calls them; empty: their folders' names."""
+    panels: tuple[str, ...] = ()
+    """Which columns: tasks and groups of codebooks, such as tts and codebook_2; empty: all."""
     out: str = "out/curves.png"
     """The picture."""
     smooth: int = 1
@@ -138,6 +140,10 @@ def draw(out: Path, runs: dict[str, dict[str, Stage]], config: PlotCurvesConfig)
     )
     if not panels:
         raise ValueError("the runs have logged no losses yet")
+    known = [panel for _, panel in panels]
+    if unknown := [panel for panel in config.panels if panel not in known]:
+        raise ValueError(f"panels: the runs have no {unknown[0]}; they have {', '.join(known)}")
+    panels = [pair for pair in panels if not config.panels or pair[1] in config.panels]
     timed = any(stage.hours_per_step for _, stage in stages)
     rows = 2 if timed else 1
     figure, axes = pyplot.subplots(
@@ -153,6 +159,7 @@ def draw(out: Path, runs: dict[str, dict[str, Stage]], config: PlotCurvesConfig)
                 if scale is not None:
                     _draw_panel(axes[row, column], run[name], panel, scale, (label, color), config)
         axes[0, column].set_title(f"{name}: {panel}", fontsize=10)
+        axes[0, column].legend(fontsize=8)
         for row, what in enumerate(("steps", "hours of speech seen")[:rows]):
             axes[row, column].set_xlabel(what)
             axes[row, column].grid(alpha=0.3)
@@ -160,7 +167,6 @@ def draw(out: Path, runs: dict[str, dict[str, Stage]], config: PlotCurvesConfig)
                 axes[row, column].set_ylim(top=config.most)
     for row in range(rows):
         axes[row, 0].set_ylabel("loss (nats)")
-    axes[0, 0].legend(fontsize=8)
     figure.tight_layout()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)

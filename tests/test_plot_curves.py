@@ -40,6 +40,17 @@ def test_several_runs_in_one_picture(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert last["one"]["dev/codebook 2"] == 6.0
 
 
+def test_some_columns_alone(tmp_path: Path) -> None:
+    run, widths = write_run(tmp_path / "run"), []
+    for name, more in (("all", []), ("two", ["panels=[codebook 2,tts]"])):
+        main([f"runs=[{run}]", f"out={tmp_path}/{name}.png", *more])
+        data = (tmp_path / f"{name}.png").read_bytes()
+        widths.append(int.from_bytes(data[16:20], "big"))
+    assert widths[1] / widths[0] == pytest.approx(2 / 3, abs=0.01)
+    with pytest.raises(ValueError, match="no tt; they have tts, asr, codebook 2"):
+        main([f"runs=[{run}]", f"out={tmp_path}/a.png", "panels=[tt]"])
+
+
 def test_a_stage_has_a_curve_for_each_task(tmp_path: Path) -> None:
     stage = read_stage(write_run(tmp_path / "run") / "ar")
     assert set(stage.train) == set(stage.dev) == {"tts", "asr"}
