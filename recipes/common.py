@@ -72,20 +72,19 @@ def run_program(main: Callable[[list[str]], None]) -> None:
         sys.exit(2)
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # Of malloc.h.
+
+
 def keep_memory() -> None:
-    """From now on this process keeps the memory that it frees, for its own next use.
+    """From now on the process keeps what its main thread frees, for its own next use.
 
     Each step on a CPU asks for the same gigabytes; glibc returns pieces of 32 MB and more to the
-    kernel at once, and to be handed them again costs some tenth of a step (LOG.md). Other C
-    libraries do as they do.
+    kernel at once, and to be handed them again takes time (LOG.md). No other C library is told.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_MOST_MAPPINGS, 0)
-        mallopt(_TRIM_THRESHOLD, -1)
-
-
-_TRIM_THRESHOLD, _MOST_MAPPINGS = -1, -4  # Of malloc.h.
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def _leave() -> NoReturn:

@@ -31,7 +31,8 @@ class PlotCurvesConfig:
     names: tuple[str, ...] = ()
     """What the legend calls them; empty: their folders' names."""
     panels: tuple[str, ...] = ()
-    """Which columns: tasks and groups of codebooks, such as tts and codebook_2; empty: all."""
+    """Which columns, in the runs' own order: tasks and groups of codebooks, such as tts and
+    codebook_2; empty: all."""
     out: str = "out/curves.png"
     """The picture."""
     smooth: int = 1

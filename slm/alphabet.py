@@ -9,7 +9,7 @@ others, so that it stays what the LLM knows.
 import json
 import logging
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -45,11 +45,15 @@ class Alphabet:
         text: TextConfig | None = None,
         units: UnitsConfig | None = None,
         pieces: Units | None = None,
+        by_bytes: bool = True,
     ):
+        """`by_bytes`: transcripts in characters are made of bytes' tokens, where there are such."""
+        self.by_bytes = by_bytes
         self.vocabulary, self.tokenizer = vocabulary, tokenizer
         self.text, self.units = text or TextConfig(), units or UnitsConfig()
         self.pieces = pieces
         self._characters: dict[str, list[int]] = {}
+        self._in_bytes: dict[str, list[int]] = {}
         if (pieces is not None) != ("bpe" in (self.units.spoken, self.units.heard)):
             raise ValueError("units of bpe and their model belong together; use Alphabet.create")
         if pieces is None:
@@ -94,13 +98,22 @@ class Alphabet:
         form = {"tts": self.text.spoken, "asr": self.text.written}.get(task, "tokens")
         if form == "tokens":
             return encode_texts(self.tokenizer, texts)
-        return self._spell(texts)
+        if task == "asr" and self.writes_bytes:
+            return _spelt(texts, self._in_bytes, lambda one: _byte_ids(self.tokenizer, one))
+        return self.spelling_ids(texts)
 
     def text_range(self, task: str) -> range:
         """Ids that `task`'s text is made of: those of bytes, where it is spelt in characters and
         the tokenizer has them in one stretch; else all of the tokenizer's."""
-        spelt = task == "asr" and self.text.written == "characters"
-        return (spelt and self._bytes) or range(self.vocabulary.num_text)
+        if task == "asr" and self.writes_bytes:
+            assert self._bytes is not None
+            return self._bytes
+        return range(self.vocabulary.num_text)
+
+    @property
+    def writes_bytes(self) -> bool:
+        """Whether a transcript is made of the tokens of its characters' bytes."""
+        return self.text.written == "characters" and self._bytes is not None
 
     def text_of(self, ids: Sequence[int]) -> str:
         """A transcript's ids, without their end, back to text."""
@@ -150,29 +163,26 @@ class Alphabet:
             text = normalize(text)
         return phonemes(text) if self.text.spoken == "phonemes" else text
 
-    def _spell(self, texts: Sequence[str]) -> list[list[int]]:
-        """Each character's own tokens, case and spaces kept. Composed (NFC) before."""
-        texts = [unicodedata.normalize("NFC", text) for text in texts]
-        unknown = sorted(set().union(*map(set, texts)) - self._characters.keys())
-        spell = _character_ids if self._bytes is None else _byte_ids
-        for character in unknown:
-            self._characters[character] = spell(self.tokenizer, character)
-        return [[token for one in text for token in self._characters[one]] for text in texts]
-
     @cached_property
     def _bytes(self) -> range | None:
-        """Ids of single bytes; None: the tokenizer is not byte-level, or has them scattered."""
-        space, names = _BYTES.pre_tokenize_str(" ")[0][0], sorted(_BYTES.alphabet())
-        if encode_texts(self.tokenizer, [" "]) != [self.tokenizer.convert_tokens_to_ids([space])]:
-            return None
+        """The stretch of ids that has those of single bytes; None: the tokenizer is not byte-level,
+        or has them scattered."""
+        names, convert = sorted(_BYTES.alphabet()), self.tokenizer.convert_tokens_to_ids
+        space = convert([_BYTES.pre_tokenize_str(" ")[0][0]])
         # Some have no token for bytes that no text has, or hardly any.
         unknown = {None, getattr(self.tokenizer, "unk_token_id", None)}
-        ids = sorted(set(self.tokenizer.convert_tokens_to_ids(names)) - unknown)
+        if (
+            not self.by_bytes
+            or space[0] in unknown
+            or encode_texts(self.tokenizer, [" "]) != [space]
+        ):
+            return None
+        ids = sorted(set(convert(names)) - unknown)
         return range(ids[0], ids[-1] + 1) if ids[-1] - ids[0] < 2 * len(names) else None
 
-    def spelling_ids(self, characters: Sequence[str]) -> list[list[int]]:
-        """Ids that are each character and nothing else. ValueError for one that has none."""
-        return self._spell(characters)
+    def spelling_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Each character's own tokens, case and spaces kept. ValueError for one that has none."""
+        return _spelt(texts, self._characters, lambda one: _character_ids(self.tokenizer, one))
 
     def save(self, folder: str | Path) -> None:
         """The units model goes with it: a voice does not need the file that it was made with."""
@@ -181,7 +191,7 @@ class Alphabet:
         if self.pieces is not None:
             self.pieces.save(Path(folder) / UNITS_FILE)
         with written_whole(Path(folder) / FILE_NAME) as temporary:
-            record = {"text": asdict(self.text), "units": asdict(units)}
+            record = {"text": asdict(self.text), "units": asdict(units), "bytes": self.by_bytes}
             temporary.write_text(json.dumps(record, indent=1))
 
     @classmethod
@@ -198,7 +208,18 @@ class Alphabet:
             ) from error
         used = "bpe" in (units.spoken, units.heard)
         pieces = Units.load(Path(folder) / UNITS_FILE) if used else None
-        return cls(vocabulary, tokenizer, text, units, pieces)
+        # Older voices wrote each character's own tokens.
+        return cls(vocabulary, tokenizer, text, units, pieces, record.get("bytes", False))
+
+
+def _spelt(
+    texts: Sequence[str], known: dict[str, list[int]], spell: Callable[[str], list[int]]
+) -> list[list[int]]:
+    """Character by character, composed (NFC) before; `known` grows."""
+    texts = [unicodedata.normalize("NFC", text) for text in texts]
+    for character in sorted(set().union(*map(set, texts)) - known.keys()):
+        known[character] = spell(character)
+    return [[token for one in text for token in known[one]] for text in texts]
 
 
 _BYTES = ByteLevel(add_prefix_space=False, use_regex=False)
@@ -220,7 +241,7 @@ def _character_ids(tokenizer: Any, character: str) -> list[int]:
     return _first_that_spells(tokenizer, character, [*encode_texts(tokenizer, [character]), *named])
 
 
-def _first_that_spells(tokenizer: Any, character: str, tries: Iterable[list[int]]) -> list[int]:
+def _first_that_spells(tokenizer: Any, character: str, tries: Iterable[list[Any]]) -> list[int]:
     unknown = getattr(tokenizer, "unk_token_id", None)
     for ids in tries:
         if None in ids or unknown in ids:

@@ -195,7 +195,7 @@ class SpeechLM(nn.Module):
 
     def forward(self, batch: ARBatch) -> Scores:
         """Losses at target positions only, each over what it may be: speech over codes and their
-        end, text over text. Generation chooses from the same."""
+        end, a transcript over what it is made of, text over text. Generation chooses alike."""
         labels, tasks = batch.labels.flatten(), batch.tasks.flatten()
         target, spoken = labels != IGNORE, (tasks == TTS) | (tasks == CONTINUATION)
         asked = [
@@ -206,7 +206,8 @@ class SpeechLM(nn.Module):
                 (tasks == TEXT, text_rows(self.alphabet, "text")),
             ]
         ]
-        asked = asked[: 2 + bool(len(asked[2].where))]  # Its many rows cost where none is asked.
+        # Text's many rows cost, and are of the table that the others are of: no rank misses them.
+        asked = asked[: 2 + bool(len(asked[2].where))]
         inputs = {"input_ids": batch.tokens}
         with attention_of(self.lm, batch.tokens):
             if batch.documents is not None:

@@ -16,11 +16,16 @@ five times at 68 positions and 1.4 times at 400 (LOG.md), whose memory grows wit
 
 @contextmanager
 def attention_of(lm: Any, tokens: Int[Tensor, "B L"]) -> Iterator[None]:
-    """Meanwhile a causal LM attends by plain products, where training is faster so."""
+    """Meanwhile a causal LM attends by plain products, where training is faster so.
+
+    transformers' two ways give the same, but where an LLM has ALiBi: that one keeps its own.
+    `kept_apart` must be called inside, since it asks which way is taken.
+    """
     config, before = lm.config, lm.config._attn_implementation
     # What is computed again in the backward pass is so outside of this.
     once = not getattr(lm, "is_gradient_checkpointing", False)
-    if before == "sdpa" and once and torch.is_grad_enabled() and _plain(tokens):
+    same = not getattr(config, "alibi", False)
+    if before == "sdpa" and once and same and torch.is_grad_enabled() and _plain(tokens):
         config._attn_implementation = "eager"
     try:
         yield
@@ -34,7 +39,8 @@ def attend(
     value: Float[Tensor, "B H L D"],
     valid: Bool[Tensor, "B 1 1 L"],
 ) -> Float[Tensor, "B H L D"]:
-    """Attention of all positions to the valid ones."""
+    """Attention of all positions to the valid ones, of which a row has at least one; in training
+    by plain products where those are faster."""
     if not (torch.is_grad_enabled() and _plain(query[:, 0, :, 0])):
         return functional.scaled_dot_product_attention(query, key, value, attn_mask=valid)
     scores = (query * query.shape[-1] ** -0.5) @ key.mT

@@ -64,6 +64,8 @@ def export_card(lm: SpeechLM, exact: bool) -> str:
         notes.append("A text that is to be spoken is IPA, as espeak writes it.")
     if text.spoken == "characters":
         notes.append("A text that is to be spoken has the tokens of its single characters.")
+    if lm.alphabet.writes_bytes:
+        notes.append("A transcript has the tokens of its characters' bytes.")
     if vocabulary.num_merges:
         notes.append(
             f"`<|s_{vocabulary.codebook_size}|>` and those behind it are several codes each: "
@@ -79,7 +81,8 @@ def export_card(lm: SpeechLM, exact: bool) -> str:
         "speech_end": vocabulary.speech_end,
         "first": vocabulary.first_speech,
         "stop": made.stop,
-        "num_text": vocabulary.num_text,
+        "written": lm.alphabet.text_range("asr").start,
+        "written_stop": lm.alphabet.text_range("asr").stop,
         "eos": vocabulary.eos,
         "end": end,
         "parts": parts,
@@ -162,7 +165,7 @@ codes = [int(code) for code in re.findall(r"<\\|s_(\\d+)\\|>", spoken)]
 and the other way:
 
 ```python
-text = {{*range({num_text}), {eos}}}
+text = {{*range({written}, {written_stop}), {eos}}}
 others = [token for token in range(len(tokenizer)) if token not in text]
 {recording}made = lm.generate(ids, suppress_tokens=others, max_new_tokens=50, do_sample=False)
 heard = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)

@@ -79,7 +79,8 @@ class TextConfig:
     """What speech is made from: the LLM's own tokens; its tokens of single characters, about
     three times as many, meant for little data; or phonemes (extra `phonemes`)."""
     written: Written = "tokens"
-    """What speech is transcribed to."""
+    """What speech is transcribed to: characters are the tokens of their bytes, and are chosen from
+    these alone, where the LLM's tokenizer is byte-level."""
 
     def __post_init__(self) -> None:
         _one_of("text.spoken", self.spoken, get_args(Spoken))

@@ -28,7 +28,9 @@ CHECK_EVERY = 16
 MIN_TEXT_LOOP = 24
 """Tokens of a transcript that must repeat themselves to be a loop."""
 TEXT_TOKENS_PER_SECOND = 30.0
-"""No one speaks faster."""
+"""No one speaks faster, in characters or longer tokens."""
+BYTES_PER_CHARACTER = 3
+"""Of most scripts, in UTF-8."""
 NEXT_TRY, NEXT_CANDIDATE = 7919, 1_299_709
 """What a seed grows by. Both are primes, so that neither meets the other."""
 
@@ -106,9 +108,11 @@ def speech_bounds(
     return int(low), int(high + config.spare_seconds * frame_rate) + 1
 
 
-def text_bound(num_frames: int, frame_rate: float) -> int:
+def text_bound(num_frames: int, alphabet: Alphabet) -> int:
     """Most tokens of a transcript."""
-    return int(num_frames / frame_rate * TEXT_TOKENS_PER_SECOND) + 8
+    seconds = num_frames / alphabet.vocabulary.codec.frame_rate
+    size = BYTES_PER_CHARACTER if alphabet.writes_bytes else 1
+    return int(seconds * TEXT_TOKENS_PER_SECOND * size) + 8
 
 
 def restrict_context(

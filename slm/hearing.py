@@ -49,11 +49,11 @@ def hear(lm: SpeechLM, first: Sequence[Int[np.ndarray, " _"]]) -> list[Transcrip
     lm.check_task("asr")
     if not first:
         return []
-    alphabet, rate = lm.alphabet, lm.vocabulary.codec.frame_rate
+    alphabet = lm.alphabet
     requests = []
     for codes in first:
         context = asr_context(alphabet.vocabulary, alphabet.speech_ids("asr", codes))
-        most = text_bound(len(codes), rate)
+        most = text_bound(len(codes), alphabet)
         most = restrict_context(lm.max_positions, context, 1, most, "recording")
         requests.append(Request(context=context, min_tokens=0, max_tokens=most, seed=0))
     made = generate(lm, requests, text_only(lm), ONCE)

@@ -73,7 +73,8 @@ def test_characters_are_of_bytes_and_those_alone(base: Base) -> None:
     """What is never written need not be a row of the head; a merge of bytes is no character's."""
     core = json.loads(base.tokenizer.backend_tokenizer.to_str())
     core["model"]["merges"].append(["\u00c3", "\u00ab"])  # The bytes of e with two dots.
-    core["model"]["vocab"]["\u00c3\u00ab"] = len(base.tokenizer)
+    core["model"]["vocab"]["\u00c3\u00ab"] = len(core["model"]["vocab"])
+    core["added_tokens"] = []
     merging = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(core)))
     assert len(merging("\u00eb", add_special_tokens=False)["input_ids"]) == 1
     for tokenizer in (base.tokenizer, merging):
@@ -86,7 +87,43 @@ def test_characters_are_of_bytes_and_those_alone(base: Base) -> None:
         assert {token for ids in written for token in ids} <= set(made)
         assert alphabet.text_of(written[-1]) == "\u00eb"
         assert alphabet.text_range("text") == range(vocabulary.num_text)
+        # What is spoken is spelt by each character's own tokens, as it always was.
+        spoken = Alphabet(vocabulary, tokenizer, TextConfig(spoken="characters"))
+        assert spoken.text_ids("tts", ["\u00eb"]) == [tokenizer("\u00eb")["input_ids"]]
     assert make(base).text_range("asr") == range(len(base.tokenizer))
+
+
+def test_bytes_that_are_scattered_or_lacking_are_not_taken(base: Base) -> None:
+    core = json.loads(base.tokenizer.backend_tokenizer.to_str())
+    text = TextConfig(written="characters")
+
+    def made_of(vocabulary: dict[str, int], unknown: str | None = None) -> Alphabet:
+        core["model"] |= {"vocab": vocabulary, "merges": [], "unk_token": unknown}
+        core["added_tokens"] = []
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(json.dumps(core)), unk_token=unknown
+        )
+        return Alphabet(make(base).vocabulary, tokenizer, text)
+
+    names = sorted(ByteLevel.alphabet())
+    spread = {name: 3 * index for index, name in enumerate(names)}
+    assert not made_of(spread).writes_bytes
+    assert made_of({name: index for index, name in enumerate(names)}).writes_bytes
+    # Neither the space nor any other byte: what it makes of a space is what it makes of a byte.
+    assert not made_of({"<unk>": 0, "\u4f60": 1}, "<unk>").writes_bytes
+
+
+def test_voices_from_before_write_as_they_did(base: Base, tmp_path: Path) -> None:
+    alphabet = make(base, TextConfig(written="characters"))
+    alphabet.save(tmp_path)
+    assert Alphabet.load(tmp_path, base.tokenizer).writes_bytes
+    record = json.loads((tmp_path / FILE_NAME).read_text())
+    del record["bytes"]
+    (tmp_path / FILE_NAME).write_text(json.dumps(record))
+    older = Alphabet.load(tmp_path, base.tokenizer)
+    assert older.text_range("asr") == range(older.vocabulary.num_text)
+    older.save(tmp_path)
+    assert not Alphabet.load(tmp_path, base.tokenizer).writes_bytes
 
 
 class Prefixing:

@@ -62,6 +62,9 @@ def test_only_training_on_a_cpu_takes_plain_products(tmp_path: Path) -> None:
     )
     with attention_of(again.lm, torch.zeros(1, 9, dtype=torch.long)):
         assert again.config._attn_implementation == "sdpa"
+    lm.config.alibi = True  # Whose two ways are not the same in transformers.
+    assert inside(torch.zeros(1, 9, dtype=torch.long)) == "sdpa"
+    lm.config.alibi = False
     with pytest.raises(RuntimeError), attention_of(lm.lm, torch.zeros(1, 9, dtype=torch.long)):
         raise RuntimeError
     assert lm.config._attn_implementation == "sdpa"
@@ -83,3 +86,22 @@ def test_the_nars_attention_is_the_fused_one(dtype: torch.dtype) -> None:
         strict=True,
     ):
         torch.testing.assert_close(one, other, **tolerance)
+
+
+def test_the_nar_takes_plain_products_in_training_of_short_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fused = []
+    plain = functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        functional,
+        "scaled_dot_product_attention",
+        lambda *a, **k: fused.append(a[0].shape[2]) or plain(*a, **k),
+    )
+    for length in (512, 513):
+        rows = torch.randn(1, 1, length, 2)
+        valid = torch.ones(1, 1, 1, length, dtype=torch.bool)
+        attend(rows, rows, rows, valid)
+        with torch.no_grad():
+            attend(rows, rows, rows, valid)
+    assert fused == [512, 513, 513]

@@ -367,3 +367,13 @@ print(plain, faults())
     )
     plain, kept = map(int, done.stdout.split())
     assert kept < plain / 50
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_programs_keep_memory_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
+    kept = []
+    monkeypatch.setattr("recipes.common.keep_memory", lambda: kept.append(True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(sys, "argv", ["program"])
+    run_program(lambda argv: None)
+    assert bool(kept) != gpu

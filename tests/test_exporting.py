@@ -112,7 +112,8 @@ def test_the_example_of_the_card_runs(
     # What codes are made from takes no merges, which the table has all the same.
     Units.train(iter([np.tile(np.arange(24), 4)] * 8), STAMP, size=30).save(tmp_path / "u.model")
     units = UnitsConfig(model=str(tmp_path / "u.model"), heard="bpe")
-    lm = trained(tmp_path, text=TextConfig(normalize=False, spoken=spoken), units=units)
+    text = TextConfig(normalize=False, spoken=spoken, written=spoken)
+    lm = trained(tmp_path, text=text, units=units)
     out, vocabulary = tmp_path / "out", lm.vocabulary
     export(lm, out)
     card = (out / "README.md").read_text()
@@ -135,7 +136,9 @@ def test_the_example_of_the_card_runs(
     layout = asr_context(vocabulary, vocabulary.encode_speech(np.array([3, 1, 4])))
     assert names["ids"].tolist() == [layout]
     made = names["made"][0, len(layout) :].tolist()
-    assert set(made) <= {*range(vocabulary.num_text), vocabulary.eos}
+    asked = range(256 if spoken == "characters" else vocabulary.num_text)
+    assert f"text = {{*range({asked.start}, {asked.stop}), {vocabulary.eos}}}" in hear
+    assert set(made) <= {*asked, vocabulary.eos}
     assert isinstance(names["heard"], str)
 
 

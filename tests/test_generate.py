@@ -11,7 +11,7 @@ from torch.nn import functional
 from slm.alphabet import Alphabet
 from slm.ar import SpeechLM
 from slm.caches import CacheKind
-from slm.config import ARConfig, SamplingConfig
+from slm.config import ARConfig, SamplingConfig, TextConfig
 from slm.generate import (
     Allowed,
     Request,
@@ -22,6 +22,7 @@ from slm.generate import (
     speech_bounds,
     speech_only,
     stream_tokens,
+    text_bound,
     text_only,
 )
 from slm.prompts import asr_context, tts_context
@@ -152,6 +153,16 @@ def test_only_allowed_ids_come_out(lm: SpeechLM) -> None:
     (made,) = generate(lm, [request], text_only(lm), config)
     assert all(token < vocabulary.num_text for token in made.tokens)
     assert vocabulary.eos not in made.tokens
+
+
+def test_a_transcript_in_characters_has_bytes_alone(lm: SpeechLM) -> None:
+    alphabet = Alphabet(lm.vocabulary, lm.alphabet.tokenizer, TextConfig(written="characters"))
+    spelt = SpeechLM(lm.lm, alphabet, lm.origin)
+    allowed, every = text_only(spelt), text_only(lm)
+    assert (allowed.first, allowed.stop) == (0, 256)
+    assert every.stop == lm.vocabulary.num_text > 256
+    assert text_bound(50, lm.alphabet) == 68
+    assert text_bound(50, alphabet) == 188
 
 
 def test_bounds_are_kept_and_the_end_ignored_below(lm: SpeechLM) -> None:

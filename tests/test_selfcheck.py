@@ -6,8 +6,9 @@ import torch
 from tiny_slm import STAMP, quiet, save_base
 
 from slm import selfcheck
+from slm.alphabet import Alphabet
 from slm.ar import SpeechLM
-from slm.config import ARConfig, TaskConfig
+from slm.config import ARConfig, TaskConfig, TextConfig
 from slm.prompts import asr_context
 from slm.selfcheck import can_transcribe, text_scores, transcripts
 
@@ -29,14 +30,21 @@ def alone(lm: SpeechLM, text: str, codes: np.ndarray) -> float:
     target = [*lm.alphabet.text_ids("asr", [text])[0], vocabulary.eos]
     context = asr_context(vocabulary, lm.alphabet.speech_ids("asr", codes))
     logits = lm.lm(input_ids=torch.tensor([[*context, *target]]), use_cache=False).logits[0]
-    told = logits[len(context) - 1 : -1, : vocabulary.num_text].log_softmax(-1)
+    barred = torch.ones(logits.shape[-1], dtype=torch.bool)
+    written = lm.alphabet.text.written
+    barred[: 256 if written == "characters" else vocabulary.num_text] = False
+    barred[vocabulary.eos] = False
+    told = logits[len(context) - 1 : -1].masked_fill(barred, -torch.inf).log_softmax(-1)
     return float(told[range(len(target)), target].mean())
 
 
 @pytest.mark.parametrize("positions", [1, 8192])
+@pytest.mark.parametrize("written", ["tokens", "characters"])
 def test_scores_are_those_of_single_items(
-    lm: SpeechLM, positions: int, monkeypatch: pytest.MonkeyPatch
+    lm: SpeechLM, positions: int, written: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    alphabet = Alphabet(lm.vocabulary, lm.alphabet.tokenizer, TextConfig(written=written))
+    lm = SpeechLM(lm.lm, alphabet, lm.origin)
     monkeypatch.setattr(selfcheck, "POSITIONS", positions)
     expected = [alone(lm, text, codes) for text, codes in zip(TEXTS, CODES, strict=True)]
     assert text_scores(lm, TEXTS, CODES) == pytest.approx(expected, abs=1e-5)
