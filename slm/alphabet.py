@@ -105,10 +105,8 @@ class Alphabet:
     def text_range(self, task: str) -> range:
         """Ids that `task`'s text is made of: those of bytes, where it is spelt in characters and
         the tokenizer has them in one stretch; else all of the tokenizer's."""
-        if task == "asr" and self.writes_bytes:
-            assert self._bytes is not None
-            return self._bytes
-        return range(self.vocabulary.num_text)
+        made = self._bytes if task == "asr" and self.writes_bytes else None
+        return made or range(self.vocabulary.num_text)
 
     @property
     def writes_bytes(self) -> bool:

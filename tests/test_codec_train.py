@@ -169,6 +169,7 @@ def test_each_optimiser_has_a_learning_rate_of_its_own() -> None:
 def test_weight_decay_is_of_matrices_alone() -> None:
     codec = Codec(TINY)
     groups = _adamw(codec, 1e-3, OptimConfig(weight_decay=0.1)).param_groups
+    assert all(group["fused"] for group in groups)
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     decayed, others = ({id(each) for each in group["params"]} for group in groups)
     kinds = {True: set(), False: set()}
