@@ -17,7 +17,7 @@ from tiny_slm import quiet, save_base, save_shard
 from recipes.common import start_run
 from slm.ar import SpeechLM, load_base
 from slm.config import OptimConfig
-from slm.train import evaluate, fit, gather, learning_rate
+from slm.train import evaluate, fit, gather, learning_rate, make_optimizer
 
 pytestmark = [
     *quiet(),
@@ -292,3 +292,11 @@ def test_a_clip_norm_of_zero_means_never_and_a_negative_one_nothing() -> None:
     assert OptimConfig(clip_norm=0.0).clip_norm == 0
     with pytest.raises(ValueError, match="clip_norm must not be negative"):
         OptimConfig(clip_norm=-1.0)
+
+
+def test_matrices_alone_decay_and_the_step_is_fused() -> None:
+    matrices, vectors = make_optimizer(torch.nn.Linear(2, 3), OptimConfig()).param_groups
+    assert [p.shape for p in matrices["params"]] == [(3, 2)]
+    assert [p.shape for p in vectors["params"]] == [(3,)]
+    assert matrices["weight_decay"] == OptimConfig().weight_decay > vectors["weight_decay"] == 0
+    assert matrices["fused"] and vectors["fused"]
