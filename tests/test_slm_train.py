@@ -299,4 +299,5 @@ def test_matrices_alone_decay_and_the_step_is_fused() -> None:
     assert [p.shape for p in matrices["params"]] == [(3, 2)]
     assert [p.shape for p in vectors["params"]] == [(3,)]
     assert matrices["weight_decay"] == OptimConfig().weight_decay > vectors["weight_decay"] == 0
-    assert matrices["fused"] and vectors["fused"]
+    assert matrices["fused"]
+    assert vectors["fused"]
