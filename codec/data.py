@@ -3,13 +3,13 @@ step needs no sampler state, and any number of loader processes yields the same 
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -95,6 +95,8 @@ class Crops(NamedTuple):
     """Cuts."""
     starts: tuple[float, ...]
     """Seconds into each cut."""
+    codes: Int[Tensor, "B T"] | None = None
+    """Of codebook 1, where they are known already; the last one goes on in padding."""
 
 
 class CropDataset(Dataset):
@@ -107,7 +109,11 @@ class CropDataset(Dataset):
     def __init__(
         self, cuts: Sequence["Cut"], *, sample_rate: int, seconds: float, seed: int,
         bad_file: Path | None = None,
+        codes: Mapping[str, Integer[np.ndarray, " T"]] | None = None, hop_length: int = 1,
     ) -> None:  # fmt: skip
+        """With `codes` of whole cuts by their ids crops begin and end with frames of hop_length
+        samples, and bring theirs."""
+        self._codes, self._hop = codes, hop_length
         self.bad_file = bad_file
         self.cuts, self.sample_rate, self.seed = list(cuts), sample_rate, seed
         self.seconds, self.samples = seconds, round(seconds * sample_rate)
@@ -133,17 +139,25 @@ class CropDataset(Dataset):
     def _crop(self, cut: "Cut", generator: np.random.Generator) -> Crops:
         spare = max(cut.duration - self.seconds, 0.0)
         start = float(generator.uniform(0, spare))
+        codes = None
+        if self._codes is not None:
+            first, count = int(start * self.sample_rate) // self._hop, self.samples // self._hop
+            start = first * self._hop / self.sample_rate
+            known = self._codes[cut.id]
+            codes = known[np.minimum(np.arange(first, first + count), len(known) - 1)]
+            codes = torch.from_numpy(codes.astype(np.int64))[None]
         # A crop may fall into a pause; whether the whole is silent, prepare_data.py has checked.
         wave = load_cut(
             cut, self.sample_rate, start=start, duration=self.seconds, allow_silence=True
         )[: self.samples]
         padded = torch.from_numpy(np.pad(wave, (0, self.samples - len(wave))))
-        return Crops(padded[None, None], torch.tensor([len(wave)]), (cut.id,), (start,))
+        return Crops(padded[None, None], torch.tensor([len(wave)]), (cut.id,), (start,), codes)
 
 
 def _join(crops: Sequence[Crops]) -> Crops:
-    waves, lengths, ids, starts = zip(*crops, strict=True)
-    return Crops(torch.cat(waves), torch.cat(lengths), sum(ids, ()), sum(starts, ()))
+    waves, lengths, ids, starts, codes = zip(*crops, strict=True)
+    known = None if codes[0] is None else torch.cat(codes)
+    return Crops(torch.cat(waves), torch.cat(lengths), sum(ids, ()), sum(starts, ()), known)
 
 
 class _Indices(torch.utils.data.Sampler):

@@ -84,9 +84,11 @@ class Student(nn.Module):
         if codec.auxiliary is not None:
             codec.auxiliary.requires_grad_(speaks)
 
-    def forward(self, wave: Float[Tensor, "B 1 S"]) -> StudentOutput:
-        """Code, decode, project, and speak the semantic codes."""
-        out = self.codec(wave)
+    def forward(
+        self, wave: Float[Tensor, "B 1 S"], codes: Int[Tensor, "B T"] | None = None
+    ) -> StudentOutput:
+        """Code, decode, project, and speak the semantic codes, which may be known (`codes`)."""
+        out = self.codec(wave, codes)
         projections = {
             name: self._head(name)(out.quantized.part(part).mT) for name, part in self.parts.items()
         }

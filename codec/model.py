@@ -109,10 +109,23 @@ class Codec(PyTorchModelHubMixin, SpeechCodec, library_name="parlance", tags=["s
         codes = [torch.arange(size, device=self.device) for size in self.codebook_sizes]
         return [self.quantizer.decode(row[None, None], q)[0].mT for q, row in enumerate(codes)]
 
-    def forward(self, wave: Float[Tensor, "B 1 S"]) -> CodecOutput:
-        """Code and decode for training; the output has the input's length."""
-        quantized = self.quantizer(self.encoder(wave))
+    def forward(
+        self, wave: Float[Tensor, "B 1 S"], codes: Int[Tensor, "B T"] | None = None
+    ) -> CodecOutput:
+        """Code and decode for training; the output has the input's length. `codes`: LM-SPT's
+        semantic codebook, where it is frozen and what it makes of the wave is known."""
+        if codes is None:
+            quantized = self.quantizer(self.encoder(wave))
+        else:
+            quantized = self._beside(wave, codes)
         return CodecOutput(self.decoder(quantized.latent)[..., : wave.shape[-1]], quantized)
+
+    def _beside(self, wave: Float[Tensor, "B 1 S"], codes: Int[Tensor, "B T"]) -> Quantized:
+        encoder, quantizer = self.encoder, self.quantizer
+        if not isinstance(encoder, DualEncoder) or encoder.acoustic is None:
+            raise ValueError("only LM-SPT with two encoders can be told its semantic codes")
+        assert isinstance(quantizer, SplitVQ)
+        return quantizer.beside(codes, encoder.acoustic(wave))
 
     @torch.inference_mode()
     def resynthesize(

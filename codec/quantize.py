@@ -166,7 +166,19 @@ class SplitVQ(nn.Module):
     def forward(self, latent: Float[Tensor, "B E T"]) -> Quantized:
         """Quantise; in training mode also initialise and update the codebooks."""
         semantic_latent, acoustic_latent = latent.chunk(2, dim=1)
-        semantic = self.semantic(semantic_latent)
+        return self._joined(self.semantic(semantic_latent), acoustic_latent)
+
+    def beside(
+        self, codes: Int[Tensor, "B T"], acoustic_latent: Float[Tensor, "B D T"]
+    ) -> Quantized:
+        """The same where the semantic codes are known: nothing reaches or changes that codebook."""
+        with torch.no_grad():
+            latent = self.semantic.decode(codes[:, None])
+        zero = latent.new_zeros(1)
+        semantic = Quantized(latent, (latent,), codes[:, None], zero, zero)
+        return self._joined(semantic, acoustic_latent)
+
+    def _joined(self, semantic: Quantized, acoustic_latent: Float[Tensor, "B D T"]) -> Quantized:
         if self.subtract:
             taken = semantic.latent.detach() if self.constant else semantic.latent
             acoustic_latent = acoustic_latent - taken

@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from codec.data import CropDataset, Crops, crop_batches
 from codec.discriminators import BandDiscriminator, Discriminators, STFTDiscriminator
 from codec.distill import Student, StudentOutput, Target, distill_losses
+from codec.intelligibility import stoi_loss
 from codec.losses import (
     adversarial_loss,
     discriminator_loss,
@@ -67,6 +69,8 @@ class Models:
     discriminators: Discriminators | None = None
     teachers: Teachers | None = None
     resynthesis: Resynthesis | None = None
+    codes: Mapping[str, Integer[np.ndarray, " T"]] | None = None
+    """Codebook 1 of the training cuts, by their ids, where it is frozen and known already."""
 
 
 class Lesson(NamedTuple):
@@ -99,6 +103,8 @@ def generator_step(
         )  # fmt: skip
     if weights.magnitude:
         parts["magnitude"] = magnitude_loss(out.wave, wave, config.magnitude_windows)
+    if weights.stoi:
+        parts["stoi"] = stoi_loss(out.wave, wave, sample_rate)
     if weights.commitment:
         parts["commitment"] = out.quantized.commitment
     if weights.codebook:
@@ -175,6 +181,8 @@ def fit(
         seconds=crops.seconds,
         seed=run.seed,
         bad_file=run.folder / "skipped.jsonl",
+        codes=models.codes,
+        hop_length=codec.hop_length,
     )
     span = (first * optim.accumulate, optim.steps * optim.accumulate)
     batches = iter(_batches(dataset, crops, span, accelerator))
@@ -298,7 +306,8 @@ def _train_step(loop: _Loop, crops: Crops, *, adversarial: bool) -> None:
             lesson = _lesson(models, crops)
     trained = [models.student] if discriminators is None else [models.student, discriminators]
     with accelerator.accumulate(*trained):
-        out: StudentOutput = models.student(wave)
+        codes = crops.codes
+        out: StudentOutput = models.student(wave, codes if codes is None else codes.to(wave.device))
         if discriminators is not None:
             with accelerator.autocast():
                 told = discriminator_step(out, wave, discriminators, loop.losses)

@@ -30,6 +30,8 @@ class LossWeights:
     """Log-mel difference at several resolutions."""
     magnitude: float = 1.0
     """Relative STFT magnitude difference."""
+    stoi: float = 0.0
+    """1 less the short-time objective intelligibility (STOI)."""
     commitment: float = 0.25
     """Distance of the latent to its codebook entries."""
     codebook: float = 0.0

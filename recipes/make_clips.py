@@ -5,8 +5,9 @@
 
 OUT/clips holds token shards whose rows are clips: an AR that trains on them too (`clips=OUT/clips`)
 learns in short texts what it reads in long ones. OUT/letters.json lets the rows of new codes begin
-as their letters' (`ar.letters=OUT/letters.json`). The reader (recipes/train_semantic.py) must be
-the one of the codec that made the tokens.
+as their letters' (`ar.letters=OUT/letters.json`). OUT/edges.jsonl.gz says between which frames the
+words of utterances and clips are said (`edges=[OUT/edges.jsonl.gz]`, for ar.text.interleaved). The
+reader (recipes/train_semantic.py) must be the one of the codec that made the tokens.
 """
 
 import json
@@ -24,6 +25,7 @@ from codec.checks import at_least
 from codec.reader import CodeReader, plain
 from codec.tokens import TokenRow, TokenShard, write_shard
 from recipes.common import load_config, run_program
+from slm.interleaving import write_edges
 from slm.letters import Letters
 from slm.prompts import has_words, in_small_letters
 
@@ -78,7 +80,8 @@ def main(argv: list[str]) -> None:
         )
     cer = check_reader(reader, shard, config)
     counts = {"unspelled": 0, "dropped": 0}
-    rows = list(clips(reader, shard, config, counts))
+    edges: dict[str, list[int]] = {}
+    rows = list(clips(reader, shard, config, counts, edges))
     if not rows:
         raise ValueError(
             f"{config.tokens}: no utterance could be cut: {counts['unspelled']} have texts that "
@@ -88,6 +91,7 @@ def main(argv: list[str]) -> None:
     heard = (shard[row].codes[0] for row in tqdm(range(len(shard)), desc="letters", unit="utt"))
     Letters(reader.reader.letters, reader.letter_shares(heard)).save(config.out / "letters.json")
     write_shard(config.out / "clips" / "clips.parquet", rows, shard.stamp)
+    write_edges(config.out / "edges.jsonl.gz", edges.items())
     hours = sum(row.duration for row in rows) / 3600
     told = {"clips": str(config.out / "clips"), "letters": str(config.out / "letters.json")}
     sizes = {"number": len(rows), "hours": round(hours, 3), **counts, "cer": round(cer, 4)}
@@ -112,9 +116,11 @@ def check_reader(reader: CodeReader, shard: TokenShard, config: ClipsConfig) -> 
 
 
 def clips(
-    reader: CodeReader, shard: TokenShard, config: ClipsConfig, counts: dict[str, int]
-) -> Iterator[TokenRow]:
-    """Each utterance once, cut at random; what cannot be aligned or is no speech is counted."""
+    reader: CodeReader, shard: TokenShard, config: ClipsConfig, counts: dict[str, int],
+    found: dict[str, list[int]],
+) -> Iterator[TokenRow]:  # fmt: skip
+    """Each utterance once, cut at random; what cannot be aligned or is no speech is counted.
+    `found` gains the edges of the words of utterances and clips."""
     rate = shard.stamp.frame_rate
     for index in tqdm(range(len(shard)), desc="clips", unit="utt"):
         row = shard[index]
@@ -126,6 +132,7 @@ def clips(
             counts["unspelled"] += 1
             logger.debug("%s: %s", row.id, error)
             continue
+        found[row.id] = edges
         random = np.random.default_rng((config.seed, index))
         for clip in cut(edges, config.max_words, random):
             seconds = (clip.stop - clip.start) / rate
@@ -134,8 +141,10 @@ def clips(
             if not fits or not has_words(said):
                 counts["dropped"] += 1
                 continue
+            name = f"{row.id}#{clip.first}-{clip.last}"
+            found[name] = [edge - clip.start for edge in edges[clip.first : clip.last + 1]]
             yield row._replace(
-                id=f"{row.id}#{clip.first}-{clip.last}",
+                id=name,
                 text=said,
                 duration=seconds,
                 codes=row.codes[:, clip.start : clip.stop],

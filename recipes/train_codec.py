@@ -6,19 +6,24 @@ The run folder ends with `codec/`, which `load_codec` and the command `codec` ta
 """
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from accelerate.utils import DistributedDataParallelKwargs
+from tqdm import tqdm
 
 from codec import Codec
 from codec.config import CodecConfig
-from codec.data import read_cuts
+from codec.data import load_cut, read_cuts
 from codec.discriminators import Discriminators
 from codec.distill import Student
 from codec.resynthesis import Resynthesis
 from codec.targets import Teachers
+from codec.tokens import TokenShard
 from codec.train import Models, fit
 from codec.train_config import (
     CropConfig,
@@ -31,7 +36,13 @@ from codec.train_config import (
 from recipes.common import load_config, make_accelerator, run_program, start_run
 from recipes.start_from import starting_architecture
 
+if TYPE_CHECKING:
+    from lhotse.cut import Cut
+
 logger = logging.getLogger(__name__)
+
+LEAST_EQUAL = 0.9
+"""Share of the codes of a recording that another precision, or machine, leaves alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +64,10 @@ class TrainCodecConfig:
     freeze_semantic: bool = False
     """LM-SPT's semantic encoder and codebook stay what start_from brings (recipes/train_semantic.py
     trains them apart); the rest learns."""
+    semantic_codes: str = ""
+    """Token shards of `train` by start_from (recipes/export_tokens.py), with freeze_semantic: what
+    codebook 1 hears in whole recordings, for crops of any length, and without hearing them again.
+    Empty: the semantic encoder hears each crop."""
     codec: CodecConfig = field(default_factory=CodecConfig)
     """Architecture."""
     discriminators: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
@@ -84,6 +99,8 @@ class TrainCodecConfig:
                 "freeze_semantic keeps random weights without start_from: name a codec whose "
                 "semantic half is trained"
             )
+        if self.semantic_codes and not self.freeze_semantic:
+            raise ValueError("semantic_codes are those of a frozen codebook: set freeze_semantic")
         if self.freeze_semantic and (self.losses.weights.distill or self.resynthesis.model):
             raise ValueError(
                 "freeze_semantic leaves no semantic codebook to teach: set losses.weights.distill "
@@ -133,8 +150,9 @@ def main(argv: list[str]) -> None:
         handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     train, dev = read_cuts(config.train), read_cuts(config.dev)
+    codes = known_codes(config, list(train)) if config.semantic_codes else None
     run = start_run(config, config.out, seed=config.seed, accelerator=accelerator)
-    models = build_models(config, accelerator.device)
+    models = replace(build_models(config, accelerator.device), codes=codes)
     if models.teachers is not None:
         train, dev = models.teachers.known(list(train)), models.teachers.known(list(dev))
     codec = models.student.codec
@@ -168,6 +186,42 @@ def build_models(config: TrainCodecConfig, device: str | torch.device) -> Models
         config.resynthesis if resynthesis else None,
     )  # fmt: skip
     return Models(student, discriminators, teachers, resynthesis)
+
+
+def known_codes(config: TrainCodecConfig, cuts: Sequence["Cut"]) -> dict[str, np.ndarray]:
+    """Codebook 1 by the ids of cuts. Raises `ValueError` where some are not known, for codes of
+    another codebook, and where crops would not be whole frames."""
+    codec, shard = Codec.from_pretrained(config.start_from), TokenShard.open(config.semantic_codes)
+    samples = round(config.data.seconds * codec.sample_rate)
+    if samples % codec.hop_length:
+        raise ValueError(
+            f"data.seconds {config.data.seconds:g}: with semantic_codes crops are whole frames; "
+            f"take a multiple of {codec.hop_length / codec.sample_rate:g}"
+        )
+    rows = tqdm(range(len(shard)), desc="semantic codes", unit="utt")
+    known = {shard.ids[row]: shard[row].codes[0] for row in rows}
+    lacking = [cut.id for cut in cuts if cut.id not in known]
+    if lacking:
+        raise ValueError(
+            f"{config.semantic_codes}: lacks {len(lacking)} of {len(cuts)} training cuts "
+            f"({lacking[0]}, ...); export the tokens of {config.train}"
+        )
+    _check_codes(config, codec, min(cuts, key=lambda cut: cut.duration), known)
+    return known
+
+
+def _check_codes(
+    config: TrainCodecConfig, codec: Codec, cut: "Cut", known: Mapping[str, np.ndarray]
+) -> None:
+    """The codec that is trained may differ from the one that made the codes in all else."""
+    wave = torch.from_numpy(load_cut(cut, codec.sample_rate))[None, None]
+    codes = codec.encode(wave, num_codebooks=1).codes[0, 0].numpy()
+    told = known[cut.id]
+    if len(told) != len(codes) or np.mean(told == codes) < LEAST_EQUAL:
+        raise ValueError(
+            f"{config.semantic_codes}: codebook 1 is not that of start_from {config.start_from} "
+            f"({cut.id} has other codes); export the tokens again with it"
+        )
 
 
 def _sizes(codec: Codec) -> str:

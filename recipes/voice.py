@@ -29,6 +29,7 @@ from slm.cards import voice_card
 from slm.config import ARConfig, BatchConfig, NARConfig, OptimConfig
 from slm.corpus import read_texts, usable
 from slm.data import ARData, Start
+from slm.interleaving import read_edges
 from slm.nar import NAR
 from slm.nar_data import NARData
 from slm.prompts import Coverage, Prompt
@@ -61,6 +62,9 @@ class VoiceConfig:
     clip_epochs: float = 1.0
     """The first epochs are of clips alone (0.5: half of the items of one); then come whole
     utterances and clips."""
+    edges: tuple[str, ...] = ()
+    """Where words are said (edges.jsonl.gz of recipes/make_clips.py, of train, clips and dev), for
+    ar.text.interleaved."""
     texts: str | None = None
     """Plain texts that ar.tasks.text mixes in: a .txt (paragraphs) or .jsonl file (`text` of each
     line), either gzipped or not."""
@@ -91,6 +95,11 @@ class VoiceConfig:
     def __post_init__(self) -> None:
         if self.ar.tasks.text and self.texts is None:
             raise ValueError("ar.tasks.text needs texts: name a .txt or .jsonl file of them")
+        if bool(self.edges) != self.ar.text.interleaved:
+            raise ValueError(
+                "ar.text.interleaved and edges belong together: set both, or neither; "
+                "recipes/make_clips.py writes edges.jsonl.gz"
+            )
         if self.clips is not None and self.limit is not None:
             raise ValueError("limit is of whole utterances: leave it or clips out")
         if not 0 <= self.clip_epochs < math.inf:
@@ -202,6 +211,8 @@ def train_ar(
 ) -> None:  # fmt: skip
     """Trains the AR in the stage `ar` and writes voice/ar."""
 
+    edges = read_edges(config.edges)
+
     def data(
         shard: TokenShard,
         plain: Sequence[str],
@@ -210,8 +221,9 @@ def train_ar(
     ) -> ARData:
         # Without held-out texts, the dev losses are those of the other tasks.
         tasks = config.ar.tasks if plain else replace(config.ar.tasks, text=0.0)
+        corpus = replace(usable(shard, limit), edges=edges)
         return ARData(
-            usable(shard, limit), lm.alphabet, tasks, config.batch, config.seed,
+            corpus, lm.alphabet, tasks, config.batch, config.seed,
             longest=lm.max_positions, texts=plain, start=start,
         )  # fmt: skip
 

@@ -81,6 +81,9 @@ class TextConfig:
     written: Written = "tokens"
     """What speech is transcribed to: characters are the tokens of their bytes, and are chosen from
     these alone, where the LLM's tokenizer is byte-level."""
+    interleaved: bool = False
+    """TTS goes word by word, each word's text right before its codes (ELLA-V, arXiv 2401.07333):
+    for little data; needs `edges`."""
 
     def __post_init__(self) -> None:
         _one_of("text.spoken", self.spoken, get_args(Spoken))

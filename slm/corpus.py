@@ -5,8 +5,8 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,8 @@ class Corpus:
     shard: TokenShard
     items: Int[np.ndarray, " N"]
     """Their rows in the shard."""
+    edges: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Where their words are said, by their ids, as far as that is known (slm/interleaving.py)."""
 
     @property
     def num_frames(self) -> Int[np.ndarray, " N"]:
@@ -37,6 +39,10 @@ class Corpus:
     def texts(self) -> list[str]:
         """Those in capitals in small letters."""
         return [in_small_letters(self.shard.texts[i]) for i in self.items]
+
+    def edges_of(self, item: int | np.integer) -> Sequence[int] | None:
+        """Frames between an item's words; None: not known."""
+        return self.edges.get(self.shard.ids[int(self.items[item])])
 
     def codes(self, item: int | np.integer) -> Int[np.ndarray, "Q T"]:
         return self.shard[int(self.items[item])].codes.astype(np.int64)
@@ -91,7 +97,7 @@ def within(corpus: Corpus, lengths: Int[np.ndarray, " N"], longest: int) -> Corp
             "batch.positions, batch.packed and what the LLM holds; raise that, or export other "
             "tokens"
         )
-    return Corpus(corpus.shard, corpus.items[keep])
+    return replace(corpus, items=corpus.items[keep])
 
 
 def tell_skipped(shard: TokenShard, rows: np.ndarray, reason: str) -> None:

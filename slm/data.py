@@ -13,6 +13,7 @@ from codec.tokens import TokenShard
 from slm.alphabet import Alphabet
 from slm.config import BatchConfig, TaskConfig
 from slm.corpus import Corpus, Ragged, name_of, pieces_of, usable, within
+from slm.interleaving import training_layout
 from slm.plan import Batch, Draw, Plan
 from slm.prompts import ASR, CONTINUATION, TASKS, TEXT, TTS, Layout, layout
 
@@ -89,7 +90,7 @@ class ARData:
         weights = {task: getattr(tasks, TASKS[task]) for task in (TTS, ASR, CONTINUATION)}
         weights = {task: weight for task, weight in weights.items() if weight}
         codes = Ragged((corpus.codes(row)[0] for row in range(len(corpus.items))), np.uint16)
-        forms = [_Form(task, corpus, codes, alphabet) for task in weights]
+        forms = [_Form(task, corpus, codes, alphabet, seed) for task in weights]
         self.corpus = within(corpus, np.max([form.lengths for form in forms], axis=0), longest)
         kept = np.flatnonzero(np.isin(corpus.items, self.corpus.items))
         self._codes, self._forms = codes.at(kept), [form.at(kept) for form in forms]
@@ -175,6 +176,8 @@ class ARData:
             piece = self._pieces[int(item) - number * len(self._forms)]
             return layout(task, vocabulary, piece.tolist(), [])
         form, row = self._forms[int(item) // number], int(item) % number
+        if form.layouts is not None:
+            return form.layouts[row]
         if form.pieces is not None:
             speech = form.pieces[row]
         else:
@@ -195,7 +198,10 @@ class ARData:
                 end = start + len(one.tokens)
                 tokens[index, start:end] = one.tokens
                 first = start + one.num_context
-                labels[index, first - 1 : end - 1] = one.tokens[one.num_context :]
+                wanted = one.tokens[one.num_context :]
+                if one.given is not None:
+                    wanted = np.where(one.given, IGNORE, wanted)
+                labels[index, first - 1 : end - 1] = wanted
                 tasks[index, start:end] = self._tasks[item]
                 documents[index, start:end] = number
                 start = end
@@ -207,8 +213,14 @@ class ARData:
 class _Form:
     """What the utterances of a corpus are in one task."""
 
-    def __init__(self, task: int, corpus: Corpus, codes: Ragged, alphabet: Alphabet):
+    def __init__(self, task: int, corpus: Corpus, codes: Ragged, alphabet: Alphabet, seed: int):
         name, number = TASKS[task], len(codes)
+        self.layouts: _Layouts | None = None
+        """Their sequences, where these are no texts and speech side by side."""
+        if task == TTS and alphabet.text.interleaved:
+            self.layouts = _Layouts(corpus, codes, alphabet, seed)
+            self.lengths, self.targets = self.layouts.lengths, self.layouts.targets
+            return
         spelt = _encoded(alphabet, name, corpus.texts) if task != CONTINUATION else [[]] * number
         self.texts = Ragged(spelt)
         self.pieces: Ragged | None = None
@@ -223,9 +235,38 @@ class _Form:
     def at(self, rows: np.ndarray) -> "_Form":
         """Of these utterances alone."""
         part = copy(self)
+        if self.layouts is not None:
+            part.layouts = self.layouts.at(rows)
+            part.targets, part.lengths = self.targets[rows], self.lengths[rows]
+            return part
         part.texts = self.texts.at(rows)
         part.pieces = self.pieces and self.pieces.at(rows)
         part.targets, part.lengths = self.targets[rows], self.lengths[rows]
+        return part
+
+
+class _Layouts:
+    """Sequences of words and their speech by turns."""
+
+    def __init__(self, corpus: Corpus, codes: Ragged, alphabet: Alphabet, seed: int):
+        made = []
+        for row, text in enumerate(corpus.texts):
+            random, said = np.random.default_rng((seed, row, 6)), codes[row].astype(np.int64)
+            made.append(training_layout(alphabet, text, said, corpus.edges_of(row), random))
+        self._tokens = Ragged(one.tokens for one in made)
+        self._given = Ragged((one.given for one in made if one.given is not None), np.bool_)
+        self.lengths = self._tokens.lengths
+        self.targets = np.array([int((~self._given[row]).sum()) for row in range(len(made))])
+
+    def __getitem__(self, row: int) -> Layout:
+        tokens, given = self._tokens[row].astype(np.int64), self._given[row]
+        return Layout(tokens, len(tokens) - len(given), given)
+
+    def at(self, rows: np.ndarray) -> "_Layouts":
+        """Of these utterances alone."""
+        part = copy(self)
+        part._tokens, part._given = self._tokens.at(rows), self._given.at(rows)
+        part.lengths, part.targets = self.lengths[rows], self.targets[rows]
         return part
 
 

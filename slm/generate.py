@@ -18,6 +18,7 @@ from slm.caches import keep_rows, make_cache
 from slm.checks import Failure, is_loop
 from slm.config import SamplingConfig
 from slm.head import Rows, next_logits
+from slm.prompts import NO_SCRIPT, Script
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ class Request:
     max_tokens: int
     """A sequence without its end by then is cut."""
     seed: int
+    script: Script = NO_SCRIPT
+    """What is given, not drawn."""
     sampled: bool = False
     """Drawn even where the configuration is greedy: the likeliest token would be the same again."""
 
@@ -182,8 +185,8 @@ class TokenStream(Iterator[int]):
         self._num_told = 0
 
     def __next__(self) -> int:
-        if self._num_told == len(self._item.tokens):
-            self._batch.step()
+        while self._num_told == len(self._item.tokens) and self._batch.step():
+            pass
         if self._num_told == len(self._item.tokens):
             raise StopIteration
         self._num_told += 1
@@ -211,8 +214,11 @@ class _Item:
 
     def __init__(self, lm: SpeechLM, request: Request, allowed: Allowed, config: SamplingConfig):
         self.request, self.allowed = request, allowed
-        self.most_tokens = min(request.max_tokens, lm.max_positions - len(request.context))
+        room = lm.max_positions - len(request.context) - len(request.script.ids)
+        self.most_tokens = min(request.max_tokens, room)
         """However many frames a token stands for, the model holds no more."""
+        self._part, self._since = 0, 0
+        self._given: list[int] = []
         self.config = replace(config, greedy=config.greedy and not request.sampled)
         self.generator = torch.Generator().manual_seed(request.seed)
         self.tokens: list[int] = []
@@ -220,8 +226,21 @@ class _Item:
         """Frames of speech, tokens of text."""
         self.failure: Failure | None = None
 
+    @property
+    def most_steps(self) -> int:
+        """Tokens that are drawn or given."""
+        return self.most_tokens + len(self.request.script.ids)
+
     def take(self, token: int) -> bool:
         """Adds a token; whether the sequence is over."""
+        if self._given:
+            self._given.pop(0)
+            return False
+        parts = self.request.script.parts
+        if token == self.allowed.end and self._part < len(parts):
+            self._given = list(parts[self._part])
+            self._part, self._since = self._part + 1, 0
+            return False
         if token == self.allowed.end:
             if not self.tokens:
                 self.failure = "empty"
@@ -229,6 +248,7 @@ class _Item:
                 self.failure = "loop"
             return True
         self.tokens.append(token)
+        self._since += 1
         speech = self.allowed.speech
         self.length += 1 if speech is None else int(speech.frames([token])[0])
         most = self.request.max_tokens
@@ -242,8 +262,14 @@ class _Item:
 
     def choose(self, logits: Float[Tensor, " N"]) -> int:
         """A vocabulary id from the logits of the allowed ids, the end token's last."""
+        if self._given:
+            return self._given[0]
         end, first = len(logits) - 1, self.allowed.first
-        if self.length < self.request.min_tokens:
+        parts, most = self.request.script
+        if most and self._since >= most[self._part]:
+            return self.allowed.end
+        early = self._part == len(parts) and self.length < self.request.min_tokens
+        if early or (most and not self._since):
             logits[end] = -torch.inf
         window = self.config.window
         recent = [token - first for token in self.tokens[-window:]][:window]
@@ -272,7 +298,7 @@ class _Batch:
         contexts = [item.request.context for item in items]
         padded = left_padded(contexts, lm.vocabulary.eos)
         self.tokens, self.mask = (part.to(self.device) for part in padded)
-        most = max(item.most_tokens for item in items)
+        most = max(item.most_steps for item in items)
         self.cache = make_cache(config.cache, lm.config, self.tokens.shape[1] + most)
 
     @torch.inference_mode()

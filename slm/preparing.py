@@ -1,13 +1,19 @@
 """From a text and a prompt to what the models are given, checked."""
 
-import numpy as np
-from jaxtyping import Float
+from collections.abc import Sequence
 
+import numpy as np
+from jaxtyping import Float, Int
+from torchaudio.functional import edit_distance
+
+from slm.ar import SpeechLM
 from slm.config import SamplingConfig
 from slm.generate import restrict_speech, speech_bounds
+from slm.interleaving import script_of
 from slm.long_text import Passage, Piece, room_behind, split_text
 from slm.pieces import split_at_quiet
-from slm.prompts import Prompt, in_small_letters, join_texts, tts_context
+from slm.prompts import NO_SCRIPT, Prompt, in_small_letters, join_texts, tts_context
+from slm.selfcheck import transcripts
 from slm.speaking import Models, Utterance
 from slm.spelling import normalize
 
@@ -46,9 +52,27 @@ def prepare(
     spoken = prompt.codes.shape[1]
     if prompt.continuation:
         least, most = max(0, least - spoken), max(1, most - spoken)
-    most = restrict_speech(lm, context, least, most, "text")
+    script = NO_SCRIPT
+    if alphabet.text.interleaved:
+        words = alphabet.spelt(text).split()
+        if prompt.continuation:
+            words = words[min(num_said(lm, words, prompt.codes[0]), len(words) - 1) :]
+        lead, script = script_of(alphabet, words)
+        context += lead
+    most = restrict_speech(lm, [*context, *script.ids], least, most, "text")
     models.coverage.check_length(spoken, least, codec.frame_rate)
-    return Utterance(text=text, prompt=prompt, context=context, bounds=(least, most), seed=seed)
+    return Utterance(
+        text=text, prompt=prompt, context=context, bounds=(least, most), seed=seed, script=script
+    )
+
+
+def num_said(lm: SpeechLM, words: Sequence[str], codes: Int[np.ndarray, " T"]) -> int:
+    """How many of the words the codes, which begin with them, have said: as many as are the
+    likest to what the model itself hears in them."""
+    heard = transcripts(lm, [codes])[0].lower()
+    begun = [" ".join(words[:count]).lower() for count in range(len(words) + 1)]
+    distances = [edit_distance(text, heard) for text in begun]
+    return min(range(len(begun)), key=lambda count: distances[count])
 
 
 def passage(

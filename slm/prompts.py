@@ -1,12 +1,16 @@
 """Layouts of the tasks, what the loss covers, and what may be said at all.
 
     tts            <|text|> prompt text + target text <|speech|> | s1 s2 ... <|/speech|>
+    tts, word by word (ar.text.interleaved)
+                   <|text|> prompt text + target text <|speech|> p1 p2 ...
+                   then for each word <|/speech|> word <|speech|> | s1 s2 ... and a last <|/speech|>
     asr            <|speech|> s1 s2 ... <|/speech|> <|text|> | transcript eos
     continuation   <|speech|> | s1 s2 ... <|/speech|>
     text           t1 | t2 ... eos     (the end where the document's is)
 
 The loss covers what stands behind the bar, its end token included. A zero-shot prompt is the
-prompt's codes right after <|speech|>: the model goes on from there.
+prompt's codes right after <|speech|>: the model goes on from there. Word by word, the loss covers
+the words' codes and the <|/speech|> behind each; the words themselves are given.
 """
 
 import json
@@ -35,6 +39,34 @@ class Layout(NamedTuple):
     tokens: np.ndarray
     """(L,) int64."""
     num_context: int
+    given: np.ndarray | None = None
+    """(L - num_context,) bool: what behind the context is no target after all; None: nothing."""
+
+
+class Word(NamedTuple):
+    """A word and its speech, as ids."""
+
+    text: Sequence[int]
+    speech: Sequence[int] | np.ndarray
+
+
+class Script(NamedTuple):
+    """What is given while a sequence is made: speech that goes word by word has the words here."""
+
+    parts: tuple[Sequence[int], ...]
+    """Ids that come after the first end token, after the second, ...; the end token after the last
+    is the end."""
+    most: tuple[int, ...]
+    """Tokens that are drawn at most before the first end token, before the second, ...: it is put
+    there then. One more than `parts`; or empty, without them."""
+
+    @property
+    def ids(self) -> list[int]:
+        """All that is given, each part with the end token before it (any id in its place)."""
+        return [token for part in self.parts for token in (0, *part)]
+
+
+NO_SCRIPT = Script((), ())
 
 
 def tts_context(
@@ -67,6 +99,28 @@ def layout(
         TEXT: lambda: (text[:1], text[1:]),
     }[task]()
     return Layout(np.array([*context, *target]), len(context))
+
+
+def word_lead(vocabulary: Vocabulary, word: Sequence[int]) -> list[int]:
+    """What is given between the end of the speech before a word and the word's own."""
+    return [*word, vocabulary.speech]
+
+
+def interleaved(
+    vocabulary: Vocabulary, text: Sequence[int], prompt: Sequence[int] | np.ndarray,
+    words: Sequence[Word],
+) -> Layout:  # fmt: skip
+    """The training sequence of speech that is made word by word, behind a prompt or none."""
+    tokens, given = tts_context(vocabulary, text, prompt), []
+    for number, word in enumerate(words):
+        lead = word_lead(vocabulary, word.text)
+        tokens += [vocabulary.speech_end, *lead, *map(int, word.speech)]
+        given += [number == 0, *[True] * len(lead), *[False] * len(word.speech)]
+    tokens.append(vocabulary.speech_end)
+    given.append(False)
+    first = given.index(False)
+    num_context = len(tokens) - len(given) + first
+    return Layout(np.array(tokens), num_context, np.array(given[first:]))
 
 
 def join_texts(prompt_text: str, text: str) -> str:

@@ -24,7 +24,7 @@ from slm.checks import (
 from slm.config import SamplingConfig
 from slm.generate import Request, again, first_codes, generate, speech_only
 from slm.nar import NAR
-from slm.prompts import Coverage, Prompt, join_texts
+from slm.prompts import NO_SCRIPT, Coverage, Prompt, Script, join_texts
 from slm.selfcheck import can_transcribe, text_scores, transcripts
 from slm.spelling import normalize
 
@@ -65,6 +65,8 @@ class Utterance:
     bounds: tuple[int, int]
     """Least and most frames."""
     seed: int
+    script: Script = NO_SCRIPT
+    """Where the AR goes word by word: the words behind the first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,6 +183,7 @@ def candidates(
                 min_tokens=one.bounds[0],
                 max_tokens=one.bounds[1],
                 seed=one.seed,
+                script=one.script,
             ),
             attempt,
             number,

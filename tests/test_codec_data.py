@@ -48,9 +48,30 @@ def test_a_crop_says_where_it_comes_from(cuts) -> None:
     named = {cut.id: cut for cut in cuts}
     (batch,) = crop_batches(dataset(cuts), batch_size=6, first=0, last=1, rank=0, world=1)
     assert sorted(batch.ids) == sorted(2 * list(named))
-    for wave, length, cut, start in zip(*batch, strict=True):
+    assert batch.codes is None
+    for wave, length, cut, start in zip(*batch[:4], strict=True):
         again = load_cut(named[cut], 16_000, start=start, duration=0.5, allow_silence=True)
         np.testing.assert_array_equal(wave[0, : int(length)].numpy(), again[:8000])
+
+
+def test_a_crop_brings_the_codes_of_its_own_frames(cuts) -> None:
+    codes = {cut.id: np.arange(int(np.ceil(cut.duration * 100))) for cut in cuts}
+    crops = CropDataset(
+        cuts, sample_rate=16_000, seconds=0.5, seed=0, codes=codes, hop_length=160
+    )  # fmt: skip
+    named = {cut.id: cut for cut in cuts}
+    (batch,) = crop_batches(crops, batch_size=6, first=0, last=1, rank=0, world=1)
+    assert batch.codes is not None
+    starts = []
+    for wave, length, cut, start, row in zip(*batch, strict=True):
+        first = int(row[0])
+        assert start == pytest.approx(first * 0.01)
+        whole = np.minimum(np.arange(first, first + 50), len(codes[cut]) - 1)
+        np.testing.assert_array_equal(row.numpy(), whole)
+        again = load_cut(named[cut], 16_000, start=start, duration=0.5, allow_silence=True)
+        np.testing.assert_array_equal(wave[0, : int(length)].numpy(), again[:8000])
+        starts.append(first)
+    assert max(starts) > 0
 
 
 def test_ranks_share_the_batch_and_a_later_start_goes_on(cuts) -> None:

@@ -12,6 +12,7 @@ import recipes.make_clips as recipe
 from codec.reader import CodeReader, Reader
 from codec.tokens import CodecStamp, TokenRow, TokenShard, write_shard
 from recipes.make_clips import cut, main
+from slm.interleaving import read_edges
 from slm.letters import Letters
 
 STAMP = CodecStamp(
@@ -61,6 +62,13 @@ def test_clips_are_all_of_an_utterance_word_by_word(
     assert all(any(map(str.isalpha, text)) for text in shard.texts)
     both = TokenShard.open([tmp_path / "tokens.parquet", told["clips"]])
     assert len(both) == len(whole) + len(shard)
+    edges = read_edges([tmp_path / "out" / "edges.jsonl.gz"])
+    for index, name in enumerate([*whole.ids, *shard.ids]):
+        row = [*whole, *shard][index]
+        if name != "u2":  # It has a digit.
+            assert len(edges[name]) == len(row.text.split()) + 1
+            assert (edges[name][0], edges[name][-1]) == (0, row.num_frames)
+    assert "u2" not in edges
     letters = Letters.load(told["letters"])
     assert letters.letters == "abc"
     assert letters.shares.argmax(1)[1:].tolist() == [0, 1, 2, 3]

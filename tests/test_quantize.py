@@ -126,6 +126,25 @@ def test_the_semantic_codebook_hears_its_own_latent_alone(subtract, changes) -> 
     assert torch.equal(quantizer.encode(torch.cat([semantic, acoustic], 1), 1, 1), codes[:, 1:2])
 
 
+@pytest.mark.parametrize("subtract", [True, False])
+def test_known_semantic_codes_are_the_same_and_are_left_alone(subtract: bool) -> None:
+    quantizer = split(subtract)
+    quantizer.semantic.eval()
+    quantizer.acoustic.eval()
+    semantic, acoustic = latents(20), latents(20, seed=1).requires_grad_()
+    whole = quantizer(torch.cat([semantic, acoustic], dim=1))
+    before = quantizer.semantic.codebooks[0].entries.clone()
+    known = quantizer.beside(whole.codes[:, 0], acoustic)
+    assert torch.equal(known.codes, whole.codes)
+    torch.testing.assert_close(known.latent, whole.latent)
+    assert known.commitments.shape == whole.commitments.shape
+    assert known.commitments[0] == 0
+    torch.testing.assert_close(known.commitments[1:], whole.commitments[1:])
+    known.latent.sum().backward()
+    assert torch.equal(acoustic.grad, torch.ones_like(acoustic))
+    assert torch.equal(before, quantizer.semantic.codebooks[0].entries)
+
+
 def test_subtraction_leaves_each_encoder_an_identity_gradient() -> None:
     """Were the subtracted entry no constant, the semantic encoder would get no gradient at all."""
     quantizer = split(True)

@@ -14,6 +14,9 @@ from tiny_semantic import noise
 
 from codec import Codec
 from codec.reader import CodeReader
+from codec.tokens import TokenShard, write_shard
+from codec.whisper_encoder import WhisperEncoder
+from recipes.export_tokens import main as export_tokens
 from recipes.train_codec import main as train_codec
 from recipes.train_semantic import main as train_semantic
 
@@ -76,6 +79,46 @@ def test_both_stages_end_to_end_and_the_semantic_half_stays(
     )
     wave = noise(1, 1, 9_000)
     assert torch.equal(first.encode(wave).codes[:, 0], last.encode(wave).codes[:, 0])
+
+
+def test_codes_of_whole_recordings_stand_in_for_the_semantic_encoder(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_semantic([*settings, f"out={tmp_path / 'semantic'}"])
+    codec = f"{tmp_path / 'semantic' / 'codec'}"
+    cuts = f"{tmp_path / 'cuts.jsonl.gz'}"
+    export_tokens([f"cuts={cuts}", f"codec={codec}", f"out={tmp_path / 'tokens'}"])
+    given = [
+        f"train={cuts}", f"dev={cuts}", f"start_from={codec}", "freeze_semantic=true",
+        f"semantic_codes={tmp_path / 'tokens'}", "data.batch_size=2", "optim.steps=2",
+        "data.num_validation=0", "losses.weights.stoi=1", "data.seconds=0.6",
+        "optim.log_every=1",
+    ]  # fmt: skip
+    heard = []
+    features = WhisperEncoder.features
+    monkeypatch.setattr(
+        WhisperEncoder, "features", lambda *given: heard.append(1) or features(*given)
+    )
+    train_codec([*given, f"out={tmp_path / 'codec'}"])
+    assert len(heard) == 1  # To see that the codes are its own.
+    lines = map(json.loads, (tmp_path / "codec" / "metrics.jsonl").read_text().splitlines())
+    assert any("train/stoi" in line for line in lines)
+    first, last = (Codec.from_pretrained(tmp_path / run / "codec") for run in ("semantic", "codec"))
+    assert torch.equal(first.entries()[0], last.entries()[0])
+    assert not torch.equal(first.entries()[1], last.entries()[1])
+    with pytest.raises(ValueError, match=r"data\.seconds 0\.5: .* a multiple of 0\.04"):
+        train_codec([*given, "data.seconds=0.5", f"out={tmp_path / 'other'}"])
+    with pytest.raises(ValueError, match="set freeze_semantic"):
+        train_codec([*given, "freeze_semantic=false", f"out={tmp_path / 'other'}"])
+    shard = TokenShard.open(tmp_path / "tokens")
+    rows = [row._replace(codes=(row.codes + 1) % 16) for row in shard]
+    write_shard(tmp_path / "wrong.parquet", rows, shard.stamp)
+    write_shard(tmp_path / "few.parquet", list(shard)[:2], shard.stamp)
+    for name, told in (("wrong", "codebook 1 is not that of start_from"), ("few", "lacks 5 of 7")):
+        with pytest.raises(ValueError, match=told):
+            train_codec([
+                *given, f"semantic_codes={tmp_path / name}.parquet", f"out={tmp_path / 'other'}",
+            ])  # fmt: skip
 
 
 def test_stopped_and_started_again_it_ends_with_the_same_weights(

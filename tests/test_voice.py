@@ -22,6 +22,7 @@ from recipes.tts import main as tts
 from recipes.voice import VoiceConfig, read
 from recipes.voice_scores import check_scores
 from slm.config import ARConfig, TaskConfig
+from slm.interleaving import write_edges
 from slm.letters import Letters
 from slm.nar import NAR
 from slm.pipeline import Voice
@@ -128,6 +129,28 @@ def test_the_ar_learns_from_clips_and_letters_as_well_and_the_nar_does_not(
         seen = json.loads((out / stage / "seen.json").read_text())["hours_per_step"]
         steps = tasks * sum(row.num_frames for row in part) / 25 / 3600 / seen
         assert steps == pytest.approx(round(steps), abs=1e-6)
+
+
+def test_a_voice_that_goes_word_by_word(
+    base: Path, tmp_path: Path, tiny_codec_folder: Path
+) -> None:
+    shard = save_shard(tmp_path / "tokens.parquet", 6, load_codec(tiny_codec_folder).stamp)
+    rows = TokenShard.open(shard)
+    write_edges(tmp_path / "e.jsonl.gz", [(row.id, [0, 3, 8, row.num_frames]) for row in rows])
+    given = [
+        f"out={tmp_path / 'run'}", f"ar.base={base}", f"codec={tiny_codec_folder}",
+        f"train={shard}", f"dev={shard}", "ar.text.interleaved=true",
+    ]  # fmt: skip
+    for wrong in ([], [f"edges=[{tmp_path / 'e.jsonl.gz'}]", "ar.text.interleaved=false"]):
+        with pytest.raises(ValueError, match="interleaved and edges belong together"):
+            tts([*given, *wrong])
+    tts([*given, f"edges=[{tmp_path / 'e.jsonl.gz'}]", *STEP])
+    voice = Voice.from_pretrained(tmp_path / "run" / "voice")
+    assert voice.lm.alphabet.text.interleaved
+    utterance = voice.prepare("the cat sat", next(iter(voice.prompts.values())))
+    assert len(utterance.script.parts) == 2
+    for listed in ("cross", "continuation"):
+        assert list((tmp_path / "run" / "speak" / listed).glob("*.wav"))
 
 
 def test_clips_that_cannot_be_used_are_told_before_the_run(

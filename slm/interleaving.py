@@ -1,0 +1,103 @@
+"""Speech word by word: each word's text stands right before its codes.
+
+After ELLA-V (arXiv 2401.07333, section 3), which interleaves phonemes and codes: which word comes
+next is told, not learned, so that none is left out, said twice or in another's place. The whole
+text still comes first, for how a word sounds depends on its neighbours.
+
+Training needs to know where each word is said: frames between words, by utterance id, in the files
+of recipes/make_clips.py (edges.jsonl.gz). A text whose edges are not known counts as one word.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from codec.tokens import written_whole
+from slm.alphabet import Alphabet
+from slm.prompts import Layout, Script, Word, interleaved, word_lead
+
+Edges = Mapping[str, Sequence[int]]
+"""Frames between which the words of `text.split()` are said, by the id of their utterance: one more
+than words, from 0 to the last frame's end."""
+
+PLAIN_SHARE = 0.5
+"""Of the utterances: these have no prompt in training."""
+LONGEST_PROMPT = 0.6
+"""Share of an utterance's words that can be its prompt in training."""
+PAUSE_SECONDS, LETTER_SECONDS = 0.8, 0.16
+"""A word with the pause behind it is cut where it takes longer: so much, and for each letter."""
+
+
+def write_edges(path: str | Path, edges: Iterable[tuple[str, Sequence[int]]]) -> None:
+    with written_whole(Path(path)) as temporary, gzip.open(temporary, "wt") as file:
+        file.writelines(
+            json.dumps({"id": name, "edges": list(map(int, one))}) + "\n" for name, one in edges
+        )
+
+
+def read_edges(paths: Sequence[str | Path]) -> dict[str, list[int]]:
+    """Of all files. Raises ValueError for one that is missing or damaged."""
+    found: dict[str, list[int]] = {}
+    for path in map(Path, paths):
+        try:
+            with gzip.open(path, "rt", encoding="utf-8") as file:
+                for line in file:
+                    record = json.loads(line)
+                    found[record["id"]] = list(map(int, record["edges"]))
+        except (OSError, EOFError, KeyError, TypeError, ValueError, zlib.error) as error:
+            raise ValueError(
+                f"{path}: missing or damaged ({type(error).__name__}: {error}); "
+                "recipes/make_clips.py makes such files"
+            ) from error
+    return found
+
+
+def spelt_words(alphabet: Alphabet, text: str) -> list[str]:
+    """The words of a text as they are spoken, one for each of `text.split()`."""
+    words, whole = text.split(), alphabet.spelt(text).split()
+    return whole if len(whole) == len(words) else [alphabet.spelt(word) for word in words]
+
+
+def word_ids(alphabet: Alphabet, words: Sequence[str]) -> list[list[int]]:
+    """The ids of words that are spelt already."""
+    return alphabet.text_ids("tts", words)
+
+
+def script_of(alphabet: Alphabet, words: Sequence[str]) -> tuple[list[int], Script]:
+    """What an AR is given to say words one by one: what comes behind the prompt, before the first
+    word, and all else. `words` are spelt."""
+    vocabulary, rate = alphabet.vocabulary, alphabet.vocabulary.codec.frame_rate
+    leads = [word_lead(vocabulary, ids) for ids in word_ids(alphabet, words)]
+    most = tuple(round(rate * (PAUSE_SECONDS + LETTER_SECONDS * len(word))) for word in words)
+    return [vocabulary.speech_end, *leads[0]], Script(tuple(leads[1:]), most)
+
+
+def training_layout(
+    alphabet: Alphabet,
+    text: str,
+    codes: Int[np.ndarray, " T"],
+    edges: Sequence[int] | None,
+    random: np.random.Generator,
+) -> Layout:
+    """An utterance word by word, behind a prompt of its first words or none, by chance."""
+    vocabulary = alphabet.vocabulary
+    spelt = spelt_words(alphabet, text)
+    if edges is None or len(edges) != len(spelt) + 1 or edges[-1] != len(codes):
+        spelt, edges = [alphabet.spelt(text)], [0, len(codes)]
+    first = 0
+    most = int(len(spelt) * LONGEST_PROMPT)
+    if random.random() >= PLAIN_SHARE and most:
+        first = int(random.integers(1, most + 1))
+    (whole,) = alphabet.text_ids("tts", [text])
+    ids = word_ids(alphabet, spelt[first:])
+    spans = list(pairwise(edges))[first:]
+    said = [alphabet.speech_ids("tts", codes[start:stop]) for start, stop in spans]
+    words = [Word(text, speech) for text, speech in zip(ids, said, strict=True)]
+    prompt = alphabet.speech_ids("tts", codes[: edges[first]])
+    return interleaved(vocabulary, whole, prompt, words)

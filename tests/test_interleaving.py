@@ -1,0 +1,255 @@
+"""Speech word by word: training sequences, and what generation is given."""
+
+import dataclasses
+import gzip
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_slm import STAMP, alphabet_of, make_rows, quiet, save_base
+
+from codec.tokens import TokenShard, write_shard
+from slm import preparing
+from slm.alphabet import Alphabet
+from slm.ar import SpeechLM
+from slm.config import ARConfig, BatchConfig, SamplingConfig, TaskConfig, TextConfig
+from slm.corpus import usable
+from slm.data import IGNORE, ARData
+from slm.generate import Request, generate, speech_only, stream_tokens
+from slm.interleaving import read_edges, script_of, spelt_words, training_layout, write_edges
+from slm.preparing import num_said, prepare
+from slm.prompts import TTS, Coverage, Prompt, tts_context
+from slm.speaking import Models
+
+pytestmark = quiet()
+
+TEXT = TextConfig(interleaved=True)
+CODES = np.arange(9)
+EDGES = [0, 2, 5, 9]
+
+
+class Chance(np.random.Generator):
+    """Says `draw`, then `number`."""
+
+    def __init__(self, draw: float, number: int = 1):
+        super().__init__(np.random.PCG64(0))
+        self.draw, self.number = draw, number
+
+    def random(self, *_) -> float:
+        return self.draw
+
+    def integers(self, low: int, high: int) -> int:
+        assert low <= self.number < high
+        return self.number
+
+
+@pytest.fixture(scope="module")
+def alphabet(tmp_path_factory: pytest.TempPathFactory) -> Alphabet:
+    plain = alphabet_of(save_base(tmp_path_factory.mktemp("base")))
+    return Alphabet(plain.vocabulary, plain.tokenizer, TEXT)
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> SpeechLM:
+    base = save_base(tmp_path_factory.mktemp("base"))
+    config = ARConfig(base=str(base), lora=None, text=TEXT)
+    return SpeechLM.create(config, STAMP, seed=1).double().eval()
+
+
+def parts(alphabet: Alphabet, *texts: str) -> list[list[int]]:
+    return alphabet.text_ids("tts", texts)
+
+
+def test_a_word_stands_right_before_its_codes(alphabet: Alphabet) -> None:
+    made = training_layout(alphabet, "the cat sat", CODES, EDGES, Chance(0.0))
+    v, said = alphabet.vocabulary, alphabet.vocabulary.encode_speech(CODES).tolist()
+    the, cat, sat = parts(alphabet, "the", "cat", "sat")
+    (whole,) = parts(alphabet, "the cat sat")
+    assert made.tokens.tolist() == [
+        v.text, *whole, v.speech,
+        v.speech_end, *the, v.speech, *said[:2],
+        v.speech_end, *cat, v.speech, *said[2:5],
+        v.speech_end, *sat, v.speech, *said[5:], v.speech_end,
+    ]  # fmt: skip
+    assert made.given is not None
+    targets = made.tokens[made.num_context :][~made.given]
+    assert targets.tolist() == [
+        *said[:2], v.speech_end, *said[2:5], v.speech_end, *said[5:], v.speech_end,
+    ]  # fmt: skip
+
+
+def test_a_prompt_is_speech_of_the_first_words_and_no_target(alphabet: Alphabet) -> None:
+    made = training_layout(alphabet, "the cat sat", CODES, EDGES, Chance(0.9, 1))
+    v, said = alphabet.vocabulary, alphabet.vocabulary.encode_speech(CODES).tolist()
+    (whole,), (cat,) = parts(alphabet, "the cat sat"), parts(alphabet, "cat")
+    context = tts_context(v, whole, said[:2])
+    assert made.tokens[: made.num_context].tolist() == [*context, v.speech_end, *cat, v.speech]
+    assert made.given is not None
+    assert int((~made.given).sum()) == 7 + 2
+    assert made.tokens[made.num_context :][~made.given][-1] == v.speech_end
+
+
+@pytest.mark.parametrize("edges", [None, [0, 9], [0, 2, 5, 8]])
+def test_what_has_no_edges_is_one_word(alphabet: Alphabet, edges: list[int] | None) -> None:
+    made = training_layout(alphabet, "the cat sat", CODES, edges, Chance(0.9))
+    (whole,), v = parts(alphabet, "the cat sat"), alphabet.vocabulary
+    context = [*tts_context(v, whole, []), v.speech_end, *whole, v.speech]
+    assert made.tokens[: made.num_context].tolist() == context
+    assert made.given is not None
+    assert not made.given.any()
+
+
+def test_numbers_are_words_where_they_stand(alphabet: Alphabet) -> None:
+    assert spelt_words(alphabet, "the cat sat") == ["the", "cat", "sat"]
+    assert spelt_words(alphabet, "sat 21 hens") == ["sat", "twenty one", "hens"]
+    assert spelt_words(alphabet, "sat 121 hens") == [
+        "sat", alphabet.spelt("121"), "hens",
+    ]  # fmt: skip
+
+
+def test_edges_are_kept_in_files(tmp_path: Path) -> None:
+    write_edges(tmp_path / "a.jsonl.gz", [("a", [0, 2]), ("b", [0, 1, 3])])
+    write_edges(tmp_path / "b.jsonl.gz", [("c", [0, 4])])
+    both = read_edges([tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl.gz"])
+    assert both == {"a": [0, 2], "b": [0, 1, 3], "c": [0, 4]}
+    assert read_edges([]) == {}
+    cut = (tmp_path / "a.jsonl.gz").read_bytes()[:-12]
+    (tmp_path / "cut.jsonl.gz").write_bytes(cut)
+    with gzip.open(tmp_path / "other.jsonl.gz", "wt") as file:
+        file.write('{"id": "a"}\n')
+    for name in ("cut", "other", "none"):
+        with pytest.raises(ValueError, match=rf"{name}.jsonl.gz: missing or damaged"):
+            read_edges([tmp_path / f"{name}.jsonl.gz"])
+
+
+def test_batches_ask_for_codes_and_their_ends_alone(alphabet: Alphabet, tmp_path: Path) -> None:
+    rows = make_rows(6)
+    write_shard(tmp_path / "a.parquet", rows, STAMP)
+    shard = TokenShard.open(tmp_path / "a.parquet")
+    edges = {row.id: [0, 3, 8, row.num_frames] for row in rows[:-1]}
+    corpus = dataclasses.replace(usable(shard), edges=edges)
+    data = ARData(corpus, alphabet, TaskConfig(asr=1.0), BatchConfig(positions=900), 0, longest=256)
+    batch = data.collate([np.array([item]) for item in range(6)])
+    v, prompts = alphabet.vocabulary, 0
+    for row in range(6):
+        labels = batch.labels[row][batch.labels[row] != IGNORE]
+        said = v.encode_speech(rows[row].codes[0].astype(np.int64)).tolist()
+        codes = [one for one in labels.tolist() if one != v.speech_end]
+        assert said[len(said) - len(codes) :] == codes
+        assert int(labels[-1]) == v.speech_end
+        prompts += len(codes) < len(said)
+        assert len(labels) == data.layout(row).tokens.size - data.layout(row).num_context - int(
+            data.layout(row).given.sum()
+        )
+        # A label is the next token.
+        at = (batch.labels[row] != IGNORE).nonzero()[:, 0]
+        assert bool((batch.tokens[row][at[:-1] + 1] == batch.labels[row][at[:-1]]).all())
+    assert 0 < prompts < 6
+    counted = [data._targets[item] for item in range(6)]
+    assert counted == [int((batch.labels[row] != IGNORE).sum()) for row in range(6)]
+    assert batch.tasks[0, 0] == TTS
+
+
+def request(lm: SpeechLM, words: list[str], **bounds: int) -> Request:
+    lead, script = script_of(lm.alphabet, words)
+    context = tts_context(lm.vocabulary, parts(lm.alphabet, " ".join(words))[0], [])
+    limits = {"min_tokens": 0, "max_tokens": 60, "seed": 3} | bounds
+    return Request(context=[*context, *lead], script=script, **limits)
+
+
+def test_generation_gives_each_word_when_the_one_before_is_over(lm: SpeechLM) -> None:
+    words = ["the", "cat", "sat"]
+    asked = request(lm, words)
+    asked = replace(asked, script=asked.script._replace(most=(3, 4, 5)))
+    config = SamplingConfig(tries=1, checks=())
+    allowed = speech_only(lm, config)
+    (made,) = generate(lm, [asked], allowed, config)
+    assert made.failure is None
+    assert 3 <= len(made.tokens) <= 12
+    # What the model was given: teacher-forced over the same sequence it must draw the same.
+    v = lm.vocabulary
+    end, heard = v.speech_end, list(asked.context)
+    generator = torch.Generator().manual_seed(3)
+    drawn: list[int] = []
+    for number, part in enumerate([*asked.script.parts, None]):
+        since = 0
+        while True:
+            with torch.no_grad():
+                logits = lm.lm(torch.tensor([heard])).logits[0, -1].float()
+            kept = torch.cat([logits[allowed.first : allowed.stop], logits[end : end + 1]])
+            token = end
+            if since < asked.script.most[number]:
+                if since == 0:
+                    kept[-1] = -torch.inf
+                token = _drawn(kept, drawn, generator, config, allowed.first, end)
+            heard.append(token)
+            if token == end:
+                break
+            drawn.append(token)
+            since += 1
+        heard += part or []
+    assert list(made.tokens) == drawn
+
+
+def _drawn(logits, drawn, generator, config, first: int, end: int) -> int:
+    from slm.generate import draw
+
+    recent = [token - first for token in drawn[-config.window :]][: config.window]
+    index = draw(logits, recent, generator, config)
+    return end if index == len(logits) - 1 else index + first
+
+
+def test_batches_and_streams_say_what_one_alone_says(lm: SpeechLM) -> None:
+    config = SamplingConfig(tries=1, checks=())
+    allowed = speech_only(lm, config)
+    texts = (["the", "cat"], ["a"], ["far", "away", "now"])
+    asked = [request(lm, words, seed=seed) for seed, words in enumerate(texts)]
+    asked = [
+        replace(one, script=one.script._replace(most=(4,) * len(one.script.most))) for one in asked
+    ]
+    alone = [generate(lm, [one], allowed, config)[0].tokens for one in asked]
+    assert [one.tokens for one in generate(lm, asked, allowed, config)] == alone
+    for one, tokens in zip(asked, alone, strict=True):
+        assert tuple(stream_tokens(lm, one, allowed, config)) == tokens
+
+
+def test_no_word_is_left_out_and_the_last_is_not_too_early(lm: SpeechLM) -> None:
+    asked = request(lm, ["the", "cat"], min_tokens=9)
+    asked = replace(asked, script=asked.script._replace(most=(2, 50)))
+    config = SamplingConfig(tries=1, checks=())
+    (made,) = generate(lm, [asked], speech_only(lm, config), config)
+    assert len(made.tokens) >= 9
+
+
+def models(lm: SpeechLM) -> Models:
+    class Codec:
+        codebook_sizes, frame_rate, num_codebooks = (24,), 25.0, 1
+
+    return Models(Codec(), lm, None, Coverage.of(["the cat sat on a mat"], 100))
+
+
+def test_an_utterance_is_prepared_word_by_word(lm: SpeechLM) -> None:
+    prompt = Prompt(codes=np.array([[1, 2, 3]]), text="a mat")
+    made = prepare(models(lm), "The cat", prompt, 0, SamplingConfig())
+    v = lm.vocabulary
+    the, cat = parts(lm.alphabet, "The", "cat")
+    assert made.context[-len(the) - 2 :] == [v.speech_end, *the, v.speech]
+    assert [list(part) for part in made.script.parts] == [[*cat, v.speech]]
+    assert len(made.script.most) == 2
+    assert min(made.script.most) > 20
+
+
+def test_a_continuation_goes_on_behind_the_words_it_has_said(
+    lm: SpeechLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = {"": 0, "th kat": 2, "the cat sat": 3, "the cat sat on": 3}
+    words = ["the", "cat", "sat"]
+    for said, count in heard.items():
+        monkeypatch.setattr(preparing, "transcripts", lambda _, __, said=said: [said])
+        assert num_said(lm, words, np.array([1])) == count
+        prompt = Prompt(codes=np.array([[1, 2, 3]]), text="", continuation=True)
+        made = prepare(models(lm), "the cat sat", prompt, 0, SamplingConfig())
+        # Something is always left to say.
+        assert len(made.script.most) == max(1, 3 - count)
