@@ -6,6 +6,7 @@ codec decode --codec DIR TOKENS.parquet --out DIR [--overwrite]
 codec reconstruct --codec DIR [--codebooks N] IN... --out DIR [--overwrite]
 codec import speechtokenizer|dmcodec|lmspt CONFIG CHECKPOINT OUT [--overwrite]
 codec export speechtokenizer|lmspt DIR OUT [--overwrite]
+codec halve DIR OUT [--overwrite]
 """
 
 import argparse
@@ -116,6 +117,15 @@ def _add_interop(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         command.add_argument("codec", metavar="DIR", help="codec folder or hub id")
         command.set_defaults(run=_export, kind=kind)
         _add_out(command)
+    halving = commands.add_parser(
+        "halve",
+        help="a codec to one of half precision, half the size",
+        description="Rounds a codec's weights to float16. Some codes change with them: export "
+        "tokens with the codec that is written, and train on those.",
+    )
+    halving.add_argument("codec", metavar="DIR", help="codec folder or hub id")
+    halving.set_defaults(run=_halve)
+    _add_out(halving)
 
 
 def _add_out(command: argparse.ArgumentParser) -> None:
@@ -252,6 +262,24 @@ def _export(arguments: argparse.Namespace) -> None:
     _check_free([arguments.out / name for name in names], arguments.overwrite)
     write = export_lmspt if is_lmspt else export_speechtokenizer
     write(codec, arguments.out, overwrite=arguments.overwrite)
+    done = {"out": str(arguments.out), "codec": _facts(codec.stamp)}
+    print(json.dumps(done, indent=2, ensure_ascii=False))
+
+
+def _halve(arguments: argparse.Namespace) -> None:
+    from codec.folder import WEIGHTS_FILE, check_out_folder
+    from codec.halving import halve, save_half
+    from codec.loading import load_codec
+    from codec.model import Codec
+
+    check_out_folder(arguments.out)
+    _check_free([arguments.out / WEIGHTS_FILE], arguments.overwrite)
+    codec = load_codec(arguments.codec, fold=False)
+    if not isinstance(codec, Codec):
+        raise ValueError(f"{arguments.codec}: is another project's codec; only ours are halved")
+    if codec.auxiliary is not None:
+        codec = codec.without_auxiliary()
+    save_half(halve(codec), arguments.out)
     done = {"out": str(arguments.out), "codec": _facts(codec.stamp)}
     print(json.dumps(done, indent=2, ensure_ascii=False))
 

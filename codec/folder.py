@@ -2,16 +2,18 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 WEIGHTS_FILE = "model.safetensors"
+SUMS = "entry_sum"
+"""What a codebook's moving averages add up; a folder in half precision leaves these tensors out."""
 
 
 def check_device(device: str) -> None:
@@ -88,6 +90,17 @@ def written_together(folder: Path) -> Iterator[Path]:
         raise
 
 
+def _add_sums(found: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Those that are left out follow from the entries, in the precision of the codec."""
+    for name in expected:
+        stem = name.removesuffix(SUMS)
+        parts = [f"{stem}entries", f"{stem}cluster_size"]
+        if stem != name and name not in found and all(part in found for part in parts):
+            entries, size = (found[part].to(expected[part].dtype) for part in parts)
+            if entries.shape[:1] == size.shape:
+                found[name] = entries * size[:, None]
+
+
 def load_weights(codec: nn.Module, file: Path) -> None:
     """Every tensor, with its shape, or a `ValueError` that names the first misfit."""
     from safetensors import SafetensorError
@@ -104,6 +117,7 @@ def load_weights(codec: nn.Module, file: Path) -> None:
             f"{file}: not a whole safetensors file ({error}); copy it again"
         ) from error
     expected = codec.state_dict()
+    _add_sums(found, expected)
     for name, tensor in expected.items():
         if name not in found:
             raise ValueError(

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -165,7 +165,9 @@ class SpeechLM(nn.Module):
                 lm.gradient_checkpointing_enable({"use_reentrant": False})
             lm.enable_input_require_grads()
         if config.lora is not None:
-            lm = _add_adapters(lm, config.lora, vocabulary, seed)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                lm = add_adapters(lm, config.lora, vocabulary.new_ids)
         origin = {
             "name": config.base,
             "digest": base.digest,
@@ -283,7 +285,11 @@ def score(logits: Float[Tensor, "N V"], labels: Tensor, groups: Tensor, num_grou
     )
 
 
-def _add_adapters(lm: Any, config: LoRAConfig, vocabulary: Vocabulary, seed: int) -> Any:
+def add_adapters(
+    lm: Any, config: LoRAConfig, rows: Sequence[int], whole: Sequence[str] = ()
+) -> Any:
+    """Adapters beside the linear layers of an LLM; `rows` of its table and the modules named
+    `whole` are trained as they are."""
     from peft import LoraConfig, get_peft_model
 
     tables = (lm.get_input_embeddings(), lm.get_output_embeddings())
@@ -299,13 +305,13 @@ def _add_adapters(lm: Any, config: LoRAConfig, vocabulary: Vocabulary, seed: int
         lora_alpha=config.alpha,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
         target_modules=list(config.targets) or "all-linear",
-        trainable_token_indices=row_parameters(lm, vocabulary),
+        trainable_token_indices=row_parameters(lm, rows),
+        modules_to_save=list(whole) or None,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with warnings.catch_warnings():
         # peft asks transformers for an attribute under its old name.
         warnings.simplefilter("ignore", FutureWarning)
-        torch.manual_seed(seed)
         return get_peft_model(lm, settings)
 
 

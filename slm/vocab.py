@@ -249,8 +249,8 @@ def _draw_rows(
     return (mean + scale * noise @ factor.T).to(old)
 
 
-def row_parameters(lm: nn.Module, vocabulary: Vocabulary) -> dict[str, list[int]]:
-    """For peft's `trainable_token_indices`: the tables that have new rows, by module name.
+def row_parameters(lm: nn.Module, rows: Sequence[int]) -> dict[str, list[int]]:
+    """For peft's `trainable_token_indices`: `rows` of the tables that have them, by module name.
 
     A tied head follows the embeddings by itself and is left out.
     """
@@ -262,4 +262,4 @@ def row_parameters(lm: nn.Module, vocabulary: Vocabulary) -> dict[str, list[int]
             "train the whole model (ar.lora=null)"
         )
     names = {id(module): name for name, module in lm.named_modules()}
-    return {names[id(table)]: list(vocabulary.new_ids) for table in tables}
+    return {names[id(table)]: list(rows) for table in tables}

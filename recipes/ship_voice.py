@@ -1,0 +1,122 @@
+"""Makes a trained voice small enough to ship: adapters of low rank, half precision, few prompts.
+
+    python recipes/ship_voice.py voice=out/small/tts/voice prompts=my-prompts.jsonl out=models/small
+
+An AR whose every weight was trained becomes LoRA and rows of its LLM's table (slm/lowrank.py); the
+lower the rank, the smaller the folder and the larger the loss. The codec must have been halved
+(`codec halve`) before its tokens were exported: rounding makes another codec of it. Each line of
+`prompts` names a voice: name, audio, text, credit. Prints the sizes as one JSON line.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from codec import Codec
+from codec.checks import at_least
+from codec.halving import is_half, save_half
+from recipes.common import load_config, run_program
+from slm.lowrank import as_adapters
+from slm.pipeline import Voice
+from slm.prompts import Coverage, Prompt
+from slm.shipping import anew, is_voice
+
+logger = logging.getLogger(__name__)
+
+MEGABYTE = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShipConfig:
+    """One voice to ship."""
+
+    voice: Path = Path("out/small/tts/voice")
+    """The trained voice."""
+    base: str = "models/smollm2-135m-instruct"
+    """The text LLM that it grew from: folder or hub id."""
+    out: Path = Path("out/small/shipped")
+    """The folder to make; an earlier voice there is replaced, a file beside it that is no part of a
+    voice stays nowhere."""
+    rank: int = 96
+    """Of the adapters."""
+    prompts: Path | None = None
+    """JSON Lines of the voices that go with it; null: those of the voice."""
+
+    def __post_init__(self) -> None:
+        at_least(1, rank=self.rank)
+
+
+def main(argv: list[str]) -> None:
+    config = load_config(ShipConfig, argv, __doc__ or "")
+    if config.out.exists() and not is_voice(config.out) and any(config.out.iterdir()):
+        raise ValueError(f"{config.out}: neither empty nor a voice; name a new folder")
+    codec = Codec.from_pretrained(config.voice / "codec")
+    if not is_half(codec):
+        raise ValueError(
+            f"{config.voice / 'codec'}: holds more than half precision; `codec halve` it, export "
+            "the tokens with that, and train on them: rounding would make another codec of it"
+        )
+    voice = Voice.from_pretrained(config.voice)
+    prompts = voice.prompts if config.prompts is None else read_prompts(voice, config.prompts)
+    coverage = Coverage.load(config.voice / "ar")
+    with anew(config.out) as folder:
+        save_half(codec, folder / "codec")
+        lm = voice.lm
+        if not lm.origin["adapter"]:
+            lm = as_adapters(lm, config.base, config.rank, coverage)
+            lm.save(folder / "ar")
+            for file in (folder / "ar").glob("*token*"):
+                file.unlink()  # The LLM has its own.
+            (folder / "ar" / "chat_template.jinja").unlink(missing_ok=True)
+            halve_file(folder / "ar" / "adapter_model.safetensors")
+        coverage.save(folder / "ar")
+        if voice.nar is not None:
+            voice.nar.save_pretrained(folder / "nar")
+            (folder / "nar" / "README.md").unlink(missing_ok=True)
+            halve_file(folder / "nar" / "model.safetensors")
+        for name, prompt in prompts.items():
+            prompt.save(folder / "prompts", name)
+        card = config.out / "README.md"
+        source = card if card.is_file() else config.voice / "README.md"
+        (folder / "README.md").write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    sizes = {
+        str(file.relative_to(config.out)): round(file.stat().st_size / MEGABYTE, 2)
+        for file in sorted(config.out.rglob("*"))
+        if file.is_file() and file.stat().st_size > MEGABYTE / 10
+    }
+    total = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
+    print(json.dumps({"out": str(config.out), "mb": round(total / MEGABYTE, 2), "files": sizes}))
+
+
+def read_prompts(voice: Voice, path: Path) -> dict[str, Prompt]:
+    """Recordings to prompts. Raises ValueError for a line that lacks something."""
+    prompts = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            name, audio, text, credit = (record[key] for key in ("name", "audio", "text", "credit"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}, line {number}: needs name, audio, text and credit ({error})"
+            ) from error
+        made = voice.prompt(path.parent / audio, text)
+        prompts[name] = Prompt(codes=made.codes, text=made.text, credit=credit)
+    return prompts
+
+
+def halve_file(path: Path) -> None:
+    """Rounds the tensors of a safetensors file to float16."""
+    tensors = load_file(path)
+    save_file(
+        {name: each.to(torch.float16).contiguous() for name, each in tensors.items()},
+        path,
+        metadata={"format": "pt"},
+    )
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,124 @@
+"""Whole weights as adapters: what training changed in an LLM, in matrices of low rank.
+
+The best approximation of a change by a matrix of rank r is that of its r largest singular values
+(Eckart and Young 1936). So an AR whose every weight was trained ships as LoRA (arXiv 2106.09685)
+beside an LLM that everybody has.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from slm.ar import SpeechLM, add_adapters, load_base
+from slm.config import LoRAConfig
+from slm.prompts import Coverage
+from slm.vocab import extend
+
+PREFIX, ADAPTER = "base_model.model.", "default"
+"""peft's names: before those of the LLM's modules, and of its only adapter."""
+
+
+class Factors(NamedTuple):
+    """A matrix of low rank: `b @ a`."""
+
+    a: Float[Tensor, "R I"]
+    b: Float[Tensor, "O R"]
+
+
+def factorise(change: Float[Tensor, "O I"], rank: int) -> Factors:
+    """The nearest matrix of that rank in the Frobenius norm, both factors of equal strength; zeros
+    fill up what has no such rank."""
+    u, values, v = torch.linalg.svd(change, full_matrices=False)
+    root = values[:rank].sqrt()
+    spare = rank - len(root)
+    a = functional.pad(root[:, None] * v[:rank], (0, 0, 0, spare))
+    return Factors(a, functional.pad(u[:, :rank] * root, (0, spare)))
+
+
+def as_adapters(lm: SpeechLM, base: str | Path, rank: int, coverage: Coverage) -> SpeechLM:
+    """`lm`, whose every weight was trained, as adapters of `base`, the LLM that it grew from.
+
+    Norms, the rows of new tokens and those of the tokens that its texts are made of are kept whole;
+    what no text can have is the LLM's own again. Raises ValueError for another LLM, and for a model
+    that has adapters.
+    """
+    if lm.origin["adapter"]:
+        raise ValueError("this AR was trained as adapters already: copy it as it is")
+    loaded = load_base(base, lm.origin["num_layers"])
+    if loaded.digest != lm.origin["digest"]:
+        raise ValueError(f"{base}: not the LLM that the AR grew from, {lm.origin['name']}")
+    extend(loaded.lm, lm.vocabulary, seed=0)
+    trained = dict(lm.lm.named_modules())
+    tables = (lm.lm.get_input_embeddings(), lm.lm.get_output_embeddings())
+    norms = [name for name, module in trained.items() if _is_norm(module)]
+    before = {
+        name: module.weight.detach().clone()
+        for name, module in loaded.lm.named_modules()
+        if isinstance(module, nn.Linear) and trained[name] not in tables
+    }
+    _check_covered(lm, loaded.lm, {*before, *norms})
+    rows = used_rows(lm, coverage)
+    settings = LoRAConfig(rank=rank, alpha=float(rank))
+    adapted = add_adapters(loaded.lm, settings, rows, norms)
+    with torch.no_grad():
+        for name, module in adapted.named_modules():
+            plain = name.removeprefix(PREFIX)
+            if plain in before:
+                change = trained[plain].weight - before[plain]
+                _put(module, factorise(change.float(), rank))
+            elif plain in norms:
+                _put_whole(module, trained[plain])
+        for name, rows_of in adapted.named_parameters():
+            if "trainable_tokens_delta" in name:
+                table = name.removeprefix(PREFIX).split(".token_adapter.")[0]
+                rows_of.copy_(trained[table].weight[rows])
+    return SpeechLM(adapted, lm.alphabet, {**lm.origin, "adapter": True}).eval()
+
+
+def used_rows(lm: SpeechLM, coverage: Coverage) -> list[int]:
+    """Ids of new tokens, and of those that texts of the training's characters are made of."""
+    alphabet = lm.alphabet
+    found = set(lm.vocabulary.new_ids)
+    if "tokens" in (alphabet.text.spoken, alphabet.text.written):
+        return sorted(found | set(range(lm.vocabulary.num_text)))
+    found.update(alphabet.text_range("asr"))
+    for ids in alphabet.spelling_ids([*coverage.characters, " "]):
+        found.update(ids)
+    found.add(lm.vocabulary.eos)
+    return sorted(found)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """A module with a vector of weights alone, such as RMSNorm."""
+    own = dict(module.named_parameters(recurse=False))
+    return bool(own) and all(each.ndim == 1 for each in own.values())
+
+
+def _check_covered(lm: SpeechLM, base: nn.Module, covered: set[str]) -> None:
+    """Raises ValueError where training changed what neither adapters nor whole parts can hold."""
+    tables = {
+        id(module) for module in (lm.lm.get_input_embeddings(), lm.lm.get_output_embeddings())
+    }
+    old, modules = dict(base.named_parameters()), dict(lm.lm.named_modules())
+    for name, parameter in lm.lm.named_parameters():
+        module, _, kind = name.rpartition(".")
+        held = module in covered and (kind == "weight" or _is_norm(modules[module]))
+        if held or id(modules[module]) in tables or torch.equal(parameter, old[name]):
+            continue
+        raise ValueError(
+            f"{name} of {lm.origin['name']} was trained, and adapters cannot hold it: ship the AR "
+            "as it is"
+        )
+
+
+def _put(module: Any, factors: Factors) -> None:
+    module.lora_A[ADAPTER].weight.copy_(factors.a)
+    module.lora_B[ADAPTER].weight.copy_(factors.b)
+
+
+def _put_whole(module: Any, trained: nn.Module) -> None:
+    module.modules_to_save[ADAPTER].load_state_dict(trained.state_dict())

@@ -1,0 +1,105 @@
+"""Voices made small: the same voice in less room."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import voiced
+from safetensors.torch import load_file
+from tiny_slm import TEXT, quiet, save_voice
+
+from codec import Codec
+from codec.halving import halve, save_half
+from recipes.ship_voice import main
+from slm.ar import SpeechLM
+from slm.config import ARConfig
+from slm.pipeline import Voice
+from slm.prompts import Coverage
+
+pytestmark = quiet()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_codec_folder: Path) -> Path:
+    """A voice around a halved codec, whose AR has trained every weight."""
+    save_half(halve(Codec.from_pretrained(tiny_codec_folder)), tmp_path / "codec")
+    voice = save_voice(tmp_path, tmp_path / "codec")
+    config = ARConfig(base=str(tmp_path / "base"), lora=None)
+    lm = SpeechLM.create(config, Codec.from_pretrained(tmp_path / "codec").stamp, seed=0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    lm.save(voice / "ar")
+    for file in (voice / "ar").glob("adapter*"):
+        file.unlink()
+    Coverage.of([TEXT], longest_frames=60).save(voice / "ar")
+    (voice / "README.md").write_text("its card")
+    return voice
+
+
+def ship(folder: Path, *given: str) -> Voice:
+    out = folder.parent / "shipped"
+    main([f"voice={folder}", f"out={out}", f"base={folder.parent / 'base'}", *given])
+    return Voice.from_pretrained(out)
+
+
+def test_the_shipped_voice_is_the_trained_one(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    before, after = Voice.from_pretrained(folder), ship(folder, "rank=64")
+    told = json.loads(capsys.readouterr().out)
+    assert told["mb"] == pytest.approx(
+        sum(file.stat().st_size for file in Path(told["out"]).rglob("*") if file.is_file()) / 1e6,
+        abs=0.01,
+    )
+    assert after.codec.stamp.digest == before.codec.stamp.digest
+    assert list(after.prompts) == list(before.prompts) == ["ann"]
+    ids = torch.tensor([[*before.lm.vocabulary.new_ids]])
+    with torch.no_grad():
+        one, other = before.lm.lm(ids).logits, after.lm.lm(ids).logits
+    new = list(before.lm.vocabulary.new_ids)
+    torch.testing.assert_close(one[..., new], other[..., new], atol=0.05, rtol=0.05)
+    out = folder.parent / "shipped"
+    for file in (
+        "codec/model.safetensors",
+        "nar/model.safetensors",
+        "ar/adapter_model.safetensors",
+    ):
+        kinds = {tensor.dtype for name, tensor in load_file(out / f"{file}.safetensors").items()
+                 if "cluster_size" not in name and "num_updates" not in name}  # fmt: skip
+        assert kinds == {torch.float16}
+    assert not list((out / "ar").glob("tokenizer*"))
+    assert (out / "README.md").read_text() == "its card"
+    # Shipped anew, an edited card stays.
+    (out / "README.md").write_text("edited")
+    ship(folder, "rank=2")
+    assert (out / "README.md").read_text() == "edited"
+
+
+def test_prompts_come_with_their_credits(folder: Path, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", voiced(1.0), 16_000)
+    record = {"name": "me", "audio": "a.wav", "text": "the cat", "credit": "me, CC0"}
+    (tmp_path / "p.jsonl").write_text(json.dumps(record) + "\n")
+    voice = ship(folder, f"prompts={tmp_path / 'p.jsonl'}")
+    assert list(voice.prompts) == ["me"]
+    assert voice.prompts["me"].credit == "me, CC0"
+    assert voice.prompts["me"].text == "the cat"
+    assert voice.prompts["me"].codes.shape[0] == 3
+    assert isinstance(voice.prompts["me"].codes, np.ndarray)
+    (tmp_path / "p.jsonl").write_text('{"name": "me"}\n')
+    with pytest.raises(ValueError, match=r"p\.jsonl, line 1: needs name, audio, text and credit"):
+        ship(folder, f"prompts={tmp_path / 'p.jsonl'}")
+
+
+def test_what_cannot_be_shipped(folder: Path, tmp_path: Path, tiny_codec_folder: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a.txt").write_text("mine")
+    with pytest.raises(ValueError, match="neither empty nor a voice"):
+        main([f"voice={folder}", f"out={tmp_path / 'full'}"])
+    whole = save_voice(tmp_path / "other", tiny_codec_folder)
+    with pytest.raises(ValueError, match="holds more than half precision"):
+        main([f"voice={whole}", f"out={tmp_path / 'out'}"])
+    with pytest.raises(ValueError, match="rank must be at least 1"):
+        main([f"voice={folder}", "rank=0"])
