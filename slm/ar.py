@@ -272,10 +272,15 @@ class SpeechLM(nn.Module):
         return cls(lm, alphabet, origin).eval().requires_grad_(False)
 
 
-def score(logits: Float[Tensor, "N V"], labels: Tensor, groups: Tensor, num_groups: int) -> Scores:
-    """Sums over targets by group; logits are raised to float32 first."""
+def score(
+    logits: Float[Tensor, "N V"], labels: Tensor, groups: Tensor, num_groups: int,
+    shares: Float[Tensor, "V V"] | None = None,
+) -> Scores:  # fmt: skip
+    """Sums over targets by group; logits are raised to float32 first. `shares`: how much of a label
+    each class gets, a row for each label; None: all is its own."""
     logits = logits.float()
-    nll = functional.cross_entropy(logits, labels, reduction="none")
+    wanted = labels if shares is None else shares[labels]
+    nll = functional.cross_entropy(logits, wanted, reduction="none")
     correct = (logits.detach().argmax(-1) == labels).float()
     zeros = torch.zeros(num_groups, device=logits.device)
     return Scores(

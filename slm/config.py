@@ -165,6 +165,9 @@ class NARConfig:
     masked: bool = False
     """Some codes of the predicted codebook are given, others asked for (MaskGIT), so that decoding
     can go in several iterations; else all are asked for at once (USLM)."""
+    kernel: int = 0
+    """Frames of a convolution in front of each layer, over text and speech apart (Conformer, arXiv
+    2005.08100): what is near need not be found by attention. Odd; 0: none."""
     text_dropout: float = 0.0
     """In training so many utterances have no text, so that the NAR can do without one (voice
     conversion, speech that goes on by itself); 0.1 is a good share."""
@@ -172,6 +175,9 @@ class NARConfig:
     """The codes' embeddings and heads begin as the codec's own entries, projected at random; else
     as random ones. In a trial with ten hours of speech the loss fell two to three times
     as fast at first (LOG.md)."""
+    neighbours: float = 0.0
+    """With from_codec: in training a code's label is shared among so many of its codebook's entries
+    (the perplexity of the shares), the nearer the more, as they sound alike; 0: the code alone."""
 
     def __post_init__(self) -> None:
         _positive(
@@ -186,6 +192,13 @@ class NARConfig:
         low, high = self.prompt_share
         if not 0 <= low <= high < 1:
             raise ValueError(f"nar.prompt_share must rise within [0, 1), got {self.prompt_share}")
+        if self.kernel and not self.kernel % 2:
+            raise ValueError(f"nar.kernel must be odd, or 0 for none, got {self.kernel}")
+        if self.neighbours and (self.neighbours <= 1 or not self.from_codec):
+            raise ValueError(
+                "nar.neighbours must be more than 1, and needs nar.from_codec; 0: the code alone, "
+                f"got {self.neighbours}"
+            )
         if self.prompt_frames < 0:
             raise ValueError(f"nar.prompt_frames must not be negative, got {self.prompt_frames}")
         if self.width % (2 * self.num_heads):

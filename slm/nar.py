@@ -23,12 +23,11 @@ from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional
 
 from slm.ar import Scores, score
-from slm.attention import attend
 from slm.config import NARConfig
 from slm.nar_data import NUM_TEXT_SYMBOLS, NARBatch, nar_batch, text_bytes
+from slm.nar_layers import AdaptiveNorm, Layer, StageHead, shares_of_neighbours
 
 FILES = ("config.json", "model.safetensors")
 EMBEDDING_STD = 0.5
@@ -67,12 +66,14 @@ class NAR(
                 num_heads=config.num_heads,
                 feedforward=config.feedforward,
                 dropout=config.dropout,
+                kernel=config.kernel,
             )
             for _ in range(config.num_layers)
         )
         self.norm = AdaptiveNorm(config.width)
         self.head = StageHead(config.width, sum(sizes))
         self.dropout = nn.Dropout(config.dropout)
+        self._shares: list[Float[Tensor, "K K"]] = []
         self.apply(_initialise)
         # The last to draw, so that the others begin alike with and without it.
         self.mask = nn.Embedding(1, config.width).apply(_initialise) if config.masked else None
@@ -89,6 +90,9 @@ class NAR(
             for start, book in zip(self._starts[:-1], entries, strict=True):
                 rows = (book - book.mean(0)).cpu().float() @ projection
                 table[start : start + len(book)] = rows * (strength / rows.std().clamp(min=1e-6))
+        if self.config.neighbours:
+            wanted = self.config.neighbours
+            self._shares = [shares_of_neighbours(book.cpu().float(), wanted) for book in entries]
 
     def forward(self, batch: NARBatch) -> Scores:
         """Losses over the frames that are asked for, summed over the batch's stages."""
@@ -98,10 +102,17 @@ class NAR(
         for stage in batch.stages.tolist():
             logits = self._logits(self._hidden(batch, stage)[asked], stage)
             labels = batch.codes[:, stage][asked]
-            parts.append(
-                score(logits, labels, torch.full_like(labels, stage - 1), len(self.groups))
-            )
+            groups = torch.full_like(labels, stage - 1)
+            parts.append(score(logits, labels, groups, len(self.groups), self._shared(stage)))
         return Scores(*(torch.stack(sums).sum(0) for sums in zip(*parts, strict=True)))
+
+    def _shared(self, stage: int) -> Float[Tensor, "K K"] | None:
+        """Among which codes a code's label is shared; None: it is not."""
+        if not self.training or not self._shares:
+            return None
+        # Moved once: it is no part of the state, as it follows from the codec.
+        self._shares[stage] = self._shares[stage].to(self.head.weight.device)
+        return self._shares[stage]
 
     def _hidden(self, batch: NARBatch, stage: int) -> Float[Tensor, "B T D"]:
         """Features of the speech part."""
@@ -114,7 +125,7 @@ class NAR(
         condition = self.stages(torch.tensor(stage, device=speech.device))
         hidden = self.dropout(joined)
         for layer in self.layers:
-            hidden = layer(hidden, valid[:, None, None], condition)
+            hidden = layer(hidden, valid, condition, text.shape[1])
         return self.norm(hidden[:, text.shape[1] :], condition)
 
     def _speech(self, batch: NARBatch, stage: int) -> Float[Tensor, "B T D"]:
@@ -307,61 +318,6 @@ def _by_confidence(
         gumbel = -torch.empty(len(chosen)).exponential_(generator=generator).log()
         confidence = confidence + noise * gumbel.to(logits.device)
     return confidence.argsort(descending=True, stable=True)
-
-
-class StageHead(nn.Module):
-    """One table for the heads of all codebooks; a call computes the logits of some of its rows."""
-
-    def __init__(self, width: int, num_rows: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_rows, width).normal_(std=width**-0.5))
-
-    def forward(self, hidden: Float[Tensor, "N D"], rows: slice) -> Float[Tensor, "N K"]:
-        return functional.linear(hidden, self.weight[rows])
-
-
-class AdaptiveNorm(nn.Module):
-    """Layer norm whose scale and shift depend on the stage."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.project = nn.Linear(width, 2 * width)
-
-    def forward(
-        self, hidden: Float[Tensor, "B L D"], condition: Float[Tensor, " D"]
-    ) -> Float[Tensor, "B L D"]:
-        scale, shift = self.project(condition).chunk(2)
-        return functional.layer_norm(hidden, hidden.shape[-1:]) * (1 + scale) + shift
-
-
-class Layer(nn.Module):
-    """Pre-norm attention over valid positions, and a feed-forward part."""
-
-    def __init__(self, *, width: int, num_heads: int, feedforward: int, dropout: float):
-        super().__init__()
-        self.num_heads = num_heads
-        self.attention_norm = AdaptiveNorm(width)
-        self.feedforward_norm = AdaptiveNorm(width)
-        self.query_key_value = nn.Linear(width, 3 * width)
-        self.output = nn.Linear(width, width)
-        self.expand = nn.Linear(width, feedforward)
-        self.contract = nn.Linear(feedforward, width)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(
-        self,
-        hidden: Float[Tensor, "B L D"],
-        valid: Bool[Tensor, "B 1 1 L"],
-        condition: Float[Tensor, " D"],
-    ) -> Float[Tensor, "B L D"]:
-        projected = self.query_key_value(self.attention_norm(hidden, condition))
-        query, key, value = rearrange(
-            projected, "b l (n h d) -> n b h l d", n=3, h=self.num_heads
-        ).unbind()
-        attended = attend(query, key, value, valid)
-        hidden = hidden + self.dropout(self.output(rearrange(attended, "b h l d -> b l (h d)")))
-        inner = functional.gelu(self.expand(self.feedforward_norm(hidden, condition)))
-        return hidden + self.dropout(self.contract(self.dropout(inner)))
 
 
 def _initialise(module: nn.Module) -> None:

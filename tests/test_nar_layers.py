@@ -1,0 +1,95 @@
+"""slm/nar_layers.py: convolutions know their parts and no padding; labels shared by distance."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_nar import CONFIG, TEXTS, batch, make_nar, random_codes
+from tiny_slm import SIZES
+
+from slm.config import NARConfig
+from slm.nar import NAR
+from slm.nar_data import nar_batch, text_bytes
+from slm.nar_layers import Nearby, shares_of_neighbours
+
+WITH = replace(CONFIG, kernel=5)
+
+
+def test_a_convolution_makes_no_difference_to_padded_batches(tmp_path: Path) -> None:
+    nar = make_nar(WITH).double()
+    codes = [random_codes(length, seed) for seed, length in enumerate((9, 14, 5))]
+    text = [text_bytes(text) for text in TEXTS]
+    together = nar(nar_batch(text, codes, [3, 4, 0], [1, 2])).nll
+    alone = [
+        nar(nar_batch([t], [c], [p], [1, 2])).nll
+        for t, c, p in zip(text, codes, [3, 4, 0], strict=True)
+    ]
+    torch.testing.assert_close(together, torch.stack(alone).sum(0), rtol=1e-5, atol=1e-5)
+    nar.float().save_pretrained(tmp_path)
+    again = NAR.load(tmp_path)
+    assert again.config.kernel == 5
+    assert torch.equal(
+        again.layers[1].nearby.depthwise.weight, nar.layers[1].nearby.depthwise.weight
+    )
+
+
+def test_it_sees_its_neighbours_in_its_own_part_alone() -> None:
+    torch.manual_seed(0)
+    nearby = Nearby(8, 3)
+    hidden, valid = torch.randn(1, 10, 8), torch.ones(1, 10, dtype=torch.bool)
+    condition = torch.zeros(8)
+    before = nearby(hidden, valid, condition, 4)
+    for changed, seen in ((3, {2, 3}), (4, {4, 5}), (7, {6, 7, 8})):
+        other = hidden.clone()
+        other[0, changed] = torch.randn(8)
+        after = nearby(other, valid, condition, 4)
+        moved = (after - before).abs().sum(-1)[0] > 1e-7
+        assert set(moved.nonzero()[:, 0].tolist()) == seen
+
+
+@pytest.mark.parametrize("wanted", [1.5, 4.0, 20.0])
+def test_labels_are_shared_with_what_is_near(wanted: float) -> None:
+    entries = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * 7 + 3
+    shares = shares_of_neighbours(entries, wanted)
+    torch.testing.assert_close(shares.sum(1), torch.ones(200))
+    entropy = -(shares * shares.clamp(min=1e-12).log()).sum(1).mean()
+    assert float(entropy.exp()) == pytest.approx(wanted, rel=0.01)
+    distances = torch.cdist(entries, entries)
+    order = distances.argsort(dim=1)
+    sorted_shares = shares.gather(1, order)
+    assert bool((sorted_shares[:, 1:] <= sorted_shares[:, :-1] + 1e-6).all())
+
+
+def test_shared_labels_are_of_training_alone() -> None:
+    entries = [torch.randn(size, 6, generator=torch.Generator().manual_seed(1)) for size in SIZES]
+    plain, shared = (
+        make_nar(replace(CONFIG, from_codec=True, neighbours=neighbours))
+        for neighbours in (0.0, 3.0)
+    )
+    for nar in (plain, shared):
+        nar.begin_with(entries, seed=0)
+    one = batch([1, 2])
+    assert torch.equal(plain(one).nll, shared(one).nll)
+    losses = [nar.train()(one).nll for nar in (plain, shared)]
+    assert not torch.allclose(*losses)
+    # By hand, of the first stage.
+    logits = shared._logits(shared._hidden(one, 1), 1).log_softmax(-1)
+    frames = torch.arange(one.codes.shape[2])
+    asked = (frames >= one.prompt_lengths[:, None]) & (frames < one.lengths[:, None])
+    shares = shares_of_neighbours(entries[1], 3.0)[one.codes[:, 1]]
+    expected = -(shares * logits).sum(-1)[asked].sum()
+    torch.testing.assert_close(losses[1][0], expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"kernel": 4}, r"nar\.kernel must be odd"),
+        ({"neighbours": 5.0}, r"needs nar\.from_codec"),
+        ({"neighbours": 0.5, "from_codec": True}, r"nar\.neighbours must be more than 1"),
+    ],
+)
+def test_settings_that_make_no_sense(values: dict, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        NARConfig(**values)
