@@ -82,8 +82,8 @@ class TextConfig:
     """What speech is transcribed to: characters are the tokens of their bytes, and are chosen from
     these alone, where the LLM's tokenizer is byte-level."""
     interleaved: bool = False
-    """TTS goes word by word, each word's text right before its codes (ELLA-V, arXiv 2401.07333):
-    for little data; needs `edges`."""
+    """TTS goes word by word, each word's text right before its codes (ELLA-V, arXiv 2401.07333),
+    and ASR by stretches of speech, the words behind each: for little data; needs `edges`."""
 
     def __post_init__(self) -> None:
         _one_of("text.spoken", self.spoken, get_args(Spoken))
@@ -130,6 +130,9 @@ class ARConfig:
     """What codes say (a file of recipes/make_clips.py): the new rows begin as their letters'
     (a merge's as the mean of its codes'); null: as they are drawn. For characters, and codebooks
     that hold what is said."""
+    start_from: str | None = None
+    """The folder ar/ of a voice whose every weight was trained, to train it further: one of the
+    same LLM, layers and codec; null: the LLM as it is, with new rows."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
 
@@ -138,6 +141,11 @@ class ARConfig:
             raise ValueError("ar.base is empty; name a hub id, a folder or a .gguf file")
         if self.num_layers is not None:
             _positive(**{"ar.num_layers": self.num_layers})
+        if self.start_from is not None and self.lora is not None:
+            raise ValueError(
+                "ar.start_from goes on with every weight, and ar.lora trains adapters beside them: "
+                "set one of the two to null"
+            )
         if self.init_scale < 0:
             raise ValueError(f"ar.init_scale must not be negative, got {self.init_scale}")
 

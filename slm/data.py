@@ -13,7 +13,7 @@ from codec.tokens import TokenShard
 from slm.alphabet import Alphabet
 from slm.config import BatchConfig, TaskConfig
 from slm.corpus import Corpus, Ragged, name_of, pieces_of, usable, within
-from slm.interleaving import training_layout
+from slm.interleaving import hearing_layout, speaking_layout
 from slm.plan import Batch, Draw, Plan
 from slm.prompts import ASR, CONTINUATION, TASKS, TEXT, TTS, Layout, layout
 
@@ -217,8 +217,8 @@ class _Form:
         name, number = TASKS[task], len(codes)
         self.layouts: _Layouts | None = None
         """Their sequences, where these are no texts and speech side by side."""
-        if task == TTS and alphabet.text.interleaved:
-            self.layouts = _Layouts(corpus, codes, alphabet, seed)
+        if task in (TTS, ASR) and alphabet.text.interleaved:
+            self.layouts = _Layouts(task, corpus, codes, alphabet, seed)
             self.lengths, self.targets = self.layouts.lengths, self.layouts.targets
             return
         spelt = _encoded(alphabet, name, corpus.texts) if task != CONTINUATION else [[]] * number
@@ -248,11 +248,17 @@ class _Form:
 class _Layouts:
     """Sequences of words and their speech by turns."""
 
-    def __init__(self, corpus: Corpus, codes: Ragged, alphabet: Alphabet, seed: int):
+    def __init__(
+        self, task: int, corpus: Corpus, codes: Ragged, alphabet: Alphabet, seed: int
+    ):  # fmt: skip
         made = []
         for row, text in enumerate(corpus.texts):
-            random, said = np.random.default_rng((seed, row, 6)), codes[row].astype(np.int64)
-            made.append(training_layout(alphabet, text, said, corpus.edges_of(row), random))
+            said, edges = codes[row].astype(np.int64), corpus.edges_of(row)
+            if task == ASR:
+                made.append(hearing_layout(alphabet, text, said, edges))
+            else:
+                random = np.random.default_rng((seed, row, 6))
+                made.append(speaking_layout(alphabet, text, said, edges, random))
         self._tokens = Ragged(one.tokens for one in made)
         self._given = Ragged((one.given for one in made if one.given is not None), np.bool_)
         self.lengths = self._tokens.lengths

@@ -265,11 +265,11 @@ class _Item:
         if self._given:
             return self._given[0]
         end, first = len(logits) - 1, self.allowed.first
-        parts, most = self.request.script
+        parts, most = self.request.script.parts, self.request.script.most
         if most and self._since >= most[self._part]:
             return self.allowed.end
         early = self._part == len(parts) and self.length < self.request.min_tokens
-        if early or (most and not self._since):
+        if early or self._since < self.request.script.least:
             logits[end] = -torch.inf
         window = self.config.window
         recent = [token - first for token in self.tokens[-window:]][:window]

@@ -13,8 +13,9 @@ from slm.ar import SpeechLM
 from slm.checks import SILENCE_RMS
 from slm.config import SamplingConfig
 from slm.generate import Request, generate, restrict_context, text_bound, text_only
+from slm.interleaving import stretches_of
 from slm.pieces import split_at_quiet
-from slm.prompts import asr_context
+from slm.prompts import NO_SCRIPT, asr_context
 
 logger = logging.getLogger(__name__)
 
@@ -52,15 +53,22 @@ def hear(lm: SpeechLM, first: Sequence[Int[np.ndarray, " _"]]) -> list[Transcrip
     alphabet = lm.alphabet
     requests = []
     for codes in first:
-        context = asr_context(alphabet.vocabulary, alphabet.speech_ids("asr", codes))
+        script = NO_SCRIPT
+        if alphabet.text.interleaved:
+            context, script = stretches_of(alphabet, codes)
+        else:
+            context = asr_context(alphabet.vocabulary, alphabet.speech_ids("asr", codes))
         most = text_bound(len(codes), alphabet)
-        most = restrict_context(lm.max_positions, context, 1, most, "recording")
-        requests.append(Request(context=context, min_tokens=0, max_tokens=most, seed=0))
+        whole = [*context, *script.ids]
+        most = restrict_context(lm.max_positions, whole, 1, most, "recording")
+        requests.append(
+            Request(context=context, min_tokens=0, max_tokens=most, seed=0, script=script)
+        )
     made = generate(lm, requests, text_only(lm), ONCE)
     failed = [one.failure for one in made if one.failure is not None]
     if failed:
         logger.warning("%d of %d transcripts failed: %s", len(failed), len(made), ", ".join(failed))
-    return [Transcript(alphabet.text_of(one.tokens), one.failure) for one in made]
+    return [Transcript(alphabet.text_of(one.tokens).strip(), one.failure) for one in made]
 
 
 def audible(

@@ -20,7 +20,17 @@ from jaxtyping import Int
 
 from codec.tokens import written_whole
 from slm.alphabet import Alphabet
-from slm.prompts import Layout, Script, Word, interleaved, word_lead
+from slm.prompts import (
+    Layout,
+    Script,
+    Stretch,
+    Word,
+    heard_in_stretches,
+    in_small_letters,
+    interleaved,
+    stretch_lead,
+    word_lead,
+)
 
 Edges = Mapping[str, Sequence[int]]
 """Frames between which the words of `text.split()` are said, by the id of their utterance: one more
@@ -32,6 +42,13 @@ LONGEST_PROMPT = 0.6
 """Share of an utterance's words that can be its prompt in training."""
 PAUSE_SECONDS, LETTER_SECONDS = 0.8, 0.16
 """A word with the pause behind it is cut where it takes longer: so much, and for each letter."""
+
+STRETCH_SECONDS = 0.8
+"""Of speech that is heard before words are written."""
+DELAY_SECONDS = 0.16
+"""A word is written when this much has been heard behind it."""
+MOST_WRITTEN = 64
+"""Tokens of text behind a stretch."""
 
 
 def write_edges(path: str | Path, edges: Iterable[tuple[str, Sequence[int]]]) -> None:
@@ -75,10 +92,52 @@ def script_of(alphabet: Alphabet, words: Sequence[str]) -> tuple[list[int], Scri
     vocabulary, rate = alphabet.vocabulary, alphabet.vocabulary.codec.frame_rate
     leads = [word_lead(vocabulary, ids) for ids in word_ids(alphabet, words)]
     most = tuple(round(rate * (PAUSE_SECONDS + LETTER_SECONDS * len(word))) for word in words)
-    return [vocabulary.speech_end, *leads[0]], Script(tuple(leads[1:]), most)
+    return [vocabulary.speech_end, *leads[0]], Script(tuple(leads[1:]), most, least=1)
 
 
-def training_layout(
+def stretches_of(alphabet: Alphabet, codes: Int[np.ndarray, " T"]) -> tuple[list[int], Script]:
+    """What an AR is given to hear speech stretch by stretch: what comes before the first words, and
+    all else."""
+    vocabulary = alphabet.vocabulary
+    parts = [
+        alphabet.speech_ids("asr", codes[start:stop])
+        for start, stop in pairwise(_bounds(len(codes), vocabulary.codec.frame_rate))
+    ]
+    last = len(parts) - 1
+    leads = [stretch_lead(vocabulary, one, number == last) for number, one in enumerate(parts)]
+    return leads[0], Script(tuple(leads[1:]), (MOST_WRITTEN,) * len(leads))
+
+
+def _bounds(num_frames: int, frame_rate: float) -> list[int]:
+    """Frames between stretches."""
+    size = max(1, round(STRETCH_SECONDS * frame_rate))
+    count = max(1, round(num_frames / size))
+    return [*range(0, size * count, size), num_frames]
+
+
+def hearing_layout(
+    alphabet: Alphabet, text: str, codes: Int[np.ndarray, " T"], edges: Sequence[int] | None
+) -> Layout:
+    """An utterance stretch by stretch, each followed by the words that have been over for
+    DELAY_SECONDS; the last by all the others. Each word has a space behind it."""
+    vocabulary, words = alphabet.vocabulary, in_small_letters(text).split()
+    rate = vocabulary.codec.frame_rate
+    bounds = _bounds(len(codes), rate)
+    if edges is None or len(edges) != len(words) + 1 or edges[-1] != len(codes):
+        bounds, edges = [0, len(codes)], [len(codes)] * (len(words) + 1)
+    over = np.array(edges[1:]) + round(DELAY_SECONDS * rate)
+    said = [int((over <= stop).sum()) for stop in bounds[1:-1]] + [len(words)]
+    texts = [
+        "".join(f"{word} " for word in words[first:last]) for first, last in pairwise([0, *said])
+    ]
+    ids = alphabet.text_ids("asr", texts)
+    parts = [alphabet.speech_ids("asr", codes[start:stop]) for start, stop in pairwise(bounds)]
+    return heard_in_stretches(
+        vocabulary, [Stretch(speech, text) for speech, text in zip(parts, ids, strict=True)]
+    )
+
+
+def speaking_layout(
     alphabet: Alphabet,
     text: str,
     codes: Int[np.ndarray, " T"],

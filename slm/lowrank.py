@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slm.ar import SpeechLM, add_adapters, load_base
+from slm.ar import SpeechLM, add_adapters
+from slm.base import load_base
 from slm.config import LoRAConfig
 from slm.prompts import Coverage
 from slm.vocab import extend

@@ -24,7 +24,8 @@ from jaxtyping import Float
 from codec import load_codec, read_audio, write_audio
 from codec.audio import check_name as check_name
 from codec.audio import check_wave, stream_audio
-from slm.ar import SpeechLM, digest_of
+from slm.ar import SpeechLM
+from slm.base import digest_of
 from slm.checks import is_empty
 from slm.config import SamplingConfig
 from slm.continuing import go_on

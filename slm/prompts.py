@@ -5,12 +5,16 @@
                    <|text|> prompt text + target text <|speech|> p1 p2 ...
                    then for each word <|/speech|> word <|speech|> | s1 s2 ... and a last <|/speech|>
     asr            <|speech|> s1 s2 ... <|/speech|> <|text|> | transcript eos
+    asr, stretch by stretch (ar.text.interleaved)
+                   for each stretch <|speech|> s1 s2 ... <|text|> | the words that are over eos
+                   the last one's speech ends with <|/speech|>
     continuation   <|speech|> | s1 s2 ... <|/speech|>
     text           t1 | t2 ... eos     (the end where the document's is)
 
 The loss covers what stands behind the bar, its end token included. A zero-shot prompt is the
 prompt's codes right after <|speech|>: the model goes on from there. Word by word, the loss covers
-the words' codes and the <|/speech|> behind each; the words themselves are given.
+the words' codes and the <|/speech|> behind each; the words themselves are given. So is the speech
+of transcripts that are written stretch by stretch.
 """
 
 import json
@@ -59,6 +63,8 @@ class Script(NamedTuple):
     most: tuple[int, ...]
     """Tokens that are drawn at most before the first end token, before the second, ...: it is put
     there then. One more than `parts`; or empty, without them."""
+    least: int = 0
+    """And at least, before each."""
 
     @property
     def ids(self) -> list[int]:
@@ -121,6 +127,33 @@ def interleaved(
     first = given.index(False)
     num_context = len(tokens) - len(given) + first
     return Layout(np.array(tokens), num_context, np.array(given[first:]))
+
+
+class Stretch(NamedTuple):
+    """Some speech, and the text that is written when it has been heard, as ids."""
+
+    speech: Sequence[int] | np.ndarray
+    text: Sequence[int]
+
+
+def stretch_lead(
+    vocabulary: Vocabulary, speech: Sequence[int] | np.ndarray, last: bool
+) -> list[int]:
+    """What is given before a stretch's text."""
+    end = [vocabulary.speech_end] if last else []
+    return [vocabulary.speech, *map(int, speech), *end, vocabulary.text]
+
+
+def heard_in_stretches(vocabulary: Vocabulary, stretches: Sequence[Stretch]) -> Layout:
+    """The training sequence of a transcript that is written stretch by stretch."""
+    tokens: list[int] = []
+    given: list[bool] = []
+    for number, one in enumerate(stretches, start=1):
+        lead = stretch_lead(vocabulary, one.speech, number == len(stretches))
+        tokens += [*lead, *one.text, vocabulary.eos]
+        given += [True] * len(lead) + [False] * (len(one.text) + 1)
+    first = given.index(False)
+    return Layout(np.array(tokens), first, np.array(given[first:]))
 
 
 def join_texts(prompt_text: str, text: str) -> str:

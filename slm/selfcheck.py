@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Int
 from numpy import ndarray
+from torchaudio.functional import edit_distance
 
 from slm.ar import SpeechLM
 from slm.head import Asked, logits_of, text_rows
@@ -49,10 +50,16 @@ def text_scores(
 
     The mean, so that texts of different lengths compare; 0 is certainty. Speech that is too long
     for the model gets -inf. Cost: one pass over the speech and the text, of which the head sees the
-    text's positions and rows alone; no generation. Raises ValueError for a model without ASR.
+    text's positions and rows alone; no generation. A model that hears by stretches
+    (ar.text.interleaved) would have to be told which words are over when: of one it is, below 0,
+    the share of letters that its own transcript has otherwise, and that must be generated. Raises
+    ValueError for a model without ASR.
     """
     lm.check_task("asr")
     alphabet = lm.alphabet
+    if alphabet.text.interleaved:
+        pairs = zip(texts, transcripts(lm, codes), strict=True)
+        return [-_share_wrong(alphabet.spelt(text).lower(), heard.lower()) for text, heard in pairs]
     written = alphabet.text_ids("asr", texts)
     spoken = [alphabet.speech_ids("asr", one) for one in codes]
     contexts = [asr_context(alphabet.vocabulary, one) for one in spoken]
@@ -69,6 +76,10 @@ def text_scores(
         for index, score in zip(part, found, strict=True):
             scores[index] = score
     return scores
+
+
+def _share_wrong(text: str, heard: str) -> float:
+    return edit_distance(text, heard) / max(1, len(text))
 
 
 def _scores(lm: SpeechLM, rows: Sequence[Sequence[int]], num_targets: Sequence[int]) -> list[float]:

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from slm import alphabet as alphabet_module
 from slm.alphabet import FILE_NAME, UNITS_FILE, Alphabet
-from slm.ar import Base, SpeechLM, load_base
+from slm.ar import SpeechLM
+from slm.base import Base, load_base
 from slm.config import ARConfig, LoRAConfig, TextConfig, UnitsConfig
 from slm.units import Units
 from slm.vocab import Vocabulary

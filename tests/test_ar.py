@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from tiny_slm import STAMP, quiet, save_base, save_shard
 
 from codec.tokens import TokenShard
-from slm.ar import BASE_FILE, SpeechLM, digest_of, load_base
+from slm.ar import BASE_FILE, SpeechLM
+from slm.base import digest_of, load_base
 from slm.config import ARConfig, BatchConfig, LoRAConfig, TaskConfig
 from slm.data import ARBatch, ARData
 
@@ -74,6 +76,31 @@ def test_a_saved_folder_gives_the_same_losses(
     assert loaded.vocabulary == lm.vocabulary
     embedding, head = (loaded.lm.get_input_embeddings(), loaded.lm.get_output_embeddings())
     assert (embedding.weight is head.weight) == tied
+
+
+def test_whole_weights_are_gone_on_from(tmp_path: Path) -> None:
+    lm = make(tmp_path, None)
+    batch = batch_of(lm, tmp_path / "a.parquet")
+    train(lm, batch)
+    lm.save(tmp_path / "ar")
+    base = str(tmp_path / "base")
+    config = ARConfig(base=base, lora=None, start_from=str(tmp_path / "ar"))
+    again = SpeechLM.create(config, STAMP, seed=9)
+    torch.testing.assert_close(again.eval()(batch).nll, lm.eval()(batch).nll)
+    assert all(each.requires_grad for each in again.parameters())
+    adapted = make(tmp_path / "other", LoRAConfig(rank=2))
+    adapted.save(tmp_path / "adapters")
+    other = save_base(tmp_path / "stranger", seed=5)
+    for changes, stamp, told in (
+        ({"start_from": str(tmp_path / "adapters")}, STAMP, "has adapters"),
+        ({"base": str(other)}, STAMP, "another text LLM"),
+        ({"num_layers": 1}, STAMP, "another number of layers"),
+        ({}, replace(STAMP, codebook_sizes=(9, 16, 16)), "another number of rows"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            SpeechLM.create(replace(config, **changes), stamp, seed=0)
+    with pytest.raises(ValueError, match=r"ar\.start_from goes on with every weight"):
+        ARConfig(base=base, start_from="x")
 
 
 @pytest.mark.parametrize(("kind", "tied"), BASES)

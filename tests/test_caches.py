@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_slm import save_base
 
-from slm.ar import load_base
+from slm.base import load_base
 from slm.caches import keep_rows, make_cache
 
 

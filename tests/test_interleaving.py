@@ -17,8 +17,17 @@ from slm.ar import SpeechLM
 from slm.config import ARConfig, BatchConfig, SamplingConfig, TaskConfig, TextConfig
 from slm.corpus import usable
 from slm.data import IGNORE, ARData
-from slm.generate import Request, generate, speech_only, stream_tokens
-from slm.interleaving import read_edges, script_of, spelt_words, training_layout, write_edges
+from slm.generate import Generated, Request, generate, speech_only, stream_tokens
+from slm.hearing import hear
+from slm.interleaving import (
+    hearing_layout,
+    read_edges,
+    script_of,
+    speaking_layout,
+    spelt_words,
+    stretches_of,
+    write_edges,
+)
 from slm.preparing import num_said, prepare
 from slm.prompts import TTS, Coverage, Prompt, tts_context
 from slm.speaking import Models
@@ -63,7 +72,7 @@ def parts(alphabet: Alphabet, *texts: str) -> list[list[int]]:
 
 
 def test_a_word_stands_right_before_its_codes(alphabet: Alphabet) -> None:
-    made = training_layout(alphabet, "the cat sat", CODES, EDGES, Chance(0.0))
+    made = speaking_layout(alphabet, "the cat sat", CODES, EDGES, Chance(0.0))
     v, said = alphabet.vocabulary, alphabet.vocabulary.encode_speech(CODES).tolist()
     the, cat, sat = parts(alphabet, "the", "cat", "sat")
     (whole,) = parts(alphabet, "the cat sat")
@@ -81,7 +90,7 @@ def test_a_word_stands_right_before_its_codes(alphabet: Alphabet) -> None:
 
 
 def test_a_prompt_is_speech_of_the_first_words_and_no_target(alphabet: Alphabet) -> None:
-    made = training_layout(alphabet, "the cat sat", CODES, EDGES, Chance(0.9, 1))
+    made = speaking_layout(alphabet, "the cat sat", CODES, EDGES, Chance(0.9, 1))
     v, said = alphabet.vocabulary, alphabet.vocabulary.encode_speech(CODES).tolist()
     (whole,), (cat,) = parts(alphabet, "the cat sat"), parts(alphabet, "cat")
     context = tts_context(v, whole, said[:2])
@@ -93,12 +102,70 @@ def test_a_prompt_is_speech_of_the_first_words_and_no_target(alphabet: Alphabet)
 
 @pytest.mark.parametrize("edges", [None, [0, 9], [0, 2, 5, 8]])
 def test_what_has_no_edges_is_one_word(alphabet: Alphabet, edges: list[int] | None) -> None:
-    made = training_layout(alphabet, "the cat sat", CODES, edges, Chance(0.9))
+    made = speaking_layout(alphabet, "the cat sat", CODES, edges, Chance(0.9))
     (whole,), v = parts(alphabet, "the cat sat"), alphabet.vocabulary
     context = [*tts_context(v, whole, []), v.speech_end, *whole, v.speech]
     assert made.tokens[: made.num_context].tolist() == context
     assert made.given is not None
     assert not made.given.any()
+
+
+def test_a_transcript_is_written_stretch_by_stretch(alphabet: Alphabet) -> None:
+    """0.8 s are 20 frames, 0.16 s are 4."""
+    codes = np.arange(50) % 24
+    made = hearing_layout(alphabet, "The cat sat on", codes, [0, 10, 17, 35, 50])
+    v, said = alphabet.vocabulary, alphabet.vocabulary.encode_speech(codes).tolist()
+    first, second = alphabet.text_ids("asr", ["The ", "cat sat on "])
+    assert made.tokens.tolist() == [
+        v.speech, *said[:20], v.text, *first, v.eos,
+        v.speech, *said[20:], v.speech_end, v.text, *second, v.eos,
+    ]  # fmt: skip
+    assert made.given is not None
+    targets = made.tokens[made.num_context :][~made.given]
+    assert targets.tolist() == [*first, v.eos, *second, v.eos]
+    assert made.num_context == 22
+
+
+def test_stretches_may_have_no_word_and_short_speech_has_one(alphabet: Alphabet) -> None:
+    v, codes = alphabet.vocabulary, np.arange(60) % 24
+    made = hearing_layout(alphabet, "THE CAT", codes, [0, 30, 60])
+    assert made.tokens.tolist().count(v.eos) == 3
+    assert made.tokens[21:23].tolist() == [v.text, v.eos]
+    last = alphabet.text_ids("asr", ["cat "])[0]
+    assert made.tokens[-len(last) - 1 : -1].tolist() == last
+    for edges, size in (([0, 8, 12], 12), (None, 60), ([0, 60], 60)):
+        made = hearing_layout(alphabet, "the cat", codes[:size], edges)
+        said = v.encode_speech(codes[:size]).tolist()
+        (text,) = alphabet.text_ids("asr", ["the cat "])
+        assert made.tokens.tolist() == [v.speech, *said, v.speech_end, v.text, *text, v.eos]
+
+
+def test_what_is_heard_is_given_as_in_training(lm: SpeechLM, monkeypatch) -> None:
+    alphabet, codes = lm.alphabet, np.arange(70) % 24
+    lead, script = stretches_of(alphabet, codes)
+    made = hearing_layout(alphabet, "the cat", codes, [0, 30, 70])
+    end = lm.vocabulary.eos
+    parts = [lead, *script.parts]
+    texts = alphabet.text_ids("asr", ["", "the ", "", "cat "])
+    joined = [one for part, text in zip(parts, texts, strict=True) for one in [*part, *text, end]]
+    assert joined == made.tokens.tolist()
+    assert script.least == 0
+    told = []
+    monkeypatch.setattr(
+        "slm.hearing.generate", lambda _, requests, *__: told.extend(requests) or answers
+    )
+    ids = alphabet.text_ids("asr", ["the cat "])[0]
+    answers = [Generated(tokens=tuple(ids), failure=None, tries=1, seed=0)]
+    assert hear(lm, [codes])[0].text == "the cat"
+    assert told[0].script == script
+    assert list(told[0].context) == lead
+
+
+def test_hearing_a_batch_is_hearing_each_alone(lm: SpeechLM) -> None:
+    random = np.random.default_rng(0)
+    codes = [random.integers(0, 24, size) for size in (45, 12, 30)]
+    alone = [hear(lm, [one])[0] for one in codes]
+    assert hear(lm, codes) == alone
 
 
 def test_numbers_are_words_where_they_stand(alphabet: Alphabet) -> None:

@@ -74,7 +74,8 @@ def test_shared_labels_are_of_training_alone() -> None:
     losses = [nar.train()(one).nll for nar in (plain, shared)]
     assert not torch.allclose(*losses)
     # By hand, of the first stage.
-    logits = shared._logits(shared._hidden(one, 1), 1).log_softmax(-1)
+    hidden = shared._hidden(one, 1)
+    logits = torch.stack([shared._logits(row, 1) for row in hidden]).log_softmax(-1)
     frames = torch.arange(one.codes.shape[2])
     asked = (frames >= one.prompt_lengths[:, None]) & (frames < one.lengths[:, None])
     shares = shares_of_neighbours(entries[1], 3.0)[one.codes[:, 1]]

@@ -8,7 +8,8 @@ import torch
 from tiny_slm import STAMP, WORDS, quiet, save_base
 from torch.nn import functional
 
-from slm.ar import SpeechLM, load_base
+from slm.ar import SpeechLM
+from slm.base import load_base
 from slm.config import ARConfig, LoRAConfig
 from slm.perplexity import text_perplexity
 from slm.vocab import encode_texts

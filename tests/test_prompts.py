@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny_slm import STAMP, quiet, save_base
 
-from slm.ar import load_base
+from slm.base import load_base
 from slm.prompts import (
     ASR,
     CONTINUATION,

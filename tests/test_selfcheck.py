@@ -1,5 +1,7 @@
 """slm/selfcheck.py: scores are what one pass per item over the text's rows gives."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -70,3 +72,14 @@ def test_without_asr_there_is_nothing_to_score(lm: SpeechLM) -> None:
     assert not can_transcribe(deaf)
     with pytest.raises(ValueError, match="cannot transcribe"):
         text_scores(deaf, TEXTS, CODES)
+
+
+def test_a_model_that_hears_by_stretches_compares_its_transcripts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = TextConfig(interleaved=True, normalize=False)
+    config = ARConfig(base=str(save_base(tmp_path / "base")), lora=None, text=text)
+    lm = SpeechLM.create(config, STAMP, seed=0).eval()
+    monkeypatch.setattr(selfcheck, "transcripts", lambda *_: ["The cat", "a dgo", ""])
+    codes = [np.arange(5)] * 3
+    assert text_scores(lm, ["the cat", "a dog", "sun"], codes) == [0.0, -2 / 5, -1.0]

@@ -11,7 +11,7 @@ from tiny_slm import SIZES, STAMP, make_rows, quiet, save_base, save_shard
 
 from codec.tokens import TokenShard, write_shard
 from slm.alphabet import Alphabet
-from slm.ar import load_base
+from slm.base import load_base
 from slm.config import BatchConfig, NARConfig, TaskConfig
 from slm.corpus import usable
 from slm.data import IGNORE, ARData, Start

@@ -15,7 +15,8 @@ from launched.tiny_voice import KINDS, Seen, first_logits, optim_of, parts, trai
 from tiny_slm import quiet, save_base, save_shard
 
 from recipes.common import start_run
-from slm.ar import SpeechLM, load_base
+from slm.ar import SpeechLM
+from slm.base import load_base
 from slm.config import OptimConfig
 from slm.train import evaluate, fit, gather, learning_rate, make_optimizer
 

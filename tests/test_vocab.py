@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_slm import STAMP, quiet, save_base
 
-from slm.ar import load_base
+from slm.base import load_base
 from slm.vocab import FILE_NAME, Vocabulary, extend
 
 pytestmark = quiet()

@@ -79,7 +79,7 @@ def save_base(
 def alphabet_of(base: Path, stamp: CodecStamp = STAMP) -> "Alphabet":
     """The LLM's own tokens and plain codes."""
     from slm.alphabet import Alphabet
-    from slm.ar import load_base
+    from slm.base import load_base
     from slm.vocab import Vocabulary
 
     loaded = load_base(base)
