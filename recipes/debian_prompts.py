@@ -8,16 +8,15 @@ import json
 import logging
 import os
 import re
-import shutil
-import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from codec.audio import write_audio
+from recipes.debian import fetch_packages, find_packages, run_command
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +50,9 @@ def unpack_prompts(out: Path, packages: Path | None = None) -> Path:
         return listed
     with tempfile.TemporaryDirectory(dir=out, prefix=".packages-") as temporary:
         tree = Path(temporary) / "tree"
-        for deb in _find(packages) if packages else _download(Path(temporary)):
-            _run(["dpkg-deb", "-x", str(deb), str(tree)])
+        debs = find_packages(PACKAGES, packages) if packages else None
+        for deb in debs or fetch_packages(PACKAGES, Path(temporary)):
+            run_command(["dpkg-deb", "-x", str(deb), str(tree)])
         if not (tree / SOUNDS).is_dir() or not (tree / TRANSCRIPTS).is_file():
             raise ValueError(f"the packages {', '.join(PACKAGES)} are not laid out as expected")
         lines: list[str] = []
@@ -93,46 +93,3 @@ def _transcripts(path: Path) -> Iterator[tuple[str, str]]:
             spoken = colon and not line.startswith(";") and not re.search(r"[\[\]<>()]", text)
             if spoken and re.search(r"\w", text):
                 yield name, " ".join(text.split())
-
-
-def _find(folder: Path) -> list[Path]:
-    found: list[Path] = []
-    for package in PACKAGES:
-        matches = sorted(folder.glob(f"{package}_*.deb"))
-        if not matches:
-            raise ValueError(f"{folder}: holds no {package}_*.deb")
-        found.append(matches[-1])
-    return found
-
-
-def _download(folder: Path) -> list[Path]:
-    """Fetches the packages; apt checks them against its signed lists."""
-    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
-        raise ValueError(
-            "recorded prompts come from Debian packages, but here is no apt-get; name a folder "
-            f"with {' and '.join(PACKAGES)} with --packages, or prepare recordings of your own"
-        )
-    folder = folder.resolve()  # apt-get runs inside it
-    try:
-        _run(["apt-get", "download", *PACKAGES], folder)
-    except ConnectionError:
-        # No package lists, or stale ones, and perhaps no right to renew them: use lists of our own.
-        logger.info("reading the package lists anew")
-        (folder / "lists" / "partial").mkdir(parents=True)
-        (folder / "cache" / "archives" / "partial").mkdir(parents=True)
-        own = [f"Dir::State::Lists={folder / 'lists'}", f"Dir::Cache={folder / 'cache'}"]
-        own.append("APT::Sandbox::User=")  # another user could not write here
-        options = [word for option in own for word in ("-o", option)]
-        _run(["apt-get", *options, "update"], folder)
-        _run(["apt-get", *options, "download", *PACKAGES], folder)
-    return _find(folder)
-
-
-def _run(command: Sequence[str], folder: Path | None = None) -> None:
-    result = subprocess.run(command, cwd=folder, stdout=2, stderr=subprocess.PIPE, text=True)
-    if result.returncode:
-        reasons = [line for line in result.stderr.splitlines() if line.startswith("E:")]
-        raise ConnectionError(
-            f"{' '.join(command[:1])} failed ({' '.join(reasons) or result.stderr.strip()}); check "
-            "the network and apt's sources, or name a folder of packages with --packages"
-        )

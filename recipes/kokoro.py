@@ -1,0 +1,96 @@
+"""Kokoro-82M: English speech of many voices from phonemes, on a CPU, without a hub.
+
+`recipes/offline_models.py kokoro-82m` makes its folder: model.onnx, config.json (the ids of its
+symbols) and styles.safetensors (a table of styles for each voice: row n for a text of n symbols).
+"""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from safetensors.numpy import load_file
+
+SAMPLE_RATE = 24_000
+LONGEST = 509
+"""Symbols of a text: its styles have no more rows."""
+COMPONENTS = 20
+"""Of the voices' styles, in which new voices are drawn."""
+
+# espeak-ng's sounds, affricates and diphthongs tied by "^", as the model's own symbols: those of
+# misaki's fallback for American English, which the model was trained on.
+_SYMBOLS = {
+    "a^\u026a": "I", "a^\u028a": "W", "e^\u026a": "A", "o^\u028a": "O", "\u0259^\u028a": "Q",
+    "\u0254^\u026a": "Y", "d^\u0292": "\u02a4", "t^\u0283": "\u02a7", "\u0259^l": "\u1d4al",
+    "\u025a": "\u0259\u0279", "\u025c\u02d0\u0279": "\u025c\u0279", "\u025c\u02d0": "\u025c\u0279",
+    "\u026a^\u0259": "i\u0259", "\u0294n": "t\u1d4an", "\u0294": "t", "r": "\u0279", "x": "k",
+    "\u00e7": "k", "\u0250": "\u0259", "\u026c": "l", "g": "\u0261", "e": "A", "\u02d0": "",
+    "\u0303": "", "\u0329": "", "^": "",
+}  # fmt: skip
+
+
+def symbols_of(phonemes: str) -> str:
+    """espeak-ng's American English, tied by "^", in the model's symbols."""
+    for sound in sorted(_SYMBOLS, key=len, reverse=True):
+        phonemes = phonemes.replace(sound, _SYMBOLS[sound])
+    return phonemes
+
+
+class Kokoro:
+    """Speaks one text after another; each instance is one thread."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Raises ValueError for a folder that is not whole."""
+        self.folder = Path(folder)
+        try:
+            self._ids = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            self.styles = load_file(self.folder / "styles.safetensors")
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{folder}: no whole Kokoro ({error}); python recipes/offline_models.py kokoro-82m "
+                "makes models/kokoro-82m"
+            ) from error
+
+    @cached_property
+    def _session(self) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        return onnxruntime.InferenceSession(
+            self.folder / "model.onnx", options, providers=["CPUExecutionProvider"]
+        )
+
+    def speak(
+        self, phonemes: str, style: Float[np.ndarray, "N 256"], speed: float = 1.0
+    ) -> Float[np.ndarray, " S"]:
+        """A wave at SAMPLE_RATE. Raises ValueError for a text of no symbol, or of too many."""
+        ids = [self._ids[one] for one in symbols_of(phonemes) if one in self._ids]
+        if not 0 < len(ids) <= LONGEST:
+            raise ValueError(f"{len(ids)} symbols cannot be spoken at once, 1 to {LONGEST} can")
+        inputs = {
+            "tokens": np.array([[0, *ids, 0]], dtype=np.int64),
+            "style": style[len(ids)][None].astype(np.float32),
+            "speed": np.array([speed], dtype=np.float32),
+        }
+        (wave,) = self._session.run(None, inputs)
+        return np.asarray(wave, dtype=np.float32).reshape(-1)
+
+
+def draw_styles(
+    styles: dict[str, Float[np.ndarray, "N 256"]], number: int, seed: int
+) -> dict[str, Float[np.ndarray, "N 256"]]:
+    """New voices: normally distributed along the voices' principal components."""
+    names, random = sorted(styles), np.random.default_rng((seed, 1))
+    table = np.stack([styles[name].reshape(-1) for name in names]).astype(np.float64)
+    mean = table.mean(0)
+    u, values, directions = np.linalg.svd(table - mean, full_matrices=False)
+    kept = min(COMPONENTS, len(names) - 1)
+    spread = (u[:, :kept] * values[:kept]).std(0)
+    made = {}
+    for index in range(number):
+        flat = mean + (random.normal(size=kept) * spread) @ directions[:kept]
+        made[f"drawn-{index:04d}"] = flat.reshape(styles[names[0]].shape).astype(np.float32)
+    return made
