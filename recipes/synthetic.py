@@ -48,6 +48,7 @@ class SyntheticConfig:
     """What is made. All of it is a function of this."""
 
     out: Path
+    """The folder for the list and the recordings."""
     hours: float = 5.0
     """Of speech that is kept."""
     voices: int = 200
@@ -57,12 +58,15 @@ class SyntheticConfig:
     without: Path | None = None
     """A list of cuts whose texts are never spoken: those that are to test on."""
     kokoro: Path = Path("models/kokoro-82m")
+    """Who speaks."""
     judge: Path = Path("models/whisper-base")
+    """Who listens."""
     most_wer: float = 0.25
     """A recording of which the judge gets more wrong is left out."""
     processes: int = 2
     """Each one thread."""
     seed: int = 0
+    """Of voices, texts and speeds."""
 
     def __post_init__(self) -> None:
         if not self.hours > 0 or self.voices < 1 or self.processes < 1:
