@@ -1,0 +1,136 @@
+"""A page to listen to: what a voice said of dev sentences, each with its prompt and transcript.
+
+    python recipes/listening_page.py judged=out/small/judged out=out/small/listen.html
+
+`judged` is the folder of recipes/judge_voice.py. The page holds its sounds (Ogg Opus), so that it
+is one file that any browser opens. The sentences are spread over the list as they come, not picked.
+"""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+from tqdm import tqdm
+
+from codec import read_audio
+from codec.checks import at_least
+from codec.tokens import written_whole
+from recipes.common import load_config, run_program
+
+SAMPLE_RATE = 16_000
+COLUMNS = ("text", "prompt", "spoken", "heard by the judge", "WER", "similarity")
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.4 sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem }}
+table {{ border-collapse: collapse; width: 100% }}
+th, td {{ border-bottom: 1px solid #ccc; padding: .5rem; text-align: left; vertical-align: top }}
+audio {{ width: 11rem }}
+</style>
+<h1>{title}</h1>
+<p>{about}</p>
+<table>
+<tr>{head}</tr>
+{rows}
+</table>
+</html>
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListeningPageConfig:
+    """One page."""
+
+    judged: Path = Path("out/small/judged")
+    """The folder of recipes/judge_voice.py."""
+    setting: str = "given"
+    """Of its settings."""
+    lines: str = "cross"
+    """Of its lists: cross or continuation."""
+    num_items: int = 20
+    """Sentences; fewer where there are no more."""
+    title: str = "Zero-shot speech"
+    """The heading."""
+    out: Path = Path("out/small/listen.html")
+    """The page."""
+
+    def __post_init__(self) -> None:
+        at_least(1, num_items=self.num_items)
+
+
+def main(argv: list[str]) -> None:
+    config = load_config(ListeningPageConfig, argv, __doc__ or "")
+    lines = read_lines(config)
+    places = np.linspace(0, len(lines) - 1, min(config.num_items, len(lines))).round().astype(int)
+    chosen = [lines[place] for place in places]
+    rows = [row_of(line, config) for line in tqdm(chosen, desc="sentences", unit="item")]
+    words = [len(line["text"].split()) for line in chosen]
+    wer = sum(line["wer"] * count for line, count in zip(chosen, words, strict=True)) / sum(words)
+    about = (
+        f"{len(chosen)} of {len(lines)} sentences, spread evenly over the list, not picked. The "
+        "voice never heard these speakers or texts in training. Mean WER of these, weighted by "
+        f"their words: {100 * wer:.1f} %. Similarity is that of a speaker encoder between the "
+        "prompt and what was spoken."
+    )
+    page = PAGE.format(
+        title=html.escape(config.title), about=html.escape(about),
+        head="".join(f"<th>{name}</th>" for name in COLUMNS), rows="\n".join(rows),
+    )  # fmt: skip
+    with written_whole(config.out) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    print(json.dumps({"page": str(config.out), "sentences": len(chosen), "wer": round(wer, 4)}))
+
+
+def read_lines(config: ListeningPageConfig) -> Sequence[Mapping[str, Any]]:
+    """Those of the setting and the list. Raises ValueError where there are none."""
+    file = config.judged / "results.jsonl"
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; recipes/judge_voice.py writes it")
+    found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [
+        line for line in found if (line["setting"], line["list"]) == (config.setting, config.lines)
+    ]
+    if not lines:
+        there = sorted({f"{line['setting']}/{line['list']}" for line in found})
+        raise ValueError(
+            f"{file}: nothing of {config.setting}/{config.lines}; it has {', '.join(there)}"
+        )
+    return lines
+
+
+def row_of(line: Mapping[str, Any], config: ListeningPageConfig) -> str:
+    """A sentence as a row of the table."""
+    audio = config.judged / "audio"
+    spoken = audio / config.setting / config.lines / line["audio"]
+    prompt = audio / "prompts" / config.lines / line["audio"]
+    similarity = line.get("similarity")
+    cells = [
+        html.escape(line["text"]), sound(prompt), sound(spoken), html.escape(line["heard"]),
+        f"{100 * line['wer']:.0f} %", "" if similarity is None else f"{similarity:.2f}",
+    ]  # fmt: skip
+    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def sound(path: Path) -> str:
+    """A player that holds its sound; a recording that is not there is said to be none."""
+    if not path.is_file():
+        return "none"
+    buffer = io.BytesIO()
+    wave = read_audio(path, SAMPLE_RATE, allow_silence=True)
+    soundfile.write(buffer, wave, SAMPLE_RATE, format="OGG", subtype="OPUS")
+    held = base64.b64encode(buffer.getvalue()).decode()
+    return f'<audio controls preload="none" src="data:audio/ogg;base64,{held}"></audio>'
+
+
+if __name__ == "__main__":
+    run_program(main)

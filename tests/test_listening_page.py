@@ -1,0 +1,59 @@
+"""A page to listen to."""
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from recipes.listening_page import main
+
+
+@pytest.fixture
+def judged(tmp_path: Path, write_wav) -> Path:
+    folder, lines = tmp_path / "judged", []
+    for number in range(6):
+        name = f"item-{number}.wav"
+        for place in ("given/cross", "prompts/cross"):
+            write_wav(folder / "audio" / place / name, 0.5, seed=number)
+        lines.append({
+            "setting": "given", "list": "cross", "id": f"item-{number}", "audio": name,
+            "text": f"say <{number}> & go", "heard": "say it & go", "wer": number / 10,
+            "similarity": None if number == 5 else 0.9,
+        })  # fmt: skip
+    lines.append({**lines[0], "list": "continuation", "text": "not this one"})
+    folder.joinpath("results.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    return folder
+
+
+def test_a_page_holds_what_was_said(
+    judged: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (judged / "audio" / "prompts" / "cross" / "item-2.wav").unlink()
+    out = tmp_path / "page.html"
+    main([f"judged={judged}", f"out={out}", "num_items=3", "title=A & B"])
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"page": str(out), "sentences": 3, "wer": pytest.approx(0.2333, abs=1e-3)}
+    page = out.read_text(encoding="utf-8")
+    assert "<h1>A &amp; B</h1>" in page
+    assert "3 of 6 sentences" in page
+    # Spread over the list: the first, one in the middle, the last.
+    assert re.findall(r"say &lt;(\d)&gt; &amp; go", page) == ["0", "2", "5"]
+    assert "not this one" not in page
+    assert "<td>none</td>" in page
+    held = re.findall(r'src="data:audio/ogg;base64,([^"]+)"', page)
+    assert len(held) == 5
+    wave, rate = soundfile.read(io.BytesIO(base64.b64decode(held[0])))
+    assert len(wave) / rate == pytest.approx(0.5, abs=0.01)
+
+
+def test_what_is_not_there_is_named(judged: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing of given/long; it has given/continuation, "):
+        main([f"judged={judged}", "lines=long"])
+    with pytest.raises(ValueError, match=r"judge_voice\.py writes it"):
+        main([f"judged={tmp_path}"])
+    with pytest.raises(ValueError, match="num_items must be at least 1"):
+        main([f"judged={judged}", "num_items=0"])
