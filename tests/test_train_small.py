@@ -1,0 +1,55 @@
+"""The steps of a small voice fit each other."""
+
+from pathlib import Path
+
+import pytest
+
+from recipes.configuration import load_config
+from recipes.steps import HERE
+from recipes.train_codec import TrainCodecConfig
+from recipes.train_semantic import TrainSemanticConfig
+from recipes.train_small import CODEC, CUTS, OUT, SEMANTIC, main, steps
+from recipes.voice import VoiceConfig
+
+
+def config(kind: type, name: str):
+    return load_config(kind, ["--config", str(HERE / "configs" / name)])
+
+
+def test_each_step_finds_what_the_ones_before_it_have_made() -> None:
+    semantic = config(TrainSemanticConfig, "semantic/small.yaml")
+    codec = config(TrainCodecConfig, "codec/lmspt_whisper.yaml")
+    voice = config(VoiceConfig, "tts/small.yaml")
+    for one in (semantic, codec):
+        assert (one.train, one.dev) == (f"{CUTS}/train.jsonl.gz", f"{CUTS}/dev.jsonl.gz")
+    assert Path(semantic.out) / "codec" == SEMANTIC == Path(codec.start_from)
+    assert voice.codec == str(CODEC)
+    said = " ".join(word for step in steps() for word in step.arguments)
+    for made in (
+        f"out={codec.semantic_codes}",
+        f"{Path(codec.out) / 'codec'} {CODEC}",
+        f"out={voice.train}",
+        f"out={voice.dev}",
+        f"reader={semantic.out}/reader",
+        f"voice={voice.out}/voice",
+        *(f"out={Path(one).parent}" for one in (*voice.edges, voice.clips, voice.ar.letters)),
+    ):
+        assert made in said
+    for step in steps():
+        recipes = [Path(word) for word in step.arguments if word.endswith((".py", ".yaml"))]
+        assert all(path.is_file() for path in recipes)
+
+
+def test_without_lists_it_says_how_to_make_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"train\.jsonl\.gz: no such list; recipes/prepare_data"):
+        main([])
+    (tmp_path / CUTS).mkdir(parents=True)
+    (tmp_path / CUTS / "train.jsonl.gz").touch()
+    with pytest.raises(ValueError, match=r"dev\.jsonl\.gz: no such list"):
+        main([])
+    with pytest.raises(ValueError, match="takes no arguments"):
+        main(["x"])
+    assert Path("out/small") == OUT
