@@ -13,9 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -212,7 +213,7 @@ def _known(path: Path) -> Iterator[str]:
     from codec.data import read_cuts
     from codec.export import text_of
 
-    return (_plain(text_of(cut)) for cut in read_cuts(path))
+    return (_plain(text_of(cut)) for cut in list(read_cuts(path)))
 
 
 def _plain(text: str) -> str:
@@ -232,7 +233,7 @@ def _read(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def _seconds(rows: Sequence[dict] | Iterator[dict]) -> float:
+def _seconds(rows: Iterable[dict]) -> float:
     return sum(row["duration"] for row in rows)
 
 
@@ -258,9 +259,11 @@ def _write(path: Path, text: str) -> None:
 def config_of(values: dict) -> SyntheticConfig:
     """From JSON."""
     paths = ("out", "texts", "without", "kokoro", "judge")
-    return SyntheticConfig(
-        **{k: Path(v) if k in paths and v is not None else v for k, v in values.items()}
-    )
+    given: dict[str, Any] = {
+        key: Path(value) if key in paths and value is not None else value
+        for key, value in values.items()
+    }
+    return SyntheticConfig(**given)
 
 
 if __name__ == "__main__":
