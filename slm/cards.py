@@ -95,13 +95,17 @@ def export_card(lm: SpeechLM, exact: bool) -> str:
             f"speech, `<|s_0|>` .. `<|s_{vocabulary.num_pieces - 1}|>`",
         ),
     ]
-    return _EXPORT_CARD.format(
-        **values,
-        rows="\n".join(f"| {ids} | {what} |" for ids, what in rows),
-        notes="".join(f" {note}" for note in notes),
-        prompt=(_AS_STRING if exact else _AS_IDS).format(**values),
-        recording=(_HEARD_AS_STRING if exact else _HEARD_AS_IDS).format(**values),
-    )
+    values |= {
+        "rows": "\n".join(f"| {ids} | {what} |" for ids, what in rows),
+        "notes": "".join(f" {note}" for note in notes),
+    }
+    if text.interleaved:
+        spelt = "list(text)" if text.spoken == "characters" else "[text]"
+        return _EXPORT_HEAD.format(**values) + _BY_WORDS.format(**values, spelt=spelt)
+    prompt = (_AS_STRING if exact else _AS_IDS).format(**values)
+    recording = (_HEARD_AS_STRING if exact else _HEARD_AS_IDS).format(**values)
+    rest = _EXPORT_CARD.format(**values, prompt=prompt, recording=recording)
+    return _EXPORT_HEAD.format(**values) + rest
 
 
 _AS_STRING = """\
@@ -123,7 +127,7 @@ _HEARD_AS_IDS = """\
 ids = [{speech}, *({first} + code for code in (3, 1, 4)), {speech_end}, {text}]
 ids = torch.tensor([ids])
 """
-_EXPORT_CARD = """\
+_EXPORT_HEAD = """\
 ---
 library_name: transformers
 tags: [text-to-speech, automatic-speech-recognition]
@@ -136,7 +140,8 @@ Its other codebooks, and waves, take the Parlance voice that this was exported f
 | ids | |
 |---|---|
 {rows}
-
+"""
+_EXPORT_CARD = """
     tts            <|text|>PROMPT'S TEXT AND NEW TEXT<|speech|>PROMPT'S CODES   up to <|/speech|>
     asr            <|speech|>CODES<|/speech|><|text|>                           up to {end}
     continuation   <|speech|>CODES                                              up to <|/speech|>
@@ -169,5 +174,53 @@ text = {{*range({written}, {written_stop}), {eos}}}
 others = [token for token in range(len(tokenizer)) if token not in text]
 {recording}made = lm.generate(ids, suppress_tokens=others, max_new_tokens=50, do_sample=False)
 heard = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+```
+"""
+_BY_WORDS = """
+    tts            <|text|>PROMPT'S TEXT AND NEW TEXT<|speech|>PROMPT'S CODES
+                   then for each new word <|/speech|>WORD<|speech|>          up to <|/speech|>
+    asr            for each 0.8 s <|speech|>CODES<|text|>, of the last one
+                   <|speech|>CODES<|/speech|><|text|>                        up to {end}
+    continuation   <|speech|>CODES                                           up to <|/speech|>
+{notes}
+
+Text ids and speech ids never competed in training, so draw only from those that can follow: speech
+and its end in TTS and continuation, text and its end in ASR.
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+lm, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+def spell(text):
+    return sum(tokenizer({spelt}, add_special_tokens=False).input_ids, [])
+speech = {{*range({first}, {stop}), {speech_end}}}
+others = [token for token in range(len(tokenizer)) if token not in speech]
+# "red hen" is what the codes 3 1 4 say, "the cat" what is to be said in their voice
+ids = [{text}, *spell("red hen the cat"), {speech}, *({first} + code for code in (3, 1, 4))]
+options = dict(suppress_tokens=others, eos_token_id={speech_end}, do_sample=True, top_p=0.8)
+codes = []
+for word in ("the", "cat"):
+    ids += [{speech_end}, *spell(word), {speech}]
+    made = lm.generate(torch.tensor([ids]), min_new_tokens=2, max_new_tokens=25, **options)
+    said = [token for token in made[0, len(ids) :].tolist() if token != {speech_end}]
+    ids += said
+    codes += [token - {first} for token in said]
+```
+
+and the other way, two stretches of speech:
+
+```python
+text = {{*range({written}, {written_stop}), {eos}}}
+others = [token for token in range(len(tokenizer)) if token not in text]
+ids, heard = [], []
+for stretch, end in (((3, 1, 4), []), ((1, 5), [{speech_end}])):
+    ids += [{speech}, *({first} + code for code in stretch), *end, {text}]
+    options = dict(suppress_tokens=others, eos_token_id={eos}, do_sample=False)
+    made = lm.generate(torch.tensor([ids]), max_new_tokens=50, **options)
+    written = [token for token in made[0, len(ids) :].tolist() if token != {eos}]
+    ids += [*written, {eos}]
+    heard += written
+heard = tokenizer.decode(heard)
 ```
 """

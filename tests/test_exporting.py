@@ -142,6 +142,39 @@ def test_the_example_of_the_card_runs(
     assert isinstance(names["heard"], str)
 
 
+@pytest.mark.parametrize("spoken", ["tokens", "characters"])
+def test_the_examples_of_a_model_that_goes_word_by_word_run(
+    tmp_path: Path, spoken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = TextConfig(normalize=False, spoken=spoken, written=spoken, interleaved=True)
+    lm = trained(tmp_path, text=text)
+    out, v = tmp_path / "out", lm.vocabulary
+    export(lm, out)
+    speak, hear = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(out)
+    names: dict = {}
+    torch.manual_seed(0)
+    exec(speak, names)
+    prompt = v.encode_speech(np.array([3, 1, 4]))
+    (whole,) = lm.alphabet.text_ids("tts", ["red hen the cat"])
+    the, cat = lm.alphabet.text_ids("tts", ["the", "cat"])
+    codes = v.encode_speech(np.array(names["codes"])).tolist()
+    context = [*tts_context(v, whole, prompt), v.speech_end, *the, v.speech]
+    ids, between = names["ids"], [v.speech_end, *cat, v.speech]
+    assert ids[: len(context)] == context
+    first = ids.index(v.speech_end, len(context)) - len(context)
+    assert 0 < first < len(codes)
+    assert ids[len(context) :] == [*codes[:first], *between, *codes[first:]]
+    exec(hear, names)
+    ids = names["ids"]
+    lead = [v.speech, *prompt.tolist(), v.text]
+    assert ids[: len(lead)] == lead
+    assert ids[-1] == v.eos
+    second = [v.eos, v.speech, *v.encode_speech(np.array([1, 5])).tolist(), v.speech_end, v.text]
+    assert any(ids[at : at + len(second)] == second for at in range(len(ids)))
+    assert isinstance(names["heard"], str)
+
+
 def test_it_replaces_an_earlier_export_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
