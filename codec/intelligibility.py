@@ -23,6 +23,8 @@ CLIP = 1 + 10 ** (15 / 20)
 """No band may exceed the original by more: a signal-to-distortion ratio of -15 dB."""
 QUIET = 1e-2
 """Stretches below this share of the loudest one's magnitude (-40 dB) do not count."""
+SILENT = 0.05
+"""Nor do those below this magnitude, some -80 dB of full scale."""
 TINY = 1e-8
 
 
@@ -41,7 +43,7 @@ def stoi_loss(
         likeness = (_centred(clipped) * _centred(meant)).sum(-1)  # (B, K, N)
         loudness = strength[..., 0].square().sum(1).sqrt()
         loudest = loudness.amax(dim=-1, keepdim=True) if loudness.shape[-1] else loudness
-        counts = (loudness > QUIET * loudest).float()[:, None]
+        counts = (loudness > (QUIET * loudest).clamp(min=SILENT)).float()[:, None]
         total = (counts.sum() * BANDS).clamp(min=1)
         return (counts * (1 - likeness)).sum() / total
 

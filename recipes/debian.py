@@ -50,5 +50,5 @@ def run_command(command: Sequence[str], folder: Path | None = None) -> None:
         reasons = [line for line in result.stderr.splitlines() if line.startswith("E:")]
         raise ConnectionError(
             f"{' '.join(command[:1])} failed ({' '.join(reasons) or result.stderr.strip()}); check "
-            "the network and apt's sources, or name a folder of packages with --packages"
+            "the network and apt's sources"
         )

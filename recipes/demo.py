@@ -1,9 +1,9 @@
-"""A shipped voice speaks, listens and converts: `make demo`, `make demo PROMPT=me.wav TEXT="..."`.
+"""A shipped voice speaks, listens and converts.
 
     python recipes/demo.py [--prompt RECORDING] [--text TEXT] [--voice DIR] [--out DIR]
 
 Every step is a command that is printed before it runs and works as well on recordings of your own.
-What was made is in out/demo/ afterwards: waves, spectrogram.png and scores.md.
+What was made is in out/voice/ afterwards: waves, spectrogram.png and scores.md.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from recipes.spectrogram import SAMPLE_RATE, draw
 from recipes.steps import Step, run
 from slm.prompts import load_prompts
 
-VOICE, OUT = Path("models/small"), Path("out/demo")
+VOICE, OUT = Path("models/small"), Path("out/voice")
 JUDGE, SPEAKER = Path("models/whisper-base"), Path("models/speaker-encoder")
 TEXT = "The old clock struck nine, and nobody in the quiet house noticed."
 
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"{args.prompt}: no such recording")
     for folder in (JUDGE, SPEAKER):
         if not folder.is_dir():
-            raise ValueError(f"{folder} is not there; run `make models` first, or `make demo`")
+            raise ValueError(f"{folder} is not there; run `make models` first")
     began = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     write_prompts(args.voice, args.out, names[:2])

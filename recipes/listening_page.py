@@ -77,10 +77,10 @@ def main(argv: list[str]) -> None:
     words = [len(line["text"].split()) for line in chosen]
     wer = sum(line["wer"] * count for line, count in zip(chosen, words, strict=True)) / sum(words)
     about = (
-        f"{len(chosen)} of {len(lines)} sentences, spread evenly over the list, not picked. The "
-        "voice never heard these speakers or texts in training. Mean WER of these, weighted by "
-        f"their words: {100 * wer:.1f} %. Similarity is that of a speaker encoder between the "
-        "prompt and what was spoken."
+        f"{len(chosen)} of {len(lines)} sentences of the list `{config.lines}`, setting "
+        f"`{config.setting}`, spread evenly over it, not picked. WER of these, weighted by their "
+        f"words: {100 * wer:.1f} %. Similarity: of a speaker encoder, between the prompt and what "
+        "was spoken."
     )
     page = PAGE.format(
         title=html.escape(config.title), about=html.escape(about),

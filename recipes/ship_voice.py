@@ -10,6 +10,7 @@ lower the rank, the smaller the folder and the larger the loss. The codec must h
 
 import json
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from recipes.common import load_config, run_program
 from slm.lowrank import as_adapters
 from slm.pipeline import Voice
 from slm.prompts import Coverage, Prompt
-from slm.shipping import anew, is_voice
+from slm.shipping import anew, is_voice, write_extras
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,7 @@ class ShipConfig:
     base: str = "models/smollm2-135m-instruct"
     """The text LLM that it grew from: folder or hub id."""
     out: Path = Path("out/small/shipped")
-    """The folder to make; an earlier voice there is replaced, a file beside it that is no part of a
-    voice stays nowhere."""
+    """The folder to make; of an earlier voice there the card alone stays."""
     rank: int = 96
     """Of the adapters."""
     prompts: Path | None = None
@@ -66,23 +66,25 @@ def main(argv: list[str]) -> None:
     with anew(config.out) as folder:
         save_half(codec, folder / "codec")
         lm = voice.lm
-        if not lm.origin["adapter"]:
+        if lm.origin["adapter"]:
+            shutil.copytree(config.voice / "ar", folder / "ar")
+            lm.save_origin(folder / "ar", beside=config.voice / "ar")
+        else:
             lm = as_adapters(lm, config.base, config.rank, coverage)
             lm.save(folder / "ar")
-            for file in (folder / "ar").glob("*token*"):
+        for pattern in ("tokenizer*", "chat_template.jinja", "special_tokens_map.json"):
+            for file in (folder / "ar").glob(pattern):
                 file.unlink()  # The LLM has its own.
-            (folder / "ar" / "chat_template.jinja").unlink(missing_ok=True)
-            halve_file(folder / "ar" / "adapter_model.safetensors")
+        halve_file(folder / "ar" / "adapter_model.safetensors")
         coverage.save(folder / "ar")
         if voice.nar is not None:
             voice.nar.save_pretrained(folder / "nar")
             (folder / "nar" / "README.md").unlink(missing_ok=True)
             halve_file(folder / "nar" / "model.safetensors")
-        for name, prompt in prompts.items():
-            prompt.save(folder / "prompts", name)
-        card = config.out / "README.md"
-        source = card if card.is_file() else config.voice / "README.md"
-        (folder / "README.md").write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+        if (config.out / "README.md").is_file():
+            shutil.copy(config.out / "README.md", folder / "README.md")
+        write_extras(folder, lm, coverage, prompts, voice.sampling)
+        Voice.from_pretrained(folder)  # What cannot be loaded takes no voice's place.
     sizes = {
         str(file.relative_to(config.out)): round(file.stat().st_size / MEGABYTE, 2)
         for file in sorted(config.out.rglob("*"))

@@ -3,8 +3,9 @@
     python recipes/train_small.py
 
 The lists are out/small/cuts/{train,dev}.jsonl.gz, with transcripts (recipes/prepare_data.py makes
-them). Every step is a command that is printed before it runs; a step that was finished does nothing
-again, and one that was stopped goes on. On two cores all of it takes the better part of a day.
+them). Every step is a command that is printed before it runs. A training or an export that was
+stopped goes on, and does nothing where it was finished; the small steps between are done again. On
+two cores all of it takes the better part of a day.
 """
 
 import sys

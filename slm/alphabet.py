@@ -151,6 +151,11 @@ class Alphabet:
             return np.ones(len(ids), dtype=np.int64)
         return self.pieces.lengths[self.vocabulary.decode_pieces(ids)]
 
+    def in_words(self, text: str) -> str:
+        """The text in letters, numbers and abbreviations in words: what is counted, and compared
+        with what is heard."""
+        return normalize(text) if self.text.normalize else text
+
     def spelt(self, text: str) -> str:
         """The text as it is spoken: numbers and abbreviations in words, or phonemes.
 

@@ -11,6 +11,7 @@ Its folder, `ar/` of a voice:
 """
 
 import json
+import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,8 @@ from slm.head import Asked, logits_of, speech_rows, text_rows
 from slm.letters import spell_rows
 from slm.prompts import ASR, CONTINUATION, TASKS, TEXT, TTS
 from slm.vocab import Vocabulary, extend, row_parameters
+
+logger = logging.getLogger(__name__)
 
 BASE_FILE = "base.json"
 
@@ -101,9 +104,15 @@ class SpeechLM(nn.Module):
             ("number of layers", before.origin["num_layers"], config.num_layers),
             ("text LLM", before.origin["digest"], digest),
             ("number of rows", before.vocabulary.size, vocabulary.size),
+            ("frame rate", before.vocabulary.codec.frame_rate, vocabulary.codec.frame_rate),
         ):
             if one != other:
                 raise ValueError(f"{config.start_from}: another {what} ({one}, here {other})")
+        if before.vocabulary.codec.digest != vocabulary.codec.digest:
+            logger.warning(
+                "%s was trained on another codec's codes: it must have the same codebook 1",
+                config.start_from,
+            )
         lm.load_state_dict(before.lm.state_dict())
 
     @property

@@ -132,7 +132,7 @@ class ARConfig:
     that hold what is said."""
     start_from: str | None = None
     """The folder ar/ of a voice whose every weight was trained, to train it further: one of the
-    same LLM, layers and codec; null: the LLM as it is, with new rows."""
+    same LLM, layers and codebook 1; null: the LLM as it is, with new rows."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
 

@@ -1,5 +1,6 @@
 """Token shards and texts to batches under a budget of positions (slm/plan.py says which)."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -13,9 +14,11 @@ from codec.tokens import TokenShard
 from slm.alphabet import Alphabet
 from slm.config import BatchConfig, TaskConfig
 from slm.corpus import Corpus, Ragged, name_of, pieces_of, usable, within
-from slm.interleaving import hearing_layout, speaking_layout
+from slm.interleaving import edges_fit, hearing_layout, speaking_layout
 from slm.plan import Batch, Draw, Plan
 from slm.prompts import ASR, CONTINUATION, TASKS, TEXT, TTS, Layout, layout
+
+logger = logging.getLogger(__name__)
 
 IGNORE = -100
 TEXTS_AT_ONCE = 4096
@@ -251,14 +254,26 @@ class _Layouts:
     def __init__(
         self, task: int, corpus: Corpus, codes: Ragged, alphabet: Alphabet, seed: int
     ):  # fmt: skip
-        made = []
+        made, known = [], 0
         for row, text in enumerate(corpus.texts):
             said, edges = codes[row].astype(np.int64), corpus.edges_of(row)
+            known += edges_fit(edges, len(text.split()), len(said))
             if task == ASR:
                 made.append(hearing_layout(alphabet, text, said, edges))
             else:
                 random = np.random.default_rng((seed, row, 6))
                 made.append(speaking_layout(alphabet, text, said, edges, random))
+        if not known:
+            raise ValueError(
+                f"edges: none are those of {name_of(corpus.shard)}; name the edges.jsonl.gz that "
+                "recipes/make_clips.py wrote of these tokens"
+            )
+        if known < len(made):
+            logger.warning(
+                "%s: %d of %d items have no edges that fit: each is learnt as one word (texts with "
+                "digits, and other tokens' edges)",
+                name_of(corpus.shard), len(made) - known, len(made),
+            )  # fmt: skip
         self._tokens = Ragged(one.tokens for one in made)
         self._given = Ragged((one.given for one in made if one.given is not None), np.bool_)
         self.lengths = self._tokens.lengths

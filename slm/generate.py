@@ -217,7 +217,8 @@ class _Item:
         room = lm.max_positions - len(request.context) - len(request.script.ids)
         self.most_tokens = min(request.max_tokens, room)
         """However many frames a token stands for, the model holds no more."""
-        self._part, self._since = 0, 0
+        self._part, self._since, self._ended = 0, 0, 0
+        """The part of the script, its length so far, and how many parts were ended by force."""
         self._given: list[int] = []
         self.config = replace(config, greedy=config.greedy and not request.sampled)
         self.generator = torch.Generator().manual_seed(request.seed)
@@ -238,19 +239,22 @@ class _Item:
             return False
         parts = self.request.script.parts
         if token == self.allowed.end and self._part < len(parts):
+            self._ended += self._too_long
             self._given = list(parts[self._part])
             self._part, self._since = self._part + 1, 0
             return False
         if token == self.allowed.end:
             if not self.tokens:
                 self.failure = "empty"
+            elif self._ended > 1 or self._too_long:
+                self.failure = "cut"
             elif self._loops():
                 self.failure = "loop"
             return True
         self.tokens.append(token)
-        self._since += 1
         speech = self.allowed.speech
-        self.length += 1 if speech is None else int(speech.frames([token])[0])
+        frames = 1 if speech is None else int(speech.frames([token])[0])
+        self.length, self._since = self.length + frames, self._since + frames
         most = self.request.max_tokens
         over = self.length >= most or len(self.tokens) >= self.most_tokens
         if over or len(self.tokens) % CHECK_EVERY == 0:
@@ -265,8 +269,8 @@ class _Item:
         if self._given:
             return self._given[0]
         end, first = len(logits) - 1, self.allowed.first
-        parts, most = self.request.script.parts, self.request.script.most
-        if most and self._since >= most[self._part]:
+        parts = self.request.script.parts
+        if self._too_long:
             return self.allowed.end
         early = self._part == len(parts) and self.length < self.request.min_tokens
         if early or self._since < self.request.script.least:
@@ -275,6 +279,12 @@ class _Item:
         recent = [token - first for token in self.tokens[-window:]][:window]
         index = draw(logits, recent, self.generator, self.config)
         return self.allowed.end if index == end else index + first
+
+    @property
+    def _too_long(self) -> bool:
+        """Whether the part of the script is as long as it may be."""
+        most = self.request.script.most
+        return bool(most) and self._since >= most[self._part]
 
     def _loops(self) -> bool:
         if "loop" not in self.config.checks:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from slm.alphabet import Alphabet
 from slm.ar import SpeechLM
 from slm.checks import SILENCE_RMS
 from slm.config import SamplingConfig
@@ -43,6 +44,14 @@ def encode(codec: Any, waves: Sequence[Float[np.ndarray, " _"]]) -> list[Int[np.
         item[:, :length].cpu().numpy()
         for item, length in zip(codes.codes, codes.lengths.tolist(), strict=True)
     ]
+
+
+def num_given(alphabet: Alphabet, codes: Int[np.ndarray, " T"]) -> int:
+    """Positions that speech takes when it is transcribed, the transcript not counted."""
+    if alphabet.text.interleaved:
+        lead, script = stretches_of(alphabet, codes)
+        return len(lead) + len(script.ids)
+    return len(alphabet.speech_ids("asr", codes)) + 3
 
 
 def hear(lm: SpeechLM, first: Sequence[Int[np.ndarray, " _"]]) -> list[Transcript]:

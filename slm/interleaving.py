@@ -81,6 +81,11 @@ def spelt_words(alphabet: Alphabet, text: str) -> list[str]:
     return whole if len(whole) == len(words) else [alphabet.spelt(word) for word in words]
 
 
+def edges_fit(edges: Sequence[int] | None, num_words: int, num_frames: int) -> bool:
+    """Whether these are the edges of so many words in so many frames."""
+    return edges is not None and len(edges) == num_words + 1 and edges[-1] == num_frames
+
+
 def word_ids(alphabet: Alphabet, words: Sequence[str]) -> list[list[int]]:
     """The ids of words that are spelt already."""
     return alphabet.text_ids("tts", words)
@@ -123,7 +128,7 @@ def hearing_layout(
     vocabulary, words = alphabet.vocabulary, in_small_letters(text).split()
     rate = vocabulary.codec.frame_rate
     bounds = _bounds(len(codes), rate)
-    if edges is None or len(edges) != len(words) + 1 or edges[-1] != len(codes):
+    if edges is None or not edges_fit(edges, len(words), len(codes)):
         bounds, edges = [0, len(codes)], [len(codes)] * (len(words) + 1)
     over = np.array(edges[1:]) + round(DELAY_SECONDS * rate)
     said = [int((over <= stop).sum()) for stop in bounds[1:-1]] + [len(words)]
@@ -147,7 +152,7 @@ def speaking_layout(
     """An utterance word by word, behind a prompt of its first words or none, by chance."""
     vocabulary = alphabet.vocabulary
     spelt = spelt_words(alphabet, text)
-    if edges is None or len(edges) != len(spelt) + 1 or edges[-1] != len(codes):
+    if edges is None or not edges_fit(edges, len(spelt), len(codes)):
         spelt, edges = [alphabet.spelt(text)], [0, len(codes)]
     first = 0
     most = int(len(spelt) * LONGEST_PROMPT)

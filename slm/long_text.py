@@ -106,7 +106,12 @@ def room_behind(prompt: Prompt, models: Models, sampling: SamplingConfig) -> Cal
     def fits(text: str) -> bool:
         frames = pace * alphabet.num_tokens(text)
         (ids,) = alphabet.text_ids("tts", [join_texts(prompt.text, text)])
-        return frames <= room and len(ids) + given + frames <= models.lm.max_positions
+        again = 0
+        if alphabet.text.interleaved:
+            words = alphabet.text_ids("tts", alphabet.spelt(text).split())
+            again = sum(len(one) + 2 for one in words)
+        needed = len(ids) + given + again + frames
+        return frames <= room and needed <= models.lm.max_positions
 
     return fits
 

@@ -77,14 +77,18 @@ def as_adapters(lm: SpeechLM, base: str | Path, rank: int, coverage: Coverage) -
             if "trainable_tokens_delta" in name:
                 table = name.removeprefix(PREFIX).split(".token_adapter.")[0]
                 rows_of.copy_(trained[table].weight[rows])
-    return SpeechLM(adapted, lm.alphabet, {**lm.origin, "adapter": True}).eval()
+    origin = {**lm.origin, "adapter": True, "name": str(base)}
+    origin.pop("relative", None)
+    return SpeechLM(adapted, lm.alphabet, origin).eval()
 
 
 def used_rows(lm: SpeechLM, coverage: Coverage) -> list[int]:
-    """Ids of new tokens, and of those that texts of the training's characters are made of."""
+    """Ids of new tokens, and of those that texts of the training's characters are made of; of all,
+    where texts are made of more than characters."""
     alphabet = lm.alphabet
     found = set(lm.vocabulary.new_ids)
-    if "tokens" in (alphabet.text.spoken, alphabet.text.written):
+    forms = {alphabet.text.spoken, alphabet.text.written}
+    if forms != {"characters"} or lm.origin.get("tasks", {}).get("text"):
         return sorted(found | set(range(lm.vocabulary.num_text)))
     found.update(alphabet.text_range("asr"))
     for ids in alphabet.spelling_ids([*coverage.characters, " "]):

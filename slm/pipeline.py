@@ -352,7 +352,8 @@ class Voice:
     def _longest_piece(self) -> int:
         """Samples of the longest stretch that is transcribed at once: as in training, or 1 s."""
         seconds = max(1.0, self.coverage.longest_frames / self.codec.frame_rate)
-        room = self.lm.max_positions / (self.codec.frame_rate + 8.0)
+        beside = 12.0 if self.lm.alphabet.text.interleaved else 8.0
+        room = self.lm.max_positions / (self.codec.frame_rate + beside)
         return int(min(seconds, room) * self.codec.sample_rate)
 
     def transcribe(self, first: Sequence[np.ndarray]) -> list[str]:

@@ -12,11 +12,13 @@ from slm.generate import restrict_speech, speech_bounds
 from slm.interleaving import script_of
 from slm.long_text import Passage, Piece, room_behind, split_text
 from slm.pieces import split_at_quiet
-from slm.prompts import NO_SCRIPT, Prompt, in_small_letters, join_texts, tts_context
-from slm.selfcheck import transcripts
+from slm.prompts import NO_SCRIPT, Prompt, has_words, in_small_letters, join_texts, tts_context
+from slm.selfcheck import can_transcribe, transcripts
 from slm.speaking import Models, Utterance
 from slm.spelling import normalize
 
+WORDS_PER_SECOND = 2.7
+"""Of read English."""
 PROMPT_SHARE = 1 / 2
 """A prompt has no more of the longest training utterance: the rest is for what is said."""
 
@@ -54,9 +56,11 @@ def prepare(
         least, most = max(0, least - spoken), max(1, most - spoken)
     script = NO_SCRIPT
     if alphabet.text.interleaved:
-        words = alphabet.spelt(text).split()
+        # What has no letter is no word to say; the whole text has it.
+        words = [word for word in alphabet.spelt(text).split() if has_words(word)]
         if prompt.continuation:
-            words = words[min(num_said(lm, words, prompt.codes[0]), len(words) - 1) :]
+            said = num_said(lm, alphabet.in_words(text).split(), prompt.codes[0])
+            words = words[min(said, len(words) - 1) :]
         lead, script = script_of(alphabet, words)
         context += lead
     most = restrict_speech(lm, [*context, *script.ids], least, most, "text")
@@ -68,7 +72,10 @@ def prepare(
 
 def num_said(lm: SpeechLM, words: Sequence[str], codes: Int[np.ndarray, " T"]) -> int:
     """How many of the words the codes, which begin with them, have said: as many as are the
-    likest to what the model itself hears in them."""
+    likest to what the model itself hears in them; one that does not hear goes by their time."""
+    if not can_transcribe(lm):
+        seconds = len(codes) / lm.vocabulary.codec.frame_rate
+        return min(round(seconds * WORDS_PER_SECOND), len(words))
     heard = transcripts(lm, [codes])[0].lower()
     begun = [" ".join(words[:count]).lower() for count in range(len(words) + 1)]
     distances = [edit_distance(text, heard) for text in begun]

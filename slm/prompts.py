@@ -61,8 +61,9 @@ class Script(NamedTuple):
     """Ids that come after the first end token, after the second, ...; the end token after the last
     is the end."""
     most: tuple[int, ...]
-    """Tokens that are drawn at most before the first end token, before the second, ...: it is put
-    there then. One more than `parts`; or empty, without them."""
+    """Tokens of text, or frames, that are drawn at most before the first end token, before the
+    second, ...: it is put there then. One more than `parts`; or empty, without them. A sequence
+    whose last part, or more than one, ended so is cut."""
     least: int = 0
     """And at least, before each."""
 

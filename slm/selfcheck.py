@@ -9,7 +9,7 @@ from torchaudio.functional import edit_distance
 
 from slm.ar import SpeechLM
 from slm.head import Asked, logits_of, text_rows
-from slm.hearing import hear
+from slm.hearing import hear, num_given
 from slm.prompts import asr_context
 
 POSITIONS = 8192
@@ -32,7 +32,7 @@ def transcripts(lm: SpeechLM, codes: Sequence[Int[ndarray, " _"]]) -> list[str]:
     fitting = [
         index
         for index, one in enumerate(codes)
-        if 0 < len(lm.alphabet.speech_ids("asr", one)) < lm.max_positions - 3
+        if len(one) > 0 and num_given(lm.alphabet, one) < lm.max_positions
     ]
     if fitting:
         made = hear(lm, [codes[index] for index in fitting])
@@ -59,7 +59,7 @@ def text_scores(
     alphabet = lm.alphabet
     if alphabet.text.interleaved:
         pairs = zip(texts, transcripts(lm, codes), strict=True)
-        return [-_share_wrong(alphabet.spelt(text).lower(), heard.lower()) for text, heard in pairs]
+        return [-_share_wrong(alphabet.in_words(text), heard) for text, heard in pairs]
     written = alphabet.text_ids("asr", texts)
     spoken = [alphabet.speech_ids("asr", one) for one in codes]
     contexts = [asr_context(alphabet.vocabulary, one) for one in spoken]
@@ -79,7 +79,7 @@ def text_scores(
 
 
 def _share_wrong(text: str, heard: str) -> float:
-    return edit_distance(text, heard) / max(1, len(text))
+    return edit_distance(text.lower(), heard.lower()) / max(1, len(text))
 
 
 def _scores(lm: SpeechLM, rows: Sequence[Sequence[int]], num_targets: Sequence[int]) -> list[float]:

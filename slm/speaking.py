@@ -26,7 +26,6 @@ from slm.generate import Request, again, first_codes, generate, speech_only
 from slm.nar import NAR
 from slm.prompts import NO_SCRIPT, Coverage, Prompt, Script, join_texts
 from slm.selfcheck import can_transcribe, text_scores, transcripts
-from slm.spelling import normalize
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +86,8 @@ class Speech:
     """The one under which this was made."""
     sample_rate: int
     score: float | None = None
-    """Mean log-probability of the text given the speech, where candidates were compared."""
+    """Where candidates were compared: how well the model's own ASR finds that the speech says the
+    text (slm/selfcheck.py)."""
 
 
 class Candidate(NamedTuple):
@@ -226,7 +226,7 @@ def _code_failure(
     """What the codes themselves tell."""
     prompt, num_prompt = one.prompt, one.prompt.codes.shape[1]
     if "early" in sampling.checks:
-        text, before = _in_words(lm, one.text), _in_words(lm, prompt.text)
+        text, before = lm.alphabet.in_words(one.text), lm.alphabet.in_words(prompt.text)
         if is_early(len(first), one.bounds, text, num_prompt, before):
             return "early"
     if "leak" in sampling.checks:
@@ -234,11 +234,6 @@ def _code_failure(
         if repeats_codes(first, prompt.codes[0], rate):
             return "leak"
     return None
-
-
-def _in_words(lm: SpeechLM, text: str) -> str:
-    """Numbers spelt out, in letters: what is counted and compared."""
-    return normalize(text) if lm.alphabet.text.normalize else text
 
 
 def _finish(
@@ -291,7 +286,9 @@ def _listened(
     codes = _heard([utterances[row] for row in rows], [speeches[row].codes[0] for row in rows])
     for row, heard in zip(rows, transcripts(lm, codes), strict=True):
         one = utterances[row]
-        said, text, before = (_in_words(lm, each) for each in (heard, one.text, one.prompt.text))
+        said, text, before = (
+            lm.alphabet.in_words(each) for each in (heard, one.text, one.prompt.text)
+        )
         if "leak" in asked and begins_with_prompt(said, before, text):
             checked[row] = replace(speeches[row], failure="leak")
         elif "early" in asked and lacks_end(said, text):

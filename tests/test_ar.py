@@ -78,7 +78,7 @@ def test_a_saved_folder_gives_the_same_losses(
     assert (embedding.weight is head.weight) == tied
 
 
-def test_whole_weights_are_gone_on_from(tmp_path: Path) -> None:
+def test_whole_weights_are_gone_on_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lm = make(tmp_path, None)
     batch = batch_of(lm, tmp_path / "a.parquet")
     train(lm, batch)
@@ -99,6 +99,11 @@ def test_whole_weights_are_gone_on_from(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=told):
             SpeechLM.create(replace(config, **changes), stamp, seed=0)
+    slower = replace(STAMP, frame_rate=12.5)
+    with pytest.raises(ValueError, match="another frame rate"):
+        SpeechLM.create(config, slower, seed=0)
+    SpeechLM.create(config, replace(STAMP, digest="f" * 16), seed=0)
+    assert "it must have the same codebook 1" in caplog.text
     with pytest.raises(ValueError, match=r"ar\.start_from goes on with every weight"):
         ARConfig(base=base, start_from="x")
 

@@ -65,6 +65,14 @@ def test_its_gradient_leads_to_what_is_better_understood(speech: torch.Tensor) -
     assert losses[-1] < 0.95 * losses[0]
 
 
+def test_an_item_without_speech_does_not_count(speech: torch.Tensor) -> None:
+    silent = torch.cat([speech[:1], torch.zeros_like(speech[:1])])
+    said = torch.cat([noisy(speech, 0.5)[:1], torch.zeros_like(speech[:1])])
+    alone = stoi_loss(said[:1], silent[:1], RATE)
+    assert stoi_loss(said, silent, RATE).item() == pytest.approx(alone.item(), abs=1e-6)
+    assert stoi_loss(said[1:], silent[1:], RATE).item() == 0.0
+
+
 @pytest.mark.parametrize("samples", [0.0, 1.0])
 def test_silence_and_short_items_are_finite(samples: float) -> None:
     for size in (RATE, RATE // 4):

@@ -1,6 +1,5 @@
 """Speech word by word: training sequences, and what generation is given."""
 
-import dataclasses
 import gzip
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from slm.config import ARConfig, BatchConfig, SamplingConfig, TaskConfig, TextCo
 from slm.corpus import usable
 from slm.data import IGNORE, ARData
 from slm.generate import Generated, Request, generate, speech_only, stream_tokens
-from slm.hearing import hear
+from slm.hearing import hear, num_given
 from slm.interleaving import (
     hearing_layout,
     read_edges,
@@ -28,8 +27,9 @@ from slm.interleaving import (
     stretches_of,
     write_edges,
 )
-from slm.preparing import num_said, prepare
+from slm.preparing import num_said, passage, prepare
 from slm.prompts import TTS, Coverage, Prompt, tts_context
+from slm.selfcheck import transcripts
 from slm.speaking import Models
 
 pytestmark = quiet()
@@ -196,7 +196,7 @@ def test_batches_ask_for_codes_and_their_ends_alone(alphabet: Alphabet, tmp_path
     write_shard(tmp_path / "a.parquet", rows, STAMP)
     shard = TokenShard.open(tmp_path / "a.parquet")
     edges = {row.id: [0, 3, 8, row.num_frames] for row in rows[:-1]}
-    corpus = dataclasses.replace(usable(shard), edges=edges)
+    corpus = replace(usable(shard), edges=edges)
     data = ARData(corpus, alphabet, TaskConfig(asr=1.0), BatchConfig(positions=900), 0, longest=256)
     batch = data.collate([np.array([item]) for item in range(6)])
     v, prompts = alphabet.vocabulary, 0
@@ -233,7 +233,6 @@ def test_generation_gives_each_word_when_the_one_before_is_over(lm: SpeechLM) ->
     config = SamplingConfig(tries=1, checks=())
     allowed = speech_only(lm, config)
     (made,) = generate(lm, [asked], allowed, config)
-    assert made.failure is None
     assert 3 <= len(made.tokens) <= 12
     # What the model was given: teacher-forced over the same sequence it must draw the same.
     v = lm.vocabulary
@@ -282,12 +281,84 @@ def test_batches_and_streams_say_what_one_alone_says(lm: SpeechLM) -> None:
         assert tuple(stream_tokens(lm, one, allowed, config)) == tokens
 
 
-def test_no_word_is_left_out_and_the_last_is_not_too_early(lm: SpeechLM) -> None:
-    asked = request(lm, ["the", "cat"], min_tokens=9)
-    asked = replace(asked, script=asked.script._replace(most=(2, 50)))
+def test_the_last_word_does_not_end_before_the_least(lm: SpeechLM) -> None:
+    config = SamplingConfig(tries=1, checks=())
+    lengths = []
+    for least in (0, 30):
+        asked = request(lm, ["the", "cat"], min_tokens=least)
+        asked = replace(asked, script=asked.script._replace(most=(2, 50)))
+        (made,) = generate(lm, [asked], speech_only(lm, config), config)
+        lengths.append(len(made.tokens))
+    assert lengths[0] < 30 <= lengths[1]
+
+
+@pytest.mark.parametrize(
+    ("most", "failure"), [((50, 50), None), ((1, 50), None), ((50, 1), "cut"), ((1, 1), "cut")]
+)
+def test_words_that_do_not_end_are_cut(
+    lm: SpeechLM, most: tuple[int, int], failure: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawn are three codes for each word, then its end."""
+    drawn = iter([0, 1, 2, -1] * 4)
+    monkeypatch.setattr(
+        "slm.generate.draw",
+        lambda logits, *_: len(logits) - 1 if (one := next(drawn)) < 0 else one,
+    )
+    asked = request(lm, ["the", "cat"])
+    asked = replace(asked, script=asked.script._replace(most=most))
     config = SamplingConfig(tries=1, checks=())
     (made,) = generate(lm, [asked], speech_only(lm, config), config)
-    assert len(made.tokens) >= 9
+    assert made.failure == failure
+
+
+def test_marks_alone_are_no_words_to_say(lm: SpeechLM) -> None:
+    prompt = Prompt(codes=np.array([[1, 2, 3]]), text="a mat")
+    made = prepare(models(lm), "the - cat !", prompt, 0, SamplingConfig())
+    assert len(made.script.parts) == 1
+    (whole,) = parts(lm.alphabet, "a mat the - cat !")
+    assert made.context[1 : 1 + len(whole)] == whole
+
+
+def test_a_voice_that_does_not_hear_goes_by_time(lm: SpeechLM, tmp_path: Path) -> None:
+    config = ARConfig(
+        base=str(save_base(tmp_path)), lora=None, text=TEXT, tasks=TaskConfig(asr=0.0)
+    )
+    deaf = SpeechLM.create(config, STAMP, seed=1).eval()
+    words = ["the", "cat", "sat", "on", "a", "mat"]
+    assert num_said(deaf, words, np.zeros(25, np.int64)) == 3
+    assert num_said(deaf, words, np.zeros(2500, np.int64)) == 6
+
+
+def test_edges_of_other_tokens_are_noticed(
+    alphabet: Alphabet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = make_rows(3)
+    write_shard(tmp_path / "a.parquet", rows, STAMP)
+    corpus = usable(TokenShard.open(tmp_path / "a.parquet"))
+    settings = (alphabet, TaskConfig(asr=0.0), BatchConfig(positions=900), 0)
+    for edges in ({}, {row.id: [0, 1, 2, row.num_frames + 1] for row in rows}):
+        with pytest.raises(ValueError, match=r"edges: none are those of .*a\.parquet"):
+            ARData(replace(corpus, edges=edges), *settings, longest=256)
+    some = {rows[0].id: [0, 1, 2, rows[0].num_frames]}
+    ARData(replace(corpus, edges=some), *settings, longest=256)
+    assert "2 of 3 items have no edges that fit" in caplog.text
+
+
+def test_a_long_text_is_split_where_its_words_leave_no_room(lm: SpeechLM) -> None:
+    """The model holds 256 positions; each word is read twice."""
+    text = " ".join(["the cat sat on a mat"] * 6)
+    prompt = Prompt(codes=np.array([[1, 2, 3]]), text="a mat")
+    made = passage(models(lm), text, prompt, 0, SamplingConfig())
+    assert len(made.utterances) > 1
+    assert " ".join(one.text for one in made.utterances) == text
+    for one in made.utterances:
+        assert len(one.context) + len(one.script.ids) < lm.max_positions
+
+
+def test_speech_that_leaves_no_room_is_not_transcribed(lm: SpeechLM) -> None:
+    """Stretches take more positions than their codes."""
+    assert transcripts(lm, [np.zeros(240, np.int64), np.zeros(9, np.int64)])[0] == ""
+    assert num_given(lm.alphabet, np.zeros(240, np.int64)) > 256
 
 
 def models(lm: SpeechLM) -> Models:

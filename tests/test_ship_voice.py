@@ -15,7 +15,7 @@ from codec import Codec
 from codec.halving import halve, save_half
 from recipes.ship_voice import main
 from slm.ar import SpeechLM
-from slm.config import ARConfig
+from slm.config import ARConfig, SamplingConfig
 from slm.pipeline import Voice
 from slm.prompts import Coverage
 
@@ -67,7 +67,7 @@ def test_the_shipped_voice_is_the_trained_one(folder: Path, capsys: pytest.Captu
                  if "cluster_size" not in name and "num_updates" not in name}  # fmt: skip
         assert kinds == {torch.float16}
     assert not list((out / "ar").glob("tokenizer*"))
-    assert (out / "README.md").read_text() == "its card"
+    assert "- `ann`: nobody" in (out / "README.md").read_text()
     # Shipped anew, an edited card stays.
     (out / "README.md").write_text("edited")
     ship(folder, "rank=2")
@@ -87,6 +87,34 @@ def test_prompts_come_with_their_credits(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"name": "me"}\n')
     with pytest.raises(ValueError, match=r"p\.jsonl, line 1: needs name, audio, text and credit"):
         ship(folder, f"prompts={tmp_path / 'p.jsonl'}")
+
+
+def test_a_voice_of_adapters_ships_with_them_and_its_sampling(
+    tmp_path: Path, tiny_codec_folder: Path
+) -> None:
+    save_half(halve(Codec.from_pretrained(tiny_codec_folder)), tmp_path / "codec")
+    folder = save_voice(tmp_path, tmp_path / "codec")
+    voice = Voice.from_pretrained(folder)
+    voice.sampling = SamplingConfig(temperature=0.77, checks=("loop",))
+    voice.save_pretrained(folder)
+    shipped = ship(folder)
+    assert shipped.sampling == voice.sampling
+    ids = torch.tensor([[*voice.lm.vocabulary.new_ids]])
+    with torch.no_grad():
+        one, other = voice.lm.lm(ids).logits, shipped.lm.lm(ids).logits
+    torch.testing.assert_close(one, other, atol=0.05, rtol=0.05)
+
+
+def test_a_voice_that_cannot_be_loaded_takes_no_place(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ship(folder)
+    before = (folder.parent / "shipped" / "ar" / "adapter_model.safetensors").read_bytes()
+    monkeypatch.setattr("recipes.ship_voice.halve_file", lambda path: path.write_bytes(b""))
+    with pytest.raises(ValueError, match="safetensors"):
+        ship(folder)
+    after = folder.parent / "shipped" / "ar" / "adapter_model.safetensors"
+    assert after.read_bytes() == before
 
 
 def test_what_cannot_be_shipped(folder: Path, tmp_path: Path, tiny_codec_folder: Path) -> None:
