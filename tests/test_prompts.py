@@ -43,7 +43,7 @@ def test_layouts(vocabulary: Vocabulary) -> None:
         TEXT: ([5], [6]),
     }
     for task, (context, target) in expected.items():
-        tokens, num_context = layout(task, vocabulary, text, speech)
+        tokens, num_context, _ = layout(task, vocabulary, text, speech)
         assert tokens.tolist() == context + target
         assert num_context == len(context)
 
