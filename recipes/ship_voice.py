@@ -11,7 +11,7 @@ lower the rank, the smaller the folder and the larger the loss. The codec must h
 import json
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,10 +21,12 @@ from codec import Codec
 from codec.checks import at_least
 from codec.halving import is_half, save_half
 from recipes.common import load_config, run_program
+from slm.cards import short_path
 from slm.lowrank import as_adapters
 from slm.pipeline import Voice
 from slm.prompts import Coverage, Prompt
 from slm.shipping import anew, is_voice, write_extras
+from slm.vocab import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +78,9 @@ def main(argv: list[str]) -> None:
             for file in (folder / "ar").glob(pattern):
                 file.unlink()  # The LLM has its own.
         halve_file(folder / "ar" / "adapter_model.safetensors")
+        vocabulary = Vocabulary.load(folder / "ar")
+        stamp = replace(vocabulary.codec, id=short_path(vocabulary.codec.id))
+        replace(vocabulary, codec=stamp).save(folder / "ar")  # Not where somebody's files lie.
         coverage.save(folder / "ar")
         if voice.nar is not None:
             voice.nar.save_pretrained(folder / "nar")
@@ -118,6 +123,7 @@ def halve_file(path: Path) -> None:
         path,
         metadata={"format": "pt"},
     )
+    path.chmod(0o644)
 
 
 if __name__ == "__main__":

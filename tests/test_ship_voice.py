@@ -67,6 +67,7 @@ def test_the_shipped_voice_is_the_trained_one(folder: Path, capsys: pytest.Captu
                  if "cluster_size" not in name and "num_updates" not in name}  # fmt: skip
         assert kinds == {torch.float16}
     assert not list((out / "ar").glob("tokenizer*"))
+    assert str(folder.parent) not in (out / "ar" / "vocabulary.json").read_text()
     assert "- `ann`: nobody" in (out / "README.md").read_text()
     # Shipped anew, an edited card stays.
     (out / "README.md").write_text("edited")
