@@ -173,7 +173,8 @@ class NAR(
         """Codes (Q, T) of the new part from its codebook 1.
 
         `texts` hold the prompt's transcript and the new text, or are empty; `prompts` the prompts'
-        codes (Q, P), also of no frames; `first` codebook 1 of the new part (T,). What of the new
+        codes (Q, P), also of no frames; `first` codebook 1 of the new part (T,). A NAR that was
+        trained without texts (text_dropout 1) is given none. What of the new
         part is finished belongs behind the prompt, with all its codebooks: it is context then, and
         a part that grows is completed piece by piece.
 
@@ -189,6 +190,8 @@ class NAR(
                 f"{iterations} iterations need a NAR that was trained with nar.masked: decode in "
                 "one (sampling.nar_iterations=1), or train another NAR"
             )
+        if self.config.text_dropout == 1:
+            texts = [""] * len(texts)
         joined = []
         for prompt, row in zip(prompts, first, strict=True):
             codes = np.zeros(

@@ -171,6 +171,20 @@ def test_decoding_a_batch_equals_single_items(
     assert same == (temperature == 0)
 
 
+def test_a_nar_without_texts_is_given_none() -> None:
+    prompts, first = [random_codes(3)], [random_codes(60)[0]]
+    made = {}
+    for dropout in (0.5, 1.0):
+        nar = make_nar(replace(CONFIG, text_dropout=dropout))
+        made[dropout] = [
+            nar.decode([text], prompts, first, temperature=1.0, seeds=[1])[0]
+            for text in ("the dog ran far away", "")
+        ]
+    assert np.array_equal(*made[1.0])
+    assert not np.array_equal(*made[0.5])
+    assert np.array_equal(made[0.5][1], made[1.0][1])
+
+
 @pytest.mark.parametrize("trained", ["nar", "masked"])
 def test_greedy_decoding_goes_codebook_by_codebook(
     trained: str, request: pytest.FixtureRequest
