@@ -176,6 +176,9 @@ class NARConfig:
     kernel: int = 0
     """Frames of a convolution in front of each layer, over text and speech apart (Conformer, arXiv
     2005.08100): what is near need not be found by attention. Odd; 0: none."""
+    reference: bool = False
+    """A frame is also shown what the prompt's frames have that sound like it (after kNN-VC, arXiv
+    2305.18975): the speaker need not be found by the layers."""
     text_dropout: float = 0.0
     """In training so many utterances have no text, so that the NAR can do without one (voice
     conversion, speech that goes on by itself); 0.1 is a good share. 1: it never has one, which is

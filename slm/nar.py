@@ -1,8 +1,8 @@
 """The NAR: codebooks 2 to Q, one after the other, by a bidirectional Transformer.
 
 A position of the speech part is the sum of the embeddings of the codebooks below the predicted one;
-of every codebook within the prompt. Each layer's norms are adapted to the stage, which is the
-codebook predicted, counted from 0.
+of every codebook within the prompt. Each layer's norms are the stage's, which is the codebook
+predicted, counted from 0.
 
 A masked NAR is also given some codes of the predicted codebook and asked for the others, at whose
 positions a mask is added (MaskGIT, arXiv 2202.04200): so it can decode a codebook in several
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from slm.ar import Scores, score
 from slm.config import NARConfig
 from slm.nar_data import NUM_TEXT_SYMBOLS, NARBatch, nar_batch, text_bytes
-from slm.nar_layers import AdaptiveNorm, Layer, StageHead, shares_of_neighbours
+from slm.nar_layers import AdaptiveNorm, Layer, Reference, StageHead, shares_of_neighbours
 
 FILES = ("config.json", "model.safetensors")
 EMBEDDING_STD = 0.5
@@ -58,7 +58,6 @@ class NAR(
         self._starts = [sum(sizes[:index]) for index in range(len(sizes) + 1)]
         self.text = nn.Embedding(NUM_TEXT_SYMBOLS, config.width)
         self.codes = nn.EmbeddingBag(sum(sizes), config.width, mode="sum")
-        self.stages = nn.Embedding(len(sizes), config.width)
         self.kinds = nn.Embedding(2, config.width)
         self.layers = nn.ModuleList(
             Layer(
@@ -66,17 +65,27 @@ class NAR(
                 num_heads=config.num_heads,
                 feedforward=config.feedforward,
                 dropout=config.dropout,
+                num_stages=len(sizes),
                 kernel=config.kernel,
             )
             for _ in range(config.num_layers)
         )
-        self.norm = AdaptiveNorm(config.width)
+        self.norm = AdaptiveNorm(config.width, len(sizes))
         self.head = StageHead(config.width, sum(sizes))
         self.dropout = nn.Dropout(config.dropout)
         self._shares: list[Float[Tensor, "K K"]] = []
         self.apply(_initialise)
-        # The last to draw, so that the others begin alike with and without it.
+        # The last to draw, so that the others begin alike with and without them.
         self.mask = nn.Embedding(1, config.width).apply(_initialise) if config.masked else None
+        self.reference = None
+        if config.reference:
+            self.reference = Reference(
+                width=config.width,
+                num_heads=config.num_heads,
+                kernel=config.kernel,
+                num_stages=len(sizes),
+            ).apply(_initialise)
+            self.reference.begin()
 
     @torch.no_grad()
     def begin_with(self, entries: Sequence[Float[Tensor, "_ E"]], seed: int) -> None:
@@ -122,31 +131,43 @@ class NAR(
         joined = torch.cat([self._place(text), self._place(speech)], dim=1)
         frames = torch.arange(speech.shape[1], device=speech.device)
         valid = torch.cat([batch.text_mask, frames < batch.lengths[:, None]], dim=1)
-        condition = self.stages(torch.tensor(stage, device=speech.device))
         hidden = self.dropout(joined)
         for layer in self.layers:
-            hidden = layer(hidden, valid, condition, text.shape[1])
-        return self.norm(hidden[:, text.shape[1] :], condition)
+            hidden = layer(hidden, valid, stage, text.shape[1])
+        return self.norm(hidden[:, text.shape[1] :], stage)
 
     def _speech(self, batch: NARBatch, stage: int) -> Float[Tensor, "B T D"]:
-        """The sum of the embeddings of the codes that a stage may see, and of the mask."""
-        num_items, num_codebooks, num_frames = batch.codes.shape
+        """The sum of the embeddings of the codes that a stage may see, of what the prompt has in
+        like places, and of the mask."""
         device = batch.codes.device
-        frames = torch.arange(num_frames, device=device)
-        codebooks = torch.arange(num_codebooks, device=device)[:, None]
-        seen = (codebooks < stage) | (frames < batch.prompt_lengths[:, None])[:, None]  # (B, Q, T)
+        frames = torch.arange(batch.codes.shape[2], device=device)
+        codebooks = torch.arange(batch.codes.shape[1], device=device)[:, None]
+        prompt = frames < batch.prompt_lengths[:, None]  # (B, T)
+        seen = (codebooks < stage).expand_as(batch.codes)
         if batch.given is not None:
             seen = seen | ((codebooks == stage) & batch.given[:, None])
-        rows = batch.codes + torch.tensor(self._starts[:-1], device=device)[:, None]
-        speech = self.codes(
-            rearrange(rows, "b q t -> (b t) q"),
-            per_sample_weights=rearrange(seen, "b q t -> (b t) q").to(self.codes.weight.dtype),
-        )
-        speech = rearrange(speech, "(b t) d -> b t d", b=num_items)
+        if self.reference is None:
+            speech = self._embedded(batch.codes, seen | prompt[:, None])
+        else:
+            below = self._embedded(batch.codes, seen)
+            above = self._embedded(batch.codes, ~seen & prompt[:, None])
+            valid = frames < batch.lengths[:, None]
+            speech = below + above + self.reference(below, above, valid, prompt, stage)
         if self.mask is not None:
             mask = self.mask(torch.zeros((), dtype=torch.long, device=device))
             speech = speech + mask * _asked(batch)[..., None]
         return speech
+
+    def _embedded(
+        self, codes: Int[Tensor, "B Q T"], wanted: Bool[Tensor, "B Q T"]
+    ) -> Float[Tensor, "B T D"]:
+        """The sum of the embeddings of each frame's wanted codes."""
+        rows = codes + torch.tensor(self._starts[:-1], device=codes.device)[:, None]
+        summed = self.codes(
+            rearrange(rows, "b q t -> (b t) q"),
+            per_sample_weights=rearrange(wanted, "b q t -> (b t) q").to(self.codes.weight.dtype),
+        )
+        return rearrange(summed, "(b t) d -> b t d", b=len(codes))
 
     def _logits(self, hidden: Float[Tensor, "N D"], stage: int) -> Float[Tensor, "N K"]:
         return self.head(hidden, slice(self._starts[stage], self._starts[stage + 1]))

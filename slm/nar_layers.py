@@ -24,33 +24,32 @@ class StageHead(nn.Module):
 
 
 class AdaptiveNorm(nn.Module):
-    """Layer norm whose scale and shift depend on the stage."""
+    """Layer norm with a scale and a shift for each stage, 1 and 0 at first."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, num_stages: int):
         super().__init__()
-        self.project = nn.Linear(width, 2 * width)
+        self.scale = nn.Parameter(torch.ones(num_stages, width))
+        self.shift = nn.Parameter(torch.zeros(num_stages, width))
 
-    def forward(
-        self, hidden: Float[Tensor, "B L D"], condition: Float[Tensor, " D"]
-    ) -> Float[Tensor, "B L D"]:
-        scale, shift = self.project(condition).chunk(2)
-        return functional.layer_norm(hidden, hidden.shape[-1:]) * (1 + scale) + shift
+    def forward(self, hidden: Float[Tensor, "B L D"], stage: int) -> Float[Tensor, "B L D"]:
+        normed = functional.layer_norm(hidden, hidden.shape[-1:])
+        return normed * self.scale[stage] + self.shift[stage]
 
 
 class Nearby(nn.Module):
     """A depthwise convolution over text and speech apart, which knows no padding."""
 
-    def __init__(self, width: int, kernel: int):
+    def __init__(self, width: int, kernel: int, num_stages: int):
         super().__init__()
-        self.norm = AdaptiveNorm(width)
+        self.norm = AdaptiveNorm(width, num_stages)
         self.depthwise = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
 
     def forward(
         self, hidden: Float[Tensor, "B L D"], valid: Bool[Tensor, "B L"],
-        condition: Float[Tensor, " D"], num_text: int,
+        stage: int, num_text: int,
     ) -> Float[Tensor, "B L D"]:  # fmt: skip
-        x = (self.norm(hidden, condition) * valid[..., None]).mT
-        parts = (x[..., :num_text], x[..., num_text:])
+        x = (self.norm(hidden, stage) * valid[..., None]).mT
+        parts = x.split([num_text, x.shape[-1] - num_text], dim=-1) if num_text else [x]
         return torch.cat([self.depthwise(part) for part in parts], dim=-1).mT
 
 
@@ -58,13 +57,14 @@ class Layer(nn.Module):
     """Pre-norm: a convolution if asked for, attention to valid positions, a feed-forward part."""
 
     def __init__(
-        self, *, width: int, num_heads: int, feedforward: int, dropout: float, kernel: int = 0
-    ):
+        self, *, width: int, num_heads: int, feedforward: int, dropout: float, num_stages: int,
+        kernel: int = 0,
+    ):  # fmt: skip
         super().__init__()
-        self.nearby = Nearby(width, kernel) if kernel else None
+        self.nearby = Nearby(width, kernel, num_stages) if kernel else None
         self.num_heads = num_heads
-        self.attention_norm = AdaptiveNorm(width)
-        self.feedforward_norm = AdaptiveNorm(width)
+        self.attention_norm = AdaptiveNorm(width, num_stages)
+        self.feedforward_norm = AdaptiveNorm(width, num_stages)
         self.query_key_value = nn.Linear(width, 3 * width)
         self.output = nn.Linear(width, width)
         self.expand = nn.Linear(width, feedforward)
@@ -75,20 +75,67 @@ class Layer(nn.Module):
         self,
         hidden: Float[Tensor, "B L D"],
         valid: Bool[Tensor, "B L"],
-        condition: Float[Tensor, " D"],
+        stage: int,
         num_text: int,
     ) -> Float[Tensor, "B L D"]:
         """`num_text`: positions of text, in front of those of speech."""
         if self.nearby is not None:
-            hidden = hidden + self.dropout(self.nearby(hidden, valid, condition, num_text))
-        projected = self.query_key_value(self.attention_norm(hidden, condition))
+            hidden = hidden + self.dropout(self.nearby(hidden, valid, stage, num_text))
+        projected = self.query_key_value(self.attention_norm(hidden, stage))
         query, key, value = rearrange(
             projected, "b l (n h d) -> n b h l d", n=3, h=self.num_heads
         ).unbind()
         attended = attend(query, key, value, valid[:, None, None])
         hidden = hidden + self.dropout(self.output(rearrange(attended, "b h l d -> b l (h d)")))
-        inner = functional.gelu(self.expand(self.feedforward_norm(hidden, condition)))
+        inner = functional.gelu(self.expand(self.feedforward_norm(hidden, stage)))
         return hidden + self.dropout(self.contract(self.dropout(inner)))
+
+
+class Reference(nn.Module):
+    """What the prompt's frames have above that sound alike below.
+
+    Voice conversion by nearest neighbours (kNN-VC, arXiv 2305.18975) takes a speaker's own frames
+    for those that say the same; here by attention, whose query and key are one projection, so
+    that like finds like from the first step on.
+    """
+
+    def __init__(self, *, width: int, num_heads: int, kernel: int, num_stages: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = AdaptiveNorm(width, num_stages)
+        self.nearby = Nearby(width, kernel, num_stages) if kernel else None
+        self.place = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """As strong as what comes in: an attention that tells frames apart, and is heard."""
+        for linear in (self.place, self.value, self.output):
+            linear.weight.normal_(std=linear.in_features**-0.5)
+
+    def forward(
+        self, below: Float[Tensor, "B T D"], above: Float[Tensor, "B T D"],
+        valid: Bool[Tensor, "B T"], prompt: Bool[Tensor, "B T"], stage: int,
+    ) -> Float[Tensor, "B T D"]:  # fmt: skip
+        """From the embeddings of codebooks below the stage, of all `valid` frames, and of the other
+        codebooks, of the `prompt`'s; where that is empty, next to nothing."""
+        if self.nearby is not None:
+            below = below + self.nearby(below, valid, stage, 0)
+        # A frame in front, of zeros, for those that find nothing like them.
+        place, value, reached = (
+            functional.pad(part, (0, 0, 1, 0), value=fill)
+            for part, fill in (
+                (self.place(self.norm(below, stage)), 0),
+                (self.value(above), 0),
+                (prompt[..., None], True),
+            )
+        )
+        place, value = (
+            rearrange(part, "b l (h d) -> b h l d", h=self.num_heads) for part in (place, value)
+        )
+        attended = attend(place, place, value, reached[:, None, None, :, 0])
+        return self.output(rearrange(attended, "b h l d -> b l (h d)")[:, 1:])
 
 
 @torch.no_grad()

@@ -24,8 +24,8 @@ def make_nar(config: NARConfig) -> NAR:
     torch.manual_seed(0)
     model = NAR(config).eval()
     with torch.no_grad():  # strong enough that every path shows
-        for parameter in model.parameters():
-            parameter.mul_(3.0)
+        for name, parameter in model.named_parameters():
+            parameter.mul_(1.0 if name.endswith(".scale") else 3.0)
     return model
 
 
@@ -119,16 +119,16 @@ def test_gradient_of_a_stage_stays_in_its_rows(nar: NAR) -> None:
     first = SIZES[0] + SIZES[1]
     assert touched[first:].all()
     assert not touched[:first].any()
-    stages = nar.stages.weight.grad
-    assert stages is not None
-    assert (stages.abs().sum(1) > 0).tolist() == [False, False, True]
+    shift = nar.norm.shift.grad
+    assert shift is not None
+    assert (shift.abs().sum(1) > 0).tolist() == [False, False, True]
 
 
-def test_the_stage_embedding_is_used(nar: NAR) -> None:
+def test_a_stage_has_norms_of_its_own(nar: NAR) -> None:
     one = batch([1])
     before = nar(one).nll
     with torch.no_grad():
-        nar.stages.weight[1] += 1.0
+        nar.norm.shift[1] += 1.0
     assert not torch.allclose(nar(one).nll, before)
 
 

@@ -11,13 +11,14 @@ from tiny_slm import SIZES
 from slm.config import NARConfig
 from slm.nar import NAR
 from slm.nar_data import nar_batch, text_bytes
-from slm.nar_layers import Nearby, shares_of_neighbours
+from slm.nar_layers import Nearby, Reference, shares_of_neighbours
 
-WITH = replace(CONFIG, kernel=5)
+WITH = replace(CONFIG, kernel=5, reference=True)
 
 
-def test_a_convolution_makes_no_difference_to_padded_batches(tmp_path: Path) -> None:
-    nar = make_nar(WITH).double()
+@pytest.mark.parametrize("masked", [False, True])
+def test_they_make_no_difference_to_padded_batches(tmp_path: Path, masked: bool) -> None:
+    nar = make_nar(replace(WITH, masked=masked)).double()
     codes = [random_codes(length, seed) for seed, length in enumerate((9, 14, 5))]
     text = [text_bytes(text) for text in TEXTS]
     together = nar(nar_batch(text, codes, [3, 4, 0], [1, 2])).nll
@@ -32,18 +33,56 @@ def test_a_convolution_makes_no_difference_to_padded_batches(tmp_path: Path) -> 
     assert torch.equal(
         again.layers[1].nearby.depthwise.weight, nar.layers[1].nearby.depthwise.weight
     )
+    assert torch.equal(again.reference.place.weight, nar.reference.place.weight)
+
+
+def test_a_frame_is_shown_what_its_like_has_in_the_prompt() -> None:
+    torch.manual_seed(0)
+    reference = Reference(width=64, num_heads=2, kernel=0, num_stages=3)
+    reference.requires_grad_(False).begin()
+    below, above = torch.randn(1, 8, 64), torch.randn(1, 8, 64)
+    below[0, 6] = below[0, 1]  # Behind the prompt, like its second frame.
+    prompt = (torch.arange(8) < 4)[None]
+    valid = torch.ones(1, 8, dtype=torch.bool)
+    shown = reference(below, above, valid, prompt, 1)
+    alone = reference.output(reference.value(above[0, 1]))
+    assert float(torch.cosine_similarity(shown[0, 6], alone, dim=0)) > 0.95
+    for frame, reached in ((1, True), (5, False)):
+        other = above.clone()
+        other[0, frame] = torch.randn(64)
+        moved = not torch.allclose(reference(below, other, valid, prompt, 1)[0, 6], shown[0, 6])
+        assert moved == reached
+
+
+def test_without_a_prompt_nothing_is_shown() -> None:
+    torch.manual_seed(0)
+    reference = Reference(width=64, num_heads=2, kernel=3, num_stages=3)
+    reference.begin()
+    below, valid = torch.randn(1, 8, 64), torch.ones(1, 8, dtype=torch.bool)
+    shown = reference(below, torch.randn(1, 8, 64), valid, ~valid, 1)
+    torch.testing.assert_close(shown, reference.output.bias.expand(1, 8, 64))
+
+
+def test_the_reference_follows_what_the_stage_may_see() -> None:
+    nar = make_nar(WITH)
+    one = batch([1])
+    hidden = nar._hidden(one, 1)
+    for codebook, frame, seen in ((0, 8, True), (1, 8, False), (2, 8, False), (2, 1, True)):
+        codes = one.codes.clone()
+        codes[0, codebook, frame] = (codes[0, codebook, frame] + 1) % SIZES[codebook]
+        moved = not torch.equal(nar._hidden(one._replace(codes=codes), 1), hidden)
+        assert moved == seen
 
 
 def test_it_sees_its_neighbours_in_its_own_part_alone() -> None:
     torch.manual_seed(0)
-    nearby = Nearby(8, 3)
+    nearby = Nearby(8, 3, 2)
     hidden, valid = torch.randn(1, 10, 8), torch.ones(1, 10, dtype=torch.bool)
-    condition = torch.zeros(8)
-    before = nearby(hidden, valid, condition, 4)
+    before = nearby(hidden, valid, 1, 4)
     for changed, seen in ((3, {2, 3}), (4, {4, 5}), (7, {6, 7, 8})):
         other = hidden.clone()
         other[0, changed] = torch.randn(8)
-        after = nearby(other, valid, condition, 4)
+        after = nearby(other, valid, 1, 4)
         moved = (after - before).abs().sum(-1)[0] > 1e-7
         assert set(moved.nonzero()[:, 0].tolist()) == seen
 
