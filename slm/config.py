@@ -170,6 +170,9 @@ class NARConfig:
     """In training the prompt is this share of an utterance's start, drawn uniformly."""
     prompt_frames: int = 150
     """No training prompt is longer."""
+    stage_decay: float = 1.0
+    """Of codebooks 3 to Q, of which a training step has one, each is drawn so many times as often
+    as the one below it; 1: all alike (USLM). The lower ones tell most of the voice (LOG.md)."""
     masked: bool = False
     """Some codes of the predicted codebook are given, others asked for (MaskGIT), so that decoding
     can go in several iterations; else all are asked for at once (USLM)."""
@@ -201,6 +204,8 @@ class NARConfig:
             }
         )
         _share(**{"nar.dropout": self.dropout, "nar.text_dropout": self.text_dropout})
+        if not 0 < self.stage_decay <= 1:
+            raise ValueError(f"nar.stage_decay must be within (0, 1], got {self.stage_decay}")
         low, high = self.prompt_share
         if not 0 <= low <= high < 1:
             raise ValueError(f"nar.prompt_share must rise within [0, 1), got {self.prompt_share}")

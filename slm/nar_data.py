@@ -39,7 +39,8 @@ class NARBatch(NamedTuple):
 
 
 class NARData:
-    """Batches for the NAR: codebook 2 always, and one codebook of the rest (USLM).
+    """Batches for the NAR: codebook 2 always, and one codebook of the rest (USLM), the upper ones
+    seldomer if asked for.
 
     Everything is a pure function of (seed, step), in streams of random numbers of their own: what
     is masked, and which texts are dropped, changes neither the codebooks nor the prompts.
@@ -105,8 +106,10 @@ class NARData:
         return Share(batch, targets * len(stages) / size, weight)
 
     def _draw_stages(self, random: np.random.Generator) -> list[int]:
-        num_codebooks = len(self._config.codebook_sizes)
-        return [1] if num_codebooks == 2 else [1, int(random.integers(2, num_codebooks))]
+        weights = self._config.stage_decay ** np.arange(len(self._config.codebook_sizes) - 2)
+        if not len(weights):
+            return [1]
+        return [1, 2 + int(random.choice(len(weights), p=weights / weights.sum()))]
 
     def _draw_prompts(self, items: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """Frames of each item's prompt; at least one frame is left to predict."""

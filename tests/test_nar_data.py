@@ -140,6 +140,22 @@ def test_two_codebooks_have_one_stage(tmp_path: Path, alphabet) -> None:
     assert data.share(0, 0, 0, 1, 1).batch.stages.tolist() == [1]
 
 
+@pytest.mark.parametrize(("decay", "shares"), [(1.0, (1, 1, 1)), (0.5, (4, 2, 1))])
+def test_upper_codebooks_are_drawn_seldomer(tmp_path: Path, alphabet, decay, shares) -> None:
+    sizes = (*SIZES, 16, 16)
+    stamp = dataclasses.replace(STAMP, num_codebooks=5, codebook_sizes=sizes)
+    five = TokenShard.open(save_shard(tmp_path / "a.parquet", 8, stamp))
+    vocabulary = dataclasses.replace(alphabet.vocabulary, codec=stamp)
+    data = nar_data(
+        five, Alphabet(vocabulary, alphabet.tokenizer), codebook_sizes=sizes, stage_decay=decay
+    )
+    stages = [data.share(step, 0, 0, 1, 1).batch.stages.tolist() for step in range(700)]
+    assert {first for first, _ in stages} == {1}
+    counts = np.bincount([second for _, second in stages], minlength=5)[2:]
+    expected = 700 * np.array(shares) / sum(shares)
+    assert np.abs(counts - expected).max() < 4 * np.sqrt(expected.max())
+
+
 NUM_VOICES = 4
 
 
@@ -169,7 +185,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory, alphabet: Alphabet) -> NAR:
     torch.manual_seed(1)
     nar = NAR(config)
     optimizer = torch.optim.AdamW(nar.parameters(), lr=2e-2)
-    for step in range(100):
+    for step in range(200):
         share = data.share(step, 0, 0, 1, 1)
         optimizer.zero_grad()
         (nar(share.batch).nll.sum() / share.num_targets).backward()

@@ -126,6 +126,7 @@ def test_shared_labels_are_of_training_alone() -> None:
     ("values", "told"),
     [
         ({"kernel": 4}, r"nar\.kernel must be odd"),
+        ({"stage_decay": 0.0}, r"nar\.stage_decay must be within"),
         ({"neighbours": 5.0}, r"needs nar\.from_codec"),
         ({"neighbours": 0.5, "from_codec": True}, r"nar\.neighbours must be more than 1"),
     ],
