@@ -174,7 +174,7 @@ def _check_place(target: str, *, is_folder: bool = False) -> None:
 
 
 def _tts(arguments: argparse.Namespace) -> None:
-    from slm.lists import alone, prepare, read_list, result, speak_list
+    from slm.lists import Pace, alone, prepare, read_list, result, speak_list
     from slm.pipeline import check_name
 
     _check_tts(arguments)
@@ -201,8 +201,10 @@ def _tts(arguments: argparse.Namespace) -> None:
         waves = voice.stream_passage(passage, arguments.chunk_seconds)
         _stream(arguments.stream, waves, voice.codec.sample_rate)
         return
-    (speech,) = voice.say([passage], arguments.batch)
+    pace = Pace()
+    (speech,) = pace.say(voice, [passage], arguments.batch)
     voice.save(speech, target)
+    logger.info("%s", pace)
     _tell(result(target, arguments.prompt, speech))
 
 

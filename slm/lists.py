@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +76,7 @@ def speak_list(
     waiting: list[tuple[dict[str, str], Passage]] = []
     skipped: list[str] = []
     seen: set[str] = set()
+    pace = Pace()
     # Half of a character, which JSON may have, is its escape again.
     with open(results, "a", encoding="utf-8", errors="backslashreplace") as file:
         for number, entry in tqdm(entries, desc="tts", unit="line"):
@@ -92,16 +94,17 @@ def speak_list(
                     _write(file, _refused(known, error, seed))
                 continue
             if sum(len(passage.utterances) for _, passage in waiting) >= batch:
-                _speak(voice, waiting, out, file, batch)
+                _speak(voice, waiting, out, file, batch, pace)
                 waiting = []
         if waiting:
-            _speak(voice, waiting, out, file, batch)
+            _speak(voice, waiting, out, file, batch, pace)
     _keep_newest(results)
     for reason in skipped:
         logger.warning("skipped %s", reason)
     logger.info(
-        "%d lines: %d skipped, %d were there already", len(entries), len(skipped), len(made)
-    )
+        "%d lines: %d skipped, %d were there already; %s",
+        len(entries), len(skipped), len(made), pace,
+    )  # fmt: skip
     if entries and len(skipped) == len(entries):
         raise ValueError(f"{listed}: no line could be used")
 
@@ -131,14 +134,29 @@ def prompt_of(voice: Voice, name: str, folder: Path) -> Path | str:
     return found
 
 
+class Pace:
+    """Speaks, and tells how much speech was made in how long."""
+
+    def __init__(self) -> None:
+        self._speech = self._taken = 0.0
+
+    def say(self, voice: Voice, passages: list[Passage], batch: int) -> list[Speech]:
+        started = time.monotonic()
+        speeches = voice.say(passages, batch)
+        self._taken += time.monotonic() - started
+        self._speech += sum(len(each.wave) for each in speeches) / voice.codec.sample_rate
+        return speeches
+
+    def __str__(self) -> str:
+        times = self._speech / max(self._taken, 1e-9)
+        return f"{self._speech:.1f} s of speech in {self._taken:.1f} s: {times:.2f} times real time"
+
+
 def _speak(
-    voice: Voice,
-    waiting: list[tuple[dict[str, str], Passage]],
-    out: Path,
-    file: Any,
-    batch: int,
-) -> None:
-    speeches = voice.say([passage for _, passage in waiting], batch)
+    voice: Voice, waiting: list[tuple[dict[str, str], Passage]], out: Path, file: Any,
+    batch: int, pace: Pace,
+) -> None:  # fmt: skip
+    speeches = pace.say(voice, [passage for _, passage in waiting], batch)
     for (entry, _), speech in zip(waiting, speeches, strict=True):
         name = f"{entry['id']}.wav"
         voice.save(speech, out / name)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from tiny_slm import TEXT, copy_of, quiet, run_slm, save_voice, speak_briefly
 
@@ -66,7 +67,11 @@ def test_a_list_costs_only_its_bad_lines(
     assert [record["id"] for record in records] == ["one", "two words"]
     expected = {"id", "audio", "text", "prompt", "prompt_text", "failure", "tries", "seed", "score"}
     assert set(records[0]) == expected | {"request"}
-    assert sorted(path.name for path in out.glob("*.wav")) == ["one.wav", "two words.wav"]
+    waves = sorted(out.glob("*.wav"))
+    assert [path.name for path in waves] == ["one.wav", "two words.wav"]
+    seconds = sum(soundfile.info(path).duration for path in waves)
+    assert f"{seconds:.1f} s of speech in " in caplog.text
+    assert "times real time" in caplog.text
 
 
 @pytest.mark.usefixtures("brief")
