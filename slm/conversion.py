@@ -67,12 +67,12 @@ def convert(
     batch: int = 8,
     source_text: str | None = None,
 ) -> tuple[Int[np.ndarray, "Q T"], str]:
-    """The source's codes in the target's voice, and the text that was used.
+    """The source's codes in the target's voice, and its text where that is known.
 
     A source that is longer than the training utterances left room for is completed in pieces, cut
     where it is quiet, `batch` at a time. `transcribe` gives the pieces' texts, where there are
     several or none is given; where one of them or the target's is empty, the NAR gets no text at
-    all: half of it would be put to the wrong half.
+    all: half of it would be put to the wrong half. Nor does one that takes none.
     """
     nar, lm = models.nar, models.lm
     assert nar is not None
@@ -85,12 +85,14 @@ def convert(
             len(pieces),
         )
         source_text = None
-    done, said = [], []
+    done, said, given = [], [], True
     for start in range(0, len(pieces), batch):
         part = pieces[start : start + batch]
         heard = [source_text] if source_text is not None else None
-        texts = (heard or transcribe(part)) if target.text else [""] * len(part)
-        said += texts
+        used = nar.takes_texts and target.text
+        texts = (heard or transcribe(part)) if used else [""] * len(part)
+        said += heard or texts
+        given &= all(texts)
         done += nar.decode(
             [lm.alphabet.spelt(join_texts(target.text, one)) if one else "" for one in texts],
             [target.codes] * len(part),
@@ -99,6 +101,6 @@ def convert(
             seeds=[0] * len(part),
             iterations=sampling.nar_iterations,
         )
-    if not all(said):
+    if not given:
         warn_of_no_text(models)
     return np.concatenate(done, axis=1), " ".join(text for text in said if text)

@@ -87,6 +87,11 @@ class NAR(
             ).apply(_initialise)
             self.reference.begin()
 
+    @property
+    def takes_texts(self) -> bool:
+        """Not if it was trained without any (text_dropout 1)."""
+        return self.config.text_dropout < 1
+
     @torch.no_grad()
     def begin_with(self, entries: Sequence[Float[Tensor, "_ E"]], seed: int) -> None:
         """Puts a codec's entries, (K, E) of every codebook, in place of the codes' embeddings and
@@ -194,10 +199,9 @@ class NAR(
         """Codes (Q, T) of the new part from its codebook 1.
 
         `texts` hold the prompt's transcript and the new text, or are empty; `prompts` the prompts'
-        codes (Q, P), also of no frames; `first` codebook 1 of the new part (T,). A NAR that was
-        trained without texts (text_dropout 1) is given none. What of the new
-        part is finished belongs behind the prompt, with all its codebooks: it is context then, and
-        a part that grows is completed piece by piece.
+        codes (Q, P), also of no frames; `first` codebook 1 of the new part (T,). A NAR that takes
+        no texts is given none. What of the new part is finished belongs behind the prompt, with
+        all its codebooks: it is context then, and a part that grows is completed piece by piece.
 
         Temperature 0 takes the likeliest code; above it, each item draws under its own seed. A
         masked NAR decodes each codebook in `iterations` passes, or one for each frame where that is
@@ -211,7 +215,7 @@ class NAR(
                 f"{iterations} iterations need a NAR that was trained with nar.masked: decode in "
                 "one (sampling.nar_iterations=1), or train another NAR"
             )
-        if self.config.text_dropout == 1:
+        if not self.takes_texts:
             texts = [""] * len(texts)
         joined = []
         for prompt, row in zip(prompts, first, strict=True):

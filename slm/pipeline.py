@@ -179,8 +179,8 @@ class Voice:
         """What `source` says, in the voice of `target`: codebook 1 is the source's, the NAR makes
         the others. A source of any length, as long as it was.
 
-        The texts help the NAR. Those that are not given the model transcribes itself if it can; a
-        source that takes several pieces is always transcribed."""
+        The texts help a NAR that takes any. Those that are not given the model transcribes itself
+        if it can; a source that takes several pieces is always transcribed."""
         if self.nar is None:
             raise ValueError(
                 "this voice has no nar/, so it cannot convert; it takes a codec of two codebooks "
@@ -241,7 +241,8 @@ class Voice:
             prompt.check(self.codec.codebook_sizes)
             return prompt
         codes = self._begin(target, self._longest_prompt())[0]
-        return Prompt(codes=codes, text=self._texts([codes[0]])[0])
+        used = self.nar is not None and self.nar.takes_texts
+        return Prompt(codes=codes, text=self._texts([codes[0]])[0] if used else "")
 
     def _longest_prompt(self) -> float:
         return longest_prompt(self.longest_prompt, self.models)

@@ -68,6 +68,17 @@ def test_texts_are_transcribed_or_all_empty(
     assert asked.pop() == ("the dog red hen", 13)
 
 
+def test_a_nar_without_texts_has_nothing_transcribed(
+    voice: Voice, asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = replace(voice.nar.config, text_dropout=1.0)
+    monkeypatch.setattr(voice.nar, "config", used)
+    monkeypatch.setattr(voice, "transcripts", None)
+    assert voice.convert(voiced(0.5), voiced(0.6, seed=1)).text == ""
+    assert voice.convert(voiced(0.5), "ann", source_text="red hen").text == "red hen"
+    assert asked == [("", 13)] * 2
+
+
 def test_a_long_source_comes_in_pieces(
     voice: Voice, asked: list[tuple[str, int]], tmp_path: Path, write_wav,
     caplog: pytest.LogCaptureFixture,
