@@ -24,16 +24,16 @@ class StageHead(nn.Module):
 
 
 class AdaptiveNorm(nn.Module):
-    """Layer norm with a scale and a shift for each stage, 1 and 0 at first."""
+    """Layer norm with a scale and a shift for each stage. Weight decay pulls to a plain one."""
 
     def __init__(self, width: int, num_stages: int):
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(num_stages, width))
+        self.scale = nn.Parameter(torch.zeros(num_stages, width))
         self.shift = nn.Parameter(torch.zeros(num_stages, width))
 
     def forward(self, hidden: Float[Tensor, "B L D"], stage: int) -> Float[Tensor, "B L D"]:
         normed = functional.layer_norm(hidden, hidden.shape[-1:])
-        return normed * self.scale[stage] + self.shift[stage]
+        return normed * (1 + self.scale[stage]) + self.shift[stage]
 
 
 class Nearby(nn.Module):

@@ -24,8 +24,8 @@ def make_nar(config: NARConfig) -> NAR:
     torch.manual_seed(0)
     model = NAR(config).eval()
     with torch.no_grad():  # strong enough that every path shows
-        for name, parameter in model.named_parameters():
-            parameter.mul_(1.0 if name.endswith(".scale") else 3.0)
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
     return model
 
 
