@@ -219,13 +219,19 @@ class _Item:
         """However many frames a token stands for, the model holds no more."""
         self._part, self._since, self._ended = 0, 0, 0
         """The part of the script, its length so far, and how many parts were ended by force."""
-        self._given: list[int] = []
+        self.given: list[int] = []
+        """What the script has next."""
         self.config = replace(config, greedy=config.greedy and not request.sampled)
         self.generator = torch.Generator().manual_seed(request.seed)
         self.tokens: list[int] = []
         self.length = 0
         """Frames of speech, tokens of text."""
         self.failure: Failure | None = None
+
+    def give(self, count: int) -> list[int]:
+        """The next so many of what is given, which need not be chosen then."""
+        given, self.given = self.given[:count], self.given[count:]
+        return given
 
     @property
     def most_steps(self) -> int:
@@ -234,13 +240,13 @@ class _Item:
 
     def take(self, token: int) -> bool:
         """Adds a token; whether the sequence is over."""
-        if self._given:
-            self._given.pop(0)
+        if self.given:
+            self.given.pop(0)
             return False
         parts = self.request.script.parts
         if token == self.allowed.end and self._part < len(parts):
             self._ended += self._too_long
-            self._given = list(parts[self._part])
+            self.given = list(parts[self._part])
             self._part, self._since = self._part + 1, 0
             return False
         if token == self.allowed.end:
@@ -266,8 +272,8 @@ class _Item:
 
     def choose(self, logits: Float[Tensor, " N"]) -> int:
         """A vocabulary id from the logits of the allowed ids, the end token's last."""
-        if self._given:
-            return self._given[0]
+        if self.given:
+            return self.given[0]
         end, first = len(logits) - 1, self.allowed.first
         parts = self.request.script.parts
         if self._too_long:
@@ -316,17 +322,22 @@ class _Batch:
         """Adds a token to every item that is not over; whether there was any."""
         if not self.active:
             return False
-        rows = _end_last(self._logits(), self.allowed)
-        chosen = [item.choose(row) for item, row in zip(self.active, rows, strict=True)]
+        logits = _end_last(self._logits(), self.allowed)
+        chosen = [item.choose(row) for item, row in zip(self.active, logits, strict=True)]
         over = [item.take(token) for item, token in zip(self.active, chosen, strict=True)]
         stay = [row for row, done in enumerate(over) if not done]
         if 0 < len(stay) < len(over):
             keep_rows(self.cache, stay, self.device)
             self.mask = self.mask[torch.tensor(stay, device=self.device)]
         self.active = [self.active[row] for row in stay]
-        self.tokens = torch.tensor([[chosen[row]] for row in stay], device=self.device)
+        # What every item is given anyway is read in one pass.
+        ahead = min((len(item.given) for item in self.active), default=0)
+        rows = [
+            [chosen[row], *item.give(ahead)] for row, item in zip(stay, self.active, strict=True)
+        ]
+        self.tokens = torch.tensor(rows, device=self.device)
         if stay:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(stay), 1)], dim=1)
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(stay), 1 + ahead)], dim=1)
         return True
 
     def _logits(self) -> Float[Tensor, "B _"]:
