@@ -1,4 +1,4 @@
-"""A shipped voice speaks, listens and converts.
+"""A shipped voice speaks, listens and converts: `make demo`.
 
     python recipes/demo.py [--prompt RECORDING] [--text TEXT] [--voice DIR] [--out DIR]
 

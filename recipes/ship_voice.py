@@ -43,7 +43,7 @@ class ShipConfig:
     """The text LLM that it grew from: folder or hub id."""
     out: Path = Path("out/small/shipped")
     """The folder to make; of an earlier voice there the card alone stays."""
-    rank: int = 96
+    rank: int = 128
     """Of the adapters."""
     prompts: Path | None = None
     """JSON Lines of the voices that go with it; null: those of the voice."""

@@ -5,7 +5,7 @@
 The lists are out/small/cuts/{train,dev}.jsonl.gz, with transcripts (recipes/prepare_data.py makes
 them). Every step is a command that is printed before it runs. A training or an export that was
 stopped goes on, and does nothing where it was finished; the small steps between are done again. By
-the times of its steps all of it takes some six hours on two cores; it was not run whole yet.
+the times of its steps all of it takes some seven hours on two cores; it was not run whole yet.
 """
 
 import sys
