@@ -42,7 +42,9 @@ $(STAMP): pyproject.toml constraints.txt
 models: setup
 	$(BIN)/python recipes/offline_models.py
 
-# The recipe reads both from the environment, so that quotes in a text do no harm.
+# The shell reads both from its environment, so that neither quotes nor a $ in a text do any harm.
+override PROMPT := $(value PROMPT)
+override TEXT := $(value TEXT)
 export PROMPT TEXT
 demo: setup
 	$(BIN)/python recipes/offline_models.py $(DEMO_MODELS)

@@ -145,7 +145,8 @@ def judge_voice(config: JudgeVoiceConfig) -> None:
     ears = ears_of(voice, shard, config, judges)
     once = lines_of(items, shard, voice, config, judges)
     for name, lines in once.items():
-        write_prompts(voice, lines, out / "audio" / "prompts" / name)
+        prompts = out / "audio" / "prompts" / name
+        write_prompts(voice, repeated(lines, config.seeds), prompts)
     origin = provenance(config, "given", judges, digest_of_voice(config.voice))
     rows = transcribe_items(voice, items, origin) if hears else []
     spoken: dict[str, list[Spoken]] = {}

@@ -23,6 +23,7 @@ from codec import read_audio
 from codec.checks import at_least
 from codec.tokens import written_whole
 from recipes.common import load_config, run_program
+from recipes.scoring import safe_name
 
 SAMPLE_RATE = 16_000
 COLUMNS = ("text", "prompt", "spoken", "heard by the judge", "WER", "similarity")
@@ -105,14 +106,16 @@ def read_lines(config: ListeningPageConfig) -> Sequence[Mapping[str, Any]]:
         raise ValueError(
             f"{file}: nothing of {config.setting}/{config.lines}; it has {', '.join(there)}"
         )
+    if any(line["wer"] is None for line in lines):
+        raise ValueError(f"{file}: nobody has judged the words; give judge_voice.py judge=")
     return lines
 
 
 def row_of(line: Mapping[str, Any], config: ListeningPageConfig) -> str:
     """A sentence as a row of the table."""
     audio = config.judged / "audio"
-    spoken = audio / config.setting / config.lines / line["audio"]
-    prompt = audio / "prompts" / config.lines / line["audio"]
+    spoken = audio / config.setting / config.lines / (line["audio"] or "refused")
+    prompt = audio / "prompts" / config.lines / f"{safe_name(line['id'])}.wav"
     similarity = line.get("similarity")
     cells = [
         html.escape(line["text"]), sound(prompt), sound(spoken), html.escape(line["heard"]),

@@ -42,7 +42,7 @@ class ShipConfig:
     base: str = "models/smollm2-135m-instruct"
     """The text LLM that it grew from: folder or hub id."""
     out: Path = Path("out/small/shipped")
-    """The folder to make; of an earlier voice there the card alone stays."""
+    """The folder to make; of an earlier voice there the cards alone stay."""
     rank: int = 128
     """Of the adapters."""
     prompts: Path | None = None
@@ -86,8 +86,9 @@ def main(argv: list[str]) -> None:
             voice.nar.save_pretrained(folder / "nar")
             (folder / "nar" / "README.md").unlink(missing_ok=True)
             halve_file(folder / "nar" / "model.safetensors")
-        if (config.out / "README.md").is_file():
-            shutil.copy(config.out / "README.md", folder / "README.md")
+        for card in ("README.md", "codec/README.md", "nar/README.md"):
+            if (config.out / card).is_file() and (folder / card).parent.is_dir():
+                shutil.copy(config.out / card, folder / card)
         write_extras(folder, lm, coverage, prompts, voice.sampling)
         Voice.from_pretrained(folder)  # What cannot be loaded takes no voice's place.
     sizes = {

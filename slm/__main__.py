@@ -81,9 +81,9 @@ def _add_vc(vc: argparse.ArgumentParser) -> None:
     )
     vc.add_argument(
         "--source-text", help="what the source says; else, and where the source is so long that "
-        "it takes several pieces, the model transcribes it",
+        "it takes several pieces, the model transcribes it, if the voice's NAR takes texts",
     )  # fmt: skip
-    vc.add_argument("--target-text", help="what the target says; else the model transcribes it")
+    vc.add_argument("--target-text", help="what the target says; else as above")
     vc.add_argument("--out", required=True, help="a .wav")
 
 

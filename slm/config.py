@@ -172,7 +172,8 @@ class NARConfig:
     """No training prompt is longer."""
     stage_decay: float = 1.0
     """Of codebooks 3 to Q, of which a training step has one, each is drawn so many times as often
-    as the one below it; 1: all alike (USLM). The lower ones tell most of the voice (LOG.md)."""
+    as the one below it; 1: all alike (USLM). The lower ones tell most of the voice (LOG.md).
+    Dev losses over all codebooks are drawn so, too."""
     masked: bool = False
     """Some codes of the predicted codebook are given, others asked for (MaskGIT), so that decoding
     can go in several iterations; else all are asked for at once (USLM)."""

@@ -79,7 +79,7 @@ def convert(
     rate = lm.vocabulary.codec.frame_rate
     room = max(models.coverage.longest_frames - target.codes.shape[1], round(rate))
     pieces = [source.first[cut] for cut in cut_at_quiet(source.levels, room)]
-    if source_text is not None and len(pieces) > 1:
+    if source_text is not None and len(pieces) > 1 and nar.takes_texts:
         logger.warning(
             "the source takes %d pieces; the text that was given is of all of it and is not used",
             len(pieces),
@@ -91,7 +91,7 @@ def convert(
         heard = [source_text] if source_text is not None else None
         used = nar.takes_texts and target.text
         texts = (heard or transcribe(part)) if used else [""] * len(part)
-        said += heard or texts
+        said += texts
         given &= all(texts)
         done += nar.decode(
             [lm.alphabet.spelt(join_texts(target.text, one)) if one else "" for one in texts],
@@ -103,4 +103,5 @@ def convert(
         )
     if not given:
         warn_of_no_text(models)
-    return np.concatenate(done, axis=1), " ".join(text for text in said if text)
+    text = source_text or " ".join(text for text in said if text)
+    return np.concatenate(done, axis=1), text

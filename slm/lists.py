@@ -141,6 +141,7 @@ class Pace:
         self._speech = self._taken = 0.0
 
     def say(self, voice: Voice, passages: list[Passage], batch: int) -> list[Speech]:
+        """Voice.say, timed."""
         started = time.monotonic()
         speeches = voice.say(passages, batch)
         self._taken += time.monotonic() - started
@@ -148,7 +149,9 @@ class Pace:
         return speeches
 
     def __str__(self) -> str:
-        times = self._speech / max(self._taken, 1e-9)
+        times = self._speech / self._taken
+        if not self._taken:
+            return "nothing was spoken"
         return f"{self._speech:.1f} s of speech in {self._taken:.1f} s: {times:.2f} times real time"
 
 

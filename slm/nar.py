@@ -148,14 +148,14 @@ class NAR(
         frames = torch.arange(batch.codes.shape[2], device=device)
         codebooks = torch.arange(batch.codes.shape[1], device=device)[:, None]
         prompt = frames < batch.prompt_lengths[:, None]  # (B, T)
-        seen = (codebooks < stage).expand_as(batch.codes)
+        lower = (codebooks < stage).expand_as(batch.codes)
+        rest = ~lower & prompt[:, None]
         if batch.given is not None:
-            seen = seen | ((codebooks == stage) & batch.given[:, None])
+            rest = rest | ((codebooks == stage) & batch.given[:, None])
         if self.reference is None:
-            speech = self._embedded(batch.codes, seen | prompt[:, None])
+            speech = self._embedded(batch.codes, lower | rest)
         else:
-            below = self._embedded(batch.codes, seen)
-            above = self._embedded(batch.codes, ~seen & prompt[:, None])
+            below, above = (self._embedded(batch.codes, part) for part in (lower, rest))
             valid = frames < batch.lengths[:, None]
             speech = below + above + self.reference(below, above, valid, prompt, stage)
         if self.mask is not None:
@@ -292,8 +292,11 @@ class NAR(
             config = json.loads((folder / "config.json").read_text())
             if not isinstance(config, dict):
                 raise ValueError("its config.json is no JSON object")
+            tensors = load_file(folder / "model.safetensors")
+            if "stages.weight" in tensors:
+                raise ValueError("its norms are of an earlier revision; train it again")
             nar = cls(config)
-            nar.load_state_dict(load_file(folder / "model.safetensors"))
+            nar.load_state_dict(tensors)
         except (RuntimeError, TypeError, ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{folder}: not a whole NAR: {reason[:300]}") from error

@@ -179,8 +179,8 @@ class Voice:
         """What `source` says, in the voice of `target`: codebook 1 is the source's, the NAR makes
         the others. A source of any length, as long as it was.
 
-        The texts help a NAR that takes any. Those that are not given the model transcribes itself
-        if it can; a source that takes several pieces is always transcribed."""
+        The texts help a NAR that takes any, for which the model transcribes what is not given if it
+        can; a source that takes several pieces is then always transcribed."""
         if self.nar is None:
             raise ValueError(
                 "this voice has no nar/, so it cannot convert; it takes a codec of two codebooks "

@@ -25,6 +25,7 @@ from slm.generate import (
     text_bound,
     text_only,
 )
+from slm.prompts import Script as Given
 from slm.prompts import asr_context, tts_context
 
 pytestmark = quiet()
@@ -331,3 +332,28 @@ def test_the_greedy_option_takes_the_likeliest() -> None:
 
 def test_a_prompt_of_nothing_is_no_matter(lm: SpeechLM) -> None:
     assert generate(lm, [], speech_only(lm, NO_LOOPS), NO_LOOPS) == []
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_what_is_given_is_read_in_one_pass(
+    lm: SpeechLM, cache: CacheKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SamplingConfig(tries=1, checks=(), cache=cache)
+    parts = ((1, 2, 3), (4, 5))
+    asked = replace(requests(lm)[0], script=Given(parts, (3, 4, 5), least=1))
+    lengths = []
+    forward = lm.lm.forward
+
+    def counted(**inputs):
+        lengths.append(inputs["input_ids"].shape[1])
+        return forward(**inputs)
+
+    monkeypatch.setattr(lm.lm, "forward", counted)
+    (made,) = generate(lm, [asked], speech_only(lm, config), config)
+    # An end brings all of the next part; the last end is not read.
+    assert [length for length in lengths[1:] if length > 1] == [1 + len(part) for part in parts]
+    assert len(lengths) == 1 + len(made.tokens) + len(parts)
+    # In a batch whose items are elsewhere meanwhile, each is what it is alone.
+    others = [asked, requests(lm)[1]]
+    first, _ = generate(lm, others, speech_only(lm, config), config)
+    assert first.tokens == made.tokens

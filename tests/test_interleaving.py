@@ -281,25 +281,6 @@ def test_batches_and_streams_say_what_one_alone_says(lm: SpeechLM) -> None:
         assert tuple(stream_tokens(lm, one, allowed, config)) == tokens
 
 
-def test_what_is_given_is_read_in_one_pass(lm: SpeechLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = SamplingConfig(tries=1, checks=())
-    asked = request(lm, ["the", "cat", "sat"])
-    asked = replace(asked, script=asked.script._replace(most=(3, 4, 5)))
-    lengths = []
-    forward = lm.lm.forward
-
-    def counted(**inputs):
-        lengths.append(inputs["input_ids"].shape[1])
-        return forward(**inputs)
-
-    monkeypatch.setattr(lm.lm, "forward", counted)
-    (made,) = generate(lm, [asked], speech_only(lm, config), config)
-    # The ends of the first words bring all of the next ones; the last end is not read.
-    parts = asked.script.parts
-    assert [length for length in lengths[1:] if length > 1] == [1 + len(part) for part in parts]
-    assert len(lengths) == 1 + len(made.tokens) + len(parts)
-
-
 def test_the_last_word_does_not_end_before_the_least(lm: SpeechLM) -> None:
     config = SamplingConfig(tries=1, checks=())
     lengths = []

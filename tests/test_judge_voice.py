@@ -96,7 +96,7 @@ def test_a_voice_is_judged_in_two_settings(
         assert one["fault"] in (0.0, 1.0)
         if one["audio"] is not None:
             assert (out / "audio" / one["setting"] / one["list"] / one["audio"]).is_file()
-    assert len(list((out / "audio" / "prompts" / "cross").glob("*.wav"))) == 2
+    assert len(list((out / "audio" / "prompts" / "cross").glob("*.wav"))) == 4
     records = [json.loads(line) for line in (out / "differences.jsonl").read_text().splitlines()]
     assert {record["setting"] for record in records} == {"no-controls"}
     assert {"value", "low", "high", "n", "seeds"} <= records[0].keys()

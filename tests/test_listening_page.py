@@ -50,6 +50,20 @@ def test_a_page_holds_what_was_said(
     assert len(wave) / rate == pytest.approx(0.5, abs=0.01)
 
 
+def test_a_refused_sentence_has_no_sound(judged: Path, tmp_path: Path) -> None:
+    file, out = judged / "results.jsonl", tmp_path / "page.html"
+    first, *others = map(json.loads, file.read_text().splitlines())
+    first |= {"audio": None, "heard": "", "wer": 1.0, "similarity": None}
+    file.write_text("".join(json.dumps(line) + "\n" for line in (first, *others)))
+    main([f"judged={judged}", f"out={out}", "num_items=1"])
+    page = out.read_text(encoding="utf-8")
+    assert "<td>100 %</td><td></td>" in page
+    assert page.count("data:audio") == 1  # Its prompt.
+    file.write_text(json.dumps(first | {"wer": None}) + "\n")
+    with pytest.raises(ValueError, match="nobody has judged the words"):
+        main([f"judged={judged}", f"out={out}"])
+
+
 def test_what_is_not_there_is_named(judged: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing of given/long; it has given/continuation, "):
         main([f"judged={judged}", "lines=long"])

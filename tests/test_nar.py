@@ -24,7 +24,9 @@ def make_nar(config: NARConfig) -> NAR:
     torch.manual_seed(0)
     model = NAR(config).eval()
     with torch.no_grad():  # strong enough that every path shows
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            if name.endswith((".scale", ".shift")):
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
             parameter.mul_(3.0)
     return model
 
@@ -341,6 +343,14 @@ def test_folders_from_before_there_were_masks_load(nar: NAR, tmp_path: Path) -> 
     del config["masked"], config["text_dropout"]
     file.write_text(json.dumps(config))
     assert NAR.load(tmp_path).config == CONFIG
+
+
+def test_a_nar_of_before_the_tables_of_stages_is_told_of(nar: NAR, tmp_path: Path) -> None:
+    nar.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(file), "stages.weight": torch.zeros(3, 16)}, file)
+    with pytest.raises(ValueError, match="of an earlier revision; train it again"):
+        NAR.load(tmp_path)
 
 
 def test_damaged_folders_are_named(nar: NAR, tmp_path: Path) -> None:

@@ -71,8 +71,10 @@ def test_the_shipped_voice_is_the_trained_one(folder: Path, capsys: pytest.Captu
     assert "- `ann`: nobody" in (out / "README.md").read_text()
     # Shipped anew, an edited card stays.
     (out / "README.md").write_text("edited")
+    (out / "codec" / "README.md").write_text("the codec's")
     ship(folder, "rank=2")
     assert (out / "README.md").read_text() == "edited"
+    assert (out / "codec" / "README.md").read_text() == "the codec's"
 
 
 def test_prompts_come_with_their_credits(folder: Path, tmp_path: Path) -> None:
