@@ -55,6 +55,7 @@ def main(argv: list[str]) -> None:
     names = sorted(load_prompts(args.voice / "prompts"))
     if len(names) < 2:
         raise ValueError(f"{args.voice}: a voice with two shipped prompts or more is needed")
+    names = [names[0], names[-1]]
     if args.prompt is not None and not args.prompt.is_file():
         raise ValueError(f"{args.prompt}: no such recording")
     for folder in (JUDGE, SPEAKER):
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"{folder} is not there; run `make models` first")
     began = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
-    write_prompts(args.voice, args.out, names[:2])
+    write_prompts(args.voice, args.out, names)
     todo, waves = steps(args, names)
     told = [run(step, number, len(todo)) for number, step in enumerate(todo, 1)]
     draw({one.title: args.out / one.name for one in waves}, args.out / "spectrogram.png")
