@@ -73,10 +73,19 @@ def _npm(package: str, folder: str) -> list[str]:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """A wheel, or npm's package."""
+    """The files of a wheel, or of npm's package. Raises ValueError for one that would lie outside
+    `folder`."""
     if archive.suffix == ".tgz":
-        with tarfile.open(archive) as opened:
-            opened.extractall(folder, filter="data")
+        with tarfile.open(archive) as opened:  # Early 3.11 has no `filter` in extractall.
+            for member in opened:
+                content, place = opened.extractfile(member), folder / member.name
+                if content is None:  # A folder, or a link to nowhere.
+                    continue
+                if not place.resolve().is_relative_to(folder.resolve()):
+                    raise ValueError(f"{archive}: holds {member.name}, outside of itself")
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with content, place.open("wb") as file:
+                    shutil.copyfileobj(content, file)
         return
     with zipfile.ZipFile(archive) as opened:
         opened.extractall(folder)

@@ -1,6 +1,7 @@
-"""Voices made small: the same voice in less room."""
+"""Voices made small: the same voice in less room; models/small is whole, and its parts fit."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,22 @@ from conftest import voiced
 from safetensors.torch import load_file
 from tiny_slm import TEXT, quiet, save_voice
 
-from codec import Codec
-from codec.halving import halve, save_half
+from codec import Codec, load_codec
+from codec.halving import halve, is_half, save_half
 from recipes.ship_voice import main
 from slm.ar import SpeechLM
 from slm.config import ARConfig, SamplingConfig
+from slm.nar import NAR
 from slm.pipeline import Voice
-from slm.prompts import Coverage
+from slm.prompts import Coverage, load_prompts
+from slm.shipping import load_sampling
+from slm.vocab import Vocabulary
 
 pytestmark = quiet()
+
+SHIPPED = Path(__file__).parents[1] / "models" / "small"
+MEGABYTE = 1_000_000
+MOST_PARAMETERS = 20_000_000
 
 
 @pytest.fixture
@@ -130,3 +138,51 @@ def test_what_cannot_be_shipped(folder: Path, tmp_path: Path, tiny_codec_folder:
         main([f"voice={whole}", f"out={tmp_path / 'out'}"])
     with pytest.raises(ValueError, match="rank must be at least 1"):
         main([f"voice={folder}", "rank=0"])
+
+
+def test_the_shipped_voice_is_small_enough_and_names_no_place() -> None:
+    files = [file for file in SHIPPED.rglob("*") if file.is_file()]
+    sizes = [file.stat().st_size for file in files]
+    assert max(sizes) <= 45 * MEGABYTE
+    assert sum(sizes) <= 90 * MEGABYTE
+    for file in files:
+        if file.suffix != ".safetensors":
+            text = file.read_text(encoding="utf-8")
+            assert not re.search(r'"/|(^|\s)/(home|root|tmp)/', text), file
+    base = json.loads((SHIPPED / "ar" / "base.json").read_text())
+    assert base["relative"] == "../../smollm2-135m-instruct"
+
+
+@pytest.mark.parametrize("part", ["", "codec"])
+def test_a_card_says_what_it_is_made_of(part: str) -> None:
+    card = (SHIPPED / part / "README.md").read_text(encoding="utf-8")
+    for heading in ("Scores", "Data", "Training", "Limits"):
+        assert f"\n## {heading}\n" in card
+    assert "license: apache-2.0" in card
+
+
+def test_codec_nar_and_prompts_fit_each_other() -> None:
+    codec = load_codec(SHIPPED / "codec")
+    assert is_half(codec)
+    nar = NAR.load(SHIPPED / "nar")
+    for model in (codec, nar):
+        assert sum(parameter.numel() for parameter in model.parameters()) <= MOST_PARAMETERS
+    stamp = codec.stamp
+    assert Vocabulary.load(SHIPPED / "ar").codec.digest == stamp.digest
+    assert nar.config.codebook_sizes == stamp.codebook_sizes
+    bits = sum(torch.tensor(stamp.codebook_sizes).log2().tolist())
+    assert bits * stamp.frame_rate <= 2000
+    sampling = load_sampling(SHIPPED)
+    assert sampling is not None
+    assert sampling.tries > 1
+    prompts = load_prompts(SHIPPED / "prompts")
+    assert len(prompts) >= 2
+    for prompt in prompts.values():
+        prompt.check(stamp.codebook_sizes)
+        assert prompt.text
+        assert re.search(r"CC0|CC BY|public domain", prompt.credit or "")
+    one = prompts["kathleen"]
+    (made,) = nar.decode([""], [one.codes[:, :20]], [one.codes[0, 20:40]])
+    assert made.shape == (8, 20)
+    # Its own speaker's codes come back oftener than by chance (1 in 1,024).
+    assert (made[1] == one.codes[1, 20:40]).mean() > 0.02
