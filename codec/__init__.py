@@ -7,9 +7,8 @@ Q codebooks, K codebook entries, L token positions, V vocabulary, H heads.
 
 from codec.audio import read_audio, write_audio
 from codec.config import CodecConfig
-from codec.contract import Codes, SpeechCodec
-from codec.loading import load_codec
-from codec.model import Codec
+from codec.models.base import Codes, SpeechCodec
+from codec.models.codec import Codec, load_codec
 
 __all__ = [
     "Codec", "CodecConfig", "Codes", "SpeechCodec", "load_codec", "read_audio", "write_audio",

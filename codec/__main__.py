@@ -25,7 +25,7 @@ from codec.audio import AUDIO_SUFFIXES
 from codec.tokens import CodecStamp, TokenRow, TokenShard, write_shard
 
 if TYPE_CHECKING:
-    from codec.contract import SpeechCodec
+    from codec.models.base import SpeechCodec
 
 logger = logging.getLogger("codec")
 T = TypeVar("T")
@@ -221,9 +221,9 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    from codec.folder import WEIGHTS_FILE, check_out_folder, written_together
-    from codec.interop import import_speechtokenizer
-    from codec.lmspt_interop import import_lmspt
+    from codec.interop.lmspt import import_lmspt
+    from codec.interop.speechtokenizer import import_speechtokenizer
+    from codec.io import WEIGHTS_FILE, check_out_folder, written_together
 
     check_out_folder(arguments.out)
     files = [arguments.out / name for name in ("config.json", WEIGHTS_FILE)]
@@ -242,16 +242,15 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from codec.folder import check_out_folder
-    from codec.interop import (
+    from codec.interop.lmspt import export_lmspt, lmspt_files
+    from codec.interop.speechtokenizer import (
         CHECKPOINT_FILE,
         CONFIG_FILE,
         check_export_folder,
         export_speechtokenizer,
     )
-    from codec.lmspt_interop import export_lmspt, lmspt_files
-    from codec.loading import load_codec
-    from codec.model import Codec
+    from codec.io import check_out_folder
+    from codec.models.codec import Codec, load_codec
 
     is_lmspt = arguments.kind == "lmspt"
     (check_out_folder if is_lmspt else check_export_folder)(arguments.out)
@@ -267,10 +266,8 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _halve(arguments: argparse.Namespace) -> None:
-    from codec.folder import WEIGHTS_FILE, check_out_folder
-    from codec.halving import halve, save_half
-    from codec.loading import load_codec
-    from codec.model import Codec
+    from codec.io import WEIGHTS_FILE, check_out_folder
+    from codec.models.codec import Codec, halve, load_codec, save_half
 
     check_out_folder(arguments.out)
     _check_free([arguments.out / WEIGHTS_FILE], arguments.overwrite)
@@ -327,7 +324,7 @@ def _encoded(
 
     Unreadable ones are added to `skipped`. Raises ValueError when that leaves none.
     """
-    from codec.export import encode_recording
+    from codec.tokenize import encode_recording
 
     for recording in _bar(recordings):
         try:
@@ -378,7 +375,7 @@ def _report(out: Path, total: int, skipped: Sequence[str]) -> None:
 
 
 def _load(path: str, device: str) -> "SpeechCodec":
-    from codec.loading import load_codec
+    from codec.models.codec import load_codec
 
     return load_codec(path, device=device)
 

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from codec.audio import stream_audio
-from codec.contract import SpeechCodec
-from codec.data import _single_file, load_cut
+from codec.models.base import SpeechCodec
 from codec.tokens import (
     CodecStamp,
     DamagedShard,
@@ -27,6 +26,7 @@ from codec.tokens import (
     write_shard,
     written_whole,
 )
+from codec.training.data import _single_file, load_cut
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut

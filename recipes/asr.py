@@ -1,12 +1,12 @@
-"""Trains a text LLM to transcribe token shards: recipes/voice.py with these defaults.
+"""Trains a text LLM to transcribe token shards: recipes/lib/voice_training.py with these defaults.
 
 `accelerate launch --config_file recipes/accelerate/zero2.yaml recipes/asr.py --config FILE k=v`
 """
 
 from dataclasses import dataclass, field
 
-from recipes.common import load_config, run_program
-from recipes.voice import VoiceConfig, train_voice
+from recipes.lib.run import load_config, run_program
+from recipes.lib.voice_training import VoiceConfig, train_voice
 from slm.config import ARConfig, NARConfig, TaskConfig
 
 

@@ -37,8 +37,8 @@ from eval.benchmark import (
     score_tts,
     table,
 )
-from recipes.common import git_revision
-from recipes.scoring import (
+from recipes.lib.run import git_revision
+from recipes.scoring.judges import (
     Judges,
     Task,
     digest_of_text,
@@ -48,7 +48,7 @@ from recipes.scoring import (
     score_all,
     state_of_files,
 )
-from recipes.speed import add_command, benchmark_speed
+from recipes.scoring.speed import add_command, benchmark_speed
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def finish(out: Path, rows: Iterable[Row]) -> None:
 def benchmark_reconstruction(args: argparse.Namespace) -> None:
     """Originals and their reconstructions by one codec."""
     from codec import load_codec
-    from codec.data import load_cut, read_cuts
+    from codec.training.data import load_cut, read_cuts
 
     codec = load_codec(args.codec, device=args.device)
     num_codebooks = codec.num_codebooks if args.codebooks is None else args.codebooks
@@ -373,6 +373,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from recipes.common import run_program
+    from recipes.lib.run import run_program
 
     run_program(main)

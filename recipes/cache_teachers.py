@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from codec.data import read_cuts
-from codec.feature_writer import seal_cache, write_cache
-from codec.teachers import load_speech_teacher, load_text_teacher
-from codec.words import load_transcriber
-from recipes.common import load_config, make_accelerator, run_program
+from codec.distillation.feature_cache import seal_cache, write_cache
+from codec.distillation.teachers import load_speech_teacher, load_text_teacher
+from codec.distillation.word_alignment import load_transcriber
+from codec.training.data import read_cuts
 from recipes.export_tokens import lock_folder
+from recipes.lib.run import load_config, make_accelerator, run_program
 
 logger = logging.getLogger(__name__)
 

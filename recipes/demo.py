@@ -4,6 +4,8 @@
 
 Every step is a command that is printed before it runs and works as well on recordings of your own.
 What was made is in out/voice/ afterwards: waves, spectrogram.png and scores.md.
+
+Spectrograms as a picture.
 """
 
 import argparse
@@ -17,13 +19,38 @@ import numpy as np
 import torch
 
 from codec import load_codec, read_audio, write_audio
+from codec.training.config import MelScaleConfig
+from codec.training.losses import log_mel
 from eval.speaker import SpeakerEncoder, similarity
 from eval.text import word_errors
 from eval.transcribe import Judge
-from recipes.common import run_program
-from recipes.spectrogram import SAMPLE_RATE, draw
-from recipes.steps import Step, run
-from slm.prompts import load_prompts
+from recipes.lib.commands import Step, run
+from recipes.lib.run import run_program
+from slm.data.sequences import load_prompts
+
+SAMPLE_RATE = 16_000
+
+
+def draw(waves: dict[str, Path], out: Path) -> None:
+    """A picture of the log-mel spectrograms, one below the other."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    scale = MelScaleConfig(window=1024, hop=160, num_mels=80)
+    figure, axes = pyplot.subplots(len(waves), 1, figsize=(10, 2.2 * len(waves)))
+    for axis, (title, path) in zip(np.atleast_1d(axes), waves.items(), strict=True):
+        wave = torch.from_numpy(read_audio(path, SAMPLE_RATE))
+        mel = log_mel(wave[None, None], scale, SAMPLE_RATE)[0].numpy()
+        extent = (0, len(wave) / SAMPLE_RATE, 0, scale.num_mels)
+        axis.imshow(mel, origin="lower", aspect="auto", extent=extent, cmap="magma")
+        axis.set_title(title, fontsize=9)
+        axis.set_ylabel("mel bin")
+    axes[-1].set_xlabel("seconds")
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+
 
 VOICE, OUT = Path("models/small"), Path("out/voice")
 JUDGE, SPEAKER = Path("models/whisper-base"), Path("models/speaker-encoder")

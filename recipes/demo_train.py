@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 from codec import write_audio
-from codec.data import load_cut, read_cuts
-from recipes.common import run_program
-from recipes.spectrogram import draw
-from recipes.steps import HERE, Step, launch, run
+from codec.training.data import load_cut, read_cuts
+from recipes.demo import draw
+from recipes.lib.commands import HERE, Step, launch, run
+from recipes.lib.run import run_program
 
 OUT = Path("out/demo")
 VOICE = OUT / "tts" / "voice"

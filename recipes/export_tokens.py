@@ -17,9 +17,9 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from codec import load_codec
-from codec.data import read_cuts
-from codec.export import export, num_parts, summarize
-from recipes.common import _Lock, _share, load_config, make_accelerator, run_program
+from codec.tokenize import export, num_parts, summarize
+from codec.training.data import read_cuts
+from recipes.lib.run import _Lock, _share, load_config, make_accelerator, run_program
 
 logger = logging.getLogger(__name__)
 

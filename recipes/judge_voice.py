@@ -23,10 +23,10 @@ import torch
 from codec.tokens import TokenShard, written_whole
 from eval.benchmark import Provenance, Row, Utterance, append_rows, library_of, rows_of, table
 from eval.stats import Interval, Sums, paired_difference
-from recipes.common import load_config, run_program
-from recipes.lines import Line, list_name, spread
-from recipes.scoring import digest_of_voice, load_judges
-from recipes.speak import (
+from recipes.lib.run import load_config, run_program
+from recipes.scoring.eval_items import Line, list_name, spread
+from recipes.scoring.judges import digest_of_voice, load_judges
+from recipes.scoring.synthesis import (
     METRICS,
     SpeakConfig,
     Spoken,
@@ -37,11 +37,11 @@ from recipes.speak import (
     write_prompts,
     write_results,
 )
-from recipes.voice_scores import ears_of, known_texts, lines_of
+from recipes.scoring.voice import ears_of, known_texts, lines_of
+from slm.batch_tts import alone
 from slm.config import CHECKS, SamplingConfig
-from slm.lists import alone
-from slm.pipeline import Voice
-from slm.selfcheck import can_transcribe
+from slm.generation.rerank import can_transcribe
+from slm.voice import Voice
 
 logger = logging.getLogger(__name__)
 

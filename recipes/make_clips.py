@@ -21,13 +21,13 @@ import numpy as np
 from torchaudio.functional import edit_distance
 from tqdm import tqdm
 
-from codec.checks import at_least
-from codec.reader import CodeReader, plain
+from codec.config import at_least
+from codec.distillation.ctc_reader import CodeReader, plain
 from codec.tokens import TokenRow, TokenShard, write_shard
-from recipes.common import load_config, run_program
-from slm.interleaving import write_edges
-from slm.letters import Letters
-from slm.prompts import has_words, in_small_letters
+from recipes.lib.run import load_config, run_program
+from slm.data.interleaving import write_edges
+from slm.data.sequences import has_words, in_small_letters
+from slm.models.ar import Letters
 
 logger = logging.getLogger(__name__)
 

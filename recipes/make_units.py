@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from codec.data import load_cut, read_cuts
-from codec.distill import over_frames
-from codec.feature_cache import FeatureCache
-from codec.teachers import load_speech_teacher
+from codec.distillation.feature_cache import FeatureCache
+from codec.distillation.objectives import over_frames
+from codec.distillation.teachers import load_speech_teacher
 from codec.tokens import written_whole
+from codec.training.data import load_cut, read_cuts
 from eval.benchmark import digest_of
-from recipes.common import git_revision, load_config, run_program
+from recipes.lib.run import git_revision, load_config, run_program
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,8 @@ class UnitsConfig:
     cuts: Path = Path("out/demo/cuts/train.jsonl.gz")
     """A lhotse list of cuts (recipes/prepare_data.py makes them)."""
     cache: str = ""
-    """A folder of this teacher's features (codec/feature_cache.py), read in place of the sound."""
+    """A folder of this teacher's features (codec/distillation/feature_cache.py), read in place of
+    the sound."""
     teacher: str = "models/whisper-base-transformers"
     """HuBERT, WavLM, wav2vec2 or Whisper, by hub id or folder."""
     layer: str = "mean"

@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from codec.folder import check_device
+from codec.io import check_device
 from codec.tokens import CodecStamp, TokenShard
 from eval.benchmark import (
     ASR_PREFIX,
@@ -35,8 +35,8 @@ from eval.benchmark import (
 )
 from eval.text import LIBRARIES
 from eval.tokens import Corpus, Probe, ProbeConfig, ProbeResult, train_probe
-from recipes.common import git_revision
-from recipes.scoring import digest_of_text
+from recipes.lib.run import git_revision
+from recipes.scoring.judges import digest_of_text
 
 SETTINGS = {
     "small": ProbeConfig(
@@ -286,6 +286,6 @@ def check(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    from recipes.common import run_program
+    from recipes.lib.run import run_program
 
     run_program(main)

@@ -2,7 +2,8 @@
 
     python recipes/ship_voice.py voice=out/small/tts/voice prompts=my-prompts.jsonl out=models/small
 
-An AR whose every weight was trained becomes LoRA and rows of its LLM's table (slm/lowrank.py); the
+An AR whose every weight was trained becomes LoRA and rows of its LLM's table (slm/models/lora.py);
+the
 lower the rank, the smaller the folder and the larger the loss. The codec must have been halved
 (`codec halve`) before its tokens were exported: rounding makes another codec of it. Each line of
 `prompts` names a voice: name, audio, text, credit. Prints the sizes as one JSON line.
@@ -18,15 +19,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from codec import Codec
-from codec.checks import at_least
-from codec.halving import is_half, save_half
-from recipes.common import load_config, run_program
-from slm.cards import short_path
-from slm.lowrank import as_adapters
-from slm.pipeline import Voice
-from slm.prompts import Coverage, Prompt
-from slm.shipping import anew, is_voice, write_extras
-from slm.vocab import Vocabulary
+from codec.config import at_least
+from codec.models.codec import is_half, save_half
+from recipes.lib.run import load_config, run_program
+from slm.data.sequences import Coverage, Prompt
+from slm.export.voice_folder import anew, is_voice, short_path, write_extras
+from slm.models.lora import as_adapters
+from slm.tokenization.vocabulary import Vocabulary
+from slm.voice import Voice
 
 logger = logging.getLogger(__name__)
 

@@ -3,29 +3,33 @@
 `accelerate launch recipes/train_codec.py --config FILE key=value`
 
 The run folder ends with `codec/`, which `load_codec` and the command `codec` take.
+
+What the training of a codec starts from: a folder, the hub, or an architecture alone.
 """
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate.utils import DistributedDataParallelKwargs
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from tqdm import tqdm
 
 from codec import Codec
-from codec.config import CodecConfig
-from codec.data import load_cut, read_cuts
-from codec.discriminators import Discriminators
-from codec.distill import Student
-from codec.resynthesis import Resynthesis
-from codec.targets import Teachers
+from codec.config import CodecConfig, codec_config_from_dict
+from codec.distillation.objectives import Student
+from codec.distillation.resynthesis import Resynthesis
+from codec.distillation.targets import Teachers
+from codec.io import check_config_file, check_source, check_trainable
+from codec.modules.discriminators import Discriminators
 from codec.tokens import TokenShard
-from codec.train import Models, fit
-from codec.train_config import (
+from codec.training.config import (
     CropConfig,
     DiscriminatorConfig,
     DistillConfig,
@@ -33,13 +37,73 @@ from codec.train_config import (
     OptimConfig,
     ResynthesisConfig,
 )
-from recipes.common import load_config, make_accelerator, run_program, start_run
-from recipes.start_from import starting_architecture
+from codec.training.data import load_cut, read_cuts
+from codec.training.loop import Models, fit
+from recipes.lib.config import leaves, resolved
+from recipes.lib.run import load_config, make_accelerator, run_program, start_run
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
 
 logger = logging.getLogger(__name__)
+
+
+def starting_architecture(codec: CodecConfig, start_from: str) -> CodecConfig:
+    """Of the codec that will be trained: `codec`, or what `start_from` names. Raises `ValueError`
+    where that is missing or none of ours, and where `codec` names another architecture."""
+    if not start_from:
+        return codec
+    try:
+        started = _architecture_of(start_from)
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
+        raise ValueError(
+            f"start_from {start_from}: no such folder, and not to be had from the hub "
+            f"either ({type(error).__name__}); check the name"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"start_from {error}") from error
+    if codec == CodecConfig():  # Nothing is said of it.
+        return started
+    given, there = _written_out(codec), _written_out(started)
+    if different := [key for key in given if given[key] != there[key]]:
+        said = [f"codec.{key} is {given[key]} here, {there[key]} there" for key in different[:3]]
+        more = f" (and {len(different) - 3} more)" if len(different) > 3 else ""
+        raise ValueError(
+            f"start_from {start_from} brings its own architecture, and not this one: "
+            f"{', '.join(said)}{more}; leave the keys of codec out, or set them alike"
+        )
+    return started
+
+
+def _architecture_of(source: str) -> CodecConfig:
+    """A folder's or hub id's. Raises `ValueError` that names the file, and the hub's errors."""
+    check_source(source)
+    folder, name = Path(source), f"{source}/config.json"
+    file = folder / "config.json"
+    if not folder.is_dir():
+        file = Path(hf_hub_download(source, "config.json"))
+    check_config_file(file)
+    content = json.loads(file.read_text(encoding="utf-8"))
+    check_trainable(content, name)
+    try:
+        return codec_config_from_dict(content)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _written_out(codec: CodecConfig) -> dict[str, Any]:
+    """Every key and its value, alike however the configuration spells it: `codec import` writes
+    what our files leave to fall back on another key."""
+    found = dict(leaves(resolved(codec)))
+    del found["quantizer.codebook_size"], found["quantizer.codebook_dimension"]
+    conv, quantizer = codec.lmspt.conv, codec.quantizer
+    return found | {
+        "quantizer.codebook_sizes": list(quantizer.sizes),
+        "quantizer.codebook_dimensions": list(quantizer.dimensions),
+        "lmspt.conv.semantic_width": conv.semantic_width or conv.width,
+        "lmspt.conv.decoder_strides": list(conv.upsampling),
+    }
+
 
 LEAST_EQUAL = 0.9
 """Share of the codes that another precision, or machine, leaves alone."""

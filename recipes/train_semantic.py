@@ -23,21 +23,19 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from codec import Codec
-from codec.checks import at_least
-from codec.config import CodecConfig
-from codec.data import load_cut, read_cuts
-from codec.export import text_of
-from codec.lmspt_config import AuxiliaryConfig, LMSPTConfig
-from codec.quantize import codebook_use, count_codes
-from codec.reader import STEPS, CodeReader, letters_of, num_steps, spell
-from codec.semantic import SemanticStudent, Spoken, read, spelling_loss
-from codec.train import list_bad, save_whole
-from codec.whisper_encoder import architecture_of, load_whisper
-from recipes.common import load_config, make_accelerator, run_program, start_run
-from slm.ar import Scores
+from codec.config import AuxiliaryConfig, CodecConfig, LMSPTConfig, at_least
+from codec.distillation.asr_supervision import SemanticStudent, Spoken, read, spelling_loss
+from codec.distillation.ctc_reader import STEPS, CodeReader, letters_of, num_steps, spell
+from codec.modules.quantize import codebook_use, count_codes
+from codec.modules.ssl_encoders import architecture_of, load_whisper
+from codec.tokenize import text_of
+from codec.training.data import load_cut, read_cuts
+from codec.training.loop import list_bad, save_whole
+from recipes.lib.run import load_config, make_accelerator, run_program, start_run
 from slm.config import BatchConfig, OptimConfig
-from slm.data import Share
-from slm.plan import Plan
+from slm.data.ar import Share
+from slm.data.batching import Plan
+from slm.models.ar import Scores
 from slm.train import Losses, evaluate, fit
 
 if TYPE_CHECKING:

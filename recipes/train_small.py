@@ -11,8 +11,8 @@ the times of its steps all of it takes some seven hours on two cores; it was not
 import sys
 from pathlib import Path
 
-from recipes.common import run_program
-from recipes.steps import HERE, Step, launch, run
+from recipes.lib.commands import HERE, Step, launch, run
+from recipes.lib.run import run_program
 
 OUT = Path("out/small")
 CUTS, SEMANTIC, CODEC = OUT / "cuts", OUT / "semantic" / "codec", OUT / "codec_half"

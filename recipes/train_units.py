@@ -19,8 +19,8 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from codec.tokens import TokenShard
-from recipes.common import load_config, run_program
-from slm.units import Units
+from recipes.lib.run import load_config, run_program
+from slm.tokenization.acoustic_bpe import Units
 
 logger = logging.getLogger(__name__)
 

@@ -1,12 +1,13 @@
-"""Trains a voice on token shards, and lets it speak: recipes/voice.py with these defaults.
+"""Trains a voice on token shards, and lets it speak: recipes/lib/voice_training.py with these
+defaults.
 
 `accelerate launch --config_file recipes/accelerate/zero2.yaml recipes/tts.py --config FILE k=v`
 """
 
 from dataclasses import dataclass
 
-from recipes.common import load_config, run_program
-from recipes.voice import VoiceConfig, train_voice
+from recipes.lib.run import load_config, run_program
+from recipes.lib.voice_training import VoiceConfig, train_voice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

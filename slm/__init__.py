@@ -8,22 +8,22 @@ importing `slm` stays light.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slm.ar import SpeechLM
     from slm.config import SamplingConfig
-    from slm.exporting import export
-    from slm.nar import NAR
-    from slm.pipeline import Voice
-    from slm.prompts import Prompt
+    from slm.data.sequences import Prompt
+    from slm.export.causal_lm import export
+    from slm.models.ar import SpeechLM
+    from slm.models.nar import NAR
+    from slm.voice import Voice
 
 __all__ = ["NAR", "Prompt", "SamplingConfig", "SpeechLM", "Voice", "export"]
 
 _HOMES = {
-    "NAR": "slm.nar",
-    "Prompt": "slm.prompts",
+    "NAR": "slm.models.nar",
+    "Prompt": "slm.data.sequences",
     "SamplingConfig": "slm.config",
-    "SpeechLM": "slm.ar",
-    "Voice": "slm.pipeline",
-    "export": "slm.exporting",
+    "SpeechLM": "slm.models.ar",
+    "Voice": "slm.voice",
+    "export": "slm.export.causal_lm",
 }
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from slm.config import CHECKS, SamplingConfig
 
 if TYPE_CHECKING:
-    from slm.pipeline import Voice
+    from slm.voice import Voice
 
 logger = logging.getLogger("slm")
 
@@ -144,7 +144,7 @@ def _checks(names: str) -> tuple[str, ...]:
 def _load(arguments: argparse.Namespace) -> "Voice":
     import torch
 
-    from slm.pipeline import Voice
+    from slm.voice import Voice
 
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[arguments.dtype]
     return Voice.from_pretrained(
@@ -174,8 +174,8 @@ def _check_place(target: str, *, is_folder: bool = False) -> None:
 
 
 def _tts(arguments: argparse.Namespace) -> None:
-    from slm.lists import Pace, alone, prepare, read_list, result, speak_list
-    from slm.pipeline import check_name
+    from slm.batch_tts import Pace, alone, prepare, read_list, result, speak_list
+    from slm.voice import check_name
 
     _check_tts(arguments)
     target = arguments.stream if arguments.out is None else arguments.out
@@ -230,7 +230,7 @@ def _check_tts(arguments: argparse.Namespace) -> None:
 def _stream(target: str, waves: Iterable[np.ndarray], sample_rate: int) -> None:
     """Writes a WAV file while it is made; to standard output nothing else goes then."""
     from codec.tokens import written_whole
-    from slm.streaming import write_wav
+    from slm.generation.streaming import write_wav
 
     started, count = time.monotonic(), 0
 
@@ -287,8 +287,8 @@ def _asr(arguments: argparse.Namespace) -> None:
 
 
 def _vc(arguments: argparse.Namespace) -> None:
-    from slm.lists import prompt_of
-    from slm.pipeline import check_name
+    from slm.batch_tts import prompt_of
+    from slm.voice import check_name
 
     check_name(arguments.out)
     _check_place(arguments.out)
@@ -304,8 +304,8 @@ def _vc(arguments: argparse.Namespace) -> None:
 
 
 def _continue(arguments: argparse.Namespace) -> None:
-    from slm.lists import prompt_of, result
-    from slm.pipeline import check_name
+    from slm.batch_tts import prompt_of, result
+    from slm.voice import check_name
 
     check_name(arguments.out)
     _check_place(arguments.out)
@@ -319,7 +319,7 @@ def _continue(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from slm.exporting import check_free, export
+    from slm.export.causal_lm import check_free, export
 
     check_free(Path(arguments.out))
     _check_place(arguments.out)

@@ -12,9 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from slm.long_text import Passage
-from slm.pipeline import Voice
-from slm.speaking import Speech
+from slm.generation.long_form import Passage
+from slm.generation.tts import Speech
+from slm.voice import Voice
 
 logger = logging.getLogger("slm")
 

@@ -1,6 +1,6 @@
 """The released LM-SPT's tensors, written down by rule, and its networks, computed from them.
 
-Nothing of the mapping in codec/lmspt_original.py and of our layers is used here: this is what they
+Nothing of the mapping in codec/interop/lmspt.py and of our layers is used here: this is what they
 are checked against.
 """
 

@@ -1,6 +1,7 @@
 """SpeechTokenizer's tensors, written down by hand, and its networks, computed from them by number.
 
-Nothing of the mapping in codec/original.py is used here: this is what it is checked against.
+Nothing of the mapping in codec/interop/speechtokenizer.py is used here: this is what it is checked
+against.
 """
 
 from typing import Any

@@ -5,8 +5,7 @@ from dataclasses import replace
 import torch
 
 from codec import Codec, CodecConfig
-from codec.config import QuantizerConfig, SpectralConfig
-from codec.lmspt_config import AuxiliaryConfig, LMSPTConfig
+from codec.config import AuxiliaryConfig, LMSPTConfig, QuantizerConfig, SpectralConfig
 
 QUANTIZER = QuantizerConfig(
     num_codebooks=3, codebook_sizes=(64, 16, 16), codebook_dimension=4, normalize=True,

@@ -4,11 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from test_speech_teachers import save
 from tiny_lmspt import SPECTRAL
 
 from codec import Codec, CodecConfig
-from codec.whisper_encoder import WhisperEncoder, architecture_of, load_whisper
+from codec.modules.ssl_encoders import WhisperEncoder, architecture_of, load_whisper
+from tests.codec.distillation.test_teachers_speech_teachers import save
 
 FRAMES = replace(SPECTRAL.spectral, window=640, hop=160, strides=(2, 2))
 LM_SPT = replace(

@@ -17,7 +17,7 @@ STAMP = CodecStamp(
     num_codebooks=len(SIZES), codebook_sizes=SIZES,
 )  # fmt: skip
 if TYPE_CHECKING:
-    from slm.alphabet import Alphabet
+    from slm.tokenization.tokenizer import Alphabet
 
 WORDS = "the cat sat on a mat and dog ran far away from red hen in sun now"
 
@@ -78,9 +78,9 @@ def save_base(
 
 def alphabet_of(base: Path, stamp: CodecStamp = STAMP) -> "Alphabet":
     """The LLM's own tokens and plain codes."""
-    from slm.alphabet import Alphabet
-    from slm.base import load_base
-    from slm.vocab import Vocabulary
+    from slm.models.ar import load_base
+    from slm.tokenization.tokenizer import Alphabet
+    from slm.tokenization.vocabulary import Vocabulary
 
     loaded = load_base(base)
     return Alphabet(Vocabulary.of(loaded.lm, loaded.tokenizer, stamp), loaded.tokenizer)
@@ -112,10 +112,10 @@ TEXT = "the cat sat on a mat"
 def save_voice(root: Path, codec_folder: Path) -> Path:
     """A voice whose models know nothing, with a shipped prompt named ann; its LLM is beside it."""
     from codec import load_codec
-    from slm.ar import SpeechLM
     from slm.config import ARConfig, LoRAConfig, NARConfig
-    from slm.nar import NAR
-    from slm.prompts import Coverage, Prompt
+    from slm.data.sequences import Coverage, Prompt
+    from slm.models.ar import SpeechLM
+    from slm.models.nar import NAR
 
     voice = root / "a voice"
     codec = load_codec(codec_folder)
@@ -146,7 +146,7 @@ def run_slm(*arguments: str | Path) -> int:
 
 def speak_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny models know no end: what loaded voices say is kept short."""
-    from slm.pipeline import Voice
+    from slm.voice import Voice
 
     original = Voice.from_pretrained.__func__  # type: ignore[attr-defined]
 

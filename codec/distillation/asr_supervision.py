@@ -11,11 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from codec.layers import ceil_div, length_mask
-from codec.model import Codec
-from codec.quantize import SplitVQ
-from codec.reader import BLANK, STEPS, Reader
-from codec.whisper_encoder import WhisperEncoder
+from codec.distillation.ctc_reader import BLANK, STEPS, Reader
+from codec.models.codec import Codec
+from codec.modules.layers import ceil_div, length_mask
+from codec.modules.quantize import SplitVQ
+from codec.modules.ssl_encoders import WhisperEncoder
 
 
 class Spoken(NamedTuple):

@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from codec.alignment import fill_gaps, runs
-from codec.folder import written_together
-from codec.layers import ConvNeXtBlock
+from codec.distillation.word_alignment import fill_gaps, runs
+from codec.io import written_together
+from codec.modules.layers import ConvNeXtBlock
 
 APOSTROPHE = "\N{RIGHT SINGLE QUOTATION MARK}"
 BLANK, SPACE = 0, 1

@@ -3,35 +3,234 @@
 A cache is a folder of safetensors shards in float16 beside cache.json, which says what made them.
 A shard holds of each recording `speech/ID` (T,D), `words/ID` (W,D), `sentence/ID` (D,) and
 `spoken/ID`, the words and their seconds as JSON in UTF-8; what was not asked for is not there.
+
+The files of a feature cache: cache.json and safetensors shards, written whole and checked.
+
+Writes a cache of teachers' features (codec/distillation/feature_cache.py reads it), resumable,
+over ranks.
 """
 
+import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float16
 from torch import Tensor
 
-from codec.feature_shards import (
-    AGAIN,
-    ANEW,
-    Entry,
-    check_length,
-    check_teacher,
-    read_facts,
-    read_shard,
-)
-from codec.words import Word
+from codec.audio import resample_batch
+from codec.distillation.teachers import SpeechTeacher, TextTeacher
+from codec.distillation.word_alignment import Word
+from codec.tokenize import Skipped, batches_of, loaded, text_of
+from codec.tokens import written_whole
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
 
+    from codec.distillation.word_alignment import Transcriber
 
 logger = logging.getLogger(__name__)
+
+
+FORMAT = 1
+SHARD_BYTES = 256 * 2**20
+"""A shard is written once it has so many; what is not yet written a kill costs."""
+AGAIN = "write the cache again (recipes/cache_teachers.py): what is whole in it stays"
+ANEW = "write another cache with one (recipes/cache_teachers.py), into a new folder"
+
+
+class Entry(NamedTuple):
+    """Where a recording lies, how long it is, and its number of speech features."""
+
+    shard: str
+    seconds: float
+    frames: int
+
+
+class DamagedFeatures(ValueError):
+    """A shard that was not written whole."""
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What made the cache, and its shards if it is finished. ValueError: it is no cache of ours."""
+    path = folder / "cache.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: no feature cache; make it with recipes/cache_teachers.py")
+    try:
+        facts = json.loads(path.read_text())
+        version = facts["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: is not whole; remove it and {AGAIN}") from error
+    if version != FORMAT:
+        raise ValueError(
+            f"{folder}: the cache has format {version!r}, this program knows {FORMAT}; write it "
+            "into a new folder"
+        )
+    return facts
+
+
+def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    with written_whole(folder / "cache.json") as temporary:
+        temporary.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def claim(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Begins a cache, or checks that the folder's was made by the same teachers."""
+    if not (folder / "cache.json").exists():
+        if any(shard_files(folder)):
+            raise ValueError(f"{folder}: has features but no cache.json; choose another folder")
+        write_facts(folder, facts)
+        return
+    before = read_facts(folder)
+    for kind in ("speech", "text", "words"):
+        if before[kind] != facts[kind]:
+            raise ValueError(
+                f"{folder}: the cache there was made with {kind} {before[kind]}, not "
+                f"{facts[kind]}; choose another folder, or remove this one"
+            )
+
+
+def check_teacher(
+    folder: Path, kind: str, made: Mapping[str, Any] | None, expected: tuple[str, str] | None
+) -> None:
+    """ValueError unless the teacher is the (model, layer) that is expected."""
+    if expected is None:
+        return
+    if made is None:
+        raise ValueError(f"{folder}: the cache has no {kind} teacher; {ANEW}")
+    same = Path(made["name"]).resolve() == Path(expected[0]).resolve()
+    if not same or made["layer"] != expected[1]:
+        raise ValueError(
+            f"{folder}: the cache's {kind} teacher is {made['name']}, layer {made['layer']}, not "
+            f"{expected[0]}, layer {expected[1]}; name that one, or write another cache"
+        )
+
+
+def shard_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("features-*.safetensors"))
+
+
+def check_length(
+    where: Path,
+    recording: str,
+    frames: int,
+    seconds: float,
+    facts: Mapping[str, Any],
+) -> None:
+    """ValueError unless a recording of so many seconds has so many features, give or take one."""
+    speech = facts["speech"]
+    samples = round(seconds * speech["sample_rate"])
+    expected = max(1, 1 + (samples - speech["receptive_field"]) // speech["hop_length"])
+    if abs(frames - expected) > 1:
+        raise ValueError(
+            f"{where}: {recording} has {frames} features, but its {seconds:.3f} s make {expected}; "
+            f"the recording or the file has changed: remove {where.name} and {AGAIN}"
+        )
+
+
+def read_shard(path: Path, facts: Mapping[str, Any]) -> dict[str, Entry]:
+    """The recordings of a shard, from its header alone.
+
+    Raises DamagedFeatures when the file is cut, ValueError when it is whole and wrong.
+    """
+    header = _header(path)
+    notes = header.pop("__metadata__", {})
+    if notes.get("stamp") != _stamp(facts):
+        raise ValueError(f"{path}: made by other teachers; remove it and {AGAIN}")
+    entries = {}
+    for recording, seconds in json.loads(notes["seconds"]).items():
+        frames = 0
+        for kind, rank in (("speech", 2), ("words", 2), ("sentence", 1), ("spoken", 1)):
+            teacher = facts[
+                "words" if kind == "spoken" else "speech" if kind == "speech" else "text"
+            ]
+            if teacher is None:
+                continue
+            tensor = header.get(f"{kind}/{recording}")
+            if tensor is None:
+                raise ValueError(
+                    f"{path}: {recording} lacks its {kind}; remove the file and {AGAIN}"
+                )
+            _check_tensor(path, f"{kind}/{recording}", tensor, rank, teacher.get("dimension"))
+            frames = tensor["shape"][0] if kind == "speech" else frames
+        if facts["speech"]:
+            check_length(path, recording, frames, seconds, facts)
+        entries[recording] = Entry(path.name, seconds, frames)
+    return entries
+
+
+def _check_tensor(
+    path: Path, name: str, tensor: Mapping[str, Any], rank: int, dimension: int | None
+) -> None:
+    shape, kind = tensor["shape"], tensor["dtype"]
+    wanted = "U8" if dimension is None else "F16"
+    if len(shape) != rank or kind != wanted or dimension not in (None, shape[-1]):
+        raise ValueError(
+            f"{path}: {name} has shape {shape} of {kind}, where rank {rank} of {wanted} and a last "
+            f"size of {dimension or 'any'} belong; remove the file and {AGAIN}"
+        )
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """A safetensors file's header: 8 bytes of its size, then JSON, then the tensors' bytes."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length) if length < size else b"")
+        except ValueError as error:
+            raise DamagedFeatures(f"{path}: the shard is cut; {AGAIN}") from error
+    ends = [one["data_offsets"][1] for name, one in header.items() if name != "__metadata__"]
+    if size != 8 + length + max(ends, default=0):
+        raise DamagedFeatures(f"{path}: the shard is cut; {AGAIN}")
+    return header
+
+
+def _stamp(facts: Mapping[str, Any]) -> str:
+    made = {key: facts[key] for key in ("format", "speech", "text", "words")}
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class ShardWriter:
+    """Collects recordings and writes them, a shard at a time."""
+
+    def __init__(self, folder: Path, rank: int, facts: Mapping[str, Any]) -> None:
+        self.folder, self.rank, self.stamp = folder, rank, _stamp(facts)
+        self.tensors: dict[str, Tensor] = {}
+        self.seconds: dict[str, float] = {}
+        self.num_bytes = 0
+
+    def add(self, recording: str, seconds: float, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors |= {f"{kind}/{recording}": tensor for kind, tensor in tensors.items()}
+        self.seconds[recording] = seconds
+        self.num_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        if self.num_bytes >= SHARD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        if not self.seconds:
+            return
+        number = 0
+        while (path := self.folder / f"features-{self.rank:03d}-{number:05d}.safetensors").exists():
+            number += 1
+        notes = {"stamp": self.stamp, "seconds": json.dumps(self.seconds)}
+        try:
+            with written_whole(path) as temporary:
+                save_file(self.tensors, temporary, notes)
+                # safetensors lets nobody else read its files; others may read the cache.
+                temporary.chmod((self.folder / "cache.json").stat().st_mode & 0o777)
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot be written ({error}); is the disk full?") from error
+        self.tensors, self.seconds, self.num_bytes = {}, {}, 0
 
 
 class CachedWords(NamedTuple):
@@ -158,3 +357,240 @@ class FeatureCache:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
+
+
+WORDS_PER_HOUR = 10_000
+"""Fluent reading; for the estimate of a cache's size only."""
+
+
+class CacheSummary(NamedTuple):
+    """What lies in a cache, and the recordings that could not be read."""
+
+    num_recordings: int
+    hours: float
+    num_bytes: int
+    skipped: list[Skipped]
+
+
+def write_cache(
+    folder: str | Path,
+    cuts: Sequence["Cut"],
+    *,
+    speech: SpeechTeacher | None = None,
+    text: TextTeacher | None = None,
+    transcriber: "Transcriber | None" = None,
+    recorded: bool = True,
+    batch_seconds: float | int = 120.0,
+    share: tuple[int, int] = (0, 1),
+) -> CacheSummary:
+    """Writes the features of this rank's share of whole recordings that are not in the folder yet.
+
+    `share` is this process's rank and their number. With a `transcriber` the words are stored, with
+    `text` their states as well: of the cuts' transcripts, aligned, or (`recorded=False`) of what is
+    recognised. A batch holds up to `batch_seconds` of audio, padding included. Recordings that
+    cannot be used are skipped and listed in skipped.jsonl. A process that is alone seals the cache;
+    of several, one calls `seal_cache` when all are done. Raises ValueError, before anything is
+    computed, when the disk is too small or the folder's cache was made by other teachers.
+    """
+    from tqdm import tqdm
+
+    folder, (rank, world) = Path(folder), share
+    work = _Work(speech, text, transcriber, recorded)
+    facts = work.facts()
+    if len({cut.id for cut in cuts}) < len(cuts):
+        raise ValueError("an id comes twice in the list of cuts; ids must be unique")
+    claim(folder, facts)
+    done = _done(folder, rank, facts)
+    _announce(folder, [cut for cut in cuts if cut.id not in done], facts)
+    mine = [cut for cut in cuts[rank::world] if cut.id not in done]
+    shards, skipped = ShardWriter(folder, rank, facts), []
+    with tqdm(total=len(mine), desc="cache", unit="cut", disable=rank > 0) as bar:
+        for batch in loaded(batches_of(mine, float(batch_seconds)), work.sample_rate):
+            for cut, result in work.compute(batch):
+                if isinstance(result, str):
+                    logger.warning("skipped %s: %s", cut.id, result)
+                    skipped.append(Skipped(cut.id, result))
+                else:
+                    shards.add(cut.id, *result)
+            bar.update(len(batch))
+    shards.flush()
+    with written_whole(folder / f"skipped-{rank:03d}.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(entry._asdict()) + "\n" for entry in skipped))
+    return seal_cache(folder) if world == 1 else _summary(folder, facts)
+
+
+def seal_cache(folder: str | Path) -> CacheSummary:
+    """Notes in cache.json what a whole cache consists of, once all ranks are done (one calls it).
+
+    Raises ValueError when nothing at all could be read.
+    """
+    folder = Path(folder)
+    facts = read_facts(folder)
+    summary = _summary(folder, facts)
+    with written_whole(folder / "skipped.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(one._asdict()) + "\n" for one in summary.skipped))
+    if summary.num_recordings == 0:
+        reason = f"; the first: {summary.skipped[0].reason}" if summary.skipped else ""
+        raise ValueError(f"{folder}: none of the recordings could be used{reason}")
+    facts["shards"] = {path.name: path.stat().st_size for path in shard_files(folder)}
+    write_facts(folder, facts)
+    return summary
+
+
+class _Work(NamedTuple):
+    """What is computed of each recording."""
+
+    speech: SpeechTeacher | None
+    text: TextTeacher | None
+    transcriber: Any
+    recorded: bool
+
+    def facts(self) -> dict[str, Any]:
+        if self.text is not None and self.transcriber is None:
+            raise ValueError("a text teacher needs a transcriber, which says when words are spoken")
+        if self.speech is None and self.transcriber is None:
+            raise ValueError("nothing to cache: name a speech teacher, a transcriber, or both")
+        speech = text = words = None
+        if self.speech is not None:
+            keys = ("name", "layer", "dimension", "frame_rate", "sample_rate", "hop_length")
+            speech = {key: getattr(self.speech, key) for key in (*keys, "receptive_field")}
+        if self.text is not None:
+            text = {key: getattr(self.text, key) for key in ("name", "layer", "dimension")}
+        if self.transcriber is not None:
+            words = {"transcriber": self.transcriber.name, "recorded": self.recorded}
+            # Caches of format 1 from before there was a choice are English ones.
+            if (language := getattr(self.transcriber, "language", "en")) != "en":
+                words["language"] = language
+        return {"format": FORMAT, "speech": speech, "text": text, "words": words}
+
+    @property
+    def sample_rate(self) -> int:
+        return (self.speech or self.transcriber).sample_rate
+
+    @torch.no_grad()
+    def compute(
+        self, batch: list[tuple["Cut", np.ndarray | str]]
+    ) -> list[tuple["Cut", tuple[float, dict[str, Tensor]] | str]]:
+        """Each cut with its seconds and tensors, or with why it has none."""
+        results: dict[str, tuple[float, dict[str, Tensor]] | str] = {}
+        readable: list[tuple[Cut, np.ndarray]] = []
+        for cut, wave in batch:
+            if isinstance(wave, str):
+                results[cut.id] = wave
+            elif self.transcriber is not None and self.recorded and not text_of(cut).strip():
+                results[cut.id] = f"{cut.id}: has no transcript; use recognised words"
+            else:
+                readable.append((cut, wave))
+        if readable:
+            results.update(self._together(readable))
+        return [(cut, results[cut.id]) for cut, _ in batch]
+
+    def _together(self, readable: list[tuple["Cut", np.ndarray]]) -> dict[str, Any]:
+        try:
+            tensors = self._tensors(readable)
+        except ValueError as error:
+            if len(readable) == 1:
+                return {readable[0][0].id: str(error)}
+            # One of them, say a transcript that does not fit: the others need not suffer.
+            return {cut.id: self._together([(cut, wave)])[cut.id] for cut, wave in readable}
+        return {
+            cut.id: (len(wave) / self.sample_rate, found)
+            for (cut, wave), found in zip(readable, tensors, strict=True)
+        }
+
+    def _tensors(self, readable: list[tuple["Cut", np.ndarray]]) -> list[dict[str, Tensor]]:
+        lengths = torch.tensor([len(wave) for _, wave in readable])
+        padded = torch.zeros(len(readable), 1, int(lengths.max()))
+        for row, (_, wave) in zip(padded, readable, strict=True):
+            row[0, : len(wave)] = torch.from_numpy(wave)
+        found: list[dict[str, Tensor]] = [{} for _ in readable]
+        if self.speech is not None:
+            device = self.speech.place["device"]
+            values, frames = self.speech(padded.to(device), lengths.to(device))
+            for tensors, states, count in zip(found, values, frames.tolist(), strict=True):
+                tensors["speech"] = _stored(states[:count])
+        if self.transcriber is not None:
+            rate = self.transcriber.sample_rate
+            waves = resample_batch(padded, self.sample_rate, rate)
+            counts = (lengths * rate / self.sample_rate).ceil().long()
+            texts = [text_of(cut) for cut, _ in readable] if self.recorded else None
+            spoken = self.transcriber.words(waves, counts, texts)
+            for tensors, words in zip(found, spoken, strict=True):
+                tensors["spoken"] = _as_bytes([list(word) for word in words])
+            if self.text is not None:
+                texts_states = self.text([[word.text for word in words] for words in spoken])
+                for tensors, states in zip(found, texts_states, strict=True):
+                    tensors["words"] = _stored(states.words)
+                    tensors["sentence"] = _stored(states.sentence)
+        return found
+
+
+def _stored(states: Tensor) -> Tensor:
+    halved = states.to("cpu", torch.float16, copy=True)
+    if not halved.isfinite().all():
+        raise ValueError("its features do not fit into float16; choose another layer")
+    return halved
+
+
+def _as_bytes(words: list[list[Any]]) -> Tensor:
+    return torch.from_numpy(np.frombuffer(json.dumps(words).encode(), np.uint8).copy())
+
+
+def _done(folder: Path, rank: int, facts: Mapping[str, Any]) -> dict[str, Entry]:
+    """What is there already. Shards that are cut, and a killed run's temporary files, go."""
+    for leftover in folder.glob(f".features-{rank:03d}-*.tmp"):
+        leftover.unlink(missing_ok=True)
+    index: dict[str, Entry] = {}
+    for path in shard_files(folder):
+        try:
+            index.update(read_shard(path, facts))
+        except DamagedFeatures as error:
+            logger.warning("%s: removed", error)
+            path.unlink(missing_ok=True)
+        except FileNotFoundError:  # Another rank has just removed it.
+            continue
+    return index
+
+
+def _announce(folder: Path, cuts: Sequence["Cut"], facts: Mapping[str, Any]) -> None:
+    """Tells what the cache will cost. ValueError: it is more than the disk has."""
+    hours = sum(cut.duration for cut in cuts) / 3600
+    parts, an_hour = [], 0.0
+    if facts["speech"]:
+        rate, dimension = facts["speech"]["frame_rate"], facts["speech"]["dimension"]
+        parts.append(f"{rate:g} Hz x {dimension} x 2 bytes")
+        an_hour += rate * 3600 * dimension * 2
+    if facts["text"]:
+        dimension = facts["text"]["dimension"]
+        parts.append(f"about {WORDS_PER_HOUR} words an hour x {dimension} x 2 bytes")
+        an_hour += WORDS_PER_HOUR * dimension * 2
+    if facts["words"]:
+        parts.append(f"about {WORDS_PER_HOUR} words an hour x 32 bytes")
+        an_hour += WORDS_PER_HOUR * 32
+    needed, free = hours * an_hour, shutil.disk_usage(folder).free
+    logger.info(
+        "%s: %d recordings to write, %.2f hours, %s = %.0f MB an hour, %.0f MB in all; %.0f MB of "
+        "disk are free", folder, len(cuts), hours, " + ".join(parts), an_hour / 1e6, needed / 1e6,
+        free / 1e6,
+    )  # fmt: skip
+    if needed > free:
+        raise ValueError(
+            f"{folder}: the cache needs {needed / 1e6:.0f} MB, but {free / 1e6:.0f} MB are free; "
+            "make room, choose another disk, or compute the features while training"
+        )
+
+
+def _summary(folder: Path, facts: Mapping[str, Any]) -> CacheSummary:
+    index: dict[str, Entry] = {}
+    for path in shard_files(folder):
+        index.update(read_shard(path, facts))
+    num_bytes = sum(path.stat().st_size for path in shard_files(folder))
+    lines = [
+        line
+        for path in sorted(folder.glob("skipped-*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
+    skipped = {one["id"]: Skipped(**one) for one in map(json.loads, lines)}
+    left = [one for one in skipped.values() if one.id not in index]
+    hours = sum(entry.seconds for entry in index.values()) / 3600
+    return CacheSummary(len(index), hours, num_bytes, left)

@@ -8,9 +8,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from codec.model import Codec
-from codec.quantize import Quantized
-from codec.train_config import (
+from codec.models.codec import Codec
+from codec.modules.quantize import Quantized
+from codec.training.config import (
     DistillConfig,
     ResynthesisConfig,
     SpeechTeacherConfig,

@@ -14,11 +14,15 @@ from torch.nn import functional
 
 from codec.audio import resample_batch
 from codec.config import CodecConfig
-from codec.data import Crops
-from codec.layers import ceil_div
-from codec.speech_teachers import WINDOW_SECONDS, Features, WhisperTeacher
-from codec.teachers import load_speech_teacher
-from codec.train_config import ResynthesisConfig
+from codec.distillation.teachers import (
+    WINDOW_SECONDS,
+    Features,
+    WhisperTeacher,
+    load_speech_teacher,
+)
+from codec.modules.layers import ceil_div
+from codec.training.config import ResynthesisConfig
+from codec.training.data import Crops
 
 
 class Resynthesis:

@@ -13,17 +13,17 @@ from torch.nn.utils.rnn import pad_sequence
 
 from codec.audio import resample_batch
 from codec.config import CodecConfig
-from codec.data import Crops
-from codec.distill import Target, over_frames, states_over_frames
-from codec.layers import ceil_div
-from codec.train_config import DistillConfig
+from codec.distillation.objectives import Target, over_frames, states_over_frames
+from codec.modules.layers import ceil_div
+from codec.training.config import DistillConfig
+from codec.training.data import Crops
 
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
 
-    from codec.words import Word
+    from codec.distillation.word_alignment import Word
 
 
 class Teachers:
@@ -44,7 +44,7 @@ class Teachers:
         self.units: Tensor | None = None
         self.widths: dict[str, int] = {}
         if config.cache:
-            from codec.feature_cache import FeatureCache
+            from codec.distillation.feature_cache import FeatureCache
 
             named = {"speech": config.speech, "text": config.text}
             self.cache = FeatureCache.open(
@@ -87,7 +87,7 @@ class Teachers:
     def _load_speech(self) -> None:
         config = self.config.speech
         if self.cache is None:
-            from codec.teachers import load_speech_teacher
+            from codec.distillation.teachers import load_speech_teacher
 
             self.speech = load_speech_teacher(
                 config.model, layer=config.layer, device=self.device, half=self.config.half
@@ -104,13 +104,13 @@ class Teachers:
     def _load_text(self) -> None:
         config = self.config.text
         if self.cache is None or config.align == "index":
-            from codec.teachers import load_text_teacher
+            from codec.distillation.teachers import load_text_teacher
 
             self.text = load_text_teacher(
                 config.model, layer=config.layer, device=self.device, half=self.config.half
             )
         if self.cache is None:
-            from codec.words import load_transcriber
+            from codec.distillation.word_alignment import load_transcriber
 
             self.transcriber = load_transcriber(
                 config.transcriber,

@@ -1,25 +1,44 @@
-"""Codec: recordings to codes and back, whatever networks its configuration names."""
+"""Codec: recordings to codes and back, whatever networks its configuration names.
+
+Codecs in half precision, as they ship: half the size on disk, computed with as before.
+
+Rounding changes some codes: it makes another codec, with another digest, to export tokens with.
+
+Any codec by its folder or hub id.
+"""
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float, Int
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from codec.config import CodecConfig, codec_config_from_dict
-from codec.contract import SpeechCodec
-from codec.folder import WEIGHTS_FILE, check_trainable, load_weights
-from codec.layers import Lengths
-from codec.lmspt import DualEncoder, build_auxiliary, build_decoder
-from codec.quantize import Quantized, ResidualVQ, SplitVQ
-from codec.seanet import SEANetDecoder, SEANetEncoder, semantic_head
-from codec.spectral import SpectralDecoder, SpectralEncoder
-from codec.speech_teachers import WINDOW_SECONDS
+from codec.distillation.teachers import WINDOW_SECONDS
+from codec.io import (
+    SUMS,
+    WEIGHTS_FILE,
+    check_config_file,
+    check_device,
+    check_source,
+    check_trainable,
+    load_weights,
+    written_together,
+)
+from codec.models.base import SpeechCodec
+from codec.models.lmspt import DualEncoder, build_auxiliary, build_decoder
+from codec.modules.layers import Lengths
+from codec.modules.quantize import Quantized, ResidualVQ, SplitVQ
+from codec.modules.seanet import SEANetDecoder, SEANetEncoder, semantic_head
+from codec.modules.vocos import SpectralDecoder, SpectralEncoder
 from codec.tokens import CodecStamp
 
 
@@ -276,3 +295,94 @@ def _digest(codec: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+KEPT = ("cluster_size", "num_updates")
+"""Small tensors that count, and are no weights."""
+
+
+def halve(codec: Codec) -> Codec:
+    """Rounds every weight to what float16 can hold, in place. Raises ValueError for a codec that
+    was folded for inference, and one whose weights float16 cannot hold."""
+    if codec.is_folded:
+        raise ValueError(f"{codec.source}: folded; load it with Codec.from_pretrained")
+    state = codec.state_dict()
+    for name, tensor in state.items():
+        if _is_weight(name, tensor):
+            rounded = tensor.half().to(tensor.dtype)
+            if not bool(rounded.isfinite().all()):
+                raise ValueError(f"{codec.source}: {name} is too large for float16")
+            state[name] = rounded
+    for name in state:
+        if name.endswith(SUMS):
+            state[name] = _sums(state, name)
+    codec.load_state_dict(state)
+    return codec
+
+
+def is_half(codec: Codec) -> bool:
+    """Whether float16 holds the codec as it is."""
+    state = codec.state_dict()
+    for name, tensor in state.items():
+        if _is_weight(name, tensor) and not torch.equal(tensor.half().to(tensor.dtype), tensor):
+            return False
+        if name.endswith(SUMS) and not torch.equal(tensor, _sums(state, name)):
+            return False
+    return True
+
+
+def save_half(codec: Codec, folder: str | Path) -> None:
+    """Writes a halved codec's folder; sums of moving averages are left out, as they follow from
+    the entries."""
+    if not is_half(codec):
+        raise ValueError("the codec holds more than half precision: halve it first")
+    with written_together(Path(folder)) as temporary:
+        codec.save_pretrained(temporary)
+        (temporary / "README.md").unlink(missing_ok=True)
+        state = {
+            name: (tensor.half() if _is_weight(name, tensor) else tensor).contiguous()
+            for name, tensor in codec.state_dict().items()
+            if not name.endswith(SUMS)
+        }
+        save_file(state, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def _is_weight(name: str, tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not name.endswith((*KEPT, SUMS))
+
+
+def _sums(state: dict[str, Tensor], name: str) -> Tensor:
+    stem = name.removesuffix(SUMS)
+    return state[f"{stem}entries"] * state[f"{stem}cluster_size"][:, None]
+
+
+def load_codec(
+    path_or_hub_id: str | Path, device: str = "cpu", *, fold: bool = True
+) -> SpeechCodec:
+    """A trained codec, ready to encode and decode, from a local folder or a hub id.
+
+    It is one of ours, or EnCodec, DAC, Mimi or X-Codec2 of transformers, which config.json tells.
+    The weight norm of ours is folded, which is faster: pass `fold=False`, or use
+    `Codec.from_pretrained`, to train it further. Raises `ValueError` when it is missing or its
+    files do not fit together.
+    """
+    path, source = Path(path_or_hub_id), str(path_or_hub_id)
+    check_device(device)
+    check_source(path)
+    try:
+        file = path / "config.json"
+        if not path.is_dir():
+            file = Path(hf_hub_download(source, "config.json"))
+        check_config_file(file)
+        # Ours have none; all of transformers' have.
+        if "model_type" in json.loads(file.read_text(encoding="utf-8")):
+            from codec.models.hf import load_baseline
+
+            return load_baseline(source, device)
+        codec = Codec.from_pretrained(source, map_location=device)
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
+        raise ValueError(
+            f"{path_or_hub_id}: no such folder, and not to be had from the hub either "
+            f"({type(error).__name__}); check the name"
+        ) from error
+    return codec.fold_weight_norm() if fold else codec

@@ -15,10 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from codec.contract import SpeechCodec
-from codec.layers import Lengths, ceil_div
-from codec.pieces import CHUNK_SECONDS
-from codec.teachers import loading, quiet
+from codec.distillation.teachers import loading, quiet
+from codec.models.base import CHUNK_SECONDS, SpeechCodec
+from codec.modules.layers import Lengths, ceil_div
 from codec.tokens import CodecStamp
 
 MOST_ENTRIES = 1 << 16

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from codec.config import CodecConfig, SpectralConfig
-from codec.convolutional import ConvDecoder, ConvEncoder
-from codec.layers import Lengths, Transformer, ceil_div
-from codec.spectral import SpectralDecoder, SpectralEncoder
-from codec.whisper_encoder import WhisperEncoder
+from codec.modules.dac import ConvDecoder, ConvEncoder
+from codec.modules.layers import Lengths, Transformer, ceil_div
+from codec.modules.ssl_encoders import WhisperEncoder
+from codec.modules.vocos import SpectralDecoder, SpectralEncoder
 
 
 class Encoder(nn.Module):

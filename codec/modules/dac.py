@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from codec.layers import (
+from codec.modules.layers import (
     Lengths,
     Snake,
     ZeroPaddedConv1d,

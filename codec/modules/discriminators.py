@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-from codec.train_config import DiscriminatorConfig
+from codec.training.config import DiscriminatorConfig
 
 SLOPE = 0.1
 PERIOD_WIDTHS = (32, 128, 512, 1024, 1024)

@@ -4,7 +4,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from codec.config import SEANetConfig
-from codec.layers import (
+from codec.modules.layers import (
     Lengths,
     PaddedConv1d,
     PaddedConvTranspose1d,

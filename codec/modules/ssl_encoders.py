@@ -15,11 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from codec.config import WHISPER_HOP, CodecConfig
-from codec.layers import ChannelNorm, ConvNeXtBlock, Lengths, ceil_div, length_mask
-from codec.lmspt_config import WhisperConfig
-from codec.speech_teachers import WINDOW_SECONDS, WhisperTeacher
-from codec.teachers import load_speech_teacher
+from codec.config import WHISPER_HOP, CodecConfig, WhisperConfig
+from codec.distillation.teachers import WINDOW_SECONDS, WhisperTeacher, load_speech_teacher
+from codec.modules.layers import ChannelNorm, ConvNeXtBlock, Lengths, ceil_div, length_mask
 
 KERNEL = 5
 """Frames of an adapter block's depthwise convolution."""

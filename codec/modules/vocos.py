@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from codec.audio import mel_filterbank
 from codec.config import SpectralConfig
-from codec.layers import ChannelNorm, ConvNeXtBlock, Lengths, ceil_div, length_mask
+from codec.modules.layers import ChannelNorm, ConvNeXtBlock, Lengths, ceil_div, length_mask
 
 MEL_FLOOR = 1e-5
 MAX_LOG_MAGNITUDE = 6.0

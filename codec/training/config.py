@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from codec.checks import at_least, one_of
+from codec.config import at_least, one_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,24 +14,23 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
-from codec.data import CropDataset, Crops, crop_batches
-from codec.discriminators import BandDiscriminator, Discriminators, STFTDiscriminator
-from codec.distill import Student, StudentOutput, Target, distill_losses
-from codec.intelligibility import stoi_loss
-from codec.losses import (
+from codec.distillation.objectives import Student, StudentOutput, Target, distill_losses
+from codec.distillation.resynthesis import Reference, Resynthesis
+from codec.distillation.targets import Teachers
+from codec.models.codec import Codec, CodecOutput
+from codec.modules.discriminators import BandDiscriminator, Discriminators, STFTDiscriminator
+from codec.training.config import CropConfig, DistillConfig, LossConfig, OptimConfig
+from codec.training.data import CropDataset, Crops, crop_batches
+from codec.training.losses import (
     adversarial_loss,
     discriminator_loss,
     feature_loss,
     magnitude_loss,
     mel_loss,
+    stoi_loss,
     wave_loss,
 )
-from codec.meters import Window, line
-from codec.model import Codec, CodecOutput
-from codec.resynthesis import Reference, Resynthesis
-from codec.targets import Teachers
-from codec.train_config import CropConfig, DistillConfig, LossConfig, OptimConfig
-from codec.validate import validate
+from codec.training.validate import Window, line, validate
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class Run(Protocol):
-    """A run folder: what the loop needs of it (recipes/common.py has one)."""
+    """A run folder: what the loop needs of it (recipes/lib/run.py has one)."""
 
     folder: Path
     accelerator: "Accelerator"

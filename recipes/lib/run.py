@@ -2,16 +2,25 @@
 
 The run folder holds config.yaml, run.json (git revision, seed, versions, machine of each start),
 metrics.jsonl, TensorBoard events and checkpoints/step-00000500. A stage is a subfolder.
+
+What makes a checkpoint whole: its seal, and the files around it.
+
+Where numbers come from: the git revision, package versions and machine of a start.
 """
 
 import ctypes
 import fcntl
 import gc
+import importlib.metadata
 import json
 import logging
 import os
+import platform
+import re
 import shutil
+import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,14 +38,127 @@ from accelerate.utils import (
 )
 from tqdm import tqdm
 
-from codec.teachers import has_bf16
-from recipes.checkpoints import cut_metrics, is_whole, is_write_failure, remove, seal, step_of, sync
-from recipes.configuration import leaves, load_config, resolved
-from recipes.provenance import git_revision, note_start
+from codec.distillation.teachers import has_bf16
+from recipes.lib.config import leaves, load_config, resolved
+
+logger = logging.getLogger(__name__)
+
+
+def seal(folder: Path, facts: dict[str, Any]) -> None:
+    """Syncs a checkpoint's files and notes their sizes in whole.json."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    seal = folder / "whole.json"
+    seal.write_text(json.dumps({**facts, "sizes": sizes}))
+    for path in [*files, seal]:
+        sync(path)
+
+
+def is_whole(folder: Path) -> bool:
+    try:
+        sizes = json.loads((folder / "whole.json").read_text())["sizes"]
+        short = [name for name, size in sizes.items() if (folder / name).stat().st_size != size]
+    except (OSError, ValueError, KeyError):
+        short = ["whole.json"]
+    if short:
+        logger.warning("%s: not whole (%s), skipped", folder, short[0])
+    return not short
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(checkpoint: Path) -> None:
+    """Removes a checkpoint so that a kill half-way leaves nothing that looks like one."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.old")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def step_of(checkpoint: Path) -> int:
+    match = re.fullmatch(r"step-(\d+)", checkpoint.name)
+    assert match
+    return int(match[1])
+
+
+def is_write_failure(error: Exception) -> bool:
+    """torch and safetensors report a failed write with classes of their own."""
+    said = ("pytorchstreamwriter", "unexpected pos", "file write failed", "iostream", "os error")
+    return isinstance(error, OSError) or any(words in str(error).lower() for words in said)
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Keeps the lines before `step`, but none that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] < step:
+            kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.rename(path)
+
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGES = ("torch", "accelerate", "transformers", "peft", "deepspeed", "numpy", "lhotse")
+"""Packages whose versions a run notes."""
+
+
+def git_revision() -> str:
+    """The revision of this checkout, with `-dirty` when tracked files differ; else `unknown`."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(REPOSITORY), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != REPOSITORY:
+            return "unknown"  # Installed inside somebody else's repository.
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def note_start(folder: Path, seed: int, precision: str, world: dict[str, Any]) -> None:
+    """Adds this start to run.json."""
+    path = folder / "run.json"
+    starts = json.loads(path.read_text())["starts"] if path.exists() else []
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    starts.append(
+        {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "git": git_revision(),
+            "packages": {name: _version(name) for name in PACKAGES},
+            "machine": {
+                "python": platform.python_version(),
+                "system": platform.platform(),
+                "cores": os.cpu_count(),
+                "gpu": gpu,
+            },
+            "precision": precision,
+            **world,
+        }
+    )
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"seed": seed, "starts": starts}, indent=2) + "\n")
+    temporary.rename(path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
 
 __all__ = ["Run", "git_revision", "load_config", "make_accelerator", "run_program", "start_run"]
 
-logger = logging.getLogger(__name__)
 
 # DeepSpeed picks its device when it is first imported, which the Accelerator does.
 if not torch.cuda.is_available():

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from codec.teachers import loading
+from codec.distillation.teachers import loading
 
 VERSION = 6
 GELU = 3  # As the container numbers activations; Whisper has no other.

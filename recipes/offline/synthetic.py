@@ -22,9 +22,9 @@ import numpy as np
 from tqdm import tqdm
 
 from codec.audio import resample, write_audio
-from recipes.debian import fetch_packages, run_command
-from recipes.kokoro import SAMPLE_RATE as KOKORO_RATE
-from recipes.kokoro import Kokoro, draw_styles
+from recipes.offline.debian_prompts import fetch_packages, run_command
+from recipes.offline.kokoro import SAMPLE_RATE as KOKORO_RATE
+from recipes.offline.kokoro import Kokoro, draw_styles
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,12 @@ def _settings(config: SyntheticConfig) -> dict[str, str | float]:
 
 def _run_all(config: SyntheticConfig) -> None:
     """Every process makes its share; progress is what stands in their lists."""
-    command = [sys.executable, "-m", "recipes.synthetic", json.dumps(asdict(config), default=str)]
+    command = [
+        sys.executable,
+        "-m",
+        "recipes.offline.synthetic",
+        json.dumps(asdict(config), default=str),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     running = [
         subprocess.Popen([*command, str(rank)], env=environment) for rank in range(config.processes)
@@ -140,7 +145,7 @@ def work(config: SyntheticConfig, rank: int) -> None:
     """One process: items rank, rank + processes, ... until its share of the hours is there."""
     from eval.text import word_errors
     from eval.transcribe import Judge
-    from slm.spelling import phonemes
+    from slm.tokenization.text_normalization import phonemes
 
     texts = (config.out / "texts.txt").read_text(encoding="utf-8").splitlines()
     kokoro, judge = Kokoro(config.kokoro), Judge(config.judge, num_threads=1, device="cpu")
@@ -185,7 +190,7 @@ def _voices(kokoro: Kokoro, config: SyntheticConfig) -> dict[str, np.ndarray]:
 
 def _texts(config: SyntheticConfig) -> Iterator[str]:
     """Sentences of a fitting length that are none of those to leave out."""
-    from slm.corpus import read_texts
+    from slm.data.corpus import read_texts
 
     known = set(_known(config.without)) if config.without is not None else set()
     found = _wordnet(config.out) if config.texts is None else read_texts(config.texts)
@@ -210,8 +215,8 @@ def _wordnet(out: Path) -> Iterator[str]:
 
 
 def _known(path: Path) -> Iterator[str]:
-    from codec.data import read_cuts
-    from codec.export import text_of
+    from codec.tokenize import text_of
+    from codec.training.data import read_cuts
 
     return (_plain(text_of(cut)) for cut in list(read_cuts(path)))
 
@@ -267,6 +272,6 @@ def config_of(values: dict) -> SyntheticConfig:
 
 
 if __name__ == "__main__":
-    from recipes.common import run_program
+    from recipes.lib.run import run_program
 
     run_program(lambda argv: work(config_of(json.loads(argv[0])), int(argv[1])))

@@ -16,9 +16,9 @@ import torch
 
 from codec.tokens import TokenRow, TokenShard
 from eval.text import character_errors, normalize
-from recipes.scoring import Judges, digest_of_text
-from slm.pipeline import Voice
-from slm.prompts import Prompt, has_words
+from recipes.scoring.judges import Judges, digest_of_text
+from slm.data.sequences import Prompt, has_words
+from slm.voice import Voice
 
 logger = logging.getLogger(__name__)
 

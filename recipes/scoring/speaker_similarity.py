@@ -12,8 +12,8 @@ import numpy as np
 from codec.tokens import TokenShard
 from eval.benchmark import Embed
 from eval.speaker import similarity
-from recipes.lines import Line, codes_of
-from slm.pipeline import Voice
+from recipes.scoring.eval_items import Line, codes_of
+from slm.voice import Voice
 
 NUM_RECORDINGS = 3
 """Of a speaker, that stand for the voice."""

@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from codec import Codec, load_codec
 from codec.audio import read_audio
-from codec.contract import SpeechCodec
-from codec.folder import check_device
-from codec.meters import Stopwatch
+from codec.io import check_device
+from codec.models.base import SpeechCodec
+from codec.training.validate import Stopwatch
 from eval.benchmark import Row, digest_of, machine
-from recipes.common import git_revision, load_config
-from recipes.scoring import digest_of_text
+from recipes.lib.run import git_revision, load_config
+from recipes.scoring.judges import digest_of_text
 
 # Published architectures by transformers' classes: EncodecConfig's and MimiConfig's defaults are
 # those of the models named; DacConfig's are of none (the strides and codebooks of 44.1 kHz at
@@ -138,7 +138,7 @@ def build(candidate: Candidate) -> tuple[str, SpeechCodec]:
 def _random_baseline(kind: str) -> tuple[str, SpeechCodec]:
     from transformers import AutoConfig, AutoModel
 
-    from codec.baselines import BASELINES
+    from codec.models.hf import BASELINES
 
     if kind not in PUBLISHED:
         raise ValueError(f"--random {kind}: must be one of {', '.join(PUBLISHED)}")

@@ -1,5 +1,12 @@
-"""Lets a voice speak and transcribe, and scores both. recipes/voice.py does so after training,
-recipes/judge_voice.py on its own."""
+"""Lets a voice speak and transcribe, and scores both. recipes/lib/voice_training.py does so after
+training,
+recipes/judge_voice.py on its own.
+
+Lets a voice go on from recordings without a text, and scores what it adds.
+
+The list is called `textless`: `continuation` is a text's, spoken from its beginning on. There are
+no words to compare; what counts is whether the voice stays the prompt's.
+"""
 
 import dataclasses
 import json
@@ -27,17 +34,24 @@ from eval.benchmark import (
     score_tts,
 )
 from eval.text import normalize
-from recipes.common import git_revision
-from recipes.likeness import Likeness
-from recipes.lines import Line, codes_of, list_name
-from recipes.scoring import Judges, digest_of_text, digest_of_voice, safe_name, state_of_files
-from slm import checks
+from recipes.lib.run import git_revision
+from recipes.scoring.eval_items import Line, codes_of, list_name
+from recipes.scoring.judges import (
+    Judges,
+    digest_of_text,
+    digest_of_voice,
+    safe_name,
+    state_of_files,
+)
+from recipes.scoring.speaker_similarity import Likeness
 from slm.config import SamplingConfig
-from slm.generate import CHECK_EVERY
-from slm.pipeline import Speech, Voice
-from slm.spelling import normalize as spell_out
+from slm.generation import checks
+from slm.generation.sampling import CHECK_EVERY
+from slm.tokenization.text_normalization import normalize as spell_out
+from slm.voice import Speech, Voice
 
 logger = logging.getLogger(__name__)
+
 
 METRICS = (
     *("asr_wer", "asr_cer", "perplexity", "perplexity_all", "wer", "cer", "wrong"),
@@ -379,3 +393,59 @@ def provenance(
         judge=judges.judge_name if judges else "",
         speaker=judges.speaker_name if judges else "",
     )
+
+
+TEXTLESS = "textless"
+
+
+def go_on_lines(voice: Voice, lines: Sequence[Line], ears: Ears, folder: Path, seed: int) -> Spoken:
+    """Goes on from each line's prompt, for at most as long as its recording does, under `seed`,
+    `seed` + 1, ...; writes FOLDER/textless/ID.wav, prompts included."""
+    made = []
+    for number, line in enumerate(lines):
+        assert line.rest is not None
+        seconds = line.rest.shape[1] / voice.codec.frame_rate
+        try:
+            speech = voice.continue_speech(line.prompt, seconds, seed + number)
+        except ValueError as error:
+            logger.warning("%s was not gone on with: %s", line.id, error)
+            scored = score(voice, line, line.rest[:, :0], ears, "refused")
+            made.append(Made(scored, [], None, "refused", 0, None))
+            continue
+        name = f"{safe_name(line.id)}.wav"
+        whole = np.concatenate([line.prompt.codes, speech.codes], axis=1)
+        wave = voice.decode(whole[:, :0], whole)
+        write_audio(folder / TEXTLESS / name, wave, voice.codec.sample_rate)
+        scored = score(voice, line, speech.codes, ears, speech.failure)
+        scored = dataclasses.replace(scored, seed=speech.seed)
+        made.append(Made(scored, [], name, speech.failure, speech.tries, speech.seed))
+    return Spoken(TEXTLESS, list(lines), made)
+
+
+def rests(voice: Voice, lines: Sequence[Line], ears: Ears) -> Spoken:
+    """The ceiling: what the recordings themselves go on with."""
+    made = []
+    for line in lines:
+        assert line.rest is not None
+        made.append(Made(score(voice, line, line.rest, ears), [], None, None, 0, None))
+    return Spoken(TEXTLESS, list(lines), made)
+
+
+def score(
+    voice: Voice, line: Line, codes: np.ndarray, ears: Ears, failure: str | None = None
+) -> Utterance:
+    """Failure, seconds and, where there is a speaker encoder, similarities of the new part."""
+    rate, judges = voice.codec.sample_rate, ears.judges
+    wave = np.zeros(0, np.float32)
+    if failure != "empty" and codes.shape[1]:
+        wave = voice.decode(line.prompt.codes, codes)
+    prompt = (voice.decode(codes[:, :0], line.prompt.codes), rate)
+    scored = score_tts(line.id, "", wave, rate, _unheard, judges.embed, prompt, failure)
+    values = dict(scored.values)
+    if ears.likeness is not None and wave.size:
+        values |= ears.likeness.of(line, wave)
+    return dataclasses.replace(scored, values=values, words=None, characters=None)
+
+
+def _unheard(_wave: np.ndarray, _rate: int) -> str:
+    return ""

@@ -8,29 +8,31 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from codec.distillation.word_alignment import load_transcriber
 from codec.tokens import TokenRow, TokenShard, written_whole
-from codec.words import load_transcriber
 from eval.benchmark import Provenance, Row, append_rows, machine, rows_of, table
 from eval.text import normalize
-from recipes.common import Run
-from recipes.going_on import TEXTLESS, go_on_lines, rests
-from recipes.likeness import Likeness, sexes_of
-from recipes.lines import Cutter, Line, continuations, crosses, list_name, spread
-from recipes.scoring import Judges, digest_of_text, digest_of_voice, load_judges
-from recipes.speak import (
+from recipes.lib.run import Run
+from recipes.scoring.eval_items import Cutter, Line, continuations, crosses, list_name, spread
+from recipes.scoring.judges import Judges, digest_of_text, digest_of_voice, load_judges
+from recipes.scoring.speaker_similarity import Likeness, sexes_of
+from recipes.scoring.synthesis import (
     METRICS,
+    TEXTLESS,
     Ears,
     SpeakConfig,
+    go_on_lines,
     provenance,
+    rests,
     score_codec,
     speak_lines,
     transcribe_items,
     write_prompts,
     write_results,
 )
-from slm.ar import SpeechLM
-from slm.perplexity import text_perplexity
-from slm.pipeline import Voice
+from slm.models.ar import SpeechLM
+from slm.train import text_perplexity
+from slm.voice import Voice
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ class Scored(NamedTuple):
 
 
 def scored_by(config: Any, train: TokenShard, dev: TokenShard | None) -> Scored:
-    """By a configuration of recipes/voice.py."""
+    """By a configuration of recipes/lib/voice_training.py."""
     if dev is None:
         return Scored(0, 0, 0)
     tasks, count = config.ar.tasks, config.speak.num_items
@@ -96,7 +98,7 @@ def score_voice(
 ) -> None:  # fmt: skip
     """Speaks, transcribes and reads what the configuration says; writes rows.jsonl, prints a table.
 
-    `config` is recipes/voice.py's, `texts` are held-out ones.
+    `config` is recipes/lib/voice_training.py's, `texts` are held-out ones.
     """
     asked = scored_by(config, train, dev)
     if not texts and not any(asked):

@@ -1,6 +1,6 @@
 """A page to listen to: what a voice said of dev sentences, each with its prompt and transcript.
 
-    python recipes/listening_page.py judged=out/small/judged out=out/small/listen.html
+    python recipes/tools/listening_page.py judged=out/small/judged out=out/small/listen.html
 
 `judged` is the folder of recipes/judge_voice.py. The page holds its sounds (Ogg Opus), so that it
 is one file that any browser opens. The sentences are spread over the list as they come, not picked.
@@ -20,10 +20,10 @@ import soundfile
 from tqdm import tqdm
 
 from codec import read_audio
-from codec.checks import at_least
+from codec.config import at_least
 from codec.tokens import written_whole
-from recipes.common import load_config, run_program
-from recipes.scoring import safe_name
+from recipes.lib.run import load_config, run_program
+from recipes.scoring.judges import safe_name
 
 SAMPLE_RATE = 16_000
 COLUMNS = ("text", "prompt", "spoken", "heard by the judge", "WER", "similarity")

@@ -1,4 +1,5 @@
-"""How much of its training a voice knows by heart: `python recipes/overfit_check.py key=value`.
+"""How much of its training a voice knows by heart: `python recipes/tools/overfit_check.py
+key=value`.
 
 Greedily, from an item's text and its first seconds: the share of codebook 1 that the AR gives back,
 and of the other codebooks that the NAR gives back from the true first one; and the WER of the
@@ -14,10 +15,10 @@ import torch
 
 from codec.tokens import TokenShard
 from eval.text import wer
-from recipes.common import load_config, run_program
-from slm.generate import Request, first_codes, generate, speech_only
-from slm.pipeline import Voice
-from slm.prompts import Prompt
+from recipes.lib.run import load_config, run_program
+from slm.data.sequences import Prompt
+from slm.generation.sampling import Request, first_codes, generate, speech_only
+from slm.voice import Voice
 
 logger = logging.getLogger(__name__)
 

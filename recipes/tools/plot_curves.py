@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recipes.common import load_config, run_program
-from recipes.voice import SEEN_FILE
+from recipes.lib.run import load_config, run_program
+from recipes.lib.voice_training import SEEN_FILE
 
 METRICS_FILE = "metrics.jsonl"
 SUFFIX = "_loss"

@@ -1,6 +1,6 @@
 """How one training step's time divides; it takes the configuration of recipes/train_codec.py.
 
-`accelerate launch recipes/profile_codec.py --config FILE key=value [--steps 10] [--warmup 2]`
+`accelerate launch recipes/tools/profile_codec.py --config FILE key=value [--steps 10] [--warmup 2]`
 
 The step is the trainer's own, on crops of the training list, at the launch's precision; nothing is
 saved. Between the parts the graph is cut: each part's inputs become leaves, so that its backward
@@ -20,19 +20,18 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import codec.train as training
-from codec.data import CropDataset, crop_batches, read_cuts
-from codec.meters import Stopwatch, Window
-from codec.model import Codec
-from codec.resynthesis import Reference, Resynthesis
-from codec.targets import Teachers
+import codec.training.loop as training
+from codec.distillation.resynthesis import Reference, Resynthesis
+from codec.distillation.targets import Teachers
+from codec.models.codec import Codec
+from codec.training.data import CropDataset, crop_batches, read_cuts
 
 # The trainer's own step, not one like it.
-from codec.train import Models, _Loop, _prepare, _set_rates, _train_step
+from codec.training.loop import Models, _Loop, _prepare, _set_rates, _train_step
+from codec.training.validate import Stopwatch, Window
 from eval.benchmark import machine
-from recipes.common import git_revision, load_config, make_accelerator, run_program
-from recipes.start_from import starting_architecture
-from recipes.train_codec import TrainCodecConfig, build_models, check_codec
+from recipes.lib.run import git_revision, load_config, make_accelerator, run_program
+from recipes.train_codec import TrainCodecConfig, build_models, check_codec, starting_architecture
 
 
 class _Cut(NamedTuple):

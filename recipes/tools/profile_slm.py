@@ -1,7 +1,7 @@
 """Speed of the AR's training with plain padding, bucketing and packing, or of the NAR's, which is
 bucketed alone.
 
-`accelerate launch recipes/profile_slm.py --config FILE key=value`
+`accelerate launch recipes/tools/profile_slm.py --config FILE key=value`
 
 The step is the trainer's own, at the launch's precision; batches are made beforehand, as the
 trainer makes them beside the step, and nothing is saved. The AR's three ways take turns, so that
@@ -22,18 +22,18 @@ from accelerate.utils import set_seed
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from codec.meters import Stopwatch
 from codec.tokens import TokenShard
+from codec.training.validate import Stopwatch
 from eval.benchmark import machine
-from recipes.common import git_revision, load_config, make_accelerator, run_program
-from slm.alphabet import Alphabet
-from slm.ar import SpeechLM
+from recipes.lib.run import git_revision, load_config, make_accelerator, run_program
 from slm.config import ARConfig, BatchConfig, NARConfig, OptimConfig
-from slm.corpus import read_texts
-from slm.data import IGNORE, ARBatch, ARData, Share
-from slm.nar import NAR
-from slm.nar_data import NARBatch, NARData
-from slm.plan import Batch, bucketed, packed
+from slm.data.ar import IGNORE, ARBatch, ARData, Share
+from slm.data.batching import Batch, bucketed, packed
+from slm.data.corpus import read_texts
+from slm.data.nar import NARBatch, NARData
+from slm.models.ar import SpeechLM
+from slm.models.nar import NAR
+from slm.tokenization.tokenizer import Alphabet
 
 # The trainer's own step, not one like it.
 from slm.train import Meter, _train_step, ar_step, make_optimizer, nar_step

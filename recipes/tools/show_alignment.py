@@ -1,6 +1,7 @@
 """Which codec frame learns from which word: a picture of DM-Codec's alignments for one recording.
 
-    python recipes/show_alignment.py RECORDING [--text TEXT] [--frame-rate 50] --out alignment.png
+    python recipes/tools/show_alignment.py RECORDING [--text TEXT] [--frame-rate 50] --out
+    alignment.png
 
 Below the spectrogram stand the words over frames under `ctc`, where a word's state lies on the
 frames in which it is spoken, and under `index`, where word piece i lies on frame i as in the
@@ -19,10 +20,10 @@ import numpy as np
 import torch
 
 from codec.audio import read_audio
-from codec.distill import align_words
-from codec.layers import ceil_div
-from codec.teachers import TextTeacher, in_small_letters, load_text_teacher
-from codec.words import Word, load_transcriber
+from codec.distillation.objectives import align_words
+from codec.distillation.teachers import TextTeacher, in_small_letters, load_text_teacher
+from codec.distillation.word_alignment import Word, load_transcriber
+from codec.modules.layers import ceil_div
 
 SILENCE = -1
 """In place of a word: frames without speech, or with a piece of no word ([CLS], [SEP], [PAD])."""
@@ -223,6 +224,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    from recipes.common import run_program
+    from recipes.lib.run import run_program
 
     run_program(main)

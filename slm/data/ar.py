@@ -1,4 +1,5 @@
-"""Token shards and texts to batches under a budget of positions (slm/plan.py says which)."""
+"""Token shards and texts to batches under a budget of positions (slm/data/batching.py says
+which)."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -11,12 +12,12 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from codec.tokens import TokenShard
-from slm.alphabet import Alphabet
 from slm.config import BatchConfig, TaskConfig
-from slm.corpus import Corpus, Ragged, name_of, pieces_of, usable, within
-from slm.interleaving import edges_fit, hearing_layout, speaking_layout
-from slm.plan import Batch, Draw, Plan
-from slm.prompts import ASR, CONTINUATION, TASKS, TEXT, TTS, Layout, layout
+from slm.data.batching import Batch, Draw, Plan
+from slm.data.corpus import Corpus, Ragged, name_of, pieces_of, usable, within
+from slm.data.interleaving import edges_fit, hearing_layout, speaking_layout
+from slm.data.sequences import ASR, CONTINUATION, TASKS, TEXT, TTS, Layout, layout
+from slm.tokenization.tokenizer import Alphabet
 
 logger = logging.getLogger(__name__)
 

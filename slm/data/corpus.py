@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from codec.tokens import TokenShard
-from slm.prompts import has_words, in_small_letters
+from slm.data.sequences import has_words, in_small_letters
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,8 @@ class Corpus:
     items: Int[np.ndarray, " N"]
     """Their rows in the shard."""
     edges: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    """Where their words are said, by their ids, as far as that is known (slm/interleaving.py)."""
+    """Where their words are said, by their ids, as far as that is known
+    (slm/data/interleaving.py)."""
 
     @property
     def num_frames(self) -> Int[np.ndarray, " N"]:

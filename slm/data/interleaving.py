@@ -19,8 +19,7 @@ import numpy as np
 from jaxtyping import Int
 
 from codec.tokens import written_whole
-from slm.alphabet import Alphabet
-from slm.prompts import (
+from slm.data.sequences import (
     Layout,
     Script,
     Stretch,
@@ -31,6 +30,7 @@ from slm.prompts import (
     stretch_lead,
     word_lead,
 )
+from slm.tokenization.tokenizer import Alphabet
 
 Edges = Mapping[str, Sequence[int]]
 """Frames between which the words of `text.split()` are said, by the id of their utterance: one more

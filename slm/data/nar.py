@@ -1,4 +1,4 @@
-"""Token shards to batches for the NAR (slm/plan.py says which)."""
+"""Token shards to batches for the NAR (slm/data/batching.py says which)."""
 
 import math
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from codec.tokens import TokenShard
-from slm.alphabet import Alphabet
 from slm.config import BatchConfig, NARConfig
-from slm.corpus import Corpus, name_of, usable, within
-from slm.data import Share
-from slm.plan import Plan
+from slm.data.ar import Share
+from slm.data.batching import Plan
+from slm.data.corpus import Corpus, name_of, usable, within
+from slm.tokenization.tokenizer import Alphabet
 
 FULL_SHARE = 0.2
 """Of the utterances of masked training: no code of the predicted codebook is given to these, as

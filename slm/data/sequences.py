@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from codec.tokens import written_whole
-from slm.vocab import Vocabulary
+from slm.tokenization.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from slm.ar import SpeechLM
-from slm.cards import export_card, short_path
-from slm.prompts import asr_context, tts_context
-from slm.shipping import anew
-from slm.vocab import Vocabulary, encode_texts
+from slm.data.sequences import asr_context, tts_context
+from slm.export.voice_folder import anew, export_card, short_path
+from slm.models.ar import SpeechLM
+from slm.tokenization.vocabulary import Vocabulary, encode_texts
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,7 @@
-"""From recordings to codes, and from codebook 1 to what they say, for a batch."""
+"""From recordings to codes, and from codebook 1 to what they say, for a batch.
+
+Long recordings in pieces that a model can take.
+"""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,16 +12,50 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from slm.alphabet import Alphabet
-from slm.ar import SpeechLM
-from slm.checks import SILENCE_RMS
 from slm.config import SamplingConfig
-from slm.generate import Request, generate, restrict_context, text_bound, text_only
-from slm.interleaving import stretches_of
-from slm.pieces import split_at_quiet
-from slm.prompts import NO_SCRIPT, asr_context
+from slm.data.interleaving import stretches_of
+from slm.data.sequences import NO_SCRIPT, asr_context
+from slm.generation.checks import SILENCE_RMS
+from slm.generation.sampling import Request, generate, restrict_context, text_bound, text_only
+from slm.models.ar import SpeechLM
+from slm.tokenization.tokenizer import Alphabet
 
 logger = logging.getLogger(__name__)
+
+
+QUIET_SEARCH = 1 / 3
+"""A long recording is split at the quietest spot of this last share of a window."""
+
+
+def split_at_quiet(
+    blocks: Iterable[Float[np.ndarray, " _"]], longest: int
+) -> Iterator[Float[np.ndarray, " _"]]:
+    """Cuts a recording that comes in blocks into pieces of at most `longest` samples."""
+    held = np.zeros(0, np.float32)
+    window = max(1, longest // 100)
+    for block in blocks:
+        held = np.concatenate([held, block])
+        while len(held) > longest:
+            start = longest - int(longest * QUIET_SEARCH)
+            count = (longest - start) // window
+            tail = held[start : start + count * window].reshape(count, window)
+            cut = start + int(np.square(tail).sum(1).argmin()) * window + window // 2
+            yield held[:cut]
+            held = held[cut:]
+    if len(held):
+        yield held
+
+
+def cut_at_quiet(levels: Float[np.ndarray, " T"], longest: int) -> list[slice]:
+    """Cuts frames of these energies into stretches of at most `longest`, likewise."""
+    cuts, start = [], 0
+    while len(levels) - start > longest:
+        first = start + longest - int(longest * QUIET_SEARCH)
+        stop = first + int(levels[first : start + longest].argmin()) if longest > 2 else first
+        cuts.append(slice(start, stop))
+        start = stop
+    return [*cuts, slice(start, len(levels))]
+
 
 ONCE = SamplingConfig(greedy=True, tries=1, checks=("loop",))
 """A transcript is the likeliest one; another, drawn at random, would be no better for it."""

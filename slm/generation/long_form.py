@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Float
 
 from slm.config import SamplingConfig
-from slm.generate import BOUNDS_FRAME_RATE
-from slm.prompts import Prompt, has_words, join_texts
-from slm.speaking import Models, Speech, Utterance
+from slm.data.sequences import Prompt, has_words, join_texts
+from slm.generation.sampling import BOUNDS_FRAME_RATE
+from slm.generation.tts import Models, Speech, Utterance
 
 SENTENCE_PAUSE, CLAUSE_PAUSE, WORD_PAUSE = 0.4, 0.2, 0.05
 """Seconds between two pieces, by what ends the first one."""

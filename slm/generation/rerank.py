@@ -7,10 +7,10 @@ from jaxtyping import Int
 from numpy import ndarray
 from torchaudio.functional import edit_distance
 
-from slm.ar import SpeechLM
-from slm.head import Asked, logits_of, text_rows
-from slm.hearing import hear, num_given
-from slm.prompts import asr_context
+from slm.data.sequences import asr_context
+from slm.generation.asr import hear, num_given
+from slm.models.ar import SpeechLM
+from slm.models.lm_head import Asked, logits_of, text_rows
 
 POSITIONS = 8192
 """Padded positions that are scored at once: bounds the memory."""

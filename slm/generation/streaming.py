@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float, Int
 
 from slm.config import SamplingConfig
-from slm.generate import Request, speech_only, stream_tokens
-from slm.speaking import Decoder, Models, Utterance, complete
+from slm.generation.sampling import Request, speech_only, stream_tokens
+from slm.generation.tts import Decoder, Models, Utterance, complete
 
 CONTEXT_SECONDS = 2.0
 CONTEXT_FRAMES = 32

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from slm.ar import SpeechLM
-from slm.checks import (
+from slm.config import SamplingConfig
+from slm.data.sequences import NO_SCRIPT, Coverage, Prompt, Script, join_texts
+from slm.generation.checks import (
     Failure,
     begins_with_prompt,
     is_early,
@@ -21,11 +22,10 @@ from slm.checks import (
     repeats_codes,
     severity,
 )
-from slm.config import SamplingConfig
-from slm.generate import Request, again, first_codes, generate, speech_only
-from slm.nar import NAR
-from slm.prompts import NO_SCRIPT, Coverage, Prompt, Script, join_texts
-from slm.selfcheck import can_transcribe, text_scores, transcripts
+from slm.generation.rerank import can_transcribe, text_scores, transcripts
+from slm.generation.sampling import Request, again, first_codes, generate, speech_only
+from slm.models.ar import SpeechLM
+from slm.models.nar import NAR
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,8 @@ class Speech:
     text: str
     prompt_text: str
     failure: str | None
-    """None, or what is wrong with the least bad of all tries (slm/checks.py names it)."""
+    """None, or what is wrong with the least bad of all tries (slm/generation/checks.py names
+    it)."""
     tries: int
     """So many were made."""
     seed: int
@@ -87,7 +88,7 @@ class Speech:
     sample_rate: int
     score: float | None = None
     """Where candidates were compared: how well the model's own ASR finds that the speech says the
-    text (slm/selfcheck.py)."""
+    text (slm/generation/rerank.py)."""
 
 
 class Candidate(NamedTuple):

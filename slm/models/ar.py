@@ -4,21 +4,32 @@ Its folder, `ar/` of a voice:
 
     base.json          which LLM it grew from: name, digest, layers kept, adapter or whole weights
     vocabulary.json    the id map
-    alphabet.json      the forms of text and speech (slm/alphabet.py)
-    coverage.json      what the training texts held (slm/prompts.py)
+    alphabet.json      the forms of text and speech (slm/tokenization/tokenizer.py)
+    coverage.json      what the training texts held (slm/data/sequences.py)
     adapter_*          peft's own files, the rows of the new tokens included; or the whole model
     tokenizer*         the LLM's tokenizer, so that whole weights need no base
+
+Pretrained text LLMs, as they come.
+
+New rows that begin as the letters that their codes say.
+
+A code of a semantic codebook often says one letter or two. Rows drawn at random tell the LLM
+nothing of that; rows that begin as a mixture of the letters' own let it follow a text in its speech
+with what it can already do: find the place where the same stood before.
 """
 
+import hashlib
 import json
 import logging
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
@@ -26,17 +37,173 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from codec.tokens import CodecStamp, written_whole
-from slm.alphabet import Alphabet
-from slm.attention import attention_of, kept_apart
-from slm.base import load_base
 from slm.config import ARConfig, LoRAConfig
-from slm.data import IGNORE, ARBatch
-from slm.head import Asked, logits_of, speech_rows, text_rows
-from slm.letters import spell_rows
-from slm.prompts import ASR, CONTINUATION, TASKS, TEXT, TTS
-from slm.vocab import Vocabulary, extend, row_parameters
+from slm.data.ar import IGNORE, ARBatch
+from slm.data.sequences import ASR, CONTINUATION, TASKS, TEXT, TTS
+from slm.models.attention import attention_of, kept_apart
+from slm.models.lm_head import Asked, logits_of, speech_rows, text_rows
+from slm.tokenization.tokenizer import Alphabet
+from slm.tokenization.vocabulary import Vocabulary, extend, row_parameters
 
 logger = logging.getLogger(__name__)
+
+
+SAMPLES_PER_TENSOR = 4096
+
+
+class Base(NamedTuple):
+    """A text LLM as it was loaded, before anything was added."""
+
+    lm: Any
+    tokenizer: Any
+    digest: str
+    """Over names, shapes and samples of its parameters, whatever precision they are loaded in."""
+
+
+def load_base(
+    name: str | Path, num_layers: int | None = None, dtype: torch.dtype = torch.float32
+) -> Base:
+    """Loads a causal LM by hub id, folder or .gguf file. Raises ValueError when it cannot."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(name)
+    where: dict[str, Any] = {}
+    source = str(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"{path}: no such .gguf file")
+        source, where = str(path.parent), {"gguf_file": path.name}
+    elif not path.is_dir() and (path.is_absolute() or str(name).count("/") != 1):
+        raise ValueError(f"{name}: no such folder of a text LLM, nor a hub id (owner/name)")
+    with _told(name):
+        config = AutoConfig.from_pretrained(source, **where)
+    if num_layers is not None:
+        _keep_layers(config, num_layers, str(name))
+    with _told(name), _quiet():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, attn_implementation="sdpa",
+            output_loading_info=True, **where,
+        )  # fmt: skip
+        lm, info = loaded
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+    if lacking := sorted(info["missing_keys"]):
+        raise ValueError(f"{name}: its weights lack {', '.join(lacking[:3])}; fetch it again")
+    return Base(lm, tokenizer, digest_of(lm))
+
+
+@contextmanager
+def _told(name: str | Path) -> Iterator[None]:
+    """Turns what transformers raises into one line that names the LLM."""
+    try:
+        yield
+    except Exception as error:  # tokenizers raises bare ones
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{name}: cannot be loaded as a text LLM: {reason}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers from listing the layers that a miniature leaves behind."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def _keep_layers(config: Any, num_layers: int, name: str) -> None:
+    if num_layers > config.num_hidden_layers:
+        raise ValueError(
+            f"ar.num_layers is {num_layers}, but {name} has only {config.num_hidden_layers} layers"
+        )
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]
+
+
+def digest_of(lm: nn.Module) -> str:
+    """16 hex digits over up to 4096 evenly spaced values of every parameter, in bfloat16.
+
+    It tells one LLM from another in well under a second; it is no proof against tampering.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(lm.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // SAMPLES_PER_TENSOR)]
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class Letters(NamedTuple):
+    """How much of each letter every code says; recipes/make_clips.py writes them."""
+
+    letters: str
+    shares: Float[np.ndarray, "K L"]
+    """Column 0 is a word's end, the others are the letters'."""
+
+    def save(self, path: str | Path) -> None:
+        record = {"letters": self.letters, "shares": np.round(self.shares, 4).tolist()}
+        with written_whole(Path(path)) as temporary:
+            temporary.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Letters":
+        """Raises ValueError for a file that is missing or none of these."""
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            letters, shares = record["letters"], np.array(record["shares"], dtype=np.float32)
+            if shares.ndim != 2 or shares.shape[1] != len(letters) + 1:
+                raise ValueError("a row must have a share for each letter and a word's end")
+            if not np.isfinite(shares).all() or shares.min() < 0 or shares.max() > 1:
+                raise ValueError("shares lie in [0, 1]")
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: no letters of codes ({error}); recipes/make_clips.py writes them"
+            ) from error
+        return cls(letters, shares)
+
+
+def spell_rows(lm: Any, alphabet: Alphabet, path: str | Path | None) -> None:
+    """Adds to the new row of each code of codebook 1 what its letters' rows are apart from the mean
+    of the text rows, by the shares of a file of letters (None: nothing); in place, before any
+    adapter. A merge of several codes gets the mean of what they get.
+
+    Raises ValueError where the codebook has another size, or the LLM cannot spell a letter.
+    """
+    if path is None:
+        return
+    letters, vocabulary = Letters.load(path), alphabet.vocabulary
+    if len(letters.shares) != vocabulary.codebook_size:
+        raise ValueError(
+            f"ar.letters is of {len(letters.shares)} codes, but codebook 1 has "
+            f"{vocabulary.codebook_size}; make the letters of these tokens"
+        )
+    if "characters" not in (alphabet.text.spoken, alphabet.text.written):
+        logger.warning(
+            "ar.letters helps little where neither text.spoken nor .written is characters"
+        )
+    try:
+        ids = alphabet.spelling_ids([" ", *letters.letters])
+    except ValueError as error:
+        raise ValueError(f"ar.letters: {error}; or leave ar.letters out") from error
+    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    tables = [embedding] if head.weight is embedding.weight else [embedding, head]
+    pieces, units = np.arange(vocabulary.num_pieces), alphabet.pieces
+    made_of = [row if units is None else units.decode(row) for row in pieces[:, None]]
+    shares = torch.from_numpy(np.stack([letters.shares[codes].mean(0) for codes in made_of]))
+    new_rows = torch.from_numpy(vocabulary.encode_pieces(pieces))
+    with torch.no_grad():
+        for table in tables:
+            rows = torch.stack([table.weight[one].float().mean(0) for one in ids])
+            apart = rows - table.weight[: vocabulary.num_text].float().mean(0)
+            said = shares.to(apart) @ apart
+            table.weight[new_rows] += said.to(table.weight.dtype)
+
 
 BASE_FILE = "base.json"
 

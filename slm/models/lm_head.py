@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slm.alphabet import Alphabet
+from slm.tokenization.tokenizer import Alphabet
 
 Forward = Callable[..., Tensor]
 

@@ -13,11 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slm.ar import SpeechLM, add_adapters
-from slm.base import load_base
 from slm.config import LoRAConfig
-from slm.prompts import Coverage
-from slm.vocab import extend
+from slm.data.sequences import Coverage
+from slm.models.ar import SpeechLM, add_adapters, load_base
+from slm.tokenization.vocabulary import extend
 
 PREFIX, ADAPTER = "base_model.model.", "default"
 """peft's names: before those of the LLM's modules, and of its only adapter."""

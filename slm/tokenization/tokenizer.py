@@ -21,10 +21,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from codec.tokens import CodecStamp, written_whole
 from slm.config import TextConfig, UnitsConfig
-from slm.prompts import in_small_letters
-from slm.spelling import normalize, phonemes
-from slm.units import Units
-from slm.vocab import Vocabulary, encode_texts
+from slm.data.sequences import in_small_letters
+from slm.tokenization.acoustic_bpe import Units
+from slm.tokenization.text_normalization import normalize, phonemes
+from slm.tokenization.vocabulary import Vocabulary, encode_texts
 
 logger = logging.getLogger(__name__)
 

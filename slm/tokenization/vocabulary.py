@@ -3,7 +3,8 @@
 0 .. text_size - 1     the LLM's own rows: text, and rows that pad its table; never touched
 then the specials      <|text|> <|speech|> <|/speech|>, and <|/text|> if the LLM has no end token
 then codebook 1        one id per entry
-then merges            one id per piece of several codes (slm/units.py); often none
+then merges            one id per piece of several codes (slm/tokenization/acoustic_bpe.py); often
+none
 """
 
 import json

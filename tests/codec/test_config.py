@@ -11,7 +11,7 @@ from codec.config import (
     SpectralConfig,
     codec_config_from_dict,
 )
-from codec.train_config import CropConfig, OptimConfig
+from codec.training.config import CropConfig, OptimConfig
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,15 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from codec.config import CodecConfig, QuantizerConfig, codec_config_from_dict
-from codec.lmspt_config import AuxiliaryConfig, ConvConfig, LMSPTConfig, TransformerConfig
+from codec.config import (
+    AuxiliaryConfig,
+    CodecConfig,
+    ConvConfig,
+    LMSPTConfig,
+    QuantizerConfig,
+    TransformerConfig,
+    codec_config_from_dict,
+)
 
 CONV = LMSPTConfig(encoder="conv", decoder="conv")
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import ROOT
 from safetensors.torch import save_file
 
 from codec import Codec, load_codec, read_audio
@@ -15,7 +16,7 @@ from codec.__main__ import main
 from codec.tokens import TokenRow, TokenShard, write_shard
 
 Write = Callable[..., Path]
-GOLDEN = Path(__file__).parent / "golden" / "speechtokenizer_tiny.pt"
+GOLDEN = ROOT / "tests" / "golden" / "speechtokenizer_tiny.pt"
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

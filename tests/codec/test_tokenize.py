@@ -12,16 +12,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import ROOT
 from lhotse import CutSet, Recording, SupervisionSegment
 from lhotse.cut import MonoCut
 
 from codec import load_codec, read_audio
 from codec.audio import stream_audio
-from codec.data import load_cut
-from codec.export import export, num_parts, part_names, summarize
+from codec.tokenize import export, num_parts, part_names, summarize
 from codec.tokens import DamagedShard, TokenShard
+from codec.training.data import load_cut
 from recipes import export_tokens
-from recipes.common import _Lock
+from recipes.lib.run import _Lock
 
 SECONDS = [0.5, 1.7, 0.9, 1.2, 0.7, 1.9, 0.8, 1.1]
 
@@ -85,7 +86,7 @@ def test_batches_give_the_codes_of_single_recordings(
 
 
 def test_a_batch_never_exceeds_its_seconds(cuts: list[MonoCut]) -> None:
-    from codec.export import batches_of
+    from codec.tokenize import batches_of
 
     batches = list(batches_of(cuts, 3.9))
     assert sorted(cut.id for batch in batches for cut in batch) == [cut.id for cut in cuts]
@@ -199,9 +200,9 @@ def test_a_long_recording_is_never_held_whole(
             yield block
 
     monkeypatch.setattr(codec, "_encode_piece", spy_on_pieces)
-    monkeypatch.setattr("codec.export.stream_audio", spy_on_files)
+    monkeypatch.setattr("codec.tokenize.stream_audio", spy_on_files)
     monkeypatch.setattr(
-        "codec.export.load_cut",
+        "codec.tokenize.load_cut",
         lambda cut, rate: loaded.append(round(cut.duration * rate)) or load_cut(cut, rate),
     )
     export(cuts, codec, tmp_path / "out", batch_seconds=60.0)
@@ -241,7 +242,7 @@ def test_nothing_readable_is_an_error(
 
 
 def recipe(*settings: str) -> list[str]:
-    script = Path(__file__).parent.parent / "recipes" / "export_tokens.py"
+    script = ROOT / "recipes" / "export_tokens.py"
     return [sys.executable, str(script), *settings]
 
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from eval.labels import LABELS
-from eval.tokens import Corpus, Probe, ProbeConfig, ProbeNetwork, _schedule, train_probe
+from eval.tokens import LABELS, Corpus, Probe, ProbeConfig, ProbeNetwork, _schedule, train_probe
 
 SIZE = 40
 TINY = ProbeConfig(

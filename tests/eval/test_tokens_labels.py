@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from eval.labels import LABELS, ctc_loss, frames_needed, labels_of, spell, text_of
+from eval.tokens import LABELS, ctc_loss, frames_needed, labels_of, spell, text_of
 
 
 def test_texts_are_spelled_in_labels() -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from eval.transcribe import SAMPLE_RATE, Judge, max_tokens, split_at_pauses
 
@@ -82,7 +83,7 @@ def test_broken_model_is_said(tmp_path: Path) -> None:
         _ = Judge(tmp_path, device="cpu").model
 
 
-MODEL = Path(__file__).parent.parent / "models" / "whisper-base"
+MODEL = ROOT / "models" / "whisper-base"
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from recipes.common import run_program, start_run
+from recipes.lib.run import run_program, start_run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,13 +17,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from codec.tokens import TokenShard
-from recipes.common import make_accelerator, run_program, start_run
-from recipes.voice import forget_zero3
-from slm.ar import SpeechLM
+from recipes.lib.run import make_accelerator, run_program, start_run
+from recipes.lib.voice_training import forget_zero3
 from slm.config import ARConfig, BatchConfig, LoRAConfig, NARConfig, OptimConfig, TaskConfig
-from slm.data import ARData, Data
-from slm.nar import NAR
-from slm.nar_data import NARData
+from slm.data.ar import ARData, Data
+from slm.data.nar import NARData
+from slm.models.ar import SpeechLM
+from slm.models.nar import NAR
 from slm.train import Step, ar_step, fit, gather, nar_step
 
 KINDS = ("lora", "full-packed", "nar")

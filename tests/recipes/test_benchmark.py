@@ -23,7 +23,7 @@ from eval.benchmark import (
     table,
 )
 from recipes import benchmark as program
-from recipes import scoring
+from recipes.scoring import judges as scoring
 
 RATE = 16000
 ORIGIN = Provenance(system="s", seed=3, git="abc", model="m", judge="whisper int8", speaker="e")

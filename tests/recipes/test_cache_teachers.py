@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from lhotse import CutSet, Recording, SupervisionSegment
 from lhotse.cut import MonoCut
-from test_feature_cache import Clock
-from test_speech_teachers import save
-from test_teachers import save_text_model
 
-from codec.feature_cache import FeatureCache
+from codec.distillation.feature_cache import FeatureCache
 from recipes import cache_teachers
 from recipes.cache_teachers import CacheConfig
-from recipes.common import _Lock
+from recipes.lib.run import _Lock
+from tests.codec.distillation.test_feature_cache import Clock
+from tests.codec.distillation.test_teachers import save_text_model
+from tests.codec.distillation.test_teachers_speech_teachers import save
 
 SCRIPT = Path(cache_teachers.__file__)
 

@@ -12,8 +12,8 @@ from codec import write_audio
 from eval.speaker import SpeakerEncoder
 from eval.transcribe import Judge
 from recipes import demo
-from recipes.steps import Step
-from slm.prompts import Prompt
+from recipes.lib.commands import Step
+from slm.data.sequences import Prompt
 
 pytestmark = quiet()
 

@@ -11,11 +11,11 @@ from tiny_slm import quiet, save_shard, save_voice
 from codec import load_codec
 from eval.benchmark import Utterance, read_rows
 from eval.text import word_errors
-from recipes.common import load_config
 from recipes.judge_voice import JudgeVoiceConfig, _cell, differences, main, repeated, settings
-from recipes.lines import Line
-from slm.lists import alone
-from slm.prompts import Prompt
+from recipes.lib.run import load_config
+from recipes.scoring.eval_items import Line
+from slm.batch_tts import alone
+from slm.data.sequences import Prompt
 
 pytestmark = quiet()
 

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_reader import speller
 
 import recipes.make_clips as recipe
-from codec.reader import CodeReader, Reader
+from codec.distillation.ctc_reader import CodeReader, Reader
 from codec.tokens import CodecStamp, TokenRow, TokenShard, write_shard
 from recipes.make_clips import cut, main
-from slm.interleaving import read_edges
-from slm.letters import Letters
+from slm.data.interleaving import read_edges
+from slm.models.ar import Letters
+from tests.codec.distillation.test_ctc_reader import speller
 
 STAMP = CodecStamp(
     id="c", digest="0" * 16, sample_rate=16_000, frame_rate=25.0, num_codebooks=2,

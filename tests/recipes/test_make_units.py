@@ -9,9 +9,9 @@ from safetensors import safe_open
 from transformers import HubertConfig, HubertModel
 
 from codec.audio import write_audio
-from codec.data import read_cuts
-from codec.feature_writer import write_cache
-from codec.teachers import load_speech_teacher
+from codec.distillation.feature_cache import write_cache
+from codec.distillation.teachers import load_speech_teacher
+from codec.training.data import read_cuts
 from recipes import make_units as program
 from recipes.make_units import UnitsConfig, fit_units
 

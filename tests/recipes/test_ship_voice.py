@@ -8,24 +8,24 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import voiced
+from conftest import ROOT, voiced
 from safetensors.torch import load_file
 from tiny_slm import TEXT, quiet, save_voice
 
 from codec import Codec, load_codec
-from codec.halving import halve, is_half, save_half
+from codec.models.codec import halve, is_half, save_half
 from recipes.ship_voice import main
-from slm.ar import SpeechLM
 from slm.config import ARConfig, SamplingConfig
-from slm.nar import NAR
-from slm.pipeline import Voice
-from slm.prompts import Coverage, load_prompts
-from slm.shipping import load_sampling
-from slm.vocab import Vocabulary
+from slm.data.sequences import Coverage, load_prompts
+from slm.export.voice_folder import load_sampling
+from slm.models.ar import SpeechLM
+from slm.models.nar import NAR
+from slm.tokenization.vocabulary import Vocabulary
+from slm.voice import Voice
 
 pytestmark = quiet()
 
-SHIPPED = Path(__file__).parents[1] / "models" / "small"
+SHIPPED = ROOT / "models" / "small"
 MEGABYTE = 1_000_000
 MOST_PARAMETERS = 20_000_000
 

@@ -11,21 +11,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import free_port, kill_all
+from conftest import ROOT, free_port, kill_all
 from lhotse import CutSet, Recording
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_speech_teachers import save
 
 from codec import Codec, CodecConfig
-from codec.codebooks import Codebook
 from codec.config import QuantizerConfig, SpectralConfig
-from codec.data import Crops
-from codec.discriminators import Discriminators
-from codec.distill import Student, Target
-from codec.meters import Window
-from codec.train import (
+from codec.distillation.objectives import Student, Target
+from codec.modules.discriminators import Discriminators
+from codec.modules.quantize import Codebook
+from codec.training.config import (
+    DiscriminatorConfig,
+    DistillConfig,
+    LossConfig,
+    LossWeights,
+    MelScaleConfig,
+    OptimConfig,
+    SpeechTeacherConfig,
+)
+from codec.training.data import Crops
+from codec.training.loop import (
     Lesson,
     Models,
     _Loop,
@@ -36,16 +43,9 @@ from codec.train import (
     learning_rate,
     save_whole,
 )
-from codec.train_config import (
-    DiscriminatorConfig,
-    DistillConfig,
-    LossConfig,
-    LossWeights,
-    MelScaleConfig,
-    OptimConfig,
-    SpeechTeacherConfig,
-)
-from recipes.common import make_accelerator
+from codec.training.validate import Window
+from recipes.lib.run import make_accelerator
+from tests.codec.distillation.test_teachers_speech_teachers import save
 
 TINY = CodecConfig(
     spectral=SpectralConfig(
@@ -268,7 +268,8 @@ def recipe(write_wav, tmp_path) -> list[str]:
     teacher, whisper = (save(tmp_path / kind, kind) for kind in ("hubert", "whisper"))
     settings = {
         "train": tmp_path / "cuts.jsonl.gz", "dev": tmp_path / "cuts.jsonl.gz",
-        "codec.family": "lmspt", "codec.lmspt.dimension": 8, "codec.lmspt.auxiliary.width": 8,
+        "codec.family": "lmspt", "codec.lmspt.dimension": 8,
+        "codec.lmspt.auxiliary.width": 8,
         "codec.spectral.num_mels": 20, "codec.spectral.encoder_width": 16,
         "codec.spectral.encoder_depths": "[1,1,1]",
         "codec.spectral.decoder_width": 16, "codec.spectral.decoder_depths": "[1,1,1]",
@@ -284,7 +285,7 @@ def recipe(write_wav, tmp_path) -> list[str]:
         "optim.steps": 20, "optim.accumulate": 2, "optim.save_every": 5,
         "optim.eval_every": 10, "optim.log_every": 5,
     }  # fmt: skip
-    script = Path(__file__).parent.parent / "recipes" / "train_codec.py"
+    script = ROOT / "recipes" / "train_codec.py"
     return [sys.executable, str(script), *(f"{key}={value}" for key, value in settings.items())]
 
 
@@ -297,7 +298,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_killed_and_started_again_it_ends_with_the_same_weights(recipe, tmp_path, ranks) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if ranks == 2:
-        file = Path(__file__).parent.parent / "recipes" / "accelerate" / "ddp.yaml"
+        file = ROOT / "recipes" / "accelerate" / "ddp.yaml"
         launcher = ["-m", "accelerate.commands.launch", "--config_file", str(file)]
         port = ["--main_process_port", str(free_port())]
         recipe = [recipe[0], *launcher, "--num_processes", "2", *port, *recipe[1:]]
@@ -385,7 +386,7 @@ def test_a_full_disk_leaves_the_earlier_codec(tmp_path, monkeypatch) -> None:
 def test_deepspeed_is_refused_in_words(recipe, tmp_path) -> None:
     pytest.importorskip("deepspeed")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    file = Path(__file__).parent.parent / "recipes" / "accelerate" / "zero2.yaml"
+    file = ROOT / "recipes" / "accelerate" / "zero2.yaml"
     done = subprocess.run(
         [*launch, str(file), *recipe[1:], f"out={tmp_path / 'run'}"],
         capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},

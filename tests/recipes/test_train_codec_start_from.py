@@ -15,18 +15,17 @@ from lhotse import CutSet, Recording
 from original_lmspt import TINY as ORIGINAL
 from original_lmspt import state_of
 from safetensors.torch import load_file, save_file
-from test_lmspt_original import RELEASED
-from test_resynthesis import TINY as LM_SPT
-from test_speech_teachers import save
-from test_train_config import WHISPER, train
 
 from codec import Codec, CodecConfig
 from codec.__main__ import main as codec_main
-from codec.lmspt_original_config import config_from_lmspt
-from recipes import start_from
-from recipes.common import load_config
-from recipes.start_from import starting_architecture
-from recipes.train_codec import TrainCodecConfig, check_codec, main
+from codec.interop.lmspt import config_from_lmspt
+from recipes import train_codec as start_from
+from recipes.lib.run import load_config
+from recipes.train_codec import TrainCodecConfig, check_codec, main, starting_architecture
+from tests.codec.distillation.test_resynthesis import TINY as LM_SPT
+from tests.codec.distillation.test_teachers_speech_teachers import save
+from tests.codec.interop.test_lmspt_lmspt_original import RELEASED
+from tests.codec.training.test_config import WHISPER, train
 
 CONFIGS = ROOT / "recipes" / "configs" / "codec"
 RELEASED_FORM = f"--config={CONFIGS / 'lmspt_v2_12.5hz.yaml'}"

@@ -7,18 +7,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from lhotse import CutSet, Recording, SupervisionSegment
 from safetensors.torch import load_file
-from test_speech_teachers import save
 from tiny_semantic import noise
 
 from codec import Codec
-from codec.reader import CodeReader
+from codec.distillation.ctc_reader import CodeReader
+from codec.modules.ssl_encoders import WhisperEncoder
 from codec.tokens import TokenShard, write_shard
-from codec.whisper_encoder import WhisperEncoder
 from recipes.export_tokens import main as export_tokens
 from recipes.train_codec import main as train_codec
 from recipes.train_semantic import main as train_semantic
+from tests.codec.distillation.test_teachers_speech_teachers import save
 
 TEXTS = ["Ann had a plan.", "AN APPLE, A PEAR", "Dad's pal", "a lad", "Anna"]
 
@@ -42,7 +43,8 @@ def settings(tmp_path: Path, write_wav: Callable[..., Path]) -> list[str]:
         "codec.spectral.encoder_depths": "[1,1,1]", "codec.spectral.decoder_width": 16,
         "codec.spectral.decoder_depths": "[1,1,1]", "codec.quantizer.num_codebooks": 2,
         "codec.quantizer.codebook_size": 16, "codec.lmspt.auxiliary.kind": "none",
-        "codec.lmspt.whisper.adapter_width": 8, "codec.lmspt.semantic_subtraction": "false",
+        "codec.lmspt.whisper.adapter_width": 8, "codec.lmspt.semantic_subtraction":
+        "false",
         "batch.positions": 70, "optim.steps": 6, "optim.save_every": 3, "optim.eval_every": 6,
         "optim.log_every": 1, "optim.warmup_steps": 1,
     }  # fmt: skip
@@ -190,7 +192,7 @@ def test_deepspeed_is_refused_in_words(settings: list[str], monkeypatch) -> None
 
 def test_two_ranks_train_one_codebook(settings: list[str], tmp_path: Path, launch) -> None:
     """Ranks hold batches of other sizes, which must not make them wait for each other."""
-    script = Path(__file__).parent.parent / "recipes" / "train_semantic.py"
+    script = ROOT / "recipes" / "train_semantic.py"
     done = launch("ddp", script, *settings, f"out={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])

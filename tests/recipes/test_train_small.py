@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from recipes.configuration import load_config
-from recipes.steps import HERE
+from recipes.lib.commands import HERE
+from recipes.lib.config import load_config
+from recipes.lib.voice_training import VoiceConfig
 from recipes.train_codec import TrainCodecConfig
 from recipes.train_semantic import TrainSemanticConfig
 from recipes.train_small import CODEC, CUTS, OUT, SEMANTIC, main, steps
-from recipes.voice import VoiceConfig
 
 
 def config(kind: type, name: str):

@@ -11,7 +11,7 @@ from tiny_slm import STAMP, save_shard
 from codec.tokens import TokenShard, write_shard
 from recipes import train_units
 from recipes.train_units import UnitsTrainConfig, drawn
-from slm.units import Units
+from slm.tokenization.acoustic_bpe import Units
 
 
 def test_units_are_trained_and_summed_up(tmp_path: Path, capsys) -> None:

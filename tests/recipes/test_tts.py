@@ -17,12 +17,12 @@ from tiny_slm import quiet, save_base, save_shard
 from codec import load_codec
 from recipes.asr import ASRConfig
 from recipes.asr import main as asr
-from recipes.common import load_config
-from recipes.overfit_check import main as overfit_check
+from recipes.lib.run import load_config
+from recipes.tools.overfit_check import main as overfit_check
 from recipes.tts import TTSConfig
 from recipes.tts import main as tts
-from slm.pipeline import Voice
-from slm.prompts import Prompt
+from slm.data.sequences import Prompt
+from slm.voice import Voice
 
 pytestmark = quiet()
 

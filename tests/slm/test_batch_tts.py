@@ -10,9 +10,9 @@ import soundfile
 import torch
 from tiny_slm import TEXT, copy_of, quiet, run_slm, save_voice, speak_briefly
 
-from slm.lists import alone
-from slm.nar import NAR
-from slm.pipeline import Voice
+from slm.batch_tts import alone
+from slm.models.nar import NAR
+from slm.voice import Voice
 
 pytestmark = quiet()
 

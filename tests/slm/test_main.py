@@ -15,8 +15,8 @@ from conftest import voiced
 from tiny_slm import TEXT, copy_of, quiet, run_slm, save_voice, speak_briefly
 
 from slm.config import SamplingConfig
-from slm.hearing import Transcript
-from slm.pipeline import Voice
+from slm.generation.asr import Transcript
+from slm.voice import Voice
 
 pytestmark = quiet()
 

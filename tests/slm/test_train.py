@@ -11,13 +11,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import ROOT
 from launched.tiny_voice import KINDS, Seen, first_logits, optim_of, parts, train_seen
 from tiny_slm import quiet, save_base, save_shard
 
-from recipes.common import start_run
-from slm.ar import SpeechLM
-from slm.base import load_base
+from recipes.lib.run import start_run
 from slm.config import OptimConfig
+from slm.models.ar import SpeechLM, load_base
 from slm.train import evaluate, fit, gather, learning_rate, make_optimizer
 
 pytestmark = [
@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
 ]
 
-LAUNCHED = Path(__file__).parent / "launched" / "tiny_voice.py"
+LAUNCHED = ROOT / "tests" / "launched" / "tiny_voice.py"
 TOLERANCE = 1e-5
 """Relative, of losses and gradient norms; what is measured stays below 1e-6."""
 

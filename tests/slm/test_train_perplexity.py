@@ -1,4 +1,4 @@
-"""slm/perplexity.py: a model that has not been trained yet knows text as its base LLM does."""
+"""slm/train.py: a model that has not been trained yet knows text as its base LLM does."""
 
 import math
 from pathlib import Path
@@ -8,11 +8,10 @@ import torch
 from tiny_slm import STAMP, WORDS, quiet, save_base
 from torch.nn import functional
 
-from slm.ar import SpeechLM
-from slm.base import load_base
 from slm.config import ARConfig, LoRAConfig
-from slm.perplexity import text_perplexity
-from slm.vocab import encode_texts
+from slm.models.ar import SpeechLM, load_base
+from slm.tokenization.vocabulary import encode_texts
+from slm.train import text_perplexity
 
 pytestmark = quiet()
 

@@ -1,4 +1,4 @@
-"""slm/pipeline.py and the command slm: a voice speaks, transcribes, and says what is wrong."""
+"""slm/voice.py and the command slm: a voice speaks, transcribes, and says what is wrong."""
 
 import logging
 import shutil
@@ -13,9 +13,9 @@ from tiny_slm import TEXT, copy_of, quiet, save_voice
 
 from codec import load_codec, read_audio, write_audio
 from slm.config import SamplingConfig
-from slm.pieces import split_at_quiet
-from slm.pipeline import Transcript, Voice
-from slm.prompts import Prompt
+from slm.data.sequences import Prompt
+from slm.generation.asr import split_at_quiet
+from slm.voice import Transcript, Voice
 
 pytestmark = quiet()
 
@@ -216,7 +216,7 @@ def test_only_a_continuation_has_no_transcript(voice: Voice) -> None:
 
 
 def test_a_silent_wave_is_a_failure(voice: Voice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slm.speaking.decode", lambda *_: np.zeros(100, np.float32))
+    monkeypatch.setattr("slm.generation.tts.decode", lambda *_: np.zeros(100, np.float32))
     assert voice.tts("a cat", "ann").failure == "empty"
 
 

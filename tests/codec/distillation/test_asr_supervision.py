@@ -9,8 +9,8 @@ import torch
 from tiny_semantic import LM_SPT, noise, tiny_semantic
 
 from codec import Codec
-from codec.reader import BLANK
-from codec.semantic import SemanticStudent, Spoken, read, spelling_loss
+from codec.distillation.asr_supervision import SemanticStudent, Spoken, read, spelling_loss
+from codec.distillation.ctc_reader import BLANK
 
 
 def batch_of(*samples: int) -> Spoken:

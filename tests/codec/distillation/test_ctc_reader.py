@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from codec.reader import BLANK, SPACE, STEPS, CodeReader, Reader, letters_of, spell
+from codec.distillation.ctc_reader import BLANK, SPACE, STEPS, CodeReader, Reader, letters_of, spell
 
 
 def test_letters_are_those_of_the_transcripts_in_small_letters() -> None:

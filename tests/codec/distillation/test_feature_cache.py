@@ -15,17 +15,15 @@ from lhotse import Recording, SupervisionSegment
 from lhotse.cut import MonoCut
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_speech_teachers import load as load_speech
-from test_teachers import load as load_text
 from torch import Tensor
 
-from codec import feature_shards
-from codec.data import load_cut
-from codec.feature_cache import FeatureCache
-from codec.feature_writer import seal_cache, write_cache
-from codec.speech_teachers import SpeechTeacher
-from codec.teachers import TextTeacher
-from codec.words import Word
+from codec.distillation import feature_cache as feature_shards
+from codec.distillation.feature_cache import FeatureCache, seal_cache, write_cache
+from codec.distillation.teachers import SpeechTeacher, TextTeacher
+from codec.distillation.word_alignment import Word
+from codec.training.data import load_cut
+from tests.codec.distillation.test_teachers import load as load_text
+from tests.codec.distillation.test_teachers_speech_teachers import load as load_speech
 
 SECONDS = [0.9, 1.7, 0.6, 1.25, 0.4]
 TEXTS = ["the cats sat", "on the mat", "sat", "the cat", "on"]

@@ -7,7 +7,7 @@ import torch
 
 from codec import Codec, CodecConfig
 from codec.config import QuantizerConfig, SEANetConfig, SpectralConfig
-from codec.distill import (
+from codec.distillation.objectives import (
     Student,
     Target,
     align_words,
@@ -20,7 +20,7 @@ from codec.distill import (
     unit_loss,
     word_overlaps,
 )
-from codec.train_config import DistillConfig, SpeechTeacherConfig, TextTeacherConfig
+from codec.training.config import DistillConfig, SpeechTeacherConfig, TextTeacherConfig
 
 PERFECT = math.log(1 + math.exp(-1))  # -log sigmoid(1) = 0.3133
 TINY = SpectralConfig(

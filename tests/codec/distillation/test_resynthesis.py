@@ -8,17 +8,13 @@ import pytest
 import torch
 from conftest import voiced
 from lhotse import Recording
-from test_speech_teachers import save
 
-from codec import Codec, CodecConfig, teachers
-from codec.config import QuantizerConfig, SpectralConfig
-from codec.data import Crops
-from codec.distill import Student
-from codec.lmspt_config import AuxiliaryConfig, LMSPTConfig
-from codec.meters import Window
-from codec.resynthesis import Resynthesis
-from codec.train import Models, _Loop, _train_step
-from codec.train_config import (
+from codec import Codec, CodecConfig
+from codec.config import AuxiliaryConfig, LMSPTConfig, QuantizerConfig, SpectralConfig
+from codec.distillation import teachers
+from codec.distillation.objectives import Student
+from codec.distillation.resynthesis import Resynthesis
+from codec.training.config import (
     CropConfig,
     LossConfig,
     LossWeights,
@@ -28,7 +24,10 @@ from codec.train_config import (
     SpeechTeacherConfig,
     TextTeacherConfig,
 )
-from codec.validate import validate
+from codec.training.data import Crops
+from codec.training.loop import Models, _Loop, _train_step
+from codec.training.validate import Window, validate
+from tests.codec.distillation.test_teachers_speech_teachers import save
 
 TINY = CodecConfig(
     family="lmspt",

@@ -8,23 +8,17 @@ import torch
 from lhotse import Recording
 from lhotse.cut import MonoCut
 from safetensors.torch import save_file
-from test_feature_cache import Clock, cuts, speech, text
-from test_speech_teachers import save
-from test_teachers import save_text_model
 
-import codec.words
+import codec.distillation.word_alignment
 from codec.config import CodecConfig, SpectralConfig
-from codec.data import Crops, load_cut
-from codec.feature_writer import write_cache
-from codec.speech_teachers import SpeechTeacher
-from codec.targets import Teachers
-from codec.teachers import TextTeacher
-from codec.train_config import (
-    DistillConfig,
-    LossWeights,
-    SpeechTeacherConfig,
-    TextTeacherConfig,
-)
+from codec.distillation.feature_cache import write_cache
+from codec.distillation.targets import Teachers
+from codec.distillation.teachers import SpeechTeacher, TextTeacher
+from codec.training.config import DistillConfig, LossWeights, SpeechTeacherConfig, TextTeacherConfig
+from codec.training.data import Crops, load_cut
+from tests.codec.distillation.test_feature_cache import Clock, cuts, speech, text
+from tests.codec.distillation.test_teachers import save_text_model
+from tests.codec.distillation.test_teachers_speech_teachers import save
 
 __all__ = ["cuts", "speech", "text"]  # Fixtures.
 

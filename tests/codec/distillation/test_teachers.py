@@ -20,7 +20,7 @@ from transformers import (
     WhisperModel,
 )
 
-from codec.teachers import (
+from codec.distillation.teachers import (
     TextTeacher,
     has_bf16,
     load_speech_teacher,

@@ -19,9 +19,8 @@ from transformers import (
     WhisperModel,
 )
 
-from codec import teachers
-from codec.speech_teachers import SpeechTeacher, log_mel
-from codec.teachers import load_speech_teacher
+from codec.distillation import teachers
+from codec.distillation.teachers import SpeechTeacher, load_speech_teacher, log_mel
 
 SIZES = {
     "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24,

@@ -8,8 +8,13 @@ import torch
 from tiny_whisper import tiny_tokenizer, tiny_whisper
 from torch import Tensor
 
-from codec.alignment import Span
-from codec.words import CTCTranscriber, WhisperTranscriber, Word, load_transcriber
+from codec.distillation.word_alignment import (
+    CTCTranscriber,
+    Span,
+    WhisperTranscriber,
+    Word,
+    load_transcriber,
+)
 
 RATE = 16_000
 LETTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ'"]

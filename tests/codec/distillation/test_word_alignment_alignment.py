@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 import torch
 
-from codec.alignment import Span, fill_gaps, follow, quiet_cuts, runs, warp, without_pauses
+from codec.distillation.word_alignment import (
+    Span,
+    fill_gaps,
+    follow,
+    quiet_cuts,
+    runs,
+    warp,
+    without_pauses,
+)
 
 
 def test_the_path_follows_the_highest_scores() -> None:

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from codec import Codec, load_codec
 from codec.__main__ import main
-from codec.lmspt_interop import export_lmspt, import_lmspt, lmspt_files
-from codec.lmspt_original import from_lmspt, to_lmspt
-from codec.original import Original
+from codec.interop.lmspt import export_lmspt, from_lmspt, import_lmspt, lmspt_files, to_lmspt
+from codec.interop.speechtokenizer import Original
 
 CONFIG, CHECKPOINT = "lmspt_1333d33hz_16_16_3vq.yaml", "lmspt_1333d33hz_16_16.safetensors"
 

@@ -2,24 +2,29 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 from original_lmspt import OTHERS, TINY, ByNumber, other, same, shapes_of, state_of
 from torch import Tensor
 from torch.nn import functional
 
 from codec import Codec
 from codec.config import codec_config_from_dict
-from codec.lmspt_original import from_lmspt, lmspt_tensor_names, to_lmspt
-from codec.lmspt_original_config import config_from_lmspt, config_to_lmspt
-from codec.original import Original
-from codec.quantize import Quantized, SplitVQ
+from codec.interop.lmspt import (
+    config_from_lmspt,
+    config_to_lmspt,
+    from_lmspt,
+    lmspt_tensor_names,
+    to_lmspt,
+)
+from codec.interop.speechtokenizer import Original
+from codec.modules.quantize import Quantized, SplitVQ
 
-FOLDER = Path(__file__).parent / "golden"
+FOLDER = ROOT / "tests" / "golden"
 HOP, AUXILIARY_HOP = 1920, 1280
 RELEASED: dict[str, Any] = {
     "sample_rate": 24_000, "encoder_rates": [4, 5, 6, 8, 2], "decoder_rates": [2, 8, 6, 5, 4],
@@ -71,7 +76,7 @@ def test_the_released_keys_and_size() -> None:
 
 
 def test_our_configuration_of_the_released_form_is_the_released() -> None:
-    file = Path(__file__).parent.parent / "recipes/configs/codec/lmspt_v2_12.5hz.yaml"
+    file = ROOT / "recipes/configs/codec/lmspt_v2_12.5hz.yaml"
     ours = codec_config_from_dict(yaml.safe_load(file.read_text())["codec"])
     assert config_to_lmspt(ours) == config_to_lmspt(config_from_lmspt(RELEASED))
 

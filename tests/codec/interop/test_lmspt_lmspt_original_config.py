@@ -6,11 +6,9 @@ from typing import Any
 import pytest
 from original_lmspt import OTHERS, TINY, other, state_of
 
-from codec.config import CodecConfig, QuantizerConfig
-from codec.lmspt_config import AuxiliaryConfig, ConvConfig, LMSPTConfig
-from codec.lmspt_original import from_lmspt
-from codec.lmspt_original_config import DEFAULTS, config_from_lmspt, config_to_lmspt
-from codec.original import Original
+from codec.config import AuxiliaryConfig, CodecConfig, ConvConfig, LMSPTConfig, QuantizerConfig
+from codec.interop.lmspt import DEFAULTS, config_from_lmspt, config_to_lmspt, from_lmspt
+from codec.interop.speechtokenizer import Original
 
 AUXILIARY: dict[str, Any] = TINY["aux_decoder"]
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from original_seanet import (
     PLAIN,
     PLAIN_SHAPES,
@@ -20,10 +21,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from codec import Codec, load_codec
-from codec.interop import export_speechtokenizer, import_speechtokenizer
-from codec.original import Original, from_original, to_original
+from codec.interop.speechtokenizer import (
+    Original,
+    export_speechtokenizer,
+    from_original,
+    import_speechtokenizer,
+    to_original,
+)
 
-GOLDEN = Path(__file__).parent / "golden" / "speechtokenizer_tiny.pt"
+GOLDEN = ROOT / "tests" / "golden" / "speechtokenizer_tiny.pt"
 
 # Of the published config.json; training reads these, the model does not.
 TRAINING = {

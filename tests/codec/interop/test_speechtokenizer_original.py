@@ -1,19 +1,19 @@
 """SpeechTokenizer's configuration and tensors, and ours for them."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from original_seanet import PLAIN, PLAIN_SHAPES, SNAKE, SNAKE_SHAPES, random_state
 from torch import Tensor
 
 from codec import Codec, CodecConfig
 from codec.config import QuantizerConfig
-from codec.original import Original, from_original, tensor_names, to_original
+from codec.interop.speechtokenizer import Original, from_original, tensor_names, to_original
 
-GOLDEN = Path(__file__).parent / "golden" / "speechtokenizer_tiny.pt"
+GOLDEN = ROOT / "tests" / "golden" / "speechtokenizer_tiny.pt"
 
 
 @pytest.fixture(scope="module")

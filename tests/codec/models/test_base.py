@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from codec.contract import SpeechCodec
+from codec.models.base import SpeechCodec
 
 
 class Loudness(SpeechCodec):

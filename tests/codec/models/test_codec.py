@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from codec import Codec, CodecConfig, load_codec, read_audio
 from codec.config import QuantizerConfig, SEANetConfig, SpectralConfig
-from codec.pieces import CONTEXT_SECONDS
+from codec.models.base import CONTEXT_SECONDS
 
 SPECTRAL = CodecConfig(
     spectral=SpectralConfig(

@@ -10,7 +10,7 @@ from tiny_lmspt import QUANTIZER, SPECTRAL, made
 
 from codec import Codec, load_codec
 from codec.__main__ import main
-from codec.halving import halve, is_half, save_half
+from codec.models.codec import halve, is_half, save_half
 
 
 def noise() -> torch.Tensor:

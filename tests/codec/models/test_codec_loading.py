@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from tiny_baselines import save_baseline
 
-from codec import Codec, SpeechCodec, load_codec, loading, teachers
-from codec.baselines import DacBaseline
+from codec import Codec, SpeechCodec, load_codec
+from codec.distillation import teachers
+from codec.models import codec as loading
+from codec.models.hf import DacBaseline
 
 
 def test_ours_and_others(tmp_path: Path, tiny_codec_folder: Path) -> None:
@@ -22,7 +24,7 @@ def test_ours_and_others(tmp_path: Path, tiny_codec_folder: Path) -> None:
 def test_ours_need_no_transformers(
     tiny_codec_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("transformers", "codec.baselines"):
+    for name in ("transformers", "codec.models.hf"):
         monkeypatch.setitem(sys.modules, name, None)  # Importing it fails.
     assert isinstance(load_codec(tiny_codec_folder), Codec)
 

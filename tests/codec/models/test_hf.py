@@ -10,22 +10,24 @@ import soundfile
 import torch
 from conftest import voiced
 from safetensors.torch import load_file, save_file
-from test_benchmark import prepare_cuts
 from tiny_baselines import MODELS, save_baseline
 from tiny_slm import quiet, save_voice
 from transformers import Xcodec2FeatureExtractor
 
-from codec import Codec, Codes, contract, load_codec
+from codec import Codec, Codes, load_codec
 from codec.__main__ import main
-from codec.baselines import Baseline, EncodecBaseline, MimiBaseline
+from codec.models import base as contract
+from codec.models.hf import Baseline, EncodecBaseline, MimiBaseline
 from codec.tokens import TokenShard
 from eval.benchmark import read_rows
-from recipes import benchmark, scoring
+from recipes import benchmark
 from recipes.export_tokens import main as export_tokens
+from recipes.lib.voice_training import finish_voice
+from recipes.scoring import judges as scoring
 from recipes.train_codec import TrainCodecConfig, build_models
-from recipes.voice_folder import finish_voice
 from slm.config import SamplingConfig
-from slm.pipeline import Voice
+from slm.voice import Voice
+from tests.recipes.test_benchmark import prepare_cuts
 
 pytestmark = quiet()
 
@@ -51,7 +53,7 @@ def speech(codec: Baseline, seconds: float, seed: int = 3) -> torch.Tensor:
 def in_pieces(monkeypatch: pytest.MonkeyPatch, chunk: float, context: float = 2.0) -> None:
     monkeypatch.setattr(contract, "CHUNK_SECONDS", chunk)
     monkeypatch.setattr(contract, "CONTEXT_SECONDS", context)
-    monkeypatch.setattr("codec.baselines.CHUNK_SECONDS", chunk)
+    monkeypatch.setattr("codec.models.hf.CHUNK_SECONDS", chunk)
 
 
 @pytest.mark.parametrize(

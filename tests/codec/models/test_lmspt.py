@@ -7,10 +7,9 @@ import torch
 from tiny_lmspt import QUANTIZER, SPECTRAL, made
 
 from codec import Codec, CodecConfig
-from codec.config import SpectralConfig
-from codec.lmspt_config import AuxiliaryConfig, ConvConfig, LMSPTConfig, TransformerConfig
-from codec.pieces import CONTEXT_FRAMES
-from recipes.voice_folder import finish_voice
+from codec.config import AuxiliaryConfig, ConvConfig, LMSPTConfig, SpectralConfig, TransformerConfig
+from codec.models.base import CONTEXT_FRAMES
+from recipes.lib.voice_training import finish_voice
 
 TRANSFORMER = TransformerConfig(num_layers=2, num_heads=2, context=6)
 CONV = CodecConfig(

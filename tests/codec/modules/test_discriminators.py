@@ -7,16 +7,16 @@ import pytest
 import torch
 from conftest import ROOT
 
-from codec.discriminators import (
+from codec.modules.discriminators import (
     BandDiscriminator,
     Discriminators,
     PeriodDiscriminator,
     STFTDiscriminator,
     Verdict,
 )
-from codec.losses import adversarial_loss, discriminator_loss, feature_loss
-from codec.train_config import DiscriminatorConfig
-from recipes.common import load_config
+from codec.training.config import DiscriminatorConfig
+from codec.training.losses import adversarial_loss, discriminator_loss, feature_loss
+from recipes.lib.run import load_config
 from recipes.train_codec import TrainCodecConfig
 
 TINY = DiscriminatorConfig(

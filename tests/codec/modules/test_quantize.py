@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from codec.config import QuantizerConfig
-from codec.quantize import ResidualVQ, SplitVQ, codebook_use, count_codes
+from codec.modules.quantize import ResidualVQ, SplitVQ, codebook_use, count_codes
 
 CONFIG = QuantizerConfig(num_codebooks=3, codebook_size=32, decay=0.9)
 

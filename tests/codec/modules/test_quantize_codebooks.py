@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from codec.codebooks import Codebook, FactorisedCodebook
 from codec.config import QuantizerConfig
+from codec.modules.quantize import Codebook, FactorisedCodebook
 
 CONFIG = QuantizerConfig(decay=0.9)
 LEARNED = replace(CONFIG, learning="gradient")

@@ -1,15 +1,15 @@
 """SEANet and its quantiser against tensors that SpeechTokenizer's own code produced."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 
 from codec import Codec
-from codec.original import Original, from_original
+from codec.interop.speechtokenizer import Original, from_original
 
-GOLDEN = Path(__file__).parent / "golden" / "speechtokenizer_tiny.pt"
+GOLDEN = ROOT / "tests" / "golden" / "speechtokenizer_tiny.pt"
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_features_equal_the_originals(codec: Codec, golden: dict) -> None:
 @torch.no_grad()
 def test_the_readme_says_how_to_get_what_the_original_gives(codec: Codec, golden: dict) -> None:
     """Runs the right-hand column of the table for those who come from SpeechTokenizer."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = readme.split("### Coming from SpeechTokenizer")[1].split("\n## ")[0]
     wave, lengths, codes = golden["input"], torch.tensor([16_000]), golden["codes"].transpose(0, 1)
     scope = {"codec": codec, "wave": wave, "lengths": lengths, "codes": codes}

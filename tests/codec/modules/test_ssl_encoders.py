@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_speech_teachers import save
 from tiny_semantic import LM_SPT, noise, tiny_semantic
 
 from codec import Codec, load_codec
-from codec.teachers import load_speech_teacher
-from codec.whisper_encoder import WhisperEncoder, architecture_of, load_whisper
+from codec.distillation.teachers import load_speech_teacher
+from codec.modules.ssl_encoders import WhisperEncoder, architecture_of, load_whisper
+from tests.codec.distillation.test_teachers_speech_teachers import save
 
 
 def test_features_are_whispers_those_of_a_frame_side_by_side(tmp_path: Path) -> None:

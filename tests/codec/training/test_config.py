@@ -12,13 +12,13 @@ import torch
 from conftest import ROOT
 from lhotse import CutSet, Recording
 from safetensors.torch import load_file
-from test_speech_teachers import save
-from test_teachers import save_text_model
-from test_words import save_ctc
 
 from codec import Codec, load_codec
-from recipes.common import load_config
+from recipes.lib.run import load_config
 from recipes.train_codec import TrainCodecConfig, check_codec
+from tests.codec.distillation.test_teachers import save_text_model
+from tests.codec.distillation.test_teachers_speech_teachers import save
+from tests.codec.distillation.test_word_alignment import save_ctc
 
 CONFIGS = ROOT / "recipes" / "configs" / "codec"
 TINY = ["--config", str(CONFIGS / "tiny.yaml")]

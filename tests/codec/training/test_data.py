@@ -8,8 +8,8 @@ import pytest
 import torch
 from lhotse import CutSet, Recording
 
-import codec.data
-from codec.data import CropDataset, crop_batches, load_cut, read_cuts
+import codec.training.data
+from codec.training.data import CropDataset, crop_batches, load_cut, read_cuts
 
 
 @pytest.fixture

@@ -8,12 +8,10 @@ import torch
 from conftest import free_port, voiced
 
 from codec import Codec, CodecConfig
-from codec.config import QuantizerConfig
-from codec.discriminators import Discriminators
-from codec.distill import Student
-from codec.lmspt_config import AuxiliaryConfig, ConvConfig, LMSPTConfig
-from codec.train import Models, _adamw, _check, _prepare, _set_rates, generator_step
-from codec.train_config import (
+from codec.config import AuxiliaryConfig, ConvConfig, LMSPTConfig, QuantizerConfig
+from codec.distillation.objectives import Student
+from codec.modules.discriminators import Discriminators
+from codec.training.config import (
     CropConfig,
     DiscriminatorConfig,
     LossConfig,
@@ -21,6 +19,7 @@ from codec.train_config import (
     MelScaleConfig,
     OptimConfig,
 )
+from codec.training.loop import Models, _adamw, _check, _prepare, _set_rates, generator_step
 
 TINY = CodecConfig(
     family="lmspt",

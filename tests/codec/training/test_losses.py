@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from codec.discriminators import Verdict
-from codec.losses import (
+from codec.modules.discriminators import Verdict
+from codec.training.config import LossConfig, LossWeights, MelScaleConfig
+from codec.training.losses import (
     adversarial_loss,
     discriminator_loss,
     feature_loss,
@@ -15,8 +16,7 @@ from codec.losses import (
     mel_magnitudes,
     wave_loss,
 )
-from codec.train_config import LossConfig, LossWeights, MelScaleConfig
-from recipes.common import load_config
+from recipes.lib.run import load_config
 from recipes.train_codec import TrainCodecConfig
 
 SCALES = LossConfig().mel_scales

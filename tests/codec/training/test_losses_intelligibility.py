@@ -1,11 +1,11 @@
-"""codec/intelligibility.py: what an ear understands, close to pystoi, with a gradient."""
+"""codec/training/losses.py: what an ear understands, close to pystoi, with a gradient."""
 
 import numpy as np
 import pytest
 import torch
 
 from codec import read_audio
-from codec.intelligibility import stoi_loss
+from codec.training.losses import stoi_loss
 from eval.speech import stoi
 
 RATE = 16_000

@@ -3,13 +3,13 @@
 import torch
 from conftest import voiced
 from lhotse import Recording
-from test_resynthesis import LOSSES, TINY, Alone
 
 from codec import Codec
-from codec.distill import Student
-from codec.train import generator_step
-from codec.train_config import CropConfig, LossConfig, LossWeights
-from codec.validate import validate
+from codec.distillation.objectives import Student
+from codec.training.config import CropConfig, LossConfig, LossWeights
+from codec.training.loop import generator_step
+from codec.training.validate import validate
+from tests.codec.distillation.test_resynthesis import LOSSES, TINY, Alone
 
 
 def test_the_mel_distance_is_the_one_that_is_trained(write_wav, tmp_path) -> None:

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from codec import Codec, CodecConfig, meters
+from codec import Codec, CodecConfig
 from codec.config import QuantizerConfig, SpectralConfig
-from codec.meters import Stopwatch, Window
-from codec.quantize import Quantized
+from codec.modules.quantize import Quantized
+from codec.training import validate as meters
+from codec.training.validate import Stopwatch, Window
 
 
 class Alone:

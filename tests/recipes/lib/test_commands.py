@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from recipes.steps import HERE, Step, launch, run, shown
+from recipes.lib.commands import HERE, Step, launch, run, shown
 
 
 def test_a_command_is_shown_as_one_would_type_it(capsys: pytest.CaptureFixture) -> None:

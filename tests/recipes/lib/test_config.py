@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 import yaml
 
-from recipes.configuration import describe, load_config, resolved
+from recipes.lib.config import describe, load_config, resolved
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,13 +14,13 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import ROOT
 from launched.tiny_training import TinyConfig
 
-from recipes import provenance
-from recipes.checkpoints import is_write_failure
-from recipes.common import Run, git_revision, run_program, start_run
+from recipes.lib import run as provenance
+from recipes.lib.run import Run, git_revision, is_write_failure, run_program, start_run
 
-TRAINING = Path(__file__).parent / "launched" / "tiny_training.py"
+TRAINING = ROOT / "tests" / "launched" / "tiny_training.py"
 CHECKPOINTS = "checkpoints/step-0000000"
 
 
@@ -361,7 +361,7 @@ keep_memory()
 faults()
 print(plain, faults())
 """
-    root = Path(__file__).parents[1]
+    root = ROOT
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True
     )
@@ -372,7 +372,7 @@ print(plain, faults())
 @pytest.mark.parametrize("gpu", [True, False])
 def test_programs_keep_memory_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
     kept = []
-    monkeypatch.setattr("recipes.common.keep_memory", lambda: kept.append(True))
+    monkeypatch.setattr("recipes.lib.run.keep_memory", lambda: kept.append(True))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(sys, "argv", ["program"])
     run_program(lambda argv: None)

@@ -1,4 +1,4 @@
-"""recipes/voice.py: any mixture of tasks, plain texts, and tokens of any codec."""
+"""recipes/lib/voice_training.py: any mixture of tasks, plain texts, and tokens of any codec."""
 
 import json
 from dataclasses import replace
@@ -17,15 +17,15 @@ from codec import Codec, CodecConfig, load_codec
 from codec.config import QuantizerConfig, SEANetConfig
 from codec.tokens import TokenShard, write_shard
 from recipes.asr import main as asr
-from recipes.speak import SpeakConfig
+from recipes.lib.voice_training import VoiceConfig, read
+from recipes.scoring.synthesis import SpeakConfig
+from recipes.scoring.voice import check_scores
 from recipes.tts import main as tts
-from recipes.voice import VoiceConfig, read
-from recipes.voice_scores import check_scores
 from slm.config import ARConfig, TaskConfig
-from slm.interleaving import write_edges
-from slm.letters import Letters
-from slm.nar import NAR
-from slm.pipeline import Voice
+from slm.data.interleaving import write_edges
+from slm.models.ar import Letters
+from slm.models.nar import NAR
+from slm.voice import Voice
 
 pytestmark = [
     *quiet(),

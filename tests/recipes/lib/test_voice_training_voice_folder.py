@@ -1,4 +1,4 @@
-"""recipes/voice_folder.py: a part of a voice is whole, or as it was."""
+"""recipes/lib/voice_training.py: a part of a voice is whole, or as it was."""
 
 import resource
 from pathlib import Path
@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tiny_slm import save_shard
 
 from codec.tokens import TokenShard
-from recipes.voice_folder import described, short_path, whole_folder
+from recipes.lib.voice_training import described, short_path, whole_folder
 
 
 @pytest.mark.parametrize("limit", [None, 20_000], ids=["failing writer", "full disk"])

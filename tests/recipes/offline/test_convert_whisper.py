@@ -8,7 +8,7 @@ import torch
 from tiny_whisper import LANGUAGES, tiny_tokenizer, tiny_whisper
 from torch import Tensor
 
-from recipes.convert_whisper import convert_whisper, read_container
+from recipes.offline.convert_whisper import convert_whisper, read_container
 
 HEADS = [[0, 1], [1, 0]]
 

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes import debian
-from recipes.debian import fetch_packages, find_packages
-from recipes.debian_prompts import PACKAGES
+from recipes.offline import debian_prompts as debian
+from recipes.offline.debian_prompts import PACKAGES, fetch_packages, find_packages
 from recipes.prepare_data import main
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from recipes.kokoro import LONGEST, Kokoro, draw_styles, symbols_of
+from recipes.offline.kokoro import LONGEST, Kokoro, draw_styles, symbols_of
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from codec.data import read_cuts
+from codec.training.data import read_cuts
 from eval.transcribe import Judge
-from recipes import synthetic
-from recipes.kokoro import Kokoro
+from recipes.offline import synthetic
+from recipes.offline.kokoro import Kokoro
+from recipes.offline.synthetic import SyntheticConfig, config_of, make_speech, work
 from recipes.prepare_data import main
-from recipes.synthetic import SyntheticConfig, config_of, make_speech, work
-from slm import spelling
+from slm.tokenization import text_normalization as spelling
 
 TEXTS = [
     "The dog ran far away. The hen sat in the sun!", "Too short.",

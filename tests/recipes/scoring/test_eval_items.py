@@ -1,4 +1,4 @@
-"""recipes/lines.py: who lends the voice, where a prompt is cut, and which words it holds."""
+"""eval_items.py: who lends the voice, where a prompt is cut, and which words it holds."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,10 +7,18 @@ import numpy as np
 import pytest
 from tiny_slm import STAMP
 
+from codec.distillation.word_alignment import Word
 from codec.tokens import TokenRow, TokenShard, write_shard
-from codec.words import Word
-from recipes.lines import Cutter, best_prompt, continuations, crosses, num_begun, quietest, spread
-from recipes.scoring import Judges
+from recipes.scoring.eval_items import (
+    Cutter,
+    best_prompt,
+    continuations,
+    crosses,
+    num_begun,
+    quietest,
+    spread,
+)
+from recipes.scoring.judges import Judges
 
 RATE, HOP = 16_000, 640
 TEXT = "red hens ran over green fields"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes import scoring
+from recipes.scoring import judges as scoring
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""recipes/likeness.py: similarities to the speaker's other recordings, and to other speakers."""
+"""speaker_similarity.py: similarities to the speaker's other recordings, and to other speakers."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,9 @@ import pytest
 from tiny_slm import STAMP
 
 from codec.tokens import TokenRow, TokenShard, write_shard
-from recipes.likeness import Likeness
-from recipes.lines import Line
-from slm.prompts import Prompt
+from recipes.scoring.eval_items import Line
+from recipes.scoring.speaker_similarity import Likeness
+from slm.data.sequences import Prompt
 
 SPEAKERS = {"a": 0, "b": 5, "c": 10}
 """Each one's code: a voice is an angle of a tenth of a right angle for each."""

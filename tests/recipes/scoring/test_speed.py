@@ -10,8 +10,8 @@ from transformers import AutoConfig
 
 from codec import load_codec
 from eval.benchmark import Row, read_rows
-from recipes import speed
 from recipes.benchmark import main, parse
+from recipes.scoring import speed
 
 FILE = """codec:
   {family: seanet, seanet: {num_filters: 2, dimension: 8}, quantizer: {num_codebooks: 2}}

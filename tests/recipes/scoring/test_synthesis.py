@@ -1,4 +1,5 @@
-"""recipes/speak.py and voice_scores.py with a voice and judges that are made up, so that every
+"""recipes/scoring/synthesis.py and voice_scores.py with a voice and judges that are made up, so
+that every
 score is foreseen."""
 
 import json
@@ -12,13 +13,15 @@ from tiny_slm import STAMP
 
 from codec.tokens import TokenRow, TokenShard, write_shard
 from eval.benchmark import Provenance, Row, read_rows
-from recipes import overfit_check, scoring, voice_scores
-from recipes.lines import Line
-from recipes.speak import SpeakConfig, faults, transcribe_items
+from recipes.scoring import judges as scoring
+from recipes.scoring import voice as voice_scores
+from recipes.scoring.eval_items import Line
+from recipes.scoring.synthesis import SpeakConfig, faults, transcribe_items
+from recipes.scoring.voice import score_voice
+from recipes.tools import overfit_check
 from recipes.tts import TTSConfig
-from recipes.voice_scores import score_voice
-from slm.pipeline import Speech
-from slm.prompts import Prompt
+from slm.data.sequences import Prompt
+from slm.voice import Speech
 
 HOP = 640
 FRAMES = 30

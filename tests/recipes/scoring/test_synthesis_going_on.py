@@ -1,4 +1,5 @@
-"""recipes/going_on.py with a voice and an encoder that are made up, so that scores are foreseen."""
+"""recipes/scoring/synthesis.py with a voice and an encoder that are made up, so that scores are
+foreseen."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,12 +10,11 @@ import soundfile
 
 from codec.tokens import TokenRow
 from eval.benchmark import Provenance, rows_of
-from recipes.going_on import go_on_lines, rests
-from recipes.lines import Line, continuations
-from recipes.scoring import Judges
-from recipes.speak import Ears
-from slm.pipeline import Speech
-from slm.prompts import Prompt
+from recipes.scoring.eval_items import Line, continuations
+from recipes.scoring.judges import Judges
+from recipes.scoring.synthesis import Ears, go_on_lines, rests
+from slm.data.sequences import Prompt
+from slm.voice import Speech
 
 HOP = 640
 

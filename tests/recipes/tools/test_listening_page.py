@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from recipes.listening_page import main
+from recipes.tools.listening_page import main
 
 
 @pytest.fixture

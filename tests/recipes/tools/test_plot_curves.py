@@ -1,4 +1,4 @@
-"""recipes/plot_curves.py: what a run folder's metrics become."""
+"""recipes/tools/plot_curves.py: what a run folder's metrics become."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recipes.plot_curves import Curve, main, read_stage, smoothed
+from recipes.tools.plot_curves import Curve, main, read_stage, smoothed
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

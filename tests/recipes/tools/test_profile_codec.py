@@ -9,17 +9,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from lhotse import CutSet, Recording
-from test_resynthesis import LOSSES, TINY, crops
-from test_speech_teachers import save
 
 from codec import Codec
-from codec.discriminators import Discriminators
-from codec.distill import Student
-from codec.meters import Window
-from codec.resynthesis import Resynthesis
-from codec.targets import Teachers
-from codec.train import Models, _Loop, _train_step
-from codec.train_config import (
+from codec.distillation.objectives import Student
+from codec.distillation.resynthesis import Resynthesis
+from codec.distillation.targets import Teachers
+from codec.modules.discriminators import Discriminators
+from codec.training.config import (
     DiscriminatorConfig,
     DistillConfig,
     LossWeights,
@@ -27,8 +23,12 @@ from codec.train_config import (
     ResynthesisConfig,
     SpeechTeacherConfig,
 )
-from recipes.common import make_accelerator
-from recipes.profile_codec import Parts, Step, divided, main, table
+from codec.training.loop import Models, _Loop, _train_step
+from codec.training.validate import Window
+from recipes.lib.run import make_accelerator
+from recipes.tools.profile_codec import Parts, Step, divided, main, table
+from tests.codec.distillation.test_resynthesis import LOSSES, TINY, crops
+from tests.codec.distillation.test_teachers_speech_teachers import save
 
 LOUD = replace(
     LOSSES,
@@ -166,7 +166,7 @@ def test_the_program_prints_a_table(
 ) -> None:
     """With clipping, accumulation and the launch's precision; it leaves no run folder."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
-    monkeypatch.setattr("recipes.common.has_bf16", lambda _: True)
+    monkeypatch.setattr("recipes.lib.run.has_bf16", lambda _: True)
     cuts = [
         Recording.from_file(write_wav(tmp_path / f"{seed}.wav", 0.6, seed=seed)).to_cut()
         for seed in range(2)

@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from tiny_slm import STAMP, alphabet_of, quiet, save_base, save_shard
 
-from recipes.profile_slm import (
+from recipes.tools.profile_slm import (
     ProfileSLMConfig,
     Step,
     Way,
@@ -21,8 +21,8 @@ from recipes.profile_slm import (
     table,
     ways,
 )
-from slm.ar import SpeechLM
 from slm.config import ARConfig, BatchConfig, LoRAConfig, NARConfig, TaskConfig
+from slm.models.ar import SpeechLM
 
 pytestmark = quiet()
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_teachers import save_text_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -18,9 +17,10 @@ from transformers import (
 )
 
 from codec.audio import write_audio
-from codec.teachers import load_text_teacher
-from recipes import show_alignment as program
-from recipes.show_alignment import SILENCE, Alignments, Run, align, index_words, runs
+from codec.distillation.teachers import load_text_teacher
+from recipes.tools import show_alignment as program
+from recipes.tools.show_alignment import SILENCE, Alignments, Run, align, index_words, runs
+from tests.codec.distillation.test_teachers import save_text_model
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "##s", "sat"]
 

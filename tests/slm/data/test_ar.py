@@ -1,4 +1,4 @@
-"""slm/data.py: masks cover exactly the target; batches are a pure function of the step."""
+"""slm/data/ar.py: masks cover exactly the target; batches are a pure function of the step."""
 
 import dataclasses
 import logging
@@ -10,14 +10,14 @@ import pytest
 from tiny_slm import SIZES, STAMP, make_rows, quiet, save_base, save_shard
 
 from codec.tokens import TokenShard, write_shard
-from slm.alphabet import Alphabet
-from slm.base import load_base
 from slm.config import BatchConfig, NARConfig, TaskConfig
-from slm.corpus import usable
-from slm.data import IGNORE, ARData, Start
-from slm.nar_data import NARData
-from slm.prompts import ASR, CONTINUATION, TASKS, TEXT, TTS, layout
-from slm.vocab import Vocabulary
+from slm.data.ar import IGNORE, ARData, Start
+from slm.data.corpus import usable
+from slm.data.nar import NARData
+from slm.data.sequences import ASR, CONTINUATION, TASKS, TEXT, TTS, layout
+from slm.models.ar import load_base
+from slm.tokenization.tokenizer import Alphabet
+from slm.tokenization.vocabulary import Vocabulary
 
 pytestmark = quiet()
 

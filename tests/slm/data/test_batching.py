@@ -1,4 +1,4 @@
-"""slm/plan.py: every item in its turn, under the budget, as a pure function of the step."""
+"""batching.py: every item in its turn, under the budget, as a pure function of the step."""
 
 import math
 from itertools import pairwise
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from slm.config import BatchConfig
-from slm.plan import Draw, Plan, bucketed, packed
+from slm.data.batching import Draw, Plan, bucketed, packed
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, size=500)
 CONFIGS = {

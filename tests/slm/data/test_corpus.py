@@ -1,4 +1,4 @@
-"""slm/corpus.py: what is used of shards and of plain texts, and what is said about the rest."""
+"""corpus.py: what is used of shards and of plain texts, and what is said about the rest."""
 
 import gzip
 import logging
@@ -10,7 +10,7 @@ import pytest
 from tiny_slm import STAMP, make_rows
 
 from codec.tokens import TokenShard, write_shard
-from slm.corpus import Ragged, pieces_of, read_texts, usable, within
+from slm.data.corpus import Ragged, pieces_of, read_texts, usable, within
 
 
 def shard(path: Path) -> TokenShard:

@@ -10,15 +10,11 @@ import torch
 from tiny_slm import STAMP, alphabet_of, make_rows, quiet, save_base
 
 from codec.tokens import TokenShard, write_shard
-from slm import preparing
-from slm.alphabet import Alphabet
-from slm.ar import SpeechLM
+from slm import voice as preparing
 from slm.config import ARConfig, BatchConfig, SamplingConfig, TaskConfig, TextConfig
-from slm.corpus import usable
-from slm.data import IGNORE, ARData
-from slm.generate import Generated, Request, generate, speech_only, stream_tokens
-from slm.hearing import hear, num_given
-from slm.interleaving import (
+from slm.data.ar import IGNORE, ARData
+from slm.data.corpus import usable
+from slm.data.interleaving import (
     hearing_layout,
     read_edges,
     script_of,
@@ -27,10 +23,14 @@ from slm.interleaving import (
     stretches_of,
     write_edges,
 )
-from slm.preparing import num_said, passage, prepare
-from slm.prompts import TTS, Coverage, Prompt, tts_context
-from slm.selfcheck import transcripts
-from slm.speaking import Models
+from slm.data.sequences import TTS, Coverage, Prompt, tts_context
+from slm.generation.asr import hear, num_given
+from slm.generation.rerank import transcripts
+from slm.generation.sampling import Generated, Request, generate, speech_only, stream_tokens
+from slm.generation.tts import Models
+from slm.models.ar import SpeechLM
+from slm.tokenization.tokenizer import Alphabet
+from slm.voice import num_said, passage, prepare
 
 pytestmark = quiet()
 
@@ -152,7 +152,7 @@ def test_what_is_heard_is_given_as_in_training(lm: SpeechLM, monkeypatch) -> Non
     assert script.least == 0
     told = []
     monkeypatch.setattr(
-        "slm.hearing.generate", lambda _, requests, *__: told.extend(requests) or answers
+        "slm.generation.asr.generate", lambda _, requests, *__: told.extend(requests) or answers
     )
     ids = alphabet.text_ids("asr", ["the cat "])[0]
     answers = [Generated(tokens=tuple(ids), failure=None, tries=1, seed=0)]
@@ -260,7 +260,7 @@ def test_generation_gives_each_word_when_the_one_before_is_over(lm: SpeechLM) ->
 
 
 def _drawn(logits, drawn, generator, config, first: int, end: int) -> int:
-    from slm.generate import draw
+    from slm.generation.sampling import draw
 
     recent = [token - first for token in drawn[-config.window :]][: config.window]
     index = draw(logits, recent, generator, config)
@@ -301,7 +301,7 @@ def test_words_that_do_not_end_are_cut(
     """Drawn are three codes for each word, then its end."""
     drawn = iter([0, 1, 2, -1] * 4)
     monkeypatch.setattr(
-        "slm.generate.draw",
+        "slm.generation.sampling.draw",
         lambda logits, *_: len(logits) - 1 if (one := next(drawn)) < 0 else one,
     )
     asked = request(lm, ["the", "cat"])

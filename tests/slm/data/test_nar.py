@@ -1,4 +1,4 @@
-"""slm/nar_data.py: what is masked, what is given, and that ranks see what one rank accumulates."""
+"""slm/data/nar.py: what is masked, what is given, and that ranks see what one rank accumulates."""
 
 import dataclasses
 from pathlib import Path
@@ -9,10 +9,10 @@ import torch
 from tiny_slm import SIZES, STAMP, alphabet_of, make_rows, quiet, save_base, save_shard
 
 from codec.tokens import TokenShard, write_shard
-from slm.alphabet import Alphabet
 from slm.config import BatchConfig, NARConfig
-from slm.nar import NAR
-from slm.nar_data import FULL_SHARE, NARBatch, NARData, draw_num_given, text_bytes
+from slm.data.nar import FULL_SHARE, NARBatch, NARData, draw_num_given, text_bytes
+from slm.models.nar import NAR
+from slm.tokenization.tokenizer import Alphabet
 
 pytestmark = quiet()
 

@@ -1,4 +1,4 @@
-"""slm/prompts.py: the layouts, what the loss covers, what may be said."""
+"""slm/data/sequences.py: the layouts, what the loss covers, what may be said."""
 
 import logging
 from pathlib import Path
@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from tiny_slm import STAMP, quiet, save_base
 
-from slm.base import load_base
-from slm.prompts import (
+from slm.data.sequences import (
     ASR,
     CONTINUATION,
     TEXT,
@@ -22,7 +21,8 @@ from slm.prompts import (
     script_of,
     tts_context,
 )
-from slm.vocab import Vocabulary
+from slm.models.ar import load_base
+from slm.tokenization.vocabulary import Vocabulary
 
 pytestmark = quiet()
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from tiny_slm import STAMP, quiet, save_base
 
-from slm.ar import SpeechLM
-from slm.cards import voice_card
 from slm.config import ARConfig, LoRAConfig, TextConfig, UnitsConfig
-from slm.exporting import SAMPLES, export
-from slm.prompts import Coverage, asr_context, tts_context
-from slm.units import Units
-from slm.vocab import encode_texts
+from slm.data.sequences import Coverage, asr_context, tts_context
+from slm.export.causal_lm import SAMPLES, export
+from slm.export.voice_folder import voice_card
+from slm.models.ar import SpeechLM
+from slm.tokenization.acoustic_bpe import Units
+from slm.tokenization.vocabulary import encode_texts
 
 pytestmark = quiet()
 
@@ -191,7 +191,7 @@ def test_it_replaces_an_earlier_export_and_nothing_else(
     export(lm, out)
     assert not (out / "left-over").exists()
     # A failed one leaves the earlier one, and nothing beside it.
-    monkeypatch.setattr("slm.exporting.export_card", lambda *_: 1 / 0)
+    monkeypatch.setattr("slm.export.causal_lm.export_card", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export(lm, out)
     assert [path.name for path in out.parent.iterdir()] == ["out"]

@@ -1,4 +1,4 @@
-"""slm/shipping.py: a voice is saved whole, and nothing of a person's is lost."""
+"""slm/export/voice_folder.py: a voice is saved whole, and nothing of a person's is lost."""
 
 import logging
 from dataclasses import replace
@@ -8,8 +8,8 @@ import pytest
 from tiny_slm import copy_of, quiet, save_voice
 
 from slm.config import SamplingConfig
-from slm.pipeline import Voice
-from slm.shipping import load_sampling
+from slm.export.voice_folder import load_sampling
+from slm.voice import Voice
 
 pytestmark = quiet()
 
@@ -89,7 +89,7 @@ def test_a_failure_leaves_the_earlier_voice(
     if broken == "rename":
         monkeypatch.setattr(Path, "rename", fail)
     else:
-        monkeypatch.setattr("slm.prompts.Prompt.save", full)
+        monkeypatch.setattr("slm.data.sequences.Prompt.save", full)
     with pytest.raises(OSError, match="no"):
         voice.save_pretrained(other)
     assert files(other) == before

@@ -1,9 +1,10 @@
-"""slm/checks.py: what is wrong is found, and what only looks like it is not."""
+"""slm/generation/checks.py: what is wrong is found, and what only looks like it is not."""
 
 import numpy as np
 import pytest
 
-from slm.checks import (
+from slm.config import CHECKS
+from slm.generation.checks import (
     SEVERITY,
     begins_with_prompt,
     has_loop,
@@ -16,7 +17,6 @@ from slm.checks import (
     repeats_codes,
     severity,
 )
-from slm.config import CHECKS
 
 RATE = 16000
 TEXT = "the cat sat on a mat and the dog ran far away from the red hen"

@@ -9,10 +9,9 @@ import pytest
 from conftest import voiced
 from tiny_slm import copy_of, quiet, save_voice
 
-from slm.conversion import listen
-from slm.hearing import Transcript
-from slm.pieces import cut_at_quiet
-from slm.pipeline import Voice
+from slm.generation.asr import Transcript, cut_at_quiet
+from slm.generation.conversion import listen
+from slm.voice import Voice
 
 pytestmark = quiet()
 

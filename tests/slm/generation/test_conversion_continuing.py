@@ -9,7 +9,7 @@ from conftest import voiced
 from tiny_slm import quiet, save_voice
 
 from slm.config import SamplingConfig
-from slm.pipeline import Voice
+from slm.voice import Voice
 
 pytestmark = quiet()
 

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from conftest import voiced
 
-from slm.long_text import CLAUSE_PAUSE, SENTENCE_PAUSE, WORD_PAUSE, Piece, join, split_text
+from slm.generation.long_form import (
+    CLAUSE_PAUSE,
+    SENTENCE_PAUSE,
+    WORD_PAUSE,
+    Piece,
+    join,
+    split_text,
+)
 
 RATE = 16_000
 

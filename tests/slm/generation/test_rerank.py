@@ -1,4 +1,4 @@
-"""slm/selfcheck.py: scores are what one pass per item over the text's rows gives."""
+"""slm/generation/rerank.py: scores are what one pass per item over the text's rows gives."""
 
 from pathlib import Path
 
@@ -7,12 +7,12 @@ import pytest
 import torch
 from tiny_slm import STAMP, quiet, save_base
 
-from slm import selfcheck
-from slm.alphabet import Alphabet
-from slm.ar import SpeechLM
 from slm.config import ARConfig, TaskConfig, TextConfig
-from slm.prompts import asr_context
-from slm.selfcheck import can_transcribe, text_scores, transcripts
+from slm.data.sequences import asr_context
+from slm.generation import rerank as selfcheck
+from slm.generation.rerank import can_transcribe, text_scores, transcripts
+from slm.models.ar import SpeechLM
+from slm.tokenization.tokenizer import Alphabet
 
 pytestmark = quiet()
 

@@ -1,4 +1,4 @@
-"""slm/generate.py: cached equals uncached, batched equals single, bounds, failures and retries."""
+"""sampling.py: cached equals uncached, batched equals single, bounds, failures and retries."""
 
 from dataclasses import replace
 
@@ -8,12 +8,12 @@ import torch
 from tiny_slm import STAMP, quiet, save_base
 from torch.nn import functional
 
-from slm.alphabet import Alphabet
-from slm.ar import SpeechLM
-from slm.caches import CacheKind
 from slm.config import ARConfig, SamplingConfig, TextConfig
-from slm.generate import (
+from slm.data.sequences import Script as Given
+from slm.data.sequences import asr_context, tts_context
+from slm.generation.sampling import (
     Allowed,
+    CacheKind,
     Request,
     draw,
     generate,
@@ -25,8 +25,8 @@ from slm.generate import (
     text_bound,
     text_only,
 )
-from slm.prompts import Script as Given
-from slm.prompts import asr_context, tts_context
+from slm.models.ar import SpeechLM
+from slm.tokenization.tokenizer import Alphabet
 
 pytestmark = quiet()
 

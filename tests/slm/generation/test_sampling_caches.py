@@ -1,4 +1,4 @@
-"""slm/caches.py: a static cache holds what a dynamic one holds, in the same memory all along."""
+"""sampling.py: a static cache holds what a dynamic one holds, in the same memory all along."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_slm import save_base
 
-from slm.base import load_base
-from slm.caches import keep_rows, make_cache
+from slm.generation.sampling import keep_rows, make_cache
+from slm.models.ar import load_base
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])

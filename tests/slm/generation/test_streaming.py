@@ -11,11 +11,11 @@ import torch
 from tiny_slm import TEXT, quiet, save_voice
 
 from slm.config import SamplingConfig
-from slm.generate import Request, generate, speech_only
-from slm.pipeline import Voice
-from slm.prompts import Prompt
-from slm.speaking import Utterance, complete, decode
-from slm.streaming import LOOK_AHEAD_SECONDS, WaveStream, stream, write_wav
+from slm.data.sequences import Prompt
+from slm.generation.sampling import Request, generate, speech_only
+from slm.generation.streaming import LOOK_AHEAD_SECONDS, WaveStream, stream, write_wav
+from slm.generation.tts import Utterance, complete, decode
+from slm.voice import Voice
 
 pytestmark = quiet()
 CHUNK_SECONDS, CHUNK = 0.4, 10

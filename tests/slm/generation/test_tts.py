@@ -1,4 +1,4 @@
-"""slm/speaking.py: what fails is made again, the least bad is kept, candidates are compared."""
+"""tts.py: what fails is made again, the least bad is kept, candidates are compared."""
 
 import logging
 from collections import Counter
@@ -11,13 +11,13 @@ import pytest
 import torch
 from tiny_slm import STAMP, alphabet_of, quiet, save_base
 
-from slm import speaking
-from slm.alphabet import Alphabet
-from slm.ar import SpeechLM
 from slm.config import ARConfig, SamplingConfig
-from slm.generate import NEXT_CANDIDATE, NEXT_TRY
-from slm.prompts import Coverage, Prompt
-from slm.speaking import Models, Speech, Utterance, candidates, speak
+from slm.data.sequences import Coverage, Prompt
+from slm.generation import tts as speaking
+from slm.generation.sampling import NEXT_CANDIDATE, NEXT_TRY
+from slm.generation.tts import Models, Speech, Utterance, candidates, speak
+from slm.models.ar import SpeechLM
+from slm.tokenization.tokenizer import Alphabet
 
 pytestmark = quiet()
 

@@ -1,4 +1,4 @@
-"""slm/ar.py: any LLM, adapters that train only what is new, folders that come back."""
+"""slm/models/ar.py: any LLM, adapters that train only what is new, folders that come back."""
 
 import json
 import shutil
@@ -11,10 +11,9 @@ import torch
 from tiny_slm import STAMP, quiet, save_base, save_shard
 
 from codec.tokens import TokenShard
-from slm.ar import BASE_FILE, SpeechLM
-from slm.base import digest_of, load_base
 from slm.config import ARConfig, BatchConfig, LoRAConfig, TaskConfig
-from slm.data import ARBatch, ARData
+from slm.data.ar import ARBatch, ARData
+from slm.models.ar import BASE_FILE, SpeechLM, digest_of, load_base
 
 pytestmark = quiet()
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 from tiny_slm import STAMP, save_base
 
-from slm.ar import SpeechLM
 from slm.config import ARConfig, LoRAConfig, TextConfig, UnitsConfig
-from slm.letters import Letters
-from slm.units import Units
+from slm.models.ar import Letters, SpeechLM
+from slm.tokenization.acoustic_bpe import Units
 
 NUM_CODES = STAMP.codebook_sizes[0]
 

@@ -1,18 +1,18 @@
-"""slm/ar.py: losses and gradients are what they are said to be, padded, packed or saved on."""
+"""ar.py: losses and gradients are what they are said to be, padded, packed or saved on."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_ar import batch_of, make
 from tiny_slm import STAMP, quiet, save_base, save_shard
 
 from codec.tokens import TokenShard
-from slm.ar import SpeechLM
 from slm.config import ARConfig, BatchConfig, LoRAConfig, TaskConfig, TextConfig
-from slm.data import IGNORE, ARBatch, ARData
-from slm.prompts import ASR, CONTINUATION, TEXT, TTS
+from slm.data.ar import IGNORE, ARBatch, ARData
+from slm.data.sequences import ASR, CONTINUATION, TEXT, TTS
+from slm.models.ar import SpeechLM
+from tests.slm.models.test_ar import batch_of, make
 
 pytestmark = quiet()
 

@@ -1,19 +1,19 @@
-"""slm/attention.py: plain products give what fused attention gives, where they take its place."""
+"""attention.py: plain products give what fused attention gives, where they take its place."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_ar import make
-from test_slm_ar import packed_data
 from tiny_slm import STAMP, quiet
 from torch.nn import functional
 
-from slm import attention
-from slm.ar import SpeechLM
-from slm.attention import attend, attention_of
 from slm.config import ARConfig, LoRAConfig
+from slm.models import attention
+from slm.models.ar import SpeechLM
+from slm.models.attention import attend, attention_of
+from tests.slm.models.test_ar import make
+from tests.slm.models.test_ar_losses import packed_data
 
 pytestmark = quiet()
 

@@ -1,4 +1,4 @@
-"""slm/head.py: the logits of what is asked for are the LLM's own, and nothing else is computed."""
+"""lm_head.py: the logits of what is asked for are the LLM's own, and nothing else is computed."""
 
 import copy
 import pickle
@@ -12,9 +12,9 @@ from tiny_slm import STAMP, quiet, save_base
 from torch import nn
 from torch.nn import functional
 
-from slm.ar import SpeechLM
 from slm.config import ARConfig, LoRAConfig
-from slm.head import Asked, Rows, logits_of, next_logits, speech_rows, text_rows
+from slm.models.ar import SpeechLM
+from slm.models.lm_head import Asked, Rows, logits_of, next_logits, speech_rows, text_rows
 
 pytestmark = quiet()
 

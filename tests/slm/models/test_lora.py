@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_exporting import trained
 from tiny_slm import quiet, save_base
 
-from slm.ar import SpeechLM
 from slm.config import TextConfig
-from slm.lowrank import as_adapters, factorise, used_rows
-from slm.prompts import Coverage
+from slm.data.sequences import Coverage
+from slm.models.ar import SpeechLM
+from slm.models.lora import as_adapters, factorise, used_rows
+from tests.slm.export.test_causal_lm import trained
 
 pytestmark = quiet()
 

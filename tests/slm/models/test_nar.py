@@ -1,4 +1,4 @@
-"""slm/nar.py: what a stage sees, what it is judged on, and that padding is no matter."""
+"""slm/models/nar.py: what a stage sees, what it is judged on, and that padding is no matter."""
 
 import json
 from dataclasses import replace
@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from tiny_slm import SIZES
 
 from slm.config import NARConfig
-from slm.nar import NAR, num_masked
-from slm.nar_data import NARBatch, nar_batch, text_bytes
+from slm.data.nar import NARBatch, nar_batch, text_bytes
+from slm.models.nar import NAR, num_masked
 
 CONFIG = NARConfig(
     codebook_sizes=SIZES, num_layers=2, num_heads=2, width=16, feedforward=32, dropout=0.0

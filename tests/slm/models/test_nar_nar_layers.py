@@ -1,17 +1,16 @@
-"""slm/nar_layers.py: convolutions know their parts and no padding; labels shared by distance."""
+"""slm/models/nar.py: convolutions know their parts and no padding; labels shared by distance."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from test_nar import CONFIG, TEXTS, batch, make_nar, random_codes
 from tiny_slm import SIZES
 
 from slm.config import NARConfig
-from slm.nar import NAR
-from slm.nar_data import nar_batch, text_bytes
-from slm.nar_layers import Nearby, Reference, shares_of_neighbours
+from slm.data.nar import nar_batch, text_bytes
+from slm.models.nar import NAR, Nearby, Reference, shares_of_neighbours
+from tests.slm.models.test_nar import CONFIG, TEXTS, batch, make_nar, random_codes
 
 WITH = replace(CONFIG, kernel=5, reference=True)
 

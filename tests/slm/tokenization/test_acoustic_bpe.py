@@ -1,4 +1,4 @@
-"""slm/units.py: acoustic BPE gives every sequence of codes back, in fewer pieces."""
+"""acoustic_bpe.py: acoustic BPE gives every sequence of codes back, in fewer pieces."""
 
 import dataclasses
 import json
@@ -9,8 +9,8 @@ import pytest
 from tiny_slm import STAMP
 
 from codec.tokens import CodecStamp
-from slm import units as units_module
-from slm.units import Units, without_runs
+from slm.tokenization import acoustic_bpe as units_module
+from slm.tokenization.acoustic_bpe import Units, without_runs
 
 SIZE = STAMP.codebook_sizes[0]
 

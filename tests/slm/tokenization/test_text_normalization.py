@@ -1,4 +1,5 @@
-"""slm/spelling.py: numbers and abbreviations in words, no word lost, and phonemes by an extra."""
+"""text_normalization.py: numbers and abbreviations in words, no word lost, and phonemes by an
+extra."""
 
 import random
 import re
@@ -6,8 +7,8 @@ import sys
 
 import pytest
 
-from slm import spelling
-from slm.spelling import normalize, phonemes
+from slm.tokenization import text_normalization as spelling
+from slm.tokenization.text_normalization import normalize, phonemes
 
 EXPECTED = {
     "Dr. Smith paid $3.50 on 21 Nov. 2026, at 5:30 p.m., for 2 lbs., etc.": (

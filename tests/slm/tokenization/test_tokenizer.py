@@ -1,4 +1,4 @@
-"""slm/alphabet.py: each form of text and speech comes back from its ids, from a saved voice too."""
+"""tokenizer.py: each form of text and speech comes back from its ids, from a saved voice too."""
 
 import dataclasses
 import json
@@ -12,13 +12,12 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from slm import alphabet as alphabet_module
-from slm.alphabet import FILE_NAME, UNITS_FILE, Alphabet
-from slm.ar import SpeechLM
-from slm.base import Base, load_base
 from slm.config import ARConfig, LoRAConfig, TextConfig, UnitsConfig
-from slm.units import Units
-from slm.vocab import Vocabulary
+from slm.models.ar import Base, SpeechLM, load_base
+from slm.tokenization import tokenizer as alphabet_module
+from slm.tokenization.acoustic_bpe import Units
+from slm.tokenization.tokenizer import FILE_NAME, UNITS_FILE, Alphabet
+from slm.tokenization.vocabulary import Vocabulary
 
 pytestmark = quiet()
 SIZE = STAMP.codebook_sizes[0]

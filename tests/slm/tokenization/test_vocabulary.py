@@ -1,4 +1,4 @@
-"""slm/vocab.py: ids never collide, old rows stay, new rows are drawn from them."""
+"""vocabulary.py: ids never collide, old rows stay, new rows are drawn from them."""
 
 import dataclasses
 import json
@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_slm import STAMP, quiet, save_base
 
-from slm.base import load_base
-from slm.vocab import FILE_NAME, Vocabulary, extend
+from slm.models.ar import load_base
+from slm.tokenization.vocabulary import FILE_NAME, Vocabulary, extend
 
 pytestmark = quiet()
 
