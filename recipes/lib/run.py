@@ -157,7 +157,15 @@ def _version(package: str) -> str | None:
         return None
 
 
-__all__ = ["Run", "git_revision", "load_config", "make_accelerator", "run_program", "start_run"]
+__all__ = [
+    "Run",
+    "finished",
+    "git_revision",
+    "load_config",
+    "make_accelerator",
+    "run_program",
+    "start_run",
+]
 
 
 # DeepSpeed picks its device when it is first imported, which the Accelerator does.
@@ -219,6 +227,18 @@ def _leave() -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def finished(what: str, path: str | Path, next_command: str) -> None:
+    """Prints the last lines of a recipe to standard output, on the main process: what was made,
+    where it is, and the command to run next.
+
+    Args:
+        what: e.g. "codec of 8 codebooks at 25 Hz, trained for 2000 steps".
+        next_command: as one types it in the repository; `path` may be a part of it.
+    """
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"Finished: {what}\n    in {path}\nNext: {next_command}", flush=True)
 
 
 def make_accelerator(

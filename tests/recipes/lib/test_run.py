@@ -18,7 +18,7 @@ from conftest import ROOT
 from launched.tiny_training import TinyConfig
 
 from recipes.lib import run as provenance
-from recipes.lib.run import Run, git_revision, is_write_failure, run_program, start_run
+from recipes.lib.run import Run, finished, git_revision, is_write_failure, run_program, start_run
 
 TRAINING = ROOT / "tests" / "launched" / "tiny_training.py"
 CHECKPOINTS = "checkpoints/step-0000000"
@@ -190,7 +190,7 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 from accelerate import Accelerator
-from recipes.common import start_run
+from recipes.lib.run import start_run
 from launched.tiny_training import TinyConfig
 run = start_run(TinyConfig(), Path(sys.argv[1]), seed=0, accelerator=Accelerator(cpu=True))
 model = torch.nn.Linear(300, 300)
@@ -290,6 +290,18 @@ def test_mistakes_end_with_status_2_and_one_line(
         run_program(mistake)
 
 
+def test_a_finished_recipe_prints_result_place_and_next_command_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, expected in (
+        ("0", ["Finished: a codec", "    in out/x", "Next: codec info out/x"]),
+        ("1", []),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        finished("a codec", "out/x", "codec info out/x")
+        assert capsys.readouterr().out.splitlines() == expected
+
+
 # Launches
 
 
@@ -350,7 +362,7 @@ def test_freed_memory_is_used_again() -> None:
     """Page faults of allocations of 48 MB, each made after the last was freed."""
     code = """
 import resource, torch
-from recipes.common import keep_memory
+from recipes.lib.run import keep_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):
