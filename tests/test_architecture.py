@@ -27,8 +27,8 @@ TEXTS = sorted(
     and ".egg-info" not in str(path)
 )
 # What `slm` may know of `codec`, and what only a voice, made of both, may.
-CONTRACT = "codec.tokens"
-PIPELINE = "slm/voice.py"
+SHARED = ("codec.tokens", "codec.io", "codec.training")
+VOICE = "slm/voice.py"
 # Imports that cost seconds or need more than codec's own five libraries.
 HEAVY = (
     *("transformers", "peft", "accelerate", "deepspeed", "lhotse", "soundfile", "soxr"),
