@@ -1,11 +1,9 @@
-"""A shipped voice speaks, listens and converts: `make demo`.
+"""Synthesizes, converts and transcribes speech with the shipped voice: `make demo`.
 
     python recipes/demo.py [--prompt RECORDING] [--text TEXT] [--voice DIR] [--out DIR]
 
-Every step is a command that is printed before it runs and works as well on recordings of your own.
-What was made is in out/voice/ afterwards: waves, spectrogram.png and scores.md.
-
-Spectrograms as a picture.
+Every step is a command that is printed before it runs; the same commands take your own recordings.
+OUT gets the waves, spectrogram.png and scores.md.
 """
 
 import argparse
@@ -24,15 +22,132 @@ from codec.training.losses import log_mel
 from eval.speaker import SpeakerEncoder, similarity
 from eval.text import word_errors
 from eval.transcribe import Judge
-from recipes.lib.commands import Step, run
+from recipes.lib.commands import Command, run
 from recipes.lib.run import run_program
 from slm.data.sequences import load_prompts
 
 SAMPLE_RATE = 16_000
+VOICE, OUT = Path("models/small"), Path("out/voice")
+JUDGE, SPEAKER = Path("models/whisper-base"), Path("models/speaker-encoder")
+TEXT = "The old clock struck nine, and nobody in the quiet house noticed."
+
+
+class Wave(NamedTuple):
+    """A wave of the demo."""
+
+    name: str
+    """File name in OUT."""
+    title: str
+    text: str | None = None
+    """Reference transcript; None: the wave is not scored."""
+    prompt: str | None = None
+    """File name of the recording whose voice it should have."""
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--prompt", type=Path, help="recording whose voice is cloned as well")
+    parser.add_argument("--text", default=TEXT, help="text to synthesize")
+    parser.add_argument("--voice", type=Path, default=VOICE, help=f"(default: {VOICE})")
+    parser.add_argument("--out", type=Path, default=OUT, help=f"(default: {OUT})")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    names = sorted(load_prompts(args.voice / "prompts"))
+    if len(names) < 2:
+        raise ValueError(f"{args.voice}: the demo needs a voice with at least two prompts")
+    names = [names[0], names[-1]]
+    if args.prompt is not None and not args.prompt.is_file():
+        raise ValueError(f"{args.prompt}: no such recording")
+    check_models(JUDGE, SPEAKER)
+    began = time.monotonic()
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_prompts(args.voice, args.out, names)
+    commands, waves = commands_of(args, names)
+    printed = [run(command, number, len(commands)) for number, command in enumerate(commands, 1)]
+    draw({one.title: args.out / one.name for one in waves}, args.out / "spectrogram.png")
+    transcript = json.loads(printed[-1].splitlines()[-1])["text"]
+    report = f"{score(waves, args.out)}\nTranscript of speech.wav by `slm asr`: {transcript}\n"
+    (args.out / "scores.md").write_text(report, encoding="utf-8")
+    print(f"\n{report}")
+    files = [*(one.name for one in waves), "spectrogram.png", "scores.md"]
+    print(f"Done in {time.monotonic() - began:.0f} s. Written:")
+    print(*(f"    {args.out / name}" for name in files), sep="\n")
+    print(f"Next: slm tts --voice {args.voice} --text TEXT --prompt {names[0]} --out OUT.wav")
+
+
+def check_models(*folders: Path) -> None:
+    """Raises ValueError for a model folder that does not exist."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"{folder} does not exist; run `make models` first")
+
+
+def commands_of(args: argparse.Namespace, names: list[str]) -> tuple[list[Command], list[Wave]]:
+    """Returns the commands to run, and the waves that then lie in OUT."""
+    slm, voice, out = [sys.executable, "-m", "slm"], ["--voice", str(args.voice)], args.out
+    speech, converted, own = (str(out / f"{one}.wav") for one in ("speech", "converted", "yours"))
+
+    def tts(prompt: str, file: str) -> list[str]:
+        return [*slm, "tts", *voice, "--text", args.text, "--prompt", prompt, "--out", file]
+
+    commands = [Command(f"synthesize a sentence with the prompt {names[0]}", tts(names[0], speech))]
+    waves = [
+        Wave(f"{names[0]}.wav", f"shipped prompt {names[0]}"),
+        Wave("speech.wav", f"synthesized with this prompt: {args.text}", args.text,
+             f"{names[0]}.wav"),
+    ]  # fmt: skip
+    if args.prompt is not None:
+        write_audio(out / "prompt.wav", read_audio(args.prompt, SAMPLE_RATE), SAMPLE_RATE)
+        what = f"synthesize it with the prompt {args.prompt.name}"
+        commands.append(Command(what, tts(str(args.prompt), own)))
+        waves += [
+            Wave("prompt.wav", f"your recording {args.prompt.name}"),
+            Wave("yours.wav", "synthesized with this prompt", args.text, "prompt.wav"),
+        ]
+    vc = [*slm, "vc", *voice, "--source", speech, "--target", names[1], "--out", converted]
+    commands.append(Command(f"convert the first sentence to the voice {names[1]}", vc))
+    waves += [
+        Wave(f"{names[1]}.wav", f"shipped prompt {names[1]}"),
+        Wave("converted.wav", "the first sentence converted to this voice", args.text,
+             f"{names[1]}.wav"),
+    ]  # fmt: skip
+    commands.append(Command("transcribe the first sentence", [*slm, "asr", *voice, speech]))
+    return commands, waves
+
+
+def write_prompts(voice: Path, out: Path, names: list[str]) -> None:
+    """Decodes shipped prompts of the voice to OUT/NAME.wav."""
+    codec, prompts = load_codec(voice / "codec"), load_prompts(voice / "prompts")
+    for name in names:
+        codes = torch.from_numpy(np.asarray(prompts[name].codes))[None]
+        write_audio(out / f"{name}.wav", codec.decode(codes)[0, 0].numpy(), codec.sample_rate)
+
+
+def score(waves: list[Wave], out: Path) -> str:
+    """Returns a Markdown table: WER by Whisper and speaker similarity to the prompt."""
+    judge, encoder = Judge(JUDGE), SpeakerEncoder.from_folder(SPEAKER)
+    rows = ["| file | WER | speaker similarity | transcript by Whisper |", "|---|---|---|---|"]
+    for one in waves:
+        if one.text is None or one.prompt is None:
+            continue
+        sounds = [read_audio(out / name, SAMPLE_RATE) for name in (one.name, one.prompt)]
+        hypothesis = judge.transcribe(sounds[0], SAMPLE_RATE).strip()
+        cosine = similarity(*(encoder.embed(sound, SAMPLE_RATE) for sound in sounds))
+        wer = word_errors(one.text, hypothesis).rate
+        rows.append(f"| {one.name} | {100 * wer:.0f} % | {cosine:.2f} | {hypothesis} |")
+    return "\n".join(rows)
 
 
 def draw(waves: dict[str, Path], out: Path) -> None:
-    """A picture of the log-mel spectrograms, one below the other."""
+    """Writes the log-mel spectrograms of recordings, one below the other, as a picture.
+
+    Args:
+        waves: recordings by title.
+        out: the picture; its suffix decides the format.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -50,111 +165,6 @@ def draw(waves: dict[str, Path], out: Path) -> None:
     axes[-1].set_xlabel("seconds")
     figure.tight_layout()
     figure.savefig(out, dpi=110)
-
-
-VOICE, OUT = Path("models/small"), Path("out/voice")
-JUDGE, SPEAKER = Path("models/whisper-base"), Path("models/speaker-encoder")
-TEXT = "The old clock struck nine, and nobody in the quiet house noticed."
-
-
-class Wave(NamedTuple):
-    """Something to listen to."""
-
-    name: str
-    title: str
-    text: str | None
-    """What it ought to say; None: it is scored in nothing."""
-    voice: str | None
-    """The file whose voice it ought to have."""
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--prompt", type=Path, help="a recording whose voice speaks, too")
-    parser.add_argument("--text", default=TEXT, help="what is said")
-    parser.add_argument("--voice", type=Path, default=VOICE, help=f"(default: {VOICE})")
-    parser.add_argument("--out", type=Path, default=OUT, help=f"(default: {OUT})")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str]) -> None:
-    args = parse(argv)
-    names = sorted(load_prompts(args.voice / "prompts"))
-    if len(names) < 2:
-        raise ValueError(f"{args.voice}: a voice with two shipped prompts or more is needed")
-    names = [names[0], names[-1]]
-    if args.prompt is not None and not args.prompt.is_file():
-        raise ValueError(f"{args.prompt}: no such recording")
-    for folder in (JUDGE, SPEAKER):
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is not there; run `make models` first")
-    began = time.monotonic()
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_prompts(args.voice, args.out, names)
-    todo, waves = steps(args, names)
-    told = [run(step, number, len(todo)) for number, step in enumerate(todo, 1)]
-    draw({one.title: args.out / one.name for one in waves}, args.out / "spectrogram.png")
-    transcript = json.loads(told[-1].splitlines()[-1])["text"]
-    report = f"{score(waves, args.out)}\n`slm asr` wrote of speech.wav: {transcript}\n"
-    (args.out / "scores.md").write_text(report, encoding="utf-8")
-    print(f"\n{report}")
-    files = [*(one.name for one in waves), "spectrogram.png", "scores.md"]
-    print("Listen and look:", *(f"    {args.out / name}" for name in files), sep="\n")
-    print(f"{time.monotonic() - began:.0f} seconds")
-
-
-def steps(args: argparse.Namespace, names: list[str]) -> tuple[list[Step], list[Wave]]:
-    """What a user of the voice would type, and what comes of it."""
-    slm, voice, out = [sys.executable, "-m", "slm"], ["--voice", str(args.voice)], args.out
-    speech, converted, own = (str(out / f"{one}.wav") for one in ("speech", "converted", "yours"))
-
-    def tts(prompt: str, file: str) -> list[str]:
-        return [*slm, "tts", *voice, "--text", args.text, "--prompt", prompt, "--out", file]
-
-    todo = [Step(f"say a sentence in the voice {names[0]}", tts(names[0], speech))]
-    waves = [
-        Wave(f"{names[0]}.wav", f"{names[0]}, a shipped voice", None, None),
-        Wave("speech.wav", f"in this voice: {args.text}", args.text, f"{names[0]}.wav"),
-    ]
-    if args.prompt is not None:
-        write_audio(out / "prompt.wav", read_audio(args.prompt, SAMPLE_RATE), SAMPLE_RATE)
-        todo.append(Step(f"say it in the voice of {args.prompt.name}", tts(str(args.prompt), own)))
-        waves += [
-            Wave("prompt.wav", f"{args.prompt.name}, your recording", None, None),
-            Wave("yours.wav", "in its voice", args.text, "prompt.wav"),
-        ]
-    vc = [*slm, "vc", *voice, "--source", speech, "--target", names[1], "--out", converted]
-    todo.append(Step(f"convert the first to the voice {names[1]}", vc))
-    waves += [
-        Wave(f"{names[1]}.wav", f"{names[1]}, another shipped voice", None, None),
-        Wave("converted.wav", "the first sentence in this voice", args.text, f"{names[1]}.wav"),
-    ]
-    todo.append(Step("transcribe it", [*slm, "asr", *voice, speech]))
-    return todo, waves
-
-
-def write_prompts(voice: Path, out: Path, names: list[str]) -> None:
-    """The shipped prompts' codes as waves."""
-    codec, prompts = load_codec(voice / "codec"), load_prompts(voice / "prompts")
-    for name in names:
-        codes = torch.from_numpy(np.asarray(prompts[name].codes))[None]
-        wave = codec.decode(codes)[0, 0].numpy()
-        write_audio(out / f"{name}.wav", wave, codec.sample_rate)
-
-
-def score(waves: list[Wave], out: Path) -> str:
-    """A table: words that the judge heard otherwise, and how like the prompt's the voice is."""
-    judge, encoder = Judge(JUDGE), SpeakerEncoder.from_folder(SPEAKER)
-    rows = ["| file | WER | similarity to its prompt | heard by the judge |", "|---|---|---|---|"]
-    for one in waves:
-        if one.text is None or one.voice is None:
-            continue
-        sounds = [read_audio(out / name, SAMPLE_RATE) for name in (one.name, one.voice)]
-        heard = judge.transcribe(sounds[0], SAMPLE_RATE).strip()
-        near = similarity(*(encoder.embed(sound, SAMPLE_RATE) for sound in sounds))
-        wer = word_errors(one.text, heard).rate
-        rows.append(f"| {one.name} | {100 * wer:.0f} % | {near:.2f} | {heard} |")
-    return "\n".join(rows)
 
 
 if __name__ == "__main__":

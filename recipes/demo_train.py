@@ -1,8 +1,8 @@
-"""The whole way in miniature, on recordings that anyone can fetch: `make demo-train`.
+"""Trains a miniature voice on downloadable recordings, from codec to scores: `make demo-train`.
 
 recordings -> codec -> token shards -> text LLM + NAR -> speech and transcripts -> scores. Every
-step is a command that is printed before it runs, goes on where it stopped when it is started
-again, and works as well on a corpus of your own. Results are in out/demo/ afterwards.
+step is a command that is printed before it runs, resumes when it is started again, and also takes a
+corpus of your own. Results lie in out/demo/.
 """
 
 import json
@@ -13,29 +13,28 @@ from pathlib import Path
 
 from codec import write_audio
 from codec.training.data import load_cut, read_cuts
-from recipes.demo import draw
-from recipes.lib.commands import HERE, Step, launch, run
+from recipes.demo import JUDGE, SPEAKER, check_models, draw
+from recipes.lib.commands import HERE, Command, launch, run
 from recipes.lib.run import run_program
 
 OUT = Path("out/demo")
 VOICE = OUT / "tts" / "voice"
-JUDGE, SPEAKER = Path("models/whisper-base"), Path("models/speaker-encoder")
 SAMPLE_RATE = 16_000
 TEXT = "please enter the number of the person you wish to call"
 
-VERDICT = """
-What this miniature can do: every part of it is the real one. The codec is a neural codec, its 25
-codes a second per codebook are what the language model reads and writes, the language model is a
-pretrained text LLM with an extended vocabulary, trained under DeepSpeed.
+LIMITS = """
+This miniature has every part of a large model: a neural codec of 25 frames a second, and a
+pretrained text LLM with an extended vocabulary that reads and writes its codes, trained with
+DeepSpeed.
 
-What it cannot do: it has heard 22 minutes of one woman and learned for seven. Its codec
-sounds hoarse, it repeats phrases of its training recordings rather than say a new sentence, its
-transcripts are guesses, and it imitates no voice but hers. README.md says how to go on.
+Its quality is low: it was trained for seven minutes on 22 minutes of one speaker. The codec
+sounds hoarse, new sentences come out as phrases of the training recordings, transcripts are mostly
+wrong, and no other voice is imitated. README.md describes how to train a larger one.
 """
 
 
-def training_steps() -> list[Step]:
-    """From nothing to a voice."""
+def training_commands() -> list[Command]:
+    """Returns the commands from recordings to a voice."""
     python, configs = [sys.executable], HERE / "configs"
     cuts, codec = OUT / "cuts", OUT / "codec" / "codec"
     processes = min(2, os.cpu_count() or 1)
@@ -46,57 +45,50 @@ def training_steps() -> list[Step]:
             f"codec={codec}", f"out={OUT}/tokens/{split}",
         ]  # fmt: skip
 
+    def train(accelerate: str, processes: int, recipe: str, config: str) -> list[str]:
+        return launch(accelerate, processes, recipe, "--config", str(configs / config))
+
     prepare = [*python, str(HERE / "prepare_data.py"), "prompts", "--out", str(cuts)]
     return [
-        Step("fetch 541 recorded prompts of one speaker", [*prepare, "--dev-cuts", "40"]),
-        Step(
-            "train a codec",
-            launch("cpu", 1, "train_codec.py", "--config", str(configs / "codec" / "demo.yaml")),
+        Command("download 541 recorded prompts of one speaker", [*prepare, "--dev-cuts", "40"]),
+        Command("train a codec", train("cpu", 1, "train_codec.py", "codec/demo.yaml")),
+        Command("export the training tokens", export("train")),
+        Command("export the dev tokens", export("dev")),
+        Command(
+            "train the language model and the NAR with DeepSpeed, and evaluate on the dev prompts",
+            train("zero2", processes, "tts.py", "tts/demo.yaml"),
         ),
-        Step("export the training tokens", export("train")),
-        Step("export the dev tokens", export("dev")),
-        Step(
-            "train the language model and the NAR with DeepSpeed, speak and score the dev prompts",
-            launch(
-                "zero2", processes, "tts.py", "--config", str(configs / "tts" / "demo.yaml")
-            ),
-        ),
-    ]  # fmt: skip
+    ]
 
 
-def speaking_steps(prompt_text: str) -> list[Step]:
-    """What a user of the voice would type."""
+def inference_commands(prompt_text: str) -> list[Command]:
+    """Returns the commands that use the voice."""
     slm = [sys.executable, "-m", "slm"]
     tts = [*slm, "tts", "--voice", str(VOICE), "--text", TEXT, "--prompt", str(OUT / "prompt.wav")]
     reconstruct = [
         sys.executable, "-m", "codec", "reconstruct", "--overwrite",
         "--codec", str(VOICE / "codec"), "--out", str(OUT / "reconstructed"),
     ]  # fmt: skip
-    benchmark = [sys.executable, str(HERE / "benchmark.py"), "reconstruction"]
+    benchmark = [
+        sys.executable, str(HERE / "benchmark.py"), "reconstruction",
+        "--codec", str(VOICE / "codec"), "--cuts", str(OUT / "cuts/dev.jsonl.gz"),
+        "--judge", str(JUDGE), "--speaker", str(SPEAKER), "--limit", "12",
+        "--out", str(OUT / "scores"),
+    ]  # fmt: skip
+    original = str(OUT / "original.wav")
     return [
-        Step(
-            "speak a sentence in the voice of the prompt",
+        Command(
+            "synthesize a sentence in the voice of the prompt",
             [*tts, "--prompt-text", prompt_text, "--out", str(OUT / "speech.wav")],
         ),
-        Step(
-            "transcribe a recording",
-            [*slm, "asr", "--voice", str(VOICE), str(OUT / "original.wav")],
-        ),
-        Step("reconstruct it", [*reconstruct, str(OUT / "original.wav")]),
-        Step(
-            "score the codec",
-            [
-                *benchmark, "--codec", str(VOICE / "codec"),
-                "--cuts", str(OUT / "cuts/dev.jsonl.gz"),
-                "--judge", str(JUDGE), "--speaker", str(SPEAKER), "--limit", "12",
-                "--out", str(OUT / "scores"),
-            ],
-        ),
-    ]  # fmt: skip
+        Command("transcribe a recording", [*slm, "asr", "--voice", str(VOICE), original]),
+        Command("reconstruct it", [*reconstruct, original]),
+        Command("score the codec", benchmark),
+    ]
 
 
 def pick_recordings() -> str:
-    """Writes a prompt of about 3 s and a recording to transcribe; returns the prompt's text."""
+    """Writes prompt.wav (about 3 s) and original.wav; returns the prompt's transcript."""
     cuts = sorted(read_cuts(OUT / "cuts" / "dev.jsonl.gz"), key=lambda cut: abs(cut.duration - 3))
     for name, cut in (("prompt", cuts[0]), ("original", cuts[1])):
         write_audio(OUT / f"{name}.wav", load_cut(cut, SAMPLE_RATE), SAMPLE_RATE)
@@ -108,46 +100,32 @@ def main(argv: list[str]) -> None:
         print(__doc__)
         return
     if argv:
-        raise ValueError(f"the demo takes no arguments, got {argv}; the recipes it calls do")
-    if not JUDGE.is_dir() or not SPEAKER.is_dir():
-        raise ValueError("models/ is not there; run `make models` first, or `make demo-train`")
+        raise ValueError(f"demo_train.py takes no arguments, got {argv}; the recipes it runs do")
+    check_models(JUDGE, SPEAKER)
     began = time.monotonic()
     OUT.mkdir(parents=True, exist_ok=True)
-    training = training_steps()
-    total = len(training) + len(speaking_steps(""))
-    report = []
-    for number, step in enumerate(training, 1):
-        report.append(run(step, number, total))
-    speaking = speaking_steps(pick_recordings())
-    for number, step in enumerate(speaking, len(training) + 1):
-        report.append(run(step, number, total))
-    reconstruction = OUT / "reconstruction.wav"
-    (OUT / "reconstructed" / "original.wav").replace(reconstruction)
-    draw(
-        {
-            "prompt": OUT / "prompt.wav",
-            f"spoken after it: {TEXT}": OUT / "speech.wav",
-            "a recording": OUT / "original.wav",
-            "the same through the codec": reconstruction,
-        },
-        OUT / "spectrogram.png",
-    )
-    transcript = json.loads(report[-3].splitlines()[-1])["text"]
-    scores = (
-        f"{report[len(training) - 1]}\n{report[-1]}\nTranscript of original.wav: {transcript}\n"
-    )
-    (OUT / "scores.md").write_text(scores + VERDICT, encoding="utf-8")
-    print(VERDICT)
-    files = (
-        "speech.wav",
-        "prompt.wav",
-        "original.wav",
-        "reconstruction.wav",
-        "spectrogram.png",
-        "scores.md",
-    )
-    print("Listen and look:", *(f"    {OUT / name}" for name in files), sep="\n")
-    print(f"{(time.monotonic() - began) / 60:.1f} minutes")
+    training = training_commands()
+    total = len(training) + len(inference_commands(""))
+    printed = [run(command, number, total) for number, command in enumerate(training, 1)]
+    inference = inference_commands(pick_recordings())
+    for number, command in enumerate(inference, len(training) + 1):
+        printed.append(run(command, number, total))
+    (OUT / "reconstructed" / "original.wav").replace(OUT / "reconstruction.wav")
+    pictures = {
+        "prompt": OUT / "prompt.wav",
+        f"synthesized: {TEXT}": OUT / "speech.wav",
+        "recording": OUT / "original.wav",
+        "reconstruction by the codec": OUT / "reconstruction.wav",
+    }
+    draw(pictures, OUT / "spectrogram.png")
+    transcript = json.loads(printed[-3].splitlines()[-1])["text"]
+    scores = [printed[len(training) - 1], printed[-1], f"Transcript of original.wav: {transcript}"]
+    (OUT / "scores.md").write_text("\n".join([*scores, LIMITS]), encoding="utf-8")
+    print(LIMITS)
+    print(f"Done in {(time.monotonic() - began) / 60:.1f} minutes. Written:")
+    files = [*pictures.values(), OUT / "spectrogram.png", OUT / "scores.md"]
+    print(*(f"    {path}" for path in files), sep="\n")
+    print(f"Next: slm tts --voice {VOICE} --text TEXT --prompt dev-1 --out OUT.wav")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""Trains the models of models/small, from lists of cuts to what ships: `make train-small`.
+"""Trains the models of models/small, from lists of cuts to a voice that ships: `make train-small`.
 
     python recipes/train_small.py
 
-The lists are out/small/cuts/{train,dev}.jsonl.gz, with transcripts (recipes/prepare_data.py makes
-them). Every step is a command that is printed before it runs. A training or an export that was
-stopped goes on, and does nothing where it was finished; the small steps between are done again. By
-the times of its steps all of it takes some seven hours on two cores; it was not run whole yet.
+Reads out/small/cuts/{train,dev}.jsonl.gz, with transcripts (recipes/prepare_data.py writes them).
+Every step is a command that is printed before it runs. An interrupted training or export resumes,
+and a finished one is skipped; the short steps between run again. About seven hours on two cores,
+estimated from the single steps: the sequence was never run in one go.
 """
 
 import sys
 from pathlib import Path
 
-from recipes.lib.commands import HERE, Step, launch, run
+from recipes.lib.commands import HERE, Command, launch, run
 from recipes.lib.run import run_program
 
 OUT = Path("out/small")
@@ -19,47 +19,39 @@ CUTS, SEMANTIC, CODEC = OUT / "cuts", OUT / "semantic" / "codec", OUT / "codec_h
 SPLITS = ("train", "dev")
 
 
-def steps() -> list[Step]:
-    """From lists of cuts to a voice that ships."""
-    configs = HERE / "configs"
+def training_commands() -> list[Command]:
+    """Returns the commands from lists of cuts to a voice that ships."""
 
     def recipe(name: str, *arguments: str) -> list[str]:
         return [sys.executable, str(HERE / name), *arguments]
 
     def train(name: str, config: str) -> list[str]:
-        return launch("cpu", 1, name, "--config", str(configs / config))
+        return launch("cpu", 1, name, "--config", str(HERE / "configs" / config))
 
     def export(codec: Path, split: str, out: Path) -> list[str]:
-        return recipe(
-            "export_tokens.py", f"cuts={CUTS}/{split}.jsonl.gz", f"codec={codec}", f"out={out}"
-        )
+        cuts = f"cuts={CUTS}/{split}.jsonl.gz"
+        return recipe("export_tokens.py", cuts, f"codec={codec}", f"out={out}")
 
-    semantic_tokens = OUT / "semantic_tokens" / "train"
-    halve = [sys.executable, "-m", "codec", "halve", "--overwrite"]
+    def clips(split: str) -> list[str]:
+        tokens, reader = f"tokens={OUT}/tokens/{split}", f"reader={OUT}/semantic/reader"
+        return recipe("make_clips.py", tokens, reader, f"out={OUT}/clips/{split}")
+
+    halve = [sys.executable, "-m", "codec", "halve", "--overwrite", str(OUT / "codec" / "codec")]
+    ship = recipe("ship_voice.py", f"voice={OUT}/tts/voice", f"out={OUT}/shipped")
     return [
-        Step("train the semantic codebook", train("train_semantic.py", "semantic/small.yaml")),
-        Step("its codes of whole recordings", export(SEMANTIC, "train", semantic_tokens)),
-        Step("train the codec around it", train("train_codec.py", "codec/lmspt_whisper.yaml")),
-        Step("round it to half precision", [*halve, str(OUT / "codec" / "codec"), str(CODEC)]),
+        Command("train the semantic codebook", train("train_semantic.py", "semantic/small.yaml")),
+        Command(
+            "export its codes", export(SEMANTIC, "train", OUT / "semantic_tokens" / "train")
+        ),
+        Command("train the codec", train("train_codec.py", "codec/lmspt_whisper.yaml")),
+        Command("round the codec to half precision", [*halve, str(CODEC)]),
         *(
-            Step(f"export the {split} tokens", export(CODEC, split, OUT / "tokens" / split))
+            Command(f"export the {split} tokens", export(CODEC, split, OUT / "tokens" / split))
             for split in SPLITS
         ),
-        *(
-            Step(
-                f"find the words of the {split} tokens, and cut clips",
-                recipe(
-                    "make_clips.py", f"tokens={OUT}/tokens/{split}",
-                    f"reader={OUT}/semantic/reader", f"out={OUT}/clips/{split}",
-                ),
-            )
-            for split in SPLITS
-        ),
-        Step("train the AR and the NAR", train("tts.py", "tts/small.yaml")),
-        Step(
-            "make it small",
-            recipe("ship_voice.py", f"voice={OUT}/tts/voice", f"out={OUT}/shipped"),
-        ),
+        *(Command(f"align words and make clips of {split}", clips(split)) for split in SPLITS),
+        Command("train the AR and the NAR", train("tts.py", "tts/small.yaml")),
+        Command("compress the voice", ship),
     ]  # fmt: skip
 
 
@@ -68,18 +60,19 @@ def main(argv: list[str]) -> None:
         print(__doc__)
         return
     if argv:
-        raise ValueError(f"train_small.py takes no arguments, got {argv}; the recipes it calls do")
-    lacking = [split for split in SPLITS if not (CUTS / f"{split}.jsonl.gz").is_file()]
-    if lacking:
+        raise ValueError(f"train_small.py takes no arguments, got {argv}; the recipes it runs do")
+    missing = [split for split in SPLITS if not (CUTS / f"{split}.jsonl.gz").is_file()]
+    if missing:
         raise ValueError(
-            f"{CUTS / lacking[0]}.jsonl.gz: no such list; recipes/prepare_data.py makes it of your "
-            "recordings, or of synthetic speech (`python recipes/prepare_data.py synthetic "
+            f"{CUTS / missing[0]}.jsonl.gz: no such list; recipes/prepare_data.py writes it from "
+            "your recordings, or from synthetic speech (`python recipes/prepare_data.py synthetic "
             f"--dev-speakers 12 --out {CUTS}`)"
         )
-    todo = steps()
-    for number, step in enumerate(todo, 1):
-        run(step, number, len(todo))
-    print(f"The voice is in {OUT / 'shipped'}: slm tts --voice {OUT / 'shipped'} --help")
+    commands = training_commands()
+    for number, command in enumerate(commands, 1):
+        run(command, number, len(commands))
+    print(f"The voice is in {OUT / 'shipped'}.")
+    print(f"Next: slm tts --voice {OUT / 'shipped'} --text TEXT --prompt NAME --out OUT.wav")
 
 
 if __name__ == "__main__":

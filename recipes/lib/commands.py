@@ -1,4 +1,4 @@
-"""Commands one after the other, each shown before it runs."""
+"""Runs command lines in sequence; each is printed before it runs."""
 
 import os
 import shlex
@@ -11,15 +11,21 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parents[1]
 
 
-class Step(NamedTuple):
-    """One command of the way and what it is for."""
+class Command(NamedTuple):
+    """A command line and what it is for."""
 
     what: str
     arguments: list[str]
 
 
 def launch(accelerate: str, processes: int, recipe: str, *arguments: str) -> list[str]:
-    """A recipe under `accelerate launch` with one of the files of recipes/accelerate."""
+    """Returns the `accelerate launch` arguments of a recipe.
+
+    Args:
+        accelerate: name of a file in recipes/accelerate, without .yaml.
+        processes: number of processes; the CPU cores are divided among them.
+        recipe: file in recipes/.
+    """
     threads = max(1, (os.cpu_count() or 1) // processes)
     return [
         sys.executable, "-m", "accelerate.commands.launch",
@@ -29,25 +35,29 @@ def launch(accelerate: str, processes: int, recipe: str, *arguments: str) -> lis
     ]  # fmt: skip
 
 
-def run(step: Step, number: int, total: int) -> str:
-    """Runs one command; what it prints on standard output is shown and returned."""
-    print(f"\n[{number}/{total}] {step.what}\n    {shown(step.arguments)}", flush=True)
+def run(command: Command, number: int, total: int) -> str:
+    """Runs a command as number `number` of `total`; prints and returns its standard output.
+
+    Raises:
+        ValueError: the command's exit status is not 0.
+    """
+    print(f"\n[{number}/{total}] {command.what}\n    {shown(command.arguments)}", flush=True)
     began = time.monotonic()
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        step.arguments, stdout=subprocess.PIPE, text=True, check=False, env=environment
+        command.arguments, stdout=subprocess.PIPE, text=True, check=False, env=environment
     )
     print(done.stdout, end="", flush=True)
     if done.returncode:
         raise ValueError(
-            f"the step '{step.what}' failed; mend what it says above, then start again"
+            f"the step '{command.what}' failed; fix the error above, then run this program again"
         )
     print(f"    done in {time.monotonic() - began:.0f} s", flush=True)
     return done.stdout
 
 
 def shown(arguments: list[str]) -> str:
-    """The command as one would type it in the repository."""
+    """Returns the command as a user types it in the repository's root."""
     words = ["python" if word == sys.executable else word for word in arguments]
     text = shlex.join(word.replace(f"{HERE.parent}/", "") for word in words)
     return (

@@ -1,4 +1,4 @@
-"""The demo of a shipped voice: which commands it runs, and what it tells."""
+"""recipes/demo.py: the commands it runs, and its report."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from codec import write_audio
 from eval.speaker import SpeakerEncoder
 from eval.transcribe import Judge
 from recipes import demo
-from recipes.lib.commands import Step
+from recipes.lib.commands import Command
 from slm.data.sequences import Prompt
 
 pytestmark = quiet()
@@ -40,13 +40,13 @@ def voice(tmp_path: Path, tiny_codec_folder: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """What would be run; waves are written as the commands would."""
+    """The commands, whose waves are written without running them."""
     ran: list[list[str]] = []
 
-    def run(step: Step, number: int, total: int) -> str:
-        ran.append(step.arguments[3:])
-        if "--out" in step.arguments:
-            out = step.arguments[step.arguments.index("--out") + 1]
+    def run(command: Command, number: int, total: int) -> str:
+        ran.append(command.arguments[3:])
+        if "--out" in command.arguments:
+            out = command.arguments[command.arguments.index("--out") + 1]
             write_audio(out, voiced(1.0), 16_000)
         return json.dumps({"text": "the hen said"}) + "\n"
 
@@ -54,7 +54,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return ran
 
 
-def test_a_shipped_voice_speaks_converts_and_listens(
+def test_demo_synthesizes_converts_and_transcribes(
     voice: Path, commands: list[list[str]], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -71,7 +71,7 @@ def test_a_shipped_voice_speaks_converts_and_listens(
     assert not (out / "yours.wav").exists()
 
 
-def test_the_voice_of_a_recording_speaks_too(
+def test_demo_with_a_prompt_recording(
     voice: Path, commands: list[list[str]], tmp_path: Path
 ) -> None:
     write_audio(tmp_path / "me.wav", voiced(1.0), 16_000)
@@ -82,7 +82,9 @@ def test_the_voice_of_a_recording_speaks_too(
     assert "| yours.wav |" in (out / "scores.md").read_text(encoding="utf-8")
 
 
-def test_what_lacks_is_named(voice: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_files_are_user_errors(
+    voice: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = ["--voice", str(voice), "--out", str(tmp_path / "out")]
     with pytest.raises(ValueError, match="no such recording"):
         demo.main([*given, "--prompt", "none.wav"])
@@ -90,5 +92,5 @@ def test_what_lacks_is_named(voice: Path, tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match="run `make models` first"):
         demo.main(given)
     (voice / "prompts" / "ben.json").unlink()
-    with pytest.raises(ValueError, match="two shipped prompts or more"):
+    with pytest.raises(ValueError, match="at least two prompts"):
         demo.main(given)

@@ -1,4 +1,4 @@
-"""The steps of a small voice fit each other."""
+"""The commands of recipes/train_small.py fit each other."""
 
 from pathlib import Path
 
@@ -9,14 +9,14 @@ from recipes.lib.config import load_config
 from recipes.lib.voice_training import VoiceConfig
 from recipes.train_codec import TrainCodecConfig
 from recipes.train_semantic import TrainSemanticConfig
-from recipes.train_small import CODEC, CUTS, OUT, SEMANTIC, main, steps
+from recipes.train_small import CODEC, CUTS, OUT, SEMANTIC, main, training_commands
 
 
 def config(kind: type, name: str):
     return load_config(kind, ["--config", str(HERE / "configs" / name)])
 
 
-def test_each_step_finds_what_the_ones_before_it_have_made() -> None:
+def test_inputs_of_each_command_are_outputs_of_earlier_ones() -> None:
     semantic = config(TrainSemanticConfig, "semantic/small.yaml")
     codec = config(TrainCodecConfig, "codec/lmspt_whisper.yaml")
     voice = config(VoiceConfig, "tts/small.yaml")
@@ -24,8 +24,8 @@ def test_each_step_finds_what_the_ones_before_it_have_made() -> None:
         assert (one.train, one.dev) == (f"{CUTS}/train.jsonl.gz", f"{CUTS}/dev.jsonl.gz")
     assert Path(semantic.out) / "codec" == SEMANTIC == Path(codec.start_from)
     assert voice.codec == str(CODEC)
-    said = " ".join(word for step in steps() for word in step.arguments)
-    for made in (
+    words = " ".join(word for command in training_commands() for word in command.arguments)
+    for argument in (
         f"out={codec.semantic_codes}",
         f"{Path(codec.out) / 'codec'} {CODEC}",
         f"out={voice.train}",
@@ -34,15 +34,13 @@ def test_each_step_finds_what_the_ones_before_it_have_made() -> None:
         f"voice={voice.out}/voice",
         *(f"out={Path(one).parent}" for one in (*voice.edges, voice.clips, voice.ar.letters)),
     ):
-        assert made in said
-    for step in steps():
-        recipes = [Path(word) for word in step.arguments if word.endswith((".py", ".yaml"))]
+        assert argument in words
+    for command in training_commands():
+        recipes = [Path(word) for word in command.arguments if word.endswith((".py", ".yaml"))]
         assert all(path.is_file() for path in recipes)
 
 
-def test_without_lists_it_says_how_to_make_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_lists_are_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"train\.jsonl\.gz: no such list; recipes/prepare_data"):
         main([])
