@@ -3,12 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from tiny_lmspt import SPECTRAL
+from tiny_teachers import save_speech_teacher
 
 from codec import Codec, CodecConfig
+from codec.distillation.ctc_reader import BLANK, STEPS, CodeReader, Reader
 from codec.modules.ssl_encoders import WhisperEncoder, architecture_of, load_whisper
-from tests.codec.distillation.test_teachers_speech_teachers import save
 
 FRAMES = replace(SPECTRAL.spectral, window=640, hop=160, strides=(2, 2))
 LM_SPT = replace(
@@ -26,7 +28,7 @@ LM_SPT = replace(
 
 def tiny_semantic(folder: Path) -> tuple[Codec, str]:
     """The codec, and the folder of its Whisper."""
-    whisper = save(folder / "whisper", "whisper")
+    whisper = save_speech_teacher(folder / "whisper", "whisper")
     config: CodecConfig = architecture_of(whisper, LM_SPT)
     torch.manual_seed(0)
     codec = Codec(config)
@@ -38,3 +40,19 @@ def tiny_semantic(folder: Path) -> tuple[Codec, str]:
 
 def noise(*shape: int) -> torch.Tensor:
     return 0.3 * torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def one_hot_recognizer(letters: str) -> CodeReader:
+    """Code 0 says nothing, 1 ends a word, 2 is the first letter, ...; in a frame's first step."""
+    torch.manual_seed(0)
+    size = len(letters) + 2
+    reader = CodeReader(Reader(size, 8, letters), torch.eye(size))
+
+    def heard(codes: np.ndarray) -> torch.Tensor:
+        chances = torch.full((len(codes), STEPS, size), 0.01 / size)
+        chances[:, 1:, BLANK] = 0.99
+        chances[torch.arange(len(codes)), 0, torch.from_numpy(codes.astype(np.int64))] = 0.99
+        return (chances / chances.sum(-1, keepdim=True)).log().flatten(0, 1)
+
+    reader.heard = heard
+    return reader

@@ -1,5 +1,6 @@
 """A Whisper of random weights and few letters, as tests save it."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,3 +52,29 @@ def tiny_whisper(multilingual: bool = True, seed: int = 0) -> Any:
         for tensor in model.parameters():
             tensor.copy_(torch.randn_like(tensor).mul_(0.1).half().float())
     return model
+
+
+def save_whisper(folder: Path, multilingual: bool = True, **facts: Any) -> Path:
+    """Model, tokenizer and generation config; `facts` change the latter."""
+    from transformers import GenerationConfig
+
+    model, tokenizer = tiny_whisper(multilingual), tiny_tokenizer()
+    ids = tokenizer.get_added_vocab()
+    known = {
+        "alignment_heads": [[0, 1], [1, 0]],
+        "is_multilingual": multilingual,
+        "no_timestamps_token_id": ids["<|notimestamps|>"],
+        "prev_sot_token_id": ids["<|startofprev|>"],
+        "decoder_start_token_id": ids["<|startoftranscript|>"],
+        "eos_token_id": ids["<|endoftext|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+        "suppress_tokens": list(range(ids["<|endoftext|>"] + 1, model.config.vocab_size)),
+        "max_length": 24,
+    }
+    if multilingual:
+        known["lang_to_id"] = {name: ids[name] for name in ("<|en|>", "<|de|>")}
+        known["task_to_id"] = {name: ids[f"<|{name}|>"] for name in ("transcribe", "translate")}
+    model.generation_config = GenerationConfig(**(known | facts))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -8,21 +8,19 @@ from pathlib import Path
 import pytest
 from lhotse import CutSet, Recording, SupervisionSegment
 from lhotse.cut import MonoCut
+from tiny_teachers import EvenTranscriber, save_speech_teacher, save_text_teacher
 
 from codec.distillation.feature_cache import FeatureCache
 from recipes import cache_teachers
 from recipes.cache_teachers import CacheConfig
 from recipes.lib.run import _Lock
-from tests.codec.distillation.test_feature_cache import Clock
-from tests.codec.distillation.test_teachers import save_text_model
-from tests.codec.distillation.test_teachers_speech_teachers import save
 
 SCRIPT = Path(cache_teachers.__file__)
 
 
-def as_clock(model: str, *, language: str, **_: object) -> Clock:
+def as_clock(model: str, *, language: str, **_: object) -> EvenTranscriber:
     """In place of load_transcriber."""
-    clock = Clock()
+    clock = EvenTranscriber()
     clock.name, clock.language = model, language
     return clock
 
@@ -51,7 +49,7 @@ def settings(tmp_path: Path, lists: list[Path]) -> list[str]:
     return [
         f"cuts=[{','.join(map(str, lists))}]",
         f"out={tmp_path / 'cache'}",
-        f"speech_model={save(tmp_path / 'hubert', 'hubert')}",
+        f"speech_model={save_speech_teacher(tmp_path / 'hubert', 'hubert')}",
         "speech_layer=2",
         "half=false",
     ]
@@ -62,7 +60,7 @@ def test_a_cache_is_written_and_summed_up(
 ) -> None:
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(cache_teachers, "load_transcriber", as_clock)
-    bert = save_text_model(tmp_path / "bert")
+    bert = save_text_teacher(tmp_path / "bert")
     cache_teachers.main([*settings, f"text_model={bert}", "transcriber=models/clock"])
     summary = json.loads(capsys.readouterr().out)
     shards = list((tmp_path / "cache").glob("*.safetensors"))

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_semantic import one_hot_recognizer
 
 import recipes.make_clips as recipe
 from codec.distillation.ctc_reader import CodeReader, Reader
@@ -13,7 +14,6 @@ from codec.tokens import CodecStamp, TokenRow, TokenShard, write_shard
 from recipes.make_clips import cut, main
 from slm.data.interleaving import read_edges
 from slm.models.ar import Letters
-from tests.codec.distillation.test_ctc_reader import speller
 
 STAMP = CodecStamp(
     id="c", digest="0" * 16, sample_rate=16_000, frame_rate=25.0, num_codebooks=2,
@@ -37,7 +37,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         rows.append(TokenRow(f"u{number}", text, "s", "en", both.shape[1] / 25, both))
     write_shard(tmp_path / "tokens.parquet", rows, STAMP)
     CodeReader(Reader(4, 8, "abc"), torch.randn(5, 4)).save(tmp_path / "reader")
-    heard = speller("abc").heard
+    heard = one_hot_recognizer("abc").heard
     monkeypatch.setattr(CodeReader, "heard", lambda _, codes: heard(codes))
     return [f"tokens={tmp_path / 'tokens.parquet'}", f"reader={tmp_path / 'reader'}",
             f"out={tmp_path / 'out'}"]  # fmt: skip

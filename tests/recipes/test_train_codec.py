@@ -16,6 +16,7 @@ from lhotse import CutSet, Recording
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_teachers import save_speech_teacher
 
 from codec import Codec, CodecConfig
 from codec.config import QuantizerConfig, SpectralConfig
@@ -45,7 +46,6 @@ from codec.training.loop import (
 )
 from codec.training.validate import Window
 from recipes.lib.run import make_accelerator
-from tests.codec.distillation.test_teachers_speech_teachers import save
 
 TINY = CodecConfig(
     spectral=SpectralConfig(
@@ -177,7 +177,7 @@ def _train_on_rank(rank: int, world: int, port: int, waves: torch.Tensor, out: s
     result = {"books": books, "weights": codec.state_dict(), "revived": revived}
     if world > 1:
         result["discriminators"] = _train_discriminators(rank, waves.flatten(0, 1))
-    torch.save(result, f"{out}.{rank}.pt")
+    torch.save_speech_teacher(result, f"{out}.{rank}.pt")
     if world > 1:
         torch.distributed.destroy_process_group()
 
@@ -265,7 +265,9 @@ def recipe(write_wav, tmp_path) -> list[str]:
         for seed in range(5)
     ]
     CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
-    teacher, whisper = (save(tmp_path / kind, kind) for kind in ("hubert", "whisper"))
+    teacher, whisper = (
+        save_speech_teacher(tmp_path / kind, kind) for kind in ("hubert", "whisper")
+    )
     settings = {
         "train": tmp_path / "cuts.jsonl.gz", "dev": tmp_path / "cuts.jsonl.gz",
         "codec.family": "lmspt", "codec.lmspt.dimension": 8,

@@ -15,6 +15,8 @@ from lhotse import CutSet, Recording
 from original_lmspt import TINY as ORIGINAL
 from original_lmspt import state_of
 from safetensors.torch import load_file, save_file
+from tiny_codec_training import TINY as LM_SPT
+from tiny_teachers import save_speech_teacher
 
 from codec import Codec, CodecConfig
 from codec.__main__ import main as codec_main
@@ -22,8 +24,6 @@ from codec.interop.lmspt import config_from_lmspt
 from recipes import train_codec as start_from
 from recipes.lib.run import load_config
 from recipes.train_codec import TrainCodecConfig, check_codec, main, starting_architecture
-from tests.codec.distillation.test_resynthesis import TINY as LM_SPT
-from tests.codec.distillation.test_teachers_speech_teachers import save
 from tests.codec.interop.test_lmspt_lmspt_original import RELEASED
 from tests.codec.training.test_config import WHISPER, train
 
@@ -189,7 +189,7 @@ def test_what_was_imported_is_trained_further_with_its_configuration(
         "quantizer": {"num_codebooks": 3, "codebook_sizes": [16] * 3, "codebook_dimension": 4},
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({"codec": codec}))
-    whisper = f"resynthesis.model={save(tmp_path / 'whisper', 'whisper')}"
+    whisper = f"resynthesis.model={save_speech_teacher(tmp_path / 'whisper', 'whisper')}"
     scales = "losses.mel_scales=[{window: 256, hop: 64, num_mels: 20}]"
     train(
         *(RELEASED_FORM, f"--config={tmp_path / 'tiny.yaml'}", f"start_from={started}"),

@@ -11,6 +11,7 @@ from conftest import ROOT
 from lhotse import CutSet, Recording, SupervisionSegment
 from safetensors.torch import load_file
 from tiny_semantic import noise
+from tiny_teachers import save_speech_teacher
 
 from codec import Codec
 from codec.distillation.ctc_reader import CodeReader
@@ -19,7 +20,6 @@ from codec.tokens import TokenShard, write_shard
 from recipes.export_tokens import main as export_tokens
 from recipes.train_codec import main as train_codec
 from recipes.train_semantic import main as train_semantic
-from tests.codec.distillation.test_teachers_speech_teachers import save
 
 TEXTS = ["Ann had a plan.", "AN APPLE, A PEAR", "Dad's pal", "a lad", "Anna"]
 
@@ -38,7 +38,7 @@ def settings(tmp_path: Path, write_wav: Callable[..., Path]) -> list[str]:
     CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
     given = {
         "train": tmp_path / "cuts.jsonl.gz", "dev": tmp_path / "cuts.jsonl.gz",
-        "whisper": save(tmp_path / "whisper", "whisper"), "codec.lmspt.dimension": 8,
+        "whisper": save_speech_teacher(tmp_path / "whisper", "whisper"), "codec.lmspt.dimension": 8,
         "codec.spectral.num_mels": 20, "codec.spectral.encoder_width": 16,
         "codec.spectral.encoder_depths": "[1,1,1]", "codec.spectral.decoder_width": 16,
         "codec.spectral.decoder_depths": "[1,1,1]", "codec.quantizer.num_codebooks": 2,

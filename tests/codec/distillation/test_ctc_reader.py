@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_semantic import one_hot_recognizer
 
-from codec.distillation.ctc_reader import BLANK, SPACE, STEPS, CodeReader, Reader, letters_of, spell
+from codec.distillation.ctc_reader import SPACE, STEPS, CodeReader, Reader, letters_of, spell
 
 
 def test_letters_are_those_of_the_transcripts_in_small_letters() -> None:
@@ -23,34 +24,18 @@ def test_what_cannot_be_spelt_has_no_labels(text: str) -> None:
     assert spell(text, letters_of(["a room 2"])) is None
 
 
-def speller(letters: str) -> CodeReader:
-    """Code 0 says nothing, 1 ends a word, 2 is the first letter, ...; in a frame's first step."""
-    torch.manual_seed(0)
-    size = len(letters) + 2
-    reader = CodeReader(Reader(size, 8, letters), torch.eye(size))
-
-    def heard(codes: np.ndarray) -> torch.Tensor:
-        chances = torch.full((len(codes), STEPS, size), 0.01 / size)
-        chances[:, 1:, BLANK] = 0.99
-        chances[torch.arange(len(codes)), 0, torch.from_numpy(codes.astype(np.int64))] = 0.99
-        return (chances / chances.sum(-1, keepdim=True)).log().flatten(0, 1)
-
-    reader.heard = heard
-    return reader
-
-
 def codes(*values: int) -> np.ndarray:
     return np.array(values, dtype=np.uint16)
 
 
 def test_codes_are_read_as_letters_and_words() -> None:
-    reader = speller("abc")
+    reader = one_hot_recognizer("abc")
     assert reader.read(codes(0, 2, 0, 3, 3, 1, 1, 0, 4, 0)) == "abb c"
     assert reader.read(codes(0, 0)) == ""
 
 
 def test_words_are_cut_in_the_middle_of_their_pause() -> None:
-    reader = speller("abc")
+    reader = one_hot_recognizer("abc")
     said = codes(0, 2, 3, 0, 0, 0, 0, 4, 0, 1, 2, 0)
     assert reader.word_edges(said, "ab c a") == [0, 5, 9, 12]
     assert reader.word_edges(said, "AB, C! a.") == [0, 5, 9, 12]
@@ -58,7 +43,7 @@ def test_words_are_cut_in_the_middle_of_their_pause() -> None:
 
 
 def test_a_text_that_was_not_said_like_that_still_ends_at_both_ends() -> None:
-    edges = speller("abc").word_edges(codes(2, 3, 4, 2, 3), "c c")
+    edges = one_hot_recognizer("abc").word_edges(codes(2, 3, 4, 2, 3), "c c")
     assert (edges[0], edges[-1], len(edges)) == (0, 5, 3)
 
 
@@ -74,11 +59,11 @@ def test_a_text_that_was_not_said_like_that_still_ends_at_both_ends() -> None:
 )
 def test_texts_that_cannot_be_aligned(text: str, told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        speller("abc").word_edges(codes(2, 3, 4), text)
+        one_hot_recognizer("abc").word_edges(codes(2, 3, 4), text)
 
 
 def test_shares_are_means_over_the_frames_of_a_code() -> None:
-    shares = speller("ab").letter_shares([codes(2, 2, 1), codes(3)])
+    shares = one_hot_recognizer("ab").letter_shares([codes(2, 2, 1), codes(3)])
     assert shares.shape == (4, 3)
     np.testing.assert_allclose(shares.argmax(1)[1:], [0, 1, 2])
     assert shares[2, 1] > 0.97

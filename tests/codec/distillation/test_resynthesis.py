@@ -1,63 +1,35 @@
 """Speech made of semantic codes alone, as a frozen Whisper hears it."""
 
-import contextlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import voiced
 from lhotse import Recording
+from tiny_codec_training import LOSSES, TINY, SingleProcess, crops
+from tiny_teachers import save_speech_teacher
 
 from codec import Codec, CodecConfig
-from codec.config import AuxiliaryConfig, LMSPTConfig, QuantizerConfig, SpectralConfig
+from codec.config import AuxiliaryConfig
 from codec.distillation import teachers
 from codec.distillation.objectives import Student
 from codec.distillation.resynthesis import Resynthesis
 from codec.training.config import (
     CropConfig,
-    LossConfig,
     LossWeights,
-    MelScaleConfig,
     OptimConfig,
     ResynthesisConfig,
     SpeechTeacherConfig,
     TextTeacherConfig,
 )
-from codec.training.data import Crops
 from codec.training.loop import Models, _Loop, _train_step
 from codec.training.validate import Window, validate
-from tests.codec.distillation.test_teachers_speech_teachers import save
-
-TINY = CodecConfig(
-    family="lmspt",
-    spectral=SpectralConfig(
-        num_mels=20, encoder_width=8, encoder_depths=(1, 1, 1), decoder_width=8,
-        decoder_depths=(1, 1, 1),
-    ),
-    lmspt=LMSPTConfig(dimension=8, auxiliary=AuxiliaryConfig(width=8)),
-    quantizer=QuantizerConfig(num_codebooks=3, codebook_sizes=(16, 8, 4), decay=0.8),
-)  # fmt: skip
-LOSSES = LossConfig(
-    weights=LossWeights(resynthesis=1.0),
-    mel_scales=(MelScaleConfig(window=512, hop=128, num_mels=40),),
-)
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> ResynthesisConfig:
-    model = save(tmp_path_factory.mktemp("models") / "whisper", "whisper")
+    model = save_speech_teacher(tmp_path_factory.mktemp("models") / "whisper", "whisper")
     return ResynthesisConfig(model=model, half=False)
-
-
-def crops(*seconds: float, rate: int = 16_000, seed: int = 0) -> Crops:
-    """A batch as data makes it: zeros beyond the lengths."""
-    lengths = torch.tensor([round(each * rate) for each in seconds])
-    wave = torch.zeros(len(seconds), 1, int(lengths.max()))
-    for row, each in enumerate(seconds):
-        wave[row, 0, : lengths[row]] = torch.from_numpy(voiced(each, rate, seed + row))
-    ids = tuple(str(row) for row in range(len(seconds)))
-    return Crops(wave, lengths, ids, (0.0,) * len(seconds))
 
 
 def student(config: ResynthesisConfig, codec: CodecConfig = TINY) -> Student:
@@ -251,34 +223,9 @@ def _of_first(original, speech: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_teacher_that_is_no_whisper_is_refused(tmp_path: Path) -> None:
-    other = save(tmp_path, "hubert")
+    other = save_speech_teacher(tmp_path, "hubert")
     with pytest.raises(ValueError, match=r"resynthesis\.model: .* is no Whisper"):
         Resynthesis(ResynthesisConfig(model=other), TINY, "cpu")
-
-
-class Alone:
-    """As much of an accelerator as one process needs."""
-
-    device, sync_gradients = torch.device("cpu"), True
-    process_index, num_processes, is_main_process, trackers = 0, 1, True, ()
-
-    def accumulate(self, *models):
-        return contextlib.nullcontext()
-
-    def autocast(self):
-        return contextlib.nullcontext()
-
-    def unwrap_model(self, model):
-        return model
-
-    def backward(self, loss) -> None:
-        loss.backward()
-
-    def clip_grad_norm_(self, parameters, norm) -> None:
-        torch.nn.utils.clip_grad_norm_(parameters, norm)
-
-    def reduce(self, values):
-        return values
 
 
 def trained(config: ResynthesisConfig | None, clip_norm: float) -> tuple[Models, Window]:
@@ -291,7 +238,7 @@ def trained(config: ResynthesisConfig | None, clip_norm: float) -> tuple[Models,
     optimizer = torch.optim.AdamW([each for each in made.parameters() if each.requires_grad], 1e-3)
     optim = OptimConfig(clip_norm=clip_norm)
     losses = LOSSES if config else replace(LOSSES, weights=LossWeights())
-    loop = _Loop(models, [optimizer], Alone(), losses, optim, window)
+    loop = _Loop(models, [optimizer], SingleProcess(), losses, optim, window)
     for step in range(3):
         with window.steps:
             _train_step(loop, crops(0.5, 0.5, seed=10 * step), adversarial=False)
@@ -318,7 +265,7 @@ def test_without_gradient_the_codec_is_a_plain_one_to_the_bit(config) -> None:
 
 def test_a_run_logs_the_distance_and_what_the_teacher_costs(config, write_wav, tmp_path) -> None:
     models, window = trained(config, 1.0)
-    values = window.means(Alone(), audio_seconds=1.0)
+    values = window.means(SingleProcess(), audio_seconds=1.0)
     assert values["resynthesis"] > 0
     assert 0 < values["teacher_share"] < 1
     cuts = [
@@ -326,7 +273,7 @@ def test_a_run_logs_the_distance_and_what_the_teacher_costs(config, write_wav, t
         for seed in range(2)
     ]
     told = validate(
-        models.student, None, models.resynthesis, cuts, Alone(), CropConfig(), LOSSES, 0
+        models.student, None, models.resynthesis, cuts, SingleProcess(), CropConfig(), LOSSES, 0
     )
     assert told["dev/n"] == 2
     assert told["dev/resynthesis"] > 0

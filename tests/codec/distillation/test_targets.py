@@ -8,26 +8,22 @@ import torch
 from lhotse import Recording
 from lhotse.cut import MonoCut
 from safetensors.torch import save_file
+from tiny_teachers import EvenTranscriber, save_speech_teacher, save_text_teacher
 
-import codec.distillation.word_alignment
 from codec.config import CodecConfig, SpectralConfig
+from codec.distillation import word_alignment
 from codec.distillation.feature_cache import write_cache
 from codec.distillation.targets import Teachers
 from codec.distillation.teachers import SpeechTeacher, TextTeacher
 from codec.training.config import DistillConfig, LossWeights, SpeechTeacherConfig, TextTeacherConfig
 from codec.training.data import Crops, load_cut
-from tests.codec.distillation.test_feature_cache import Clock, cuts, speech, text
-from tests.codec.distillation.test_teachers import save_text_model
-from tests.codec.distillation.test_teachers_speech_teachers import save
-
-__all__ = ["cuts", "speech", "text"]  # Fixtures.
 
 CODEC = CodecConfig(spectral=SpectralConfig(hop=160, window=640))  # 16 kHz, 25 Hz.
 
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codec.words, "load_transcriber", lambda *_, **__: Clock())
+    monkeypatch.setattr(word_alignment, "load_transcriber", lambda *_, **__: EvenTranscriber())
 
 
 def crops(cuts: list[MonoCut], start: float = 0.0, seconds: float = 2.0) -> Crops:
@@ -57,7 +53,9 @@ def cached(
     tmp_path: Path, cuts: list[MonoCut], speech: SpeechTeacher, text: TextTeacher
 ) -> DistillConfig:
     folder = tmp_path / "cache"
-    write_cache(folder, cuts, speech=speech, text=text, transcriber=Clock(), recorded=False)
+    write_cache(
+        folder, cuts, speech=speech, text=text, transcriber=EvenTranscriber(), recorded=False
+    )
     return configured(tmp_path, cache=str(folder))
 
 
@@ -99,7 +97,7 @@ def test_frames_are_those_of_the_codec_whatever_the_length(
     tmp_path: Path, kind: str, strides: tuple[int, ...]
 ) -> None:
     """50, 25 and 12.5 Hz and one above the teachers' 50: 100 Hz."""
-    model = save(tmp_path / kind, kind)
+    model = save_speech_teacher(tmp_path / kind, kind)
     config = DistillConfig(speech=SpeechTeacherConfig(model=model), half=False)
     networks = SpectralConfig(hop=160, window=640, strides=strides)
     codec_config = CodecConfig(spectral=networks)
@@ -157,7 +155,9 @@ def test_word_pieces_by_index_are_what_was_released(
 def test_a_crop_without_words_teaches_nothing(
     cached: DistillConfig, cuts: list[MonoCut], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(Clock, "words", lambda self, wave, lengths, texts=None: [[] for _ in wave])
+    monkeypatch.setattr(
+        EvenTranscriber, "words", lambda self, wave, lengths, texts=None: [[] for _ in wave]
+    )
     for align in ("ctc", "global"):
         config = configured(tmp_path, text={"align": align})
         values, mask = Teachers(config, CODEC, "cpu")(crops(cuts[:2]))["text"]
@@ -212,8 +212,8 @@ def test_features_of_another_rate_are_noticed(
 def test_a_codec_of_another_sample_rate_is_heard_at_the_teachers(
     cuts: list[MonoCut], tmp_path: Path
 ) -> None:
-    save(tmp_path / "hubert", "hubert")
-    save_text_model(tmp_path / "bert")
+    save_speech_teacher(tmp_path / "hubert", "hubert")
+    save_text_teacher(tmp_path / "bert")
     config = CodecConfig(sample_rate=24_000, spectral=SpectralConfig(hop=240, window=960))
     wave = torch.from_numpy(load_cut(cuts[1], 24_000))[None, None]
     batch = Crops(wave, torch.tensor([wave.shape[-1]]), (cuts[1].id,), (0.0,))

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from tiny_semantic import LM_SPT, noise, tiny_semantic
+from tiny_teachers import save_speech_teacher
 
 from codec import Codec, load_codec
 from codec.distillation.teachers import load_speech_teacher
 from codec.modules.ssl_encoders import WhisperEncoder, architecture_of, load_whisper
-from tests.codec.distillation.test_teachers_speech_teachers import save
 
 
 def test_features_are_whispers_those_of_a_frame_side_by_side(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_another_whisper_is_refused_by_name(tmp_path: Path) -> None:
     codec, whisper = tiny_semantic(tmp_path)
     encoder = codec.encoder.semantic
     assert isinstance(encoder, WhisperEncoder)
-    hubert = save(tmp_path / "hubert", "hubert")
+    hubert = save_speech_teacher(tmp_path / "hubert", "hubert")
     with pytest.raises(ValueError, match="is no Whisper"):
         architecture_of(hubert, LM_SPT)
     other = Codec(replace(codec.config, lmspt=replace(LM_SPT.lmspt, semantic="whisper")))

@@ -12,13 +12,11 @@ import torch
 from conftest import ROOT
 from lhotse import CutSet, Recording
 from safetensors.torch import load_file
+from tiny_teachers import save_ctc, save_speech_teacher, save_text_teacher
 
 from codec import Codec, load_codec
 from recipes.lib.run import load_config
 from recipes.train_codec import TrainCodecConfig, check_codec
-from tests.codec.distillation.test_teachers import save_text_model
-from tests.codec.distillation.test_teachers_speech_teachers import save
-from tests.codec.distillation.test_word_alignment import save_ctc
 
 CONFIGS = ROOT / "recipes" / "configs" / "codec"
 TINY = ["--config", str(CONFIGS / "tiny.yaml")]
@@ -42,12 +40,12 @@ def settings(tmp_path: Path, write_wav: Callable[..., Path]) -> list[str]:
 
 
 def speech_model(tmp_path: Path) -> str:
-    return f"distill.speech.model={save(tmp_path / 'hubert', 'hubert')}"
+    return f"distill.speech.model={save_speech_teacher(tmp_path / 'hubert', 'hubert')}"
 
 
 def text_models(tmp_path: Path) -> list[str]:
     return [
-        f"distill.text.model={save_text_model(tmp_path / 'bert')}",
+        f"distill.text.model={save_text_teacher(tmp_path / 'bert')}",
         f"distill.text.transcriber={save_ctc(tmp_path / 'ctc')}",
     ]
 

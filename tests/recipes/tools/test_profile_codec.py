@@ -9,6 +9,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from lhotse import CutSet, Recording
+from tiny_codec_training import LOSSES, TINY, crops
+from tiny_teachers import save_speech_teacher
 
 from codec import Codec
 from codec.distillation.objectives import Student
@@ -27,8 +29,6 @@ from codec.training.loop import Models, _Loop, _train_step
 from codec.training.validate import Window
 from recipes.lib.run import make_accelerator
 from recipes.tools.profile_codec import Parts, Step, divided, main, table
-from tests.codec.distillation.test_resynthesis import LOSSES, TINY, crops
-from tests.codec.distillation.test_teachers_speech_teachers import save
 
 LOUD = replace(
     LOSSES,
@@ -60,7 +60,7 @@ def _fresh_accelerate(monkeypatch):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("models")
-    return {kind: save(folder / kind, kind) for kind in ("whisper", "hubert")}
+    return {kind: save_speech_teacher(folder / kind, kind) for kind in ("whisper", "hubert")}
 
 
 class Recorder:

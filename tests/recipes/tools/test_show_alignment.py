@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_teachers import save_text_teacher
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -20,7 +21,6 @@ from codec.audio import write_audio
 from codec.distillation.teachers import load_text_teacher
 from recipes.tools import show_alignment as program
 from recipes.tools.show_alignment import SILENCE, Alignments, Run, align, index_words, runs
-from tests.codec.distillation.test_teachers import save_text_model
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "##s", "sat"]
 
@@ -114,7 +114,7 @@ def test_index_is_where_the_teachers_states_are(text_model: str) -> None:
 
 
 def test_index_counts_the_pieces_that_a_cased_teacher_sees(tmp_path: Path) -> None:
-    teacher = load_text_teacher(save_text_model(tmp_path, cased=True), half=False)
+    teacher = load_text_teacher(save_text_teacher(tmp_path, cased=True), half=False)
     assert index_words(["THE", "CATS"], teacher, 6) == [-1, 0, 1, 1, -1, -1]
     assert index_words(["the", "CATS"], teacher, 6) == [-1, 0, 1, -1, -1, -1]
 

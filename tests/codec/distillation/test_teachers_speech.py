@@ -6,15 +6,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import voiced
+from tiny_teachers import SPEECH_MODELS, save_speech_teacher
 from transformers import (
-    HubertConfig,
-    HubertModel,
-    Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
-    Wav2Vec2Model,
-    WavLMConfig,
-    WavLMModel,
-    WhisperConfig,
     WhisperFeatureExtractor,
     WhisperModel,
 )
@@ -22,41 +16,13 @@ from transformers import (
 from codec.distillation import teachers
 from codec.distillation.teachers import SpeechTeacher, load_speech_teacher, log_mel
 
-SIZES = {
-    "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24,
-    "conv_dim": (8,) * 7, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2,
-}  # fmt: skip
-STABLE = {"do_stable_layer_norm": True, "feat_extract_norm": "layer", "conv_bias": True}
-WHISPER = {
-    "d_model": 16, "encoder_layers": 3, "decoder_layers": 1, "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "vocab_size": 20,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
-}  # fmt: skip
-MODELS = {
-    "hubert": lambda: HubertModel(HubertConfig(**SIZES)),
-    "hubert-large": lambda: HubertModel(HubertConfig(**SIZES, **STABLE)),
-    "wavlm": lambda: WavLMModel(WavLMConfig(**SIZES)),
-    "wav2vec2": lambda: Wav2Vec2Model(Wav2Vec2Config(**SIZES, **STABLE)),
-    "whisper": lambda: WhisperModel(WhisperConfig(**WHISPER)),
-}
-WAVE_MODELS = [kind for kind in MODELS if kind != "whisper"]
-
-
-def save(folder: Path, kind: str, normalize: bool = True) -> str:
-    torch.manual_seed(0)
-    model = MODELS[kind]()
-    # The weights that transformers draws are so small that padding would hardly show.
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and "position" not in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
-    if kind != "whisper":
-        Wav2Vec2FeatureExtractor(do_normalize=normalize).save_pretrained(folder)
-    return str(folder)
+WAVE_KINDS = [kind for kind in SPEECH_MODELS if kind != "whisper"]
 
 
 def load(folder: Path, kind: str, layer: str = "mean", normalize: bool = True) -> SpeechTeacher:
-    return load_speech_teacher(save(folder, kind, normalize), layer=layer, half=False)
+    return load_speech_teacher(
+        save_speech_teacher(folder, kind, normalize), layer=layer, half=False
+    )
 
 
 def speech(*seconds: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,14 +37,14 @@ def speech(*seconds: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("kind", WAVE_MODELS)
+@pytest.mark.parametrize("kind", WAVE_KINDS)
 def test_wave_models_give_what_transformers_gives(tmp_path, kind: str, normalize: bool) -> None:
     teacher = load(tmp_path, kind, normalize=normalize)
     assert (teacher.frame_rate, teacher.sample_rate, teacher.dimension) == (50.0, 16_000, 16)
     wave, _ = speech(0.9)
     extractor = Wav2Vec2FeatureExtractor.from_pretrained(tmp_path)
     inputs = extractor(wave[0, 0].numpy(), sampling_rate=16_000, return_tensors="pt").input_values
-    model = MODELS[kind]().from_pretrained(tmp_path).eval()
+    model = SPEECH_MODELS[kind]().from_pretrained(tmp_path).eval()
     own = model(inputs, output_hidden_states=True)
     states = [*own.hidden_states[:-1], own.last_hidden_state]
     assert len(states) == 4
@@ -92,7 +58,7 @@ def test_wave_models_give_what_transformers_gives(tmp_path, kind: str, normalize
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", SPEECH_MODELS)
 def test_a_padded_item_gets_the_features_that_it_gets_alone(tmp_path, kind: str) -> None:
     teacher = load(tmp_path, kind)
     wave, lengths = speech(1.0, 0.31, 0.765)
@@ -163,7 +129,7 @@ def test_long_recordings_are_seen_in_equal_windows(tmp_path, kind: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", SPEECH_MODELS)
 @pytest.mark.parametrize("samples", [0, 1, 120, 399, 401])
 def test_what_is_too_short_gives_a_frame(tmp_path, kind: str, samples: int) -> None:
     teacher = load(tmp_path, kind)
@@ -176,7 +142,7 @@ def test_what_is_too_short_gives_a_frame(tmp_path, kind: str, samples: int) -> N
     torch.testing.assert_close(batch.values[0, :count], alone.values[0], atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", SPEECH_MODELS)
 def test_the_gradient_reaches_the_wave_and_no_weight(tmp_path, kind: str) -> None:
     teacher = load(tmp_path, kind)
     wave, lengths = speech(0.5, 0.3)
@@ -192,7 +158,7 @@ def test_the_gradient_reaches_the_wave_and_no_weight(tmp_path, kind: str) -> Non
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", SPEECH_MODELS)
 def test_half_changes_little(tmp_path, kind: str, dtype: torch.dtype, monkeypatch) -> None:
     teacher = load(tmp_path, kind)
     monkeypatch.setattr(teachers, "network_dtype", lambda device, half: dtype if half else None)
@@ -207,7 +173,7 @@ def test_half_changes_little(tmp_path, kind: str, dtype: torch.dtype, monkeypatc
 
 
 def test_a_teacher_without_its_preprocessors_settings_warns(tmp_path, caplog) -> None:
-    folder = save(tmp_path, "hubert")
+    folder = save_speech_teacher(tmp_path, "hubert")
     (tmp_path / "preprocessor_config.json").unlink()
     teacher = load_speech_teacher(folder, half=False)
     assert "no preprocessor_config.json" in caplog.text

@@ -1,21 +1,14 @@
-"""Loading teachers, and what text teachers make of words."""
+"""Loading teachers, and the states of words from text teachers."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tiny_teachers import PIECES, TEXT_MODELS, save_text_teacher
 from transformers import (
-    BertConfig,
-    BertModel,
-    DistilBertConfig,
-    DistilBertModel,
-    ElectraConfig,
-    ElectraModel,
     GPT2Config,
     HubertConfig,
     HubertModel,
-    PreTrainedTokenizerFast,
     WhisperConfig,
     WhisperModel,
 )
@@ -28,47 +21,9 @@ from codec.distillation.teachers import (
     network_dtype,
 )
 
-PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "##s", "sat", "on", "mat"]
-SIZES = {
-    "vocab_size": len(PIECES),
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 12,
-}
-MODELS = {
-    "bert": lambda: BertModel(BertConfig(**SIZES)),
-    "electra": lambda: ElectraModel(ElectraConfig(**SIZES, embedding_size=8)),
-    "distilbert": lambda: DistilBertModel(
-        DistilBertConfig(
-            vocab_size=len(PIECES), dim=16, n_layers=2, n_heads=2, hidden_dim=24,
-            max_position_embeddings=12,
-        )
-    ),
-}  # fmt: skip
-
-
-def save_text_model(folder: Path, kind: str = "bert", cased: bool = False) -> str:
-    torch.manual_seed(0)
-    MODELS[kind]().save_pretrained(folder)
-    tokenizer = Tokenizer(
-        models.WordPiece({piece: number for number, piece in enumerate(PIECES)}, unk_token="[UNK]")
-    )
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=not cased)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]",
-        sep_token="[SEP]", mask_token="[MASK]", model_max_length=12,
-    ).save_pretrained(folder)  # fmt: skip
-    return str(folder)
-
 
 def load(folder: Path, kind: str = "bert", layer: str = "mean") -> TextTeacher:
-    return load_text_teacher(save_text_model(folder, kind), layer=layer, half=False)
+    return load_text_teacher(save_text_teacher(folder, kind), layer=layer, half=False)
 
 
 @torch.no_grad()
@@ -79,7 +34,7 @@ def states_of(teacher: TextTeacher, pieces: str) -> torch.Tensor:
     return torch.stack(output.hidden_states)[:, 0]
 
 
-@pytest.mark.parametrize("kind", sorted(MODELS))
+@pytest.mark.parametrize("kind", sorted(TEXT_MODELS))
 def test_a_word_is_the_mean_of_its_pieces(tmp_path: Path, kind: str) -> None:
     teacher = load(tmp_path, kind)
     assert (teacher.dimension, teacher.layer) == (16, "mean")
@@ -156,7 +111,7 @@ def test_padded_puts_piece_i_at_frame_i(tmp_path: Path) -> None:
 
 
 def test_shouted_texts_are_read_in_small_letters(tmp_path: Path) -> None:
-    teacher = load_text_teacher(save_text_model(tmp_path, cased=True), half=False)
+    teacher = load_text_teacher(save_text_teacher(tmp_path, cased=True), half=False)
     calm, shouted, mixed = teacher([["the", "cats"], ["THE", "CATS"], ["the", "CATS"]])
     torch.testing.assert_close(shouted.words, calm.words)
     torch.testing.assert_close(shouted.sentence, calm.sentence)
@@ -190,7 +145,7 @@ def test_models_of_other_kinds_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layer", ["3", "-1", "nine", "avg"])
 def test_a_layer_out_of_range_names_the_range(tmp_path: Path, layer: str) -> None:
-    folder = save_text_model(tmp_path / "text")
+    folder = save_text_teacher(tmp_path / "text")
     with pytest.raises(ValueError, match=r"layer must be mean, last, or .* 0 .* to 2, got"):
         load_text_teacher(folder, layer=layer)
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
@@ -207,16 +162,16 @@ def test_a_layer_out_of_range_names_the_range(tmp_path: Path, layer: str) -> Non
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
-    model = MODELS["bert"]()
+    model = TEXT_MODELS["bert"]()
     weights = {key: value for key, value in model.state_dict().items() if "layer.1" not in key}
-    save_text_model(tmp_path)
+    save_text_teacher(tmp_path)
     model.save_pretrained(tmp_path, state_dict=weights)
     with pytest.raises(ValueError, match=r"its weights lack encoder\.layer\.1"):
         load_text_teacher(str(tmp_path))
 
 
 def test_half_is_used_where_the_hardware_has_it(tmp_path: Path, monkeypatch) -> None:
-    folder = save_text_model(tmp_path)
+    folder = save_text_teacher(tmp_path)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     assert has_bf16("cpu")
     half = load_text_teacher(folder)
