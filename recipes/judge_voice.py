@@ -46,9 +46,9 @@ from slm.voice import Voice
 logger = logging.getLogger(__name__)
 
 CONTROLS: dict[str, dict[str, Any]] = {
-    "no-controls": {"checks": (), "tries": 1, "window": 0},
-    "one-try": {"tries": 1},
-    "no-window": {"window": 0},
+    "no-controls": {"checks": (), "max_attempts": 1, "repetition_window": 0},
+    "one-try": {"max_attempts": 1},
+    "no-window": {"repetition_window": 0},
     "no-checks": {"checks": ()},
     **{f"no-{check}": {"checks": tuple(c for c in CHECKS if c != check)} for check in CHECKS},
 }
@@ -108,7 +108,7 @@ def settings(config: JudgeVoiceConfig) -> dict[str, SamplingConfig]:
         elif name == "greedy":
             found[name] = replace(config.sampling, greedy=True)
         elif count != name and count.isdecimal():
-            found[name] = replace(config.sampling, candidates=int(count))
+            found[name] = replace(config.sampling, num_candidates=int(count))
         else:
             known = ", ".join(["controls", "candidates", *CONTROLS, "greedy", "candidates-N"])
             raise ValueError(f"compare: no setting {name!r}; there are {known}")

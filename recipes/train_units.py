@@ -2,9 +2,9 @@
 
 python recipes/train_units.py tokens=out/tokens/train dev=out/tokens/dev size=2048 out=out/my.units
 
-Name the file in `units.model` of a voice's configuration, and `bpe` in `units.heard` (ASR),
-`units.spoken` (TTS and continuation) or both. Units that remove runs are shorter still, but only
-for hearing: durations are lost.
+Name the file in `ar.speech.bpe_model` of a voice's configuration, and `bpe` in
+`ar.speech.asr_form` (ASR), `ar.speech.tts_form` (TTS and continuation) or both. A model that
+removes runs gives shorter sequences, but for ASR only: durations are lost.
 """
 
 import json

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("slm")
 
 DRAWING = ("greedy", "temperature", "top_p", "top_k")
-SAMPLING = (*DRAWING, "candidates", "tries", "nar_iterations", "checks")
+SAMPLING = (*DRAWING, "num_candidates", "max_attempts", "checks")
 """Options of `slm tts` that are fields of SamplingConfig; those that are not given stay."""
 
 
@@ -120,20 +120,17 @@ def _add_drawing(command: argparse.ArgumentParser) -> None:
 
 def _add_making(tts: argparse.ArgumentParser) -> None:
     tts.add_argument(
-        "--candidates", type=int, metavar="N",
-        help="make N and keep the one in which the model's own ASR finds the text the likeliest: "
-        "N times the work",
+        "--candidates", type=int, metavar="N", dest="num_candidates",
+        help="best-of-N: generate N candidates per text and keep the one whose text has the "
+        "highest likelihood under the model's own ASR; N times the work",
     )  # fmt: skip
-    tts.add_argument("--tries", type=int, help="a failed one is made again until so many were made")
+    tts.add_argument("--max-attempts", type=int, metavar="N", help="maximum attempts per item")
+    tts.add_argument("--tries", type=int, dest="max_attempts", help=argparse.SUPPRESS)
     tts.add_argument(
         "--checks", type=_checks, metavar="NAMES",
         help=f"what is a failure: some of {','.join(CHECKS)}, or none; where the voice can "
         "transcribe, early and leak make it transcribe its own speech, up to half of codebook 1's "
         "time again",
-    )  # fmt: skip
-    tts.add_argument(
-        "--nar-iterations", type=int,
-        help="passes for each codebook; more than 1 needs a voice with nar.masked",
     )  # fmt: skip
 
 
@@ -217,7 +214,7 @@ def _check_tts(arguments: argparse.Namespace) -> None:
         raise ValueError("give either --out or --stream")
     if arguments.stream is not None and arguments.list is not None:
         raise ValueError("--stream is for --text; a list goes to a folder (--out)")
-    if arguments.stream is not None and arguments.candidates not in (None, 1):
+    if arguments.stream is not None and arguments.num_candidates not in (None, 1):
         raise ValueError("--stream has no --candidates: what has been heard cannot be exchanged")
     if arguments.stream not in (None, "-") and Path(arguments.stream).suffix.lower() != ".wav":
         raise ValueError(f"--stream {arguments.stream}: only WAV is streamed; call it .wav, or -")

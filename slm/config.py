@@ -2,13 +2,58 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 CHECKS = ("loop", "silence", "early", "leak")
-"""What `SamplingConfig.checks` may name."""
-Spoken = Literal["tokens", "characters", "phonemes"]
-Written = Literal["tokens", "characters"]
+"""Values of `SamplingConfig.checks`."""
+TTSTextForm = Literal["tokens", "characters", "phonemes"]
+ASRTextForm = Literal["tokens", "characters"]
 SpeechForm = Literal["codes", "bpe"]
+
+RENAMED_FIELDS: Mapping[str, Mapping[str, str]] = {
+    "TextConfig": {"spoken": "tts_form", "written": "asr_form"},
+    "SpeechFormConfig": {"model": "bpe_model", "spoken": "tts_form", "heard": "asr_form"},
+    "NARConfig": {
+        "kernel": "conv_kernel",
+        "neighbours": "label_smoothing_neighbors",
+        "reference": "prompt_matching",
+    },
+    "SamplingConfig": {
+        "tries": "max_attempts",
+        "candidates": "num_candidates",
+        "window": "repetition_window",
+        "threshold": "repetition_threshold",
+    },
+}
+"""Old names in JSON files of saved voices -> fields, by class. Read by `from_json`."""
+REMOVED_FIELDS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "NARConfig": {"masked": (False,)},
+    "SamplingConfig": {"nar_iterations": (1,), "cache": ("dynamic", "static")},
+}
+"""Fields of older versions -> values that are read and ignored; others raise ValueError."""
+
+Config = TypeVar("Config")
+
+
+def from_json(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    """A configuration from a JSON object, which has lists for tuples and may have old names.
+
+    Raises:
+        TypeError: for an unknown key.
+        ValueError: for a value that is not allowed, and for a removed feature that is in use.
+    """
+    renamed = RENAMED_FIELDS.get(cls.__name__, {})
+    removed = REMOVED_FIELDS.get(cls.__name__, {})
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in removed:
+            found[renamed.get(key, key)] = tuple(value) if isinstance(value, list) else value
+        elif value not in removed[key]:
+            raise ValueError(
+                f"{key} is {value!r}: this feature was removed; use {removed[key][0]!r}, or an "
+                "older version of parlance"
+            )
+    return cls(**found)
 
 
 def _positive(**values: float | int) -> None:
@@ -18,7 +63,7 @@ def _positive(**values: float | int) -> None:
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    """For what comes from a file; recipes check the values that they are given."""
+    """For values from JSON files; the recipes check types themselves."""
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
@@ -31,16 +76,16 @@ def _share(**values: float | int) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoRAConfig:
-    """Low-rank adapters beside frozen weights; the new tokens' rows are trained whole."""
+    """LoRA adapters on frozen weights; the embedding rows of new tokens are trained in full."""
 
     rank: int = 16
-    """Inner dimension of an adapter."""
+    """Rank of the update."""
     alpha: float = 32.0
-    """An adapter's output is scaled by alpha / rank."""
+    """The update is scaled by alpha / rank."""
     dropout: float = 0.0
-    """Dropout before an adapter."""
+    """Dropout on the adapter's input."""
     targets: tuple[str, ...] = ()
-    """Names of the linear layers that get one, such as q_proj; empty: every one but the head."""
+    """Names of the adapted linear layers, such as q_proj; empty: all but the LM head."""
 
     def __post_init__(self) -> None:
         _positive(**{"lora.rank": self.rank, "lora.alpha": self.alpha})
@@ -49,92 +94,94 @@ class LoRAConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskConfig:
-    """How often each task is trained, relative to the others."""
+    """Sampling weight of each training task."""
 
     tts: float = 1.0
-    """Text to codes."""
+    """Text to codes of codebook 1."""
     asr: float = 1.0
     """Codes to text."""
     continuation: float = 0.0
-    """Codes alone: speech that goes on by itself."""
+    """Codes alone: speech continuation without a text."""
     text: float = 0.0
-    """Text alone, so that the LLM does not forget it; needs `texts`. Its weight counts positions,
-    because pieces of texts are longer than utterances."""
+    """Text alone, against forgetting of the LLM's text ability; needs `texts`. Its weight counts
+    positions, because text sequences are longer than utterances."""
 
     def __post_init__(self) -> None:
         weights = (self.tts, self.asr, self.continuation, self.text)
         if min(weights) < 0 or sum(weights) <= 0:
             raise ValueError(f"tasks: weights must not be negative nor all zero, got {weights}")
         if sum(weights) == self.text:
-            raise ValueError("tasks: text alone makes no speech model; weigh another task")
+            raise ValueError("tasks: text alone trains no speech model; give another task a weight")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextConfig:
-    """In which form the model reads and writes text."""
+    """Form of the AR's text input (TTS) and output (ASR)."""
 
     normalize: bool = True
-    """Numbers and abbreviations are spelt out (English)."""
-    spoken: Spoken = "tokens"
-    """What speech is made from: the LLM's own tokens; its tokens of single characters, about
-    three times as many, meant for little data; or phonemes (extra `phonemes`)."""
-    written: Written = "tokens"
-    """What speech is transcribed to: characters are the tokens of their bytes, and are chosen from
-    these alone, where the LLM's tokenizer is byte-level."""
+    """Write numbers and abbreviations out in words (English) before TTS."""
+    tts_form: TTSTextForm = "tokens"
+    """Text input of TTS: the LLM's tokens; its tokens of single characters (about three times as
+    many, for little training data); or phonemes (extra `phonemes`)."""
+    asr_form: ASRTextForm = "tokens"
+    """Text output of ASR: the LLM's tokens; or characters, as the tokens of their UTF-8 bytes where
+    the LLM's tokenizer is byte-level (decoding is restricted to these)."""
     interleaved: bool = False
-    """TTS goes word by word, each word's text right before its codes (ELLA-V, arXiv 2401.07333),
-    and ASR by stretches of speech, the words behind each: for little data; needs `edges`."""
+    """Interleave words and speech: in TTS each word's text precedes its codes (ELLA-V, arXiv
+    2401.07333), in ASR the words follow each stretch of speech. For little training data; needs
+    word boundaries."""
 
     def __post_init__(self) -> None:
-        _one_of("text.spoken", self.spoken, get_args(Spoken))
-        _one_of("text.written", self.written, get_args(Written))
+        _one_of("text.tts_form", self.tts_form, get_args(TTSTextForm))
+        _one_of("text.asr_form", self.asr_form, get_args(ASRTextForm))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class UnitsConfig:
-    """In which form the model hears and makes codebook 1."""
+class SpeechFormConfig:
+    """Form of the AR's speech input (ASR) and output (TTS): codes of codebook 1 or BPE pieces."""
 
-    model: str | None = None
-    """Acoustic BPE: a file of recipes/train_units.py, for what is `bpe` below; null: none."""
-    spoken: SpeechForm = "codes"
-    """What TTS and continuation make."""
-    heard: SpeechForm = "codes"
-    """What ASR hears."""
+    bpe_model: str | None = None
+    """Acoustic BPE model (a file of recipes/train_units.py) for the form `bpe`; null: none."""
+    tts_form: SpeechForm = "codes"
+    """Speech output of TTS and continuation."""
+    asr_form: SpeechForm = "codes"
+    """Speech input of ASR."""
 
     def __post_init__(self) -> None:
-        _one_of("units.spoken", self.spoken, get_args(SpeechForm))
-        _one_of("units.heard", self.heard, get_args(SpeechForm))
-        if self.model is None and "bpe" in (self.spoken, self.heard):
-            raise ValueError("units.model is null: name the file of recipes/train_units.py")
+        _one_of("speech.tts_form", self.tts_form, get_args(SpeechForm))
+        _one_of("speech.asr_form", self.asr_form, get_args(SpeechForm))
+        if self.bpe_model is None and "bpe" in (self.tts_form, self.asr_form):
+            raise ValueError("speech.bpe_model is null: name the file of recipes/train_units.py")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ARConfig:
-    """The autoregressive model of codebook 1: a pretrained text LLM with an extended vocabulary."""
+    """The AR, a model of codebook 1: a pretrained text LLM with an extended vocabulary."""
 
     base: str = "models/smollm2-135m-instruct"
     """The text LLM: hub id, local folder, or a .gguf file."""
     num_layers: int | None = None
-    """Keep only the LLM's first layers (miniatures); null keeps all."""
+    """Keep only the LLM's first N layers; null keeps all."""
     lora: LoRAConfig | None = field(default_factory=LoRAConfig)
-    """Adapters; null trains every weight."""
+    """LoRA adapters; null: full fine-tuning."""
     tasks: TaskConfig = field(default_factory=TaskConfig)
-    """Mixing weights."""
+    """Sampling weights of the tasks."""
     text: TextConfig = field(default_factory=TextConfig)
-    """The form of text."""
-    units: UnitsConfig = field(default_factory=UnitsConfig)
-    """The form of speech."""
+    """Form of text."""
+    speech: SpeechFormConfig = field(default_factory=SpeechFormConfig)
+    """Form of speech."""
     init_scale: float = 1.0
-    """Spread of the new rows: 1 draws them like the old rows, 0 puts them at the old rows' mean."""
-    letters: str | None = None
-    """What codes say (a file of recipes/make_clips.py): the new rows begin as their letters'
-    (a merge's as the mean of its codes'); null: as they are drawn. For characters, and codebooks
-    that hold what is said."""
+    """Scale of the new embedding rows' initial covariance: 1 is that of the old rows, 0 puts all
+    new rows at the old rows' mean."""
+    letter_init: str | None = None
+    """Initialize speech embeddings from letter embeddings: a file of recipes/make_clips.py with
+    each code's share of letters (a BPE merge gets its codes' mean); null: random rows. For the text
+    form `characters` and a semantic codebook 1."""
     start_from: str | None = None
-    """The folder ar/ of a voice whose every weight was trained, to train it further: one of the
-    same LLM, layers and codebook 1; null: the LLM as it is, with new rows."""
+    """Folder ar/ of a fully fine-tuned voice to train further, with the same LLM, layers and
+    codebook 1; null: start from the LLM with new rows."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    """Recompute activations in the backward pass: less memory, about a third more time."""
 
     def __post_init__(self) -> None:
         if not self.base:
@@ -143,8 +190,8 @@ class ARConfig:
             _positive(**{"ar.num_layers": self.num_layers})
         if self.start_from is not None and self.lora is not None:
             raise ValueError(
-                "ar.start_from goes on with every weight, and ar.lora trains adapters beside them: "
-                "set one of the two to null"
+                "ar.start_from continues full fine-tuning, ar.lora trains adapters: set one of the "
+                "two to null"
             )
         if self.init_scale < 0:
             raise ValueError(f"ar.init_scale must not be negative, got {self.init_scale}")
@@ -155,45 +202,42 @@ class NARConfig:
     """The non-autoregressive model of codebooks 2 to Q: a bidirectional Transformer."""
 
     codebook_sizes: tuple[int, ...] = ()
-    """Entries of every codebook, the first included; empty: as the token shards say."""
+    """Entries of every codebook, the first included; empty: those of the token shards."""
     num_layers: int = 4
     """Transformer layers."""
     num_heads: int = 4
-    """Attention heads of a layer."""
+    """Attention heads per layer."""
     width: int = 256
-    """Features of a position."""
+    """Features per position."""
     feedforward: int = 1024
-    """Features inside a layer's feed-forward part."""
+    """Features inside a feed-forward block."""
     dropout: float = 0.1
-    """Of embeddings, attention output and feed-forward part."""
+    """Dropout on embeddings, attention output and feed-forward blocks."""
     prompt_share: tuple[float, float] = (0.1, 0.5)
-    """In training the prompt is this share of an utterance's start, drawn uniformly."""
+    """In training the prompt is the first P of an utterance, P drawn uniformly from this range."""
     prompt_frames: int = 150
-    """No training prompt is longer."""
+    """Maximum length of a training prompt, in frames."""
     stage_decay: float = 1.0
-    """Of codebooks 3 to Q, of which a training step has one, each is drawn so many times as often
-    as the one below it; 1: all alike (USLM). The lower ones tell most of the voice (LOG.md).
-    Dev losses over all codebooks are drawn so, too."""
-    masked: bool = False
-    """Some codes of the predicted codebook are given, others asked for (MaskGIT), so that decoding
-    can go in several iterations; else all are asked for at once (USLM)."""
-    kernel: int = 0
-    """Frames of a convolution in front of each layer, over text and speech apart (Conformer, arXiv
-    2005.08100): what is near need not be found by attention. Odd; 0: none."""
-    reference: bool = False
-    """A frame is also shown what the prompt's frames have that sound like it (after kNN-VC, arXiv
-    2305.18975): the speaker need not be found by the layers."""
+    """A training step predicts codebook 2 and one of codebooks 3 to Q. Each of these is drawn with
+    this factor times the probability of the one below it; 1: uniformly (USLM). The lower ones carry
+    most of the speaker identity (LOG.md). Also applies to dev losses over all codebooks."""
+    conv_kernel: int = 0
+    """Kernel size, in frames, of a depthwise convolution before each layer, over text and speech
+    separately (Conformer, arXiv 2005.08100). Odd; 0: none."""
+    prompt_matching: bool = False
+    """Each frame attends to the prompt's frames that are similar in the lower codebooks (after
+    kNN-VC, arXiv 2305.18975), which provides the speaker."""
     text_dropout: float = 0.0
-    """In training so many utterances have no text, so that the NAR can do without one (voice
-    conversion, speech that goes on by itself); 0.1 is a good share. 1: it never has one, which is
-    quicker, and enough where codebook 1 says the words."""
+    """Share of training utterances without a text, for voice conversion and continuation; 0.1 is a
+    good value. 1: the NAR never has a text, which is faster, and enough for a semantic codebook
+    1."""
     from_codec: bool = False
-    """The codes' embeddings and heads begin as the codec's own entries, projected at random; else
-    as random ones. In a trial with ten hours of speech the loss fell two to three times
-    as fast at first (LOG.md)."""
-    neighbours: float = 0.0
-    """With from_codec: in training a code's label is shared among so many of its codebook's entries
-    (the perplexity of the shares), the nearer the more, as they sound alike; 0: the code alone."""
+    """Initialize code embeddings and output heads from the codec's codebook entries, projected at
+    random; else at random. With ten hours of speech the loss fell two to three times as fast at
+    first (LOG.md)."""
+    label_smoothing_neighbors: float = 0.0
+    """With from_codec: label smoothing over similar codebook entries; the value is the perplexity
+    of the target distribution, which falls with the entries' distance. 0: none."""
 
     def __post_init__(self) -> None:
         _positive(
@@ -210,12 +254,13 @@ class NARConfig:
         low, high = self.prompt_share
         if not 0 <= low <= high < 1:
             raise ValueError(f"nar.prompt_share must rise within [0, 1), got {self.prompt_share}")
-        if self.kernel and not self.kernel % 2:
-            raise ValueError(f"nar.kernel must be odd, or 0 for none, got {self.kernel}")
-        if self.neighbours and (self.neighbours <= 1 or not self.from_codec):
+        if self.conv_kernel and not self.conv_kernel % 2:
+            raise ValueError(f"nar.conv_kernel must be odd, or 0 for none, got {self.conv_kernel}")
+        neighbors = self.label_smoothing_neighbors
+        if neighbors and (neighbors <= 1 or not self.from_codec):
             raise ValueError(
-                "nar.neighbours must be more than 1, and needs nar.from_codec; 0: the code alone, "
-                f"got {self.neighbours}"
+                "nar.label_smoothing_neighbors must be 0, or more than 1 with nar.from_codec, got "
+                f"{neighbors}"
             )
         if self.prompt_frames < 0:
             raise ValueError(f"nar.prompt_frames must not be negative, got {self.prompt_frames}")
@@ -226,12 +271,12 @@ class NARConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "NARConfig":
-        """From a config.json, which has lists where tuples were."""
-        known = {f.name for f in fields(cls)} & values.keys()
-        held: dict[str, Any] = {key: values[key] for key in known}
-        for key, value in held.items():
-            held[key] = tuple(value) if isinstance(value, list) else value
-        return cls(**held)
+        """From a config.json; keys that are not of this class are ignored."""
+        known = {f.name for f in fields(cls)} | {
+            *RENAMED_FIELDS["NARConfig"],
+            *REMOVED_FIELDS["NARConfig"],
+        }
+        return from_json(cls, {key: value for key, value in values.items() if key in known})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -239,12 +284,12 @@ class BatchConfig:
     """Length-bucketed or packed batches under a budget of positions."""
 
     positions: int = 2048
-    """Padded positions of one micro-batch on one rank: longest row times number of rows."""
+    """Maximum positions of a micro-batch on one rank, padding included: longest row times rows."""
     max_items: int = 64
-    """Most items of a micro-batch."""
+    """Maximum items of a micro-batch."""
     packed: int | None = None
-    """Length of rows that hold several items, none of which sees another (AR only); null: one item
-    a row, and rows of like lengths together."""
+    """Row length for packing: several items per row under a block-diagonal mask (AR only); null:
+    one item per row, rows bucketed by length."""
 
     def __post_init__(self) -> None:
         _positive(**{"batch.positions": self.positions, "batch.max_items": self.max_items})
@@ -254,32 +299,32 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW with warm-up and a cosine, and when to log, evaluate and save."""
+    """AdamW with linear warm-up and cosine decay; intervals of logs, evaluation and checkpoints."""
 
     steps: int = 20
     """Optimiser steps."""
     lr: float = 1e-3
-    """Highest learning rate."""
+    """Peak learning rate."""
     warmup_steps: int = 5
-    """Steps of linear rise."""
+    """Steps of linear warm-up."""
     final_lr_share: float = 0.1
     """The cosine ends at this share of lr."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's averages."""
+    """AdamW's decay rates of the moments."""
     weight_decay: float = 0.01
-    """Applied to matrices, not to vectors."""
+    """Applied to matrices only."""
     clip_norm: float = 1.0
-    """Gradients are clipped to this norm; 0: never."""
+    """Maximum gradient norm; 0: no clipping."""
     accumulate: int = 1
-    """Micro-batches of a step on each rank."""
+    """Gradient accumulation: micro-batches per step and rank."""
     log_every: int = 5
-    """Steps."""
+    """Interval of logs, in steps."""
     eval_every: int = 10
-    """Steps."""
+    """Interval of evaluations, in steps."""
     eval_batches: int = 16
-    """Most micro-batches of one evaluation on each rank."""
+    """Maximum micro-batches per evaluation and rank."""
     save_every: int = 10
-    """Steps."""
+    """Interval of checkpoints, in steps."""
 
     def __post_init__(self) -> None:
         for name in ("accumulate", "log_every", "eval_every", "eval_batches", "save_every"):
@@ -294,43 +339,41 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
-    """Generation. Repetition-aware sampling as VALL-E 2 describes it, defaults as CosyVoice's."""
+    """Generation settings: sampling, length bounds, checks, retries and best-of-N.
+
+    Sampling is repetition-aware (VALL-E 2, arXiv 2406.05370) with CosyVoice's defaults.
+    """
 
     greedy: bool = False
-    """Take the likeliest token; a retry samples all the same."""
+    """Greedy decoding; retries sample all the same."""
     temperature: float = 1.0
-    """Divides the logits."""
+    """Softmax temperature."""
     top_p: float = 0.8
-    """The nucleus: the likeliest tokens that together have this probability."""
+    """Nucleus sampling: smallest set of tokens with this total probability."""
     top_k: int = 25
-    """No more than so many of them."""
-    window: int = 10
-    """Tokens back that are searched for the drawn one."""
-    threshold: float = 0.1
-    """A token that fills this share of the window is drawn again from the whole distribution."""
+    """Maximum size of the nucleus."""
+    repetition_window: int = 10
+    """Number of recent tokens in which repetition-aware sampling counts the sampled token."""
+    repetition_threshold: float = 0.1
+    """A token with at least this share of the window is resampled from the full distribution."""
     frames_per_token: tuple[float, float] = (2.0, 20.0)
-    """Bounds of the speech in frames per text token at 25 frames a second; scaled to the codec."""
+    """Length bounds, in frames per text token at 25 Hz; scaled to the codec's frame rate."""
     spare_seconds: float = 2.0
-    """Added to the upper bound, for silence around few words."""
+    """Added to the upper length bound, for silence around short texts."""
     loop_seconds: float = 2.0
-    """A pattern that repeats itself for so long is a loop."""
-    tries: int = 3
-    """A failed generation is made again under a new seed, until so many were made."""
+    """A pattern that repeats for this long is a loop."""
+    max_attempts: int = 3
+    """Maximum attempts per item; a failed one is retried with another seed."""
     checks: tuple[str, ...] = ("loop", "silence", "early", "leak")
-    """What is a failure besides what is empty or cut: a loop; silence for longer than
-    `silence_seconds`; an end long before the text's; the prompt's words said again."""
+    """Failures besides empty and truncated speech. loop: a repeated pattern; silence: more than
+    `silence_seconds`; early: an end long before the text's; leak: the prompt's words repeated."""
     silence_seconds: float = 2.0
-    """A longer stretch of silence is a failure."""
-    candidates: int = 1
-    """So many are made, and the one is kept whose text the model's own ASR finds the likeliest:
-    that many times the AR's work, and one pass of ASR over them."""
-    cache: Literal["dynamic", "static"] = "dynamic"
-    """The cache of keys and values grows with the sequence, or has its full size from the start."""
-    nar_iterations: int = 1
-    """Passes of the NAR for each codebook, the surest codes first; more than 1 needs a NAR that was
-    trained with nar.masked."""
+    """Maximum length of silence."""
+    num_candidates: int = 1
+    """Best-of-N: generate N candidates and keep the one whose text has the highest likelihood under
+    the model's own ASR. Cost: N times the AR's work, and one ASR pass over the candidates."""
     nar_temperature: float = 0.0
-    """Of the NAR's codes; 0 takes the likeliest."""
+    """Softmax temperature of the NAR; 0: greedy."""
 
     def __post_init__(self) -> None:
         _positive(
@@ -339,21 +382,26 @@ class SamplingConfig:
                 "sampling.top_p": self.top_p,
                 "sampling.top_k": self.top_k,
                 "sampling.loop_seconds": self.loop_seconds,
-                "sampling.tries": self.tries,
+                "sampling.max_attempts": self.max_attempts,
                 "sampling.silence_seconds": self.silence_seconds,
-                "sampling.candidates": self.candidates,
-                "sampling.nar_iterations": self.nar_iterations,
+                "sampling.num_candidates": self.num_candidates,
             }
         )
-        _share(**{"sampling.top_p": self.top_p, "sampling.threshold": self.threshold})
+        _share(
+            **{
+                "sampling.top_p": self.top_p,
+                "sampling.repetition_threshold": self.repetition_threshold,
+            }
+        )
         low, high = self.frames_per_token
         if not 0 <= low <= high:
             raise ValueError(
                 f"sampling.frames_per_token must rise from at least 0, got {self.frames_per_token}"
             )
-        if min(self.window, self.spare_seconds, self.nar_temperature) < 0:
+        if min(self.repetition_window, self.spare_seconds, self.nar_temperature) < 0:
             raise ValueError(
-                "sampling: window, spare_seconds and nar_temperature must not be negative"
+                "sampling: repetition_window, spare_seconds and nar_temperature must not be "
+                "negative"
             )
         if unknown := set(self.checks) - set(CHECKS):
             raise ValueError(

@@ -153,7 +153,7 @@ def speak_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(cls: type, *args, **kwargs) -> Voice:
         voice = original(cls, *args, **kwargs)
         voice.sampling = replace(
-            voice.sampling, frames_per_token=(0.2, 0.5), spare_seconds=0.0, tries=2
+            voice.sampling, frames_per_token=(0.2, 0.5), spare_seconds=0.0, max_attempts=2
         )
         return voice
 

@@ -74,16 +74,10 @@ def check_scores(config: Any, train: TokenShard, dev: TokenShard | None) -> None
     spread(dev, 1)
     if not (asked.spoken or asked.continued):
         return
-    if speak.sampling.candidates > 1 and asked.spoken and not tasks.asr:
+    if speak.sampling.num_candidates > 1 and asked.spoken and not tasks.asr:
         raise ValueError(
-            f"speak.sampling.candidates is {speak.sampling.candidates}: the model's own ASR "
-            "compares them; set it to 1, or weigh ar.tasks.asr"
-        )
-    refines = config.nar is not None and train.stamp.num_codebooks > 1 and not config.nar.masked
-    if speak.sampling.nar_iterations > 1 and refines:
-        raise ValueError(
-            f"speak.sampling.nar_iterations is {speak.sampling.nar_iterations}, which needs "
-            "nar.masked=true; set it to 1, or train such a NAR"
+            f"speak.sampling.num_candidates is {speak.sampling.num_candidates}: the model's "
+            "own ASR compares them; set it to 1, or weigh ar.tasks.asr"
         )
     load_judges(speak.judge, speak.speaker)
     if speak.sexes is not None:

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     config = load_config(OverfitCheckConfig, argv, "Say what a voice knows by heart.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     voice = Voice.from_pretrained(config.voice, device=device)
-    voice.sampling = replace(voice.sampling, greedy=True, tries=1)
+    voice.sampling = replace(voice.sampling, greedy=True, max_attempts=1)
     shard = TokenShard.open(config.tokens, expect=voice.codec.stamp)
     rows = [shard[i] for i in range(len(shard)) if shard.texts[i].strip()][: config.num_items]
     codes = [row.codes.astype(np.int64) for row in rows]

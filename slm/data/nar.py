@@ -1,6 +1,5 @@
 """Token shards to batches for the NAR (slm/data/batching.py says which)."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,10 +15,6 @@ from slm.data.batching import Plan
 from slm.data.corpus import Corpus, name_of, usable, within
 from slm.tokenization.tokenizer import Alphabet
 
-FULL_SHARE = 0.2
-"""Of the utterances of masked training: no code of the predicted codebook is given to these, as
-none is in decoding's first pass, which is its only one where there is one iteration."""
-
 
 class NARBatch(NamedTuple):
     """Utterances padded on the right."""
@@ -34,8 +29,7 @@ class NARBatch(NamedTuple):
     stages: Int[Tensor, " S"]
     """Codebooks to predict, counted from 0."""
     given: Bool[Tensor, "B T"] | None = None
-    """Frames behind the prompt whose code of the predicted codebook is given too (masked NARs
-    only); None: no frame's."""
+    """Always None."""
 
 
 class NARData:
@@ -88,19 +82,12 @@ class NARData:
         stages = self._draw_stages(random)
         prompts = [self._draw_prompts(rows, random) for rows in items]
         asked = [self._frames[rows] - prompt for rows, prompt in zip(items, prompts, strict=True)]
-        given = None
-        if self._config.masked:
-            random = np.random.default_rng((self._seed, step, 3))
-            num_given = [draw_num_given(frames, random) for frames in asked]
-            given = self._draw_given(prompts[slot], asked[slot], num_given[slot], (step, slot))
-            asked = [a - b for a, b in zip(asked, num_given, strict=True)]
         weight = 0.0 if slot >= size - num_fill else 1.0
         batch = nar_batch(
             self._draw_texts(items[slot], (step, slot)),
             [self.corpus.codes(item) for item in items[slot]],
             prompts[slot],
             stages,
-            given,
         )
         targets = sum(int(frames.sum()) for frames in asked)
         return Share(batch, targets * len(stages) / size, weight)
@@ -119,14 +106,6 @@ class NARData:
             np.minimum(frames * share, self._config.prompt_frames), frames - 1
         ).astype(int)
 
-    def _draw_given(
-        self, prompts: np.ndarray, asked: np.ndarray, counts: np.ndarray, place: tuple[int, int]
-    ) -> list[np.ndarray]:
-        """Which frames behind the prompt are given, `counts` of each item's `asked`."""
-        random = np.random.default_rng((self._seed, *place, 4))
-        rows = zip(prompts, asked, counts, strict=True)
-        return [prompt + random.permutation(frames)[:count] for prompt, frames, count in rows]
-
     def _draw_texts(self, items: np.ndarray, place: tuple[int, int]) -> list[list[int]]:
         texts = [self._texts[item] for item in items]
         if self._config.text_dropout:
@@ -136,16 +115,6 @@ class NARData:
                 text_bytes("") if no else text for no, text in zip(dropped, texts, strict=True)
             ]
         return texts
-
-
-def draw_num_given(frames: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """How many of so many frames are given; at least one is asked for.
-
-    The share that is asked for is cos(pi / 2 u), u uniform (MaskGIT, arXiv 2202.04200).
-    """
-    share = np.cos(0.5 * math.pi * random.random(len(frames)))
-    share[random.random(len(frames)) < FULL_SHARE] = 1.0
-    return frames - np.ceil(frames * share).astype(int)
 
 
 END_OF_TEXT = 256
@@ -162,9 +131,8 @@ def nar_batch(
     codes: Sequence[np.ndarray],
     prompt_lengths: Sequence[int] | np.ndarray,
     stages: Sequence[int],
-    given: Sequence[np.ndarray] | None = None,
 ) -> NARBatch:
-    """Pads texts (ids of `text_bytes`) and codes (Q, T); `given` are indices of frames."""
+    """Pads texts (ids of `text_bytes`) and codes (Q, T)."""
     num_text = [len(text) for text in texts]
     lengths = [one.shape[1] for one in codes]
     text = np.zeros((len(texts), max(num_text)), dtype=np.int64)
@@ -172,11 +140,6 @@ def nar_batch(
     for row, (symbols, one) in enumerate(zip(texts, codes, strict=True)):
         text[row, : len(symbols)] = symbols
         padded[row, :, : one.shape[1]] = one
-    marks = None
-    if given is not None:
-        marks = torch.zeros(len(codes), max(lengths), dtype=torch.bool)
-        for row, frames in enumerate(given):
-            marks[row, torch.from_numpy(frames)] = True
     return NARBatch(
         text=torch.from_numpy(text),
         text_mask=torch.arange(text.shape[1])[None] < torch.tensor(num_text)[:, None],
@@ -184,5 +147,4 @@ def nar_batch(
         lengths=torch.tensor(lengths),
         prompt_lengths=torch.tensor([int(length) for length in prompt_lengths]),
         stages=torch.tensor(list(stages)),
-        given=marks,
     )

@@ -101,7 +101,7 @@ def extended(tokenizer: Any, vocabulary: Vocabulary) -> Any:
 def as_layouts(tokenizer: Any, lm: SpeechLM) -> bool:
     """Whether a prompt's string has the very tokens of our layouts; logs where it has not."""
     vocabulary, alphabet = lm.vocabulary, lm.alphabet
-    if alphabet.text.spoken == "characters":
+    if alphabet.text.tts_form == "characters":
         return False
     speech = [vocabulary.first_speech, vocabulary.size - 1]
     for text in SAMPLES:

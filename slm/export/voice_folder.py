@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from codec.tokens import CodecStamp, written_whole
-from slm.config import SamplingConfig
+from slm.config import SamplingConfig, from_json
 from slm.data.sequences import Coverage, Prompt, load_prompts
 from slm.models.ar import SpeechLM
 
@@ -72,9 +72,9 @@ def export_card(lm: SpeechLM, exact: bool) -> str:
     notes = []
     if text.normalize:
         notes.append("Numbers and abbreviations in a text that is to be spoken are spelt out.")
-    if text.spoken == "phonemes":
+    if text.tts_form == "phonemes":
         notes.append("A text that is to be spoken is IPA, as espeak writes it.")
-    if text.spoken == "characters":
+    if text.tts_form == "characters":
         notes.append("A text that is to be spoken has the tokens of its single characters.")
     if lm.alphabet.writes_bytes:
         notes.append("A transcript has the tokens of its characters' bytes.")
@@ -83,7 +83,7 @@ def export_card(lm: SpeechLM, exact: bool) -> str:
             f"`<|s_{vocabulary.codebook_size}|>` and those behind it are several codes each: "
             "`units.model` (SentencePiece) says which."
         )
-    parts = 'list("red hen the cat")' if text.spoken == "characters" else '["red hen the cat"]'
+    parts = 'list("red hen the cat")' if text.tts_form == "characters" else '["red hen the cat"]'
     made = lm.alphabet.speech_range("tts")
     values = {
         "name": short_path(lm.origin["name"]),
@@ -112,7 +112,7 @@ def export_card(lm: SpeechLM, exact: bool) -> str:
         "notes": "".join(f" {note}" for note in notes),
     }
     if text.interleaved:
-        spelt = "list(text)" if text.spoken == "characters" else "[text]"
+        spelt = "list(text)" if text.tts_form == "characters" else "[text]"
         return _EXPORT_HEAD.format(**values) + _BY_WORDS.format(**values, spelt=spelt)
     prompt = (_AS_STRING if exact else _AS_IDS).format(**values)
     recording = (_HEARD_AS_STRING if exact else _HEARD_AS_IDS).format(**values)
@@ -253,10 +253,7 @@ def load_sampling(folder: Path) -> SamplingConfig | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        values: dict[str, Any] = {
-            key: tuple(v) if isinstance(v, list) else v for key, v in record.items()
-        }
-        return SamplingConfig(**values)
+        return from_json(SamplingConfig, record)
     except (OSError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: no settings of sampling ({error}); mend it, or remove it for the defaults"

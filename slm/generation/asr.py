@@ -57,7 +57,7 @@ def cut_at_quiet(levels: Float[np.ndarray, " T"], longest: int) -> list[slice]:
     return [*cuts, slice(start, len(levels))]
 
 
-ONCE = SamplingConfig(greedy=True, tries=1, checks=("loop",))
+ONCE = SamplingConfig(greedy=True, max_attempts=1, checks=("loop",))
 """A transcript is the likeliest one; another, drawn at random, would be no better for it."""
 
 

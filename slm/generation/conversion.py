@@ -104,7 +104,6 @@ def convert(
             part,
             temperature=sampling.nar_temperature,
             seeds=[0] * len(part),
-            iterations=sampling.nar_iterations,
         )
     if not given:
         warn_of_no_text(models)
@@ -145,7 +144,7 @@ def go_on(
     )
     warn_of_no_text(models)
     checks = tuple(check for check in sampling.checks if check in ("loop", "silence"))
-    once = replace(sampling, tries=1, candidates=1, checks=checks)
+    once = replace(sampling, max_attempts=1, num_candidates=1, checks=checks)
     attempt = 0
     while True:
         # The likeliest token fails the same way twice: a retry samples.
@@ -154,5 +153,5 @@ def go_on(
         attempt += 1
         # As long as was asked for is no failure here.
         failure = None if made.failure == "cut" else made.failure
-        if failure is None or attempt == sampling.tries:
+        if failure is None or attempt == sampling.max_attempts:
             return replace(made, tries=attempt, failure=failure)

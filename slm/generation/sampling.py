@@ -236,7 +236,7 @@ def generate(
     """Goes on with every request, and again with what failed, under a new seed."""
     results: list[Generated | None] = [None] * len(requests)
     waiting = list(range(len(requests)))
-    for attempt in range(config.tries):
+    for attempt in range(config.max_attempts):
         if not waiting:
             break
         items = [_Item(lm, again(requests[i], attempt), allowed, config) for i in waiting]
@@ -251,8 +251,10 @@ def generate(
                 seed=item.request.seed,
             )
         waiting = [i for i, item in zip(waiting, items, strict=True) if item.failure is not None]
-        if waiting and config.tries > 1:
-            logger.info("try %d of %d failed for %d items", attempt + 1, config.tries, len(waiting))
+        if waiting and config.max_attempts > 1:
+            logger.info(
+                "try %d of %d failed for %d items", attempt + 1, config.max_attempts, len(waiting)
+            )
     return [made for made in results if made is not None]
 
 
@@ -361,7 +363,7 @@ class _Item:
         early = self._part == len(parts) and self.length < self.request.min_tokens
         if early or self._since < self.request.script.least:
             logits[end] = -torch.inf
-        window = self.config.window
+        window = self.config.repetition_window
         recent = [token - first for token in self.tokens[-window:]][:window]
         index = draw(logits, recent, self.generator, self.config)
         return self.allowed.end if index == end else index + first
@@ -395,7 +397,7 @@ class _Batch:
         padded = left_padded(contexts, lm.vocabulary.eos)
         self.tokens, self.mask = (part.to(self.device) for part in padded)
         most = max(item.most_steps for item in items)
-        self.cache = make_cache(config.cache, lm.config, self.tokens.shape[1] + most)
+        self.cache = make_cache("dynamic", lm.config, self.tokens.shape[1] + most)
 
     @torch.inference_mode()
     def step(self) -> bool:
@@ -474,6 +476,8 @@ def draw(
     # The token that crosses top_p still belongs to the nucleus.
     inside = highest.cumsum(0) - highest < config.top_p
     drawn = int(indices[torch.multinomial(highest * inside, 1, generator=generator)])
-    if config.window and recent.count(drawn) >= max(1.0, config.threshold * config.window):
+    if config.repetition_window and recent.count(drawn) >= max(
+        1.0, config.repetition_threshold * config.repetition_window
+    ):
         drawn = int(torch.multinomial(probabilities, 1, generator=generator))
     return drawn

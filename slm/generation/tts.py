@@ -106,19 +106,19 @@ def speak(
 ) -> list[Speech]:
     """What was said of each utterance, as one batch.
 
-    What fails a check is made again under a new seed, until `sampling.tries` were made; then the
-    least bad is returned with its failure's name. Where the model was trained on ASR, the checks
+    What fails a check is made again under a new seed, until `sampling.max_attempts` were made; then
+    the least bad is returned with its failure's name. Where the model was trained on ASR, the checks
     `early` and `leak` also transcribe what passed all others: with a small voice a fifth (one) to a
     half (a batch of four) of the AR's time again.
     Raises ValueError for several candidates and a model without ASR.
     """
-    if sampling.candidates > 1 and not can_transcribe(models.lm):
+    if sampling.num_candidates > 1 and not can_transcribe(models.lm):
         raise ValueError(
-            f"sampling.candidates is {sampling.candidates}: they are compared by the model's own "
-            "ASR, but this voice was trained without asr; set it to 1"
+            f"sampling.num_candidates is {sampling.num_candidates}: they are compared by the "
+            "model's own ASR, but this voice was trained without asr; set it to 1"
         )
     best: list[Speech | None] = [None] * len(utterances)
-    for attempt in range(sampling.tries):
+    for attempt in range(sampling.max_attempts):
         waiting = [i for i, one in enumerate(best) if one is None or one.failure is not None]
         if not waiting:
             break
@@ -127,8 +127,10 @@ def speak(
             kept = _better(best[index], speech)
             best[index] = replace(kept, tries=attempt + 1)
         failed = sum(one.failure is not None for one in made)
-        if failed and sampling.tries > 1:
-            logger.info("try %d of %d failed for %d items", attempt + 1, sampling.tries, failed)
+        if failed and sampling.max_attempts > 1:
+            logger.info(
+                "try %d of %d failed for %d items", attempt + 1, sampling.max_attempts, failed
+            )
     return [one for one in best if one is not None]
 
 
@@ -147,7 +149,7 @@ def _try(
     ranked = candidates(models.lm, utterances, sampling, attempt)
     best: list[Speech | None] = [None] * len(utterances)
     unsettled = list(range(len(utterances)))
-    for rank in range(sampling.candidates):
+    for rank in range(sampling.num_candidates):
         made = _finish(
             models,
             [utterances[i] for i in unsettled],
@@ -171,7 +173,7 @@ def _try(
 def candidates(
     lm: SpeechLM, utterances: Sequence[Utterance], sampling: SamplingConfig, attempt: int = 0
 ) -> list[list[Candidate]]:
-    """`sampling.candidates` for each utterance in one batch, the best first: those that did not
+    """`sampling.num_candidates` for each utterance in one batch, the best first: those that did not
     fail, and among them the one whose text the model's own ASR finds the likeliest given the
     speech. The first one's seed is the utterance's own, so that one candidate is the plain call.
 
@@ -190,19 +192,19 @@ def candidates(
             number,
         )
         for one in utterances
-        for number in range(sampling.candidates)
+        for number in range(sampling.num_candidates)
     ]
-    made = generate(lm, requests, speech_only(lm, sampling), replace(sampling, tries=1))
-    said = [one for one in utterances for _ in range(sampling.candidates)]
+    made = generate(lm, requests, speech_only(lm, sampling), replace(sampling, max_attempts=1))
+    said = [one for one in utterances for _ in range(sampling.num_candidates)]
     codes = [first_codes(lm, one) for one in made]
     scores: Sequence[float | None] = [None] * len(made)
-    if sampling.candidates > 1:
+    if sampling.num_candidates > 1:
         scores = text_scores(lm, [one.text for one in said], _heard(said, codes))
     found = [
         Candidate(row, result.failure or _code_failure(lm, one, row, sampling), result.seed, score)
         for one, result, row, score in zip(said, made, codes, scores, strict=True)
     ]
-    count = sampling.candidates
+    count = sampling.num_candidates
     groups = [found[start : start + count] for start in range(0, len(found), count)]
     return [sorted(group, key=_rank) for group in groups]
 
@@ -309,14 +311,12 @@ def complete(
         return [row[None] for row in first]
     spelt = models.lm.alphabet.spelt
     texts = [spelt(join_texts(one.prompt.text, one.text)) for one in utterances]
-    several = {"iterations": sampling.nar_iterations} if sampling.nar_iterations > 1 else {}
     return models.nar.decode(
         texts,
         [one.prompt.codes for one in utterances],
         first,
         temperature=sampling.nar_temperature,
         seeds=seeds,
-        **several,
     )
 
 

@@ -180,17 +180,17 @@ def spell_rows(lm: Any, alphabet: Alphabet, path: str | Path | None) -> None:
     letters, vocabulary = Letters.load(path), alphabet.vocabulary
     if len(letters.shares) != vocabulary.codebook_size:
         raise ValueError(
-            f"ar.letters is of {len(letters.shares)} codes, but codebook 1 has "
+            f"ar.letter_init is of {len(letters.shares)} codes, but codebook 1 has "
             f"{vocabulary.codebook_size}; make the letters of these tokens"
         )
-    if "characters" not in (alphabet.text.spoken, alphabet.text.written):
+    if "characters" not in (alphabet.text.tts_form, alphabet.text.asr_form):
         logger.warning(
-            "ar.letters helps little where neither text.spoken nor .written is characters"
+            "ar.letter_init helps little where neither text.tts_form nor .asr_form is characters"
         )
     try:
         ids = alphabet.spelling_ids([" ", *letters.letters])
     except ValueError as error:
-        raise ValueError(f"ar.letters: {error}; or leave ar.letters out") from error
+        raise ValueError(f"ar.letter_init: {error}; or leave ar.letter_init out") from error
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     tables = [embedding] if head.weight is embedding.weight else [embedding, head]
     pieces, units = np.arange(vocabulary.num_pieces), alphabet.pieces
@@ -234,10 +234,10 @@ class SpeechLM(nn.Module):
     def create(cls, config: ARConfig, codec: CodecStamp, seed: int) -> "SpeechLM":
         """The pretrained LLM with rows for `codec`'s codebook 1, and adapters if so configured."""
         base = load_base(config.base, config.num_layers)
-        alphabet = Alphabet.create(base.lm, base.tokenizer, codec, config.text, config.units)
+        alphabet = Alphabet.create(base.lm, base.tokenizer, codec, config.text, config.speech)
         vocabulary = alphabet.vocabulary
         extend(base.lm, vocabulary, seed, config.init_scale)
-        spell_rows(base.lm, alphabet, config.letters)
+        spell_rows(base.lm, alphabet, config.letter_init)
         lm = base.lm
         if config.start_from is not None:
             cls._go_on(lm, vocabulary, base.digest, config)

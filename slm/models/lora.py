@@ -86,7 +86,7 @@ def used_rows(lm: SpeechLM, coverage: Coverage) -> list[int]:
     where texts are made of more than characters."""
     alphabet = lm.alphabet
     found = set(lm.vocabulary.new_ids)
-    forms = {alphabet.text.spoken, alphabet.text.written}
+    forms = {alphabet.text.tts_form, alphabet.text.asr_form}
     if forms != {"characters"} or lm.origin.get("tasks", {}).get("text"):
         return sorted(found | set(range(lm.vocabulary.num_text)))
     found.update(alphabet.text_range("asr"))

@@ -215,7 +215,7 @@ class NAR(
                 feedforward=config.feedforward,
                 dropout=config.dropout,
                 num_stages=len(sizes),
-                kernel=config.kernel,
+                kernel=config.conv_kernel,
             )
             for _ in range(config.num_layers)
         )
@@ -225,13 +225,13 @@ class NAR(
         self._shares: list[Float[Tensor, "K K"]] = []
         self.apply(_initialise)
         # The last to draw, so that the others begin alike with and without them.
-        self.mask = nn.Embedding(1, config.width).apply(_initialise) if config.masked else None
+        self.mask: nn.Embedding | None = None
         self.reference = None
-        if config.reference:
+        if config.prompt_matching:
             self.reference = Reference(
                 width=config.width,
                 num_heads=config.num_heads,
-                kernel=config.kernel,
+                kernel=config.conv_kernel,
                 num_stages=len(sizes),
             ).apply(_initialise)
             self.reference.begin()
@@ -253,13 +253,13 @@ class NAR(
             for start, book in zip(self._starts[:-1], entries, strict=True):
                 rows = (book - book.mean(0)).cpu().float() @ projection
                 table[start : start + len(book)] = rows * (strength / rows.std().clamp(min=1e-6))
-        if self.config.neighbours:
-            wanted = self.config.neighbours
+        if self.config.label_smoothing_neighbors:
+            wanted = self.config.label_smoothing_neighbors
             self._shares = [shares_of_neighbours(book.cpu().float(), wanted) for book in entries]
 
     def forward(self, batch: NARBatch) -> Scores:
         """Losses over the frames that are asked for, summed over the batch's stages."""
-        assert batch.given is None or self.config.masked
+        assert batch.given is None
         asked = _asked(batch)
         parts = []
         for stage in batch.stages.tolist():
@@ -359,11 +359,6 @@ class NAR(
         assert not self.training
         if iterations < 1:
             raise ValueError(f"iterations must be at least 1, got {iterations}")
-        if iterations > 1 and not self.config.masked:
-            raise ValueError(
-                f"{iterations} iterations need a NAR that was trained with nar.masked: decode in "
-                "one (sampling.nar_iterations=1), or train another NAR"
-            )
         if not self.takes_texts:
             texts = [""] * len(texts)
         joined = []

@@ -257,7 +257,7 @@ def _espeak(tied: bool = False) -> tuple[Any, Any]:
         from phonemizer.separator import Separator  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
-            "text.spoken=phonemes needs the extra `phonemes` (GPL): pip install "
+            "text.tts_form=phonemes needs the extra `phonemes` (GPL): pip install "
             "'parlance[phonemes]'; or choose tokens or characters"
         ) from error
     EspeakWrapper.set_library(espeakng_loader.get_library_path())

@@ -20,7 +20,7 @@ from jaxtyping import Int
 from tokenizers.pre_tokenizers import ByteLevel
 
 from codec.tokens import CodecStamp, written_whole
-from slm.config import TextConfig, UnitsConfig
+from slm.config import SpeechFormConfig, TextConfig, from_json
 from slm.data.sequences import in_small_letters
 from slm.tokenization.acoustic_bpe import Units
 from slm.tokenization.text_normalization import normalize, phonemes
@@ -43,47 +43,47 @@ class Alphabet:
         vocabulary: Vocabulary,
         tokenizer: Any,
         text: TextConfig | None = None,
-        units: UnitsConfig | None = None,
+        units: SpeechFormConfig | None = None,
         pieces: Units | None = None,
         by_bytes: bool = True,
     ):
         """`by_bytes`: transcripts in characters are made of bytes' tokens, where there are such."""
         self.by_bytes = by_bytes
         self.vocabulary, self.tokenizer = vocabulary, tokenizer
-        self.text, self.units = text or TextConfig(), units or UnitsConfig()
+        self.text, self.units = text or TextConfig(), units or SpeechFormConfig()
         self.pieces = pieces
         self._characters: dict[str, list[int]] = {}
         self._in_bytes: dict[str, list[int]] = {}
-        if (pieces is not None) != ("bpe" in (self.units.spoken, self.units.heard)):
+        if (pieces is not None) != ("bpe" in (self.units.tts_form, self.units.asr_form)):
             raise ValueError("units of bpe and their model belong together; use Alphabet.create")
         if pieces is None:
             return
-        pieces.check_codec(vocabulary.codec, self.units.model or "the units model")
+        pieces.check_codec(vocabulary.codec, self.units.bpe_model or "the units model")
         if pieces.num_merges != vocabulary.num_merges:
             raise ValueError(
                 f"the units model has {pieces.num_merges} merges, the vocabulary "
                 f"{vocabulary.num_merges}; copy the voice again"
             )
-        if pieces.remove_runs and self.units.spoken == "bpe":
+        if pieces.remove_runs and self.units.tts_form == "bpe":
             raise ValueError(
-                f"units.spoken=bpe: {self.units.model} removes runs, so that durations would be "
-                "lost; train units with remove_runs=false, or use it for units.heard alone"
+                f"speech.tts_form=bpe: {self.units.bpe_model} removes runs, so that durations would "
+                "be lost; train units with remove_runs=false, or use it for speech.asr_form alone"
             )
 
     @classmethod
     def create(
-        cls, lm: Any, tokenizer: Any, codec: CodecStamp, text: TextConfig, units: UnitsConfig
+        cls, lm: Any, tokenizer: Any, codec: CodecStamp, text: TextConfig, units: SpeechFormConfig
     ) -> "Alphabet":
         """For a causal LM as it was loaded. Reads the units model where a task uses it."""
         pieces = None
-        if "bpe" in (units.spoken, units.heard):
-            assert units.model is not None
-            pieces = Units.load(units.model)
-            pieces.check_codec(codec, units.model)
-        elif units.model is not None:
+        if "bpe" in (units.tts_form, units.asr_form):
+            assert units.bpe_model is not None
+            pieces = Units.load(units.bpe_model)
+            pieces.check_codec(codec, units.bpe_model)
+        elif units.bpe_model is not None:
             logger.warning(
-                "units.model %s is not used: units.heard and units.spoken are codes, not bpe",
-                units.model,
+                "speech.bpe_model %s is not used: speech.asr_form and speech.tts_form are codes",
+                units.bpe_model,
             )
         num_merges = 0 if pieces is None else pieces.num_merges
         vocabulary = Vocabulary.of(lm, tokenizer, codec, num_merges)
@@ -95,7 +95,7 @@ class Alphabet:
             texts = [self.spelt(text) for text in texts]
         elif task == "asr":
             texts = [in_small_letters(text) for text in texts]
-        form = {"tts": self.text.spoken, "asr": self.text.written}.get(task, "tokens")
+        form = {"tts": self.text.tts_form, "asr": self.text.asr_form}.get(task, "tokens")
         if form == "tokens":
             return encode_texts(self.tokenizer, texts)
         if task == "asr" and self.writes_bytes:
@@ -111,7 +111,7 @@ class Alphabet:
     @property
     def writes_bytes(self) -> bool:
         """Whether a transcript is made of the tokens of its characters' bytes."""
-        return self.text.written == "characters" and self._bytes is not None
+        return self.text.asr_form == "characters" and self._bytes is not None
 
     def text_of(self, ids: Sequence[int]) -> str:
         """A transcript's ids, without their end, back to text."""
@@ -131,7 +131,7 @@ class Alphabet:
 
     def has_pieces(self, task: str) -> bool:
         """Whether `task`'s speech is in pieces of several codes (acoustic BPE)."""
-        return (self.units.heard if task == "asr" else self.units.spoken) == "bpe"
+        return (self.units.asr_form if task == "asr" else self.units.tts_form) == "bpe"
 
     def speech_range(self, task: str) -> range:
         """Ids that `task`'s speech is made of: codes, and merges where it has pieces."""
@@ -164,7 +164,7 @@ class Alphabet:
         text = in_small_letters(text)
         if self.text.normalize:
             text = normalize(text)
-        return phonemes(text) if self.text.spoken == "phonemes" else text
+        return phonemes(text) if self.text.tts_form == "phonemes" else text
 
     @cached_property
     def _bytes(self) -> range | None:
@@ -190,11 +190,11 @@ class Alphabet:
     def save(self, folder: str | Path) -> None:
         """The units model goes with it: a voice does not need the file that it was made with."""
         self.vocabulary.save(folder)
-        units = replace(self.units, model=None if self.pieces is None else UNITS_FILE)
+        units = replace(self.units, bpe_model=None if self.pieces is None else UNITS_FILE)
         if self.pieces is not None:
             self.pieces.save(Path(folder) / UNITS_FILE)
         with written_whole(Path(folder) / FILE_NAME) as temporary:
-            record = {"text": asdict(self.text), "units": asdict(units), "bytes": self.by_bytes}
+            record = {"text": asdict(self.text), "speech": asdict(units), "bytes": self.by_bytes}
             temporary.write_text(json.dumps(record, indent=1))
 
     @classmethod
@@ -204,12 +204,14 @@ class Alphabet:
             return cls(vocabulary, tokenizer, TextConfig(normalize=False))
         try:
             record = json.loads(path.read_text())
-            text, units = TextConfig(**record["text"]), UnitsConfig(**record["units"])
+            text = from_json(TextConfig, record["text"])
+            # Older voices say `units`.
+            units = from_json(SpeechFormConfig, record.get("speech") or record["units"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}: missing or damaged ({error}); copy the voice again"
             ) from error
-        used = "bpe" in (units.spoken, units.heard)
+        used = "bpe" in (units.tts_form, units.asr_form)
         pieces = Units.load(Path(folder) / UNITS_FILE) if used else None
         # Older voices wrote each character's own tokens.
         return cls(vocabulary, tokenizer, text, units, pieces, record.get("bytes", False))
@@ -253,5 +255,5 @@ def _first_that_spells(tokenizer: Any, character: str, tries: Iterable[list[Any]
             return list(ids)
     raise ValueError(
         f"the LLM's tokenizer cannot spell {character!r} by itself; "
-        "use the LLM's own tokens (text.spoken and text.written)"
+        "use the LLM's own tokens (text.tts_form and text.asr_form)"
     )

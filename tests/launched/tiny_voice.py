@@ -47,7 +47,8 @@ def parts(kind: str, folder: Path, dropout: float = 0.0) -> Parts:
         config = NARConfig(
             codebook_sizes=shard.stamp.codebook_sizes,
             num_layers=1, num_heads=2, width=16, feedforward=32, dropout=dropout,
-            kernel=3, reference=True, text_dropout=0.5, prompt_share=(0.0, 0.3), stage_decay=0.7,
+            conv_kernel=3, prompt_matching=True, text_dropout=0.5, prompt_share=(0.0, 0.3),
+            stage_decay=0.7,
         )  # fmt: skip
         torch.manual_seed(0)
         batch = BatchConfig(positions=250)

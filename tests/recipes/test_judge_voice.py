@@ -21,14 +21,16 @@ pytestmark = quiet()
 
 
 def test_settings_differ_from_the_given_one_in_what_they_name() -> None:
-    config = load_config(JudgeVoiceConfig, ["compare=[controls,candidates]", "sampling.tries=2"])
+    config = load_config(
+        JudgeVoiceConfig, ["compare=[controls,candidates]", "sampling.max_attempts=2"]
+    )
     found = settings(config)
     given = config.sampling
     assert next(iter(found)) == "given"
-    assert found["one-try"] == replace(given, tries=1)
-    assert found["no-window"] == replace(given, window=0)
+    assert found["one-try"] == replace(given, max_attempts=1)
+    assert found["no-window"] == replace(given, repetition_window=0)
     assert found["no-leak"].checks == ("loop", "silence", "early")
-    assert found["no-controls"] == replace(given, checks=(), tries=1, window=0)
+    assert found["no-controls"] == replace(given, checks=(), max_attempts=1, repetition_window=0)
     assert {name: found[name].candidates for name in found if name.startswith("cand")} == {
         "candidates-4": 4, "candidates-8": 8,
     }  # fmt: skip

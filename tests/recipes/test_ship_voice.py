@@ -174,7 +174,7 @@ def test_codec_nar_and_prompts_fit_each_other() -> None:
     assert bits * stamp.frame_rate <= 2000
     sampling = load_sampling(SHIPPED)
     assert sampling is not None
-    assert sampling.tries > 1
+    assert sampling.max_attempts > 1
     prompts = load_prompts(SHIPPED / "prompts")
     assert len(prompts) >= 2
     for prompt in prompts.values():

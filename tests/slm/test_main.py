@@ -187,11 +187,11 @@ def test_options_are_the_sampling_configurations(
     monkeypatch.setattr(Voice, "speak", speak)
     arguments = ["--voice", folder, "--text", TEXT, "--prompt", "ann", "--out", tmp_path / "o.wav"]
     options = "--candidates 4 --temperature 0.7 --top-p 0.9 --top-k 5 --checks loop,leak --tries 2"
-    assert run_slm("tts", *arguments, *options.split(), "--nar-iterations", "3") == 2
+    assert run_slm("tts", *arguments, *options.split()) == 2
     assert seen == [
         SamplingConfig(
-            candidates=4, temperature=0.7, top_p=0.9, top_k=5, checks=("loop", "leak"), tries=2,
-            nar_iterations=3,
+            num_candidates=4, temperature=0.7, top_p=0.9, top_k=5, checks=("loop", "leak"),
+            max_attempts=2,
         )
     ]  # fmt: skip
     assert run_slm("tts", *arguments, "--checks", "none") == 2

@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_codec_folder: Path) ->
 @pytest.fixture(scope="module")
 def voice(folder: Path) -> Voice:
     loaded = Voice.from_pretrained(folder)
-    loaded.sampling = SamplingConfig(frames_per_token=(0.5, 1.0), spare_seconds=0.0, tries=1)
+    loaded.sampling = SamplingConfig(frames_per_token=(0.5, 1.0), spare_seconds=0.0, max_attempts=1)
     return loaded
 
 
@@ -256,7 +256,7 @@ def test_transcripts_do_not_depend_on_how_speech_is_drawn(
     voice: Voice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codes = [np.random.default_rng(seed).integers(0, 32, 40) for seed in range(4)]
-    hot = SamplingConfig(temperature=50.0, top_p=1.0, top_k=1000, tries=5, checks=())
+    hot = SamplingConfig(temperature=50.0, top_p=1.0, top_k=1000, max_attempts=5, checks=())
     expected = voice.transcripts(codes)
     assert any(made.failure is not None for made in expected)  # no retry replaces these
     monkeypatch.setattr(voice, "sampling", hot)

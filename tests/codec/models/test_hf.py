@@ -349,7 +349,7 @@ def test_they_cannot_be_trained(folders: dict[str, Path]) -> None:
 def test_a_voice_speaks_with_one(tmp_path: Path) -> None:
     codec = save_baseline(tmp_path / "mimi", "mimi", num_quantizers=3)
     voice = Voice.from_pretrained(save_voice(tmp_path, codec))
-    voice.sampling = SamplingConfig(frames_per_token=(0.5, 1.0), spare_seconds=0.0, tries=1)
+    voice.sampling = SamplingConfig(frames_per_token=(0.5, 1.0), spare_seconds=0.0, max_attempts=1)
     speech = voice.tts("a cat", voiced(0.3), "the dog", seed=1)
     assert isinstance(voice.codec, Baseline)
     assert speech.codes.shape[0] == 3

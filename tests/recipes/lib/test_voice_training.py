@@ -37,7 +37,7 @@ STEP = [
     "nar.num_layers=1", "nar.num_heads=2", "nar.width=16", "nar.feedforward=16",
     *(f"{optim}.{key}" for optim in ("optim", "nar_optim")
       for key in ("steps=1", "eval_batches=1", "log_every=1")),
-    "speak.num_items=1", "speak.prompt_seconds=0.2", "speak.sampling.tries=1",
+    "speak.num_items=1", "speak.prompt_seconds=0.2", "speak.sampling.max_attempts=1",
     "speak.sampling.frames_per_token=[0.1,0.3]", "speak.sampling.spare_seconds=0.1",
 ]  # fmt: skip
 BASELINES = ("encodec", "dac", "mimi")
@@ -121,7 +121,7 @@ def test_the_ar_learns_from_clips_and_letters_as_well_and_the_nar_does_not(
     tts([
         f"out={out}", f"ar.base={base}", f"codec={tiny_codec_folder}",
         f"train={tmp_path / 'tokens.parquet'}", f"dev={tmp_path / 'tokens.parquet'}",
-        f"clips={tmp_path / 'clips'}", f"ar.letters={tmp_path / 'letters.json'}", *STEP,
+        f"clips={tmp_path / 'clips'}", f"ar.letter_init={tmp_path / 'letters.json'}", *STEP,
     ])  # fmt: skip
     # Hours a step are those of the first epoch over a whole number of steps; the AR's is of clips,
     # each in two tasks.
@@ -273,8 +273,7 @@ def test_a_finished_voice_is_scored_anew_with_other_settings(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("speak.sampling.candidates=2 ar.tasks.asr=0", "own ASR compares them"),
-        ("speak.sampling.nar_iterations=2", "needs nar.masked=true"),
+        ("speak.sampling.num_candidates=2 ar.tasks.asr=0", "own ASR compares them"),
         ("speak.judge=/no/judge", "/no/judge holds no"),
         ("speak.speaker=/no/encoder", "/no/encoder/config.json is missing"),
         ("speak.sexes=/no/sexes.json", "/no/sexes.json: not to be read"),

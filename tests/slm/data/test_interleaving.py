@@ -230,7 +230,7 @@ def test_generation_gives_each_word_when_the_one_before_is_over(lm: SpeechLM) ->
     words = ["the", "cat", "sat"]
     asked = request(lm, words)
     asked = replace(asked, script=asked.script._replace(most=(3, 4, 5)))
-    config = SamplingConfig(tries=1, checks=())
+    config = SamplingConfig(max_attempts=1, checks=())
     allowed = speech_only(lm, config)
     (made,) = generate(lm, [asked], allowed, config)
     assert 3 <= len(made.tokens) <= 12
@@ -262,13 +262,15 @@ def test_generation_gives_each_word_when_the_one_before_is_over(lm: SpeechLM) ->
 def _drawn(logits, drawn, generator, config, first: int, end: int) -> int:
     from slm.generation.sampling import draw
 
-    recent = [token - first for token in drawn[-config.window :]][: config.window]
+    recent = [token - first for token in drawn[-config.repetition_window :]][
+        : config.repetition_window
+    ]
     index = draw(logits, recent, generator, config)
     return end if index == len(logits) - 1 else index + first
 
 
 def test_batches_and_streams_say_what_one_alone_says(lm: SpeechLM) -> None:
-    config = SamplingConfig(tries=1, checks=())
+    config = SamplingConfig(max_attempts=1, checks=())
     allowed = speech_only(lm, config)
     texts = (["the", "cat"], ["a"], ["far", "away", "now"])
     asked = [request(lm, words, seed=seed) for seed, words in enumerate(texts)]
@@ -282,7 +284,7 @@ def test_batches_and_streams_say_what_one_alone_says(lm: SpeechLM) -> None:
 
 
 def test_the_last_word_does_not_end_before_the_least(lm: SpeechLM) -> None:
-    config = SamplingConfig(tries=1, checks=())
+    config = SamplingConfig(max_attempts=1, checks=())
     lengths = []
     for least in (0, 30):
         asked = request(lm, ["the", "cat"], min_tokens=least)
@@ -306,7 +308,7 @@ def test_words_that_do_not_end_are_cut(
     )
     asked = request(lm, ["the", "cat"])
     asked = replace(asked, script=asked.script._replace(most=most))
-    config = SamplingConfig(tries=1, checks=())
+    config = SamplingConfig(max_attempts=1, checks=())
     (made,) = generate(lm, [asked], speech_only(lm, config), config)
     assert made.failure == failure
 

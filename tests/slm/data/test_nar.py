@@ -1,4 +1,4 @@
-"""slm/data/nar.py: what is masked, what is given, and that ranks see what one rank accumulates."""
+"""slm/data/nar.py: prompts, stages and texts, and that ranks see what one rank accumulates."""
 
 import dataclasses
 from pathlib import Path
@@ -10,15 +10,13 @@ from tiny_slm import SIZES, STAMP, alphabet_of, make_rows, quiet, save_base, sav
 
 from codec.tokens import TokenShard, write_shard
 from slm.config import BatchConfig, NARConfig
-from slm.data.nar import FULL_SHARE, NARBatch, NARData, draw_num_given, text_bytes
+from slm.data.nar import NARBatch, NARData, text_bytes
 from slm.models.nar import NAR
 from slm.tokenization.tokenizer import Alphabet
 
 pytestmark = quiet()
 
-CONFIG = NARConfig(
-    codebook_sizes=SIZES, num_layers=1, num_heads=2, width=16, feedforward=16, masked=True
-)
+CONFIG = NARConfig(codebook_sizes=SIZES, num_layers=1, num_heads=2, width=16, feedforward=16)
 
 
 @pytest.fixture(scope="module")
@@ -44,31 +42,6 @@ def equal(one: NARBatch, other: NARBatch, *without: str) -> bool:
     )
 
 
-def test_given_frames_are_behind_the_prompt_and_leave_something_to_ask_for(shard, alphabet) -> None:
-    data = nar_data(shard, alphabet)
-    shares = []
-    for step in range(40):
-        batch = data.share(step, 0, 0, 1, 1).batch
-        frames = torch.arange(batch.given.shape[1])
-        behind = (frames >= batch.prompt_lengths[:, None]) & (frames < batch.lengths[:, None])
-        assert not (batch.given & ~behind).any()
-        asked = (behind & ~batch.given).sum(1)
-        assert (asked >= 1).all()
-        shares += (asked / behind.sum(1)).tolist()
-    assert min(shares) < 0.3
-    assert np.mean(np.array(shares) == 1.0) > 0.5 * FULL_SHARE
-
-
-def test_the_share_that_is_asked_for_is_that_of_maskgit() -> None:
-    frames = np.full(20000, 10**6)
-    asked = 1 - draw_num_given(frames, np.random.default_rng(0)) / frames
-    # The mean of cos(pi / 2 u) is 2 / pi; its median cos(pi / 4).
-    assert asked.mean() == pytest.approx(FULL_SHARE + (1 - FULL_SHARE) * 2 / np.pi, abs=0.01)
-    partial = asked[asked < 1]
-    assert np.median(partial) == pytest.approx(np.cos(np.pi / 4), abs=0.01)
-    assert draw_num_given(np.ones(100, int), np.random.default_rng(0)).max() == 0
-
-
 def test_draws_are_a_function_of_seed_and_step(shard, alphabet) -> None:
     one, again = (nar_data(shard, alphabet, text_dropout=0.5) for _ in range(2))
     again.share(5, 0, 0, 1, 1)
@@ -88,12 +61,9 @@ def test_ranks_see_what_one_rank_accumulates(shard, alphabet) -> None:
             assert one.weight == other.weight
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_divisor_is_the_mean_of_targets_over_ranks_and_micro_steps(
-    shard, alphabet, masked: bool
-) -> None:
-    nar = NAR(dataclasses.replace(CONFIG, masked=masked)).eval()
-    data = nar_data(shard, alphabet, masked=masked)
+def test_the_divisor_is_the_mean_of_targets_over_ranks_and_micro_steps(shard, alphabet) -> None:
+    nar = NAR(CONFIG).eval()
+    data = nar_data(shard, alphabet)
     for step in range(3):
         shares = [data.share(step, micro, rank, 2, 2) for micro in range(2) for rank in range(2)]
         with torch.no_grad():
@@ -101,20 +71,17 @@ def test_the_divisor_is_the_mean_of_targets_over_ranks_and_micro_steps(
         assert [share.num_targets for share in shares] == [targets / 4] * 4
 
 
-def test_masks_and_dropped_texts_change_nothing_else(shard, alphabet) -> None:
-    plain = nar_data(shard, alphabet, masked=False)
-    masked = nar_data(shard, alphabet)
+def test_dropped_texts_change_nothing_else(shard, alphabet) -> None:
+    plain = nar_data(shard, alphabet)
     silent = nar_data(shard, alphabet, text_dropout=0.5)
     num_dropped = num_items = 0
     for step in range(8):
-        one, two, three = (d.share(step, 0, 0, 1, 1).batch for d in (plain, masked, silent))
-        assert one.given is None
-        assert equal(one, two)
-        assert equal(two, three, "text", "text_mask")
-        dropped = three.text_mask.sum(1) == 1
+        one, two = (data.share(step, 0, 0, 1, 1).batch for data in (plain, silent))
+        assert equal(one, two, "text", "text_mask")
+        dropped = two.text_mask.sum(1) == 1
         kept = ~dropped
-        assert torch.equal(three.text_mask[kept].sum(1), two.text_mask[kept].sum(1))
-        assert three.text[dropped, 0].tolist() == text_bytes("") * int(dropped.sum())
+        assert torch.equal(two.text_mask[kept].sum(1), one.text_mask[kept].sum(1))
+        assert two.text[dropped, 0].tolist() == text_bytes("") * int(dropped.sum())
         num_dropped, num_items = num_dropped + int(dropped.sum()), num_items + len(dropped)
     assert 0.25 < num_dropped / num_items < 0.75
 
@@ -167,7 +134,7 @@ def rule_codes(random: np.random.Generator) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory, alphabet: Alphabet) -> NAR:
-    """A masked NAR that was trained on the rule, without texts."""
+    """A NAR that was trained on the rule, without texts."""
     random = np.random.default_rng(1)
     sizes = (4, 2 * NUM_VOICES)
     stamp = dataclasses.replace(STAMP, num_codebooks=2, codebook_sizes=sizes)
@@ -178,7 +145,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory, alphabet: Alphabet) -> NAR:
     ]
     write_shard(path, rows, stamp)
     config = dataclasses.replace(
-        CONFIG, codebook_sizes=sizes, feedforward=32, dropout=0.0, prompt_share=(0.0, 0.0),
+        CONFIG, codebook_sizes=sizes, feedforward=32, dropout=0.0, prompt_share=(0.0, 0.9),
         text_dropout=1.0,
     )  # fmt: skip
     data = NARData.open(TokenShard.open(path), alphabet, config, BatchConfig(positions=230), 0)
@@ -200,25 +167,6 @@ def obedience(made: list[np.ndarray]) -> float:
         voice = np.bincount(second // 2).argmax()
         shares.append(np.mean((second // 2 == voice) & (second % 2 == first % 2)))
     return float(np.mean(shares))
-
-
-def test_iterations_make_codes_that_fit_each_other(taught: NAR) -> None:
-    """One pass draws each frame's voice by itself; several draw it once."""
-    random = np.random.default_rng(2)
-    first = [rule_codes(random)[0] for _ in range(32)]
-    nothing = np.zeros((2, 0), np.int64)
-
-    def decode(iterations: int) -> float:
-        return obedience(
-            taught.decode(
-                [""] * 32, [nothing] * 32, first, temperature=1.0, seeds=range(32),
-                iterations=iterations,
-            )
-        )  # fmt: skip
-
-    once, eight = decode(1), decode(8)
-    assert once < 0.6
-    assert eight > once + 0.25
 
 
 def test_what_grows_piece_by_piece_fits_what_is_finished(taught: NAR) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_slm import STAMP, quiet, save_base
 
-from slm.config import ARConfig, LoRAConfig, TextConfig, UnitsConfig
+from slm.config import ARConfig, LoRAConfig, SpeechFormConfig, TextConfig
 from slm.data.sequences import Coverage, asr_context, tts_context
 from slm.export.causal_lm import SAMPLES, export
 from slm.export.voice_folder import voice_card
@@ -25,7 +25,7 @@ def trained(
     *,
     lora: bool = True,
     text: TextConfig | None = None,
-    units: UnitsConfig | None = None,
+    units: SpeechFormConfig | None = None,
     **base,
 ) -> SpeechLM:
     """A loaded AR, every trained weight of which has moved."""
@@ -33,7 +33,7 @@ def trained(
         base=str(save_base(folder / "base", **base)),
         lora=LoRAConfig(rank=2) if lora else None,
         text=text or TextConfig(normalize=False),
-        units=units or UnitsConfig(),
+        speech=units or SpeechFormConfig(),
     )
     lm = SpeechLM.create(config, STAMP, seed=0)
     torch.manual_seed(1)
@@ -75,12 +75,12 @@ def test_logits_are_equal(tmp_path: Path, lora: bool, base: dict) -> None:
 def test_every_id_has_a_token_and_strings_are_layouts(tmp_path: Path, eos: bool) -> None:
     from transformers import AutoTokenizer
 
-    units = UnitsConfig()
+    units = SpeechFormConfig()
     if not eos:  # Merges, in the same go.
         random = np.random.default_rng(0)
         codes = [np.repeat(random.integers(0, 24, 20), 2) for _ in range(40)]
         Units.train(iter(codes), STAMP, size=30).save(tmp_path / "u.model")
-        units = UnitsConfig(model=str(tmp_path / "u.model"), spoken="bpe")
+        units = SpeechFormConfig(bpe_model=str(tmp_path / "u.model"), tts_form="bpe")
     lm = trained(tmp_path, units=units, eos=eos, pad_rows=5)
     export(lm, tmp_path / "out")
     assert (tmp_path / "out" / "units.model").is_file() == (not eos)
@@ -111,8 +111,8 @@ def test_the_example_of_the_card_runs(
 ) -> None:
     # What codes are made from takes no merges, which the table has all the same.
     Units.train(iter([np.tile(np.arange(24), 4)] * 8), STAMP, size=30).save(tmp_path / "u.model")
-    units = UnitsConfig(model=str(tmp_path / "u.model"), heard="bpe")
-    text = TextConfig(normalize=False, spoken=spoken, written=spoken)
+    units = SpeechFormConfig(bpe_model=str(tmp_path / "u.model"), asr_form="bpe")
+    text = TextConfig(normalize=False, tts_form=spoken, asr_form=spoken)
     lm = trained(tmp_path, text=text, units=units)
     out, vocabulary = tmp_path / "out", lm.vocabulary
     export(lm, out)
@@ -146,7 +146,7 @@ def test_the_example_of_the_card_runs(
 def test_the_examples_of_a_model_that_goes_word_by_word_run(
     tmp_path: Path, spoken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = TextConfig(normalize=False, spoken=spoken, written=spoken, interleaved=True)
+    text = TextConfig(normalize=False, tts_form=spoken, asr_form=spoken, interleaved=True)
     lm = trained(tmp_path, text=text)
     out, v = tmp_path / "out", lm.vocabulary
     export(lm, out)

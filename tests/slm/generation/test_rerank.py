@@ -33,7 +33,7 @@ def alone(lm: SpeechLM, text: str, codes: np.ndarray) -> float:
     context = asr_context(vocabulary, lm.alphabet.speech_ids("asr", codes))
     logits = lm.lm(input_ids=torch.tensor([[*context, *target]]), use_cache=False).logits[0]
     barred = torch.ones(logits.shape[-1], dtype=torch.bool)
-    written = lm.alphabet.text.written
+    written = lm.alphabet.text.asr_form
     barred[: 256 if written == "characters" else vocabulary.num_text] = False
     barred[vocabulary.eos] = False
     told = logits[len(context) - 1 : -1].masked_fill(barred, -torch.inf).log_softmax(-1)
@@ -45,7 +45,7 @@ def alone(lm: SpeechLM, text: str, codes: np.ndarray) -> float:
 def test_scores_are_those_of_single_items(
     lm: SpeechLM, positions: int, written: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alphabet = Alphabet(lm.vocabulary, lm.alphabet.tokenizer, TextConfig(written=written))
+    alphabet = Alphabet(lm.vocabulary, lm.alphabet.tokenizer, TextConfig(asr_form=written))
     lm = SpeechLM(lm.lm, alphabet, lm.origin)
     monkeypatch.setattr(selfcheck, "POSITIONS", positions)
     expected = [alone(lm, text, codes) for text, codes in zip(TEXTS, CODES, strict=True)]

@@ -75,7 +75,7 @@ def uncached(lm: SpeechLM, request: Request, allowed: Allowed) -> tuple[int, ...
     return tuple(tokens[len(request.context) :])
 
 
-NO_LOOPS = SamplingConfig(greedy=True, tries=1, loop_seconds=1000.0)
+NO_LOOPS = SamplingConfig(greedy=True, max_attempts=1, loop_seconds=1000.0)
 
 
 KINDS = pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -94,7 +94,7 @@ def test_cached_greedy_equals_uncached(lm: SpeechLM, kind: CacheKind) -> None:
 def test_batched_equals_single_under_the_same_seeds(
     lm: SpeechLM, greedy: bool, kind: CacheKind
 ) -> None:
-    config = SamplingConfig(greedy=greedy, tries=2, cache=kind)
+    config = SamplingConfig(greedy=greedy, max_attempts=2, cache=kind)
     allowed = speech_only(lm, config)
     # Items end at different steps and leave the batch.
     asked = [replace(one, max_tokens=10 * n) for n, one in enumerate(requests(lm), start=1)]
@@ -105,7 +105,7 @@ def test_batched_equals_single_under_the_same_seeds(
 
 @KINDS
 def test_a_stream_is_what_one_try_gives(lm: SpeechLM, kind: CacheKind) -> None:
-    config = SamplingConfig(tries=1, cache=kind)
+    config = SamplingConfig(max_attempts=1, cache=kind)
     allowed = speech_only(lm, config)
     for request in requests(lm):
         (whole,) = generate(lm, [request], allowed, config)
@@ -137,7 +137,7 @@ def test_no_other_row_of_the_head_is_computed(
 
 
 def test_seeds_matter(lm: SpeechLM) -> None:
-    config = SamplingConfig(tries=1)
+    config = SamplingConfig(max_attempts=1)
     same = requests(lm)[0]
     other = Request(context=same.context, min_tokens=10, max_tokens=40, seed=99)
     one = Request(context=same.context, min_tokens=10, max_tokens=40, seed=98)
@@ -157,7 +157,7 @@ def test_only_allowed_ids_come_out(lm: SpeechLM) -> None:
 
 
 def test_a_transcript_in_characters_has_bytes_alone(lm: SpeechLM) -> None:
-    alphabet = Alphabet(lm.vocabulary, lm.alphabet.tokenizer, TextConfig(written="characters"))
+    alphabet = Alphabet(lm.vocabulary, lm.alphabet.tokenizer, TextConfig(asr_form="characters"))
     spelt = SpeechLM(lm.lm, alphabet, lm.origin)
     allowed, every = text_only(spelt), text_only(lm)
     assert (allowed.first, allowed.stop) == (0, 256)
@@ -230,12 +230,12 @@ def test_a_failure_is_found_and_tried_again(lm: SpeechLM, bad: list[int], failur
     assert made.seed != 5
     assert len(made.tokens) == 12
     (made,) = generate(stub(lm, [bad]), [request], speech_only(lm, config), config)
-    assert (made.failure, made.tries) == (failure, config.tries)
+    assert (made.failure, made.tries) == (failure, config.max_attempts)
     assert len(made.tokens) < 60  # a loop is not followed to the upper bound
 
 
 def test_a_sequence_without_end_is_cut(lm: SpeechLM) -> None:
-    config = SamplingConfig(tries=1, loop_seconds=10.0)
+    config = SamplingConfig(max_attempts=1, loop_seconds=10.0)
     request = Request(context=[0, 1], min_tokens=0, max_tokens=30, seed=0)
     script = np.random.default_rng(0).integers(0, 24, 100).tolist()
     (made,) = generate(stub(lm, [script]), [request], speech_only(lm, config), config)
@@ -244,7 +244,7 @@ def test_a_sequence_without_end_is_cut(lm: SpeechLM) -> None:
 
 
 def test_loops_may_be_left_alone(lm: SpeechLM) -> None:
-    config = SamplingConfig(tries=1, loop_seconds=0.8, checks=("silence",))
+    config = SamplingConfig(max_attempts=1, loop_seconds=0.8, checks=("silence",))
     request = Request(context=[0, 1], min_tokens=0, max_tokens=50, seed=0)
     (made,) = generate(stub(lm, [[3]]), [request], speech_only(lm, config), config)
     assert (made.failure, len(made.tokens)) == ("cut", 50)
@@ -273,7 +273,7 @@ class Threes(Alphabet):
 
 def test_bounds_and_loops_of_speech_count_frames(lm: SpeechLM) -> None:
     threes = Threes(lm.vocabulary, lm.alphabet.tokenizer)
-    config = SamplingConfig(tries=1, loop_seconds=1.0)
+    config = SamplingConfig(max_attempts=1, loop_seconds=1.0)
 
     def made(script: list[int], least: int, most: int):
         told = SpeechLM(Script(lm, [script]), threes, {})
@@ -302,7 +302,7 @@ def test_what_the_model_holds_are_tokens_not_frames(lm: SpeechLM) -> None:
     assert restrict_speech(told, context, 30, 300, "text") == 3 * room
     with pytest.raises(ValueError, match="at least 21 go out"):
         restrict_speech(told, context, 3 * room + 1, 300, "text")
-    config = SamplingConfig(tries=1, loop_seconds=100.0)
+    config = SamplingConfig(max_attempts=1, loop_seconds=100.0)
     request = Request(context=context, min_tokens=0, max_tokens=300, seed=0)
     (made,) = generate(told, [request], speech_only(told, config), config)
     assert (made.failure, len(made.tokens)) == ("cut", room)
@@ -320,7 +320,7 @@ def test_nucleus_and_repetition() -> None:
     assert drawn([], SamplingConfig(top_p=1.0, top_k=3)) == {0, 1, 2}
     # What came just before is drawn again from the whole distribution.
     assert drawn([0, 1], config) == {0, 1, 2, 3}
-    assert drawn([0, 1], SamplingConfig(top_p=0.7, window=0)) == {0, 1}
+    assert drawn([0, 1], SamplingConfig(top_p=0.7, repetition_window=0)) == {0, 1}
 
 
 def test_the_greedy_option_takes_the_likeliest() -> None:
@@ -338,7 +338,7 @@ def test_a_prompt_of_nothing_is_no_matter(lm: SpeechLM) -> None:
 def test_what_is_given_is_read_in_one_pass(
     lm: SpeechLM, cache: CacheKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = SamplingConfig(tries=1, checks=(), cache=cache)
+    config = SamplingConfig(max_attempts=1, checks=(), cache=cache)
     parts = ((1, 2, 3), (4, 5))
     asked = replace(requests(lm)[0], script=Given(parts, (3, 4, 5), least=1))
     lengths = []

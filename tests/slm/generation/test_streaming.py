@@ -25,7 +25,7 @@ CHUNK_SECONDS, CHUNK = 0.4, 10
 def voice(tmp_path_factory: pytest.TempPathFactory, tiny_codec_folder: Path) -> Voice:
     loaded = Voice.from_pretrained(save_voice(tmp_path_factory.mktemp("v"), tiny_codec_folder))
     loaded.sampling = SamplingConfig(
-        frames_per_token=(1.5, 2.5), spare_seconds=0.0, tries=1, checks=()
+        frames_per_token=(1.5, 2.5), spare_seconds=0.0, max_attempts=1, checks=()
     )
     return loaded
 

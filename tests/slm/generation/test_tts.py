@@ -138,7 +138,7 @@ def test_each_failed_try_is_told_of_once(
     voice = models(alphabet, ann=[PAUSE, GOOD])
     speak(voice, asked(voice.lm, utterance(ANN)), SHORT)
     assert [record.getMessage() for record in caplog.records] == [
-        f"try 1 of {SHORT.tries} failed for 1 items"
+        f"try 1 of {SHORT.max_attempts} failed for 1 items"
     ]
 
 
@@ -155,7 +155,7 @@ def test_the_least_bad_of_all_tries_is_kept(alphabet: Alphabet) -> None:
 @pytest.mark.parametrize("chain", [NOTHING, []])
 def test_a_silent_wave_is_a_failure(alphabet: Alphabet, chain: list[int]) -> None:
     voice = models(alphabet, ann=[chain])
-    (made,) = speak(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, tries=2))
+    (made,) = speak(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, max_attempts=2))
     assert (made.failure, made.tries, made.seed) == ("empty", 2, 5)
 
 
@@ -172,9 +172,9 @@ def test_speech_far_too_short_for_the_prompts_rate_is_early(alphabet: Alphabet) 
     voice = models(alphabet, ann=[GOOD])
     slow = Prompt(codes=np.array([[23] * 20 + [ANN]]), text="a dog and a cat")
     one = replace(utterance(ANN), prompt=slow)
-    (made,) = speak(voice, asked(voice.lm, one), replace(SHORT, tries=1))
+    (made,) = speak(voice, asked(voice.lm, one), replace(SHORT, max_attempts=1))
     assert made.failure == "early"
-    (made,) = speak(voice, asked(voice.lm, one), replace(SHORT, tries=1, checks=("leak",)))
+    (made,) = speak(voice, asked(voice.lm, one), replace(SHORT, max_attempts=1, checks=("leak",)))
     assert made.failure is None
 
 
@@ -194,7 +194,7 @@ def test_the_models_own_asr_hears_what_passed(
     assert (said(ann), ann.tries, said(ben), ben.tries) == (GOOD, 2, GOOD, 2)
     assert asked_for == [[OTHER], [GOOD, GOOD]]  # What had failed already is not transcribed.
     heard[tuple(GOOD)] = "the cat"
-    (made,) = speak(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, tries=1))
+    (made,) = speak(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, max_attempts=1))
     assert made.failure == "early"
     # Without ASR, or without the checks that need it, no one is asked.
     asked_for.clear()
@@ -218,7 +218,7 @@ def test_the_likeliest_candidate_is_kept(
     alphabet: Alphabet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored(monkeypatch, {GOOD[0]: -2.0, OTHER[0]: -1.0, NOTHING[0]: -0.1, PAUSE[0]: -0.5})
-    config = replace(SHORT, candidates=2)
+    config = replace(SHORT, num_candidates=2)
     voice = models(alphabet, asr=1.0, ann=[GOOD, OTHER], ben=[OTHER, GOOD])
     ann, ben = speak(voice, asked(voice.lm, utterance(ANN), utterance(BEN)), config)
     assert (said(ann), ann.score, ann.seed, ann.tries) == (OTHER, -1.0, 5 + NEXT_CANDIDATE, 1)
@@ -241,7 +241,7 @@ def test_the_plain_call_is_the_first_candidate(alphabet: Alphabet, tmp_path: Pat
     lm = SpeechLM(real.lm.double(), alphabet, {})
     said = asked(lm, utterance(ANN, seed=3), utterance(BEN, seed=4))
     plain = candidates(lm, said, replace(SHORT, checks=()))
-    several = candidates(lm, said, replace(SHORT, checks=(), candidates=3))
+    several = candidates(lm, said, replace(SHORT, checks=(), num_candidates=3))
     for (alone,), group in zip(plain, several, strict=True):
         assert alone.score is None
         assert len({one.seed for one in group}) == 3
@@ -254,7 +254,7 @@ def test_the_plain_call_is_the_first_candidate(alphabet: Alphabet, tmp_path: Pat
 def test_candidates_need_asr(alphabet: Alphabet) -> None:
     voice = models(alphabet, ann=[GOOD])
     with pytest.raises(ValueError, match="trained without asr; set it to 1"):
-        speak(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, candidates=2))
+        speak(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, num_candidates=2))
 
 
 def test_what_the_nar_is_given(alphabet: Alphabet) -> None:
@@ -268,8 +268,6 @@ def test_what_the_nar_is_given(alphabet: Alphabet) -> None:
     assert made.codes.shape == (2, len(GOOD))
     assert nar.options == {"temperature": 0.5, "seeds": [5 + NEXT_TRY]}
     assert nar.texts == [spelling.spelt("a dog 2 cats")]
-    speak(voice, asked(voice.lm, one), replace(config, nar_iterations=4))
-    assert nar.options["iterations"] == 4
 
 
 def test_nothing_to_say_is_said(alphabet: Alphabet) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_slm import STAMP, save_base
 
-from slm.config import ARConfig, LoRAConfig, TextConfig, UnitsConfig
+from slm.config import ARConfig, LoRAConfig, SpeechFormConfig, TextConfig
 from slm.models.ar import Letters, SpeechLM
 from slm.tokenization.acoustic_bpe import Units
 
@@ -27,12 +27,12 @@ def shares() -> np.ndarray:
 def test_rows_begin_as_their_letters(tmp_path: Path, tied: bool) -> None:
     base = save_base(tmp_path / "base", tied=tied)
     Letters("ab", shares()).save(tmp_path / "letters.json")
-    text = TextConfig(spoken="characters", written="characters")
+    text = TextConfig(tts_form="characters", asr_form="characters")
     config = ARConfig(base=str(base), lora=None, text=text, init_scale=0.0)
     plain = SpeechLM.create(config, STAMP, seed=0)
     spelt = SpeechLM.create(
         ARConfig(base=str(base), lora=None, text=text, init_scale=0.0,
-                 letters=str(tmp_path / "letters.json")), STAMP, seed=0,
+                 letter_init=str(tmp_path / "letters.json")), STAMP, seed=0,
     )  # fmt: skip
     first = spelt.vocabulary.first_speech
     ids = dict(zip(" ab", (row[0] for row in spelt.alphabet.spelling_ids(" ab")), strict=True))
@@ -54,10 +54,12 @@ def test_a_merge_says_what_its_codes_say(tmp_path: Path) -> None:
     Letters("ab", shares()).save(tmp_path / "letters.json")
     units = Units.train([np.tile([1, 3], 50)], STAMP, size=1)
     units.save(tmp_path / "units.model")
-    heard = UnitsConfig(heard="bpe", model=str(tmp_path / "units.model"))
-    config = ARConfig(base=base, lora=None, units=heard, init_scale=0.0)
+    heard = SpeechFormConfig(asr_form="bpe", bpe_model=str(tmp_path / "units.model"))
+    config = ARConfig(base=base, lora=None, speech=heard, init_scale=0.0)
     plain = SpeechLM.create(config, STAMP, seed=0)
-    spelt = SpeechLM.create(replace(config, letters=str(tmp_path / "letters.json")), STAMP, seed=0)
+    spelt = SpeechLM.create(
+        replace(config, letter_init=str(tmp_path / "letters.json")), STAMP, seed=0
+    )
     before, after = (lm.lm.get_input_embeddings().weight for lm in (plain, spelt))
     a, space = (before[ids[0]] for ids in spelt.alphabet.spelling_ids("a "))
     mean = before[: spelt.vocabulary.num_text].mean(0)
@@ -71,9 +73,9 @@ def test_adapters_keep_the_rows_as_they_began(tmp_path: Path) -> None:
     base = str(save_base(tmp_path / "base"))
     Letters("ab", shares()).save(tmp_path / "letters.json")
     letters = str(tmp_path / "letters.json")
-    whole = SpeechLM.create(ARConfig(base=base, lora=None, letters=letters), STAMP, seed=0)
+    whole = SpeechLM.create(ARConfig(base=base, lora=None, letter_init=letters), STAMP, seed=0)
     adapted = SpeechLM.create(
-        ARConfig(base=base, lora=LoRAConfig(rank=2), letters=letters), STAMP, seed=0
+        ARConfig(base=base, lora=LoRAConfig(rank=2), letter_init=letters), STAMP, seed=0
     )
     adapted.save(tmp_path / "ar")
     again = SpeechLM.load(tmp_path / "ar", base, torch.float32)
@@ -84,7 +86,7 @@ def test_adapters_keep_the_rows_as_they_began(tmp_path: Path) -> None:
 def test_letters_of_another_codebook_are_refused(tmp_path: Path) -> None:
     Letters("ab", shares()[1:]).save(tmp_path / "letters.json")
     config = ARConfig(
-        base=str(save_base(tmp_path / "base")), letters=str(tmp_path / "letters.json")
+        base=str(save_base(tmp_path / "base")), letter_init=str(tmp_path / "letters.json")
     )
     with pytest.raises(ValueError, match=f"of {NUM_CODES - 1} codes, but codebook 1 has"):
         SpeechLM.create(config, STAMP, seed=0)

@@ -25,7 +25,7 @@ def restricted(lm: SpeechLM, logits: torch.Tensor, batch: ARBatch) -> torch.Tens
         allowed[task, vocabulary.first_speech :] = allowed[task, vocabulary.speech_end] = True
     for task in (ASR, TEXT):
         allowed[task, : vocabulary.num_text] = allowed[task, vocabulary.eos] = True
-    if lm.alphabet.text.written == "characters":
+    if lm.alphabet.text.asr_form == "characters":
         names = lm.alphabet.tokenizer.convert_ids_to_tokens(range(vocabulary.num_text))
         allowed[ASR, : vocabulary.num_text] = torch.tensor([len(name) == 1 for name in names])
         allowed[ASR, vocabulary.eos] = True
@@ -40,7 +40,7 @@ def test_loss_is_that_of_plain_logits_at_targets_over_what_they_may_be(
     tmp_path: Path, lora: LoRAConfig | None, eos: bool, written: str, items: tuple[int, ...]
 ) -> None:
     base = save_base(tmp_path / "base", eos=eos)
-    config = ARConfig(base=str(base), lora=lora, text=TextConfig(written=written))
+    config = ARConfig(base=str(base), lora=lora, text=TextConfig(asr_form=written))
     lm = SpeechLM.create(config, STAMP, seed=0).eval()
     data = packed_data(lm, tmp_path / "a.parquet", packed=None)
     batch = data.collate([np.array([item]) for item in items])

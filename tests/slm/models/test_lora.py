@@ -15,7 +15,7 @@ from tests.slm.export.test_causal_lm import trained
 
 pytestmark = quiet()
 
-SPELT = TextConfig(spoken="characters", written="characters", normalize=False)
+SPELT = TextConfig(tts_form="characters", asr_form="characters", normalize=False)
 COVERAGE = Coverage.of(["the cat", "a dog"], 50)
 
 
@@ -68,7 +68,7 @@ def test_rows_are_those_of_the_texts_characters(tmp_path: Path) -> None:
     assert set(lm.vocabulary.new_ids) <= set(rows)
     assert set(lm.alphabet.text_range("asr")) <= set(rows)
     assert lm.alphabet.tokenizer.convert_tokens_to_ids("at") not in rows
-    spoken = replace(SPELT, spoken="phonemes")
+    spoken = replace(SPELT, tts_form="phonemes")
     phonemes = trained(tmp_path / "phonemes", lora=False, text=spoken)
     assert len(used_rows(phonemes, COVERAGE)) > len(rows)
     words = trained(tmp_path / "words", lora=False)

@@ -12,7 +12,7 @@ from slm.data.nar import nar_batch, text_bytes
 from slm.models.nar import NAR, Nearby, Reference, shares_of_neighbours
 from tests.slm.models.test_nar import CONFIG, TEXTS, batch, make_nar, random_codes
 
-WITH = replace(CONFIG, kernel=5, reference=True)
+WITH = replace(CONFIG, conv_kernel=5, prompt_matching=True)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -102,7 +102,7 @@ def test_labels_are_shared_with_what_is_near(wanted: float) -> None:
 def test_shared_labels_are_of_training_alone() -> None:
     entries = [torch.randn(size, 6, generator=torch.Generator().manual_seed(1)) for size in SIZES]
     plain, shared = (
-        make_nar(replace(CONFIG, from_codec=True, neighbours=neighbours))
+        make_nar(replace(CONFIG, from_codec=True, label_smoothing_neighbors=neighbours))
         for neighbours in (0.0, 3.0)
     )
     for nar in (plain, shared):

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from slm.config import ARConfig, LoRAConfig, TextConfig, UnitsConfig
+from slm.config import ARConfig, LoRAConfig, SpeechFormConfig, TextConfig
 from slm.models.ar import Base, SpeechLM, load_base
 from slm.tokenization import tokenizer as alphabet_module
 from slm.tokenization.acoustic_bpe import Units
@@ -40,8 +40,10 @@ def save_units(path: Path, remove_runs: bool = False, digest: str = STAMP.digest
     return str(path)
 
 
-def make(base: Base, text: TextConfig | None = None, units: UnitsConfig | None = None) -> Alphabet:
-    text, units = text or TextConfig(), units or UnitsConfig()
+def make(
+    base: Base, text: TextConfig | None = None, units: SpeechFormConfig | None = None
+) -> Alphabet:
+    text, units = text or TextConfig(), units or SpeechFormConfig()
     return Alphabet.create(base.lm, base.tokenizer, STAMP, text, units)
 
 
@@ -50,7 +52,7 @@ TEXTS = ["The cat. ", "at a mat", "Zoe\u0308 \u4f60\u597d \U0001f600 a . b  c\n"
 
 @pytest.mark.parametrize("form", ["tokens", "characters"])
 def test_transcripts_come_back(base: Base, form: str) -> None:
-    alphabet = make(base, TextConfig(written=form))
+    alphabet = make(base, TextConfig(asr_form=form))
     for ids, text in zip(alphabet.text_ids("asr", TEXTS), TEXTS, strict=True):
         came = alphabet.text_of(ids)
         composed = text.replace("e\u0308", "\u00eb")
@@ -58,7 +60,7 @@ def test_transcripts_come_back(base: Base, form: str) -> None:
 
 
 def test_characters_are_the_llms_tokens_of_each_alone(base: Base) -> None:
-    alphabet = make(base, TextConfig(spoken="characters", written="characters"))
+    alphabet = make(base, TextConfig(tts_form="characters", asr_form="characters"))
     alone = {c: base.tokenizer(c, add_special_tokens=False)["input_ids"] for c in "at \u00eb"}
     assert len(alone["\u00eb"]) == 2
     (ids,) = alphabet.text_ids("tts", ["at \u00eb"])
@@ -79,7 +81,7 @@ def test_characters_are_of_bytes_and_those_alone(base: Base) -> None:
     assert len(merging("\u00eb", add_special_tokens=False)["input_ids"]) == 1
     for tokenizer in (base.tokenizer, merging):
         vocabulary = Vocabulary.of(base.lm, tokenizer, STAMP)
-        alphabet = Alphabet(vocabulary, tokenizer, TextConfig(written="characters"))
+        alphabet = Alphabet(vocabulary, tokenizer, TextConfig(asr_form="characters"))
         made = alphabet.text_range("asr")
         assert len(made) == 256
         assert set(made) == set(tokenizer.convert_tokens_to_ids(ByteLevel.alphabet()))
@@ -88,14 +90,14 @@ def test_characters_are_of_bytes_and_those_alone(base: Base) -> None:
         assert alphabet.text_of(written[-1]) == "\u00eb"
         assert alphabet.text_range("text") == range(vocabulary.num_text)
         # What is spoken is spelt by each character's own tokens, as it always was.
-        spoken = Alphabet(vocabulary, tokenizer, TextConfig(spoken="characters"))
+        spoken = Alphabet(vocabulary, tokenizer, TextConfig(tts_form="characters"))
         assert spoken.text_ids("tts", ["\u00eb"]) == [tokenizer("\u00eb")["input_ids"]]
     assert make(base).text_range("asr") == range(len(base.tokenizer))
 
 
 def test_bytes_that_are_scattered_or_lacking_are_not_taken(base: Base) -> None:
     core = json.loads(base.tokenizer.backend_tokenizer.to_str())
-    text = TextConfig(written="characters")
+    text = TextConfig(asr_form="characters")
 
     def made_of(vocabulary: dict[str, int], unknown: str | None = None) -> Alphabet:
         core["model"] |= {"vocab": vocabulary, "merges": [], "unk_token": unknown}
@@ -114,7 +116,7 @@ def test_bytes_that_are_scattered_or_lacking_are_not_taken(base: Base) -> None:
 
 
 def test_voices_from_before_write_as_they_did(base: Base, tmp_path: Path) -> None:
-    alphabet = make(base, TextConfig(written="characters"))
+    alphabet = make(base, TextConfig(asr_form="characters"))
     alphabet.save(tmp_path)
     assert Alphabet.load(tmp_path, base.tokenizer).writes_bytes
     record = json.loads((tmp_path / FILE_NAME).read_text())
@@ -148,9 +150,9 @@ class Prefixing:
 
 
 def test_tokenizers_that_put_a_space_before_words(base: Base) -> None:
-    vocabulary, text = make(base).vocabulary, TextConfig(written="characters")
+    vocabulary, text = make(base).vocabulary, TextConfig(asr_form="characters")
     alphabet = Alphabet(
-        vocabulary, Prefixing(["a", "\u2581", "<0xC3>", "<0xAB>"]), text, UnitsConfig()
+        vocabulary, Prefixing(["a", "\u2581", "<0xC3>", "<0xAB>"]), text, SpeechFormConfig()
     )
     assert alphabet.text_ids("asr", ["a \u00eb"]) == [[2, 3, 4, 5]]
     assert alphabet.text_range("asr") == range(vocabulary.num_text)
@@ -178,7 +180,7 @@ def test_what_is_all_in_capitals_is_lowered_but_in_text_alone(base: Base) -> Non
 
 def test_phonemes_are_spelt_as_characters(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alphabet_module, "phonemes", lambda text: text.replace("a", "\u00e6"))
-    alphabet = make(base, TextConfig(spoken="phonemes"))
+    alphabet = make(base, TextConfig(tts_form="phonemes"))
     assert alphabet.spelt("5 cats") == "five c\u00e6ts"
     (ids,) = alphabet.text_ids("tts", ["5 cats"])
     assert base.tokenizer.decode(ids) == "five c\u00e6ts"
@@ -187,7 +189,7 @@ def test_phonemes_are_spelt_as_characters(base: Base, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("form", ["tokens", "characters"])
 def test_how_much_there_is_to_say_does_not_depend_on_the_form(base: Base, form: str) -> None:
-    alphabet = make(base, TextConfig(spoken=form))
+    alphabet = make(base, TextConfig(tts_form=form))
     assert alphabet.num_tokens("at 5") == len(make(base).text_ids("tts", ["at five"])[0])
 
 
@@ -196,7 +198,7 @@ def test_how_much_there_is_to_say_does_not_depend_on_the_form(base: Base, form: 
 )
 def test_each_task_has_its_units(base: Base, tmp_path: Path, spoken: str, heard: str) -> None:
     model = save_units(tmp_path / "units.model")
-    alphabet = make(base, units=UnitsConfig(model=model, spoken=spoken, heard=heard))
+    alphabet = make(base, units=SpeechFormConfig(bpe_model=model, tts_form=spoken, asr_form=heard))
     first = alphabet.vocabulary.first_speech
     merges = 2 if "bpe" in (spoken, heard) else 0
     assert alphabet.vocabulary.size == first + SIZE + merges
@@ -215,17 +217,17 @@ def test_each_task_has_its_units(base: Base, tmp_path: Path, spoken: str, heard:
 
 def test_units_without_runs_are_for_hearing(base: Base, tmp_path: Path) -> None:
     model = save_units(tmp_path / "units.model", remove_runs=True)
-    alphabet = make(base, units=UnitsConfig(model=model, heard="bpe"))
+    alphabet = make(base, units=SpeechFormConfig(bpe_model=model, asr_form="bpe"))
     ids = alphabet.speech_ids("asr", np.array([4, 4, 1, 2, 3]))
     assert alphabet.codes_of(ids).tolist() == [4, 1, 2, 3]
     with pytest.raises(ValueError, match=r"units\.spoken=bpe: .*removes runs"):
-        make(base, units=UnitsConfig(model=model, spoken="bpe"))
+        make(base, units=SpeechFormConfig(bpe_model=model, tts_form="bpe"))
 
 
 def test_units_of_another_codec_are_refused(base: Base, tmp_path: Path) -> None:
     model = save_units(tmp_path / "units.model", digest="f" * 16)
     with pytest.raises(ValueError, match="train units on them"):
-        make(base, units=UnitsConfig(model=model, heard="bpe"))
+        make(base, units=SpeechFormConfig(bpe_model=model, asr_form="bpe"))
 
 
 def test_a_voice_keeps_its_units(folder: Path, base: Base, tmp_path: Path) -> None:
@@ -234,8 +236,8 @@ def test_a_voice_keeps_its_units(folder: Path, base: Base, tmp_path: Path) -> No
     config = ARConfig(
         base=str(folder),
         lora=LoRAConfig(rank=2),
-        text=TextConfig(spoken="characters", normalize=False),
-        units=UnitsConfig(model=model, spoken="bpe", heard="bpe"),
+        text=TextConfig(tts_form="characters", normalize=False),
+        speech=SpeechFormConfig(bpe_model=model, tts_form="bpe", asr_form="bpe"),
     )
     lm = SpeechLM.create(config, STAMP, seed=0)
     assert lm.lm.get_output_embeddings().weight.shape[0] == lm.vocabulary.size
@@ -256,17 +258,22 @@ def test_a_voice_keeps_its_units(folder: Path, base: Base, tmp_path: Path) -> No
 
 def test_units_that_do_not_fit_the_vocabulary_are_refused(base: Base, tmp_path: Path) -> None:
     model = save_units(tmp_path / "units.model")
-    make(base, units=UnitsConfig(model=model, heard="bpe")).save(tmp_path / "ar")
+    make(base, units=SpeechFormConfig(bpe_model=model, asr_form="bpe")).save(tmp_path / "ar")
     Units.train([np.array([1, 2])], STAMP, 1).save(tmp_path / "ar" / UNITS_FILE)
     with pytest.raises(ValueError, match="has 1 merges, the vocabulary 2"):
         Alphabet.load(tmp_path / "ar", base.tokenizer)
     with pytest.raises(ValueError, match=r"use Alphabet\.create"):
-        Alphabet(make(base).vocabulary, base.tokenizer, None, UnitsConfig(model="x", heard="bpe"))
+        Alphabet(
+            make(base).vocabulary,
+            base.tokenizer,
+            None,
+            SpeechFormConfig(bpe_model="x", asr_form="bpe"),
+        )
 
 
 @pytest.mark.parametrize("heard", ["codes", "bpe"])
 def test_units_that_nothing_uses_are_told(base: Base, tmp_path: Path, caplog, heard: str) -> None:
-    make(base, units=UnitsConfig(model=save_units(tmp_path / "my.units"), heard=heard))
+    make(base, units=SpeechFormConfig(bpe_model=save_units(tmp_path / "my.units"), asr_form=heard))
     assert ("my.units is not used" in caplog.text) == (heard == "codes")
 
 
@@ -278,6 +285,7 @@ def test_older_and_damaged_voices(base: Base, tmp_path: Path) -> None:
         {"text": {"written": "phonemes"}, "units": {}},
         {"text": {}, "units": {"heard": "words"}},
         {"text": {}, "units": {"spoken": "words"}},
+        {"text": {}},
     ):
         (tmp_path / FILE_NAME).write_text(json.dumps(damaged))
         with pytest.raises(ValueError, match=FILE_NAME):
