@@ -6,8 +6,8 @@
 OUT/clips holds token shards whose rows are clips: an AR that trains on them too (`clips=OUT/clips`)
 learns in short texts what it reads in long ones. OUT/letters.json lets the rows of new codes begin
 as their letters' (`ar.letter_init=OUT/letters.json`). OUT/edges.jsonl.gz says between which frames
-the words of utterances and clips are said (`edges=[OUT/edges.jsonl.gz]`, for ar.text.interleaved). The
-reader (recipes/train_semantic.py) must be the one of the codec that made the tokens.
+the words of utterances and clips are said (`edges=[OUT/edges.jsonl.gz]`, for ar.text.interleaved).
+The reader (recipes/train_semantic.py) must be the one of the codec that made the tokens.
 """
 
 import json

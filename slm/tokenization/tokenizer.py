@@ -66,8 +66,8 @@ class Alphabet:
             )
         if pieces.remove_runs and self.units.tts_form == "bpe":
             raise ValueError(
-                f"speech.tts_form=bpe: {self.units.bpe_model} removes runs, so that durations would "
-                "be lost; train units with remove_runs=false, or use it for speech.asr_form alone"
+                f"speech.tts_form=bpe: {self.units.bpe_model} removes runs: durations would be "
+                "lost; train units with remove_runs=false, or use it for speech.asr_form alone"
             )
 
     @classmethod
