@@ -132,7 +132,7 @@ def judge_voice(config: JudgeVoiceConfig) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     voice = Voice.from_pretrained(config.voice, base=config.base, device=device)
     hears = can_transcribe(voice.lm)
-    deaf = [name for name, one in several.items() if one.candidates > 1 and not hears]
+    deaf = [name for name, one in several.items() if one.num_candidates > 1 and not hears]
     if deaf:
         raise ValueError(
             f"{config.voice} was trained without asr, which compares the candidates of "

@@ -253,8 +253,10 @@ def load_sampling(folder: Path) -> SamplingConfig | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError("no JSON object")
         return from_json(SamplingConfig, record)
-    except (OSError, AttributeError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: no settings of sampling ({error}); mend it, or remove it for the defaults"
         ) from error

@@ -108,7 +108,8 @@ def speak(
 
     What fails a check is made again under a new seed, until `sampling.max_attempts` were made; then
     the least bad is returned with its failure's name. Where the model was trained on ASR, the
-    checks `early` and `leak` also transcribe what passed all others: with a small voice a fifth (one) to a
+    checks
+    `early` and `leak` also transcribe what passed all others: with a small voice a fifth (one) to a
     half (a batch of four) of the AR's time again.
     Raises ValueError for several candidates and a model without ASR.
     """

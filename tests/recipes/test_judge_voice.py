@@ -31,7 +31,7 @@ def test_settings_differ_from_the_given_one_in_what_they_name() -> None:
     assert found["no-window"] == replace(given, repetition_window=0)
     assert found["no-leak"].checks == ("loop", "silence", "early")
     assert found["no-controls"] == replace(given, checks=(), max_attempts=1, repetition_window=0)
-    assert {name: found[name].candidates for name in found if name.startswith("cand")} == {
+    assert {name: found[name].num_candidates for name in found if name.startswith("cand")} == {
         "candidates-4": 4, "candidates-8": 8,
     }  # fmt: skip
     with pytest.raises(ValueError, match="no setting 'no-such'; there are controls"):

@@ -28,7 +28,7 @@ def test_they_make_no_difference_to_padded_batches(tmp_path: Path, masked: bool)
     torch.testing.assert_close(together, torch.stack(alone).sum(0), rtol=1e-5, atol=1e-5)
     nar.float().save_pretrained(tmp_path)
     again = NAR.load(tmp_path)
-    assert again.config.kernel == 5
+    assert again.config.conv_kernel == 5
     assert torch.equal(
         again.layers[1].nearby.depthwise.weight, nar.layers[1].nearby.depthwise.weight
     )
@@ -124,10 +124,10 @@ def test_shared_labels_are_of_training_alone() -> None:
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"kernel": 4}, r"nar\.kernel must be odd"),
+        ({"conv_kernel": 4}, r"nar\.conv_kernel must be odd"),
         ({"stage_decay": 0.0}, r"nar\.stage_decay must be within"),
-        ({"neighbours": 5.0}, r"needs nar\.from_codec"),
-        ({"neighbours": 0.5, "from_codec": True}, r"nar\.neighbours must be more than 1"),
+        ({"label_smoothing_neighbors": 5.0}, r"with nar\.from_codec"),
+        ({"label_smoothing_neighbors": 0.5, "from_codec": True}, "must be 0, or more than 1"),
     ],
 )
 def test_settings_that_make_no_sense(values: dict, told: str) -> None:

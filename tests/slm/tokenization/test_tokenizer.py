@@ -220,7 +220,7 @@ def test_units_without_runs_are_for_hearing(base: Base, tmp_path: Path) -> None:
     alphabet = make(base, units=SpeechFormConfig(bpe_model=model, asr_form="bpe"))
     ids = alphabet.speech_ids("asr", np.array([4, 4, 1, 2, 3]))
     assert alphabet.codes_of(ids).tolist() == [4, 1, 2, 3]
-    with pytest.raises(ValueError, match=r"units\.spoken=bpe: .*removes runs"):
+    with pytest.raises(ValueError, match=r"speech\.tts_form=bpe: .*removes runs"):
         make(base, units=SpeechFormConfig(bpe_model=model, tts_form="bpe"))
 
 
