@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from codec.tokens import TokenShard
 from recipes.lib.run import load_config, run_program
-from slm.tokenization.acoustic_bpe import Units
+from slm.tokenization.acoustic_bpe import AcousticBPE
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     items = drawn(train, config.most_codes, config.seed)
     logger.info("training on %d of %d utterances", len(items), len(train))
     start = time.monotonic()
-    units = Units.train(
+    units = AcousticBPE.train(
         first_codes(train, items, "read"), train.stamp, config.size, config.remove_runs
     )
     seconds = time.monotonic() - start
@@ -97,7 +97,7 @@ def first_codes(
         yield shard[int(item)].codes[0].astype(np.int64)
 
 
-def ratio(units: Units, shard: TokenShard, items: Int[np.ndarray, " N"], what: str) -> float:
+def ratio(units: AcousticBPE, shard: TokenShard, items: Int[np.ndarray, " N"], what: str) -> float:
     """Pieces of these utterances per frame."""
     num_pieces = sum(len(units.encode(codes)) for codes in first_codes(shard, items, what))
     return num_pieces / max(1, int(shard.num_frames[items].sum()))

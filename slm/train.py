@@ -21,7 +21,7 @@ from slm.data.ar import ARBatch, Data, Share
 from slm.data.nar import NARBatch
 from slm.models.ar import Scores, SpeechLM
 from slm.models.lm_head import Asked, Rows, logits_of
-from slm.tokenization.tokenizer import Alphabet
+from slm.tokenization.tokenizer import SpeechTextTokenizer
 from slm.tokenization.vocabulary import encode_texts
 
 logger = logging.getLogger(__name__)
@@ -322,9 +322,9 @@ def text_perplexity(
 ) -> float:  # fmt: skip
     """exp of the mean negative log-likelihood of the texts' tokens, but the first of each window.
 
-    `lm` is a SpeechLM or a base LLM, `tokenizer` the LLM's own or an Alphabet that has it. A text
-    is cut into windows of at most `window` tokens (fewer where the LLM holds fewer) that do not see
-    each other; nothing is put before or behind it. A batch has at most `positions` positions, or
+    `lm` is a SpeechLM or a base LLM, `tokenizer` the LLM's own or a SpeechTextTokenizer with it. A
+    text is cut into windows of at most `window` tokens (fewer where the LLM holds fewer) that do not
+    see each other; nothing is put before or behind it. A batch has at most `positions` positions, or
     one window.
 
     `rows` says what a token competes with. "text": the ids that the tokenizer knows, so that before
@@ -333,8 +333,8 @@ def text_perplexity(
     """
     if window < 2:
         raise ValueError(f"a window needs at least 2 tokens, got {window}")
-    if isinstance(tokenizer, Alphabet):
-        tokenizer = tokenizer.tokenizer
+    if isinstance(tokenizer, SpeechTextTokenizer):
+        tokenizer = tokenizer.text_tokenizer
     model = lm.lm if isinstance(lm, SpeechLM) else lm
     window = min(window, getattr(model.config, "max_position_embeddings", window))
     table = model.get_output_embeddings().weight.shape[0]

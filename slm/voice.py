@@ -30,7 +30,7 @@ from codec.audio import check_wave, stream_audio
 from slm.config import SamplingConfig
 from slm.data.interleaving import script_of
 from slm.data.sequences import (
-    NO_SCRIPT,
+    NO_FORCED_TOKENS,
     Coverage,
     Prompt,
     has_words,
@@ -91,23 +91,23 @@ def prepare(
     prompt.check(codec.codebook_sizes)
     if not prompt.continuation:
         check_text(models, prompt.text, "the prompt's text")
-    alphabet = lm.alphabet
-    (ids,) = alphabet.text_ids("tts", [join_texts(prompt.text, text)])
-    speech = alphabet.speech_ids("tts", prompt.codes[0])
-    context = tts_context(alphabet.vocabulary, ids, speech)
-    num_tokens = alphabet.num_tokens(text)
+    tokenizer = lm.tokenizer
+    (ids,) = tokenizer.text_ids("tts", [join_texts(prompt.text, text)])
+    speech = tokenizer.speech_ids("tts", prompt.codes[0])
+    context = tts_context(tokenizer.vocabulary, ids, speech)
+    num_tokens = tokenizer.num_tokens(text)
     least, most = speech_bounds(num_tokens, codec.frame_rate, sampling)
     spoken = prompt.codes.shape[1]
     if prompt.continuation:
         least, most = max(0, least - spoken), max(1, most - spoken)
-    script = NO_SCRIPT
-    if alphabet.text.interleaved:
+    script = NO_FORCED_TOKENS
+    if tokenizer.text.interleaved:
         # What has no letter is no word to say; the whole text has it.
-        words = [word for word in alphabet.spelt(text).split() if has_words(word)]
+        words = [word for word in tokenizer.spelt(text).split() if has_words(word)]
         if prompt.continuation:
-            said = num_said(lm, alphabet.in_words(text).split(), prompt.codes[0])
+            said = num_said(lm, tokenizer.in_words(text).split(), prompt.codes[0])
             words = words[min(said, len(words) - 1) :]
-        lead, script = script_of(alphabet, words)
+        lead, script = script_of(tokenizer, words)
         context += lead
     most = restrict_speech(lm, [*context, *script.ids], least, most, "text")
     models.coverage.check_length(spoken, least, codec.frame_rate)
@@ -155,7 +155,7 @@ def check_text(models: Models, text: str, what: str = "the text") -> None:
     """Numbers and abbreviations are words by the time that the model reads them, and capitals
     alone small letters."""
     text = in_small_letters(text)
-    spelt_out = normalize(text) if models.lm.alphabet.text.normalize else text
+    spelt_out = normalize(text) if models.lm.tokenizer.text.normalize else text
     models.coverage.check(spelt_out, what)
 
 
@@ -472,7 +472,7 @@ class Voice:
     def _longest_piece(self) -> int:
         """Samples of the longest stretch that is transcribed at once: as in training, or 1 s."""
         seconds = max(1.0, self.coverage.longest_frames / self.codec.frame_rate)
-        beside = 12.0 if self.lm.alphabet.text.interleaved else 8.0
+        beside = 12.0 if self.lm.tokenizer.text.interleaved else 8.0
         room = self.lm.max_positions / (self.codec.frame_rate + beside)
         return int(min(seconds, room) * self.codec.sample_rate)
 

@@ -17,7 +17,7 @@ STAMP = CodecStamp(
     num_codebooks=len(SIZES), codebook_sizes=SIZES,
 )  # fmt: skip
 if TYPE_CHECKING:
-    from slm.tokenization.tokenizer import Alphabet
+    from slm.tokenization.tokenizer import SpeechTextTokenizer
 
 WORDS = "the cat sat on a mat and dog ran far away from red hen in sun now"
 
@@ -41,8 +41,8 @@ def save_base(
         PreTrainedTokenizerFast,
     )
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: index for index, letter in enumerate(alphabet)}
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(letters)}
     vocabulary["at"] = len(vocabulary)
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "t")]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -76,14 +76,14 @@ def save_base(
     return folder
 
 
-def alphabet_of(base: Path, stamp: CodecStamp = STAMP) -> "Alphabet":
+def tokenizer_of(base: Path, stamp: CodecStamp = STAMP) -> "SpeechTextTokenizer":
     """The LLM's own tokens and plain codes."""
     from slm.models.ar import load_base
-    from slm.tokenization.tokenizer import Alphabet
+    from slm.tokenization.tokenizer import SpeechTextTokenizer
     from slm.tokenization.vocabulary import Vocabulary
 
     loaded = load_base(base)
-    return Alphabet(Vocabulary.of(loaded.lm, loaded.tokenizer, stamp), loaded.tokenizer)
+    return SpeechTextTokenizer(Vocabulary.of(loaded.lm, loaded.tokenizer, stamp), loaded.tokenizer)
 
 
 def make_rows(

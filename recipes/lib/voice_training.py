@@ -37,7 +37,7 @@ from slm.export.voice_folder import short_path as short_path
 from slm.export.voice_folder import voice_card
 from slm.models.ar import SpeechLM
 from slm.models.nar import NAR
-from slm.tokenization.tokenizer import Alphabet
+from slm.tokenization.tokenizer import SpeechTextTokenizer
 from slm.train import ar_step, fit, gather, nar_step
 
 logger = logging.getLogger(__name__)
@@ -222,10 +222,10 @@ def train_voice(config: VoiceConfig) -> None:
     if texts.dev and accelerator.is_main_process:
         note_perplexity(folder, lm.to(accelerator.device), texts.dev)
     train_ar(lm, train, dev, texts, run, config)
-    alphabet, origin = lm.alphabet, lm.origin
+    tokenizer, origin = lm.tokenizer, lm.origin
     del lm
     if nar is not None:
-        train_nar(nar, alphabet, train, dev, run, config)
+        train_nar(nar, tokenizer, train, dev, run, config)
     if accelerator.is_main_process:
         prompts: dict[str, Prompt] = {}
         coverage = Coverage.load(folder / "voice" / "ar")
@@ -304,7 +304,7 @@ def train_ar(
         tasks = config.ar.tasks if plain else replace(config.ar.tasks, text=0.0)
         corpus = replace(usable(shard, limit), edges=edges)
         return ARData(
-            corpus, lm.alphabet, tasks, config.batch, config.seed,
+            corpus, lm.tokenizer, tasks, config.batch, config.seed,
             longest=lm.max_positions, texts=plain, start=start,
         )  # fmt: skip
 
@@ -329,8 +329,8 @@ def train_ar(
 
 
 def train_nar(
-    settings: NARConfig, alphabet: Alphabet, train: TokenShard, dev: TokenShard | None, run: Run,
-    config: VoiceConfig,
+    settings: NARConfig, tokenizer: SpeechTextTokenizer, train: TokenShard,
+    dev: TokenShard | None, run: Run, config: VoiceConfig,
 ) -> None:  # fmt: skip
     """Trains the NAR in the stage `nar` and writes voice/nar."""
     # All ranks build the same model; what they drew while training the AR differs.
@@ -341,7 +341,7 @@ def train_nar(
         nar.begin_with(entries_of(config), config.seed)
 
     def data(shard: TokenShard, limit: int | None = None) -> NARData:
-        return NARData.open(shard, alphabet, settings, config.nar_batch, config.seed, limit=limit)
+        return NARData.open(shard, tokenizer, settings, config.nar_batch, config.seed, limit=limit)
 
     train_data = data(train, config.limit)
     dev_data = data(dev) if dev is not None else None

@@ -295,7 +295,7 @@ def _is_early(voice: Voice, line: Line, num_frames: int) -> bool:
         bounds = voice.prepare(line.text, line.prompt).bounds
     except ValueError:  # The codec's own codes of a text that is refused.
         return False
-    spelt = spell_out if voice.lm.alphabet.text.normalize else str
+    spelt = spell_out if voice.lm.tokenizer.text.normalize else str
     prompt = line.prompt
     return checks.is_early(
         num_frames, bounds, spelt(line.text), prompt.codes.shape[1], spelt(prompt.text)

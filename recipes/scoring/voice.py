@@ -177,8 +177,8 @@ def known_texts(train: TokenShard) -> set[str]:
 def perplexities(lm: SpeechLM, texts: Sequence[str]) -> dict[str, float]:
     """By metric: among the text LLM's own tokens, and among all that the model may draw."""
     return {
-        "perplexity": text_perplexity(lm, lm.alphabet, texts),
-        "perplexity_all": text_perplexity(lm, lm.alphabet, texts, rows="all"),
+        "perplexity": text_perplexity(lm, lm.tokenizer, texts),
+        "perplexity_all": text_perplexity(lm, lm.tokenizer, texts, rows="all"),
     }
 
 

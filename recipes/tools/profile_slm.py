@@ -33,7 +33,7 @@ from slm.data.corpus import read_texts
 from slm.data.nar import NARBatch, NARData
 from slm.models.ar import SpeechLM
 from slm.models.nar import NAR
-from slm.tokenization.tokenizer import Alphabet
+from slm.tokenization.tokenizer import SpeechTextTokenizer
 
 # The trainer's own step, not one like it.
 from slm.train import Meter, _train_step, ar_step, make_optimizer, nar_step
@@ -122,10 +122,10 @@ class NARWay(NamedTuple):
             yield [self.data.share(step, micro, 0, 1, accumulate) for micro in range(accumulate)]
 
 
-def nar_ways(config: ProfileSLMConfig, alphabet: Alphabet) -> dict[str, NARWay]:
+def nar_ways(config: ProfileSLMConfig, tokenizer: SpeechTextTokenizer) -> dict[str, NARWay]:
     """By name; there is but one."""
     data = NARData.open(
-        TokenShard.open(config.train), alphabet, config.nar, config.batch, config.seed,
+        TokenShard.open(config.train), tokenizer, config.nar, config.batch, config.seed,
         limit=config.limit,
     )  # fmt: skip
     return {"bucketing": NARWay(data)}
@@ -140,7 +140,7 @@ def ways(config: ProfileSLMConfig, lm: SpeechLM) -> dict[str, Way]:
 
     def data(batch: BatchConfig) -> ARData:
         return ARData.open(
-            shard, lm.alphabet, config.ar.tasks, batch, config.seed,
+            shard, lm.tokenizer, config.ar.tasks, batch, config.seed,
             longest=longest, limit=config.limit, texts=texts,
         )  # fmt: skip
 
@@ -265,7 +265,7 @@ def main(argv: list[str]) -> None:
         model, compared = lm, ways(config, lm)
         items = len(compared["bucketing"].data.lengths)
     else:
-        model, compared = NAR(config.nar), nar_ways(config, lm.alphabet)
+        model, compared = NAR(config.nar), nar_ways(config, lm.tokenizer)
         items = len(compared["bucketing"].data.corpus.items)
     steps = measure(model, compared, config, accelerator)
     print(table(compared, steps, config.peak_tflops))

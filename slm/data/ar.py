@@ -17,7 +17,7 @@ from slm.data.batching import Batch, Draw, Plan
 from slm.data.corpus import Corpus, Ragged, name_of, pieces_of, usable, within
 from slm.data.interleaving import edges_fit, hearing_layout, speaking_layout
 from slm.data.sequences import ASR, CONTINUATION, TASKS, TEXT, TTS, Layout, layout
-from slm.tokenization.tokenizer import Alphabet
+from slm.tokenization.tokenizer import SpeechTextTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -82,23 +82,23 @@ class ARData:
     """
 
     def __init__(
-        self, corpus: Corpus, alphabet: Alphabet, tasks: TaskConfig, batch: BatchConfig, seed: int,
-        *, longest: int, texts: Sequence[str] = (), start: Start | None = None,
+        self, corpus: Corpus, tokenizer: SpeechTextTokenizer, tasks: TaskConfig, batch: BatchConfig,
+        seed: int, *, longest: int, texts: Sequence[str] = (), start: Start | None = None,
     ):  # fmt: skip
         """`longest` in positions; `start` says what the first epochs are made of."""
-        alphabet.vocabulary.check_codec(corpus.shard.stamp, name_of(corpus.shard))
+        tokenizer.vocabulary.check_codec(corpus.shard.stamp, name_of(corpus.shard))
         if bool(texts) != bool(tasks.text):
             raise ValueError("ar.tasks.text and texts belong together: give both, or neither")
         longest = min(longest, batch.packed or batch.positions)
-        self.alphabet, self._packed = alphabet, batch.packed is not None
+        self.tokenizer, self._packed = tokenizer, batch.packed is not None
         weights = {task: getattr(tasks, TASKS[task]) for task in (TTS, ASR, CONTINUATION)}
         weights = {task: weight for task, weight in weights.items() if weight}
         codes = Ragged((corpus.codes(row)[0] for row in range(len(corpus.items))), np.uint16)
-        forms = [_Form(task, corpus, codes, alphabet, seed) for task in weights]
+        forms = [_Form(task, corpus, codes, tokenizer, seed) for task in weights]
         self.corpus = within(corpus, np.max([form.lengths for form in forms], axis=0), longest)
         kept = np.flatnonzero(np.isin(corpus.items, self.corpus.items))
         self._codes, self._forms = codes.at(kept), [form.at(kept) for form in forms]
-        self._pieces = Ragged(_pieces(alphabet, texts, longest))
+        self._pieces = Ragged(_pieces(tokenizer, texts, longest))
         if texts and not len(self._pieces):
             raise ValueError("the texts have no piece of two tokens; give longer ones")
         number = len(kept)
@@ -127,11 +127,11 @@ class ARData:
 
     @classmethod
     def open(
-        cls, shard: TokenShard, alphabet: Alphabet, tasks: TaskConfig, batch: BatchConfig,
-        seed: int, *, longest: int, limit: int | None = None, texts: Sequence[str] = (),
+        cls, shard: TokenShard, tokenizer: SpeechTextTokenizer, tasks: TaskConfig,
+        batch: BatchConfig, seed: int, *, longest: int, limit: int | None = None, texts: Sequence[str] = (),
     ) -> "ARData":  # fmt: skip
         corpus = usable(shard, limit)
-        return cls(corpus, alphabet, tasks, batch, seed, longest=longest, texts=texts)
+        return cls(corpus, tokenizer, tasks, batch, seed, longest=longest, texts=texts)
 
     def _beginning(self, draw: Epochs, start: Start, seed: int) -> Epochs:
         """`draw`, but in the first epochs of `start`'s utterances and the texts alone."""
@@ -175,7 +175,7 @@ class ARData:
     def layout(self, item: int | np.integer) -> Layout:
         """The sequence of an item."""
         task, number = int(self._tasks[item]), len(self.corpus.items)
-        vocabulary = self.alphabet.vocabulary
+        vocabulary = self.tokenizer.vocabulary
         if task == TEXT:
             piece = self._pieces[int(item) - number * len(self._forms)]
             return layout(task, vocabulary, piece.tolist(), [])
@@ -185,7 +185,7 @@ class ARData:
         if form.pieces is not None:
             speech = form.pieces[row]
         else:
-            speech = self.alphabet.speech_ids(TASKS[task], self._codes[row].astype(np.int64))
+            speech = self.tokenizer.speech_ids(TASKS[task], self._codes[row].astype(np.int64))
         return layout(task, vocabulary, form.texts[row].tolist(), speech)
 
     def collate(self, batch: Batch) -> ARBatch:
@@ -193,7 +193,7 @@ class ARData:
         rows = [[self.layout(item) for item in row] for row in batch]
         longest = max(sum(len(one.tokens) for one in row) for row in rows)
         # The padding is any valid id: causal attention keeps it from the tokens before it.
-        tokens = np.full((len(rows), longest), self.alphabet.vocabulary.eos, dtype=np.int64)
+        tokens = np.full((len(rows), longest), self.tokenizer.vocabulary.eos, dtype=np.int64)
         labels = np.full((len(rows), longest), IGNORE, dtype=np.int64)
         tasks, documents = np.zeros((2, len(rows), longest), dtype=np.int64)
         for index, (row, items) in enumerate(zip(rows, batch, strict=True)):
@@ -217,21 +217,23 @@ class ARData:
 class _Form:
     """What the utterances of a corpus are in one task."""
 
-    def __init__(self, task: int, corpus: Corpus, codes: Ragged, alphabet: Alphabet, seed: int):
+    def __init__(
+        self, task: int, corpus: Corpus, codes: Ragged, tokenizer: SpeechTextTokenizer, seed: int
+    ):
         name, number = TASKS[task], len(codes)
         self.layouts: _Layouts | None = None
         """Their sequences, where these are no texts and speech side by side."""
-        if task in (TTS, ASR) and alphabet.text.interleaved:
-            self.layouts = _Layouts(task, corpus, codes, alphabet, seed)
+        if task in (TTS, ASR) and tokenizer.text.interleaved:
+            self.layouts = _Layouts(task, corpus, codes, tokenizer, seed)
             self.lengths, self.targets = self.layouts.lengths, self.layouts.targets
             return
-        spelt = _encoded(alphabet, name, corpus.texts) if task != CONTINUATION else [[]] * number
+        spelt = _encoded(tokenizer, name, corpus.texts) if task != CONTINUATION else [[]] * number
         self.texts = Ragged(spelt)
         self.pieces: Ragged | None = None
         """Ids of their speech, where it is not codes as they are."""
-        if alphabet.has_pieces(name):
+        if tokenizer.has_pieces(name):
             rows = (codes[row].astype(np.int64) for row in range(number))
-            self.pieces = Ragged(alphabet.speech_ids(name, row) for row in rows)
+            self.pieces = Ragged(tokenizer.speech_ids(name, row) for row in rows)
         num_speech = (codes if self.pieces is None else self.pieces).lengths
         self.targets = (self.texts.lengths if task == ASR else num_speech) + 1
         self.lengths = self.texts.lengths + num_speech + {TTS: 3, ASR: 4, CONTINUATION: 2}[task]
@@ -253,17 +255,17 @@ class _Layouts:
     """Sequences of words and their speech by turns."""
 
     def __init__(
-        self, task: int, corpus: Corpus, codes: Ragged, alphabet: Alphabet, seed: int
+        self, task: int, corpus: Corpus, codes: Ragged, tokenizer: SpeechTextTokenizer, seed: int
     ):  # fmt: skip
         made, known = [], 0
         for row, text in enumerate(corpus.texts):
             said, edges = codes[row].astype(np.int64), corpus.edges_of(row)
             known += edges_fit(edges, len(text.split()), len(said))
             if task == ASR:
-                made.append(hearing_layout(alphabet, text, said, edges))
+                made.append(hearing_layout(tokenizer, text, said, edges))
             else:
                 random = np.random.default_rng((seed, row, 6))
-                made.append(speaking_layout(alphabet, text, said, edges, random))
+                made.append(speaking_layout(tokenizer, text, said, edges, random))
         if not known:
             raise ValueError(
                 f"edges: none are those of {name_of(corpus.shard)}; name the edges.jsonl.gz that "
@@ -292,11 +294,15 @@ class _Layouts:
         return part
 
 
-def _encoded(alphabet: Alphabet, task: str, texts: Sequence[str]) -> Iterator[list[int]]:
+def _encoded(
+    tokenizer: SpeechTextTokenizer, task: str, texts: Sequence[str]
+) -> Iterator[list[int]]:
     """Ids of texts, some thousands at a time."""
     for start in range(0, len(texts), TEXTS_AT_ONCE):
-        yield from alphabet.text_ids(task, texts[start : start + TEXTS_AT_ONCE])
+        yield from tokenizer.text_ids(task, texts[start : start + TEXTS_AT_ONCE])
 
 
-def _pieces(alphabet: Alphabet, texts: Sequence[str], longest: int) -> Iterator[np.ndarray]:
-    return pieces_of(_encoded(alphabet, TASKS[TEXT], texts), alphabet.vocabulary.eos, longest)
+def _pieces(
+    tokenizer: SpeechTextTokenizer, texts: Sequence[str], longest: int
+) -> Iterator[np.ndarray]:
+    return pieces_of(_encoded(tokenizer, TASKS[TEXT], texts), tokenizer.vocabulary.eos, longest)

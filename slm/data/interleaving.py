@@ -20,8 +20,8 @@ from jaxtyping import Int
 
 from codec.tokens import written_whole
 from slm.data.sequences import (
+    ForcedTokens,
     Layout,
-    Script,
     Stretch,
     Word,
     heard_in_stretches,
@@ -30,7 +30,7 @@ from slm.data.sequences import (
     stretch_lead,
     word_lead,
 )
-from slm.tokenization.tokenizer import Alphabet
+from slm.tokenization.tokenizer import SpeechTextTokenizer
 
 Edges = Mapping[str, Sequence[int]]
 """Frames between which the words of `text.split()` are said, by the id of their utterance: one more
@@ -75,10 +75,10 @@ def read_edges(paths: Sequence[str | Path]) -> dict[str, list[int]]:
     return found
 
 
-def spelt_words(alphabet: Alphabet, text: str) -> list[str]:
+def spelt_words(tokenizer: SpeechTextTokenizer, text: str) -> list[str]:
     """The words of a text as they are spoken, one for each of `text.split()`."""
-    words, whole = text.split(), alphabet.spelt(text).split()
-    return whole if len(whole) == len(words) else [alphabet.spelt(word) for word in words]
+    words, whole = text.split(), tokenizer.spelt(text).split()
+    return whole if len(whole) == len(words) else [tokenizer.spelt(word) for word in words]
 
 
 def edges_fit(edges: Sequence[int] | None, num_words: int, num_frames: int) -> bool:
@@ -86,31 +86,35 @@ def edges_fit(edges: Sequence[int] | None, num_words: int, num_frames: int) -> b
     return edges is not None and len(edges) == num_words + 1 and edges[-1] == num_frames
 
 
-def word_ids(alphabet: Alphabet, words: Sequence[str]) -> list[list[int]]:
+def word_ids(tokenizer: SpeechTextTokenizer, words: Sequence[str]) -> list[list[int]]:
     """The ids of words that are spelt already."""
-    return alphabet.text_ids("tts", words)
+    return tokenizer.text_ids("tts", words)
 
 
-def script_of(alphabet: Alphabet, words: Sequence[str]) -> tuple[list[int], Script]:
+def script_of(
+    tokenizer: SpeechTextTokenizer, words: Sequence[str]
+) -> tuple[list[int], ForcedTokens]:
     """What an AR is given to say words one by one: what comes behind the prompt, before the first
     word, and all else. `words` are spelt."""
-    vocabulary, rate = alphabet.vocabulary, alphabet.vocabulary.codec.frame_rate
-    leads = [word_lead(vocabulary, ids) for ids in word_ids(alphabet, words)]
+    vocabulary, rate = tokenizer.vocabulary, tokenizer.vocabulary.codec.frame_rate
+    leads = [word_lead(vocabulary, ids) for ids in word_ids(tokenizer, words)]
     most = tuple(round(rate * (PAUSE_SECONDS + LETTER_SECONDS * len(word))) for word in words)
-    return [vocabulary.speech_end, *leads[0]], Script(tuple(leads[1:]), most, least=1)
+    return [vocabulary.speech_end, *leads[0]], ForcedTokens(tuple(leads[1:]), most, least=1)
 
 
-def stretches_of(alphabet: Alphabet, codes: Int[np.ndarray, " T"]) -> tuple[list[int], Script]:
+def stretches_of(
+    tokenizer: SpeechTextTokenizer, codes: Int[np.ndarray, " T"]
+) -> tuple[list[int], ForcedTokens]:
     """What an AR is given to hear speech stretch by stretch: what comes before the first words, and
     all else."""
-    vocabulary = alphabet.vocabulary
+    vocabulary = tokenizer.vocabulary
     parts = [
-        alphabet.speech_ids("asr", codes[start:stop])
+        tokenizer.speech_ids("asr", codes[start:stop])
         for start, stop in pairwise(_bounds(len(codes), vocabulary.codec.frame_rate))
     ]
     last = len(parts) - 1
     leads = [stretch_lead(vocabulary, one, number == last) for number, one in enumerate(parts)]
-    return leads[0], Script(tuple(leads[1:]), (MOST_WRITTEN,) * len(leads))
+    return leads[0], ForcedTokens(tuple(leads[1:]), (MOST_WRITTEN,) * len(leads))
 
 
 def _bounds(num_frames: int, frame_rate: float) -> list[int]:
@@ -121,11 +125,14 @@ def _bounds(num_frames: int, frame_rate: float) -> list[int]:
 
 
 def hearing_layout(
-    alphabet: Alphabet, text: str, codes: Int[np.ndarray, " T"], edges: Sequence[int] | None
+    tokenizer: SpeechTextTokenizer,
+    text: str,
+    codes: Int[np.ndarray, " T"],
+    edges: Sequence[int] | None,
 ) -> Layout:
     """An utterance stretch by stretch, each followed by the words that have been over for
     DELAY_SECONDS; the last by all the others. Each word has a space behind it."""
-    vocabulary, words = alphabet.vocabulary, in_small_letters(text).split()
+    vocabulary, words = tokenizer.vocabulary, in_small_letters(text).split()
     rate = vocabulary.codec.frame_rate
     bounds = _bounds(len(codes), rate)
     if edges is None or not edges_fit(edges, len(words), len(codes)):
@@ -135,33 +142,33 @@ def hearing_layout(
     texts = [
         "".join(f"{word} " for word in words[first:last]) for first, last in pairwise([0, *said])
     ]
-    ids = alphabet.text_ids("asr", texts)
-    parts = [alphabet.speech_ids("asr", codes[start:stop]) for start, stop in pairwise(bounds)]
+    ids = tokenizer.text_ids("asr", texts)
+    parts = [tokenizer.speech_ids("asr", codes[start:stop]) for start, stop in pairwise(bounds)]
     return heard_in_stretches(
         vocabulary, [Stretch(speech, text) for speech, text in zip(parts, ids, strict=True)]
     )
 
 
 def speaking_layout(
-    alphabet: Alphabet,
+    tokenizer: SpeechTextTokenizer,
     text: str,
     codes: Int[np.ndarray, " T"],
     edges: Sequence[int] | None,
     random: np.random.Generator,
 ) -> Layout:
     """An utterance word by word, behind a prompt of its first words or none, by chance."""
-    vocabulary = alphabet.vocabulary
-    spelt = spelt_words(alphabet, text)
+    vocabulary = tokenizer.vocabulary
+    spelt = spelt_words(tokenizer, text)
     if edges is None or not edges_fit(edges, len(spelt), len(codes)):
-        spelt, edges = [alphabet.spelt(text)], [0, len(codes)]
+        spelt, edges = [tokenizer.spelt(text)], [0, len(codes)]
     first = 0
     most = int(len(spelt) * LONGEST_PROMPT)
     if random.random() >= PLAIN_SHARE and most:
         first = int(random.integers(1, most + 1))
-    (whole,) = alphabet.text_ids("tts", [text])
-    ids = word_ids(alphabet, spelt[first:])
+    (whole,) = tokenizer.text_ids("tts", [text])
+    ids = word_ids(tokenizer, spelt[first:])
     spans = list(pairwise(edges))[first:]
-    said = [alphabet.speech_ids("tts", codes[start:stop]) for start, stop in spans]
+    said = [tokenizer.speech_ids("tts", codes[start:stop]) for start, stop in spans]
     words = [Word(text, speech) for text, speech in zip(ids, said, strict=True)]
-    prompt = alphabet.speech_ids("tts", codes[: edges[first]])
+    prompt = tokenizer.speech_ids("tts", codes[: edges[first]])
     return interleaved(vocabulary, whole, prompt, words)

@@ -13,7 +13,7 @@ from slm.config import BatchConfig, NARConfig
 from slm.data.ar import Share
 from slm.data.batching import Plan
 from slm.data.corpus import Corpus, name_of, usable, within
-from slm.tokenization.tokenizer import Alphabet
+from slm.tokenization.tokenizer import SpeechTextTokenizer
 
 
 class NARBatch(NamedTuple):
@@ -41,12 +41,17 @@ class NARData:
     """
 
     def __init__(
-        self, corpus: Corpus, alphabet: Alphabet, config: NARConfig, batch: BatchConfig, seed: int
+        self,
+        corpus: Corpus,
+        tokenizer: SpeechTextTokenizer,
+        config: NARConfig,
+        batch: BatchConfig,
+        seed: int,
     ):
         if batch.packed is not None:
             raise ValueError("nar_batch.packed: only the AR's batches can be packed; leave it out")
         stamp = corpus.shard.stamp
-        alphabet.vocabulary.check_codec(stamp, name_of(corpus.shard))
+        tokenizer.vocabulary.check_codec(stamp, name_of(corpus.shard))
         if len(stamp.codebook_sizes) < 2:
             raise ValueError(f"{name_of(corpus.shard)}: its codec has one codebook: leave out nar")
         if config.codebook_sizes != stamp.codebook_sizes:
@@ -54,7 +59,7 @@ class NARData:
                 f"{name_of(corpus.shard)}: its codebooks {stamp.codebook_sizes} are not the NAR's, "
                 f"{config.codebook_sizes}; set nar.codebook_sizes to them"
             )
-        texts = [text_bytes(alphabet.spelt(text)) for text in corpus.texts]
+        texts = [text_bytes(tokenizer.spelt(text)) for text in corpus.texts]
         lengths = np.array([len(text) for text in texts]) + corpus.num_frames
         self.corpus = within(corpus, lengths, batch.positions)
         kept = np.flatnonzero(np.isin(corpus.items, self.corpus.items))
@@ -66,10 +71,10 @@ class NARData:
 
     @classmethod
     def open(
-        cls, shard: TokenShard, alphabet: Alphabet, config: NARConfig, batch: BatchConfig,
-        seed: int, *, limit: int | None = None,
+        cls, shard: TokenShard, tokenizer: SpeechTextTokenizer, config: NARConfig,
+        batch: BatchConfig, seed: int, *, limit: int | None = None,
     ) -> "NARData":  # fmt: skip
-        return cls(usable(shard, limit), alphabet, config, batch, seed)
+        return cls(usable(shard, limit), tokenizer, config, batch, seed)
 
     def num_steps(self, world: int, accumulate: int) -> int:
         return self._plan.num_groups(world * accumulate)

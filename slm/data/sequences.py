@@ -54,7 +54,7 @@ class Word(NamedTuple):
     speech: Sequence[int] | np.ndarray
 
 
-class Script(NamedTuple):
+class ForcedTokens(NamedTuple):
     """What is given while a sequence is made: speech that goes word by word has the words here."""
 
     parts: tuple[Sequence[int], ...]
@@ -73,7 +73,7 @@ class Script(NamedTuple):
         return [token for part in self.parts for token in (0, *part)]
 
 
-NO_SCRIPT = Script((), ())
+NO_FORCED_TOKENS = ForcedTokens((), ())
 
 
 def tts_context(

@@ -32,7 +32,7 @@ def export(lm: SpeechLM, folder: str | Path) -> None:
     folder = Path(folder)
     check_free(folder)
     vocabulary = lm.vocabulary
-    tokenizer = extended(lm.alphabet.tokenizer, vocabulary)
+    tokenizer = extended(lm.tokenizer.text_tokenizer, vocabulary)
     kept = lm.lm.generation_config
     try:
         lm.lm.generation_config = GenerationConfig(
@@ -43,7 +43,7 @@ def export(lm: SpeechLM, folder: str | Path) -> None:
         with anew(folder) as partial:
             lm.lm.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-            lm.alphabet.save(partial)
+            lm.tokenizer.save(partial)
             exact = as_layouts(tokenizer, lm)
             (partial / "README.md").write_text(export_card(lm, exact), encoding="utf-8")
             (partial / MARK).write_text(json.dumps({"format": FORMAT_VERSION, "base": _base(lm)}))
@@ -98,21 +98,21 @@ def extended(tokenizer: Any, vocabulary: Vocabulary) -> Any:
     return made
 
 
-def as_layouts(tokenizer: Any, lm: SpeechLM) -> bool:
+def as_layouts(exported: Any, lm: SpeechLM) -> bool:
     """Whether a prompt's string has the very tokens of our layouts; logs where it has not."""
-    vocabulary, alphabet = lm.vocabulary, lm.alphabet
-    if alphabet.text.tts_form == "characters":
+    vocabulary, tokenizer = lm.vocabulary, lm.tokenizer
+    if tokenizer.text.tts_form == "characters":
         return False
     speech = [vocabulary.first_speech, vocabulary.size - 1]
     for text in SAMPLES:
-        (ids,) = encode_texts(alphabet.tokenizer, [text])
+        (ids,) = encode_texts(tokenizer.text_tokenizer, [text])
         spoken = f"<|s_0|><|s_{speech[1] - speech[0]}|>"
         pairs = (
             (f"<|text|>{text}<|speech|>{spoken}", tts_context(vocabulary, ids, speech)),
             (f"<|speech|>{spoken}<|/speech|><|text|>", asr_context(vocabulary, speech)),
         )
         for written, layout in pairs:
-            if tokenizer(written, add_special_tokens=False)["input_ids"] != layout:
+            if exported(written, add_special_tokens=False)["input_ids"] != layout:
                 logger.warning(
                     "this tokenizer reads %r otherwise behind <|text|> than alone; the card says "
                     "how to make prompts of ids",

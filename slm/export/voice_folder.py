@@ -65,10 +65,10 @@ def voice_card(
 
 def export_card(lm: SpeechLM, exact: bool) -> str:
     """README.md of an exported LLM. `exact`: a prompt's string has the layouts' own tokens."""
-    vocabulary, text = lm.vocabulary, lm.alphabet.text
+    vocabulary, text = lm.vocabulary, lm.tokenizer.text
     end = vocabulary.specials[-1]
     if vocabulary.text_eos is not None:
-        end = lm.alphabet.tokenizer.convert_ids_to_tokens(vocabulary.eos)
+        end = lm.tokenizer.text_tokenizer.convert_ids_to_tokens(vocabulary.eos)
     notes = []
     if text.normalize:
         notes.append("Numbers and abbreviations in a text that is to be spoken are spelt out.")
@@ -76,7 +76,7 @@ def export_card(lm: SpeechLM, exact: bool) -> str:
         notes.append("A text that is to be spoken is IPA, as espeak writes it.")
     if text.tts_form == "characters":
         notes.append("A text that is to be spoken has the tokens of its single characters.")
-    if lm.alphabet.writes_bytes:
+    if lm.tokenizer.writes_bytes:
         notes.append("A transcript has the tokens of its characters' bytes.")
     if vocabulary.num_merges:
         notes.append(
@@ -84,7 +84,7 @@ def export_card(lm: SpeechLM, exact: bool) -> str:
             "`units.model` (SentencePiece) says which."
         )
     parts = 'list("red hen the cat")' if text.tts_form == "characters" else '["red hen the cat"]'
-    made = lm.alphabet.speech_range("tts")
+    made = lm.tokenizer.speech_range("tts")
     values = {
         "name": short_path(lm.origin["name"]),
         "codec": f"`{short_path(vocabulary.codec.id)}` (digest {vocabulary.codec.digest})",
@@ -93,8 +93,8 @@ def export_card(lm: SpeechLM, exact: bool) -> str:
         "speech_end": vocabulary.speech_end,
         "first": vocabulary.first_speech,
         "stop": made.stop,
-        "written": lm.alphabet.text_range("asr").start,
-        "written_stop": lm.alphabet.text_range("asr").stop,
+        "written": lm.tokenizer.text_range("asr").start,
+        "written_stop": lm.tokenizer.text_range("asr").stop,
         "eos": vocabulary.eos,
         "end": end,
         "parts": parts,

@@ -14,11 +14,11 @@ from jaxtyping import Float, Int
 
 from slm.config import SamplingConfig
 from slm.data.interleaving import stretches_of
-from slm.data.sequences import NO_SCRIPT, asr_context
+from slm.data.sequences import NO_FORCED_TOKENS, asr_context
 from slm.generation.checks import SILENCE_RMS
 from slm.generation.sampling import Request, generate, restrict_context, text_bound, text_only
 from slm.models.ar import SpeechLM
-from slm.tokenization.tokenizer import Alphabet
+from slm.tokenization.tokenizer import SpeechTextTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -83,12 +83,12 @@ def encode(codec: Any, waves: Sequence[Float[np.ndarray, " _"]]) -> list[Int[np.
     ]
 
 
-def num_given(alphabet: Alphabet, codes: Int[np.ndarray, " T"]) -> int:
+def num_given(tokenizer: SpeechTextTokenizer, codes: Int[np.ndarray, " T"]) -> int:
     """Positions that speech takes when it is transcribed, the transcript not counted."""
-    if alphabet.text.interleaved:
-        lead, script = stretches_of(alphabet, codes)
+    if tokenizer.text.interleaved:
+        lead, script = stretches_of(tokenizer, codes)
         return len(lead) + len(script.ids)
-    return len(alphabet.speech_ids("asr", codes)) + 3
+    return len(tokenizer.speech_ids("asr", codes)) + 3
 
 
 def hear(lm: SpeechLM, first: Sequence[Int[np.ndarray, " _"]]) -> list[Transcript]:
@@ -96,15 +96,15 @@ def hear(lm: SpeechLM, first: Sequence[Int[np.ndarray, " _"]]) -> list[Transcrip
     lm.check_task("asr")
     if not first:
         return []
-    alphabet = lm.alphabet
+    tokenizer = lm.tokenizer
     requests = []
     for codes in first:
-        script = NO_SCRIPT
-        if alphabet.text.interleaved:
-            context, script = stretches_of(alphabet, codes)
+        script = NO_FORCED_TOKENS
+        if tokenizer.text.interleaved:
+            context, script = stretches_of(tokenizer, codes)
         else:
-            context = asr_context(alphabet.vocabulary, alphabet.speech_ids("asr", codes))
-        most = text_bound(len(codes), alphabet)
+            context = asr_context(tokenizer.vocabulary, tokenizer.speech_ids("asr", codes))
+        most = text_bound(len(codes), tokenizer)
         whole = [*context, *script.ids]
         most = restrict_context(lm.max_positions, whole, 1, most, "recording")
         requests.append(
@@ -114,7 +114,7 @@ def hear(lm: SpeechLM, first: Sequence[Int[np.ndarray, " _"]]) -> list[Transcrip
     failed = [one.failure for one in made if one.failure is not None]
     if failed:
         logger.warning("%d of %d transcripts failed: %s", len(failed), len(made), ", ".join(failed))
-    return [Transcript(alphabet.text_of(one.tokens).strip(), one.failure) for one in made]
+    return [Transcript(tokenizer.text_of(one.tokens).strip(), one.failure) for one in made]
 
 
 def audible(

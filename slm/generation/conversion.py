@@ -99,7 +99,7 @@ def convert(
         said += texts
         given &= all(texts)
         done += nar.decode(
-            [lm.alphabet.spelt(join_texts(target.text, one)) if one else "" for one in texts],
+            [lm.tokenizer.spelt(join_texts(target.text, one)) if one else "" for one in texts],
             [target.codes] * len(part),
             part,
             temperature=sampling.nar_temperature,
@@ -133,7 +133,7 @@ def go_on(
     most = round(seconds * lm.vocabulary.codec.frame_rate)
     if most < 1:
         raise ValueError(f"{seconds:g} s are less than a frame of this codec; ask for more")
-    speech = lm.alphabet.speech_ids("continuation", codes[0])
+    speech = lm.tokenizer.speech_ids("continuation", codes[0])
     context = continuation_context(lm.vocabulary, speech)
     begun = Utterance(
         text="",

@@ -96,19 +96,19 @@ def room_behind(prompt: Prompt, models: Models, sampling: SamplingConfig) -> Cal
     Texts of LEAST_SECONDS count as short enough: a prompt that leaves less room is too long, and
     whoever says the text will refuse it.
     """
-    alphabet = models.lm.alphabet
-    rate, spoken = alphabet.vocabulary.codec.frame_rate, prompt.codes.shape[1]
+    tokenizer = models.lm.tokenizer
+    rate, spoken = tokenizer.vocabulary.codec.frame_rate, prompt.codes.shape[1]
     low, high = (bound * rate / BOUNDS_FRAME_RATE for bound in sampling.frames_per_token)
-    pace = min(max(spoken / max(1, alphabet.num_tokens(prompt.text)), low), high)
+    pace = min(max(spoken / max(1, tokenizer.num_tokens(prompt.text)), low), high)
     room = max(models.coverage.longest_frames - spoken, LEAST_SECONDS * rate)
-    given = len(alphabet.speech_ids("tts", prompt.codes[0])) + 2
+    given = len(tokenizer.speech_ids("tts", prompt.codes[0])) + 2
 
     def fits(text: str) -> bool:
-        frames = pace * alphabet.num_tokens(text)
-        (ids,) = alphabet.text_ids("tts", [join_texts(prompt.text, text)])
+        frames = pace * tokenizer.num_tokens(text)
+        (ids,) = tokenizer.text_ids("tts", [join_texts(prompt.text, text)])
         again = 0
-        if alphabet.text.interleaved:
-            words = alphabet.text_ids("tts", alphabet.spelt(text).split())
+        if tokenizer.text.interleaved:
+            words = tokenizer.text_ids("tts", tokenizer.spelt(text).split())
             again = sum(len(one) + 2 for one in words)
         needed = len(ids) + given + again + frames
         return frames <= room and needed <= models.lm.max_positions

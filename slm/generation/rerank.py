@@ -32,7 +32,7 @@ def transcripts(lm: SpeechLM, codes: Sequence[Int[ndarray, " _"]]) -> list[str]:
     fitting = [
         index
         for index, one in enumerate(codes)
-        if len(one) > 0 and num_given(lm.alphabet, one) < lm.max_positions
+        if len(one) > 0 and num_given(lm.tokenizer, one) < lm.max_positions
     ]
     if fitting:
         made = hear(lm, [codes[index] for index in fitting])
@@ -56,15 +56,15 @@ def text_scores(
     ValueError for a model without ASR.
     """
     lm.check_task("asr")
-    alphabet = lm.alphabet
-    if alphabet.text.interleaved:
+    tokenizer = lm.tokenizer
+    if tokenizer.text.interleaved:
         pairs = zip(texts, transcripts(lm, codes), strict=True)
-        return [-_share_wrong(alphabet.in_words(text), heard) for text, heard in pairs]
-    written = alphabet.text_ids("asr", texts)
-    spoken = [alphabet.speech_ids("asr", one) for one in codes]
-    contexts = [asr_context(alphabet.vocabulary, one) for one in spoken]
+        return [-_share_wrong(tokenizer.in_words(text), heard) for text, heard in pairs]
+    written = tokenizer.text_ids("asr", texts)
+    spoken = [tokenizer.speech_ids("asr", one) for one in codes]
+    contexts = [asr_context(tokenizer.vocabulary, one) for one in spoken]
     scores = [-float("inf")] * len(texts)
-    targets = [[*ids, alphabet.vocabulary.eos] for ids in written]
+    targets = [[*ids, tokenizer.vocabulary.eos] for ids in written]
     rows = [[*c, *t] for c, t in zip(contexts, targets, strict=True)]
     fitting = [index for index, row in enumerate(rows) if len(row) <= lm.max_positions]
     # The longest first, so that like lengths are padded together.
@@ -96,7 +96,7 @@ def _scores(lm: SpeechLM, rows: Sequence[Sequence[int]], num_targets: Sequence[i
         where += range(first, first + count)
         labels += row[-count:]
     device = next(lm.parameters()).device
-    chosen = text_rows(lm.alphabet, "asr")
+    chosen = text_rows(lm.tokenizer, "asr")
     asked = Asked(torch.tensor(where, device=device), chosen)
     (logits,) = logits_of(lm.lm, [asked], input_ids=tokens.to(device))
     columns = chosen.columns(torch.tensor(labels, device=device))

@@ -22,11 +22,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from slm.config import SamplingConfig
-from slm.data.sequences import NO_SCRIPT, Script
+from slm.data.sequences import NO_FORCED_TOKENS, ForcedTokens
 from slm.generation.checks import Failure, is_loop
 from slm.models.ar import SpeechLM
 from slm.models.lm_head import Rows, next_logits
-from slm.tokenization.tokenizer import Alphabet
+from slm.tokenization.tokenizer import SpeechTextTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class Request:
     max_tokens: int
     """A sequence without its end by then is cut."""
     seed: int
-    script: Script = NO_SCRIPT
+    script: ForcedTokens = NO_FORCED_TOKENS
     """What is given, not drawn."""
     sampled: bool = False
     """Drawn even where the configuration is greedy: the likeliest token would be the same again."""
@@ -158,7 +158,7 @@ class Allowed:
     """The end token."""
     loop_tokens: int
     """Tokens of a text, or frames of speech, that must repeat an earlier stretch to be a loop."""
-    speech: Alphabet | None = None
+    speech: SpeechTextTokenizer | None = None
     """Whose codes the ids stand for, one id perhaps for several frames; None: they are text."""
 
 
@@ -166,19 +166,19 @@ def speech_only(lm: SpeechLM, config: SamplingConfig) -> Allowed:
     """For TTS: speech ids and <|/speech|>."""
     vocabulary = lm.vocabulary
     loop = max(8, round(config.loop_seconds * vocabulary.codec.frame_rate))
-    ids = lm.alphabet.speech_range("tts")
+    ids = lm.tokenizer.speech_range("tts")
     return Allowed(
         first=ids.start,
         stop=ids.stop,
         end=vocabulary.speech_end,
         loop_tokens=loop,
-        speech=lm.alphabet,
+        speech=lm.tokenizer,
     )
 
 
 def text_only(lm: SpeechLM) -> Allowed:
     """For ASR: what transcripts are made of, and their end."""
-    ids, end = lm.alphabet.text_range("asr"), lm.vocabulary.eos
+    ids, end = lm.tokenizer.text_range("asr"), lm.vocabulary.eos
     return Allowed(first=ids.start, stop=ids.stop, end=end, loop_tokens=MIN_TEXT_LOOP)
 
 
@@ -191,10 +191,10 @@ def speech_bounds(
     return int(low), int(high + config.spare_seconds * frame_rate) + 1
 
 
-def text_bound(num_frames: int, alphabet: Alphabet) -> int:
+def text_bound(num_frames: int, tokenizer: SpeechTextTokenizer) -> int:
     """Most tokens of a transcript."""
-    seconds = num_frames / alphabet.vocabulary.codec.frame_rate
-    size = BYTES_PER_CHARACTER if alphabet.writes_bytes else 1
+    seconds = num_frames / tokenizer.vocabulary.codec.frame_rate
+    size = BYTES_PER_CHARACTER if tokenizer.writes_bytes else 1
     return int(seconds * TEXT_TOKENS_PER_SECOND * size) + 8
 
 
@@ -215,13 +215,13 @@ def restrict_context(
 
 def restrict_speech(lm: SpeechLM, context: Sequence[int], least: int, most: int, what: str) -> int:
     """The same for frames of speech: a token may stand for several."""
-    longest = int(lm.alphabet.frames(lm.alphabet.speech_range("tts")).max())
+    longest = int(lm.tokenizer.frames(lm.tokenizer.speech_range("tts")).max())
     return restrict_context(lm.max_positions, context, least, most, what, longest)
 
 
 def first_codes(lm: SpeechLM, made: Generated) -> Any:
     """Codes of codebook 1 (T,) that a TTS request brought."""
-    return lm.alphabet.codes_of(made.tokens)
+    return lm.tokenizer.codes_of(made.tokens)
 
 
 def again(request: Request, attempt: int, candidate: int = 0) -> Request:

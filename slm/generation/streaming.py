@@ -63,7 +63,7 @@ def stream(
     waves = WaveStream(codec, utterance.prompt.codes)
     decided, waiting = utterance.prompt.codes, np.zeros(0, np.int64)
     for token in tokens:
-        waiting = np.concatenate([waiting, lm.alphabet.codes_of([token])])
+        waiting = np.concatenate([waiting, lm.tokenizer.codes_of([token])])
         while len(waiting) >= size:
             new = _complete(models, utterance, decided, waiting[:size], sampling)
             decided, waiting = np.concatenate([decided, new], axis=1), waiting[size:]

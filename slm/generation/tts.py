@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from slm.config import SamplingConfig
-from slm.data.sequences import NO_SCRIPT, Coverage, Prompt, Script, join_texts
+from slm.data.sequences import NO_FORCED_TOKENS, Coverage, ForcedTokens, Prompt, join_texts
 from slm.generation.checks import (
     Failure,
     begins_with_prompt,
@@ -64,7 +64,7 @@ class Utterance:
     bounds: tuple[int, int]
     """Least and most frames."""
     seed: int
-    script: Script = NO_SCRIPT
+    script: ForcedTokens = NO_FORCED_TOKENS
     """Where the AR goes word by word: the words behind the first."""
 
 
@@ -230,7 +230,7 @@ def _code_failure(
     """What the codes themselves tell."""
     prompt, num_prompt = one.prompt, one.prompt.codes.shape[1]
     if "early" in sampling.checks:
-        text, before = lm.alphabet.in_words(one.text), lm.alphabet.in_words(prompt.text)
+        text, before = lm.tokenizer.in_words(one.text), lm.tokenizer.in_words(prompt.text)
         if is_early(len(first), one.bounds, text, num_prompt, before):
             return "early"
     if "leak" in sampling.checks:
@@ -291,7 +291,7 @@ def _listened(
     for row, heard in zip(rows, transcripts(lm, codes), strict=True):
         one = utterances[row]
         said, text, before = (
-            lm.alphabet.in_words(each) for each in (heard, one.text, one.prompt.text)
+            lm.tokenizer.in_words(each) for each in (heard, one.text, one.prompt.text)
         )
         if "leak" in asked and begins_with_prompt(said, before, text):
             checked[row] = replace(speeches[row], failure="leak")
@@ -310,7 +310,7 @@ def complete(
     """Codes (Q, T) of the new parts from their codebook 1."""
     if models.nar is None:
         return [row[None] for row in first]
-    spelt = models.lm.alphabet.spelt
+    spelt = models.lm.tokenizer.spelt
     texts = [spelt(join_texts(one.prompt.text, one.text)) for one in utterances]
     return models.nar.decode(
         texts,

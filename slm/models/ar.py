@@ -42,7 +42,7 @@ from slm.data.ar import IGNORE, ARBatch
 from slm.data.sequences import ASR, CONTINUATION, TASKS, TEXT, TTS
 from slm.models.attention import attention_of, kept_apart
 from slm.models.lm_head import Asked, logits_of, speech_rows, text_rows
-from slm.tokenization.tokenizer import Alphabet
+from slm.tokenization.tokenizer import SpeechTextTokenizer
 from slm.tokenization.vocabulary import Vocabulary, extend, row_parameters
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ class Letters(NamedTuple):
         return cls(letters, shares)
 
 
-def spell_rows(lm: Any, alphabet: Alphabet, path: str | Path | None) -> None:
+def spell_rows(lm: Any, tokenizer: SpeechTextTokenizer, path: str | Path | None) -> None:
     """Adds to the new row of each code of codebook 1 what its letters' rows are apart from the mean
     of the text rows, by the shares of a file of letters (None: nothing); in place, before any
     adapter. A merge of several codes gets the mean of what they get.
@@ -177,23 +177,23 @@ def spell_rows(lm: Any, alphabet: Alphabet, path: str | Path | None) -> None:
     """
     if path is None:
         return
-    letters, vocabulary = Letters.load(path), alphabet.vocabulary
+    letters, vocabulary = Letters.load(path), tokenizer.vocabulary
     if len(letters.shares) != vocabulary.codebook_size:
         raise ValueError(
             f"ar.letter_init is of {len(letters.shares)} codes, but codebook 1 has "
             f"{vocabulary.codebook_size}; make the letters of these tokens"
         )
-    if "characters" not in (alphabet.text.tts_form, alphabet.text.asr_form):
+    if "characters" not in (tokenizer.text.tts_form, tokenizer.text.asr_form):
         logger.warning(
             "ar.letter_init helps little where neither text.tts_form nor .asr_form is characters"
         )
     try:
-        ids = alphabet.spelling_ids([" ", *letters.letters])
+        ids = tokenizer.spelling_ids([" ", *letters.letters])
     except ValueError as error:
         raise ValueError(f"ar.letter_init: {error}; or leave ar.letter_init out") from error
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     tables = [embedding] if head.weight is embedding.weight else [embedding, head]
-    pieces, units = np.arange(vocabulary.num_pieces), alphabet.pieces
+    pieces, units = np.arange(vocabulary.num_pieces), tokenizer.pieces
     made_of = [row if units is None else units.decode(row) for row in pieces[:, None]]
     shares = torch.from_numpy(np.stack([letters.shares[codes].mean(0) for codes in made_of]))
     new_rows = torch.from_numpy(vocabulary.encode_pieces(pieces))
@@ -223,10 +223,10 @@ class SpeechLM(nn.Module):
 
     groups = TASKS
 
-    def __init__(self, lm: Any, alphabet: Alphabet, origin: dict[str, Any]):
+    def __init__(self, lm: Any, tokenizer: SpeechTextTokenizer, origin: dict[str, Any]):
         super().__init__()
         self.lm = lm
-        self.alphabet = alphabet
+        self.tokenizer = tokenizer
         self.origin = origin
         self.config = lm.config
 
@@ -234,10 +234,12 @@ class SpeechLM(nn.Module):
     def create(cls, config: ARConfig, codec: CodecStamp, seed: int) -> "SpeechLM":
         """The pretrained LLM with rows for `codec`'s codebook 1, and adapters if so configured."""
         base = load_base(config.base, config.num_layers)
-        alphabet = Alphabet.create(base.lm, base.tokenizer, codec, config.text, config.speech)
-        vocabulary = alphabet.vocabulary
+        tokenizer = SpeechTextTokenizer.create(
+            base.lm, base.tokenizer, codec, config.text, config.speech
+        )
+        vocabulary = tokenizer.vocabulary
         extend(base.lm, vocabulary, seed, config.init_scale)
-        spell_rows(base.lm, alphabet, config.letter_init)
+        spell_rows(base.lm, tokenizer, config.letter_init)
         lm = base.lm
         if config.start_from is not None:
             cls._go_on(lm, vocabulary, base.digest, config)
@@ -257,7 +259,7 @@ class SpeechLM(nn.Module):
             "adapter": config.lora is not None,
             "tasks": asdict(config.tasks),
         }
-        return cls(lm, alphabet, origin)
+        return cls(lm, tokenizer, origin)
 
     @classmethod
     def _go_on(cls, lm: Any, vocabulary: Vocabulary, digest: str, config: ARConfig) -> None:
@@ -284,7 +286,7 @@ class SpeechLM(nn.Module):
 
     @property
     def vocabulary(self) -> Vocabulary:
-        return self.alphabet.vocabulary
+        return self.tokenizer.vocabulary
 
     def check_task(self, task: str) -> None:
         """Raises ValueError for a task that the model was not trained on."""
@@ -308,9 +310,9 @@ class SpeechLM(nn.Module):
         asked = [
             Asked((target & chosen).nonzero()[:, 0], rows)
             for chosen, rows in [
-                (spoken, speech_rows(self.alphabet)),
-                (tasks == ASR, text_rows(self.alphabet, "asr")),
-                (tasks == TEXT, text_rows(self.alphabet, "text")),
+                (spoken, speech_rows(self.tokenizer)),
+                (tasks == ASR, text_rows(self.tokenizer, "asr")),
+                (tasks == TEXT, text_rows(self.tokenizer, "text")),
             ]
         ]
         # Text's many rows cost, and are of the table that the others are of: no rank misses them.
@@ -342,8 +344,8 @@ class SpeechLM(nn.Module):
             (folder / "README.md").unlink(missing_ok=True)
         else:
             self.lm.save_pretrained(folder, state_dict=weights)
-        self.alphabet.tokenizer.save_pretrained(folder)
-        self.alphabet.save(folder)
+        self.tokenizer.text_tokenizer.save_pretrained(folder)
+        self.tokenizer.save(folder)
         self.save_origin(folder)
 
     def save_origin(self, folder: str | Path, beside: str | Path | None = None) -> None:
@@ -368,13 +370,13 @@ class SpeechLM(nn.Module):
         vocabulary = Vocabulary.load(folder)
         origin = _read_object(folder / BASE_FILE, ("name", "digest", "num_layers", "adapter"))
         if origin["adapter"]:
-            lm, tokenizer = _load_adapted(folder, origin, vocabulary, base, dtype)
+            lm, text_tokenizer = _load_adapted(folder, origin, vocabulary, base, dtype)
         else:
-            lm, tokenizer, _ = load_base(folder, None, dtype)
+            lm, text_tokenizer, _ = load_base(folder, None, dtype)
         if lm.get_input_embeddings().weight.shape[0] != vocabulary.size:
             raise ValueError(f"{folder}: its table of tokens does not fit its vocabulary.json")
-        alphabet = Alphabet.load(folder, tokenizer)
-        return cls(lm, alphabet, origin).eval().requires_grad_(False)
+        tokenizer = SpeechTextTokenizer.load(folder, text_tokenizer)
+        return cls(lm, tokenizer, origin).eval().requires_grad_(False)
 
 
 def score(

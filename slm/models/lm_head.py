@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slm.tokenization.tokenizer import Alphabet
+from slm.tokenization.tokenizer import SpeechTextTokenizer
 
 Forward = Callable[..., Tensor]
 
@@ -49,16 +49,16 @@ class Rows(NamedTuple):
         return None if inside else self.end
 
 
-def speech_rows(alphabet: Alphabet) -> Rows:
+def speech_rows(tokenizer: SpeechTextTokenizer) -> Rows:
     """What a target of speech may be."""
-    made = alphabet.speech_range("tts")  # Speech that goes on by itself is made of the same.
-    return Rows(made.start, made.stop, alphabet.vocabulary.speech_end)
+    made = tokenizer.speech_range("tts")  # Speech that goes on by itself is made of the same.
+    return Rows(made.start, made.stop, tokenizer.vocabulary.speech_end)
 
 
-def text_rows(alphabet: Alphabet, task: str) -> Rows:
+def text_rows(tokenizer: SpeechTextTokenizer, task: str) -> Rows:
     """What a target of text may be: a transcript (asr), or text alone."""
-    made = alphabet.text_range(task)
-    return Rows(made.start, made.stop, alphabet.vocabulary.eos)
+    made = tokenizer.text_range(task)
+    return Rows(made.start, made.stop, tokenizer.vocabulary.eos)
 
 
 class Asked(NamedTuple):

@@ -78,19 +78,19 @@ def as_adapters(lm: SpeechLM, base: str | Path, rank: int, coverage: Coverage) -
                 rows_of.copy_(trained[table].weight[rows])
     origin = {**lm.origin, "adapter": True, "name": str(base)}
     origin.pop("relative", None)
-    return SpeechLM(adapted, lm.alphabet, origin).eval()
+    return SpeechLM(adapted, lm.tokenizer, origin).eval()
 
 
 def used_rows(lm: SpeechLM, coverage: Coverage) -> list[int]:
     """Ids of new tokens, and of those that texts of the training's characters are made of; of all,
     where texts are made of more than characters."""
-    alphabet = lm.alphabet
+    tokenizer = lm.tokenizer
     found = set(lm.vocabulary.new_ids)
-    forms = {alphabet.text.tts_form, alphabet.text.asr_form}
+    forms = {tokenizer.text.tts_form, tokenizer.text.asr_form}
     if forms != {"characters"} or lm.origin.get("tasks", {}).get("text"):
         return sorted(found | set(range(lm.vocabulary.num_text)))
-    found.update(alphabet.text_range("asr"))
-    for ids in alphabet.spelling_ids([*coverage.characters, " "]):
+    found.update(tokenizer.text_range("asr"))
+    for ids in tokenizer.spelling_ids([*coverage.characters, " "]):
         found.update(ids)
     found.add(lm.vocabulary.eos)
     return sorted(found)

@@ -41,7 +41,7 @@ class Trained(NamedTuple):
     """Codes that repeat the one before are left out: durations are lost."""
 
 
-class Units:
+class AcousticBPE:
     """Pieces of one or more codes of codebook 1. Make it by `train` or `load`."""
 
     def __init__(self, model: bytes, trained: Trained):
@@ -72,7 +72,7 @@ class Units:
         codec: CodecStamp,
         size: int,
         remove_runs: bool = False,
-    ) -> "Units":
+    ) -> "AcousticBPE":
         """Finds the `size` most useful merges (fewer where there are no more) in codes of `codec`.
 
         Every code of the codebook is a piece, whether the sequences have it or not.
@@ -175,7 +175,7 @@ class Units:
             temporary.write_text(json.dumps(record, indent=1))
 
     @classmethod
-    def load(cls, path: str | Path) -> "Units":
+    def load(cls, path: str | Path) -> "AcousticBPE":
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"{path}: no such units model; recipes/train_units.py makes one")

@@ -22,7 +22,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from codec.tokens import CodecStamp, written_whole
 from slm.config import SpeechFormConfig, TextConfig, from_json
 from slm.data.sequences import in_small_letters
-from slm.tokenization.acoustic_bpe import Units
+from slm.tokenization.acoustic_bpe import AcousticBPE
 from slm.tokenization.text_normalization import normalize, phonemes
 from slm.tokenization.vocabulary import Vocabulary, encode_texts
 
@@ -32,7 +32,7 @@ FILE_NAME = "alphabet.json"
 UNITS_FILE = "units.model"
 
 
-class Alphabet:
+class SpeechTextTokenizer:
     """The vocabulary, and which of its ids a task's text and speech are made of.
 
     Make it by `create` or `load`; the constructor is for what has no pieces.
@@ -41,21 +41,23 @@ class Alphabet:
     def __init__(
         self,
         vocabulary: Vocabulary,
-        tokenizer: Any,
+        text_tokenizer: Any,
         text: TextConfig | None = None,
         units: SpeechFormConfig | None = None,
-        pieces: Units | None = None,
+        pieces: AcousticBPE | None = None,
         by_bytes: bool = True,
     ):
         """`by_bytes`: transcripts in characters are made of bytes' tokens, where there are such."""
         self.by_bytes = by_bytes
-        self.vocabulary, self.tokenizer = vocabulary, tokenizer
+        self.vocabulary, self.text_tokenizer = vocabulary, text_tokenizer
         self.text, self.units = text or TextConfig(), units or SpeechFormConfig()
         self.pieces = pieces
         self._characters: dict[str, list[int]] = {}
         self._in_bytes: dict[str, list[int]] = {}
         if (pieces is not None) != ("bpe" in (self.units.tts_form, self.units.asr_form)):
-            raise ValueError("units of bpe and their model belong together; use Alphabet.create")
+            raise ValueError(
+                "units of bpe and their model belong together; use SpeechTextTokenizer.create"
+            )
         if pieces is None:
             return
         pieces.check_codec(vocabulary.codec, self.units.bpe_model or "the units model")
@@ -72,13 +74,18 @@ class Alphabet:
 
     @classmethod
     def create(
-        cls, lm: Any, tokenizer: Any, codec: CodecStamp, text: TextConfig, units: SpeechFormConfig
-    ) -> "Alphabet":
+        cls,
+        lm: Any,
+        text_tokenizer: Any,
+        codec: CodecStamp,
+        text: TextConfig,
+        units: SpeechFormConfig,
+    ) -> "SpeechTextTokenizer":
         """For a causal LM as it was loaded. Reads the units model where a task uses it."""
         pieces = None
         if "bpe" in (units.tts_form, units.asr_form):
             assert units.bpe_model is not None
-            pieces = Units.load(units.bpe_model)
+            pieces = AcousticBPE.load(units.bpe_model)
             pieces.check_codec(codec, units.bpe_model)
         elif units.bpe_model is not None:
             logger.warning(
@@ -86,8 +93,8 @@ class Alphabet:
                 units.bpe_model,
             )
         num_merges = 0 if pieces is None else pieces.num_merges
-        vocabulary = Vocabulary.of(lm, tokenizer, codec, num_merges)
-        return cls(vocabulary, tokenizer, text, units, pieces)
+        vocabulary = Vocabulary.of(lm, text_tokenizer, codec, num_merges)
+        return cls(vocabulary, text_tokenizer, text, units, pieces)
 
     def text_ids(self, task: str, texts: Sequence[str]) -> list[list[int]]:
         """Texts as `task` reads (tts) or writes (asr, text) them."""
@@ -97,9 +104,9 @@ class Alphabet:
             texts = [in_small_letters(text) for text in texts]
         form = {"tts": self.text.tts_form, "asr": self.text.asr_form}.get(task, "tokens")
         if form == "tokens":
-            return encode_texts(self.tokenizer, texts)
+            return encode_texts(self.text_tokenizer, texts)
         if task == "asr" and self.writes_bytes:
-            return _spelt(texts, self._in_bytes, lambda one: _byte_ids(self.tokenizer, one))
+            return _spelt(texts, self._in_bytes, lambda one: _byte_ids(self.text_tokenizer, one))
         return self.spelling_ids(texts)
 
     def text_range(self, task: str) -> range:
@@ -115,13 +122,13 @@ class Alphabet:
 
     def text_of(self, ids: Sequence[int]) -> str:
         """A transcript's ids, without their end, back to text."""
-        return self.vocabulary.decode_text(self.tokenizer, ids)
+        return self.vocabulary.decode_text(self.text_tokenizer, ids)
 
     def num_tokens(self, text: str) -> int:
         """How much there is to say: the LLM's own tokens of the text, whatever its form here."""
         text = in_small_letters(text)
         spelt = normalize(text) if self.text.normalize else text
-        return len(encode_texts(self.tokenizer, [spelt])[0])
+        return len(encode_texts(self.text_tokenizer, [spelt])[0])
 
     def speech_ids(self, task: str, codes: Int[np.ndarray, " T"]) -> Int[np.ndarray, " N"]:
         """Codes of codebook 1 as `task` hears (asr) or makes (tts, continuation) them."""
@@ -170,14 +177,14 @@ class Alphabet:
     def _bytes(self) -> range | None:
         """The stretch of ids that has those of single bytes; None: the tokenizer is not byte-level,
         or has them scattered."""
-        names, convert = sorted(_BYTES.alphabet()), self.tokenizer.convert_tokens_to_ids
+        names, convert = sorted(_BYTES.alphabet()), self.text_tokenizer.convert_tokens_to_ids
         space = convert([_BYTES.pre_tokenize_str(" ")[0][0]])
         # Some have no token for bytes that no text has, or hardly any.
-        unknown = {None, getattr(self.tokenizer, "unk_token_id", None)}
+        unknown = {None, getattr(self.text_tokenizer, "unk_token_id", None)}
         if (
             not self.by_bytes
             or space[0] in unknown
-            or encode_texts(self.tokenizer, [" "]) != [space]
+            or encode_texts(self.text_tokenizer, [" "]) != [space]
         ):
             return None
         ids = sorted(set(convert(names)) - unknown)
@@ -185,7 +192,7 @@ class Alphabet:
 
     def spelling_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Each character's own tokens, case and spaces kept. ValueError for one that has none."""
-        return _spelt(texts, self._characters, lambda one: _character_ids(self.tokenizer, one))
+        return _spelt(texts, self._characters, lambda one: _character_ids(self.text_tokenizer, one))
 
     def save(self, folder: str | Path) -> None:
         """The units model goes with it: a voice does not need the file that it was made with."""
@@ -198,10 +205,10 @@ class Alphabet:
             temporary.write_text(json.dumps(record, indent=1))
 
     @classmethod
-    def load(cls, folder: str | Path, tokenizer: Any) -> "Alphabet":
+    def load(cls, folder: str | Path, text_tokenizer: Any) -> "SpeechTextTokenizer":
         vocabulary, path = Vocabulary.load(folder), Path(folder) / FILE_NAME
         if not path.is_file():  # Older voices knew the LLM's tokens and codes alone.
-            return cls(vocabulary, tokenizer, TextConfig(normalize=False))
+            return cls(vocabulary, text_tokenizer, TextConfig(normalize=False))
         try:
             record = json.loads(path.read_text())
             text = from_json(TextConfig, record["text"])
@@ -212,9 +219,9 @@ class Alphabet:
                 f"{path}: missing or damaged ({error}); copy the voice again"
             ) from error
         used = "bpe" in (units.tts_form, units.asr_form)
-        pieces = Units.load(Path(folder) / UNITS_FILE) if used else None
+        pieces = AcousticBPE.load(Path(folder) / UNITS_FILE) if used else None
         # Older voices wrote each character's own tokens.
-        return cls(vocabulary, tokenizer, text, units, pieces, record.get("bytes", False))
+        return cls(vocabulary, text_tokenizer, text, units, pieces, record.get("bytes", False))
 
 
 def _spelt(
@@ -231,27 +238,33 @@ _BYTES = ByteLevel(add_prefix_space=False, use_regex=False)
 """Names of bytes in byte-level vocabularies."""
 
 
-def _byte_ids(tokenizer: Any, character: str) -> list[int]:
+def _byte_ids(text_tokenizer: Any, character: str) -> list[int]:
     """The tokens of a character's bytes, one each."""
     (named,) = _BYTES.pre_tokenize_str(character)
-    return _first_that_spells(tokenizer, character, [tokenizer.convert_tokens_to_ids([*named[0]])])
+    return _first_that_spells(
+        text_tokenizer, character, [text_tokenizer.convert_tokens_to_ids([*named[0]])]
+    )
 
 
-def _character_ids(tokenizer: Any, character: str) -> list[int]:
+def _character_ids(text_tokenizer: Any, character: str) -> list[int]:
     """Ids that are this character and nothing else: what the tokenizer makes of it alone, or,
     where that puts a space before it, its own piece or its bytes'."""
     pieces = [character.replace(" ", "\u2581")]
     spelt = [f"<0x{byte:02X}>" for byte in character.encode()]
-    named = [tokenizer.convert_tokens_to_ids(names) for names in (pieces, spelt)]
-    return _first_that_spells(tokenizer, character, [*encode_texts(tokenizer, [character]), *named])
+    named = [text_tokenizer.convert_tokens_to_ids(names) for names in (pieces, spelt)]
+    return _first_that_spells(
+        text_tokenizer, character, [*encode_texts(text_tokenizer, [character]), *named]
+    )
 
 
-def _first_that_spells(tokenizer: Any, character: str, tries: Iterable[list[Any]]) -> list[int]:
-    unknown = getattr(tokenizer, "unk_token_id", None)
+def _first_that_spells(
+    text_tokenizer: Any, character: str, tries: Iterable[list[Any]]
+) -> list[int]:
+    unknown = getattr(text_tokenizer, "unk_token_id", None)
     for ids in tries:
         if None in ids or unknown in ids:
             continue
-        if tokenizer.decode(list(ids), clean_up_tokenization_spaces=False) == character:
+        if text_tokenizer.decode(list(ids), clean_up_tokenization_spaces=False) == character:
             return list(ids)
     raise ValueError(
         f"the LLM's tokenizer cannot spell {character!r} by itself; "

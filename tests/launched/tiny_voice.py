@@ -52,9 +52,9 @@ def parts(kind: str, folder: Path, dropout: float = 0.0) -> Parts:
         )  # fmt: skip
         torch.manual_seed(0)
         batch = BatchConfig(positions=250)
-        return Parts(NAR(config), nar_step, NARData.open(shard, lm.alphabet, config, batch, 0))
+        return Parts(NAR(config), nar_step, NARData.open(shard, lm.tokenizer, config, batch, 0))
     batch = BatchConfig(positions=250, packed=120 if packed else None)
-    data = ARData.open(shard, lm.alphabet, TaskConfig(), batch, 0, longest=256)
+    data = ARData.open(shard, lm.tokenizer, TaskConfig(), batch, 0, longest=256)
     return Parts(lm, ar_step, data)
 
 

@@ -11,7 +11,7 @@ from tiny_slm import STAMP, save_shard
 from codec.tokens import TokenShard, write_shard
 from recipes import train_units
 from recipes.train_units import UnitsTrainConfig, drawn
-from slm.tokenization.acoustic_bpe import Units
+from slm.tokenization.acoustic_bpe import AcousticBPE
 
 
 def test_units_are_trained_and_summed_up(tmp_path: Path, capsys) -> None:
@@ -19,7 +19,7 @@ def test_units_are_trained_and_summed_up(tmp_path: Path, capsys) -> None:
         save_shard(tmp_path / name / "a.parquet", count)
     train, dev, out = (tmp_path / name for name in ("train", "dev", "units.model"))
     train_units.main([f"tokens={train}", f"dev={dev}", f"out={out}", "size=20"])
-    units, summary = Units.load(out), json.loads(capsys.readouterr().out)
+    units, summary = AcousticBPE.load(out), json.loads(capsys.readouterr().out)
     assert units.num_merges == 20
     units.check_codec(STAMP)
     shards = {"train": TokenShard.open(train), "dev": TokenShard.open(dev)}

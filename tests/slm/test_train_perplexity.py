@@ -29,10 +29,10 @@ def test_before_training_it_is_the_base_llms(
     base = load_base(folder)
     lm = SpeechLM.create(ARConfig(base=str(folder), lora=lora), STAMP, seed=0)
     before = text_perplexity(base.lm, base.tokenizer, TEXTS)
-    assert text_perplexity(lm, lm.alphabet, TEXTS) == pytest.approx(before, rel=1e-6)
+    assert text_perplexity(lm, lm.tokenizer, TEXTS) == pytest.approx(before, rel=1e-6)
     # The new rows take their share of the probability.
     whole = text_perplexity(base.lm, base.tokenizer, TEXTS, rows="all")
-    assert before < whole < text_perplexity(lm, lm.alphabet, TEXTS, rows="all")
+    assert before < whole < text_perplexity(lm, lm.tokenizer, TEXTS, rows="all")
 
 
 def test_it_is_that_of_plain_logits_whatever_the_batches(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_old_tokens_keep_their_ids(tmp_path: Path) -> None:
     lm = SpeechLM.create(ARConfig(base=str(folder), lora=LoRAConfig(rank=2)), STAMP, seed=0)
     lm.save(tmp_path / "ar")
     for kept in (lm, SpeechLM.load(tmp_path / "ar")):
-        tokenizer = kept.alphabet.tokenizer
+        tokenizer = kept.tokenizer.text_tokenizer
         assert tokenizer.get_vocab() == base.tokenizer.get_vocab()
         assert encode_texts(tokenizer, TEXTS) == encode_texts(base.tokenizer, TEXTS)
         assert kept.vocabulary.new_ids.start >= len(base.tokenizer)

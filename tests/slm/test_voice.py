@@ -356,7 +356,7 @@ def test_a_voice_is_saved_whole(voice: Voice, tmp_path: Path) -> None:
     again = Voice.from_pretrained(tmp_path / "deep" / "again")
     assert set(again.prompts) == {"ann", "bob"}
     assert again.digest == voice.digest
-    assert again.lm.alphabet.text == voice.lm.alphabet.text
+    assert again.lm.tokenizer.text == voice.lm.tokenizer.text
     assert (tmp_path / "deep" / "again" / "ar" / "units.model").read_bytes() == b"kept"
     assert (tmp_path / "deep" / "again" / "README.md").read_text() == "My own."
 

@@ -146,7 +146,7 @@ def test_a_voice_that_goes_word_by_word(
             tts([*given, *wrong])
     tts([*given, f"edges=[{tmp_path / 'e.jsonl.gz'}]", *STEP])
     voice = Voice.from_pretrained(tmp_path / "run" / "voice")
-    assert voice.lm.alphabet.text.interleaved
+    assert voice.lm.tokenizer.text.interleaved
     utterance = voice.prepare("the cat sat", next(iter(voice.prompts.values())))
     assert len(utterance.script.parts) == 2
     for listed in ("cross", "continuation"):

@@ -41,7 +41,7 @@ class FakeVoice:
         self.codec = SimpleNamespace(
             sample_rate=16000, frame_rate=25.0, stamp=stamp, num_codebooks=3
         )
-        self.lm = SimpleNamespace(alphabet=SimpleNamespace(text=SimpleNamespace(normalize=True)))
+        self.lm = SimpleNamespace(tokenizer=SimpleNamespace(text=SimpleNamespace(normalize=True)))
         self.nar = "a NAR"
         self.folder = folder
         self.sampling = None

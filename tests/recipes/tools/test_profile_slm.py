@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from tiny_slm import STAMP, alphabet_of, quiet, save_base, save_shard
+from tiny_slm import STAMP, quiet, save_base, save_shard, tokenizer_of
 
 from recipes.tools.profile_slm import (
     ProfileSLMConfig,
@@ -90,8 +90,8 @@ def test_the_nars_batches_are_the_trainers(tmp_path: Path) -> None:
     config = ProfileSLMConfig(
         part="nar", train=str(tmp_path / "a.parquet"), nar=nar, batch=BatchConfig(positions=800)
     )
-    alphabet = alphabet_of(save_base(tmp_path / "base"))
-    compared = nar_ways(config, alphabet)
+    tokenizer = tokenizer_of(save_base(tmp_path / "base"))
+    compared = nar_ways(config, tokenizer)
     (way,) = compared.values()
     assert 0 < way.padding_share < 0.2
     steps = list(itertools.islice(way.shares(2), 3))
@@ -106,7 +106,7 @@ def test_the_nars_batches_are_the_trainers(tmp_path: Path) -> None:
         asked = sum(int((one.batch.lengths - one.batch.prompt_lengths).sum()) for one in shares)
         assert round(sum(one.num_targets for one in shares)) == 2 * asked
     with pytest.raises(ValueError, match="only the AR's batches can be packed"):
-        nar_ways(replace(config, batch=BatchConfig(positions=800, packed=400)), alphabet)
+        nar_ways(replace(config, batch=BatchConfig(positions=800, packed=400)), tokenizer)
 
 
 def test_the_nar_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

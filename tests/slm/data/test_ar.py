@@ -16,7 +16,7 @@ from slm.data.corpus import usable
 from slm.data.nar import NARData
 from slm.data.sequences import ASR, CONTINUATION, TASKS, TEXT, TTS, layout
 from slm.models.ar import load_base
-from slm.tokenization.tokenizer import Alphabet
+from slm.tokenization.tokenizer import SpeechTextTokenizer
 from slm.tokenization.vocabulary import Vocabulary
 
 pytestmark = quiet()
@@ -39,8 +39,8 @@ def vocabulary(base) -> Vocabulary:
 
 def ar_data(path: Path, base, vocabulary: Vocabulary, **kwargs) -> ARData:
     settings = {"tasks": TaskConfig(), "batch": BATCH, "seed": 0, "longest": 256}
-    alphabet = Alphabet(vocabulary, base.tokenizer)
-    return ARData.open(TokenShard.open(path), alphabet, **{**settings, **kwargs})
+    tokenizer = SpeechTextTokenizer(vocabulary, base.tokenizer)
+    return ARData.open(TokenShard.open(path), tokenizer, **{**settings, **kwargs})
 
 
 def same(one: Any, other: Any) -> bool:
@@ -59,7 +59,7 @@ def test_labels_cover_exactly_the_target_and_its_end(
     for row, item in enumerate(items):
         labels = batch.labels[row][batch.labels[row] != IGNORE].tolist()
         codes = vocabulary.encode_speech(data.corpus.codes(item)[0]).tolist()
-        target = codes if task == TTS else data.alphabet.text_ids("asr", data.corpus.texts)[item]
+        target = codes if task == TTS else data.tokenizer.text_ids("asr", data.corpus.texts)[item]
         # The end is labelled although the padding has the same id.
         assert labels == [*target, end]
         where = np.flatnonzero(batch.labels[row] != IGNORE)
@@ -99,7 +99,7 @@ def test_every_layout_is_its_utterances(tmp_path, base, vocabulary) -> None:
     data = ar_data(tmp_path / "a.parquet", base, vocabulary, tasks=ALL, texts=TEXTS)
     for place, task in enumerate((TTS, ASR, CONTINUATION)):
         for index, row in enumerate(rows):
-            (text,) = data.alphabet.text_ids(TASKS[task], [row.text])
+            (text,) = data.tokenizer.text_ids(TASKS[task], [row.text])
             speech = vocabulary.encode_speech(row.codes[0])
             one, expected = data.layout(12 * place + index), layout(task, vocabulary, text, speech)
             assert one.tokens.tolist() == expected.tokens.tolist()
@@ -117,7 +117,7 @@ def test_texts_come_in_pieces_that_fit(tmp_path, base, vocabulary, packed: bool)
     pieces = [data.layout(item) for item in range(36, len(data.lengths))]
     longest = 160 if packed else 256
     assert all(one.num_context == 1 and len(one.tokens) <= longest for one in pieces)
-    ids = data.alphabet.text_ids("text", TEXTS)
+    ids = data.tokenizer.text_ids("text", TEXTS)
     whole = [token for text in ids for token in (*text, vocabulary.eos)]
     assert np.concatenate([one.tokens for one in pieces]).tolist() == whole
     assert [len(one.tokens) for one in pieces] == data.lengths[36:].tolist()
@@ -160,11 +160,14 @@ def test_a_task_of_half_the_weight_has_every_item_once_in_two_epochs(
 def test_the_first_epochs_are_of_the_chosen_rows_and_the_texts(tmp_path, base, vocabulary) -> None:
     path = save_shard(tmp_path / "a.parquet", 10)
     rows = np.arange(10) >= 6
-    alphabet, corpus = Alphabet(vocabulary, base.tokenizer), usable(TokenShard.open(path))
+    tokenizer, corpus = (
+        SpeechTextTokenizer(vocabulary, base.tokenizer),
+        usable(TokenShard.open(path)),
+    )
 
     def begun(chosen: np.ndarray, epochs: float = 2.0) -> ARData:
         start = Start(chosen, epochs)
-        return ARData(corpus, alphabet, ALL, BATCH, 0, longest=256, texts=TEXTS, start=start)
+        return ARData(corpus, tokenizer, ALL, BATCH, 0, longest=256, texts=TEXTS, start=start)
 
     data = begun(rows)
     number, forms = 10, 3  # tts, asr, continuation
@@ -205,8 +208,11 @@ def test_same_step_same_batch_whatever_came_before(tmp_path, base, vocabulary) -
 def test_two_ranks_see_what_one_rank_accumulates(tmp_path, base, vocabulary, kind: str) -> None:
     path = save_shard(tmp_path / "a.parquet", 30)
     if kind == "nar":
-        config, alphabet = NARConfig(codebook_sizes=SIZES), Alphabet(vocabulary, base.tokenizer)
-        data = NARData.open(TokenShard.open(path), alphabet, config, BATCH, 0)
+        config, tokenizer = (
+            NARConfig(codebook_sizes=SIZES),
+            SpeechTextTokenizer(vocabulary, base.tokenizer),
+        )
+        data = NARData.open(TokenShard.open(path), tokenizer, config, BATCH, 0)
     else:
         data = ar_data(path, base, vocabulary, batch=PACKED if kind == "packed" else BATCH)
     for step in range(5):
@@ -276,7 +282,7 @@ def test_task_weights(tmp_path, base, vocabulary) -> None:
 def test_nar_stages_and_prompts(tmp_path, base, vocabulary) -> None:
     config = NARConfig(codebook_sizes=SIZES, prompt_share=(0.2, 0.4), prompt_frames=6)
     shard = TokenShard.open(save_shard(tmp_path / "a.parquet", 30))
-    data = NARData.open(shard, Alphabet(vocabulary, base.tokenizer), config, BATCH, 0)
+    data = NARData.open(shard, SpeechTextTokenizer(vocabulary, base.tokenizer), config, BATCH, 0)
     stages = set()
     for step in range(20):
         batch = data.share(step, 0, 0, 1, 1).batch

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_slm import STAMP, alphabet_of, make_rows, quiet, save_base
+from tiny_slm import STAMP, make_rows, quiet, save_base, tokenizer_of
 
 from codec.tokens import TokenShard, write_shard
 from slm import voice as preparing
@@ -29,7 +29,7 @@ from slm.generation.rerank import transcripts
 from slm.generation.sampling import Generated, Request, generate, speech_only, stream_tokens
 from slm.generation.tts import Models
 from slm.models.ar import SpeechLM
-from slm.tokenization.tokenizer import Alphabet
+from slm.tokenization.tokenizer import SpeechTextTokenizer
 from slm.voice import num_said, passage, prepare
 
 pytestmark = quiet()
@@ -55,9 +55,9 @@ class Chance(np.random.Generator):
 
 
 @pytest.fixture(scope="module")
-def alphabet(tmp_path_factory: pytest.TempPathFactory) -> Alphabet:
-    plain = alphabet_of(save_base(tmp_path_factory.mktemp("base")))
-    return Alphabet(plain.vocabulary, plain.tokenizer, TEXT)
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SpeechTextTokenizer:
+    plain = tokenizer_of(save_base(tmp_path_factory.mktemp("base")))
+    return SpeechTextTokenizer(plain.vocabulary, plain.text_tokenizer, TEXT)
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +67,15 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> SpeechLM:
     return SpeechLM.create(config, STAMP, seed=1).double().eval()
 
 
-def parts(alphabet: Alphabet, *texts: str) -> list[list[int]]:
-    return alphabet.text_ids("tts", texts)
+def parts(tokenizer: SpeechTextTokenizer, *texts: str) -> list[list[int]]:
+    return tokenizer.text_ids("tts", texts)
 
 
-def test_a_word_stands_right_before_its_codes(alphabet: Alphabet) -> None:
-    made = speaking_layout(alphabet, "the cat sat", CODES, EDGES, Chance(0.0))
-    v, said = alphabet.vocabulary, alphabet.vocabulary.encode_speech(CODES).tolist()
-    the, cat, sat = parts(alphabet, "the", "cat", "sat")
-    (whole,) = parts(alphabet, "the cat sat")
+def test_a_word_stands_right_before_its_codes(tokenizer: SpeechTextTokenizer) -> None:
+    made = speaking_layout(tokenizer, "the cat sat", CODES, EDGES, Chance(0.0))
+    v, said = tokenizer.vocabulary, tokenizer.vocabulary.encode_speech(CODES).tolist()
+    the, cat, sat = parts(tokenizer, "the", "cat", "sat")
+    (whole,) = parts(tokenizer, "the cat sat")
     assert made.tokens.tolist() == [
         v.text, *whole, v.speech,
         v.speech_end, *the, v.speech, *said[:2],
@@ -89,10 +89,12 @@ def test_a_word_stands_right_before_its_codes(alphabet: Alphabet) -> None:
     ]  # fmt: skip
 
 
-def test_a_prompt_is_speech_of_the_first_words_and_no_target(alphabet: Alphabet) -> None:
-    made = speaking_layout(alphabet, "the cat sat", CODES, EDGES, Chance(0.9, 1))
-    v, said = alphabet.vocabulary, alphabet.vocabulary.encode_speech(CODES).tolist()
-    (whole,), (cat,) = parts(alphabet, "the cat sat"), parts(alphabet, "cat")
+def test_a_prompt_is_speech_of_the_first_words_and_no_target(
+    tokenizer: SpeechTextTokenizer,
+) -> None:
+    made = speaking_layout(tokenizer, "the cat sat", CODES, EDGES, Chance(0.9, 1))
+    v, said = tokenizer.vocabulary, tokenizer.vocabulary.encode_speech(CODES).tolist()
+    (whole,), (cat,) = parts(tokenizer, "the cat sat"), parts(tokenizer, "cat")
     context = tts_context(v, whole, said[:2])
     assert made.tokens[: made.num_context].tolist() == [*context, v.speech_end, *cat, v.speech]
     assert made.given is not None
@@ -101,21 +103,23 @@ def test_a_prompt_is_speech_of_the_first_words_and_no_target(alphabet: Alphabet)
 
 
 @pytest.mark.parametrize("edges", [None, [0, 9], [0, 2, 5, 8]])
-def test_what_has_no_edges_is_one_word(alphabet: Alphabet, edges: list[int] | None) -> None:
-    made = speaking_layout(alphabet, "the cat sat", CODES, edges, Chance(0.9))
-    (whole,), v = parts(alphabet, "the cat sat"), alphabet.vocabulary
+def test_what_has_no_edges_is_one_word(
+    tokenizer: SpeechTextTokenizer, edges: list[int] | None
+) -> None:
+    made = speaking_layout(tokenizer, "the cat sat", CODES, edges, Chance(0.9))
+    (whole,), v = parts(tokenizer, "the cat sat"), tokenizer.vocabulary
     context = [*tts_context(v, whole, []), v.speech_end, *whole, v.speech]
     assert made.tokens[: made.num_context].tolist() == context
     assert made.given is not None
     assert not made.given.any()
 
 
-def test_a_transcript_is_written_stretch_by_stretch(alphabet: Alphabet) -> None:
+def test_a_transcript_is_written_stretch_by_stretch(tokenizer: SpeechTextTokenizer) -> None:
     """0.8 s are 20 frames, 0.16 s are 4."""
     codes = np.arange(50) % 24
-    made = hearing_layout(alphabet, "The cat sat on", codes, [0, 10, 17, 35, 50])
-    v, said = alphabet.vocabulary, alphabet.vocabulary.encode_speech(codes).tolist()
-    first, second = alphabet.text_ids("asr", ["The ", "cat sat on "])
+    made = hearing_layout(tokenizer, "The cat sat on", codes, [0, 10, 17, 35, 50])
+    v, said = tokenizer.vocabulary, tokenizer.vocabulary.encode_speech(codes).tolist()
+    first, second = tokenizer.text_ids("asr", ["The ", "cat sat on "])
     assert made.tokens.tolist() == [
         v.speech, *said[:20], v.text, *first, v.eos,
         v.speech, *said[20:], v.speech_end, v.text, *second, v.eos,
@@ -126,27 +130,29 @@ def test_a_transcript_is_written_stretch_by_stretch(alphabet: Alphabet) -> None:
     assert made.num_context == 22
 
 
-def test_stretches_may_have_no_word_and_short_speech_has_one(alphabet: Alphabet) -> None:
-    v, codes = alphabet.vocabulary, np.arange(60) % 24
-    made = hearing_layout(alphabet, "THE CAT", codes, [0, 30, 60])
+def test_stretches_may_have_no_word_and_short_speech_has_one(
+    tokenizer: SpeechTextTokenizer,
+) -> None:
+    v, codes = tokenizer.vocabulary, np.arange(60) % 24
+    made = hearing_layout(tokenizer, "THE CAT", codes, [0, 30, 60])
     assert made.tokens.tolist().count(v.eos) == 3
     assert made.tokens[21:23].tolist() == [v.text, v.eos]
-    last = alphabet.text_ids("asr", ["cat "])[0]
+    last = tokenizer.text_ids("asr", ["cat "])[0]
     assert made.tokens[-len(last) - 1 : -1].tolist() == last
     for edges, size in (([0, 8, 12], 12), (None, 60), ([0, 60], 60)):
-        made = hearing_layout(alphabet, "the cat", codes[:size], edges)
+        made = hearing_layout(tokenizer, "the cat", codes[:size], edges)
         said = v.encode_speech(codes[:size]).tolist()
-        (text,) = alphabet.text_ids("asr", ["the cat "])
+        (text,) = tokenizer.text_ids("asr", ["the cat "])
         assert made.tokens.tolist() == [v.speech, *said, v.speech_end, v.text, *text, v.eos]
 
 
 def test_what_is_heard_is_given_as_in_training(lm: SpeechLM, monkeypatch) -> None:
-    alphabet, codes = lm.alphabet, np.arange(70) % 24
-    lead, script = stretches_of(alphabet, codes)
-    made = hearing_layout(alphabet, "the cat", codes, [0, 30, 70])
+    tokenizer, codes = lm.tokenizer, np.arange(70) % 24
+    lead, script = stretches_of(tokenizer, codes)
+    made = hearing_layout(tokenizer, "the cat", codes, [0, 30, 70])
     end = lm.vocabulary.eos
     parts = [lead, *script.parts]
-    texts = alphabet.text_ids("asr", ["", "the ", "", "cat "])
+    texts = tokenizer.text_ids("asr", ["", "the ", "", "cat "])
     joined = [one for part, text in zip(parts, texts, strict=True) for one in [*part, *text, end]]
     assert joined == made.tokens.tolist()
     assert script.least == 0
@@ -154,7 +160,7 @@ def test_what_is_heard_is_given_as_in_training(lm: SpeechLM, monkeypatch) -> Non
     monkeypatch.setattr(
         "slm.generation.asr.generate", lambda _, requests, *__: told.extend(requests) or answers
     )
-    ids = alphabet.text_ids("asr", ["the cat "])[0]
+    ids = tokenizer.text_ids("asr", ["the cat "])[0]
     answers = [Generated(tokens=tuple(ids), failure=None, tries=1, seed=0)]
     assert hear(lm, [codes])[0].text == "the cat"
     assert told[0].script == script
@@ -168,11 +174,11 @@ def test_hearing_a_batch_is_hearing_each_alone(lm: SpeechLM) -> None:
     assert hear(lm, codes) == alone
 
 
-def test_numbers_are_words_where_they_stand(alphabet: Alphabet) -> None:
-    assert spelt_words(alphabet, "the cat sat") == ["the", "cat", "sat"]
-    assert spelt_words(alphabet, "sat 21 hens") == ["sat", "twenty one", "hens"]
-    assert spelt_words(alphabet, "sat 121 hens") == [
-        "sat", alphabet.spelt("121"), "hens",
+def test_numbers_are_words_where_they_stand(tokenizer: SpeechTextTokenizer) -> None:
+    assert spelt_words(tokenizer, "the cat sat") == ["the", "cat", "sat"]
+    assert spelt_words(tokenizer, "sat 21 hens") == ["sat", "twenty one", "hens"]
+    assert spelt_words(tokenizer, "sat 121 hens") == [
+        "sat", tokenizer.spelt("121"), "hens",
     ]  # fmt: skip
 
 
@@ -191,15 +197,19 @@ def test_edges_are_kept_in_files(tmp_path: Path) -> None:
             read_edges([tmp_path / f"{name}.jsonl.gz"])
 
 
-def test_batches_ask_for_codes_and_their_ends_alone(alphabet: Alphabet, tmp_path: Path) -> None:
+def test_batches_ask_for_codes_and_their_ends_alone(
+    tokenizer: SpeechTextTokenizer, tmp_path: Path
+) -> None:
     rows = make_rows(6)
     write_shard(tmp_path / "a.parquet", rows, STAMP)
     shard = TokenShard.open(tmp_path / "a.parquet")
     edges = {row.id: [0, 3, 8, row.num_frames] for row in rows[:-1]}
     corpus = replace(usable(shard), edges=edges)
-    data = ARData(corpus, alphabet, TaskConfig(asr=1.0), BatchConfig(positions=900), 0, longest=256)
+    data = ARData(
+        corpus, tokenizer, TaskConfig(asr=1.0), BatchConfig(positions=900), 0, longest=256
+    )
     batch = data.collate([np.array([item]) for item in range(6)])
-    v, prompts = alphabet.vocabulary, 0
+    v, prompts = tokenizer.vocabulary, 0
     for row in range(6):
         labels = batch.labels[row][batch.labels[row] != IGNORE]
         said = v.encode_speech(rows[row].codes[0].astype(np.int64)).tolist()
@@ -220,8 +230,8 @@ def test_batches_ask_for_codes_and_their_ends_alone(alphabet: Alphabet, tmp_path
 
 
 def request(lm: SpeechLM, words: list[str], **bounds: int) -> Request:
-    lead, script = script_of(lm.alphabet, words)
-    context = tts_context(lm.vocabulary, parts(lm.alphabet, " ".join(words))[0], [])
+    lead, script = script_of(lm.tokenizer, words)
+    context = tts_context(lm.vocabulary, parts(lm.tokenizer, " ".join(words))[0], [])
     limits = {"min_tokens": 0, "max_tokens": 60, "seed": 3} | bounds
     return Request(context=[*context, *lead], script=script, **limits)
 
@@ -317,7 +327,7 @@ def test_marks_alone_are_no_words_to_say(lm: SpeechLM) -> None:
     prompt = Prompt(codes=np.array([[1, 2, 3]]), text="a mat")
     made = prepare(models(lm), "the - cat !", prompt, 0, SamplingConfig())
     assert len(made.script.parts) == 1
-    (whole,) = parts(lm.alphabet, "a mat the - cat !")
+    (whole,) = parts(lm.tokenizer, "a mat the - cat !")
     assert made.context[1 : 1 + len(whole)] == whole
 
 
@@ -332,12 +342,12 @@ def test_a_voice_that_does_not_hear_goes_by_time(lm: SpeechLM, tmp_path: Path) -
 
 
 def test_edges_of_other_tokens_are_noticed(
-    alphabet: Alphabet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tokenizer: SpeechTextTokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = make_rows(3)
     write_shard(tmp_path / "a.parquet", rows, STAMP)
     corpus = usable(TokenShard.open(tmp_path / "a.parquet"))
-    settings = (alphabet, TaskConfig(asr=0.0), BatchConfig(positions=900), 0)
+    settings = (tokenizer, TaskConfig(asr=0.0), BatchConfig(positions=900), 0)
     for edges in ({}, {row.id: [0, 1, 2, row.num_frames + 1] for row in rows}):
         with pytest.raises(ValueError, match=r"edges: none are those of .*a\.parquet"):
             ARData(replace(corpus, edges=edges), *settings, longest=256)
@@ -360,7 +370,7 @@ def test_a_long_text_is_split_where_its_words_leave_no_room(lm: SpeechLM) -> Non
 def test_speech_that_leaves_no_room_is_not_transcribed(lm: SpeechLM) -> None:
     """Stretches take more positions than their codes."""
     assert transcripts(lm, [np.zeros(240, np.int64), np.zeros(9, np.int64)])[0] == ""
-    assert num_given(lm.alphabet, np.zeros(240, np.int64)) > 256
+    assert num_given(lm.tokenizer, np.zeros(240, np.int64)) > 256
 
 
 def models(lm: SpeechLM) -> Models:
@@ -374,7 +384,7 @@ def test_an_utterance_is_prepared_word_by_word(lm: SpeechLM) -> None:
     prompt = Prompt(codes=np.array([[1, 2, 3]]), text="a mat")
     made = prepare(models(lm), "The cat", prompt, 0, SamplingConfig())
     v = lm.vocabulary
-    the, cat = parts(lm.alphabet, "The", "cat")
+    the, cat = parts(lm.tokenizer, "The", "cat")
     assert made.context[-len(the) - 2 :] == [v.speech_end, *the, v.speech]
     assert [list(part) for part in made.script.parts] == [[*cat, v.speech]]
     assert len(made.script.most) == 2

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_slm import SIZES, STAMP, alphabet_of, make_rows, quiet, save_base, save_shard
+from tiny_slm import SIZES, STAMP, make_rows, quiet, save_base, save_shard, tokenizer_of
 
 from codec.tokens import TokenShard, write_shard
 from slm.config import BatchConfig, NARConfig
 from slm.data.nar import NARBatch, NARData, text_bytes
 from slm.models.nar import NAR
-from slm.tokenization.tokenizer import Alphabet
+from slm.tokenization.tokenizer import SpeechTextTokenizer
 
 pytestmark = quiet()
 
@@ -20,8 +20,8 @@ CONFIG = NARConfig(codebook_sizes=SIZES, num_layers=1, num_heads=2, width=16, fe
 
 
 @pytest.fixture(scope="module")
-def alphabet(tmp_path_factory: pytest.TempPathFactory) -> Alphabet:
-    return alphabet_of(save_base(tmp_path_factory.mktemp("base")))
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SpeechTextTokenizer:
+    return tokenizer_of(save_base(tmp_path_factory.mktemp("base")))
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +29,11 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> TokenShard:
     return TokenShard.open(save_shard(tmp_path_factory.mktemp("shard") / "a.parquet", 30))
 
 
-def nar_data(shard: TokenShard, alphabet: Alphabet, seed: int = 0, **changes) -> NARData:
+def nar_data(
+    shard: TokenShard, tokenizer: SpeechTextTokenizer, seed: int = 0, **changes
+) -> NARData:
     config = dataclasses.replace(CONFIG, **changes)
-    return NARData.open(shard, alphabet, config, BatchConfig(positions=250), seed)
+    return NARData.open(shard, tokenizer, config, BatchConfig(positions=250), seed)
 
 
 def equal(one: NARBatch, other: NARBatch, *without: str) -> bool:
@@ -42,16 +44,16 @@ def equal(one: NARBatch, other: NARBatch, *without: str) -> bool:
     )
 
 
-def test_draws_are_a_function_of_seed_and_step(shard, alphabet) -> None:
-    one, again = (nar_data(shard, alphabet, text_dropout=0.5) for _ in range(2))
+def test_draws_are_a_function_of_seed_and_step(shard, tokenizer) -> None:
+    one, again = (nar_data(shard, tokenizer, text_dropout=0.5) for _ in range(2))
     again.share(5, 0, 0, 1, 1)
     assert equal(one.share(3, 0, 0, 1, 1).batch, again.share(3, 0, 0, 1, 1).batch)
-    other = nar_data(shard, alphabet, seed=1).share(3, 0, 0, 1, 1).batch
+    other = nar_data(shard, tokenizer, seed=1).share(3, 0, 0, 1, 1).batch
     assert not torch.equal(one.share(3, 0, 0, 1, 1).batch.lengths, other.lengths)
 
 
-def test_ranks_see_what_one_rank_accumulates(shard, alphabet) -> None:
-    data = nar_data(shard, alphabet, text_dropout=0.3)
+def test_ranks_see_what_one_rank_accumulates(shard, tokenizer) -> None:
+    data = nar_data(shard, tokenizer, text_dropout=0.3)
     for step in range(6):  # over the end of an epoch
         ranks = [data.share(step, 0, rank, 3, 1) for rank in range(3)]
         micros = [data.share(step, micro, 0, 1, 3) for micro in range(3)]
@@ -61,9 +63,9 @@ def test_ranks_see_what_one_rank_accumulates(shard, alphabet) -> None:
             assert one.weight == other.weight
 
 
-def test_the_divisor_is_the_mean_of_targets_over_ranks_and_micro_steps(shard, alphabet) -> None:
+def test_the_divisor_is_the_mean_of_targets_over_ranks_and_micro_steps(shard, tokenizer) -> None:
     nar = NAR(CONFIG).eval()
-    data = nar_data(shard, alphabet)
+    data = nar_data(shard, tokenizer)
     for step in range(3):
         shares = [data.share(step, micro, rank, 2, 2) for micro in range(2) for rank in range(2)]
         with torch.no_grad():
@@ -71,9 +73,9 @@ def test_the_divisor_is_the_mean_of_targets_over_ranks_and_micro_steps(shard, al
         assert [share.num_targets for share in shares] == [targets / 4] * 4
 
 
-def test_dropped_texts_change_nothing_else(shard, alphabet) -> None:
-    plain = nar_data(shard, alphabet)
-    silent = nar_data(shard, alphabet, text_dropout=0.5)
+def test_dropped_texts_change_nothing_else(shard, tokenizer) -> None:
+    plain = nar_data(shard, tokenizer)
+    silent = nar_data(shard, tokenizer, text_dropout=0.5)
     num_dropped = num_items = 0
     for step in range(8):
         one, two = (data.share(step, 0, 0, 1, 1).batch for data in (plain, silent))
@@ -86,35 +88,38 @@ def test_dropped_texts_change_nothing_else(shard, alphabet) -> None:
     assert 0.25 < num_dropped / num_items < 0.75
 
 
-def test_tokens_that_are_not_the_models_are_refused(tmp_path: Path, shard, alphabet) -> None:
+def test_tokens_that_are_not_the_models_are_refused(tmp_path: Path, shard, tokenizer) -> None:
     other = dataclasses.replace(STAMP, digest="e" * 16)
     path = save_shard(tmp_path / "a.parquet", stamp=other)
     with pytest.raises(ValueError, match=r"a\.parquet: codec tiny \(e{16}\) is not the one"):
-        nar_data(TokenShard.open(path), alphabet)
+        nar_data(TokenShard.open(path), tokenizer)
     for sizes in (SIZES[:2], (*SIZES, 16), ()):
         with pytest.raises(ValueError, match=r"codebooks \(24, 16, 16\) are not the NAR's"):
-            nar_data(shard, alphabet, codebook_sizes=sizes)
+            nar_data(shard, tokenizer, codebook_sizes=sizes)
     alone = dataclasses.replace(STAMP, codebook_sizes=(24,), num_codebooks=1)
     path = save_shard(tmp_path / "b.parquet", stamp=alone)
     with pytest.raises(ValueError, match="one codebook: leave out nar"):
-        nar_data(TokenShard.open(path), alphabet, codebook_sizes=(24,))
+        nar_data(TokenShard.open(path), tokenizer, codebook_sizes=(24,))
 
 
-def test_two_codebooks_have_one_stage(tmp_path: Path, alphabet) -> None:
+def test_two_codebooks_have_one_stage(tmp_path: Path, tokenizer) -> None:
     stamp = dataclasses.replace(STAMP, num_codebooks=2, codebook_sizes=SIZES[:2])
     two = TokenShard.open(save_shard(tmp_path / "a.parquet", 8, stamp))
-    data = nar_data(two, alphabet, codebook_sizes=SIZES[:2])
+    data = nar_data(two, tokenizer, codebook_sizes=SIZES[:2])
     assert data.share(0, 0, 0, 1, 1).batch.stages.tolist() == [1]
 
 
 @pytest.mark.parametrize(("decay", "shares"), [(1.0, (1, 1, 1)), (0.5, (4, 2, 1))])
-def test_upper_codebooks_are_drawn_seldomer(tmp_path: Path, alphabet, decay, shares) -> None:
+def test_upper_codebooks_are_drawn_seldomer(tmp_path: Path, tokenizer, decay, shares) -> None:
     sizes = (*SIZES, 16, 16)
     stamp = dataclasses.replace(STAMP, num_codebooks=5, codebook_sizes=sizes)
     five = TokenShard.open(save_shard(tmp_path / "a.parquet", 8, stamp))
-    vocabulary = dataclasses.replace(alphabet.vocabulary, codec=stamp)
+    vocabulary = dataclasses.replace(tokenizer.vocabulary, codec=stamp)
     data = nar_data(
-        five, Alphabet(vocabulary, alphabet.tokenizer), codebook_sizes=sizes, stage_decay=decay
+        five,
+        SpeechTextTokenizer(vocabulary, tokenizer.text_tokenizer),
+        codebook_sizes=sizes,
+        stage_decay=decay,
     )
     stages = [data.share(step, 0, 0, 1, 1).batch.stages.tolist() for step in range(700)]
     assert {first for first, _ in stages} == {1}
@@ -133,7 +138,7 @@ def rule_codes(random: np.random.Generator) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory, alphabet: Alphabet) -> NAR:
+def taught(tmp_path_factory: pytest.TempPathFactory, tokenizer: SpeechTextTokenizer) -> NAR:
     """A NAR that was trained on the rule, without texts."""
     random = np.random.default_rng(1)
     sizes = (4, 2 * NUM_VOICES)
@@ -148,7 +153,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory, alphabet: Alphabet) -> NAR:
         CONFIG, codebook_sizes=sizes, feedforward=32, dropout=0.0, prompt_share=(0.0, 0.9),
         text_dropout=1.0,
     )  # fmt: skip
-    data = NARData.open(TokenShard.open(path), alphabet, config, BatchConfig(positions=230), 0)
+    data = NARData.open(TokenShard.open(path), tokenizer, config, BatchConfig(positions=230), 0)
     torch.manual_seed(1)
     nar = NAR(config)
     optimizer = torch.optim.AdamW(nar.parameters(), lr=2e-2)

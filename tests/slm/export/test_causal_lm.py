@@ -14,7 +14,7 @@ from slm.data.sequences import Coverage, asr_context, tts_context
 from slm.export.causal_lm import SAMPLES, export
 from slm.export.voice_folder import voice_card
 from slm.models.ar import SpeechLM
-from slm.tokenization.acoustic_bpe import Units
+from slm.tokenization.acoustic_bpe import AcousticBPE
 from slm.tokenization.vocabulary import encode_texts
 
 pytestmark = quiet()
@@ -79,7 +79,7 @@ def test_every_id_has_a_token_and_strings_are_layouts(tmp_path: Path, eos: bool)
     if not eos:  # Merges, in the same go.
         random = np.random.default_rng(0)
         codes = [np.repeat(random.integers(0, 24, 20), 2) for _ in range(40)]
-        Units.train(iter(codes), STAMP, size=30).save(tmp_path / "u.model")
+        AcousticBPE.train(iter(codes), STAMP, size=30).save(tmp_path / "u.model")
         units = SpeechFormConfig(bpe_model=str(tmp_path / "u.model"), tts_form="bpe")
     lm = trained(tmp_path, units=units, eos=eos, pad_rows=5)
     export(lm, tmp_path / "out")
@@ -110,7 +110,9 @@ def test_the_example_of_the_card_runs(
     tmp_path: Path, spoken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What codes are made from takes no merges, which the table has all the same.
-    Units.train(iter([np.tile(np.arange(24), 4)] * 8), STAMP, size=30).save(tmp_path / "u.model")
+    AcousticBPE.train(iter([np.tile(np.arange(24), 4)] * 8), STAMP, size=30).save(
+        tmp_path / "u.model"
+    )
     units = SpeechFormConfig(bpe_model=str(tmp_path / "u.model"), asr_form="bpe")
     text = TextConfig(normalize=False, tts_form=spoken, asr_form=spoken)
     lm = trained(tmp_path, text=text, units=units)
@@ -124,12 +126,12 @@ def test_the_example_of_the_card_runs(
     names: dict = {}
     torch.manual_seed(0)
     exec(speak, names)
-    (text,) = lm.alphabet.text_ids("tts", ["red hen the cat"])
+    (text,) = lm.tokenizer.text_ids("tts", ["red hen the cat"])
     layout = tts_context(vocabulary, text, vocabulary.encode_speech(np.array([3, 1, 4])))
     assert names["ids"].tolist() == [layout]
     made = names["made"][0, len(layout) :].tolist()
     spoken_ids = made[:-1] if made[-1] == vocabulary.speech_end else made
-    assert set(spoken_ids) <= set(lm.alphabet.speech_range("tts"))
+    assert set(spoken_ids) <= set(lm.tokenizer.speech_range("tts"))
     assert len(made) >= 10
     assert names["codes"] == [token - vocabulary.first_speech for token in spoken_ids]
     exec(hear, names)
@@ -156,8 +158,8 @@ def test_the_examples_of_a_model_that_goes_word_by_word_run(
     torch.manual_seed(0)
     exec(speak, names)
     prompt = v.encode_speech(np.array([3, 1, 4]))
-    (whole,) = lm.alphabet.text_ids("tts", ["red hen the cat"])
-    the, cat = lm.alphabet.text_ids("tts", ["the", "cat"])
+    (whole,) = lm.tokenizer.text_ids("tts", ["red hen the cat"])
+    the, cat = lm.tokenizer.text_ids("tts", ["the", "cat"])
     codes = v.encode_speech(np.array(names["codes"])).tolist()
     context = [*tts_context(v, whole, prompt), v.speech_end, *the, v.speech]
     ids, between = names["ids"], [v.speech_end, *cat, v.speech]

@@ -12,7 +12,7 @@ from slm.data.sequences import asr_context
 from slm.generation import rerank as selfcheck
 from slm.generation.rerank import can_transcribe, text_scores, transcripts
 from slm.models.ar import SpeechLM
-from slm.tokenization.tokenizer import Alphabet
+from slm.tokenization.tokenizer import SpeechTextTokenizer
 
 pytestmark = quiet()
 
@@ -29,11 +29,11 @@ def lm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory)
 @torch.inference_mode()
 def alone(lm: SpeechLM, text: str, codes: np.ndarray) -> float:
     vocabulary = lm.vocabulary
-    target = [*lm.alphabet.text_ids("asr", [text])[0], vocabulary.eos]
-    context = asr_context(vocabulary, lm.alphabet.speech_ids("asr", codes))
+    target = [*lm.tokenizer.text_ids("asr", [text])[0], vocabulary.eos]
+    context = asr_context(vocabulary, lm.tokenizer.speech_ids("asr", codes))
     logits = lm.lm(input_ids=torch.tensor([[*context, *target]]), use_cache=False).logits[0]
     barred = torch.ones(logits.shape[-1], dtype=torch.bool)
-    written = lm.alphabet.text.asr_form
+    written = lm.tokenizer.text.asr_form
     barred[: 256 if written == "characters" else vocabulary.num_text] = False
     barred[vocabulary.eos] = False
     told = logits[len(context) - 1 : -1].masked_fill(barred, -torch.inf).log_softmax(-1)
@@ -45,8 +45,10 @@ def alone(lm: SpeechLM, text: str, codes: np.ndarray) -> float:
 def test_scores_are_those_of_single_items(
     lm: SpeechLM, positions: int, written: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alphabet = Alphabet(lm.vocabulary, lm.alphabet.tokenizer, TextConfig(asr_form=written))
-    lm = SpeechLM(lm.lm, alphabet, lm.origin)
+    tokenizer = SpeechTextTokenizer(
+        lm.vocabulary, lm.tokenizer.text_tokenizer, TextConfig(asr_form=written)
+    )
+    lm = SpeechLM(lm.lm, tokenizer, lm.origin)
     monkeypatch.setattr(selfcheck, "POSITIONS", positions)
     expected = [alone(lm, text, codes) for text, codes in zip(TEXTS, CODES, strict=True)]
     assert text_scores(lm, TEXTS, CODES) == pytest.approx(expected, abs=1e-5)
@@ -68,7 +70,7 @@ def test_transcripts_do_not_depend_on_the_batch(lm: SpeechLM) -> None:
 
 def test_without_asr_there_is_nothing_to_score(lm: SpeechLM) -> None:
     assert can_transcribe(lm)
-    deaf = SpeechLM(lm.lm, lm.alphabet, {"tasks": {"tts": TaskConfig().tts, "asr": 0.0}})
+    deaf = SpeechLM(lm.lm, lm.tokenizer, {"tasks": {"tts": TaskConfig().tts, "asr": 0.0}})
     assert not can_transcribe(deaf)
     with pytest.raises(ValueError, match="cannot transcribe"):
         text_scores(deaf, TEXTS, CODES)

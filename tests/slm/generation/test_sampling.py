@@ -9,8 +9,7 @@ from tiny_slm import STAMP, quiet, save_base
 from torch.nn import functional
 
 from slm.config import ARConfig, SamplingConfig, TextConfig
-from slm.data.sequences import Script as Given
-from slm.data.sequences import asr_context, tts_context
+from slm.data.sequences import ForcedTokens, asr_context, tts_context
 from slm.generation.sampling import (
     Allowed,
     CacheKind,
@@ -26,7 +25,7 @@ from slm.generation.sampling import (
     text_only,
 )
 from slm.models.ar import SpeechLM
-from slm.tokenization.tokenizer import Alphabet
+from slm.tokenization.tokenizer import SpeechTextTokenizer
 
 pytestmark = quiet()
 
@@ -47,7 +46,7 @@ def requests(lm: SpeechLM, least: int = 3, most: int = 40) -> list[Request]:
         Request(
             context=tts_context(
                 vocabulary,
-                lm.alphabet.text_ids("tts", [text])[0],
+                lm.tokenizer.text_ids("tts", [text])[0],
                 vocabulary.encode_speech(np.arange(frames)),
             ),
             min_tokens=least,
@@ -157,13 +156,15 @@ def test_only_allowed_ids_come_out(lm: SpeechLM) -> None:
 
 
 def test_a_transcript_in_characters_has_bytes_alone(lm: SpeechLM) -> None:
-    alphabet = Alphabet(lm.vocabulary, lm.alphabet.tokenizer, TextConfig(asr_form="characters"))
-    spelt = SpeechLM(lm.lm, alphabet, lm.origin)
+    tokenizer = SpeechTextTokenizer(
+        lm.vocabulary, lm.tokenizer.text_tokenizer, TextConfig(asr_form="characters")
+    )
+    spelt = SpeechLM(lm.lm, tokenizer, lm.origin)
     allowed, every = text_only(spelt), text_only(lm)
     assert (allowed.first, allowed.stop) == (0, 256)
     assert every.stop == lm.vocabulary.num_text > 256
-    assert text_bound(50, lm.alphabet) == 68
-    assert text_bound(50, alphabet) == 188
+    assert text_bound(50, lm.tokenizer) == 68
+    assert text_bound(50, tokenizer) == 188
 
 
 def test_bounds_are_kept_and_the_end_ignored_below(lm: SpeechLM) -> None:
@@ -212,7 +213,7 @@ class Script(torch.nn.Module):
 
 
 def stub(real: SpeechLM, scripts: list[list[int]]) -> SpeechLM:
-    return SpeechLM(Script(real, scripts), real.alphabet, {})
+    return SpeechLM(Script(real, scripts), real.tokenizer, {})
 
 
 GOOD = [*range(12), -1]
@@ -261,7 +262,7 @@ def test_a_stream_ends_with_its_failure(lm: SpeechLM, script: list[int], failure
     assert stream.failure == failure
 
 
-class Threes(Alphabet):
+class Threes(SpeechTextTokenizer):
     """Each id of speech stands for three codes."""
 
     def frames(self, ids):
@@ -272,7 +273,7 @@ class Threes(Alphabet):
 
 
 def test_bounds_and_loops_of_speech_count_frames(lm: SpeechLM) -> None:
-    threes = Threes(lm.vocabulary, lm.alphabet.tokenizer)
+    threes = Threes(lm.vocabulary, lm.tokenizer.text_tokenizer)
     config = SamplingConfig(max_attempts=1, loop_seconds=1.0)
 
     def made(script: list[int], least: int, most: int):
@@ -293,7 +294,7 @@ def test_bounds_and_loops_of_speech_count_frames(lm: SpeechLM) -> None:
 
 
 def test_what_the_model_holds_are_tokens_not_frames(lm: SpeechLM) -> None:
-    threes = Threes(lm.vocabulary, lm.alphabet.tokenizer)
+    threes = Threes(lm.vocabulary, lm.tokenizer.text_tokenizer)
     room = 20
     told = SpeechLM(
         Script(lm, [np.random.default_rng(0).integers(0, 24, 100).tolist()]), threes, {}
@@ -340,7 +341,7 @@ def test_what_is_given_is_read_in_one_pass(
 ) -> None:
     config = SamplingConfig(max_attempts=1, checks=(), cache=cache)
     parts = ((1, 2, 3), (4, 5))
-    asked = replace(requests(lm)[0], script=Given(parts, (3, 4, 5), least=1))
+    asked = replace(requests(lm)[0], script=ForcedTokens(parts, (3, 4, 5), least=1))
     lengths = []
     forward = lm.lm.forward
 

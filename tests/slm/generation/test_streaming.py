@@ -43,7 +43,7 @@ def test_codes_are_those_of_the_same_chunks_made_at_once(
     low, high = utterance.bounds
     request = Request(context=utterance.context, min_tokens=low, max_tokens=high, seed=5)
     (made,) = generate(voice.lm, [request], speech_only(voice.lm, voice.sampling), voice.sampling)
-    first = voice.lm.alphabet.codes_of(made.tokens)
+    first = voice.lm.tokenizer.codes_of(made.tokens)
     assert np.array_equal(np.concatenate([chunk.codes for chunk in chunks], axis=1)[0], first)
     assert len(first) > 2 * CHUNK
     decided = utterance.prompt.codes

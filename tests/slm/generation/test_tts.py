@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_slm import STAMP, alphabet_of, quiet, save_base
+from tiny_slm import STAMP, quiet, save_base, tokenizer_of
 
 from slm.config import ARConfig, SamplingConfig
 from slm.data.sequences import Coverage, Prompt
@@ -17,7 +17,7 @@ from slm.generation import tts as speaking
 from slm.generation.sampling import NEXT_CANDIDATE, NEXT_TRY
 from slm.generation.tts import Models, Speech, Utterance, candidates, speak
 from slm.models.ar import SpeechLM
-from slm.tokenization.tokenizer import Alphabet
+from slm.tokenization.tokenizer import SpeechTextTokenizer
 
 pytestmark = quiet()
 
@@ -34,12 +34,12 @@ NOTHING = [22, 23]
 class Chains(torch.nn.Module):
     """An LM that says whole chains of codes: one for each try of each prompt, in this order."""
 
-    def __init__(self, alphabet: Alphabet, chains: dict[int, list[list[int]]]):
+    def __init__(self, tokenizer: SpeechTextTokenizer, chains: dict[int, list[list[int]]]):
         super().__init__()
         from transformers import LlamaConfig
 
         self.config = LlamaConfig(num_hidden_layers=1)
-        self.vocabulary, self.chains = alphabet.vocabulary, chains
+        self.vocabulary, self.chains = tokenizer.vocabulary, chains
         size = self.vocabulary.size
         self.head = torch.nn.Linear(size, size, bias=False)
         self.head.weight = torch.nn.Parameter(torch.eye(size))
@@ -89,15 +89,15 @@ class Nar:
 
 
 @pytest.fixture(scope="module")
-def alphabet(tmp_path_factory: pytest.TempPathFactory) -> Alphabet:
-    return alphabet_of(save_base(tmp_path_factory.mktemp("base")))
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SpeechTextTokenizer:
+    return tokenizer_of(save_base(tmp_path_factory.mktemp("base")))
 
 
 def models(
-    alphabet: Alphabet, *, asr: float = 0.0, nar: Any = None, **chains: list[list[int]]
+    tokenizer: SpeechTextTokenizer, *, asr: float = 0.0, nar: Any = None, **chains: list[list[int]]
 ) -> Models:
     said = {{"ann": ANN, "ben": BEN}[name]: tries for name, tries in chains.items()}
-    lm = SpeechLM(Chains(alphabet, said), alphabet, {"tasks": {"tts": 1.0, "asr": asr}})
+    lm = SpeechLM(Chains(tokenizer, said), tokenizer, {"tasks": {"tts": 1.0, "asr": asr}})
     return Models(Codec(), lm, nar, Coverage(scripts=(), characters="", longest_frames=0))
 
 
@@ -110,7 +110,7 @@ def utterance(prompt: int, seed: int = 5, text: str = "the cat sat on a mat") ->
 def asked(lm: SpeechLM, *utterances: Utterance) -> list[Utterance]:
     """With their prompts' codes in the context."""
     return [
-        replace(one, context=[0, *map(int, lm.alphabet.speech_ids("tts", one.prompt.codes[0]))])
+        replace(one, context=[0, *map(int, lm.tokenizer.speech_ids("tts", one.prompt.codes[0]))])
         for one in utterances
     ]
 
@@ -122,8 +122,8 @@ def said(made: Speech) -> list[int]:
     return made.codes[0].tolist()
 
 
-def test_only_what_failed_is_made_again(alphabet: Alphabet) -> None:
-    voice = models(alphabet, ann=[PAUSE, GOOD], ben=[OTHER])
+def test_only_what_failed_is_made_again(tokenizer: SpeechTextTokenizer) -> None:
+    voice = models(tokenizer, ann=[PAUSE, GOOD], ben=[OTHER])
     ann, ben = speak(voice, asked(voice.lm, utterance(ANN), utterance(BEN)), SHORT)
     assert (said(ann), ann.failure, ann.tries, ann.seed) == (GOOD, None, 2, 5 + NEXT_TRY)
     assert (said(ben), ben.failure, ben.tries, ben.seed) == (OTHER, None, 1, 5)
@@ -132,44 +132,44 @@ def test_only_what_failed_is_made_again(alphabet: Alphabet) -> None:
 
 
 def test_each_failed_try_is_told_of_once(
-    alphabet: Alphabet, caplog: pytest.LogCaptureFixture
+    tokenizer: SpeechTextTokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    voice = models(alphabet, ann=[PAUSE, GOOD])
+    voice = models(tokenizer, ann=[PAUSE, GOOD])
     speak(voice, asked(voice.lm, utterance(ANN)), SHORT)
     assert [record.getMessage() for record in caplog.records] == [
         f"try 1 of {SHORT.max_attempts} failed for 1 items"
     ]
 
 
-def test_the_least_bad_of_all_tries_is_kept(alphabet: Alphabet) -> None:
-    voice = models(alphabet, ann=[NOTHING, PAUSE, []])
+def test_the_least_bad_of_all_tries_is_kept(tokenizer: SpeechTextTokenizer) -> None:
+    voice = models(tokenizer, ann=[NOTHING, PAUSE, []])
     (made,) = speak(voice, asked(voice.lm, utterance(ANN)), SHORT)
     assert (said(made), made.failure, made.tries, made.seed) == (PAUSE, "silence", 3, 5 + NEXT_TRY)
     # Switched off, a pause is no failure; what is empty always is.
-    voice = models(alphabet, ann=[NOTHING, PAUSE, []])
+    voice = models(tokenizer, ann=[NOTHING, PAUSE, []])
     (made,) = speak(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, checks=()))
     assert (said(made), made.failure, made.tries) == (PAUSE, None, 2)
 
 
 @pytest.mark.parametrize("chain", [NOTHING, []])
-def test_a_silent_wave_is_a_failure(alphabet: Alphabet, chain: list[int]) -> None:
-    voice = models(alphabet, ann=[chain])
+def test_a_silent_wave_is_a_failure(tokenizer: SpeechTextTokenizer, chain: list[int]) -> None:
+    voice = models(tokenizer, ann=[chain])
     (made,) = speak(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, max_attempts=2))
     assert (made.failure, made.tries, made.seed) == ("empty", 2, 5)
 
 
-def test_the_prompts_words_said_again_are_a_leak(alphabet: Alphabet) -> None:
+def test_the_prompts_words_said_again_are_a_leak(tokenizer: SpeechTextTokenizer) -> None:
     words = list(range(2, 16))
-    voice = models(alphabet, ann=[words, [1, 0]])
+    voice = models(tokenizer, ann=[words, [1, 0]])
     one = utterance(ANN)
     one = replace(one, prompt=Prompt(codes=np.array([[*words, 23, ANN]]), text="a dog"))
     (made,) = speak(voice, asked(voice.lm, one), SamplingConfig())
     assert (said(made), made.tries) == ([1, 0], 2)
 
 
-def test_speech_far_too_short_for_the_prompts_rate_is_early(alphabet: Alphabet) -> None:
-    voice = models(alphabet, ann=[GOOD])
+def test_speech_far_too_short_for_the_prompts_rate_is_early(tokenizer: SpeechTextTokenizer) -> None:
+    voice = models(tokenizer, ann=[GOOD])
     slow = Prompt(codes=np.array([[23] * 20 + [ANN]]), text="a dog and a cat")
     one = replace(utterance(ANN), prompt=slow)
     (made,) = speak(voice, asked(voice.lm, one), replace(SHORT, max_attempts=1))
@@ -179,7 +179,7 @@ def test_speech_far_too_short_for_the_prompts_rate_is_early(alphabet: Alphabet) 
 
 
 def test_the_models_own_asr_hears_what_passed(
-    alphabet: Alphabet, monkeypatch: pytest.MonkeyPatch
+    tokenizer: SpeechTextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard = {tuple(GOOD): "the cat sat on a mat", tuple(OTHER): "a dog the cat sat"}
     asked_for = []
@@ -189,7 +189,7 @@ def test_the_models_own_asr_hears_what_passed(
         return [heard[tuple(one.tolist())] for one in codes]
 
     monkeypatch.setattr(speaking, "transcripts", transcripts)
-    voice = models(alphabet, asr=1.0, ann=[OTHER, GOOD], ben=[PAUSE, GOOD])
+    voice = models(tokenizer, asr=1.0, ann=[OTHER, GOOD], ben=[PAUSE, GOOD])
     ann, ben = speak(voice, asked(voice.lm, utterance(ANN), utterance(BEN)), SHORT)
     assert (said(ann), ann.tries, said(ben), ben.tries) == (GOOD, 2, GOOD, 2)
     assert asked_for == [[OTHER], [GOOD, GOOD]]  # What had failed already is not transcribed.
@@ -198,7 +198,7 @@ def test_the_models_own_asr_hears_what_passed(
     assert made.failure == "early"
     # Without ASR, or without the checks that need it, no one is asked.
     asked_for.clear()
-    deaf = models(alphabet, ann=[OTHER])
+    deaf = models(tokenizer, ann=[OTHER])
     assert speak(deaf, asked(deaf.lm, utterance(ANN)), SHORT)[0].failure is None
     speak(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, checks=("loop", "silence")))
     assert asked_for == []
@@ -215,30 +215,32 @@ def scored(monkeypatch: pytest.MonkeyPatch, scores: dict[int, float]) -> None:
 
 
 def test_the_likeliest_candidate_is_kept(
-    alphabet: Alphabet, monkeypatch: pytest.MonkeyPatch
+    tokenizer: SpeechTextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored(monkeypatch, {GOOD[0]: -2.0, OTHER[0]: -1.0, NOTHING[0]: -0.1, PAUSE[0]: -0.5})
     config = replace(SHORT, num_candidates=2)
-    voice = models(alphabet, asr=1.0, ann=[GOOD, OTHER], ben=[OTHER, GOOD])
+    voice = models(tokenizer, asr=1.0, ann=[GOOD, OTHER], ben=[OTHER, GOOD])
     ann, ben = speak(voice, asked(voice.lm, utterance(ANN), utterance(BEN)), config)
     assert (said(ann), ann.score, ann.seed, ann.tries) == (OTHER, -1.0, 5 + NEXT_CANDIDATE, 1)
     assert (said(ben), ben.score, ben.seed, ben.tries) == (OTHER, -1.0, 5, 1)
     assert voice.lm.lm.batches == [4]
     # What failed loses, also where only its wave tells.
     for bad in ([], NOTHING, PAUSE):
-        voice = models(alphabet, asr=1.0, ann=[bad, GOOD])
+        voice = models(tokenizer, asr=1.0, ann=[bad, GOOD])
         (made,) = speak(voice, asked(voice.lm, utterance(ANN)), config)
         assert (said(made), made.failure, made.score, made.tries) == (GOOD, None, -2.0, 1)
     # All of them failed: all are made again.
-    voice = models(alphabet, asr=1.0, ann=[NOTHING, PAUSE, GOOD, OTHER])
+    voice = models(tokenizer, asr=1.0, ann=[NOTHING, PAUSE, GOOD, OTHER])
     (made,) = speak(voice, asked(voice.lm, utterance(ANN)), config)
     assert (said(made), made.tries) == (OTHER, 2)
     assert made.seed == 5 + NEXT_TRY + NEXT_CANDIDATE
 
 
-def test_the_plain_call_is_the_first_candidate(alphabet: Alphabet, tmp_path: Path) -> None:
+def test_the_plain_call_is_the_first_candidate(
+    tokenizer: SpeechTextTokenizer, tmp_path: Path
+) -> None:
     real = SpeechLM.create(ARConfig(base=str(save_base(tmp_path)), lora=None), STAMP, seed=1)
-    lm = SpeechLM(real.lm.double(), alphabet, {})
+    lm = SpeechLM(real.lm.double(), tokenizer, {})
     said = asked(lm, utterance(ANN, seed=3), utterance(BEN, seed=4))
     plain = candidates(lm, said, replace(SHORT, checks=()))
     several = candidates(lm, said, replace(SHORT, checks=(), num_candidates=3))
@@ -251,15 +253,15 @@ def test_the_plain_call_is_the_first_candidate(alphabet: Alphabet, tmp_path: Pat
         assert ranks == sorted(ranks)
 
 
-def test_candidates_need_asr(alphabet: Alphabet) -> None:
-    voice = models(alphabet, ann=[GOOD])
+def test_candidates_need_asr(tokenizer: SpeechTextTokenizer) -> None:
+    voice = models(tokenizer, ann=[GOOD])
     with pytest.raises(ValueError, match="trained without asr; set it to 1"):
         speak(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, num_candidates=2))
 
 
-def test_what_the_nar_is_given(alphabet: Alphabet) -> None:
+def test_what_the_nar_is_given(tokenizer: SpeechTextTokenizer) -> None:
     nar = Nar()
-    spelling = Alphabet(alphabet.vocabulary, alphabet.tokenizer)
+    spelling = SpeechTextTokenizer(tokenizer.vocabulary, tokenizer.text_tokenizer)
     voice = models(spelling, nar=nar, ann=[PAUSE, GOOD])
     config = replace(SHORT, nar_temperature=0.5)
     prompt = Prompt(codes=np.array([[23, ANN], [0, 0]]), text="a dog")
@@ -270,6 +272,6 @@ def test_what_the_nar_is_given(alphabet: Alphabet) -> None:
     assert nar.texts == [spelling.spelt("a dog 2 cats")]
 
 
-def test_nothing_to_say_is_said(alphabet: Alphabet) -> None:
-    voice = models(alphabet, ann=[GOOD])
+def test_nothing_to_say_is_said(tokenizer: SpeechTextTokenizer) -> None:
+    voice = models(tokenizer, ann=[GOOD])
     assert speak(voice, [], SHORT) == []

@@ -27,7 +27,9 @@ def make(tmp_path: Path, lora: LoRAConfig | None = LoRAConfig(rank=2), **kwargs)
 
 def batch_of(lm: SpeechLM, path: Path) -> ARBatch:
     shard = TokenShard.open(save_shard(path, 6))
-    data = ARData.open(shard, lm.alphabet, TaskConfig(), BatchConfig(positions=300), 0, longest=256)
+    data = ARData.open(
+        shard, lm.tokenizer, TaskConfig(), BatchConfig(positions=300), 0, longest=256
+    )
     # The first two utterances as tts, two others as asr.
     return data.collate([np.array([item]) for item in (0, 8, 1, 9)])
 

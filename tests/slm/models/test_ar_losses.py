@@ -25,8 +25,8 @@ def restricted(lm: SpeechLM, logits: torch.Tensor, batch: ARBatch) -> torch.Tens
         allowed[task, vocabulary.first_speech :] = allowed[task, vocabulary.speech_end] = True
     for task in (ASR, TEXT):
         allowed[task, : vocabulary.num_text] = allowed[task, vocabulary.eos] = True
-    if lm.alphabet.text.asr_form == "characters":
-        names = lm.alphabet.tokenizer.convert_ids_to_tokens(range(vocabulary.num_text))
+    if lm.tokenizer.text.asr_form == "characters":
+        names = lm.tokenizer.text_tokenizer.convert_ids_to_tokens(range(vocabulary.num_text))
         allowed[ASR, : vocabulary.num_text] = torch.tensor([len(name) == 1 for name in names])
         allowed[ASR, vocabulary.eos] = True
     return logits.masked_fill(~allowed[batch.tasks], -torch.inf)
@@ -71,7 +71,7 @@ def packed_data(lm: SpeechLM, path: Path, packed: int | None = 160) -> ARData:
     tasks = TaskConfig(continuation=1.0, text=1.0)
     batch = BatchConfig(positions=480, packed=packed)
     return ARData.open(
-        shard, lm.alphabet, tasks, batch, 0, longest=256, texts=["the cat sat on a mat"]
+        shard, lm.tokenizer, tasks, batch, 0, longest=256, texts=["the cat sat on a mat"]
     )
 
 

@@ -35,8 +35,8 @@ def make(folder: Path, lora: LoRAConfig | None = LORA, **kwargs) -> SpeechLM:
 def ask(lm: SpeechLM) -> list[Asked]:
     where = torch.arange(14).reshape(2, 7)
     return [
-        Asked(where[:, 2:5].flatten(), speech_rows(lm.alphabet)),
-        Asked(where[:, 5], text_rows(lm.alphabet, "text")),
+        Asked(where[:, 2:5].flatten(), speech_rows(lm.tokenizer)),
+        Asked(where[:, 5], text_rows(lm.tokenizer, "text")),
     ]
 
 
@@ -105,7 +105,7 @@ def test_what_no_target_needs_is_in_the_graph_all_the_same(
 def test_gradients_reach_only_the_rows_in_use(tmp_path: Path, tied: bool) -> None:
     lm = make(tmp_path, None, tied=tied)
     speech, _ = ask(lm)
-    nothing = Asked(torch.arange(0), text_rows(lm.alphabet, "text"))
+    nothing = Asked(torch.arange(0), text_rows(lm.tokenizer, "text"))
     logits = logits_of(lm.lm, [speech, nothing], input_ids=TOKENS)
     (logits[0].square().sum() + logits[1].sum()).backward()
     gradient = lm.lm.get_output_embeddings().weight.grad

@@ -21,7 +21,7 @@ COVERAGE = Coverage.of(["the cat", "a dog"], 50)
 
 def ids_of(lm: SpeechLM) -> torch.Tensor:
     """What a text of the coverage and speech are made of."""
-    (text,) = lm.alphabet.text_ids("tts", ["the cat a dog"])
+    (text,) = lm.tokenizer.text_ids("tts", ["the cat a dog"])
     return torch.tensor([[*text, *lm.vocabulary.new_ids]])
 
 
@@ -66,8 +66,8 @@ def test_rows_are_those_of_the_texts_characters(tmp_path: Path) -> None:
     lm = trained(tmp_path, lora=False, text=SPELT)
     rows = used_rows(lm, COVERAGE)
     assert set(lm.vocabulary.new_ids) <= set(rows)
-    assert set(lm.alphabet.text_range("asr")) <= set(rows)
-    assert lm.alphabet.tokenizer.convert_tokens_to_ids("at") not in rows
+    assert set(lm.tokenizer.text_range("asr")) <= set(rows)
+    assert lm.tokenizer.text_tokenizer.convert_tokens_to_ids("at") not in rows
     spoken = replace(SPELT, tts_form="phonemes")
     phonemes = trained(tmp_path / "phonemes", lora=False, text=spoken)
     assert len(used_rows(phonemes, COVERAGE)) > len(rows)

@@ -10,7 +10,7 @@ from tiny_slm import STAMP
 
 from codec.tokens import CodecStamp
 from slm.tokenization import acoustic_bpe as units_module
-from slm.tokenization.acoustic_bpe import Units, without_runs
+from slm.tokenization.acoustic_bpe import AcousticBPE, without_runs
 
 SIZE = STAMP.codebook_sizes[0]
 
@@ -24,11 +24,11 @@ def sequences(count: int = 40, most: int = SIZE - 4, seed: int = 0) -> list[np.n
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["whole", "without runs"])
-def units(request: pytest.FixtureRequest) -> Units:
-    return Units.train(iter(sequences()), STAMP, size=30, remove_runs=request.param)
+def units(request: pytest.FixtureRequest) -> AcousticBPE:
+    return AcousticBPE.train(iter(sequences()), STAMP, size=30, remove_runs=request.param)
 
 
-def test_every_sequence_comes_back(units: Units) -> None:
+def test_every_sequence_comes_back(units: AcousticBPE) -> None:
     random = np.random.default_rng(1)
     some = [random.integers(0, SIZE, random.integers(0, 60)) for _ in range(50)]
     special = [np.arange(SIZE), np.full(3000, 7), np.array([SIZE - 1]), np.zeros(0, np.int64)]
@@ -39,7 +39,7 @@ def test_every_sequence_comes_back(units: Units) -> None:
         assert units.lengths[pieces].sum() == len(expected)
 
 
-def test_pieces_are_codes_first_and_merges_after(units: Units) -> None:
+def test_pieces_are_codes_first_and_merges_after(units: AcousticBPE) -> None:
     assert units.num_merges == 30
     assert [units.decode([piece]).tolist() for piece in range(SIZE)] == [[c] for c in range(SIZE)]
     merges = range(SIZE, SIZE + 30)
@@ -50,7 +50,7 @@ def test_pieces_are_codes_first_and_merges_after(units: Units) -> None:
             units.decode([outside])
 
 
-def test_sequences_become_shorter(units: Units) -> None:
+def test_sequences_become_shorter(units: AcousticBPE) -> None:
     unseen = sequences(seed=3)
     assert sum(len(units.encode(codes)) for codes in unseen) < 0.6 * sum(map(len, unseen))
 
@@ -61,7 +61,7 @@ def test_runs_are_kept_or_removed() -> None:
 
 
 def test_long_sequences_are_encoded_in_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
-    units = Units.train(sequences(), STAMP, size=30)
+    units = AcousticBPE.train(sequences(), STAMP, size=30)
     codes = np.concatenate(sequences())
     monkeypatch.setattr(units_module, "ENCODING_CODES", 7)
     assert units.decode(units.encode(codes)).tolist() == codes.tolist()
@@ -69,14 +69,14 @@ def test_long_sequences_are_encoded_in_stretches(monkeypatch: pytest.MonkeyPatch
 
 def test_long_utterances_are_trained_on_in_stretches() -> None:
     """What crosses a cut is no pair; what is within is found as in short utterances."""
-    units = Units.train([np.tile([1, 2, 3], 1000)], STAMP, size=2)
+    units = AcousticBPE.train([np.tile([1, 2, 3], 1000)], STAMP, size=2)
     assert units.num_merges == 2
     assert len(units.encode(np.tile([1, 2, 3], 10))) == 10
 
 
 def test_fewer_merges_than_asked_for_where_there_are_no_more() -> None:
-    assert Units.train([np.array([5])], STAMP, size=10).num_merges == 0
-    assert Units.train([np.array([5, 6])], STAMP, size=0).num_merges == 0
+    assert AcousticBPE.train([np.array([5])], STAMP, size=10).num_merges == 0
+    assert AcousticBPE.train([np.array([5, 6])], STAMP, size=0).num_merges == 0
 
 
 def test_large_codebooks() -> None:
@@ -84,32 +84,32 @@ def test_large_codebooks() -> None:
     codes = np.array([0, 0xFFFD, 0xFFFE, 0xFFFF, 0xFFFF, 0])
     assert units_module._codes(units_module._text(codes)).tolist() == codes.tolist()
     stamp = dataclasses.replace(STAMP, codebook_sizes=(65_536, 16, 16))
-    units = Units.train([np.tile([0xFFFF, 0xFFFE, 0], 20)], stamp, size=2)
+    units = AcousticBPE.train([np.tile([0xFFFF, 0xFFFE, 0], 20)], stamp, size=2)
     assert len(units.encode(np.tile([0xFFFF, 0xFFFE, 0], 5))) == 5
     assert units.decode(units.encode(codes)).tolist() == codes.tolist()
     stamp = dataclasses.replace(STAMP, codebook_sizes=(65_537, 16, 16))
     with pytest.raises(ValueError, match="65537 entries, 65536 at most"):
-        Units.train([codes], stamp, size=1)
+        AcousticBPE.train([codes], stamp, size=1)
 
 
 @pytest.mark.parametrize("code", [-1, SIZE])
-def test_codes_outside_the_codebook_are_named(units: Units, code: int) -> None:
+def test_codes_outside_the_codebook_are_named(units: AcousticBPE, code: int) -> None:
     with pytest.raises(ValueError, match=f"code {code} is outside codebook 1"):
         units.encode(np.array([0, code]))
     with pytest.raises(ValueError, match=f"code {code} is outside codebook 1"):
-        Units.train([np.array([0, code])], STAMP, size=1)
+        AcousticBPE.train([np.array([0, code])], STAMP, size=1)
 
 
 def test_what_cannot_be_trained_on() -> None:
     with pytest.raises(ValueError, match="no codes"):
-        Units.train([np.zeros(0, np.int64)], STAMP, size=1)
+        AcousticBPE.train([np.zeros(0, np.int64)], STAMP, size=1)
     with pytest.raises(ValueError, match="must not be negative, got -1"):
-        Units.train(sequences(), STAMP, size=-1)
+        AcousticBPE.train(sequences(), STAMP, size=-1)
 
 
-def test_save_and_load(units: Units, tmp_path: Path) -> None:
+def test_save_and_load(units: AcousticBPE, tmp_path: Path) -> None:
     units.save(tmp_path / "a" / "units.model")
-    loaded = Units.load(tmp_path / "a" / "units.model")
+    loaded = AcousticBPE.load(tmp_path / "a" / "units.model")
     assert (loaded.digest, loaded.trained) == (units.digest, units.trained)
     codes = np.concatenate(sequences(seed=4))
     assert loaded.encode(codes).tolist() == units.encode(codes).tolist()
@@ -117,25 +117,25 @@ def test_save_and_load(units: Units, tmp_path: Path) -> None:
 
 def test_the_digest_tells_units_apart() -> None:
     made = [
-        Units.train(sequences(), STAMP, size=30),
-        Units.train(sequences(), STAMP, size=29),
-        Units.train(sequences(), STAMP, size=30, remove_runs=True),
-        Units.train(sequences(), dataclasses.replace(STAMP, digest="f" * 16), size=30),
+        AcousticBPE.train(sequences(), STAMP, size=30),
+        AcousticBPE.train(sequences(), STAMP, size=29),
+        AcousticBPE.train(sequences(), STAMP, size=30, remove_runs=True),
+        AcousticBPE.train(sequences(), dataclasses.replace(STAMP, digest="f" * 16), size=30),
     ]
     assert len({units.digest for units in made}) == 4
-    assert Units.train(sequences(), STAMP, size=30).digest == made[0].digest
+    assert AcousticBPE.train(sequences(), STAMP, size=30).digest == made[0].digest
 
 
-def test_units_of_another_codec_are_refused(units: Units) -> None:
+def test_units_of_another_codec_are_refused(units: AcousticBPE) -> None:
     units.check_codec(STAMP)
     with pytest.raises(ValueError, match=r"my\.model: trained .* of tiny \(f{16}\)"):
         units.check_codec(dataclasses.replace(STAMP, digest="f" * 16), "my.model")
 
 
-def test_damaged_files_are_named(units: Units, tmp_path: Path) -> None:
+def test_damaged_files_are_named(units: AcousticBPE, tmp_path: Path) -> None:
     path = tmp_path / "units.model"
     with pytest.raises(ValueError, match="no such units model"):
-        Units.load(path)
+        AcousticBPE.load(path)
     units.save(path)
     whole = json.loads(path.read_text())
     larger: CodecStamp = dataclasses.replace(STAMP, codebook_sizes=(SIZE + 1, 16, 16))
@@ -149,4 +149,4 @@ def test_damaged_files_are_named(units: Units, tmp_path: Path) -> None:
     for record in broken:
         path.write_text(json.dumps(record))
         with pytest.raises(ValueError, match=r"units\.model: not a whole units model"):
-            Units.load(path)
+            AcousticBPE.load(path)

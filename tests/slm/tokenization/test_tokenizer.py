@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from slm.config import ARConfig, LoRAConfig, SpeechFormConfig, TextConfig
 from slm.models.ar import Base, SpeechLM, load_base
 from slm.tokenization import tokenizer as alphabet_module
-from slm.tokenization.acoustic_bpe import Units
-from slm.tokenization.tokenizer import FILE_NAME, UNITS_FILE, Alphabet
+from slm.tokenization.acoustic_bpe import AcousticBPE
+from slm.tokenization.tokenizer import FILE_NAME, UNITS_FILE, SpeechTextTokenizer
 from slm.tokenization.vocabulary import Vocabulary
 
 pytestmark = quiet()
@@ -36,15 +36,15 @@ def base(folder: Path) -> Base:
 
 def save_units(path: Path, remove_runs: bool = False, digest: str = STAMP.digest) -> str:
     stamp = dataclasses.replace(STAMP, digest=digest)
-    Units.train([np.tile([1, 2, 3], 20)], stamp, 2, remove_runs).save(path)
+    AcousticBPE.train([np.tile([1, 2, 3], 20)], stamp, 2, remove_runs).save(path)
     return str(path)
 
 
 def make(
     base: Base, text: TextConfig | None = None, units: SpeechFormConfig | None = None
-) -> Alphabet:
+) -> SpeechTextTokenizer:
     text, units = text or TextConfig(), units or SpeechFormConfig()
-    return Alphabet.create(base.lm, base.tokenizer, STAMP, text, units)
+    return SpeechTextTokenizer.create(base.lm, base.tokenizer, STAMP, text, units)
 
 
 TEXTS = ["The cat. ", "at a mat", "Zoe\u0308 \u4f60\u597d \U0001f600 a . b  c\n", "<|end|>", ""]
@@ -52,22 +52,22 @@ TEXTS = ["The cat. ", "at a mat", "Zoe\u0308 \u4f60\u597d \U0001f600 a . b  c\n"
 
 @pytest.mark.parametrize("form", ["tokens", "characters"])
 def test_transcripts_come_back(base: Base, form: str) -> None:
-    alphabet = make(base, TextConfig(asr_form=form))
-    for ids, text in zip(alphabet.text_ids("asr", TEXTS), TEXTS, strict=True):
-        came = alphabet.text_of(ids)
+    tokenizer = make(base, TextConfig(asr_form=form))
+    for ids, text in zip(tokenizer.text_ids("asr", TEXTS), TEXTS, strict=True):
+        came = tokenizer.text_of(ids)
         composed = text.replace("e\u0308", "\u00eb")
         assert came == (composed if form == "characters" else text).strip()
 
 
 def test_characters_are_the_llms_tokens_of_each_alone(base: Base) -> None:
-    alphabet = make(base, TextConfig(tts_form="characters", asr_form="characters"))
+    tokenizer = make(base, TextConfig(tts_form="characters", asr_form="characters"))
     alone = {c: base.tokenizer(c, add_special_tokens=False)["input_ids"] for c in "at \u00eb"}
     assert len(alone["\u00eb"]) == 2
-    (ids,) = alphabet.text_ids("tts", ["at \u00eb"])
+    (ids,) = tokenizer.text_ids("tts", ["at \u00eb"])
     assert ids == [token for c in "at \u00eb" for token in alone[c]]
-    assert alphabet.text_ids("asr", ["at \u00eb"]) == [ids]
+    assert tokenizer.text_ids("asr", ["at \u00eb"]) == [ids]
     # Text alone, and the other forms, have the tokenizer's own merge of a and t.
-    assert len(alphabet.text_ids("text", ["at"])[0]) == 1
+    assert len(tokenizer.text_ids("text", ["at"])[0]) == 1
     assert len(make(base).text_ids("tts", ["at"])[0]) == 1
 
 
@@ -79,19 +79,21 @@ def test_characters_are_of_bytes_and_those_alone(base: Base) -> None:
     core["added_tokens"] = []
     merging = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(core)))
     assert len(merging("\u00eb", add_special_tokens=False)["input_ids"]) == 1
-    for tokenizer in (base.tokenizer, merging):
-        vocabulary = Vocabulary.of(base.lm, tokenizer, STAMP)
-        alphabet = Alphabet(vocabulary, tokenizer, TextConfig(asr_form="characters"))
-        made = alphabet.text_range("asr")
+    for text_tokenizer in (base.tokenizer, merging):
+        vocabulary = Vocabulary.of(base.lm, text_tokenizer, STAMP)
+        tokenizer = SpeechTextTokenizer(
+            vocabulary, text_tokenizer, TextConfig(asr_form="characters")
+        )
+        made = tokenizer.text_range("asr")
         assert len(made) == 256
-        assert set(made) == set(tokenizer.convert_tokens_to_ids(ByteLevel.alphabet()))
-        written = alphabet.text_ids("asr", [*TEXTS, "\u00eb"])
+        assert set(made) == set(text_tokenizer.convert_tokens_to_ids(ByteLevel.alphabet()))
+        written = tokenizer.text_ids("asr", [*TEXTS, "\u00eb"])
         assert {token for ids in written for token in ids} <= set(made)
-        assert alphabet.text_of(written[-1]) == "\u00eb"
-        assert alphabet.text_range("text") == range(vocabulary.num_text)
+        assert tokenizer.text_of(written[-1]) == "\u00eb"
+        assert tokenizer.text_range("text") == range(vocabulary.num_text)
         # What is spoken is spelt by each character's own tokens, as it always was.
-        spoken = Alphabet(vocabulary, tokenizer, TextConfig(tts_form="characters"))
-        assert spoken.text_ids("tts", ["\u00eb"]) == [tokenizer("\u00eb")["input_ids"]]
+        spoken = SpeechTextTokenizer(vocabulary, text_tokenizer, TextConfig(tts_form="characters"))
+        assert spoken.text_ids("tts", ["\u00eb"]) == [text_tokenizer("\u00eb")["input_ids"]]
     assert make(base).text_range("asr") == range(len(base.tokenizer))
 
 
@@ -99,13 +101,13 @@ def test_bytes_that_are_scattered_or_lacking_are_not_taken(base: Base) -> None:
     core = json.loads(base.tokenizer.backend_tokenizer.to_str())
     text = TextConfig(asr_form="characters")
 
-    def made_of(vocabulary: dict[str, int], unknown: str | None = None) -> Alphabet:
+    def made_of(vocabulary: dict[str, int], unknown: str | None = None) -> SpeechTextTokenizer:
         core["model"] |= {"vocab": vocabulary, "merges": [], "unk_token": unknown}
         core["added_tokens"] = []
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer.from_str(json.dumps(core)), unk_token=unknown
         )
-        return Alphabet(make(base).vocabulary, tokenizer, text)
+        return SpeechTextTokenizer(make(base).vocabulary, tokenizer, text)
 
     names = sorted(ByteLevel.alphabet())
     spread = {name: 3 * index for index, name in enumerate(names)}
@@ -116,16 +118,16 @@ def test_bytes_that_are_scattered_or_lacking_are_not_taken(base: Base) -> None:
 
 
 def test_voices_from_before_write_as_they_did(base: Base, tmp_path: Path) -> None:
-    alphabet = make(base, TextConfig(asr_form="characters"))
-    alphabet.save(tmp_path)
-    assert Alphabet.load(tmp_path, base.tokenizer).writes_bytes
+    tokenizer = make(base, TextConfig(asr_form="characters"))
+    tokenizer.save(tmp_path)
+    assert SpeechTextTokenizer.load(tmp_path, base.tokenizer).writes_bytes
     record = json.loads((tmp_path / FILE_NAME).read_text())
     del record["bytes"]
     (tmp_path / FILE_NAME).write_text(json.dumps(record))
-    older = Alphabet.load(tmp_path, base.tokenizer)
+    older = SpeechTextTokenizer.load(tmp_path, base.tokenizer)
     assert older.text_range("asr") == range(older.vocabulary.num_text)
     older.save(tmp_path)
-    assert not Alphabet.load(tmp_path, base.tokenizer).writes_bytes
+    assert not SpeechTextTokenizer.load(tmp_path, base.tokenizer).writes_bytes
 
 
 class Prefixing:
@@ -151,46 +153,46 @@ class Prefixing:
 
 def test_tokenizers_that_put_a_space_before_words(base: Base) -> None:
     vocabulary, text = make(base).vocabulary, TextConfig(asr_form="characters")
-    alphabet = Alphabet(
+    tokenizer = SpeechTextTokenizer(
         vocabulary, Prefixing(["a", "\u2581", "<0xC3>", "<0xAB>"]), text, SpeechFormConfig()
     )
-    assert alphabet.text_ids("asr", ["a \u00eb"]) == [[2, 3, 4, 5]]
-    assert alphabet.text_range("asr") == range(vocabulary.num_text)
+    assert tokenizer.text_ids("asr", ["a \u00eb"]) == [[2, 3, 4, 5]]
+    assert tokenizer.text_range("asr") == range(vocabulary.num_text)
     with pytest.raises(ValueError, match="cannot spell 'b' by itself"):
-        alphabet.text_ids("asr", ["ab"])
+        tokenizer.text_ids("asr", ["ab"])
 
 
 def test_only_what_is_spoken_is_normalised(base: Base) -> None:
-    alphabet, plain = make(base), make(base, TextConfig(normalize=False))
-    assert alphabet.spelt("5 cats") == "five cats"
+    tokenizer, plain = make(base), make(base, TextConfig(normalize=False))
+    assert tokenizer.spelt("5 cats") == "five cats"
     assert plain.spelt("5 cats") == "5 cats"
-    assert alphabet.text_ids("tts", ["5 cats"]) == plain.text_ids("tts", ["five cats"])
+    assert tokenizer.text_ids("tts", ["5 cats"]) == plain.text_ids("tts", ["five cats"])
     for task in ("asr", "text"):
-        assert alphabet.text_ids(task, ["5 cats"]) == plain.text_ids(task, ["5 cats"])
+        assert tokenizer.text_ids(task, ["5 cats"]) == plain.text_ids(task, ["5 cats"])
 
 
 def test_what_is_all_in_capitals_is_lowered_but_in_text_alone(base: Base) -> None:
-    alphabet = make(base)
-    assert alphabet.spelt("5 RED CATS") == "five red cats"
-    assert alphabet.num_tokens("RED CATS") == alphabet.num_tokens("red cats")
+    tokenizer = make(base)
+    assert tokenizer.spelt("5 RED CATS") == "five red cats"
+    assert tokenizer.num_tokens("RED CATS") == tokenizer.num_tokens("red cats")
     for task in ("tts", "asr"):
-        assert alphabet.text_ids(task, ["RED CATS"]) == alphabet.text_ids(task, ["red cats"])
-    assert alphabet.text_ids("text", ["RED CATS"]) != alphabet.text_ids("text", ["red cats"])
+        assert tokenizer.text_ids(task, ["RED CATS"]) == tokenizer.text_ids(task, ["red cats"])
+    assert tokenizer.text_ids("text", ["RED CATS"]) != tokenizer.text_ids("text", ["red cats"])
 
 
 def test_phonemes_are_spelt_as_characters(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alphabet_module, "phonemes", lambda text: text.replace("a", "\u00e6"))
-    alphabet = make(base, TextConfig(tts_form="phonemes"))
-    assert alphabet.spelt("5 cats") == "five c\u00e6ts"
-    (ids,) = alphabet.text_ids("tts", ["5 cats"])
+    tokenizer = make(base, TextConfig(tts_form="phonemes"))
+    assert tokenizer.spelt("5 cats") == "five c\u00e6ts"
+    (ids,) = tokenizer.text_ids("tts", ["5 cats"])
     assert base.tokenizer.decode(ids) == "five c\u00e6ts"
-    assert alphabet.text_ids("asr", ["cats"]) == make(base).text_ids("asr", ["cats"])
+    assert tokenizer.text_ids("asr", ["cats"]) == make(base).text_ids("asr", ["cats"])
 
 
 @pytest.mark.parametrize("form", ["tokens", "characters"])
 def test_how_much_there_is_to_say_does_not_depend_on_the_form(base: Base, form: str) -> None:
-    alphabet = make(base, TextConfig(tts_form=form))
-    assert alphabet.num_tokens("at 5") == len(make(base).text_ids("tts", ["at five"])[0])
+    tokenizer = make(base, TextConfig(tts_form=form))
+    assert tokenizer.num_tokens("at 5") == len(make(base).text_ids("tts", ["at five"])[0])
 
 
 @pytest.mark.parametrize(
@@ -198,28 +200,28 @@ def test_how_much_there_is_to_say_does_not_depend_on_the_form(base: Base, form: 
 )
 def test_each_task_has_its_units(base: Base, tmp_path: Path, spoken: str, heard: str) -> None:
     model = save_units(tmp_path / "units.model")
-    alphabet = make(base, units=SpeechFormConfig(bpe_model=model, tts_form=spoken, asr_form=heard))
-    first = alphabet.vocabulary.first_speech
+    tokenizer = make(base, units=SpeechFormConfig(bpe_model=model, tts_form=spoken, asr_form=heard))
+    first = tokenizer.vocabulary.first_speech
     merges = 2 if "bpe" in (spoken, heard) else 0
-    assert alphabet.vocabulary.size == first + SIZE + merges
+    assert tokenizer.vocabulary.size == first + SIZE + merges
     for task, form in (("tts", spoken), ("continuation", spoken), ("asr", heard)):
-        ids = alphabet.speech_ids(task, CODES)
+        ids = tokenizer.speech_ids(task, CODES)
         assert len(ids) == (6 if form == "bpe" else len(CODES))
-        assert alphabet.codes_of(ids).tolist() == CODES.tolist()
-        assert alphabet.frames(ids).sum() == len(CODES)
-        assert alphabet.has_pieces(task) == (form == "bpe")
-        allowed = alphabet.speech_range(task)
+        assert tokenizer.codes_of(ids).tolist() == CODES.tolist()
+        assert tokenizer.frames(ids).sum() == len(CODES)
+        assert tokenizer.has_pieces(task) == (form == "bpe")
+        allowed = tokenizer.speech_range(task)
         assert set(ids) <= set(allowed)
         assert len(allowed) == SIZE + (2 if form == "bpe" else 0)
     with pytest.raises(ValueError, match="is not"):
-        alphabet.codes_of([alphabet.vocabulary.size])
+        tokenizer.codes_of([tokenizer.vocabulary.size])
 
 
 def test_units_without_runs_are_for_hearing(base: Base, tmp_path: Path) -> None:
     model = save_units(tmp_path / "units.model", remove_runs=True)
-    alphabet = make(base, units=SpeechFormConfig(bpe_model=model, asr_form="bpe"))
-    ids = alphabet.speech_ids("asr", np.array([4, 4, 1, 2, 3]))
-    assert alphabet.codes_of(ids).tolist() == [4, 1, 2, 3]
+    tokenizer = make(base, units=SpeechFormConfig(bpe_model=model, asr_form="bpe"))
+    ids = tokenizer.speech_ids("asr", np.array([4, 4, 1, 2, 3]))
+    assert tokenizer.codes_of(ids).tolist() == [4, 1, 2, 3]
     with pytest.raises(ValueError, match=r"speech\.tts_form=bpe: .*removes runs"):
         make(base, units=SpeechFormConfig(bpe_model=model, tts_form="bpe"))
 
@@ -244,26 +246,28 @@ def test_a_voice_keeps_its_units(folder: Path, base: Base, tmp_path: Path) -> No
     lm.save(tmp_path / "ar")
     shutil.rmtree(path.parent)
     assert str(path.parent) not in (tmp_path / "ar" / FILE_NAME).read_text()
-    loaded = SpeechLM.load(tmp_path / "ar").alphabet
+    loaded = SpeechLM.load(tmp_path / "ar").tokenizer
     assert loaded.vocabulary == lm.vocabulary
     assert loaded.text == config.text
-    assert loaded.speech_ids("tts", CODES).tolist() == lm.alphabet.speech_ids("tts", CODES).tolist()
+    assert (
+        loaded.speech_ids("tts", CODES).tolist() == lm.tokenizer.speech_ids("tts", CODES).tolist()
+    )
     # What was loaded can be saved again.
     loaded.save(tmp_path / "again")
-    assert Alphabet.load(tmp_path / "again", base.tokenizer).units == loaded.units
+    assert SpeechTextTokenizer.load(tmp_path / "again", base.tokenizer).units == loaded.units
     (tmp_path / "ar" / UNITS_FILE).unlink()
     with pytest.raises(ValueError, match="no such units model"):
-        Alphabet.load(tmp_path / "ar", base.tokenizer)
+        SpeechTextTokenizer.load(tmp_path / "ar", base.tokenizer)
 
 
 def test_units_that_do_not_fit_the_vocabulary_are_refused(base: Base, tmp_path: Path) -> None:
     model = save_units(tmp_path / "units.model")
     make(base, units=SpeechFormConfig(bpe_model=model, asr_form="bpe")).save(tmp_path / "ar")
-    Units.train([np.array([1, 2])], STAMP, 1).save(tmp_path / "ar" / UNITS_FILE)
+    AcousticBPE.train([np.array([1, 2])], STAMP, 1).save(tmp_path / "ar" / UNITS_FILE)
     with pytest.raises(ValueError, match="has 1 merges, the vocabulary 2"):
-        Alphabet.load(tmp_path / "ar", base.tokenizer)
-    with pytest.raises(ValueError, match=r"use Alphabet\.create"):
-        Alphabet(
+        SpeechTextTokenizer.load(tmp_path / "ar", base.tokenizer)
+    with pytest.raises(ValueError, match=r"use SpeechTextTokenizer\.create"):
+        SpeechTextTokenizer(
             make(base).vocabulary,
             base.tokenizer,
             None,
@@ -289,6 +293,6 @@ def test_older_and_damaged_voices(base: Base, tmp_path: Path) -> None:
     ):
         (tmp_path / FILE_NAME).write_text(json.dumps(damaged))
         with pytest.raises(ValueError, match=FILE_NAME):
-            Alphabet.load(tmp_path, base.tokenizer)
+            SpeechTextTokenizer.load(tmp_path, base.tokenizer)
     (tmp_path / FILE_NAME).unlink()
-    assert Alphabet.load(tmp_path, base.tokenizer).text == TextConfig(normalize=False)
+    assert SpeechTextTokenizer.load(tmp_path, base.tokenizer).text == TextConfig(normalize=False)
