@@ -323,9 +323,9 @@ def text_perplexity(
     """exp of the mean negative log-likelihood of the texts' tokens, but the first of each window.
 
     `lm` is a SpeechLM or a base LLM, `tokenizer` the LLM's own or a SpeechTextTokenizer with it. A
-    text is cut into windows of at most `window` tokens (fewer where the LLM holds fewer) that do not
-    see each other; nothing is put before or behind it. A batch has at most `positions` positions, or
-    one window.
+    text is cut into windows of at most `window` tokens (fewer where the LLM holds fewer) that do
+    not see each other; nothing is put before or behind it. A batch has at most `positions`
+    positions, or one window.
 
     `rows` says what a token competes with. "text": the ids that the tokenizer knows, so that before
     training a SpeechLM and its base LLM are equal. "all": every row of the table; a SpeechLM has

@@ -128,7 +128,8 @@ class ARData:
     @classmethod
     def open(
         cls, shard: TokenShard, tokenizer: SpeechTextTokenizer, tasks: TaskConfig,
-        batch: BatchConfig, seed: int, *, longest: int, limit: int | None = None, texts: Sequence[str] = (),
+        batch: BatchConfig, seed: int, *, longest: int, limit: int | None = None,
+        texts: Sequence[str] = (),
     ) -> "ARData":  # fmt: skip
         corpus = usable(shard, limit)
         return cls(corpus, tokenizer, tasks, batch, seed, longest=longest, texts=texts)
