@@ -28,16 +28,14 @@ class NARBatch(NamedTuple):
     """Frames whose every codebook is given."""
     stages: Int[Tensor, " S"]
     """Codebooks to predict, counted from 0."""
-    given: Bool[Tensor, "B T"] | None = None
-    """Always None."""
 
 
 class NARData:
     """Batches for the NAR: codebook 2 always, and one codebook of the rest (USLM), the upper ones
     seldomer if asked for.
 
-    Everything is a pure function of (seed, step), in streams of random numbers of their own: what
-    is masked, and which texts are dropped, changes neither the codebooks nor the prompts.
+    Everything is a pure function of (seed, step), in streams of random numbers of their own: which
+    texts are dropped changes neither the codebooks nor the prompts.
     """
 
     def __init__(

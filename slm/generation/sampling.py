@@ -1,21 +1,12 @@
 """KV-cached batched sampling, with a seed, bounds and a failure's name for every item.
 
 Each item draws from its own generator: a batch gives what single items give under the same seeds.
-
-Caches of keys and values for any decoder of transformers.
-
-    dynamic   a layer's keys and values are copied into longer ones with every token
-    static    they have their full size from the start, and new ones are written in place
-
-Both hold left-padded batches, from which items leave when they are done. Layers that attend to a
-window only, or not at all, keep the kind that the LLM's configuration names: they do not grow.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache as once
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -29,77 +20,6 @@ from slm.models.lm_head import Rows, next_logits
 from slm.tokenization.tokenizer import SpeechTextTokenizer
 
 logger = logging.getLogger(__name__)
-
-
-CacheKind = Literal["dynamic", "static"]
-
-
-def make_cache(kind: CacheKind, config: Any, capacity: int) -> Any:
-    """An empty cache for an LLM of this `config`; `capacity`: positions of the longest sequence
-    that will be in it, which a static one must not exceed."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    cache = DynamicCache(config=config)
-    if kind == "static":
-        cache.layers = [
-            _static_layer()(capacity) if type(layer) is DynamicLayer else layer
-            for layer in cache.layers
-        ]
-    return cache
-
-
-def keep_rows(cache: Any, rows: Sequence[int], device: torch.device) -> None:
-    """Only these items stay, `rows` in rising order."""
-    cache.batch_select_indices(torch.tensor(rows, device=device))
-
-
-@once
-def _static_layer() -> type:
-    """The layer of a static cache; made here because transformers is imported late."""
-    from transformers.cache_utils import DynamicLayer
-
-    class StaticLayer(DynamicLayer):
-        """What is attended to are views of the filled part, so that no mask has to hide the rest
-        (transformers' own StaticLayer returns the whole, and lets no item leave)."""
-
-        def __init__(self, capacity: int):
-            super().__init__()
-            self.capacity = capacity
-
-        def update(
-            self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-        ) -> tuple[Tensor, Tensor]:
-            start = self.get_seq_length()
-            stop = start + key_states.shape[2]
-            assert stop <= self.capacity, f"{stop} positions in a cache of {self.capacity}"
-            if start == 0:
-                self.lazy_initialization(key_states, value_states)
-                self.all_keys = _room(key_states, self.capacity)
-                self.all_values = _room(value_states, self.capacity)
-            self.all_keys[:, :, start:stop] = key_states
-            self.all_values[:, :, start:stop] = value_states
-            return self._show(stop)
-
-        def batch_select_indices(self, indices: Tensor) -> None:
-            length, count = self.get_seq_length(), len(indices)
-            for whole in (self.all_keys, self.all_values):
-                # The right side is a copy: rows may be read and written at once.
-                whole[:count, :, :length] = whole[indices, :, :length]
-            self.all_keys, self.all_values = self.all_keys[:count], self.all_values[:count]
-            self._show(length)
-
-        def _show(self, length: int) -> tuple[Tensor, Tensor]:
-            self.keys = self.all_keys[:, :, :length]
-            self.values = self.all_values[:, :, :length]
-            return self.keys, self.values
-
-    return StaticLayer
-
-
-def _room(states: Tensor, capacity: int) -> Tensor:
-    batch, heads, _, width = states.shape
-    return states.new_empty(batch, heads, capacity, width)
 
 
 BOUNDS_FRAME_RATE = 25.0
@@ -315,11 +235,6 @@ class _Item:
         given, self.given = self.given[:count], self.given[count:]
         return given
 
-    @property
-    def most_steps(self) -> int:
-        """Tokens that are drawn or given."""
-        return self.most_tokens + len(self.request.script.ids)
-
     def take(self, token: int) -> bool:
         """Adds a token; whether the sequence is over."""
         if self.given:
@@ -388,6 +303,8 @@ class _Batch:
     def __init__(
         self, lm: SpeechLM, items: Sequence[_Item], allowed: Allowed, config: SamplingConfig
     ):
+        from transformers import DynamicCache
+
         self.lm, self.allowed = lm, allowed
         self.active = list(items)
         if not items:
@@ -396,8 +313,7 @@ class _Batch:
         contexts = [item.request.context for item in items]
         padded = left_padded(contexts, lm.vocabulary.eos)
         self.tokens, self.mask = (part.to(self.device) for part in padded)
-        most = max(item.most_steps for item in items)
-        self.cache = make_cache("dynamic", lm.config, self.tokens.shape[1] + most)
+        self.cache = DynamicCache(config=lm.config)
 
     @torch.inference_mode()
     def step(self) -> bool:
@@ -409,8 +325,9 @@ class _Batch:
         over = [item.take(token) for item, token in zip(self.active, chosen, strict=True)]
         stay = [row for row, done in enumerate(over) if not done]
         if 0 < len(stay) < len(over):
-            keep_rows(self.cache, stay, self.device)
-            self.mask = self.mask[torch.tensor(stay, device=self.device)]
+            rows = torch.tensor(stay, device=self.device)
+            self.cache.batch_select_indices(rows)
+            self.mask = self.mask[rows]
         self.active = [self.active[row] for row in stay]
         # What every item is given anyway is read in one pass.
         ahead = min((len(item.given) for item in self.active), default=0)

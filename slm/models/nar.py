@@ -4,10 +4,6 @@ A position of the speech part is the sum of the embeddings of the codebooks belo
 of every codebook within the prompt. Each layer's norms are the stage's, which is the codebook
 predicted, counted from 0.
 
-A masked NAR is also given some codes of the predicted codebook and asked for the others, at whose
-positions a mask is added (MaskGIT, arXiv 2202.04200): so it can decode a codebook in several
-passes, each of which keeps the codes that it is surest of.
-
 What the NAR is made of, and how its labels are shared among codes that sound alike.
 """
 
@@ -224,8 +220,7 @@ class NAR(
         self.dropout = nn.Dropout(config.dropout)
         self._shares: list[Float[Tensor, "K K"]] = []
         self.apply(_initialise)
-        # The last to draw, so that the others begin alike with and without them.
-        self.mask: nn.Embedding | None = None
+        # The last to draw, so that the others begin alike with and without it.
         self.reference = None
         if config.prompt_matching:
             self.reference = Reference(
@@ -259,7 +254,6 @@ class NAR(
 
     def forward(self, batch: NARBatch) -> Scores:
         """Losses over the frames that are asked for, summed over the batch's stages."""
-        assert batch.given is None
         asked = _asked(batch)
         parts = []
         for stage in batch.stages.tolist():
@@ -291,26 +285,19 @@ class NAR(
         return self.norm(hidden[:, text.shape[1] :], stage)
 
     def _speech(self, batch: NARBatch, stage: int) -> Float[Tensor, "B T D"]:
-        """The sum of the embeddings of the codes that a stage may see, of what the prompt has in
-        like places, and of the mask."""
+        """The sum of the embeddings of the codes that a stage may see, and of what the prompt has
+        in like places."""
         device = batch.codes.device
         frames = torch.arange(batch.codes.shape[2], device=device)
         codebooks = torch.arange(batch.codes.shape[1], device=device)[:, None]
         prompt = frames < batch.prompt_lengths[:, None]  # (B, T)
         lower = (codebooks < stage).expand_as(batch.codes)
         rest = ~lower & prompt[:, None]
-        if batch.given is not None:
-            rest = rest | ((codebooks == stage) & batch.given[:, None])
         if self.reference is None:
-            speech = self._embedded(batch.codes, lower | rest)
-        else:
-            below, above = (self._embedded(batch.codes, part) for part in (lower, rest))
-            valid = frames < batch.lengths[:, None]
-            speech = below + above + self.reference(below, above, valid, prompt, stage)
-        if self.mask is not None:
-            mask = self.mask(torch.zeros((), dtype=torch.long, device=device))
-            speech = speech + mask * _asked(batch)[..., None]
-        return speech
+            return self._embedded(batch.codes, lower | rest)
+        below, above = (self._embedded(batch.codes, part) for part in (lower, rest))
+        valid = frames < batch.lengths[:, None]
+        return below + above + self.reference(below, above, valid, prompt, stage)
 
     def _embedded(
         self, codes: Int[Tensor, "B Q T"], wanted: Bool[Tensor, "B Q T"]
@@ -343,7 +330,6 @@ class NAR(
         *,
         temperature: float = 0.0,
         seeds: Sequence[int] | None = None,
-        iterations: int = 1,
     ) -> list[Int[np.ndarray, "Q _"]]:
         """Codes (Q, T) of the new part from its codebook 1.
 
@@ -352,13 +338,9 @@ class NAR(
         no texts is given none. What of the new part is finished belongs behind the prompt, with
         all its codebooks: it is context then, and a part that grows is completed piece by piece.
 
-        Temperature 0 takes the likeliest code; above it, each item draws under its own seed. A
-        masked NAR decodes each codebook in `iterations` passes, or one for each frame where that is
-        fewer; raises ValueError for more than one of a NAR that is not masked.
+        Temperature 0 takes the likeliest code; above it, each item draws under its own seed.
         """
         assert not self.training
-        if iterations < 1:
-            raise ValueError(f"iterations must be at least 1, got {iterations}")
         if not self.takes_texts:
             texts = [""] * len(texts)
         joined = []
@@ -372,42 +354,21 @@ class NAR(
         starts = [prompt.shape[1] for prompt in prompts]
         batch = nar_batch([text_bytes(text) for text in texts], joined, starts, [])
         device = self.head.weight.device
-        moved: list[Any] = [part if part is None else part.to(device) for part in batch]
-        batch = NARBatch(*moved)
-        passes = [min(iterations, len(row)) for row in first]
+        batch = NARBatch(*(part.to(device) for part in batch))
         seeds = list(seeds) if seeds is not None else [0] * len(texts)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        asked = _asked(batch)
+        num_asked = asked.sum(1).tolist()
         for stage in range(1, len(self.config.codebook_sizes)):
-            self._fill_in(batch, stage, passes, temperature, generators)
+            logits = self._logits(self._hidden(batch, stage)[asked], stage).float()
+            items = zip(logits.split(num_asked), generators, strict=True)
+            chosen = [_choose(one, temperature, generator) for one, generator in items]
+            batch.codes[:, stage][asked] = torch.cat(chosen)
         codes = batch.codes.cpu().numpy()
         return [
             codes[row, :, start : one.shape[1]]
             for row, (start, one) in enumerate(zip(starts, joined, strict=True))
         ]
-
-    def _fill_in(
-        self, batch: NARBatch, stage: int, passes: Sequence[int], temperature: float,
-        generators: Sequence[torch.Generator],
-    ) -> None:  # fmt: skip
-        """Writes codebook `stage` behind the prompts, each item in as many passes as it has."""
-        given = torch.zeros_like(batch.codes[:, stage], dtype=torch.bool)
-        num_frames = (batch.lengths - batch.prompt_lengths).tolist()
-        for number in range(1, max(passes) + 1):
-            rows = [row for row, most in enumerate(passes) if number <= most]
-            part = _items(batch._replace(given=given), rows)
-            asked = _asked(part)
-            logits = self._logits(self._hidden(part, stage)[asked], stage).float()
-            per_item = logits.split(asked.sum(1).tolist())
-            for row, frames, one in zip(rows, asked, per_item, strict=True):
-                left = num_masked(num_frames[row], number, passes[row])
-                chosen = _choose(one, temperature, generators[row])
-                places = frames.nonzero()[:, 0]
-                if left:
-                    noise = temperature * (1 - number / passes[row])
-                    surest = _by_confidence(one, chosen, noise, generators[row])[:-left]
-                    places, chosen = places[surest], chosen[surest]
-                batch.codes[row, stage, places] = chosen
-                given[row, places] = True
 
     @classmethod
     def _from_pretrained(
@@ -447,31 +408,10 @@ class NAR(
         return nar
 
 
-def num_masked(num_frames: int, number: int, passes: int) -> int:
-    """Frames that are still asked for after so many of the passes: MaskGIT's cosine, but at least
-    one frame is settled in each."""
-    return min(num_frames - number, int(num_frames * math.cos(0.5 * math.pi * number / passes)))
-
-
 def _asked(batch: NARBatch) -> Bool[Tensor, "B T"]:
-    """Frames behind the prompt whose code of the predicted codebook is not given."""
+    """Frames behind the prompt."""
     frames = torch.arange(batch.codes.shape[2], device=batch.codes.device)
-    asked = (frames >= batch.prompt_lengths[:, None]) & (frames < batch.lengths[:, None])
-    return asked if batch.given is None else asked & ~batch.given
-
-
-def _items(batch: NARBatch, rows: list[int]) -> NARBatch:
-    """Some of a batch's items."""
-    assert batch.given is not None
-    return NARBatch(
-        text=batch.text[rows],
-        text_mask=batch.text_mask[rows],
-        codes=batch.codes[rows],
-        lengths=batch.lengths[rows],
-        prompt_lengths=batch.prompt_lengths[rows],
-        stages=batch.stages,
-        given=batch.given[rows],
-    )
+    return (frames >= batch.prompt_lengths[:, None]) & (frames < batch.lengths[:, None])
 
 
 def _choose(logits: Float[Tensor, "T K"], temperature: float, generator: torch.Generator) -> Tensor:
@@ -480,19 +420,6 @@ def _choose(logits: Float[Tensor, "T K"], temperature: float, generator: torch.G
     # On the CPU: a seed means the same on every machine.
     probabilities = torch.softmax(logits.cpu() / temperature, dim=-1)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
-
-
-def _by_confidence(
-    logits: Float[Tensor, "T K"], chosen: Int[Tensor, " T"], noise: float,
-    generator: torch.Generator,
-) -> Int[Tensor, " T"]:  # fmt: skip
-    """Indices of the chosen codes, the surest first: by log-probability and `noise` times Gumbel
-    noise."""
-    confidence = logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
-    if noise:
-        gumbel = -torch.empty(len(chosen)).exponential_(generator=generator).log()
-        confidence = confidence + noise * gumbel.to(logits.device)
-    return confidence.argsort(descending=True, stable=True)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -12,7 +12,6 @@ from slm.config import ARConfig, SamplingConfig, TextConfig
 from slm.data.sequences import ForcedTokens, asr_context, tts_context
 from slm.generation.sampling import (
     Allowed,
-    CacheKind,
     Request,
     draw,
     generate,
@@ -77,23 +76,16 @@ def uncached(lm: SpeechLM, request: Request, allowed: Allowed) -> tuple[int, ...
 NO_LOOPS = SamplingConfig(greedy=True, max_attempts=1, loop_seconds=1000.0)
 
 
-KINDS = pytest.mark.parametrize("kind", ["dynamic", "static"])
-
-
-@KINDS
-def test_cached_greedy_equals_uncached(lm: SpeechLM, kind: CacheKind) -> None:
+def test_cached_greedy_equals_uncached(lm: SpeechLM) -> None:
     allowed = speech_only(lm, NO_LOOPS)
-    made = generate(lm, requests(lm), allowed, replace(NO_LOOPS, cache=kind))
+    made = generate(lm, requests(lm), allowed, NO_LOOPS)
     assert [one.tokens for one in made] == [uncached(lm, r, allowed) for r in requests(lm)]
     assert len({len(one.tokens) for one in made}) > 1 or made[0].tokens != made[1].tokens
 
 
-@KINDS
 @pytest.mark.parametrize("greedy", [True, False])
-def test_batched_equals_single_under_the_same_seeds(
-    lm: SpeechLM, greedy: bool, kind: CacheKind
-) -> None:
-    config = SamplingConfig(greedy=greedy, max_attempts=2, cache=kind)
+def test_batched_equals_single_under_the_same_seeds(lm: SpeechLM, greedy: bool) -> None:
+    config = SamplingConfig(greedy=greedy, max_attempts=2)
     allowed = speech_only(lm, config)
     # Items end at different steps and leave the batch.
     asked = [replace(one, max_tokens=10 * n) for n, one in enumerate(requests(lm), start=1)]
@@ -102,9 +94,8 @@ def test_batched_equals_single_under_the_same_seeds(
     assert together == [generate(lm, [one], allowed, config)[0] for one in asked]
 
 
-@KINDS
-def test_a_stream_is_what_one_try_gives(lm: SpeechLM, kind: CacheKind) -> None:
-    config = SamplingConfig(max_attempts=1, cache=kind)
+def test_a_stream_is_what_one_try_gives(lm: SpeechLM) -> None:
+    config = SamplingConfig(max_attempts=1)
     allowed = speech_only(lm, config)
     for request in requests(lm):
         (whole,) = generate(lm, [request], allowed, config)
@@ -335,11 +326,8 @@ def test_a_prompt_of_nothing_is_no_matter(lm: SpeechLM) -> None:
     assert generate(lm, [], speech_only(lm, NO_LOOPS), NO_LOOPS) == []
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_what_is_given_is_read_in_one_pass(
-    lm: SpeechLM, cache: CacheKind, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = SamplingConfig(max_attempts=1, checks=(), cache=cache)
+def test_forced_tokens_are_read_in_one_pass(lm: SpeechLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SamplingConfig(max_attempts=1, checks=())
     parts = ((1, 2, 3), (4, 5))
     asked = replace(requests(lm)[0], script=ForcedTokens(parts, (3, 4, 5), least=1))
     lengths = []

@@ -12,7 +12,7 @@ from tiny_slm import SIZES
 
 from slm.config import NARConfig
 from slm.data.nar import NARBatch, nar_batch, text_bytes
-from slm.models.nar import NAR, num_masked
+from slm.models.nar import NAR
 
 CONFIG = NARConfig(
     codebook_sizes=SIZES, num_layers=2, num_heads=2, width=16, feedforward=32, dropout=0.0
@@ -34,11 +34,6 @@ def make_nar(config: NARConfig) -> NAR:
 @pytest.fixture
 def nar() -> NAR:
     return make_nar(CONFIG)
-
-
-@pytest.fixture
-def masked() -> NAR:
-    return make_nar(replace(CONFIG, masked=True))
 
 
 def random_codes(frames: int, seed: int = 0) -> np.ndarray:
@@ -147,19 +142,15 @@ def test_padded_batch_equals_single_items(nar: NAR) -> None:
     torch.testing.assert_close(together, torch.stack(alone).sum(0), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("iterations", [1, 4, 100])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_decoding_a_batch_equals_single_items(
-    nar: NAR, masked: NAR, temperature: float, iterations: int
-) -> None:
-    nar = nar if iterations == 1 else masked
+def test_decoding_a_batch_equals_single_items(nar: NAR, temperature: float) -> None:
     texts = [*TEXTS[:2], "", ""]
     prompts = [random_codes(3, 7), random_codes(0, 8), random_codes(6, 9), random_codes(2, 5)]
     first = [random_codes(length, seed)[0] for seed, length in enumerate((9, 14, 5, 1))]
 
     def decode(rows: list[int], seeds: list[int]) -> list[np.ndarray]:
         chosen = ([part[row] for row in rows] for part in (texts, prompts, first))
-        return nar.decode(*chosen, temperature=temperature, seeds=seeds, iterations=iterations)
+        return nar.decode(*chosen, temperature=temperature, seeds=seeds)
 
     together = decode([0, 1, 2, 3], [1, 2, 3, 4])
     for row in range(4):
@@ -189,96 +180,14 @@ def test_a_nar_without_texts_is_given_none() -> None:
     assert np.array_equal(made[0.5][1], made[1.0][1])
 
 
-@pytest.mark.parametrize("trained", ["nar", "masked"])
-def test_greedy_decoding_goes_codebook_by_codebook(
-    trained: str, request: pytest.FixtureRequest
-) -> None:
-    nar = request.getfixturevalue(trained)
+def test_greedy_decoding_goes_codebook_by_codebook(nar: NAR) -> None:
     prompt, first = random_codes(3, 7), random_codes(6, 1)[0]
-    (made,) = nar.decode(["a cat"], [prompt], [first], iterations=1)
-    assert np.array_equal(made, nar.decode(["a cat"], [prompt], [first])[0])
+    (made,) = nar.decode(["a cat"], [prompt], [first])
     joined = np.concatenate([prompt, made], axis=1)
     for stage in (1, 2):
         one = nar_batch([text_bytes("a cat")], [joined], [3], [stage])
         scores = nar(one)
         assert scores.correct[stage - 1] == scores.targets[stage - 1]
-
-
-def test_several_iterations_need_masked_training(nar: NAR) -> None:
-    prompt, first = random_codes(3), np.zeros(4, np.int64)
-    with pytest.raises(ValueError, match=r"trained with nar\.masked.*nar_iterations=1"):
-        nar.decode(["a"], [prompt], [first], iterations=2)
-    with pytest.raises(ValueError, match="at least 1"):
-        nar.decode(["a"], [prompt], [first], iterations=0)
-
-
-def test_every_pass_settles_a_frame_and_the_last_one_all() -> None:
-    for frames in range(1, 40):
-        for passes in range(1, frames + 1):
-            left = [num_masked(frames, number, passes) for number in range(passes + 1)]
-            assert left[0] == frames
-            assert left[-1] == 0
-            assert (np.diff(left) < 0).all()
-    assert [num_masked(100, number, 4) for number in range(5)] == [100, 92, 70, 38, 0]
-
-
-def test_no_more_passes_than_frames(masked: NAR, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, hidden = [], masked._hidden
-
-    def counting(batch: NARBatch, stage: int) -> torch.Tensor:
-        seen.append((stage, len(batch.lengths)))
-        return hidden(batch, stage)
-
-    monkeypatch.setattr(masked, "_hidden", counting)
-    first = [np.zeros(2, np.int64), np.zeros(3, np.int64), np.zeros(0, np.int64)]
-    masked.decode(TEXTS, [random_codes(3)] * 3, first, iterations=50)
-    # What is finished is not computed again.
-    assert seen == [(stage, items) for stage in (1, 2) for items in (2, 2, 1)]
-
-
-def test_the_surest_code_is_kept_and_seen_by_the_next_pass(masked: NAR) -> None:
-    prompt, first = random_codes(2, 3), random_codes(2, 4)[0]
-    (made,) = masked.decode(["a cat"], [prompt], [first], iterations=2)
-    joined = np.concatenate([prompt, made], axis=1)
-
-    def logits(given: list[int]) -> torch.Tensor:
-        frames = [np.array(given, dtype=np.int64)]
-        one = nar_batch([text_bytes("a cat")], [joined], [2], [], frames)
-        return masked._logits(masked._hidden(one, 1)[0, 2:], 1).detach()
-
-    before = logits([])
-    surest = int(before.softmax(-1).amax(-1).argmax())
-    assert made[1, surest] == before[surest].argmax()
-    after = logits([2 + surest])
-    assert not torch.allclose(before[1 - surest], after[1 - surest])
-    assert made[1, 1 - surest] == after[1 - surest].argmax()
-
-
-def test_loss_covers_what_is_masked_and_sees_what_is_given(masked: NAR) -> None:
-    one = batch([1, 2], (9, 14))
-    given = [np.array([4, 8]), np.array([], dtype=np.int64)]
-    marks = torch.zeros(2, 14, dtype=torch.bool)
-    marks[0, given[0]] = True
-    some = one._replace(given=marks)
-    assert masked(one).targets.tolist() == [6 + 10] * 2
-    assert masked(some).targets.tolist() == [4 + 10] * 2
-    frames = slice(8, 9)
-    hidden = masked._hidden(some, 1)
-    moved = masked._hidden(with_codes(some, 1, frames), 1)
-    assert (hidden[0] - moved[0]).abs().max() > 1e-3  # a given code is seen,
-    assert torch.equal(hidden[1], moved[1])  # a masked one is not,
-    moved = masked._hidden(with_codes(some, 2, frames), 1)
-    assert torch.equal(hidden, moved)  # nor is a given frame's next codebook.
-    masked(some).nll.sum().backward()
-    assert all(parameter.grad is not None for parameter in masked.parameters())
-    assert masked.mask is not None
-    assert masked.mask.weight.grad.abs().sum() > 0
-
-
-def test_masking_changes_no_other_parameter() -> None:
-    plain, other = make_nar(CONFIG).state_dict(), make_nar(replace(CONFIG, masked=True))
-    assert {*other.state_dict()} - {*plain} == {"mask.weight"}
-    assert all(torch.equal(other.state_dict()[name], plain[name]) for name in plain)
 
 
 def test_what_is_finished_goes_behind_the_prompt(nar: NAR) -> None:
@@ -297,16 +206,16 @@ def test_what_is_finished_goes_behind_the_prompt(nar: NAR) -> None:
 
 @pytest.mark.parametrize("sizes", [(8, 4), tuple(range(3, 35))])
 def test_any_number_of_codebooks_of_any_size(sizes: tuple[int, ...]) -> None:
-    nar = make_nar(replace(CONFIG, codebook_sizes=sizes, masked=True, num_layers=1))
+    nar = make_nar(replace(CONFIG, codebook_sizes=sizes, num_layers=1))
     calls = []
     nar.codes.register_forward_hook(lambda *_: calls.append(1))
     prompt = np.stack([np.arange(40) % size for size in sizes])
     prompts = [prompt[:, :0], prompt]
-    made = nar.decode(["", "a"], prompts, [np.array([2]), np.arange(3) % sizes[0]], iterations=2)
+    made = nar.decode(["", "a"], prompts, [np.array([2]), np.arange(3) % sizes[0]])
     assert [one.shape for one in made] == [(len(sizes), 1), (len(sizes), 3)]
     assert all((one < np.array(sizes)[:, None]).all() for one in made)
     # The table is read once for each pass, however many codebooks there are.
-    assert len(calls) == 2 * (len(sizes) - 1)
+    assert len(calls) == len(sizes) - 1
 
 
 def test_nothing_to_fill_in(nar: NAR) -> None:
@@ -327,24 +236,17 @@ def test_save_and_load(nar: NAR, tmp_path: Path) -> None:
     assert made.shape == (len(SIZES), 5)
 
 
-def test_save_and_load_a_masked_one(masked: NAR, tmp_path: Path) -> None:
-    masked.save_pretrained(tmp_path)
-    loaded = NAR.load(tmp_path)
-    assert loaded.config.masked
-    assert torch.equal(loaded(batch([1])).nll, masked(batch([1])).nll)
-    NAR(CONFIG).save_pretrained(tmp_path / "plain")
-    (tmp_path / "plain" / "config.json").write_text((tmp_path / "config.json").read_text())
-    with pytest.raises(ValueError, match=r"mask\.weight"):
-        NAR.load(tmp_path / "plain")
-
-
-def test_folders_from_before_there_were_masks_load(nar: NAR, tmp_path: Path) -> None:
+def test_earlier_configurations_load_but_for_masked_training(nar: NAR, tmp_path: Path) -> None:
     nar.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
-    del config["masked"], config["text_dropout"]
-    file.write_text(json.dumps(config))
-    assert NAR.load(tmp_path).config == CONFIG
+    del config["text_dropout"]
+    for masked in ({}, {"masked": False}):
+        file.write_text(json.dumps(config | masked))
+        assert NAR.load(tmp_path).config == CONFIG
+    file.write_text(json.dumps(config | {"masked": True}))
+    with pytest.raises(ValueError, match=r"nar\.masked is no longer supported"):
+        NAR.load(tmp_path)
 
 
 def test_a_nar_of_before_the_tables_of_stages_is_told_of(nar: NAR, tmp_path: Path) -> None:
