@@ -3,13 +3,36 @@
 Dimensions, everywhere in this project: B batch, S samples, T frames, C channels, D features,
 Q codebooks, K codebook entries, L token positions, V vocabulary, H heads.
 `wave` (B,1,S) in [-1,1], `latent` and `quantized` (B,D,T), `codes` (B,Q,T), `lengths` (B,).
+
+The names below are loaded on first use, so that `codec.tokens` and `codec.io` need no torch.
 """
 
-from codec.audio import read_audio, write_audio
-from codec.config import CodecConfig
-from codec.models.base import Codes, SpeechCodec
-from codec.models.codec import Codec, load_codec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from codec.audio import read_audio, write_audio
+    from codec.config import CodecConfig
+    from codec.models.base import Codes, SpeechCodec
+    from codec.models.codec import Codec, load_codec
 
 __all__ = [
     "Codec", "CodecConfig", "Codes", "SpeechCodec", "load_codec", "read_audio", "write_audio",
 ]  # fmt: skip
+
+_HOMES = {
+    "Codec": "codec.models.codec",
+    "CodecConfig": "codec.config",
+    "Codes": "codec.models.base",
+    "SpeechCodec": "codec.models.base",
+    "load_codec": "codec.models.codec",
+    "read_audio": "codec.audio",
+    "write_audio": "codec.audio",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'codec' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

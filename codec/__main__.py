@@ -223,7 +223,7 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
 def _import(arguments: argparse.Namespace) -> None:
     from codec.interop.lmspt import import_lmspt
     from codec.interop.speechtokenizer import import_speechtokenizer
-    from codec.io import WEIGHTS_FILE, check_out_folder, written_together
+    from codec.io import WEIGHTS_FILE, atomic_files, check_out_folder
 
     check_out_folder(arguments.out)
     files = [arguments.out / name for name in ("config.json", WEIGHTS_FILE)]
@@ -233,7 +233,7 @@ def _import(arguments: argparse.Namespace) -> None:
     _check_free(files, arguments.overwrite)
     read = import_lmspt if arguments.kind == "lmspt" else import_speechtokenizer
     codec = read(arguments.config, arguments.checkpoint)
-    with written_together(arguments.out) as temporary:
+    with atomic_files(arguments.out) as temporary:
         codec.save_pretrained(temporary)
         if (arguments.out / "README.md").exists():
             (temporary / "README.md").unlink()

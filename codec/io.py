@@ -1,28 +1,175 @@
-"""A codec's folder: what must be in it, and in words what is wrong with it."""
+"""Files and folders that are complete or absent: atomic writers, digests, locks, and what is wrong
+with a model's folder. Imports no torch: codec/tokens.py, the contract of slm, stands on it."""
 
+import fcntl
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+import threading
+import weakref
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import TracebackType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 WEIGHTS_FILE = "model.safetensors"
-SUMS = "entry_sum"
-"""What a codebook's moving averages add up; a folder in half precision leaves these tensors out."""
 
 
-def check_device(device: str) -> None:
-    """Raises `ValueError` for a device that is not there."""
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path`; the file written there is synced and renamed.
+
+    `path` is absent or complete at any moment, even if the process is killed. After an error the
+    temporary file is removed and an earlier `path` is unchanged.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Two writers of one file must not share a temporary name.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {device!r} cannot be used here ({reason}); try cpu") from error
+        yield temporary
+        apply_umask(temporary)
+        fsync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_files(folder: Path) -> Iterator[Path]:
+    """Yields a temporary folder; its files move into `folder` once all of them are written.
+
+    Files of other names stay. After an error `folder` is unchanged.
+    """
+    check_out_folder(folder)
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        # Inside, for `folder` may be the only place of its disk that can be written.
+        with TemporaryDirectory(prefix=".partial-", dir=folder) as temporary:
+            yield Path(temporary)
+            files = sorted(Path(temporary).iterdir())
+            for file in files:
+                apply_umask(file)
+                fsync(file)
+            for file in files:
+                os.replace(file, folder / file.name)
+    except BaseException:
+        if is_new:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `folder`, which takes the place of `folder` at the end.
+
+    After an error it is removed, and an earlier `folder` is unchanged.
+
+    Raises:
+        OSError: the disk is full, also where torch or safetensors raise errors of their own.
+    """
+    check_out_folder(folder)
+    partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in sorted(path for path in partial.rglob("*") if path.is_file()):
+            apply_umask(path)
+            fsync(path)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+    except BaseException as error:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(partial, ignore_errors=True)
+        if is_write_failure(error) and not isinstance(error, OSError):
+            raise OSError(
+                f"{folder}: cannot be written ({error}); make room on the disk and start again"
+            ) from error
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def apply_umask(path: Path) -> None:
+    """Gives a new file the permissions that the umask asks for; safetensors writes 0600."""
+    umask = os.umask(0o077)  # It can only be read by setting it.
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
+def fsync(path: Path) -> None:
+    """Writes a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_write_failure(error: BaseException) -> bool:
+    """Whether an error reports a failed write; torch and safetensors have no class for it."""
+    parts = ("pytorchstreamwriter", "unexpected pos", "file write failed", "iostream", "os error")
+    return isinstance(error, OSError) or (
+        isinstance(error, Exception) and any(part in str(error).lower() for part in parts)
+    )
+
+
+def sha256_of(source: bytes | str | Path, digits: int = 64) -> str:
+    """The first hex digits of the SHA-256 of bytes, of a text in UTF-8, or of a file (`Path`)."""
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:digits]
+    content = source.encode() if isinstance(source, str) else source
+    return hashlib.sha256(content).hexdigest()[:digits]
+
+
+class FileLock:
+    """The lock of a folder, held until it is closed or deleted, or the process ends.
+
+    Raises:
+        ValueError: another process holds it; the message has its process id.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._descriptor: int | None = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(self._descriptor, 32).decode() or "unknown"
+            raise ValueError(
+                f"{folder}: another process is running in this folder (pid {holder}); wait for it, "
+                "end it, or choose another folder"
+            ) from None
+        os.truncate(self._descriptor, 0)
+        os.write(self._descriptor, str(os.getpid()).encode())
+        # A forked data worker that outlives a killed parent must not keep the lock.
+        reference = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: (held := reference()) and held.close())
+
+    def close(self) -> None:
+        """Releases the lock."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    __del__ = close
+
+    def __enter__(self) -> "FileLock":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self.close()
 
 
 def check_source(name: str | Path) -> None:
@@ -62,76 +209,3 @@ def check_out_folder(folder: Path) -> None:
     """Raises `ValueError` for a folder to write that is a file."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; name a folder to write")
-
-
-@contextmanager
-def written_together(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder; its files move into `folder` once all of them are whole.
-
-    Files of other names stay. After an error `folder` is as it was.
-    """
-    check_out_folder(folder)
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        # Inside, for `folder` may be the only place of its disk that can be written.
-        with TemporaryDirectory(prefix=".partial-", dir=folder) as temporary:
-            yield Path(temporary)
-            files = sorted(Path(temporary).iterdir())
-            for file in files:
-                with file.open("rb+") as opened:
-                    os.fsync(opened.fileno())
-            for file in files:
-                os.replace(file, folder / file.name)
-    except BaseException:
-        if is_new:
-            with suppress(OSError):
-                folder.rmdir()
-        raise
-
-
-def _add_sums(found: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Those that are left out follow from the entries, in the precision of the codec."""
-    for name in expected:
-        stem = name.removesuffix(SUMS)
-        parts = [f"{stem}entries", f"{stem}cluster_size"]
-        if stem != name and name not in found and all(part in found for part in parts):
-            entries, size = (found[part].to(expected[part].dtype) for part in parts)
-            if entries.shape[:1] == size.shape:
-                found[name] = entries * size[:, None]
-
-
-def load_weights(codec: nn.Module, file: Path) -> None:
-    """Every tensor, with its shape, or a `ValueError` that names the first misfit."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not file.is_file():
-        raise ValueError(
-            f"{file}: no such file; a codec folder holds config.json and {WEIGHTS_FILE}"
-        )
-    try:
-        found = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file}: not a whole safetensors file ({error}); copy it again"
-        ) from error
-    expected = codec.state_dict()
-    _add_sums(found, expected)
-    for name, tensor in expected.items():
-        if name not in found:
-            raise ValueError(
-                f"{file}: the tensor {name} is missing; is config.json another codec's?"
-            )
-        if found[name].shape != tensor.shape:
-            raise ValueError(
-                f"{file}: the tensor {name} has shape {tuple(found[name].shape)}, config.json asks "
-                f"for {tuple(tensor.shape)}"
-            )
-        if not bool(found[name].isfinite().all()):
-            raise ValueError(f"{file}: the tensor {name} holds NaN or infinity: a failed training?")
-    if unknown := sorted(set(found) - set(expected)):
-        raise ValueError(
-            f"{file}: holds the unknown tensor {unknown[0]}; is config.json another's?"
-        )
-    codec.load_state_dict(found)

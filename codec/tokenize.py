@@ -4,7 +4,6 @@ The cuts are split into numbered parts, and part i belongs to rank i % world. A 
 whole or not at all, so a restart goes on at the first part that is not there.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,16 +15,9 @@ import numpy as np
 import torch
 
 from codec.audio import stream_audio
+from codec.io import atomic_file, sha256_of
 from codec.models.base import SpeechCodec
-from codec.tokens import (
-    CodecStamp,
-    DamagedShard,
-    TokenRow,
-    TokenShard,
-    read_notes,
-    write_shard,
-    written_whole,
-)
+from codec.tokens import CodecStamp, DamagedShard, TokenRow, TokenShard, read_notes, write_shard
 from codec.training.data import _single_file, load_cut
 
 if TYPE_CHECKING:
@@ -110,7 +102,7 @@ def summarize(folder: str | Path, num_parts: int) -> Summary:
     skipped = [
         Skipped(*entry) for file in files for entry in json.loads(read_notes(file)["skipped"])
     ]
-    with written_whole(folder / "skipped.jsonl") as temporary:
+    with atomic_file(folder / "skipped.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(entry._asdict()) + "\n" for entry in skipped))
     if len(shard) == 0:
         raise ValueError(
@@ -141,7 +133,7 @@ def _split(cuts: Sequence["Cut"], cuts_per_part: int) -> list[list["Cut"]]:
 
 def _list_digest(cuts: Sequence["Cut"]) -> str:
     listed = "\n".join(f"{cut.id}\t{cut.duration}\t{text_of(cut)}" for cut in cuts)
-    return hashlib.sha256(listed.encode()).hexdigest()[:16]
+    return sha256_of(listed, 16)
 
 
 def _is_done(path: Path, stamp: CodecStamp, digest: str, retry_skipped: bool) -> bool:

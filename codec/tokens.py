@@ -6,7 +6,6 @@ metadata says which codec the codes belong to. This file is all that `slm` knows
 
 import json
 import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from codec.io import atomic_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -59,28 +60,6 @@ class TokenRow(NamedTuple):
         return self.codes.shape[1]
 
 
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; what is there at the end is synced and renamed.
-
-    `path` is absent or whole at any moment, whatever is killed. After an error the temporary file
-    is gone and an earlier `path` is as it was.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Two writers of one file must not share a temporary name.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        yield temporary
-        descriptor = os.open(temporary, os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_shard(
     path: str | Path,
     rows: Iterable[TokenRow],
@@ -98,7 +77,7 @@ def write_shard(
     seen: set[str] = set()
     schema = _schema(stamp, notes or {})
     with (
-        written_whole(path) as temporary,
+        atomic_file(path) as temporary,
         pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer,
     ):
         for group in _groups(rows):

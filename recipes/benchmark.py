@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from codec.audio import read_audio, resample, write_audio
+from codec.io import sha256_of
 from eval.benchmark import (
     ASR_PREFIX,
     Provenance,
@@ -41,7 +42,6 @@ from recipes.lib.run import git_revision
 from recipes.scoring.judges import (
     Judges,
     Task,
-    digest_of_text,
     digest_of_voice,
     load_judges,
     safe_name,
@@ -78,7 +78,7 @@ def benchmark_reconstruction(args: argparse.Namespace) -> None:
     cuts = list(read_cuts(args.cuts))[: args.limit]
     rate, digest = codec.sample_rate, codec.stamp.digest
     if args.auxiliary:  # The stamp's digest leaves that decoder out.
-        digest = digest_of_text(f"{digest} {digest_of_module(codec.auxiliary)}")
+        digest = sha256_of(f"{digest} {digest_of_module(codec.auxiliary)}", 16)
     part = "auxiliary" if args.auxiliary else num_codebooks
     name = args.name or f"{Path(args.codec).name}-{part}"
 
@@ -307,7 +307,7 @@ def origin(
         system=system,
         seed=seed,
         git=git_revision(),
-        config=digest_of_text(json.dumps(settings, sort_keys=True)),
+        config=sha256_of(json.dumps(settings, sort_keys=True), 16),
         model=model,
         judge=judges.judge_name if judges else "",
         speaker=judges.speaker_name if judges else "",

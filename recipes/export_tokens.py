@@ -17,9 +17,10 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from codec import load_codec
+from codec.io import FileLock
 from codec.tokenize import export, num_parts, summarize
 from codec.training.data import read_cuts
-from recipes.lib.run import _Lock, _share, load_config, make_accelerator, run_program
+from recipes.lib.run import _share, load_config, make_accelerator, run_program
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +85,12 @@ def main(argv: list[str]) -> None:
     accelerator.end_training()
 
 
-def lock_folder(folder: Path, accelerator: Accelerator) -> _Lock | None:
+def lock_folder(folder: Path, accelerator: Accelerator) -> FileLock | None:
     """Locks the folder, on the main process; ValueError on all when another program runs in it."""
     lock, failure = None, [None]
     if accelerator.is_main_process:
         try:
-            lock = _Lock(folder)
+            lock = FileLock(folder)
         except (ValueError, OSError) as error:
             failure = [error]
     _share(failure, accelerator)

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from codec.tokens import TokenShard, written_whole
+from codec.io import FileLock, atomic_file
+from codec.tokens import TokenShard
 from eval.benchmark import Provenance, Row, Utterance, append_rows, library_of, rows_of, table
 from eval.stats import Interval, Sums, paired_difference
 from recipes.lib.run import load_config, run_program
@@ -38,7 +39,6 @@ from recipes.scoring.synthesis import (
     write_results,
 )
 from recipes.scoring.voice import ears_of, known_texts, lines_of
-from slm.batch_tts import alone
 from slm.config import CHECKS, SamplingConfig
 from slm.generation.rerank import can_transcribe
 from slm.voice import Voice
@@ -122,7 +122,7 @@ def settings(config: JudgeVoiceConfig) -> dict[str, SamplingConfig]:
 
 def main(argv: list[str]) -> None:
     config = load_config(JudgeVoiceConfig, argv, "Let a voice speak to unseen speakers' prompts.")
-    with alone(Path(config.out)):
+    with FileLock(Path(config.out)):
         judge_voice(config)
 
 
@@ -164,7 +164,7 @@ def judge_voice(config: JudgeVoiceConfig) -> None:
         write_results(out / "results.jsonl", spoken, voice.codec.frame_rate)
     codec = provenance(config, "codec", judges, voice.codec.stamp.digest)
     rows += score_codec(voice, items, once["continuation"], ears, codec)
-    with written_whole(out / "rows.jsonl") as temporary:
+    with atomic_file(out / "rows.jsonl") as temporary:
         append_rows(temporary, rows)
     report(out, rows, spoken, origin, config.seeds)
 
@@ -205,9 +205,9 @@ def report(
             "\nDifferences from `given`, with 95 % intervals of a paired bootstrap over items (one "
             "item has none):\n\n" + "\n".join([head, *lines, ""])
         )
-    with written_whole(out / "differences.jsonl") as temporary:
+    with atomic_file(out / "differences.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-    with written_whole(out / "table.md") as temporary:
+    with atomic_file(out / "table.md") as temporary:
         temporary.write_text(text)
     print(text)
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from codec.distillation.feature_cache import FeatureCache
 from codec.distillation.objectives import over_frames
 from codec.distillation.teachers import load_speech_teacher
-from codec.tokens import written_whole
+from codec.io import atomic_file
 from codec.training.data import load_cut, read_cuts
 from eval.benchmark import digest_of
 from recipes.lib.run import git_revision, load_config, run_program
@@ -140,7 +140,7 @@ def main(argv: list[str]) -> None:
         "cuts": digest_of(config.cuts),
         "git": git_revision(),
     }
-    with written_whole(config.out) as temporary:
+    with atomic_file(config.out) as temporary:
         save_file(
             {"centroids": units.centroids.cpu().contiguous()},
             temporary,

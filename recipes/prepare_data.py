@@ -16,7 +16,6 @@ The published corpora that lhotse knows, on disk or downloaded, as cuts.
 """
 
 import argparse
-import hashlib
 import json
 import logging
 import os
@@ -32,6 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tqdm import tqdm
 
 from codec.audio import AUDIO_SUFFIXES, stream_audio
+from codec.io import atomic_file, sha256_of
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
@@ -366,14 +366,11 @@ def hold_out(prepared: Prepared, num_speakers: int, num_cuts: int) -> Prepared:
         return prepared
     cuts = [*prepared.cuts.pop("train", []), *prepared.cuts.pop("all", [])]
 
-    def order(name: str) -> bytes:
-        return hashlib.sha256(name.encode()).digest()
-
     def speaker(cut: Any) -> str:
         return cut.supervisions[0].speaker
 
-    speakers = sorted({speaker(cut) for cut in cuts}, key=order)[:num_speakers]
-    names = sorted((cut.id for cut in cuts), key=order)[:num_cuts]
+    speakers = sorted({speaker(cut) for cut in cuts}, key=sha256_of)[:num_speakers]
+    names = sorted((cut.id for cut in cuts), key=sha256_of)[:num_cuts]
     held = {cut.id for cut in cuts if speaker(cut) in set(speakers) or cut.id in set(names)}
     if not 0 < len(held) < len(cuts):
         raise ValueError(
@@ -398,9 +395,8 @@ def save(prepared: Prepared, out: Path) -> None:
         reasons = "; ".join(skipped.reason for skipped in prepared.skipped[:3])
         raise ValueError(f"no usable recording: {reasons or 'there is none at all'}")
     listed = [json.dumps(skipped._asdict(), ensure_ascii=False) for skipped in prepared.skipped]
-    partial = out / f".{os.getpid()}.partial.jsonl"
-    partial.write_text("".join(line + "\n" for line in listed), encoding="utf-8")
-    os.replace(partial, out / "skipped.jsonl")
+    with atomic_file(out / "skipped.jsonl") as temporary:
+        temporary.write_text("".join(line + "\n" for line in listed), encoding="utf-8")
     for split, cuts in prepared.cuts.items():
         partial = out / f".{os.getpid()}.partial.jsonl.gz"
         CutSet.from_cuts(cuts).to_file(partial)

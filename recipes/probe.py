@@ -21,7 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from codec.io import check_device
+from codec.io import sha256_of
+from codec.models.codec import check_device
 from codec.tokens import CodecStamp, TokenShard
 from eval.benchmark import (
     ASR_PREFIX,
@@ -36,7 +37,6 @@ from eval.benchmark import (
 from eval.text import LIBRARIES
 from eval.tokens import Corpus, Probe, ProbeConfig, ProbeResult, train_probe
 from recipes.lib.run import git_revision
-from recipes.scoring.judges import digest_of_text
 
 SETTINGS = {
     "small": ProbeConfig(
@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
         system=args.name or f"{shard.stamp.id} {shard.stamp.digest} codebooks 1-{num_codebooks}",
         seed=config.seed,
         git=git_revision(),
-        config=digest_of_text(json.dumps(settings, sort_keys=True)),
+        config=sha256_of(json.dumps(settings, sort_keys=True), 16),
         model=shard.stamp.digest,
     )
     for dev in lists:

@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from codec import Codec
 from codec.config import at_least
+from codec.io import atomic_folder
 from codec.models.codec import is_half, save_half
 from recipes.lib.run import load_config, run_program
 from slm.data.sequences import Coverage, Prompt
-from slm.export.voice_folder import anew, is_voice, short_path, write_extras
+from slm.export.voice_folder import is_voice, short_path, write_extras
 from slm.models.lora import as_adapters
 from slm.tokenization.vocabulary import Vocabulary
 from slm.voice import Voice
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> None:
     voice = Voice.from_pretrained(config.voice)
     prompts = voice.prompts if config.prompts is None else read_prompts(voice, config.prompts)
     coverage = Coverage.load(config.voice / "ar")
-    with anew(config.out) as folder:
+    with atomic_folder(config.out) as folder:
         save_half(codec, folder / "codec")
         lm = voice.lm
         if lm.origin["adapter"]:

@@ -30,7 +30,7 @@ from codec.modules.quantize import codebook_use, count_codes
 from codec.modules.ssl_encoders import architecture_of, load_whisper
 from codec.tokenize import text_of
 from codec.training.data import load_cut, read_cuts
-from codec.training.loop import list_bad, save_whole
+from codec.training.loop import list_bad, save_codec
 from recipes.lib.run import load_config, make_accelerator, run_program, start_run
 from slm.config import BatchConfig, OptimConfig
 from slm.data.ar import Share
@@ -237,7 +237,7 @@ def main(argv: list[str]) -> None:
     if accelerator.is_main_process:
         list_bad(bad_file)
         # Only the semantic half has been where the training was.
-        save_whole(codec.cpu().eval(), run.folder / "codec")
+        save_codec(codec.cpu().eval(), run.folder / "codec")
         CodeReader(student.reader.cpu(), codec.entries()[0]).save(run.folder / "reader")
         told = {
             "codec": str(run.folder / "codec"),

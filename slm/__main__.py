@@ -171,7 +171,8 @@ def _check_place(target: str, *, is_folder: bool = False) -> None:
 
 
 def _tts(arguments: argparse.Namespace) -> None:
-    from slm.batch_tts import Pace, alone, prepare, read_list, result, speak_list
+    from codec.io import FileLock
+    from slm.batch_tts import Pace, prepare, read_list, result, speak_list
     from slm.voice import check_name
 
     _check_tts(arguments)
@@ -187,7 +188,7 @@ def _tts(arguments: argparse.Namespace) -> None:
     voice.sampling = replace(voice.sampling, **given)
     if listed is not None:
         out = Path(target)
-        with alone(out):
+        with FileLock(out):
             speak_list(voice, entries, listed, out, seed=arguments.seed, batch=arguments.batch)
         return
     entry = {"text": arguments.text, "prompt": arguments.prompt}
@@ -226,7 +227,7 @@ def _check_tts(arguments: argparse.Namespace) -> None:
 
 def _stream(target: str, waves: Iterable[np.ndarray], sample_rate: int) -> None:
     """Writes a WAV file while it is made; to standard output nothing else goes then."""
-    from codec.tokens import written_whole
+    from codec.io import atomic_file
     from slm.generation.streaming import write_wav
 
     started, count = time.monotonic(), 0
@@ -245,7 +246,7 @@ def _stream(target: str, waves: Iterable[np.ndarray], sample_rate: int) -> None:
         path = Path(target)
         is_pipe = path.exists() and not path.is_file()
         # What fails on the way leaves an earlier file as it was.
-        kept = nullcontext(path) if is_pipe else written_whole(path)
+        kept = nullcontext(path) if is_pipe else atomic_file(path)
         with kept as place, open(place, "wb") as file:
             write_wav(file, told(), sample_rate)
         return

@@ -1,17 +1,15 @@
 """A list of texts to speak, which goes on where it stopped: `slm tts --list`."""
 
-import fcntl
-import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from codec.io import atomic_file, sha256_of
 from slm.generation.long_form import Passage
 from slm.generation.tts import Speech
 from slm.voice import Voice
@@ -194,9 +192,8 @@ def _keep_newest(results: Path) -> None:
 
 
 def _replace(results: Path, lines: Iterable[str]) -> None:
-    temporary = results.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    temporary.replace(results)
+    with atomic_file(results) as temporary:
+        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
 def result(audio: str, prompt: str, speech: Speech) -> dict[str, Any]:
@@ -224,7 +221,7 @@ def _request(voice: "Voice", entry: Mapping[str, str], folder: Path, settings: l
         found = _recording(name, folder).stat()
         prompt = [found.st_size, found.st_mtime_ns]
     whole = json.dumps([dict(entry), prompt, settings], sort_keys=True)
-    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+    return sha256_of(whole, 16)
 
 
 def _made(results: Path, out: Path) -> dict[str, str | None]:
@@ -242,17 +239,3 @@ def _made(results: Path, out: Path) -> dict[str, str | None]:
             continue
     _replace(results, (line for line, _ in kept.values()))
     return {name: request for name, (_, request) in kept.items()}
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock: two runs in one folder would write the same files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{folder}: another process is writing here; wait for it or choose another --out"
-            ) from None
-        yield

@@ -10,7 +10,6 @@ Its folder:
 From a text and a prompt to what the models are given, checked.
 """
 
-import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -27,6 +26,7 @@ from torchaudio.functional import edit_distance
 from codec import load_codec, read_audio, write_audio
 from codec.audio import check_name as check_name
 from codec.audio import check_wave, stream_audio
+from codec.io import sha256_of
 from slm.config import SamplingConfig
 from slm.data.interleaving import script_of
 from slm.data.sequences import (
@@ -217,7 +217,7 @@ class Voice:
         """16 hex digits over all its models."""
         models = [self.lm.lm, *([self.nar] if self.nar is not None else [])]
         parts = [self.codec.stamp.digest, *map(digest_of, models)]
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+        return sha256_of(" ".join(parts), 16)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Copies the voice with its sampling and the prompts that were added; the card names them,

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from codec.distillation.word_alignment import fill_gaps, runs
-from codec.io import written_together
+from codec.io import atomic_files
 from codec.modules.layers import ConvNeXtBlock
 
 APOSTROPHE = "\N{RIGHT SINGLE QUOTATION MARK}"
@@ -177,7 +177,7 @@ class CodeReader(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Both files, whole or not at all."""
         about = {"letters": self.reader.letters, "width": self.reader.embed.out_channels}
-        with written_together(Path(folder)) as temporary:
+        with atomic_files(Path(folder)) as temporary:
             (temporary / "reader.json").write_text(json.dumps(about, indent=1) + "\n")
             save_file(
                 {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()},

@@ -10,7 +10,6 @@ Writes a cache of teachers' features (codec/distillation/feature_cache.py reads 
 over ranks.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -27,8 +26,8 @@ from torch import Tensor
 from codec.audio import resample_batch
 from codec.distillation.teachers import SpeechTeacher, TextTeacher
 from codec.distillation.word_alignment import Word
+from codec.io import atomic_file, sha256_of
 from codec.tokenize import Skipped, batches_of, loaded, text_of
-from codec.tokens import written_whole
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
@@ -76,7 +75,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
-    with written_whole(folder / "cache.json") as temporary:
+    with atomic_file(folder / "cache.json") as temporary:
         temporary.write_text(json.dumps(facts, indent=1) + "\n")
 
 
@@ -194,7 +193,7 @@ def _header(path: Path) -> dict[str, Any]:
 
 def _stamp(facts: Mapping[str, Any]) -> str:
     made = {key: facts[key] for key in ("format", "speech", "text", "words")}
-    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
+    return sha256_of(json.dumps(made, sort_keys=True), 16)
 
 
 class ShardWriter:
@@ -224,7 +223,7 @@ class ShardWriter:
             number += 1
         notes = {"stamp": self.stamp, "seconds": json.dumps(self.seconds)}
         try:
-            with written_whole(path) as temporary:
+            with atomic_file(path) as temporary:
                 save_file(self.tensors, temporary, notes)
                 # safetensors lets nobody else read its files; others may read the cache.
                 temporary.chmod((self.folder / "cache.json").stat().st_mode & 0o777)
@@ -414,7 +413,7 @@ def write_cache(
                     shards.add(cut.id, *result)
             bar.update(len(batch))
     shards.flush()
-    with written_whole(folder / f"skipped-{rank:03d}.jsonl") as temporary:
+    with atomic_file(folder / f"skipped-{rank:03d}.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(entry._asdict()) + "\n" for entry in skipped))
     return seal_cache(folder) if world == 1 else _summary(folder, facts)
 
@@ -427,7 +426,7 @@ def seal_cache(folder: str | Path) -> CacheSummary:
     folder = Path(folder)
     facts = read_facts(folder)
     summary = _summary(folder, facts)
-    with written_whole(folder / "skipped.jsonl") as temporary:
+    with atomic_file(folder / "skipped.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(one._asdict()) + "\n" for one in summary.skipped))
     if summary.num_recordings == 0:
         reason = f"; the first: {summary.skipped[0].reason}" if summary.skipped else ""

@@ -46,7 +46,7 @@ from codec.interop.speechtokenizer import (
     some,
     whole,
 )
-from codec.io import check_out_folder, written_together
+from codec.io import atomic_files, check_out_folder
 from codec.models.codec import Codec
 
 # Keys of the model and what the original makes of those that are not there.
@@ -614,7 +614,7 @@ def export_lmspt(codec: Codec, folder: str | Path, *, overwrite: bool = False) -
         state = {name: state[name] for name in state if not name.startswith(SEMANTIC)}
     auxiliary = {"_target_": DECODER_CLASS, **original.config["aux_decoder"]}
     model = {"_target_": MODEL_CLASS, **original.config, "aux_decoder": auxiliary}
-    with written_together(folder) as temporary:
+    with atomic_files(folder) as temporary:
         text = yaml.safe_dump({"model": model}, sort_keys=False, default_flow_style=None)
         (temporary / config_name).write_text(text, encoding="utf-8")
         save_file(state, temporary / checkpoint_name, metadata={"format": "pt"})

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from codec.config import CodecConfig, QuantizerConfig, SEANetConfig, codec_config_from_dict
-from codec.io import WEIGHTS_FILE, check_out_folder, written_together
+from codec.io import WEIGHTS_FILE, atomic_files, check_out_folder
 from codec.models.codec import Codec
 
 # Their key of config.json: our field.
@@ -367,7 +367,7 @@ def export_speechtokenizer(
     if parametrized:
         new_endings = {old: new for new, old in WEIGHT_NORM.items()}
         state = {renamed(name, new_endings): tensor for name, tensor in state.items()}
-    with written_together(folder) as temporary:
+    with atomic_files(folder) as temporary:
         config = json.dumps(original.config, indent=4) + "\n"
         (temporary / CONFIG_FILE).write_text(config, encoding="utf-8")
         torch.save(state, temporary / CHECKPOINT_FILE)

@@ -9,6 +9,7 @@ Any codec by its folder or hub id.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,21 +18,19 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float, Int
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from codec.config import CodecConfig, codec_config_from_dict
 from codec.distillation.teachers import WINDOW_SECONDS
 from codec.io import (
-    SUMS,
     WEIGHTS_FILE,
+    atomic_files,
     check_config_file,
-    check_device,
     check_source,
     check_trainable,
-    load_weights,
-    written_together,
 )
 from codec.models.base import SpeechCodec
 from codec.models.lmspt import DualEncoder, build_auxiliary, build_decoder
@@ -40,6 +39,9 @@ from codec.modules.quantize import Quantized, ResidualVQ, SplitVQ
 from codec.modules.seanet import SEANetDecoder, SEANetEncoder, semantic_head
 from codec.modules.vocos import SpectralDecoder, SpectralEncoder
 from codec.tokens import CodecStamp
+
+SUMS = "entry_sum"
+"""What a codebook's moving averages add up; a folder in half precision leaves these tensors out."""
 
 
 class CodecOutput(NamedTuple):
@@ -336,7 +338,7 @@ def save_half(codec: Codec, folder: str | Path) -> None:
     the entries."""
     if not is_half(codec):
         raise ValueError("the codec holds more than half precision: halve it first")
-    with written_together(Path(folder)) as temporary:
+    with atomic_files(Path(folder)) as temporary:
         codec.save_pretrained(temporary)
         (temporary / "README.md").unlink(missing_ok=True)
         state = {
@@ -386,3 +388,56 @@ def load_codec(
             f"({type(error).__name__}); check the name"
         ) from error
     return codec.fold_weight_norm() if fold else codec
+
+
+def check_device(device: str) -> None:
+    """Raises `ValueError` for a device that is not there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used here ({reason}); try cpu") from error
+
+
+def _add_sums(found: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Those that are left out follow from the entries, in the precision of the codec."""
+    for name in expected:
+        stem = name.removesuffix(SUMS)
+        parts = [f"{stem}entries", f"{stem}cluster_size"]
+        if stem != name and name not in found and all(part in found for part in parts):
+            entries, size = (found[part].to(expected[part].dtype) for part in parts)
+            if entries.shape[:1] == size.shape:
+                found[name] = entries * size[:, None]
+
+
+def load_weights(codec: nn.Module, file: Path) -> None:
+    """Every tensor, with its shape, or a `ValueError` that names the first misfit."""
+    if not file.is_file():
+        raise ValueError(
+            f"{file}: no such file; a codec folder holds config.json and {WEIGHTS_FILE}"
+        )
+    try:
+        found = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file}: not a whole safetensors file ({error}); copy it again"
+        ) from error
+    expected = codec.state_dict()
+    _add_sums(found, expected)
+    for name, tensor in expected.items():
+        if name not in found:
+            raise ValueError(
+                f"{file}: the tensor {name} is missing; is config.json another codec's?"
+            )
+        if found[name].shape != tensor.shape:
+            raise ValueError(
+                f"{file}: the tensor {name} has shape {tuple(found[name].shape)}, config.json asks "
+                f"for {tuple(tensor.shape)}"
+            )
+        if not bool(found[name].isfinite().all()):
+            raise ValueError(f"{file}: the tensor {name} holds NaN or infinity: a failed training?")
+    if unknown := sorted(set(found) - set(expected)):
+        raise ValueError(
+            f"{file}: holds the unknown tensor {unknown[0]}; is config.json another's?"
+        )
+    codec.load_state_dict(found)

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from codec.distillation.objectives import Student, StudentOutput, Target, distill_losses
 from codec.distillation.resynthesis import Reference, Resynthesis
 from codec.distillation.targets import Teachers
+from codec.io import atomic_folder
 from codec.models.codec import Codec, CodecOutput
 from codec.modules.discriminators import BandDiscriminator, Discriminators, STFTDiscriminator
 from codec.training.config import CropConfig, DistillConfig, LossConfig, OptimConfig
@@ -212,7 +212,7 @@ def fit(
     bar.close()
     if accelerator.is_main_process:
         list_bad(run.folder / "skipped.jsonl")
-        save_whole(codec, run.folder / "codec")
+        save_codec(codec, run.folder / "codec")
     accelerator.wait_for_everyone()
 
 
@@ -369,19 +369,7 @@ def list_bad(file: Path) -> None:
     logger.warning("%d recordings could not be read; %s lists them and why", len(bad), file)
 
 
-def save_whole(codec: Codec, folder: Path) -> None:
-    """Save beside and rename, so that `folder` is never half a codec. `OSError` on a full disk."""
-    from safetensors import SafetensorError
-
-    beside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        codec.save_pretrained(beside)
-    except (SafetensorError, OSError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise OSError(
-            f"{folder}: could not be written ({error}); make room and start again: the run goes on "
-            "from its last checkpoint"
-        ) from error
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+def save_codec(codec: Codec, folder: Path) -> None:
+    """Writes a trained codec's folder in place of an earlier one. `OSError` on a full disk."""
+    with atomic_folder(folder) as partial:
+        codec.save_pretrained(partial)

@@ -9,7 +9,6 @@ Where numbers come from: the git revision, package versions and machine of a sta
 """
 
 import ctypes
-import fcntl
 import gc
 import importlib.metadata
 import json
@@ -21,7 +20,6 @@ import shutil
 import subprocess
 import sys
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,6 +37,7 @@ from accelerate.utils import (
 from tqdm import tqdm
 
 from codec.distillation.teachers import has_bf16
+from codec.io import FileLock, atomic_file, fsync, is_write_failure
 from recipes.lib.config import leaves, load_config, resolved
 
 logger = logging.getLogger(__name__)
@@ -51,7 +50,7 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
     seal = folder / "whole.json"
     seal.write_text(json.dumps({**facts, "sizes": sizes}))
     for path in [*files, seal]:
-        sync(path)
+        fsync(path)
 
 
 def is_whole(folder: Path) -> bool:
@@ -63,14 +62,6 @@ def is_whole(folder: Path) -> bool:
     if short:
         logger.warning("%s: not whole (%s), skipped", folder, short[0])
     return not short
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove(checkpoint: Path) -> None:
@@ -86,12 +77,6 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
-def is_write_failure(error: Exception) -> bool:
-    """torch and safetensors report a failed write with classes of their own."""
-    said = ("pytorchstreamwriter", "unexpected pos", "file write failed", "iostream", "os error")
-    return isinstance(error, OSError) or any(words in str(error).lower() for words in said)
-
-
 def cut_metrics(path: Path, step: int) -> None:
     """Keeps the lines before `step`, but none that a kill cut short."""
     if not path.exists():
@@ -100,9 +85,8 @@ def cut_metrics(path: Path, step: int) -> None:
     for line in path.read_text().splitlines(keepends=True):
         if line.endswith("\n") and json.loads(line)["step"] < step:
             kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.rename(path)
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(kept))
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -145,9 +129,8 @@ def note_start(folder: Path, seed: int, precision: str, world: dict[str, Any]) -
             **world,
         }
     )
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"seed": seed, "starts": starts}, indent=2) + "\n")
-    temporary.rename(path)
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps({"seed": seed, "starts": starts}, indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:
@@ -299,7 +282,7 @@ def start_run(
     failure: list[Any] = [None]
     if accelerator.is_main_process:
         try:
-            lock = _Lock(folder)
+            lock = FileLock(folder)
             _claim(folder, resolved(config), free)
             note_start(folder, seed, accelerator.mixed_precision, _world(accelerator))
         except (ValueError, OSError) as error:
@@ -326,7 +309,7 @@ class Run:
         seed: int,
         keep: int = 2,
         prefix: str = "",
-        lock: "_Lock | None" = None,
+        lock: FileLock | None = None,
     ):
         self.folder = folder
         self.accelerator = accelerator
@@ -400,7 +383,7 @@ class Run:
             if main:
                 seal(temporary, {"step": step, **_world(self.accelerator)})
                 temporary.rename(path)
-                sync(self._checkpoints)
+                fsync(self._checkpoints)
         except Exception as error:
             # No collective here: another rank may be waiting in one, and the launcher ends it.
             shutil.rmtree(temporary, ignore_errors=True)
@@ -459,34 +442,6 @@ class _SaidElsewhere(ValueError):
     """An error that the main process reports."""
 
 
-class _Lock:
-    """The folder's lock, held until it is closed or forgotten, or the process ends."""
-
-    def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        self._descriptor: int | None = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(self._descriptor, 32).decode() or "unknown"
-            raise ValueError(
-                f"{folder}: another process is running in this folder (pid {holder}); wait for it, "
-                "end it, or choose another folder"
-            ) from None
-        os.truncate(self._descriptor, 0)
-        os.write(self._descriptor, str(os.getpid()).encode())
-        # A forked data worker that outlives a killed parent must not keep the lock.
-        reference = weakref.ref(self)
-        os.register_at_fork(after_in_child=lambda: (held := reference()) and held.close())
-
-    def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    __del__ = close
-
-
 def _claim(folder: Path, config: dict[str, Any], free: Sequence[str] = ()) -> None:
     """Writes config.yaml, or checks that the folder was begun with the same one but for `free`."""
     path = folder / "config.yaml"
@@ -508,9 +463,8 @@ def _claim(folder: Path, config: dict[str, Any], free: Sequence[str] = ()) -> No
             )
         if before == now:
             return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    temporary.rename(path)
+    with atomic_file(path) as temporary:
+        temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
 
 def _is_free(key: str, free: Sequence[str]) -> bool:

@@ -10,9 +10,7 @@ A voice's folder as training leaves it: models, codec, card and prompts, each wh
 import json
 import logging
 import math
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,9 +20,9 @@ import torch
 from accelerate import Accelerator
 
 from codec import Codec, load_codec
-from codec.tokens import TokenShard, written_whole
-from recipes.lib.run import Run, is_write_failure, make_accelerator, start_run, sync
-from recipes.scoring.judges import digest_of_text
+from codec.io import atomic_file, atomic_folder, sha256_of
+from codec.tokens import TokenShard
+from recipes.lib.run import Run, make_accelerator, start_run
 from recipes.scoring.synthesis import SpeakConfig
 from recipes.scoring.voice import check_scores, note_perplexity, score_voice
 from slm.config import ARConfig, BatchConfig, NARConfig, OptimConfig
@@ -50,16 +48,16 @@ PROMPT_SECONDS = 4.0
 
 def finish_voice(voice: Path, codec: str, card: str, prompts: Mapping[str, Prompt]) -> None:
     """Puts the codec, the card and some prompts beside the models."""
-    with whole_folder(voice / "codec") as partial:
+    with atomic_folder(voice / "codec") as partial:
         shipped = load_codec(codec, fold=False)
         if isinstance(shipped, Codec) and shipped.auxiliary is not None:
             shipped = shipped.without_auxiliary()
         shipped.save_pretrained(partial)
     if prompts:
-        with whole_folder(voice / "prompts") as partial:
+        with atomic_folder(voice / "prompts") as partial:
             for name, prompt in prompts.items():
                 prompt.save(partial, name)
-    with written_whole(voice / "README.md") as temporary:
+    with atomic_file(voice / "README.md") as temporary:
         temporary.write_text(card, encoding="utf-8")
 
 
@@ -88,33 +86,8 @@ def pick_prompts(dev: TokenShard, source: str, longest: float) -> dict[str, Prom
 def described(shard: TokenShard, path: str) -> str:
     """What shards hold, so that others can tell whether theirs are the same."""
     hours = float(np.sum(shard.durations)) / 3600
-    digest = digest_of_text(json.dumps([list(shard.ids), list(shard.texts)]))[:8]
+    digest = sha256_of(json.dumps([list(shard.ids), list(shard.texts)]), 8)
     return f"{short_path(path)}@{digest}, {len(shard)} utterances, {hours:.2f} hours"
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `folder`; at the end it is synced and takes its place.
-
-    After an error it is gone and an earlier `folder` is as it was. A full disk is an OSError.
-    """
-    partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for path in sorted(path for path in partial.rglob("*") if path.is_file()):
-            sync(path)
-    except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if is_write_failure(error) and not isinstance(error, OSError):
-            raise OSError(f"{folder}: cannot be written ({error}); is the disk full?") from error
-        raise
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 SCORING_KEYS = ("num_items", "speak")
@@ -322,7 +295,7 @@ def train_ar(
     if run.accelerator.is_main_process:
         corpus = train_data.corpus
         coverage = Coverage.of(corpus.texts, int(corpus.num_frames.max()))
-        with whole_folder(run.folder / "voice" / "ar") as partial:
+        with atomic_folder(run.folder / "voice" / "ar") as partial:
             lm.save(partial, state)
             coverage.save(partial)
     run.accelerator.free_memory(engine)
@@ -352,7 +325,7 @@ def train_nar(
     if run.accelerator.is_main_process:
         whole = NAR(settings)
         whole.load_state_dict(state)
-        with whole_folder(run.folder / "voice" / "nar") as partial:
+        with atomic_folder(run.folder / "voice" / "nar") as partial:
             whole.save_pretrained(partial)
             (partial / "README.md").unlink(missing_ok=True)
     run.accelerator.free_memory(engine)
@@ -364,7 +337,7 @@ def note_seen(stage: Run, data: ARData | NARData, num_frames: int, optim: OptimC
         return
     rate = data.corpus.shard.stamp.frame_rate
     steps = data.num_steps(stage.accelerator.num_processes, optim.accumulate)
-    with written_whole(stage.folder / SEEN_FILE) as temporary:
+    with atomic_file(stage.folder / SEEN_FILE) as temporary:
         temporary.write_text(json.dumps({"hours_per_step": num_frames / rate / 3600 / steps}))
 
 

@@ -8,7 +8,6 @@ Debian packages without root: fetched by apt-get, which checks them against its 
 import gzip
 import json
 import logging
-import os
 import re
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from codec.audio import write_audio
+from codec.io import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -115,9 +115,8 @@ def unpack_prompts(out: Path, packages: Path | None = None) -> Path:
             line = {"id": flac.stem, "audio": f"prompts/{flac.name}", "text": text}
             lines.append(json.dumps(line | {"speaker": SPEAKER, "language": "en"}))
     (folder / "README.md").write_text(CREDIT, encoding="utf-8")
-    partial = out / ".prompts.partial.jsonl"
-    partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    os.replace(partial, listed)
+    with atomic_file(listed) as temporary:
+        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return listed
 
 

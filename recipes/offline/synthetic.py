@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from codec.audio import resample, write_audio
+from codec.io import atomic_file
 from recipes.offline.debian_prompts import fetch_packages, run_command
 from recipes.offline.kokoro import SAMPLE_RATE as KOKORO_RATE
 from recipes.offline.kokoro import Kokoro, draw_styles
@@ -255,10 +256,8 @@ def _mend(path: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def config_of(values: dict) -> SyntheticConfig:

@@ -2,6 +2,7 @@
 
 `cross`: an item's text after another recording of its speaker; where the speaker has no other,
 the beginning of the item lends the voice to another item's text. `continuation`: an item's own text
+from codec.io import sha256_of
 from its beginning on.
 """
 
@@ -14,9 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from codec.io import sha256_of
 from codec.tokens import TokenRow, TokenShard
 from eval.text import character_errors, normalize
-from recipes.scoring.judges import Judges, digest_of_text
+from recipes.scoring.judges import Judges
 from slm.data.sequences import Prompt, has_words
 from slm.voice import Voice
 
@@ -130,7 +132,7 @@ def spread(shard: TokenShard, count: int, known: Collection[str] = ()) -> list[T
 
 def list_name(name: str, lines: Sequence[Line] | Sequence[TokenRow]) -> str:
     """A list's name with a digest of its ids and texts: two shards never pass for one."""
-    return f"{name}@{digest_of_text(json.dumps([[line.id, line.text] for line in lines]))[:8]}"
+    return f"{name}@{sha256_of(json.dumps([[line.id, line.text] for line in lines]), 8)}"
 
 
 def continuations(items: Sequence[TokenRow], seconds: float, frame_rate: float) -> list[Line]:

@@ -1,6 +1,5 @@
 """What the programs that score share: judges, scores kept by utterance, digests, names of files."""
 
-import hashlib
 import json
 import logging
 import re
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from codec.io import sha256_of
 from eval.benchmark import (
     Embed,
     Transcribe,
@@ -51,7 +51,7 @@ def score_all(folder: Path, tasks: Sequence[Task], key: str, label: str) -> list
     `key` tells apart the systems, lists and judges that share a folder; other versions of the
     libraries score anew.
     """
-    digest = digest_of_text(f"{key} {all_libraries()}")[:12]
+    digest = sha256_of(f"{key} {all_libraries()}", 12)
     stored = folder / "utterances" / f"{safe_name(label)}-{digest}.jsonl"
     done = {one.id: one for one in map(Utterance.from_json, read_lines(stored))}
     skipped: list[str] = []
@@ -103,11 +103,6 @@ def _deaf(_wave: Any, _rate: int) -> str:
     return ""
 
 
-def digest_of_text(text: str) -> str:
-    """The first 16 hex digits of a text's SHA-256."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def digest_of_voice(folder: str | Path) -> str:
     """One digest of a voice: the weights of its codec, AR and NAR, and the LLM it grew from."""
     folder = Path(folder)
@@ -120,7 +115,7 @@ def digest_of_voice(folder: str | Path) -> str:
     base = folder / "ar" / "base.json"
     if base.is_file():
         parts.append(str(json.loads(base.read_text(encoding="utf-8")).get("digest")))
-    return digest_of_text("\n".join(parts))
+    return sha256_of("\n".join(parts), 16)
 
 
 def state_of_files(paths: Iterable[Path]) -> str:
@@ -132,7 +127,7 @@ def state_of_files(paths: Iterable[Path]) -> str:
             lines.append(f"{path} {found.st_size} {found.st_mtime_ns}")
         except OSError:
             lines.append(f"{path} missing")
-    return digest_of_text("\n".join(lines))
+    return sha256_of("\n".join(lines), 16)
 
 
 def safe_name(name: str) -> str:
@@ -140,4 +135,4 @@ def safe_name(name: str) -> str:
     if PLAIN_NAME.fullmatch(name):
         return name
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:80]
-    return f"{readable or 'unnamed'}-{digest_of_text(name)}"
+    return f"{readable or 'unnamed'}-{sha256_of(name, 16)}"

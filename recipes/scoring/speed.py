@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from codec import Codec, load_codec
 from codec.audio import read_audio
-from codec.io import check_device
+from codec.io import sha256_of
 from codec.models.base import SpeechCodec
+from codec.models.codec import check_device
 from codec.training.validate import Stopwatch
 from eval.benchmark import Row, digest_of, machine
 from recipes.lib.run import git_revision, load_config
-from recipes.scoring.judges import digest_of_text
 
 # Published architectures by transformers' classes: EncodecConfig's and MimiConfig's defaults are
 # those of the models named; DacConfig's are of none (the strides and codebooks of 44.1 kHz at
@@ -197,7 +197,7 @@ def _rows(
     threads = f", {args.threads} thread(s)" if args.device == "cpu" else ""
     settings = f"{args.seconds} {args.codebooks} {args.threads} {args.device} "
     settings += "" if args.wave is None else digest_of(args.wave)
-    config, git, digest = digest_of_text(settings), git_revision(), codec.stamp.digest
+    config, git, digest = sha256_of(settings, 16), git_revision(), codec.stamp.digest
 
     def row(metric: str, value: float, repeat: int | None = None, n: int = 1) -> Row:
         return Row(

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from codec import write_audio
-from codec.tokens import TokenRow, written_whole
+from codec.io import atomic_file, sha256_of
+from codec.tokens import TokenRow
 from eval.benchmark import (
     ASR_PREFIX,
     Provenance,
@@ -38,7 +39,6 @@ from recipes.lib.run import git_revision
 from recipes.scoring.eval_items import Line, codes_of, list_name
 from recipes.scoring.judges import (
     Judges,
-    digest_of_text,
     digest_of_voice,
     safe_name,
     state_of_files,
@@ -183,7 +183,7 @@ def _key_of(
         origin.model, origin.judge, origin.speaker, all_libraries(), machine(),
         state_of_files(files),
     ]  # fmt: skip
-    return digest_of_text(json.dumps(whole))
+    return sha256_of(json.dumps(whole), 16)
 
 
 def _made(kept: Path, key: str) -> dict[int, Made]:
@@ -199,7 +199,7 @@ def _made(kept: Path, key: str) -> dict[int, Made]:
             place, scored = record.pop("place"), Utterance.from_json(record.pop("scored"))
             found[place] = Made(scored=scored, **record)
             lines.append(line)
-    with written_whole(kept) as temporary:
+    with atomic_file(kept) as temporary:
         append_lines(temporary, lines)
     return found
 
@@ -328,7 +328,7 @@ def write_results(path: Path, spoken: Mapping[str, Sequence[Spoken]], rate: floa
             for line, made in zip(one.lines, one.made, strict=True):
                 lines.append({"setting": setting, "list": one.name, **_record(line, made)})
                 lines[-1]["prompt_seconds"] = line.prompt.codes.shape[1] / rate
-    with written_whole(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(
             "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
             encoding="utf-8",
@@ -388,7 +388,7 @@ def provenance(
         system=system,
         seed=config.seed,
         git=git_revision(),
-        config=digest_of_text(json.dumps(dataclasses.asdict(config), sort_keys=True)),
+        config=sha256_of(json.dumps(dataclasses.asdict(config), sort_keys=True), 16),
         model=model,
         judge=judges.judge_name if judges else "",
         speaker=judges.speaker_name if judges else "",

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from codec.distillation.word_alignment import load_transcriber
-from codec.tokens import TokenRow, TokenShard, written_whole
+from codec.io import atomic_file, sha256_of
+from codec.tokens import TokenRow, TokenShard
 from eval.benchmark import Provenance, Row, append_rows, machine, rows_of, table
 from eval.text import normalize
 from recipes.lib.run import Run
 from recipes.scoring.eval_items import Cutter, Line, continuations, crosses, list_name, spread
-from recipes.scoring.judges import Judges, digest_of_text, digest_of_voice, load_judges
+from recipes.scoring.judges import Judges, digest_of_voice, load_judges
 from recipes.scoring.speaker_similarity import Likeness, sexes_of
 from recipes.scoring.synthesis import (
     METRICS,
@@ -108,7 +109,7 @@ def score_voice(
         before = json.loads((folder / BEFORE_FILE).read_text())
         rows += perplexity_rows(before, texts, dataclasses.replace(origin, system="base"))
         rows += perplexity_rows(perplexities(voice.lm, texts), texts, origin)
-    with written_whole(folder / ROWS) as temporary:
+    with atomic_file(folder / ROWS) as temporary:
         append_rows(temporary, rows)
     run.log(
         {f"{row.list.partition('@')[0]}/{row.metric}": row.value for row in rows if _is_ours(row)},
@@ -186,7 +187,7 @@ def note_perplexity(folder: Path, lm: SpeechLM, texts: Sequence[str]) -> None:
     """Writes what the LLM thinks of held-out texts before training, unless all is written."""
     path = folder / BEFORE_FILE
     if not path.exists() or "perplexity_all" not in json.loads(path.read_text()):
-        with written_whole(path) as temporary:
+        with atomic_file(path) as temporary:
             temporary.write_text(json.dumps(perplexities(lm, texts)))
 
 
@@ -194,7 +195,7 @@ def perplexity_rows(
     found: Mapping[str, float], texts: Sequence[str], origin: Provenance
 ) -> list[Row]:
     """The perplexities of a list of texts, by metric."""
-    name = f"texts@{digest_of_text(json.dumps(list(texts)))[:8]}"
+    name = f"texts@{sha256_of(json.dumps(list(texts)), 8)}"
     libraries = [f"{one} {importlib.metadata.version(one)}" for one in ("torch", "transformers")]
     return [
         Row(

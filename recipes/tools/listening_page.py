@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from codec import read_audio
 from codec.config import at_least
-from codec.tokens import written_whole
+from codec.io import atomic_file
 from recipes.lib.run import load_config, run_program
 from recipes.scoring.judges import safe_name
 
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
         title=html.escape(config.title), about=html.escape(about),
         head="".join(f"<th>{name}</th>" for name in COLUMNS), rows="\n".join(rows),
     )  # fmt: skip
-    with written_whole(config.out) as temporary:
+    with atomic_file(config.out) as temporary:
         temporary.write_text(page, encoding="utf-8")
     print(json.dumps({"page": str(config.out), "sentences": len(chosen), "wer": round(wer, 4)}))
 

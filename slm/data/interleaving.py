@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from codec.tokens import written_whole
+from codec.io import atomic_file
 from slm.data.sequences import (
     ForcedTokens,
     Layout,
@@ -52,7 +52,7 @@ MOST_WRITTEN = 64
 
 
 def write_edges(path: str | Path, edges: Iterable[tuple[str, Sequence[int]]]) -> None:
-    with written_whole(Path(path)) as temporary, gzip.open(temporary, "wt") as file:
+    with atomic_file(Path(path)) as temporary, gzip.open(temporary, "wt") as file:
         file.writelines(
             json.dumps({"id": name, "edges": list(map(int, one))}) + "\n" for name, one in edges
         )

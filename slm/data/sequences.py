@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from codec.tokens import written_whole
+from codec.io import atomic_file
 from slm.tokenization.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -217,7 +217,7 @@ class Prompt:
 
     def save(self, folder: str | Path, name: str) -> None:
         record = {"text": self.text, "credit": self.credit, "codes": self.codes.tolist()}
-        with written_whole(Path(folder) / f"{name}.json") as temporary:
+        with atomic_file(Path(folder) / f"{name}.json") as temporary:
             temporary.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
 
 
@@ -278,7 +278,7 @@ class Coverage:
             )
 
     def save(self, folder: str | Path) -> None:
-        with written_whole(Path(folder) / COVERAGE_FILE) as temporary:
+        with atomic_file(Path(folder) / COVERAGE_FILE) as temporary:
             temporary.write_text(json.dumps(asdict(self), indent=1))
 
     @classmethod

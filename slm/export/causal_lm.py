@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from codec.io import atomic_folder
 from slm.data.sequences import asr_context, tts_context
-from slm.export.voice_folder import anew, export_card, short_path
+from slm.export.voice_folder import export_card, short_path
 from slm.models.ar import SpeechLM
 from slm.tokenization.vocabulary import Vocabulary, encode_texts
 
@@ -40,7 +41,7 @@ def export(lm: SpeechLM, folder: str | Path) -> None:
             bos_token_id=kept.bos_token_id,
             pad_token_id=vocabulary.eos if kept.pad_token_id is None else kept.pad_token_id,
         )
-        with anew(folder) as partial:
+        with atomic_folder(folder) as partial:
             lm.lm.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             lm.tokenizer.save(partial)

@@ -5,15 +5,14 @@ The cards of a voice's folder, and of an exported LLM's.
 
 import json
 import logging
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from codec.tokens import CodecStamp, written_whole
+from codec.io import atomic_file, atomic_folder
+from codec.tokens import CodecStamp
 from slm.config import SamplingConfig, from_json
 from slm.data.sequences import Coverage, Prompt, load_prompts
 from slm.models.ar import SpeechLM
@@ -273,7 +272,7 @@ def ship(source: Path, folder: Path, finish: Callable[[Path], None]) -> None:
         raise ValueError(f"{folder}: one of it and the voice {source} is in the other; save apart")
     if folder.exists() and not is_voice(folder) and not _is_empty(folder):
         raise ValueError(f"{folder}: neither empty nor a voice; name a new folder")
-    with anew(folder) as partial:
+    with atomic_folder(folder) as partial:
         shutil.copytree(source, partial, dirs_exist_ok=True)
         finish(partial)
 
@@ -292,36 +291,16 @@ def write_extras(
     after = voice_card(origin, stamp, coverage, dict(sorted(prompts.items())))
     for name, prompt in prompts.items():
         prompt.save(folder / "prompts", name)
-    with written_whole(folder / SAMPLING_FILE) as temporary:
+    with atomic_file(folder / SAMPLING_FILE) as temporary:
         temporary.write_text(json.dumps(asdict(sampling), indent=1), encoding="utf-8")
     card = folder / "README.md"
     if card.exists() and card.read_text(encoding="utf-8") != before:
         if before != after:
             logger.warning("%s: it was edited and stays; it lacks the prompts that are new", card)
         return
-    with written_whole(card) as temporary:
+    with atomic_file(card) as temporary:
         temporary.write_text(after, encoding="utf-8")
 
 
 def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.iterdir())
-
-
-@contextmanager
-def anew(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `folder`, whose place it takes at the end; after an error an
-    earlier `folder` is as it was."""
-    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{k}") for k in ("new", "old"))
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-    except BaseException:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)

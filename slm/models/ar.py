@@ -36,7 +36,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
-from codec.tokens import CodecStamp, written_whole
+from codec.io import atomic_file
+from codec.tokens import CodecStamp
 from slm.config import ARConfig, LoRAConfig
 from slm.data.ar import IGNORE, ARBatch
 from slm.data.sequences import ASR, CONTINUATION, TASKS, TEXT, TTS
@@ -148,7 +149,7 @@ class Letters(NamedTuple):
 
     def save(self, path: str | Path) -> None:
         record = {"letters": self.letters, "shares": np.round(self.shares, 4).tolist()}
-        with written_whole(Path(path)) as temporary:
+        with atomic_file(Path(path)) as temporary:
             temporary.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
 
     @classmethod
@@ -358,7 +359,7 @@ class SpeechLM(nn.Module):
             origin["relative"] = os.path.relpath(Path(beside) / origin["relative"], folder)
         elif Path(origin["name"]).exists():
             origin["relative"] = os.path.relpath(origin["name"], folder)
-        with written_whole(folder / BASE_FILE) as temporary:
+        with atomic_file(folder / BASE_FILE) as temporary:
             temporary.write_text(json.dumps(origin, indent=1))
 
     @classmethod

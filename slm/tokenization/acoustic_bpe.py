@@ -5,7 +5,6 @@ is a character of Unicode's private planes, so nothing is normalised, split or u
 """
 
 import base64
-import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, Integer
 
-from codec.tokens import CodecStamp, written_whole
+from codec.io import atomic_file, sha256_of
+from codec.tokens import CodecStamp
 
 FORMAT_VERSION = 1
 MAX_CODEBOOK_SIZE = 65_536
@@ -124,7 +124,7 @@ class AcousticBPE:
     def digest(self) -> str:
         """16 hex digits that tell one units model from another."""
         about = json.dumps([self.trained.codec.digest, self.remove_runs])
-        return hashlib.sha256(about.encode() + self._model).hexdigest()[:16]
+        return sha256_of(about.encode() + self._model, 16)
 
     @cached_property
     def lengths(self) -> Int[np.ndarray, " P"]:
@@ -171,7 +171,7 @@ class AcousticBPE:
             "num_merges": self.num_merges,
             "sentencepiece": base64.b64encode(self._model).decode(),
         }
-        with written_whole(Path(path)) as temporary:
+        with atomic_file(Path(path)) as temporary:
             temporary.write_text(json.dumps(record, indent=1))
 
     @classmethod

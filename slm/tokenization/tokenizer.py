@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Int
 from tokenizers.pre_tokenizers import ByteLevel
 
-from codec.tokens import CodecStamp, written_whole
+from codec.io import atomic_file
+from codec.tokens import CodecStamp
 from slm.config import SpeechFormConfig, TextConfig, from_json
 from slm.data.sequences import in_small_letters
 from slm.tokenization.acoustic_bpe import AcousticBPE
@@ -200,7 +201,7 @@ class SpeechTextTokenizer:
         units = replace(self.units, bpe_model=None if self.pieces is None else UNITS_FILE)
         if self.pieces is not None:
             self.pieces.save(Path(folder) / UNITS_FILE)
-        with written_whole(Path(folder) / FILE_NAME) as temporary:
+        with atomic_file(Path(folder) / FILE_NAME) as temporary:
             record = {"text": asdict(self.text), "speech": asdict(units), "bytes": self.by_bytes}
             temporary.write_text(json.dumps(record, indent=1))
 

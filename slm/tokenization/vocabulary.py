@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from codec.tokens import CodecStamp, written_whole
+from codec.io import atomic_file
+from codec.tokens import CodecStamp
 
 FILE_NAME = "vocabulary.json"
 FORMAT_VERSION = 2
@@ -172,7 +173,7 @@ class Vocabulary:
             )
 
     def save(self, folder: str | Path) -> None:
-        with written_whole(Path(folder) / FILE_NAME) as temporary:
+        with atomic_file(Path(folder) / FILE_NAME) as temporary:
             record = {"format": FORMAT_VERSION, **asdict(self), "specials": self.specials}
             temporary.write_text(json.dumps(record, indent=1))
 

@@ -18,11 +18,11 @@ from lhotse.cut import MonoCut
 
 from codec import load_codec, read_audio
 from codec.audio import stream_audio
+from codec.io import FileLock
 from codec.tokenize import export, num_parts, part_names, summarize
 from codec.tokens import DamagedShard, TokenShard
 from codec.training.data import load_cut
 from recipes import export_tokens
-from recipes.lib.run import _Lock
 
 SECONDS = [0.5, 1.7, 0.9, 1.2, 0.7, 1.9, 0.8, 1.1]
 
@@ -160,7 +160,7 @@ def test_two_exports_never_share_a_folder(
         f"codec={tiny_codec_folder}",
         f"out={tmp_path / 'out'}",
     ]
-    held = _Lock(tmp_path / "out")
+    held = FileLock(tmp_path / "out")
     temporary = tmp_path / "out" / f".{part_names(1)[0]}.1-2.tmp"
     temporary.write_bytes(b"the other's")
     with pytest.raises(ValueError, match="out: another process is running in this folder"):

@@ -11,9 +11,9 @@ from lhotse.cut import MonoCut
 from tiny_teachers import EvenTranscriber, save_speech_teacher, save_text_teacher
 
 from codec.distillation.feature_cache import FeatureCache
+from codec.io import FileLock
 from recipes import cache_teachers
 from recipes.cache_teachers import CacheConfig
-from recipes.lib.run import _Lock
 
 SCRIPT = Path(cache_teachers.__file__)
 
@@ -108,7 +108,7 @@ def test_two_processes_share_the_recordings(tmp_path: Path, settings: list[str],
 
 
 def test_two_programs_never_share_a_folder(tmp_path: Path, settings: list[str]) -> None:
-    lock = _Lock(tmp_path / "cache")
+    lock = FileLock(tmp_path / "cache")
     with pytest.raises(ValueError, match="another process is running in this folder"):
         cache_teachers.main([*settings, "text_model=null", "transcriber=null"])
     lock.close()

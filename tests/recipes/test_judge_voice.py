@@ -9,12 +9,12 @@ import pytest
 from tiny_slm import quiet, save_shard, save_voice
 
 from codec import load_codec
+from codec.io import FileLock
 from eval.benchmark import Utterance, read_rows
 from eval.text import word_errors
 from recipes.judge_voice import JudgeVoiceConfig, _cell, differences, main, repeated, settings
 from recipes.lib.run import load_config
 from recipes.scoring.eval_items import Line
-from slm.batch_tts import alone
 from slm.data.sequences import Prompt
 
 pytestmark = quiet()
@@ -110,7 +110,10 @@ def test_a_voice_is_judged_in_two_settings(
     again = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert again[: len(results)] == results
     assert len(again) == 3 * 2 * 4
-    with alone(out), pytest.raises(ValueError, match="another process is writing here"):
+    with (
+        FileLock(out),
+        pytest.raises(ValueError, match="another process is running"),
+    ):
         main(given)
 
 

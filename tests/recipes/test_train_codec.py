@@ -42,7 +42,7 @@ from codec.training.loop import (
     discriminator_step,
     generator_step,
     learning_rate,
-    save_whole,
+    save_codec,
 )
 from codec.training.validate import Window
 from recipes.lib.run import make_accelerator
@@ -372,15 +372,15 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint(recipe, tmp_path) -> None
 
 def test_a_full_disk_leaves_the_earlier_codec(tmp_path, monkeypatch) -> None:
     codec = Codec(TINY)
-    save_whole(codec, tmp_path / "codec")
+    save_codec(codec, tmp_path / "codec")
     before = (tmp_path / "codec" / "model.safetensors").read_bytes()
 
     def full(*args, **kwargs) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(Codec, "_save_pretrained", full)
-    with pytest.raises(OSError, match="make room and start again"):
-        save_whole(codec, tmp_path / "codec")
+    with pytest.raises(OSError, match="make room on the disk"):
+        save_codec(codec, tmp_path / "codec")
     assert (tmp_path / "codec" / "model.safetensors").read_bytes() == before
     assert [each.name for each in tmp_path.iterdir()] == ["codec"]
 

@@ -10,7 +10,7 @@ import soundfile
 import torch
 from tiny_slm import TEXT, copy_of, quiet, run_slm, save_voice, speak_briefly
 
-from slm.batch_tts import alone
+from codec.io import FileLock
 from slm.models.nar import NAR
 from slm.voice import Voice
 
@@ -158,9 +158,9 @@ def test_two_runs_in_one_folder(
 ) -> None:
     listed, out = tmp_path / "list.jsonl", tmp_path / "out"
     listed.write_text(json.dumps({"id": "x", "text": TEXT, "prompt": "ann"}))
-    with alone(out):
+    with FileLock(out):
         assert run_slm("tts", "--voice", folder, "--list", listed, "--out", out) == 2
-    assert "another process is writing here" in capsys.readouterr().err
+    assert "another process is running in this folder" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("brief")

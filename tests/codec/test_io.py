@@ -1,0 +1,87 @@
+"""codec/io.py: files and folders are complete or as they were, and obey the umask."""
+
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from codec.io import (
+    FileLock,
+    atomic_file,
+    atomic_files,
+    atomic_folder,
+    is_write_failure,
+    sha256_of,
+)
+
+
+@pytest.fixture(params=[0o022, 0o027], ids=oct)
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def modes(folder: Path) -> set[int]:
+    """The permissions of all files below a folder."""
+    return {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_atomic_writer_obeys_the_umask(tmp_path: Path, umask: int) -> None:
+    tensors = {"weight": torch.zeros(2)}
+    with atomic_file(tmp_path / "file" / "a.safetensors") as temporary:
+        save_file(tensors, temporary)
+    with atomic_files(tmp_path / "files") as temporary:
+        save_file(tensors, temporary / "a.safetensors")
+    with atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "below").mkdir()
+        save_file(tensors, temporary / "below" / "a.safetensors")
+    FileLock(tmp_path / "lock").close()
+    found = {name: modes(tmp_path / name) for name in ("file", "files", "folder", "lock")}
+    assert found == {name: {0o666 & ~umask} for name in found}
+
+
+@pytest.mark.parametrize("limit", [None, 20_000], ids=["failing writer", "full disk"])
+def test_a_folder_that_cannot_be_written_leaves_the_earlier_one(
+    tmp_path: Path, limit: int | None
+) -> None:
+    folder = tmp_path / "voice" / "nar"
+    with atomic_folder(folder) as partial:
+        (partial / "kept").write_text("whole")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write() -> None:
+        with atomic_folder(folder) as partial:
+            (partial / "torn").write_text("half")
+            if limit is None:
+                raise SafetensorError("I/O error: No space left on device (os error 28)")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            save_file({"weight": torch.zeros(100_000)}, partial / "model.safetensors")
+
+    try:
+        with pytest.raises(OSError, match="nar: cannot be written"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in folder.parent.iterdir()] == ["nar"]
+    assert [path.name for path in folder.iterdir()] == ["kept"]
+    with atomic_folder(folder) as partial:
+        (partial / "new").write_text("whole")
+    assert [path.name for path in folder.iterdir()] == ["new"]
+
+
+def test_other_errors_are_no_full_disk() -> None:
+    assert not is_write_failure(RuntimeError("CUDA out of memory"))
+    assert not is_write_failure(KeyError("weight"))
+
+
+def test_a_digest_is_of_bytes_of_text_or_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"green")
+    digests = {sha256_of("green"), sha256_of(b"green"), sha256_of(tmp_path / "file")}
+    assert len(digests) == 1
+    assert sha256_of("green", 8) == digests.pop()[:8]
