@@ -1,15 +1,14 @@
-"""Scores a voice on speakers and texts that it was not trained on, in one or several settings.
+"""Evaluates a voice on held-out speakers and texts, in one or several settings of sampling.
 
     python recipes/judge_voice.py voice=out/small/tts/voice tokens=out/small/tokens/dev \
       train=out/small/tokens/train judge=models/whisper-base speaker=models/speaker-encoder \
       num_items=50 seeds=2 compare=[controls,candidates] out=out/small/judged
 
-Every item is spoken twice: its own text from its first seconds on (continuation), and its text
-after another recording of its speaker (cross). OUT gets rows.jsonl, results.jsonl, table.md,
+Every item is synthesized twice: as the continuation of its own first seconds, and with another
+recording of its speaker as the prompt (cross). OUT gets rows.jsonl, results.jsonl, table.md,
 differences.jsonl, audio/SETTING/LIST/ID.wav and audio/prompts/LIST/ID.wav.
 """
 
-import dataclasses
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -24,21 +23,27 @@ from codec.io import FileLock, atomic_file
 from codec.tokens import TokenShard
 from eval.benchmark import Provenance, Row, Utterance, append_rows, library_of, rows_of, table
 from eval.stats import Interval, Sums, paired_difference
-from recipes.lib.run import load_config, run_program
-from recipes.scoring.eval_items import Line, list_name, spread
-from recipes.scoring.judges import digest_of_voice, load_judges
+from recipes.lib.run import finished, load_config, run_program
+from recipes.scoring.eval_items import (
+    EvalItem,
+    eval_lists,
+    list_name,
+    normalized_texts,
+    select_items,
+)
+from recipes.scoring.judges import digest_of_voice
 from recipes.scoring.synthesis import (
     METRICS,
-    SpeakConfig,
-    Spoken,
+    ScoredList,
+    TTSEvalConfig,
+    codec_rows,
+    load_scorers,
     provenance,
-    score_codec,
-    speak_lines,
+    synthesize_items,
     transcribe_items,
     write_prompts,
     write_results,
 )
-from recipes.scoring.voice import ears_of, known_texts, lines_of
 from slm.config import CHECKS, SamplingConfig
 from slm.generation.rerank import can_transcribe
 from slm.voice import Voice
@@ -52,46 +57,51 @@ CONTROLS: dict[str, dict[str, Any]] = {
     "no-checks": {"checks": ()},
     **{f"no-{check}": {"checks": tuple(c for c in CHECKS if c != check)} for check in CHECKS},
 }
-"""Settings that lack a control; `no-window`: without repetition-aware sampling."""
+"""Ablations of sampling: without retries, without repetition-aware sampling (`no-window`), without
+checks."""
 CANDIDATES = (1, 4, 8)
 DIFFERENCES = ("wer", "cer", "wrong", "failure", "fault", "similarity")
-"""Of these the differences get intervals."""
+"""Metrics whose differences get confidence intervals."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class JudgeVoiceConfig(SpeakConfig):
-    """A voice, what it says, and who judges it."""
+class JudgeVoiceConfig(TTSEvalConfig):
+    """A voice, the items that it synthesizes, and the models that score them."""
 
     voice: str = "out/smoke/tts/voice"
     """Folder of the voice."""
     base: str | None = None
-    """Where its text LLM is, if it has moved."""
+    """Folder or hub id of its text LLM, if that has moved."""
     tokens: str = "out/smoke/tokens/dev"
-    """Token shards of speakers that it was not trained on."""
+    """Token shards of held-out speakers."""
     train: str | None = None
-    """Token shards that it was trained on: what they hold is not spoken; null: all may be."""
+    """Token shards of the training set, whose texts are left out; null: none are."""
     out: str = "out/smoke/judged"
-    """Folder of the results. What an earlier start has made of the same voice, lines and sampling
-    is not made again; anything else is replaced."""
+    """Folder of the results. A second start with the same voice, items and sampling resumes; other
+    results there are replaced."""
     seed: int = 0
-    """Of the first item; the others count on from it."""
+    """Seed of the first item; item i has seed + i."""
     seeds: int = 1
-    """Every item is spoken so many times, each time under another seed."""
+    """Number of times that each item is synthesized, each under another seed."""
     compare: tuple[str, ...] = ()
-    """Settings beside `sampling` as it is given: controls (each one off), candidates (1, 4, 8), or
-    by name: no-controls, one-try, no-window, no-checks, no-loop, no-silence, no-early, no-leak,
+    """Settings besides `sampling` as given: `controls` (all ablations), `candidates` (1, 4, 8), or
+    single ones: no-controls, one-try, no-window, no-checks, no-loop, no-silence, no-early, no-leak,
     greedy, candidates-N."""
 
     def __post_init__(self) -> None:
-        # `super()` does not know the class that slots=True makes anew.
-        SpeakConfig.__post_init__(self)
+        # slots=True replaces the class, which breaks super() without arguments.
+        TTSEvalConfig.__post_init__(self)
         if self.num_items < 1 or self.seeds < 1:
             raise ValueError("num_items and seeds must be at least 1")
         settings(self)
 
 
 def settings(config: JudgeVoiceConfig) -> dict[str, SamplingConfig]:
-    """By name; `given` first. Raises ValueError for a name that there is not."""
+    """Returns the settings to compare by name, `given` first, without duplicates of it.
+
+    Raises:
+        ValueError: `config.compare` has an unknown name.
+    """
     names: list[str] = []
     for name in config.compare:
         if name == "controls":
@@ -104,96 +114,98 @@ def settings(config: JudgeVoiceConfig) -> dict[str, SamplingConfig]:
     for name in names:
         count = name.removeprefix("candidates-")
         if name in CONTROLS:
-            found[name] = replace(config.sampling, **CONTROLS[name])
+            changes = CONTROLS[name]
         elif name == "greedy":
-            found[name] = replace(config.sampling, greedy=True)
+            changes = {"greedy": True}
         elif count != name and count.isdecimal():
-            found[name] = replace(config.sampling, num_candidates=int(count))
+            changes = {"num_candidates": int(count)}
         else:
             known = ", ".join(["controls", "candidates", *CONTROLS, "greedy", "candidates-N"])
             raise ValueError(f"compare: no setting {name!r}; there are {known}")
-    # What a setting has in common with the given one need not be spoken again.
-    same = [name for name, one in found.items() if name != "given" and one == config.sampling]
-    for name in same:
-        logger.info("%s is what is given", name)
-        del found[name]
+        setting = replace(config.sampling, **changes)
+        if setting == config.sampling:
+            logger.info("%s is left out: it equals the given setting", name)
+        else:
+            found[name] = setting
     return found
 
 
 def main(argv: list[str]) -> None:
-    config = load_config(JudgeVoiceConfig, argv, "Let a voice speak to unseen speakers' prompts.")
-    with FileLock(Path(config.out)):
-        judge_voice(config)
+    config = load_config(JudgeVoiceConfig, argv, "Evaluates a voice on held-out speakers.")
+    out = Path(config.out)
+    with FileLock(out):
+        judge_voice(config, out)
+    finished(
+        "scores (rows.jsonl, table.md), results per item (results.jsonl) and waves (audio/)", out,
+        f"python recipes/tools/listening_page.py judged={out} out={out}/listen.html",
+    )  # fmt: skip
 
 
-def judge_voice(config: JudgeVoiceConfig) -> None:
-    """All of it."""
-    out, several = Path(config.out), settings(config)
+def judge_voice(config: JudgeVoiceConfig, out: Path) -> None:
+    """Synthesizes and scores all items in all settings, and writes the results to `out`."""
+    several = settings(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     voice = Voice.from_pretrained(config.voice, base=config.base, device=device)
-    hears = can_transcribe(voice.lm)
-    deaf = [name for name, one in several.items() if one.num_candidates > 1 and not hears]
-    if deaf:
+    has_asr = can_transcribe(voice.lm)
+    reranked = [name for name, one in several.items() if one.num_candidates > 1]
+    if reranked and not has_asr:
         raise ValueError(
-            f"{config.voice} was trained without asr, which compares the candidates of "
-            f"{', '.join(deaf)}; leave them out"
+            f"{config.voice} was trained without asr, which reranks the candidates of "
+            f"{', '.join(reranked)}; leave them out"
         )
     shard = TokenShard.open(config.tokens, expect=voice.codec.stamp)
-    known = known_texts(TokenShard.open(config.train)) if config.train is not None else ()
-    items = spread(shard, config.num_items, known)
-    judges = load_judges(config.judge, config.speaker)
-    ears = ears_of(voice, shard, config, judges)
-    once = lines_of(items, shard, voice, config, judges)
-    for name, lines in once.items():
-        prompts = out / "audio" / "prompts" / name
-        write_prompts(voice, repeated(lines, config.seeds), prompts)
+    known = normalized_texts(TokenShard.open(config.train)) if config.train is not None else ()
+    rows = select_items(shard, config.num_items, known)
+    scorers = load_scorers(config, voice, shard)
+    judges = scorers.judges
+    once = eval_lists(rows, shard, voice, judges, config.prompt_seconds, config.aligner)
+    lists = {name: repeated(items, config.seeds) for name, items in once.items()}
+    for name, items in lists.items():
+        write_prompts(voice, items, out / "audio" / "prompts" / name)
     origin = provenance(config, "given", judges, digest_of_voice(config.voice))
-    rows = transcribe_items(voice, items, origin) if hears else []
-    spoken: dict[str, list[Spoken]] = {}
-    for setting, sampling in several.items():
-        voice.sampling = sampling
-        logger.info("speaking: %s", setting)
-        folder = out / "audio" / setting
-        spoken[setting] = [
-            speak_lines(voice, name, repeated(lines, config.seeds), config, ears, folder, origin)
-            for name, lines in once.items()
-        ]
-        for one in spoken[setting]:
-            own = dataclasses.replace(origin, system=setting)
-            rows += rows_of(list_name(one.name, one.lines), one.scored, own)
-        write_results(out / "results.jsonl", spoken, voice.codec.frame_rate)
+    scores = transcribe_items(voice, rows, origin) if has_asr else []
+    scored: dict[str, list[ScoredList]] = {}
+    for setting, voice.sampling in several.items():
+        logger.info("setting: %s", setting)
+        folder, own = out / "audio" / setting, replace(origin, system=setting)
+        scored[setting] = []
+        for name, items in lists.items():
+            one = synthesize_items(voice, name, items, scorers, folder, origin, config.batch)
+            scored[setting].append(one)
+            scores += rows_of(list_name(name, items), one.scored, own)
+        write_results(out / "results.jsonl", scored, voice.codec.frame_rate)
     codec = provenance(config, "codec", judges, voice.codec.stamp.digest)
-    rows += score_codec(voice, items, once["continuation"], ears, codec)
+    scores += codec_rows(voice, "continuation", once["continuation"], scorers, codec)
     with atomic_file(out / "rows.jsonl") as temporary:
-        append_rows(temporary, rows)
-    report(out, rows, spoken, origin, config.seeds)
+        append_rows(temporary, scores)
+    report(out, scores, scored, origin, config.seeds)
 
 
-def repeated(lines: Sequence[Line], times: int) -> list[Line]:
-    """The lines so many times over, the later ones under ids of their own."""
+def repeated(items: Sequence[EvalItem], times: int) -> list[EvalItem]:
+    """Returns the items `times` times; repetition i > 0 has ".i" behind the ids."""
     again = [
-        line._replace(id=f"{line.id}.{turn}") for turn in range(1, times) for line in lines
+        item._replace(id=f"{item.id}.{turn}") for turn in range(1, times) for item in items
     ]  # fmt: skip
-    return [*lines, *again]
+    return [*items, *again]
 
 
 def report(
-    out: Path, rows: Sequence[Row], spoken: Mapping[str, Sequence[Spoken]], origin: Provenance,
-    seeds: int,
+    out: Path, rows: Sequence[Row], scored: Mapping[str, Sequence[ScoredList]],
+    origin: Provenance, seeds: int,
 ) -> None:  # fmt: skip
-    """Prints and writes the tables: scores, and differences of the settings from the given one."""
+    """Prints and writes the scores and the differences of the settings from the given one."""
     scores = table(rows, [metric for metric in METRICS if any(r.metric == metric for r in rows)])
     lines, records = [], []
-    for setting, lists in spoken.items():
+    for setting, lists in scored.items():
         if setting == "given":
             continue
-        for base, other in zip(spoken["given"], lists, strict=True):
+        for base, other in zip(scored["given"], lists, strict=True):
             found = differences(base.scored, other.scored, seeds)
             cells = [_cell(found.get(metric)) for metric in DIFFERENCES]
             lines.append(f"| {setting} | {other.name} | " + " | ".join(cells) + " |")
             records += [
-                {"setting": setting, "list": list_name(other.name, other.lines), "metric": metric,
-                 "n": len(base.lines), "seeds": seeds, **interval._asdict(),
+                {"setting": setting, "list": list_name(other.name, other.items), "metric": metric,
+                 "n": len(base.items), "seeds": seeds, **interval._asdict(),
                  "seed": origin.seed, "git": origin.git, "config": origin.config,
                  "model": origin.model, "library": library_of(metric, origin)}
                 for metric, interval in found.items()
@@ -201,10 +213,8 @@ def report(
     text = f"{scores}\n\nn counts {seeds} seeds of each item.\n"
     if lines:
         head = f"| setting | list | {' | '.join(DIFFERENCES)} |\n{'|---' * (len(DIFFERENCES) + 2)}|"
-        text += (
-            "\nDifferences from `given`, with 95 % intervals of a paired bootstrap over items (one "
-            "item has none):\n\n" + "\n".join([head, *lines, ""])
-        )
+        about = "Differences from `given`, with 95 % intervals of a paired bootstrap over items"
+        text += f"\n{about} (none for one item):\n\n" + "\n".join([head, *lines, ""])
     with atomic_file(out / "differences.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
     with atomic_file(out / "table.md") as temporary:
@@ -223,8 +233,9 @@ def _cell(interval: Interval | None) -> str:
 def differences(
     given: Sequence[Utterance], other: Sequence[Utterance], seeds: int
 ) -> dict[str, Interval]:
-    """By metric; items are the units, whose seeds are summed. Utterances that lack a metric in
-    either setting are left out of it in both."""
+    """Returns the paired difference of each metric, with items as the units: the sums of an item's
+    seeds are resampled together. An utterance without a metric in one setting is left out of that
+    metric in both."""
     found = {}
     for metric in DIFFERENCES:
         pairs = [(_sums(a, metric), _sums(b, metric)) for a, b in zip(given, other, strict=True)]
@@ -239,7 +250,7 @@ def differences(
 
 
 def _sums(one: Utterance, metric: str) -> tuple[float, float] | None:
-    """Numerator and denominator of an utterance."""
+    """Numerator and denominator of an utterance's share of a rate; None where undefined."""
     if metric in ("wer", "cer"):
         errors = one.words if metric == "wer" else one.characters
         return None if errors is None else (errors.num_errors, max(1, errors.num_reference))

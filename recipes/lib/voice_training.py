@@ -23,8 +23,8 @@ from codec import Codec, load_codec
 from codec.io import atomic_file, atomic_folder, sha256_of
 from codec.tokens import TokenShard
 from recipes.lib.run import Run, make_accelerator, start_run
-from recipes.scoring.synthesis import SpeakConfig
-from recipes.scoring.voice import check_scores, note_perplexity, score_voice
+from recipes.scoring.synthesis import TTSEvalConfig
+from recipes.scoring.voice import check_scores, score_voice, store_base_perplexity
 from slm.config import ARConfig, BatchConfig, NARConfig, OptimConfig
 from slm.data.ar import ARData, Start
 from slm.data.corpus import read_texts, usable
@@ -143,7 +143,7 @@ class VoiceConfig:
     """The NAR's optimiser."""
     num_items: int | None = None
     """Dev items to transcribe at the end, spread over the list; null: as many as are spoken."""
-    speak: SpeakConfig = field(default_factory=SpeakConfig)
+    speak: TTSEvalConfig = field(default_factory=TTSEvalConfig)
     """What is spoken at the end, and who judges it."""
 
     def __post_init__(self) -> None:
@@ -193,7 +193,7 @@ def train_voice(config: VoiceConfig) -> None:
     forget_zero3()
     run = start_run(config, folder, seed=config.seed, accelerator=accelerator, free=SCORING_KEYS)
     if texts.dev and accelerator.is_main_process:
-        note_perplexity(folder, lm.to(accelerator.device), texts.dev)
+        store_base_perplexity(folder, lm.to(accelerator.device), texts.dev)
     train_ar(lm, train, dev, texts, run, config)
     tokenizer, origin = lm.tokenizer, lm.origin
     del lm

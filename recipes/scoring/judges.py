@@ -1,12 +1,13 @@
-"""What the programs that score share: judges, scores kept by utterance, digests, names of files."""
+"""The models that score, stored scores of utterances, digests and safe file names."""
 
 import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from codec.io import sha256_of
@@ -28,28 +29,63 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._ -]{0,119}")
 
 
 class Judges(NamedTuple):
-    """The models that score, and what the rows call them."""
+    """The ASR and the speaker encoder that score, and their names in rows."""
 
     transcribe: Transcribe
-    """Hears nothing where there is no judge."""
+    """Returns "" where there is no ASR."""
     embed: Embed | None
     judge_name: str
-    """Name, digest and arithmetic; "" where there is no judge."""
+    """Name, digest and arithmetic of the ASR; "" where there is none."""
     speaker_name: str
 
 
 class Task(NamedTuple):
-    """One utterance that has still to be scored."""
+    """An utterance to score."""
 
     id: str
     score: Callable[[], Utterance]
 
 
-def score_all(folder: Path, tasks: Sequence[Task], key: str, label: str) -> list[Utterance]:
-    """Scores what is not stored yet and stores it; a bad recording is left out and listed.
+def load_judges(
+    judge: str | Path | None,
+    speaker: str | Path | None,
+    *,
+    num_threads: int = 2,
+    language: str = "en",
+) -> Judges:
+    """Loads the ASR (a CTranslate2 Whisper folder) and the speaker encoder, where they are named.
 
-    `key` tells apart the systems, lists and judges that share a folder; other versions of the
-    libraries score anew.
+    Raises:
+        ValueError: a folder does not hold its model.
+    """
+    transcribe, embed, judge_name, speaker_name = _no_transcript, None, "", ""
+    if judge is not None:
+        whisper = Judge(judge, num_threads=num_threads, language=language)
+        transcribe = whisper.transcribe
+        digest = digest_of(Path(judge) / "model.bin")
+        judge_name = f"{Path(judge).name}@{digest} {whisper.compute_type}"
+    if speaker is not None:
+        embed = SpeakerEncoder.from_folder(speaker).embed
+        speaker_name = f"{Path(speaker).name}@{digest_of(Path(speaker) / 'model.safetensors')}"
+    return Judges(transcribe, embed, judge_name, speaker_name)
+
+
+def _no_transcript(_wave: np.ndarray, _rate: int) -> str:
+    return ""
+
+
+def score_all(folder: Path, tasks: Sequence[Task], key: str, label: str) -> list[Utterance]:
+    """Returns the scores of the tasks; computes those that FOLDER/utterances/ does not have yet.
+
+    A recording that cannot be scored is left out and listed in FOLDER/skipped-LABEL.jsonl.
+
+    Args:
+        key: everything that the scores depend on besides library versions; other keys are stored
+            apart.
+        label: name of the system, for files and logs.
+
+    Raises:
+        ValueError: no utterance could be scored.
     """
     digest = sha256_of(f"{key} {all_libraries()}", 12)
     stored = folder / "utterances" / f"{safe_name(label)}-{digest}.jsonl"
@@ -78,39 +114,18 @@ def score_all(folder: Path, tasks: Sequence[Task], key: str, label: str) -> list
     return scored
 
 
-def load_judges(
-    judge: str | Path | None,
-    speaker: str | Path | None,
-    *,
-    num_threads: int = 2,
-    language: str = "en",
-) -> Judges:
-    """The judge and the speaker encoder from their folders, where they are named."""
-    transcribe, judge_name = _deaf, ""
-    if judge is not None:
-        whisper = Judge(judge, num_threads=num_threads, language=language)
-        digest = digest_of(Path(judge) / "model.bin")
-        transcribe = whisper.transcribe
-        judge_name = f"{Path(judge).name}@{digest} {whisper.compute_type}"
-    if speaker is None:
-        return Judges(transcribe, None, judge_name, "")
-    encoder = SpeakerEncoder.from_folder(speaker)
-    digest = digest_of(Path(speaker) / "model.safetensors")
-    return Judges(transcribe, encoder.embed, judge_name, f"{Path(speaker).name}@{digest}")
-
-
-def _deaf(_wave: Any, _rate: int) -> str:
-    return ""
-
-
 def digest_of_voice(folder: str | Path) -> str:
-    """One digest of a voice: the weights of its codec, AR and NAR, and the LLM it grew from."""
+    """Returns one digest of a voice's weights: codec, AR, NAR and the base LLM.
+
+    Raises:
+        ValueError: the folder holds no weights.
+    """
     folder = Path(folder)
     weights = sorted(
         path for part in ("codec", "ar", "nar") for path in (folder / part).rglob("*.safetensors")
     )
     if not weights:
-        raise ValueError(f"{folder}: holds no voice")
+        raise ValueError(f"{folder}: is no voice folder")
     parts = [f"{path.relative_to(folder).as_posix()} {digest_of(path)}" for path in weights]
     base = folder / "ar" / "base.json"
     if base.is_file():
@@ -119,7 +134,7 @@ def digest_of_voice(folder: str | Path) -> str:
 
 
 def state_of_files(paths: Iterable[Path]) -> str:
-    """Changes when one of the files does: their paths, sizes and times of writing."""
+    """Returns a digest of the files' paths, sizes and modification times."""
     lines = []
     for path in paths:
         try:
@@ -131,7 +146,8 @@ def state_of_files(paths: Iterable[Path]) -> str:
 
 
 def safe_name(name: str) -> str:
-    """A file name for an id: no folder, never hidden, and never the same for two ids."""
+    """Returns a file name for an id: without folders, not hidden, and different for different
+    ids."""
     if PLAIN_NAME.fullmatch(name):
         return name
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:80]

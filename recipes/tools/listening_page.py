@@ -1,9 +1,9 @@
-"""A page to listen to: what a voice said of dev sentences, each with its prompt and transcript.
+"""Writes an HTML page of synthesized sentences, each with its prompt and the judge's transcript.
 
     python recipes/tools/listening_page.py judged=out/small/judged out=out/small/listen.html
 
-`judged` is the folder of recipes/judge_voice.py. The page holds its sounds (Ogg Opus), so that it
-is one file that any browser opens. The sentences are spread over the list as they come, not picked.
+`judged` is the folder of recipes/judge_voice.py. The page embeds its audio (Ogg Opus). The
+sentences are evenly spaced over the list, not picked.
 """
 
 import base64
@@ -22,11 +22,11 @@ from tqdm import tqdm
 from codec import read_audio
 from codec.config import at_least
 from codec.io import atomic_file
-from recipes.lib.run import load_config, run_program
+from recipes.lib.run import finished, load_config, run_program
 from recipes.scoring.judges import safe_name
 
 SAMPLE_RATE = 16_000
-COLUMNS = ("text", "prompt", "spoken", "heard by the judge", "WER", "similarity")
+COLUMNS = ("text", "prompt", "synthesized", "transcript", "WER", "speaker similarity")
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -50,20 +50,20 @@ audio {{ width: 11rem }}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ListeningPageConfig:
-    """One page."""
+    """The page and its source."""
 
     judged: Path = Path("out/small/judged")
     """The folder of recipes/judge_voice.py."""
     setting: str = "given"
-    """Of its settings."""
-    lines: str = "cross"
-    """Of its lists: cross or continuation."""
+    """Setting of sampling (judge_voice.py's `compare`)."""
+    list: str = "cross"
+    """List of items: cross or continuation."""
     num_items: int = 20
-    """Sentences; fewer where there are no more."""
+    """Maximum number of sentences."""
     title: str = "Zero-shot speech"
     """The heading."""
     out: Path = Path("out/small/listen.html")
-    """The page."""
+    """File of the page."""
 
     def __post_init__(self) -> None:
         at_least(1, num_items=self.num_items)
@@ -71,17 +71,19 @@ class ListeningPageConfig:
 
 def main(argv: list[str]) -> None:
     config = load_config(ListeningPageConfig, argv, __doc__ or "")
-    lines = read_lines(config)
-    places = np.linspace(0, len(lines) - 1, min(config.num_items, len(lines))).round().astype(int)
-    chosen = [lines[place] for place in places]
+    records = read_records(config)
+    places = (
+        np.linspace(0, len(records) - 1, min(config.num_items, len(records))).round().astype(int)
+    )
+    chosen = [records[place] for place in places]
     rows = [row_of(line, config) for line in tqdm(chosen, desc="sentences", unit="item")]
     words = [len(line["text"].split()) for line in chosen]
     wer = sum(line["wer"] * count for line, count in zip(chosen, words, strict=True)) / sum(words)
     about = (
-        f"{len(chosen)} of {len(lines)} sentences of the list `{config.lines}`, setting "
+        f"{len(chosen)} of {len(records)} sentences of the list `{config.list}`, setting "
         f"`{config.setting}`, spread evenly over it, not picked. WER of these, weighted by their "
-        f"words: {100 * wer:.1f} %. Similarity: of a speaker encoder, between the prompt and what "
-        "was spoken."
+        f"words: {100 * wer:.1f} %. Speaker similarity: cosine of speaker embeddings of the prompt "
+        "and the synthesized speech."
     )
     page = PAGE.format(
         title=html.escape(config.title), about=html.escape(about),
@@ -90,32 +92,37 @@ def main(argv: list[str]) -> None:
     with atomic_file(config.out) as temporary:
         temporary.write_text(page, encoding="utf-8")
     print(json.dumps({"page": str(config.out), "sentences": len(chosen), "wer": round(wer, 4)}))
+    finished(f"a page of {len(chosen)} sentences", config.out, f"xdg-open {config.out}")
 
 
-def read_lines(config: ListeningPageConfig) -> Sequence[Mapping[str, Any]]:
-    """Those of the setting and the list. Raises ValueError where there are none."""
+def read_records(config: ListeningPageConfig) -> Sequence[Mapping[str, Any]]:
+    """Returns the records of the setting and the list.
+
+    Raises:
+        ValueError: there are none, or they have no WER.
+    """
     file = config.judged / "results.jsonl"
     if not file.is_file():
         raise ValueError(f"{file}: no such file; recipes/judge_voice.py writes it")
     found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     lines = [
-        line for line in found if (line["setting"], line["list"]) == (config.setting, config.lines)
+        line for line in found if (line["setting"], line["list"]) == (config.setting, config.list)
     ]
     if not lines:
         there = sorted({f"{line['setting']}/{line['list']}" for line in found})
         raise ValueError(
-            f"{file}: nothing of {config.setting}/{config.lines}; it has {', '.join(there)}"
+            f"{file}: no items of {config.setting}/{config.list}; there is {', '.join(there)}"
         )
     if any(line["wer"] is None for line in lines):
-        raise ValueError(f"{file}: nobody has judged the words; give judge_voice.py judge=")
+        raise ValueError(f"{file}: has no WER; run judge_voice.py with judge=")
     return lines
 
 
 def row_of(line: Mapping[str, Any], config: ListeningPageConfig) -> str:
-    """A sentence as a row of the table."""
+    """Returns a sentence as a row of the table."""
     audio = config.judged / "audio"
-    spoken = audio / config.setting / config.lines / (line["audio"] or "refused")
-    prompt = audio / "prompts" / config.lines / f"{safe_name(line['id'])}.wav"
+    spoken = audio / config.setting / config.list / (line["audio"] or "refused")
+    prompt = audio / "prompts" / config.list / f"{safe_name(line['id'])}.wav"
     similarity = line.get("similarity")
     cells = [
         html.escape(line["text"]), sound(prompt), sound(spoken), html.escape(line["heard"]),
@@ -125,7 +132,7 @@ def row_of(line: Mapping[str, Any], config: ListeningPageConfig) -> str:
 
 
 def sound(path: Path) -> str:
-    """A player that holds its sound; a recording that is not there is said to be none."""
+    """Returns an audio element that embeds a recording, or "none" if there is no such file."""
     if not path.is_file():
         return "none"
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""recipes/judge_voice.py: settings side by side, on a voice that knows nothing."""
+"""recipes/judge_voice.py: comparison of settings, with an untrained voice."""
 
 import json
 from dataclasses import replace
@@ -14,13 +14,13 @@ from eval.benchmark import Utterance, read_rows
 from eval.text import word_errors
 from recipes.judge_voice import JudgeVoiceConfig, _cell, differences, main, repeated, settings
 from recipes.lib.run import load_config
-from recipes.scoring.eval_items import Line
+from recipes.scoring.eval_items import EvalItem
 from slm.data.sequences import Prompt
 
 pytestmark = quiet()
 
 
-def test_settings_differ_from_the_given_one_in_what_they_name() -> None:
+def test_settings_change_what_their_names_say() -> None:
     config = load_config(
         JudgeVoiceConfig, ["compare=[controls,candidates]", "sampling.max_attempts=2"]
     )
@@ -42,7 +42,7 @@ def test_settings_differ_from_the_given_one_in_what_they_name() -> None:
         JudgeVoiceConfig(prompt_seconds=0)
 
 
-def test_seeds_of_an_item_are_one_unit() -> None:
+def test_seeds_of_an_item_are_one_bootstrap_unit() -> None:
     def scored(heard: str, failure: float) -> Utterance:
         return Utterance(
             id="x", values={"failure": failure}, words=word_errors("a b c d", heard),
@@ -57,7 +57,7 @@ def test_seeds_of_an_item_are_one_unit() -> None:
     assert "similarity" not in found
 
 
-def test_one_item_has_no_interval() -> None:
+def test_one_item_has_no_confidence_interval() -> None:
     one = Utterance(id="x", values={"failure": 0.0}, words=word_errors("a b", "a b"))
     worse = replace(one, words=word_errors("a b", "a"))
     found = differences([one, one], [worse, worse], seeds=2)
@@ -67,14 +67,14 @@ def test_one_item_has_no_interval() -> None:
     assert _cell(found["wer"]) == "+0.500 [+0.500, +0.500]"
 
 
-def test_repeated_lines_have_ids_of_their_own() -> None:
-    line = Line("a", "text", Prompt(codes=np.zeros((3, 4), np.int64), text="x"), item="a")
-    found = repeated([line, line._replace(id="b", item="b")], 2)
+def test_repetitions_have_distinct_ids() -> None:
+    item = EvalItem("a", "text", Prompt(codes=np.zeros((3, 4), np.int64), text="x"), source_id="a")
+    found = repeated([item, item._replace(id="b", source_id="b")], 2)
     assert [one.id for one in found] == ["a", "b", "a.1", "b.1"]
-    assert [one.item for one in found] == ["a", "b", "a", "b"]
+    assert [one.source_id for one in found] == ["a", "b", "a", "b"]
 
 
-def test_a_voice_is_judged_in_two_settings(
+def test_evaluation_in_two_settings_resumes(
     tmp_path: Path, tiny_codec_folder: Path, capsys: pytest.CaptureFixture
 ) -> None:
     voice = save_voice(tmp_path, tiny_codec_folder)
@@ -87,7 +87,8 @@ def test_a_voice_is_judged_in_two_settings(
     ]  # fmt: skip
     main([*given, "compare=[no-controls]"])
     shown = capsys.readouterr().out
-    assert shown.strip() == (out / "table.md").read_text().strip()
+    assert shown.startswith((out / "table.md").read_text().strip())
+    assert "Finished: scores" in shown
     assert "Differences from `given`" in shown
     rows = read_rows(out / "rows.jsonl")
     whole = {(row.system, row.list.partition("@")[0]): row.n for row in rows if not row.utterance}
@@ -103,21 +104,18 @@ def test_a_voice_is_judged_in_two_settings(
     assert {record["setting"] for record in records} == {"no-controls"}
     assert {"value", "low", "high", "n", "seeds"} <= records[0].keys()
     assert all(records[0][key] for key in ("git", "config", "model", "library"))
-    # A setting that is added costs its own speech alone.
+    # An added setting synthesizes only its own items.
     waves = {path: path.stat().st_mtime_ns for path in (out / "audio").glob("[gn]*/*/*.wav")}
     main([*given, "compare=[no-controls,one-try]"])
     assert {path: path.stat().st_mtime_ns for path in waves} == waves
     again = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert again[: len(results)] == results
     assert len(again) == 3 * 2 * 4
-    with (
-        FileLock(out),
-        pytest.raises(ValueError, match="another process is running"),
-    ):
+    with FileLock(out), pytest.raises(ValueError, match="another process is running"):
         main(given)
 
 
-def test_candidates_without_asr_are_refused_before_anything_is_spoken(
+def test_candidates_without_asr_are_refused_before_synthesis(
     tmp_path: Path, tiny_codec_folder: Path
 ) -> None:
     voice = save_voice(tmp_path, tiny_codec_folder)

@@ -18,7 +18,7 @@ from codec.config import QuantizerConfig, SEANetConfig
 from codec.tokens import TokenShard, write_shard
 from recipes.asr import main as asr
 from recipes.lib.voice_training import VoiceConfig, read
-from recipes.scoring.synthesis import SpeakConfig
+from recipes.scoring.synthesis import TTSEvalConfig
 from recipes.scoring.voice import check_scores
 from recipes.tts import main as tts
 from slm.config import ARConfig, TaskConfig
@@ -273,10 +273,10 @@ def test_a_finished_voice_is_scored_anew_with_other_settings(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("speak.sampling.num_candidates=2 ar.tasks.asr=0", "own ASR compares them"),
+        ("speak.sampling.num_candidates=2 ar.tasks.asr=0", "own ASR reranks"),
         ("speak.judge=/no/judge", "/no/judge holds no"),
         ("speak.speaker=/no/encoder", "/no/encoder/config.json is missing"),
-        ("speak.sexes=/no/sexes.json", "/no/sexes.json: not to be read"),
+        ("speak.sexes=/no/sexes.json", "/no/sexes.json: cannot be read"),
         ("speak.aligner=/no/aligner", "/no/aligner"),
     ],
 )
@@ -296,8 +296,8 @@ def test_sexes_of_other_speakers_are_told_before_training(
     stamp = load_codec(tiny_codec_folder).stamp
     shard = TokenShard.open(save_shard(tmp_path / "tokens.parquet", 6, stamp))
     (tmp_path / "sexes.json").write_text('{"nobody": "f"}')
-    speak = SpeakConfig(sexes=str(tmp_path / "sexes.json"))
-    with pytest.raises(ValueError, match="tells the sex of no speaker"):
+    speak = TTSEvalConfig(sexes=str(tmp_path / "sexes.json"))
+    with pytest.raises(ValueError, match="has no speaker of"):
         check_scores(VoiceConfig(speak=speak), shard, shard)
     # Where nothing is spoken nobody asks.
     check_scores(VoiceConfig(speak=speak, ar=ARConfig(tasks=TaskConfig(tts=0.0))), shard, shard)

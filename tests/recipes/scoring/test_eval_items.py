@@ -1,4 +1,4 @@
-"""eval_items.py: who lends the voice, where a prompt is cut, and which words it holds."""
+"""recipes/scoring/eval_items.py: choice of prompts, truncation, and the words that remain."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,13 +10,13 @@ from tiny_slm import STAMP
 from codec.distillation.word_alignment import Word
 from codec.tokens import TokenRow, TokenShard, write_shard
 from recipes.scoring.eval_items import (
-    Cutter,
-    best_prompt,
-    continuations,
-    crosses,
-    num_begun,
-    quietest,
-    spread,
+    PromptCutter,
+    continuation_items,
+    count_prefix_words,
+    cross_items,
+    nearest_in_length,
+    quietest_point,
+    select_items,
 )
 from recipes.scoring.judges import Judges
 
@@ -32,8 +32,8 @@ def decode(prompt: np.ndarray, new: np.ndarray) -> np.ndarray:
 VOICE = SimpleNamespace(codec=SimpleNamespace(sample_rate=RATE, frame_rate=25.0), decode=decode)
 
 
-def judges(heard: str = "") -> Judges:
-    return Judges(lambda wave, rate: heard, None, "judge" if heard else "", "")
+def judges(transcript: str = "") -> Judges:
+    return Judges(lambda wave, rate: transcript, None, "judge" if transcript else "", "")
 
 
 def row(name: str, frames: int, speaker: str = "s", text: str = TEXT, pause: int = -1) -> TokenRow:
@@ -48,82 +48,80 @@ def shard(folder: Path, *rows: TokenRow) -> TokenShard:
     return TokenShard.open(folder / "dev.parquet")
 
 
-def test_the_quietest_point_is_within_the_bounds() -> None:
+def test_quietest_point_is_within_the_bounds() -> None:
     wave = decode(np.zeros((3, 0)), row("a", 200, pause=80).codes)
-    assert quietest(wave, RATE, 2.0, 4.0) == pytest.approx(82.5 / 25, abs=0.02)
-    assert 1.0 <= quietest(wave, RATE, 1.0, 2.0) <= 2.0
+    assert quietest_point(wave, RATE, 2.0, 4.0) == pytest.approx(82.5 / 25, abs=0.02)
+    assert 1.0 <= quietest_point(wave, RATE, 1.0, 2.0) <= 2.0
 
 
-def test_a_prompt_is_cut_at_a_pause_and_has_the_words_that_were_heard() -> None:
-    cutter = Cutter(VOICE, judges("Red hands ran."), 3.0)
+def test_prompt_ends_at_a_pause_and_has_the_words_of_the_transcript() -> None:
+    cutter = PromptCutter(VOICE, judges("Red hands ran."), 3.0)
     one = row("a", 200, pause=80)
-    prompt, rest = cutter.prompt(one)
+    prompt, remainder = cutter.cut(one)
     assert prompt.text == "red hens ran"
     assert prompt.codes.shape[1] in (82, 83)
-    assert np.array_equal(np.concatenate([prompt.codes, rest], axis=1), one.codes)
-    # Without a judge the text is shared out.
-    assert Cutter(VOICE, judges(), 3.0).prompt(one)[0].text == "red hens"
+    assert np.array_equal(np.concatenate([prompt.codes, remainder], axis=1), one.codes)
+    # Without a judge the share of words is that of the length.
+    assert PromptCutter(VOICE, judges(), 3.0).cut(one)[0].text == "red hens"
 
 
-def test_what_is_but_a_little_longer_is_left_whole() -> None:
-    cutter = Cutter(VOICE, judges("red hens"), 3.0)
-    assert cutter.prompt(row("a", 95))[0].text == TEXT
-    prompt, rest = cutter.prompt(row("a", 95), always=True)
+def test_recording_within_tolerance_is_not_truncated() -> None:
+    cutter = PromptCutter(VOICE, judges("red hens"), 3.0)
+    assert cutter.cut(row("a", 95))[0].text == TEXT
+    prompt, remainder = cutter.cut(row("a", 95), always=True)
     assert prompt.text == "red hens"
-    assert rest.shape[1] >= 95 - prompt.codes.shape[1] > 0
+    assert remainder.shape[1] >= 95 - prompt.codes.shape[1] > 0
 
 
-def test_with_word_times_a_prompt_ends_between_two_words() -> None:
+def test_with_an_aligner_a_prompt_ends_between_two_words() -> None:
     def words(wave, texts):
         assert texts == [TEXT]
         names = TEXT.split()
         return [[Word(name, index * 1.2, index * 1.2 + 1.0) for index, name in enumerate(names)]]
 
     aligner = SimpleNamespace(sample_rate=RATE, words=words)
-    prompt, _ = Cutter(VOICE, judges(), 3.0, aligner).prompt(row("a", 180))
+    prompt, _ = PromptCutter(VOICE, judges(), 3.0, aligner).cut(row("a", 180))
     # The gaps are around 1.1, 2.3, 3.5, ... s.
     assert prompt.text == "red hens ran"
     assert prompt.codes.shape[1] / 25 == pytest.approx(3.5, abs=0.05)
 
 
 @pytest.mark.parametrize(
-    ("heard", "count"),
+    ("transcript", "count"),
     [("red hens ran", 3), ("red", 1), ("red hen ran", 3), ("", 1)],
 )
-def test_the_words_of_a_beginning(heard: str, count: int) -> None:
-    assert num_begun(TEXT.split(), heard) == count
+def test_number_of_words_of_a_truncated_recording(transcript: str, count: int) -> None:
+    assert count_prefix_words(TEXT.split(), transcript) == count
 
 
-def test_who_lends_the_voice(tmp_path: Path) -> None:
+def test_prompts_of_the_cross_list(tmp_path: Path) -> None:
     dev = shard(
         tmp_path,
         row("long", 250), row("fits", 70), row("short", 20), row("alone", 200, "t", "other words"),
     )  # fmt: skip
-    assert dev.ids[best_prompt(dev, [0, 1, 2], 3.0)] == "fits"
-    assert dev.ids[best_prompt(dev, [0, 2], 3.0)] == "long"
-    lines = crosses([dev[0], dev[3]], dev, Cutter(VOICE, judges(), 3.0))
-    assert [(line.id, line.prompt_id, line.speaker) for line in lines] == [
+    assert dev.ids[nearest_in_length(dev, [0, 1, 2], 3.0)] == "fits"
+    assert dev.ids[nearest_in_length(dev, [0, 2], 3.0)] == "long"
+    items = cross_items([dev[0], dev[3]], dev, PromptCutter(VOICE, judges(), 3.0))
+    assert [(item.id, item.prompt_id, item.speaker) for item in items] == [
         ("long", "fits", "s"), ("alone", "alone", "t"),
     ]  # fmt: skip
-    assert [line.item for line in lines] == ["long", "alone"]
-    # The speaker of one recording says another item's text.
-    assert [line.text for line in lines] == [TEXT, TEXT]
-    rest = lines[1].rest
-    assert rest is not None
-    assert rest.shape[1] + lines[1].prompt.codes.shape[1] == 200
-    assert not crosses([dev[3]], dev, Cutter(VOICE, judges(), 3.0))
+    assert [item.source_id for item in items] == ["long", "alone"]
+    # A speaker of one recording gets another item's text.
+    assert [item.text for item in items] == [TEXT, TEXT]
+    remainder = items[1].remainder
+    assert remainder is not None
+    assert remainder.shape[1] + items[1].prompt.codes.shape[1] == 200
+    assert not cross_items([dev[3]], dev, PromptCutter(VOICE, judges(), 3.0))
 
 
 def test_a_continuation_has_at_most_half_of_its_item() -> None:
-    lines = continuations([row("a", 200), row("b", 40)], 3.0, 25.0)
-    assert [line.prompt.codes.shape[1] for line in lines] == [75, 20]
-    assert all(line.prompt.continuation for line in lines)
+    items = continuation_items([row("a", 200), row("b", 40)], 3.0, 25.0)
+    assert [item.prompt.codes.shape[1] for item in items] == [75, 20]
+    assert all(item.prompt.continuation for item in items)
 
 
-def test_texts_that_were_trained_on_are_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_training_texts_are_excluded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dev = shard(tmp_path, row("a", 9, text="Known, text"), row("b", 9, text="new"))
-    assert [one.id for one in spread(dev, 5, {"known text"})] == ["b"]
-    assert len(spread(dev, 5, {"known text", "new"})) == 2
-    assert "every text" in caplog.text
+    assert [one.id for one in select_items(dev, 5, {"known text"})] == ["b"]
+    assert len(select_items(dev, 5, {"known text", "new"})) == 2
+    assert "all texts of" in caplog.text

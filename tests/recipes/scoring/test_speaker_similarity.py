@@ -1,4 +1,4 @@
-"""speaker_similarity.py: similarities to the speaker's other recordings, and to other speakers."""
+"""recipes/scoring/speaker_similarity.py."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,8 @@ import pytest
 from tiny_slm import STAMP
 
 from codec.tokens import TokenRow, TokenShard, write_shard
-from recipes.scoring.eval_items import Line
-from recipes.scoring.speaker_similarity import Likeness
+from recipes.scoring.eval_items import EvalItem
+from recipes.scoring.speaker_similarity import SpeakerSimilarity
 from slm.data.sequences import Prompt
 
 SPEAKERS = {"a": 0, "b": 5, "c": 10}
@@ -42,52 +42,54 @@ def shard(tmp_path: Path) -> TokenShard:
     return TokenShard.open(tmp_path / "dev.parquet")
 
 
-def line(speaker: str, prompt_id: str, rest: int | None = None) -> Line:
+def item(speaker: str, prompt_id: str, remainder: int | None = None) -> EvalItem:
     codes = np.zeros((3, 5), np.int64)
-    behind = None if rest is None else np.full((3, 20), rest)
-    return Line("x", "text", Prompt(codes=codes, text="p"), speaker, prompt_id, behind)
+    behind = None if remainder is None else np.full((3, 20), remainder)
+    return EvalItem("x", "text", Prompt(codes=codes, text="p"), speaker, prompt_id, behind)
 
 
 def test_own_and_other_speakers(shard: TokenShard, tmp_path: Path) -> None:
     wave = np.zeros(16_000, np.float32)  # a's voice
-    found = Likeness(VOICE, shard, embed).of(line("a", "a0"), wave)
+    found = SpeakerSimilarity(VOICE, shard, embed).of(item("a", "a0"), wave)
     assert found["similarity_speaker"] == pytest.approx(1.0)
     assert found["similarity_others"] == pytest.approx((np.cos(np.pi / 4) + 0.0) / 2)
     sexes = tmp_path / "sexes.json"
     sexes.write_text(json.dumps({"a": "f", "b": "f", "c": "m"}))
-    found = Likeness(VOICE, shard, embed, sexes).of(line("a", "a0"), wave)
+    found = SpeakerSimilarity(VOICE, shard, embed, sexes).of(item("a", "a0"), wave)
     assert found["similarity_others"] == pytest.approx(np.cos(np.pi / 4))
 
 
-def test_a_single_recording_is_compared_by_its_rest(shard: TokenShard) -> None:
+def test_speaker_of_one_recording_uses_its_remainder(shard: TokenShard) -> None:
     wave = np.full(16_000, 10.0, np.float32)  # c's voice
-    likeness = Likeness(VOICE, shard, embed)
-    assert likeness.of(line("c", "c0", rest=10), wave)["similarity_speaker"] == pytest.approx(1.0)
-    assert "similarity_speaker" not in likeness.of(line("c", "c0"), wave)
-    assert likeness.of(line("c", "c0"), wave[:100]) == {}
+    scorer = SpeakerSimilarity(VOICE, shard, embed)
+    assert scorer.of(item("c", "c0", remainder=10), wave)["similarity_speaker"] == pytest.approx(
+        1.0
+    )
+    assert "similarity_speaker" not in scorer.of(item("c", "c0"), wave)
+    assert scorer.of(item("c", "c0"), wave[:100]) == {}
 
 
-def test_the_item_that_is_said_again_is_no_other_recording(shard: TokenShard) -> None:
-    likeness = Likeness(VOICE, shard, embed)
-    said = line("a", "a0")._replace(id="a1.1", item="a1")
-    assert "similarity_speaker" not in likeness.of(said, np.zeros(16_000, np.float32))
+def test_the_item_itself_is_no_reference(shard: TokenShard) -> None:
+    scorer = SpeakerSimilarity(VOICE, shard, embed)
+    repeated = item("a", "a0")._replace(id="a1.1", source_id="a1")
+    assert "similarity_speaker" not in scorer.of(repeated, np.zeros(16_000, np.float32))
 
 
-def test_without_a_sex_there_are_no_others(shard: TokenShard, tmp_path: Path) -> None:
+def test_speaker_without_a_sex_has_no_others(shard: TokenShard, tmp_path: Path) -> None:
     sexes = tmp_path / "sexes.json"
     sexes.write_text(json.dumps({"a": "f", "b": "f"}))
-    likeness = Likeness(VOICE, shard, embed, sexes)
+    scorer = SpeakerSimilarity(VOICE, shard, embed, sexes)
     wave = np.zeros(16_000, np.float32)
-    assert "similarity_others" in likeness.of(line("a", "a0"), wave)
-    assert "similarity_others" not in likeness.of(line("c", "c0"), wave)
+    assert "similarity_others" in scorer.of(item("a", "a0"), wave)
+    assert "similarity_others" not in scorer.of(item("c", "c0"), wave)
     sexes.write_text(json.dumps({"p-a": "f"}))
-    with pytest.raises(ValueError, match="tells the sex of no speaker"):
-        Likeness(VOICE, shard, embed, sexes)
+    with pytest.raises(ValueError, match="has no speaker of"):
+        SpeakerSimilarity(VOICE, shard, embed, sexes)
 
 
-def test_a_file_that_says_no_sexes_is_named(shard: TokenShard, tmp_path: Path) -> None:
+def test_invalid_file_of_sexes_is_a_user_error(shard: TokenShard, tmp_path: Path) -> None:
     (tmp_path / "sexes.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"sexes\.json: give a JSON object"):
-        Likeness(VOICE, shard, embed, tmp_path / "sexes.json")
-    with pytest.raises(ValueError, match="not to be read"):
-        Likeness(VOICE, shard, embed, tmp_path / "none.json")
+    with pytest.raises(ValueError, match=r"sexes\.json: must hold a JSON object"):
+        SpeakerSimilarity(VOICE, shard, embed, tmp_path / "sexes.json")
+    with pytest.raises(ValueError, match="cannot be read"):
+        SpeakerSimilarity(VOICE, shard, embed, tmp_path / "none.json")

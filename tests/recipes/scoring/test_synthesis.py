@@ -1,6 +1,5 @@
-"""recipes/scoring/synthesis.py and voice_scores.py with a voice and judges that are made up, so
-that every
-score is foreseen."""
+"""recipes/scoring/synthesis.py and voice.py, with a stub voice and stub judges whose scores are
+known in advance."""
 
 import json
 from pathlib import Path
@@ -9,17 +8,27 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import soundfile
 from tiny_slm import STAMP
 
 from codec.tokens import TokenRow, TokenShard, write_shard
-from eval.benchmark import Provenance, Row, read_rows
-from recipes.scoring import judges as scoring
-from recipes.scoring import voice as voice_scores
-from recipes.scoring.eval_items import Line
-from recipes.scoring.synthesis import SpeakConfig, faults, transcribe_items
+from eval.benchmark import Provenance, Row, Utterance, read_rows, rows_of
+from recipes.scoring import judges, voice
+from recipes.scoring.eval_items import EvalItem, continuation_items
+from recipes.scoring.judges import Judges
+from recipes.scoring.synthesis import (
+    TEXTLESS,
+    Result,
+    Scorers,
+    TTSEvalConfig,
+    codec_rows,
+    failed_checks,
+    synthesize_items,
+    transcribe_items,
+)
 from recipes.scoring.voice import score_voice
-from recipes.tools import overfit_check
 from recipes.tts import TTSConfig
+from slm.config import SamplingConfig
 from slm.data.sequences import Prompt
 from slm.voice import Speech
 
@@ -31,7 +40,8 @@ ESCAPE = "../../escape"
 
 
 class FakeVoice:
-    """Its codes are amplitudes. It refuses `no`, says 7s, too low to hear, for `mute`, else 9s."""
+    """Codes are amplitudes. It refuses texts with `no`; it generates 7s (silence) for `mute`, and
+    9s for other texts. Continuations without a text refuse 8s, and are empty after 7s."""
 
     device = ""
     batches: ClassVar[list[list[str]]] = []
@@ -44,7 +54,7 @@ class FakeVoice:
         self.lm = SimpleNamespace(tokenizer=SimpleNamespace(text=SimpleNamespace(normalize=True)))
         self.nar = "a NAR"
         self.folder = folder
-        self.sampling = None
+        self.sampling = SamplingConfig()
 
     def prepare(self, text: str, prompt: Prompt, seed: int = 0) -> SimpleNamespace:
         if "no" in text.split():
@@ -54,14 +64,22 @@ class FakeVoice:
 
     def speak(self, utterances: list[SimpleNamespace]) -> list[Speech]:
         self.batches.append([one.text for one in utterances])
-        return [self._say(one) for one in utterances]
+        return [
+            self._speech(one.prompt, np.full((3, 10), MUTE if "mute" in one.text else 9), one.seed)
+            for one in utterances
+        ]
 
-    def _say(self, one: SimpleNamespace) -> Speech:
-        codes = np.full((3, 10), MUTE if "mute" in one.text else 9)
+    def continue_speech(self, prompt: Prompt, seconds: float, seed: int) -> Speech:
+        first = prompt.codes[0, 0]
+        if first == 8:
+            raise ValueError("the prompt is too long for the model")
+        return self._speech(prompt, np.full((3, 0 if first == 7 else round(25 * seconds)), 9), seed)
+
+    def _speech(self, prompt: Prompt, codes: np.ndarray, seed: int) -> Speech:
+        empty = not codes.size or codes[0, 0] == MUTE
         return Speech(
-            wave=self.decode(one.prompt.codes, codes), codes=codes, text=one.text, prompt_text="",
-            failure="empty" if codes[0, 0] == MUTE else None, tries=2, seed=one.seed + 7919,
-            sample_rate=16000,
+            wave=self.decode(prompt.codes, codes), codes=codes, text="", prompt_text="",
+            failure="empty" if empty else None, tries=2, seed=seed + 7919, sample_rate=16000,
         )  # fmt: skip
 
     def decode(self, prompt: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -74,7 +92,7 @@ class FakeVoice:
 
 
 class FakeJudge:
-    """Hears half the words in a beginning, and the rest where something was added."""
+    """Transcribes half the words from a prompt, and the other half from new speech."""
 
     compute_type = "int8"
 
@@ -89,7 +107,7 @@ class FakeJudge:
 
 
 class FakeEncoder:
-    """A voice is the mean amplitude: 0.3 the beginning's, 0.9 the model's, 0.5 the recording's."""
+    """Embeds the mean amplitude: 0.3 in prompts, 0.9 in new speech, 0.5 in the recordings."""
 
     @classmethod
     def from_folder(cls, _folder: object) -> "FakeEncoder":
@@ -113,9 +131,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return FakeVoice(path)
 
     monkeypatch.setattr(FakeVoice, "batches", [])
-    monkeypatch.setattr(voice_scores, "Voice", SimpleNamespace(from_pretrained=load))
-    monkeypatch.setattr(scoring, "Judge", FakeJudge)
-    monkeypatch.setattr(scoring, "SpeakerEncoder", FakeEncoder)
+    monkeypatch.setattr(voice, "Voice", SimpleNamespace(from_pretrained=load))
+    monkeypatch.setattr(judges, "Judge", FakeJudge)
+    monkeypatch.setattr(judges, "SpeakerEncoder", FakeEncoder)
     return tmp_path / "run"
 
 
@@ -131,7 +149,7 @@ def write_dev(folder: Path, texts: dict[str, str], name: str = "dev") -> TokenSh
 
 def score(folder: Path, texts: dict[str, str], device: str = "cpu", batch: int = 8) -> list[Row]:
     dev = write_dev(folder, texts)
-    settings = SpeakConfig(
+    settings = TTSEvalConfig(
         judge=str(folder.parent / "judge"), speaker=str(folder.parent / "encoder"), batch=batch
     )
     run = SimpleNamespace(
@@ -153,7 +171,7 @@ def values(rows: list[Row], kind: str, utterance: str | None, system: str = "slm
     }  # fmt: skip
 
 
-def test_a_refused_text_loses_all_its_words(folder: Path) -> None:
+def test_refused_text_counts_as_deletions(folder: Path) -> None:
     rows = score(folder, {"a": TEXT, "b": "no no no no"})
     refused = values(rows, "continuation", "b")
     assert (refused["wer"], refused["failure"]) == (1.0, 1.0)
@@ -162,14 +180,14 @@ def test_a_refused_text_loses_all_its_words(folder: Path) -> None:
     assert (whole["wer"], whole["failure"]) == (0.5, 0.5)
 
 
-def test_a_continuation_that_adds_nothing_earns_nothing(folder: Path) -> None:
+def test_empty_continuation_gets_no_credit_for_its_prompt(folder: Path) -> None:
     rows = score(folder, {"a": TEXT, "b": "alpha bravo mute mute"})
     silent = values(rows, "continuation", "b")
     assert (silent["wer"], silent["failure"], silent["seconds"]) == (1.0, 1.0, 0.0)
     assert "similarity" not in silent
 
 
-def test_a_continuation_has_its_words_behind_the_beginning_and_its_own_voice(folder: Path) -> None:
+def test_continuation_wer_includes_the_prompt_and_similarity_does_not(folder: Path) -> None:
     rows = score(folder, {"a": TEXT})
     spoken = values(rows, "continuation", "a")
     assert spoken["wer"] == 0.0
@@ -180,7 +198,7 @@ def test_a_continuation_has_its_words_behind_the_beginning_and_its_own_voice(fol
     assert ceiling["similarity"] == pytest.approx(np.cos(np.pi * (0.5 - 0.3)), abs=1e-5)
 
 
-def test_every_row_says_where_it_comes_from(folder: Path) -> None:
+def test_rows_have_provenance(folder: Path) -> None:
     rows = score(folder, {"a": TEXT, "b": TEXT})
     assert {row.list.partition("@")[0] for row in rows} == {
         "dev-asr", "dev-continuation", "dev-cross",
@@ -194,23 +212,23 @@ def test_every_row_says_where_it_comes_from(folder: Path) -> None:
         if row.metric.startswith("similarity"):
             assert "encoder@" in row.library
     models = {row.system: row.model for row in rows}
-    assert models == {"slm": scoring.digest_of_voice(folder / "voice"), "codec": "c" * 16}
+    assert models == {"slm": judges.digest_of_voice(folder / "voice"), "codec": "c" * 16}
     seeds = {row.utterance: row.seed for row in rows if row.list.startswith("dev-cross")}
     assert seeds == {"a": 4 + 7919, "b": 5 + 7919, None: 4}
     (folder / "voice" / "ar" / "model.safetensors").write_text("trained on")
-    assert scoring.digest_of_voice(folder / "voice") != models["slm"]
+    assert judges.digest_of_voice(folder / "voice") != models["slm"]
 
 
-def test_faults_are_found_whatever_the_voice_reports(folder: Path) -> None:
+def test_checks_run_whatever_the_voice_reports(folder: Path) -> None:
     rows = score(folder, {"a": TEXT, "b": "alpha bravo charlie mute", "c": f"{TEXT} and much more"})
     assert values(rows, "continuation", "a")["fault"] == 0.0
     assert values(rows, "continuation", "b")["fault"] == 1.0
-    # The voice is content, but the judge misses the end.
+    # The voice reports nothing, but the judge's transcript lacks the end.
     missing = values(rows, "continuation", "c")
     assert (missing["failure"], missing["fault"]) == (0.0, 1.0)
 
 
-def test_faults_have_names_and_a_rate(folder: Path) -> None:
+def test_failed_checks_are_named_in_results(folder: Path) -> None:
     score(folder, {"a": TEXT, "b": "alpha bravo charlie delta and so much more than fits " * 4})
     lines = [json.loads(s) for s in (folder / "speak" / "results.jsonl").read_text().splitlines()]
     faults = {(line["list"], line["id"]): line["faults"] for line in lines}
@@ -219,43 +237,43 @@ def test_faults_have_names_and_a_rate(folder: Path) -> None:
     assert "early" in faults["cross", "b"]
 
 
-def test_a_loop_in_the_middle_is_a_fault() -> None:
+def test_loop_in_the_middle_fails_a_check() -> None:
     prompt = Prompt(codes=np.zeros((3, 2), np.int64), text="yes")
-    line = Line("a", "yes", prompt)
+    item = EvalItem("a", "yes", prompt)
     spoken = np.arange(1, 121).reshape(1, 120).repeat(3, axis=0)
     looped = spoken.copy()
     looped[:, 20:90] = 5
     wave = np.ones(16000, np.float32)
-    assert faults(FakeVoice(Path()), line, spoken, wave, None) == []
-    assert faults(FakeVoice(Path()), line, looped, wave, None) == ["loop"]
+    assert failed_checks(FakeVoice(Path()), item, spoken, wave, None) == []
+    assert failed_checks(FakeVoice(Path()), item, looped, wave, None) == ["loop"]
 
 
-def test_speech_that_is_too_quick_for_its_prompt_is_early() -> None:
-    voice = FakeVoice(Path())
+def test_speech_much_faster_than_its_prompt_is_early() -> None:
+    stub = FakeVoice(Path())
     codes = np.arange(90).reshape(3, 30) % 8
     spoken = Prompt(codes=codes[:, :25], text="a sentence of one second")
     wave = np.ones(16000, np.float32)
 
     def found(prompt: Prompt, text: str) -> list[str]:
-        return faults(voice, Line("a", text, prompt), codes[:, 25:] + 8, wave, None)
+        return failed_checks(stub, EvalItem("a", text, prompt), codes[:, 25:] + 8, wave, None)
 
     assert found(spoken, "a sentence of one second and another one") == ["early"]
     assert found(spoken, "short") == []
-    # Letters are counted as they are spoken.
+    # Letters are counted after normalization.
     assert found(spoken, "1,999,999") == ["early"]
 
 
-def test_numbers_in_figures_are_no_missing_end() -> None:
-    voice = FakeVoice(Path())
+def test_digits_in_the_transcript_are_not_a_missing_end() -> None:
+    stub = FakeVoice(Path())
     prompt = Prompt(codes=np.zeros((3, 2), np.int64), text="yes")
-    line = Line("a", "The house was built in nineteen eighty four.", prompt)
+    item = EvalItem("a", "The house was built in nineteen eighty four.", prompt)
     codes = np.arange(90).reshape(3, 30) + 1
     wave = np.ones(16000, np.float32)
-    assert faults(voice, line, codes, wave, "The house was built in 1984.") == []
-    assert faults(voice, line, codes, wave, "The house was") == ["early"]
+    assert failed_checks(stub, item, codes, wave, "The house was built in 1984.") == []
+    assert failed_checks(stub, item, codes, wave, "The house was") == ["early"]
 
 
-def test_what_was_made_is_not_made_again(folder: Path) -> None:
+def test_synthesis_resumes(folder: Path) -> None:
     texts = {name: f"{TEXT} {name}" for name in "abcdefgh"}
     first = score(folder, texts, batch=6)
     assert len(FakeVoice.batches) == 4  # Of two lists, six and two lines each.
@@ -264,7 +282,7 @@ def test_what_was_made_is_not_made_again(folder: Path) -> None:
     assert len(FakeVoice.batches) == 4
     assert again == first
     assert (folder / "speak" / "results.jsonl").read_text() == kept
-    # A kill in the midst of a line, and a wave that is gone: their batches are made again.
+    # A line truncated by a kill, and a missing wave: their batches are synthesized again.
     made = folder / "speak" / "cross" / "made.jsonl"
     made.write_text(made.read_text()[:-20])
     (folder / "speak" / "continuation" / "b.wav").unlink()
@@ -276,12 +294,12 @@ def test_what_was_made_is_not_made_again(folder: Path) -> None:
     assert len(FakeVoice.batches) == 10
 
 
-def test_two_shards_never_pass_for_one_list(folder: Path) -> None:
+def test_list_names_differ_between_shards(folder: Path) -> None:
     first = {row.list for row in score(folder, {"a": TEXT})}
     assert first.isdisjoint(row.list for row in score(folder, {"a": f"{TEXT} echo"}))
 
 
-def test_own_transcripts_and_judged_ones_have_columns_apart(
+def test_own_asr_and_judge_have_separate_columns(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = score(folder, {"a": TEXT})
@@ -292,7 +310,7 @@ def test_own_transcripts_and_judged_ones_have_columns_apart(
     assert "| system | list | n | asr_wer | asr_cer | wer | cer |" in capsys.readouterr().out
 
 
-def test_an_item_that_is_too_long_to_transcribe_loses_its_words(
+def test_untranscribable_item_counts_as_deletions(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     codes = np.zeros((3, FRAMES + 1), np.uint16)
@@ -307,14 +325,14 @@ def test_an_item_that_is_too_long_to_transcribe_loses_its_words(
     assert "long was not transcribed: the recording is too long" in caplog.text
 
 
-def test_texts_that_were_trained_on_are_neither_spoken_nor_transcribed(folder: Path) -> None:
+def test_training_texts_are_not_evaluated(folder: Path) -> None:
     rows = score(folder, {"a": TEXT, "b": "something else"})
     for kind in ("asr", "continuation"):
         assert values(rows, kind, "a")
         assert not values(rows, kind, "b")
 
 
-def test_an_id_never_leads_out_of_the_folder(folder: Path) -> None:
+def test_ids_never_escape_the_folder(folder: Path) -> None:
     score(folder, {ESCAPE: TEXT, "a/b": TEXT, "a-b": TEXT})
     waves = set(folder.parent.rglob("*.wav"))
     assert len([path for path in waves if path.parent == folder / "speak" / "continuation"]) == 3
@@ -325,14 +343,12 @@ def test_an_id_never_leads_out_of_the_folder(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_voice_speaks_where_it_was_trained(folder: Path, device: str) -> None:
+def test_evaluation_uses_the_training_device(folder: Path, device: str) -> None:
     score(folder, {"a": TEXT}, device)
     assert FakeVoice.device == device
 
 
-def test_earlier_scores_stay_whole_until_there_are_new_ones(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_write_keeps_earlier_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     score(folder, {"a": TEXT})
     before = (folder / "rows.jsonl").read_bytes()
 
@@ -340,36 +356,63 @@ def test_earlier_scores_stay_whole_until_there_are_new_ones(
         path.write_text(json.dumps({"system": rows[0].system})[:-3])
         raise OSError("no space left")
 
-    monkeypatch.setattr(voice_scores, "append_rows", torn)
+    monkeypatch.setattr(voice, "append_rows", torn)
     with pytest.raises(OSError, match="no space left"):
         score(folder, {"a": f"{TEXT} echo"})
     assert (folder / "rows.jsonl").read_bytes() == before
     assert not list(folder.glob(".rows*"))
 
 
-def test_the_share_of_equal_codes_counts_what_lacks_and_what_is_too_much() -> None:
-    true = [np.array([[1, 2, 3, 4, 5, 6], [1, 1, 1, 1, 1, 1], [2, 2, 2, 2, 2, 2]])]
-    first = slice(0, 1)
-
-    def share(made: list[int]) -> float:
-        return overfit_check.share_of_equal([np.array([made])], true, [2], first)
-
-    assert share([3, 4, 5, 6]) == 1.0
-    assert share([3, 4, 0, 0]) == 0.5
-    assert share([3, 4]) == 0.5
-    assert share([3, 4, 5, 6, 7, 8, 9, 9]) == 0.5
-    filled = [np.array([[9, 9, 9, 9], [1, 1, 1, 1], [2, 2, 0, 0]])]
-    assert overfit_check.share_of_equal(filled, true, [2], slice(1, None)) == 0.75
+def textless_items() -> list[EvalItem]:
+    """Prompts of 10 frames of amplitude 0.3, 0.7 and 0.8; then 20 of 0.5."""
+    rows = [
+        TokenRow(name, "a text", "s", "en", 1.2, np.repeat([[first] * 10 + [5] * 20], 3, axis=0))
+        for name, first in (("a", 3), ("silent", 7), ("refused", 8))
+    ]
+    return continuation_items(rows, 0.4, 25.0)
 
 
-@pytest.mark.parametrize(("there", "device"), [(True, "cuda"), (False, "cpu")])
-def test_what_is_known_by_heart_is_asked_on_the_gpu_if_there_is_one(
-    there: bool, device: str, monkeypatch: pytest.MonkeyPatch
+def test_textless_continuation_is_scored_by_similarity(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def load(_path: str, *, device: str) -> None:
-        raise ValueError(f"asked for {device}")
+    scorers = Scorers(Judges(lambda *_: "", FakeEncoder().embed, "", "encoder"))
+    stub, origin = FakeVoice(Path()), Provenance(system="slm", speaker="encoder", seed=4)
+    found = synthesize_items(stub, TEXTLESS, textless_items(), scorers, tmp_path, origin)
+    results = {one.scored.id: one for one in found.results}
+    good = results["a"].scored
+    # As long as the rest of the recording.
+    assert (good.values["failure"], good.values["seconds"], good.seed) == (0.0, 0.8, 4 + 7919)
+    assert good.values["similarity"] == pytest.approx(np.cos(np.pi * 0.6), abs=1e-5)
+    assert good.words is good.characters is None
+    assert soundfile.info(tmp_path / TEXTLESS / "a.wav").duration == pytest.approx(1.2)
+    for name in ("silent", "refused"):
+        assert results[name].scored.values == {"failure": 1.0, "seconds": 0.0}
+    assert (results["refused"].audio, results["refused"].failure) == (None, "refused")
+    assert "refused was not synthesized: the prompt is too long" in caplog.text
+    whole = {
+        row.metric: (row.n, row.value)
+        for row in rows_of(TEXTLESS, found.scored, origin)
+        if row.utterance is None
+    }
+    assert whole["failure"] == (3, pytest.approx(2 / 3))
+    assert whole["similarity"][0] == 1
 
-    monkeypatch.setattr(overfit_check.torch.cuda, "is_available", lambda: there)
-    monkeypatch.setattr(overfit_check, "Voice", SimpleNamespace(from_pretrained=load))
-    with pytest.raises(ValueError, match=f"asked for {device}"):
-        overfit_check.main([])
+
+def test_codec_rows_are_the_upper_limit_of_textless_continuation() -> None:
+    def values(embed) -> dict[str, float]:
+        scorers = Scorers(Judges(lambda *_: "", embed, "", "encoder"))
+        items, origin = textless_items()[:1], Provenance(system="codec", speaker="encoder")
+        rows = codec_rows(FakeVoice(Path()), TEXTLESS, items, scorers, origin)
+        return {row.metric: row.value for row in rows if row.utterance is None}
+
+    found = values(FakeEncoder().embed)
+    assert found["similarity"] == pytest.approx(np.cos(np.pi * 0.2), abs=1e-5)
+    assert (found["failure"], found["seconds"]) == (0.0, 0.8)
+    assert values(None).keys() == {"failure", "seconds"}
+
+
+def test_stored_results_keep_their_keys() -> None:
+    result = Result(Utterance(id="a", values={"failure": 1.0}), ["loop"], "a.wav", "loop", 3, 7)
+    record = json.loads(json.dumps(result.to_record()))
+    assert record.keys() == {"scored", "faults", "audio", "reported", "tries", "seed"}
+    assert Result.from_record(record) == result

@@ -1,4 +1,4 @@
-"""A page to listen to."""
+"""recipes/tools/listening_page.py."""
 
 import base64
 import io
@@ -29,14 +29,14 @@ def judged(tmp_path: Path, write_wav) -> Path:
     return folder
 
 
-def test_a_page_holds_what_was_said(
+def test_page_embeds_audio_of_evenly_spaced_items(
     judged: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (judged / "audio" / "prompts" / "cross" / "item-2.wav").unlink()
     out = tmp_path / "page.html"
     main([f"judged={judged}", f"out={out}", "num_items=3", "title=A & B"])
-    told = json.loads(capsys.readouterr().out)
-    assert told == {"page": str(out), "sentences": 3, "wer": pytest.approx(0.2333, abs=1e-3)}
+    printed = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert printed == {"page": str(out), "sentences": 3, "wer": pytest.approx(0.2333, abs=1e-3)}
     page = out.read_text(encoding="utf-8")
     assert "<h1>A &amp; B</h1>" in page
     assert "3 of 6 sentences" in page
@@ -50,7 +50,7 @@ def test_a_page_holds_what_was_said(
     assert len(wave) / rate == pytest.approx(0.5, abs=0.01)
 
 
-def test_a_refused_sentence_has_no_sound(judged: Path, tmp_path: Path) -> None:
+def test_refused_item_has_no_audio(judged: Path, tmp_path: Path) -> None:
     file, out = judged / "results.jsonl", tmp_path / "page.html"
     first, *others = map(json.loads, file.read_text().splitlines())
     first |= {"audio": None, "heard": "", "wer": 1.0, "similarity": None}
@@ -60,13 +60,13 @@ def test_a_refused_sentence_has_no_sound(judged: Path, tmp_path: Path) -> None:
     assert "<td>100 %</td><td></td>" in page
     assert page.count("data:audio") == 1  # Its prompt.
     file.write_text(json.dumps(first | {"wer": None}) + "\n")
-    with pytest.raises(ValueError, match="nobody has judged the words"):
+    with pytest.raises(ValueError, match="has no WER"):
         main([f"judged={judged}", f"out={out}"])
 
 
-def test_what_is_not_there_is_named(judged: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nothing of given/long; it has given/continuation, "):
-        main([f"judged={judged}", "lines=long"])
+def test_missing_inputs_are_user_errors(judged: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no items of given/long; there is given/continuation, "):
+        main([f"judged={judged}", "list=long"])
     with pytest.raises(ValueError, match=r"judge_voice\.py writes it"):
         main([f"judged={tmp_path}"])
     with pytest.raises(ValueError, match="num_items must be at least 1"):
