@@ -12,7 +12,6 @@ codec halve DIR OUT [--overwrite]
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
-from codec.audio import AUDIO_SUFFIXES
+from codec.program import ArgumentParser, run_program
 from codec.tokens import CodecStamp, TokenRow, TokenShard, write_shard
 
 if TYPE_CHECKING:
@@ -32,20 +31,18 @@ T = TypeVar("T")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a command line and exits: 0 done, 2 the user can mend it, 1 a fault of ours."""
-    arguments = _parser().parse_args(argv)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    try:
+    """Runs a command line; returns when it is done, exits with codec/program.py's status if not."""
+
+    def command() -> None:
+        arguments = _parser().parse_args(argv)
+        logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
         arguments.run(arguments)
-    except (ValueError, OSError) as error:
-        if os.environ.get("PARLANCE_TRACEBACK") == "1":
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+
+    run_program(command)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="codec", description="Recordings to codes and back.")
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="codec", description="Recordings to codes and back.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     info = commands.add_parser("info", help="what a codec or a token shard is, as JSON")
@@ -293,6 +290,8 @@ def _find(inputs: Sequence[Path]) -> Iterator[Recording]:
 
     Where two would get one name, the later gets -2, -3 and so on.
     """
+    from codec.audio import AUDIO_SUFFIXES
+
     taken: set[str] = set()
     for given in inputs:
         if not given.exists():

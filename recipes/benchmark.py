@@ -23,6 +23,7 @@ import numpy as np
 
 from codec.audio import read_audio, resample, write_audio
 from codec.io import sha256_of
+from codec.program import ArgumentParser
 from eval.benchmark import (
     ASR_PREFIX,
     Provenance,
@@ -326,7 +327,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     judged.add_argument("--judge", type=Path, required=True, help="Whisper folder (CTranslate2)")
     judged.add_argument("--speaker", type=Path, help="speaker encoder folder; none: no similarity")
     judged.add_argument("--threads", type=int, default=2, help="of the judge (default: 2)")
-    parser = argparse.ArgumentParser(description="Scores systems on lists.")
+    parser = ArgumentParser(description="Scores systems on lists.")
     kinds = parser.add_subparsers(dest="kind", required=True)
     kind = kinds.add_parser("reconstruction", parents=[shared, judged], help="a codec on cuts")
     kind.add_argument("--codec", required=True, metavar="DIR", help="folder or hub id")

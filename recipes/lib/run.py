@@ -36,6 +36,7 @@ from accelerate.utils import (
 )
 from tqdm import tqdm
 
+from codec import program
 from codec.distillation.teachers import has_bf16
 from codec.io import FileLock, atomic_file, fsync, is_write_failure
 from recipes.lib.config import leaves, load_config, resolved
@@ -157,7 +158,7 @@ if not torch.cuda.is_available():
 
 
 def run_program(main: Callable[[list[str]], None]) -> None:
-    """Runs a recipe's `main(argv)` and turns people's mistakes into one line and exit status 2."""
+    """Runs a recipe's `main(argv)` with logs on standard error; ends as codec/program.py states."""
     if not torch.cuda.is_available():
         keep_memory()
     alone = int(os.environ.get("RANK", 0)) == 0
@@ -169,20 +170,11 @@ def run_program(main: Callable[[list[str]], None]) -> None:
     )
     for name in ("accelerate", "faster_whisper"):  # Ten lines a checkpoint, one a recording.
         logging.getLogger(name).setLevel(logging.WARNING)
-    try:
-        main(sys.argv[1:])
-        if torch.distributed.is_initialized():
-            gc.collect()  # An engine that is still there when its group goes aborts the process.
-            torch.distributed.destroy_process_group()
-            _leave()
-    except (ValueError, OSError) as error:
-        if os.environ.get("PARLANCE_TRACEBACK") == "1":
-            raise
-        # All ranks make a mistake alike until they meet: the first one of a machine tells it.
-        tells = torch.distributed.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
-        if tells and not isinstance(error, _SaidElsewhere):
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    program.run_program(lambda: main(sys.argv[1:]))
+    if torch.distributed.is_initialized():
+        gc.collect()  # An engine that is still there when its group goes aborts the process.
+        torch.distributed.destroy_process_group()
+        _leave()
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # Of malloc.h.
@@ -438,10 +430,6 @@ class Run:
         return broadcast_object_list(values) if self.accelerator.num_processes > 1 else values
 
 
-class _SaidElsewhere(ValueError):
-    """An error that the main process reports."""
-
-
 def _claim(folder: Path, config: dict[str, Any], free: Sequence[str] = ()) -> None:
     """Writes config.yaml, or checks that the folder was begun with the same one but for `free`."""
     path = folder / "config.yaml"
@@ -490,4 +478,4 @@ def _share(failure: list[Any], accelerator: Accelerator) -> None:
     if failure[0]:
         raise failure[0]
     if shared[0]:
-        raise _SaidElsewhere(shared[0])
+        raise program.ReportedElsewhere(shared[0])

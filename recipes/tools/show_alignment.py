@@ -24,6 +24,7 @@ from codec.distillation.objectives import align_words
 from codec.distillation.teachers import TextTeacher, in_small_letters, load_text_teacher
 from codec.distillation.word_alignment import Word, load_transcriber
 from codec.modules.layers import ceil_div
+from codec.program import ArgumentParser
 
 SILENCE = -1
 """In place of a word: frames without speech, or with a piece of no word ([CLS], [SEP], [PAD])."""
@@ -195,7 +196,7 @@ def _draw_words(
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recording", type=Path)

@@ -1,0 +1,186 @@
+"""How every program of this project ends, and what it prints when it does not succeed.
+
+Exit status 0: done; 1: internal error, with its traceback; 2: user error, one line that names the
+remedy; 130: interrupted, one line; 141: the reader of standard output has closed it.
+PARLANCE_TRACEBACK=1 shows the traceback of a user error.
+"""
+
+import argparse
+import difflib
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
+
+RANK_DELAY = 5.0
+"""Seconds that a rank other than a machine's first one waits before it prints its error: when all
+ranks fail alike, the launcher has ended it by then."""
+
+SYNONYMS = {
+    "batch_size": ("batch", "batch_seconds", "frames"),
+    "checkpoint": ("voice", "codec", "start_from"),
+    "dataset": ("train", "cuts"),
+    "eval": ("dev",),
+    "epochs": ("steps",),
+    "file": ("list", "out"),
+    "gpu": ("device",),
+    "grad_accum": ("accumulate",),
+    "gradient_accumulation_steps": ("accumulate",),
+    "input": ("text", "recordings", "train"),
+    "learning_rate": ("lr",),
+    "llm": ("base",),
+    "max_steps": ("steps",),
+    "model": ("base", "voice", "codec"),
+    "model_name": ("base",),
+    "model_name_or_path": ("base",),
+    "num_epochs": ("epochs", "steps"),
+    "output": ("out",),
+    "output_dir": ("out",),
+    "precision": ("dtype",),
+    "reference": ("prompt",),
+    "save_dir": ("out",),
+    "speaker": ("prompt",),
+    "tokens": ("train",),
+    "valid": ("dev",),
+    "validation": ("dev",),
+    "warmup_steps": ("warmup",),
+}
+"""What other projects call a key or a flag, and the names that it may have here."""
+
+
+class ReportedElsewhere(ValueError):
+    """A user error that another process of the launch prints."""
+
+
+def run_program(program: Callable[[], None]) -> None:
+    """Runs `program`; returns when it is done, else exits with the status and the text above.
+
+    A `KeyboardInterrupt` with a text (of a subclass too) prints the text.
+    """
+    try:
+        try:
+            program()
+        except SystemExit:
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+    except KeyboardInterrupt as interrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # A second one ends the process at once.
+        _finish(130, f"{interrupt}" or "interrupted")
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _is_reader_gone():
+            _close_output()
+            sys.exit(141)
+        if os.environ.get("PARLANCE_TRACEBACK") == "1":
+            raise
+        _finish(2, "" if isinstance(error, ReportedElsewhere) else f"error: {error}")
+    except Exception:
+        if not _is_first_rank():
+            time.sleep(RANK_DELAY)
+        raise
+
+
+def catch_interrupts() -> None:
+    """From now on an interrupt that nothing catches, such as one during imports, is one line."""
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            before(kind, error, trace)
+            return
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
+
+    sys.excepthook = hook
+
+
+def _finish(status: int, line: str) -> NoReturn:
+    if not _is_first_rank() and line:
+        time.sleep(RANK_DELAY)
+    if line:
+        print(line, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _is_reader_gone() -> bool:
+    """Whether standard output or standard error is a pipe that nobody reads any more."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _close_output() -> None:
+    """The interpreter flushes standard output once more when it ends, and would complain."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(null, descriptor)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """'; did you mean A or B?' with up to three of the `known` names, or an empty text.
+
+    Names are keys with dots (`optim.lr`) or flags (`--max-attempts`). A name resembles another by
+    its letters, by an equal last part, or by a synonym of the last part (`model`: `base`).
+    """
+    spelled = {_normalized(each): each for each in known}
+    given = _normalized(name)
+    stem, _, last = given.rpartition(".")
+    scores: dict[str, float] = {}
+    for candidate, original in spelled.items():
+        other_stem, _, other_last = candidate.rpartition(".")
+        ratio = difflib.SequenceMatcher(None, given, candidate).ratio()
+        last_ratio = difflib.SequenceMatcher(None, last, other_last).ratio()
+        near = difflib.SequenceMatcher(None, stem, other_stem).ratio() if stem else 0.5
+        if other_last == last:
+            score = 2 + near
+        elif other_last in SYNONYMS.get(last, ()) and near >= 0.5:
+            # The table names the most probable meaning first.
+            score = 2 + near - 0.3 * SYNONYMS[last].index(other_last)
+        elif last_ratio >= 0.6 and near >= 0.5:
+            score = 0.5 * (last_ratio + near)
+        elif ratio >= 0.85:
+            score = 0.9 * ratio
+        else:
+            continue
+        scores[original] = score
+    best = sorted(scores, key=lambda each: (-scores[each], each))
+    best = [each for each in best if scores[each] > scores[best[0]] - 0.1][:3]
+    return f"; did you mean {' or '.join(best)}?" if best else ""
+
+
+def _normalized(name: str) -> str:
+    return name.lstrip("-").replace("-", "_").lower()
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's own, whose errors are one line, and which suggests the flag that was meant."""
+
+    has_commands = False
+
+    def add_subparsers(self, **options: Any) -> Any:
+        self.has_commands = True
+        return super().add_subparsers(**options)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Refuses an unknown flag before anything else that is wrong with the arguments."""
+        words = sys.argv[1:] if args is None else list(args)
+        known = self._option_string_actions
+        for word in words:
+            flag = word.partition("=")[0]
+            if self.has_commands or word == "--":  # A command's flags are its own parser's.
+                break
+            is_flag = flag.startswith("--") and " " not in flag  # As argparse decides.
+            if is_flag and not any(each.startswith(flag) for each in known):
+                self.error(f"{flag}: no such option{did_you_mean(flag, known)}")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (`{self.prog} --help` lists what there is)\n")
