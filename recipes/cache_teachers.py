@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from codec.distillation.feature_cache import seal_cache, write_cache
+from codec.distillation.feature_cache import complete_cache, write_cache
 from codec.distillation.teachers import load_speech_teacher, load_text_teacher
 from codec.distillation.word_alignment import load_transcriber
 from codec.training.data import read_cuts
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if accelerator.num_processes > 1:
-            summary = seal_cache(config.out)
+            summary = complete_cache(config.out)
         results = {
             "out": str(config.out),
             "recordings": summary.num_recordings,

@@ -24,8 +24,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from codec import Codec
 from codec.config import AuxiliaryConfig, CodecConfig, LMSPTConfig, at_least
-from codec.distillation.asr_supervision import SemanticStudent, Spoken, read, spelling_loss
-from codec.distillation.ctc_reader import STEPS, CodeReader, letters_of, num_steps, spell
+from codec.distillation.asr_supervision import (
+    SemanticStudent,
+    TranscribedBatch,
+    ctc_loss,
+    greedy_labels,
+)
+from codec.distillation.ctc_reader import STEPS, CodeRecognizer, ctc_labels, letters_in
+from codec.distillation.word_alignment import min_ctc_steps
 from codec.modules.quantize import codebook_use, count_codes
 from codec.modules.ssl_encoders import architecture_of, load_whisper
 from codec.tokenize import text_of
@@ -115,13 +121,13 @@ class Recordings:
         seed: int, bad_file: Path,
     ):  # fmt: skip
         self._sample_rate, self._bad_file = codec.sample_rate, bad_file
-        spelt = [spell(text_of(cut), letters) for cut in cuts]
+        spelt = [ctc_labels(text_of(cut), letters) for cut in cuts]
         frame_rate = codec.sample_rate / codec.hop_length
         frames = [int(np.ceil(cut.duration * frame_rate)) for cut in cuts]
         spoken, longest = np.array([bool(labels) for labels in spelt]), batch.positions
         short = np.array(frames) <= longest
         fits = np.array([
-            not labels or num_steps(labels) <= STEPS * count
+            not labels or min_ctc_steps(labels) <= STEPS * count
             for labels, count in zip(spelt, frames, strict=True)
         ])  # fmt: skip
         for keep, why in (
@@ -159,7 +165,7 @@ class Recordings:
             raise ValueError(f"none of the recordings can be read; see {self._bad_file}")
         return Share(batch, targets / size, weight)
 
-    def _batch(self, items: Sequence[int]) -> Spoken | None:
+    def _batch(self, items: Sequence[int]) -> TranscribedBatch | None:
         waves, labels = [], []
         for item in items:
             cut = self._cuts[item]
@@ -178,16 +184,21 @@ class Recordings:
             return None
         lengths = torch.tensor([len(wave) for wave in waves])
         wave = pad_sequence(waves, batch_first=True)[:, None]
-        return Spoken(wave, lengths, pad_sequence(labels, batch_first=True))
+        return TranscribedBatch(wave, lengths, pad_sequence(labels, batch_first=True))
 
 
 def semantic_step(
-    model: nn.Module, batch: Spoken, num_targets: float, *, weights: SemanticWeights, hop: int
+    model: nn.Module,
+    batch: TranscribedBatch,
+    num_targets: float,
+    *,
+    weights: SemanticWeights,
+    hop: int,
 ) -> Losses:
     """CTC in nats a letter, and the means over the batch's frames. Right letters (all less the edit
     distance) are counted in evaluation alone: "accuracy" is 1 - CER there."""
     told = model(batch)
-    spelling = spelling_loss(told, batch, hop).sum()
+    spelling = ctc_loss(told, batch, hop).sum()
     total = (
         weights.letters * spelling / num_targets
         + weights.features * told.features
@@ -218,7 +229,7 @@ def main(argv: list[str]) -> None:
         )
     config = replace(config, codec=architecture_of(config.whisper, config.codec))
     train, dev = list(read_cuts(config.train)), list(read_cuts(config.dev))
-    letters = letters_of([text_of(cut) for cut in train])
+    letters = letters_in([text_of(cut) for cut in train])
     bad_file = Path(config.out) / "skipped.jsonl"
     data, held = (
         Recordings(cuts, letters, config.codec, config.batch, config.seed, bad_file)
@@ -238,7 +249,7 @@ def main(argv: list[str]) -> None:
         list_bad(bad_file)
         # Only the semantic half has been where the training was.
         save_codec(codec.cpu().eval(), run.folder / "codec")
-        CodeReader(student.reader.cpu(), codec.entries()[0]).save(run.folder / "reader")
+        CodeRecognizer(student.reader.cpu(), codec.entries()[0]).save(run.folder / "reader")
         told = {
             "codec": str(run.folder / "codec"),
             "reader": str(run.folder / "reader"),
@@ -260,15 +271,15 @@ def _use(student: SemanticStudent, held: Recordings, accelerator: Any) -> Any:
     with torch.inference_mode():
         for index in range(held.num_steps(1, 1)):
             batch = held.share(index, 0, 0, 1, 1).batch
-            told = student(Spoken(*(part.to(accelerator.device) for part in batch)))
+            told = student(TranscribedBatch(*(part.to(accelerator.device) for part in batch)))
             counts += count_codes(told.codes[None, None].cpu(), size)
     return codebook_use(counts, [size])
 
 
-def _distance(told: Any, batch: Spoken, hop: int) -> torch.Tensor:
+def _distance(told: Any, batch: TranscribedBatch, hop: int) -> torch.Tensor:
     from torchaudio.functional import edit_distance
 
-    heard = read(told, batch.lengths, hop)
+    heard = greedy_labels(told, batch.lengths, hop)
     rows = (row[row != 0].tolist() for row in batch.labels)
     return torch.tensor(sum(edit_distance(a, b) for a, b in zip(heard, rows, strict=True)))
 

@@ -9,7 +9,7 @@ from tiny_lmspt import SPECTRAL
 from tiny_teachers import save_speech_teacher
 
 from codec import Codec, CodecConfig
-from codec.distillation.ctc_reader import BLANK, STEPS, CodeReader, Reader
+from codec.distillation.ctc_reader import BLANK, STEPS, CodeRecognizer, RecognizerNetwork
 from codec.modules.ssl_encoders import WhisperEncoder, architecture_of, load_whisper
 
 FRAMES = replace(SPECTRAL.spectral, window=640, hop=160, strides=(2, 2))
@@ -42,11 +42,11 @@ def noise(*shape: int) -> torch.Tensor:
     return 0.3 * torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
-def one_hot_recognizer(letters: str) -> CodeReader:
+def one_hot_recognizer(letters: str) -> CodeRecognizer:
     """Code 0 says nothing, 1 ends a word, 2 is the first letter, ...; in a frame's first step."""
     torch.manual_seed(0)
     size = len(letters) + 2
-    reader = CodeReader(Reader(size, 8, letters), torch.eye(size))
+    reader = CodeRecognizer(RecognizerNetwork(size, 8, letters), torch.eye(size))
 
     def heard(codes: np.ndarray) -> torch.Tensor:
         chances = torch.full((len(codes), STEPS, size), 0.01 / size)
@@ -54,5 +54,5 @@ def one_hot_recognizer(letters: str) -> CodeReader:
         chances[torch.arange(len(codes)), 0, torch.from_numpy(codes.astype(np.int64))] = 0.99
         return (chances / chances.sum(-1, keepdim=True)).log().flatten(0, 1)
 
-    reader.heard = heard
+    reader.log_probs = heard
     return reader

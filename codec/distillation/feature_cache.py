@@ -1,13 +1,9 @@
-"""Teachers' features of whole recordings, written once and read crop by crop.
+"""Teachers' features of whole recordings, computed once and read crop by crop.
 
-A cache is a folder of safetensors shards in float16 beside cache.json, which says what made them.
-A shard holds of each recording `speech/ID` (T,D), `words/ID` (W,D), `sentence/ID` (D,) and
-`spoken/ID`, the words and their seconds as JSON in UTF-8; what was not asked for is not there.
-
-The files of a feature cache: cache.json and safetensors shards, written whole and checked.
-
-Writes a cache of teachers' features (codec/distillation/feature_cache.py reads it), resumable,
-over ranks.
+A cache is a folder of safetensors shards beside cache.json, which holds the teachers (`facts`) and,
+once the cache is complete, the shards with their sizes. A shard holds for each recording
+`speech/ID` (T,D), `words/ID` (W,D) and `sentence/ID` (D,) in float16, and `spoken/ID`, words with
+start and end in seconds as UTF-8 JSON; kinds that were not computed are absent.
 """
 
 import json
@@ -39,52 +35,79 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 SHARD_BYTES = 256 * 2**20
-"""A shard is written once it has so many; what is not yet written a kill costs."""
-AGAIN = "write the cache again (recipes/cache_teachers.py): what is whole in it stays"
-ANEW = "write another cache with one (recipes/cache_teachers.py), into a new folder"
+"""A shard is written when its tensors reach this size; an interrupted run loses less than one."""
+WORDS_PER_HOUR = 10_000
+"""Of fluent reading, to estimate the size of a cache."""
+AGAIN = "run recipes/cache_teachers.py again (complete shards are kept)"
+NEW_CACHE = "write another cache with one into a new folder (recipes/cache_teachers.py)"
 
 
 class Entry(NamedTuple):
-    """Where a recording lies, how long it is, and its number of speech features."""
+    """Position of a recording in the cache."""
 
     shard: str
     seconds: float
     frames: int
+    """Of its speech features; 0 without a speech teacher."""
 
 
-class DamagedFeatures(ValueError):
-    """A shard that was not written whole."""
+class CorruptedShard(ValueError):
+    """A truncated shard."""
+
+
+class CachedWords(NamedTuple):
+    """Words of a recording, the text teacher's state of each, and the sentence's state.
+
+    D is 0 in a cache without a text teacher.
+    """
+
+    words: list[Word]
+    states: Float16[Tensor, "W D"]
+    sentence: Float16[Tensor, " D"]
+
+
+class CacheSummary(NamedTuple):
+    """Size of a cache, and the recordings that were skipped."""
+
+    num_recordings: int
+    hours: float
+    num_bytes: int
+    skipped: list[Skipped]
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What made the cache, and its shards if it is finished. ValueError: it is no cache of ours."""
+    """The content of cache.json: format, speech, text, words, and shards once it is complete.
+
+    Raises:
+        ValueError: there is no cache.json, or it is corrupted or of another format version.
+    """
     path = folder / "cache.json"
     if not path.is_file():
-        raise ValueError(f"{folder}: no feature cache; make it with recipes/cache_teachers.py")
+        raise ValueError(f"{folder}: no feature cache; recipes/cache_teachers.py writes one")
     try:
         facts = json.loads(path.read_text())
         version = facts["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: is not whole; remove it and {AGAIN}") from error
+        raise ValueError(f"{path}: corrupted file; remove it and {AGAIN}") from error
     if version != FORMAT:
         raise ValueError(
-            f"{folder}: the cache has format {version!r}, this program knows {FORMAT}; write it "
+            f"{folder}: the cache has format {version!r}, this version reads {FORMAT}; write it "
             "into a new folder"
         )
     return facts
 
 
-def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+def _write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
     with atomic_file(folder / "cache.json") as temporary:
         temporary.write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def claim(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Begins a cache, or checks that the folder's was made by the same teachers."""
+def _create_or_check(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Writes cache.json, or checks that the existing one names the same teachers."""
     if not (folder / "cache.json").exists():
-        if any(shard_files(folder)):
+        if any(_shard_files(folder)):
             raise ValueError(f"{folder}: has features but no cache.json; choose another folder")
-        write_facts(folder, facts)
+        _write_facts(folder, facts)
         return
     before = read_facts(folder)
     for kind in ("speech", "text", "words"):
@@ -95,53 +118,48 @@ def claim(folder: Path, facts: Mapping[str, Any]) -> None:
             )
 
 
-def check_teacher(
-    folder: Path, kind: str, made: Mapping[str, Any] | None, expected: tuple[str, str] | None
+def _check_teacher(
+    folder: Path, kind: str, cached: Mapping[str, Any] | None, expected: tuple[str, str] | None
 ) -> None:
-    """ValueError unless the teacher is the (model, layer) that is expected."""
+    """ValueError unless the cached teacher is the expected (model, layer)."""
     if expected is None:
         return
-    if made is None:
-        raise ValueError(f"{folder}: the cache has no {kind} teacher; {ANEW}")
-    same = Path(made["name"]).resolve() == Path(expected[0]).resolve()
-    if not same or made["layer"] != expected[1]:
+    if cached is None:
+        raise ValueError(f"{folder}: the cache has no {kind} teacher; {NEW_CACHE}")
+    same = Path(cached["name"]).resolve() == Path(expected[0]).resolve()
+    if not same or cached["layer"] != expected[1]:
         raise ValueError(
-            f"{folder}: the cache's {kind} teacher is {made['name']}, layer {made['layer']}, not "
-            f"{expected[0]}, layer {expected[1]}; name that one, or write another cache"
+            f"{folder}: the cache's {kind} teacher is {cached['name']}, layer {cached['layer']}, "
+            f"not {expected[0]}, layer {expected[1]}; name that one, or write another cache"
         )
 
 
-def shard_files(folder: Path) -> list[Path]:
+def _shard_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("features-*.safetensors"))
 
 
-def check_length(
-    where: Path,
-    recording: str,
-    frames: int,
-    seconds: float,
-    facts: Mapping[str, Any],
+def _check_length(
+    where: Path, recording: str, frames: int, seconds: float, speech: Mapping[str, Any]
 ) -> None:
-    """ValueError unless a recording of so many seconds has so many features, give or take one."""
-    speech = facts["speech"]
+    """ValueError unless `frames` is the number of features of `seconds` of audio, within one."""
     samples = round(seconds * speech["sample_rate"])
     expected = max(1, 1 + (samples - speech["receptive_field"]) // speech["hop_length"])
     if abs(frames - expected) > 1:
         raise ValueError(
-            f"{where}: {recording} has {frames} features, but its {seconds:.3f} s make {expected}; "
+            f"{where}: {recording} has {frames} features, but {seconds:.3f} s have {expected}; "
             f"the recording or the file has changed: remove {where.name} and {AGAIN}"
         )
 
 
-def read_shard(path: Path, facts: Mapping[str, Any]) -> dict[str, Entry]:
+def _read_shard(path: Path, facts: Mapping[str, Any]) -> dict[str, Entry]:
     """The recordings of a shard, from its header alone.
 
-    Raises DamagedFeatures when the file is cut, ValueError when it is whole and wrong.
+    Raises CorruptedShard for a truncated file, ValueError for other wrong content.
     """
     header = _header(path)
     notes = header.pop("__metadata__", {})
     if notes.get("stamp") != _stamp(facts):
-        raise ValueError(f"{path}: made by other teachers; remove it and {AGAIN}")
+        raise ValueError(f"{path}: features of other teachers; remove it and {AGAIN}")
     entries = {}
     for recording, seconds in json.loads(notes["seconds"]).items():
         frames = 0
@@ -153,13 +171,11 @@ def read_shard(path: Path, facts: Mapping[str, Any]) -> dict[str, Entry]:
                 continue
             tensor = header.get(f"{kind}/{recording}")
             if tensor is None:
-                raise ValueError(
-                    f"{path}: {recording} lacks its {kind}; remove the file and {AGAIN}"
-                )
+                raise ValueError(f"{path}: {recording} has no {kind}; remove the file and {AGAIN}")
             _check_tensor(path, f"{kind}/{recording}", tensor, rank, teacher.get("dimension"))
             frames = tensor["shape"][0] if kind == "speech" else frames
         if facts["speech"]:
-            check_length(path, recording, frames, seconds, facts)
+            _check_length(path, recording, frames, seconds, facts["speech"])
         entries[recording] = Entry(path.name, seconds, frames)
     return entries
 
@@ -171,23 +187,23 @@ def _check_tensor(
     wanted = "U8" if dimension is None else "F16"
     if len(shape) != rank or kind != wanted or dimension not in (None, shape[-1]):
         raise ValueError(
-            f"{path}: {name} has shape {shape} of {kind}, where rank {rank} of {wanted} and a last "
-            f"size of {dimension or 'any'} belong; remove the file and {AGAIN}"
+            f"{path}: {name} has shape {shape} of {kind}, expected rank {rank} of {wanted} and a "
+            f"last size of {dimension or 'any'}; remove the file and {AGAIN}"
         )
 
 
 def _header(path: Path) -> dict[str, Any]:
-    """A safetensors file's header: 8 bytes of its size, then JSON, then the tensors' bytes."""
+    """Header of a safetensors file, which is: 8 bytes of its length, JSON, the tensors' bytes."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
             header = json.loads(file.read(length) if length < size else b"")
         except ValueError as error:
-            raise DamagedFeatures(f"{path}: the shard is cut; {AGAIN}") from error
+            raise CorruptedShard(f"{path}: the shard is truncated; {AGAIN}") from error
     ends = [one["data_offsets"][1] for name, one in header.items() if name != "__metadata__"]
     if size != 8 + length + max(ends, default=0):
-        raise DamagedFeatures(f"{path}: the shard is cut; {AGAIN}")
+        raise CorruptedShard(f"{path}: the shard is truncated; {AGAIN}")
     return header
 
 
@@ -196,8 +212,122 @@ def _stamp(facts: Mapping[str, Any]) -> str:
     return sha256_of(json.dumps(made, sort_keys=True), 16)
 
 
-class ShardWriter:
-    """Collects recordings and writes them, a shard at a time."""
+class FeatureCache:
+    """Random access to a complete cache, also from loader processes: each opens the files once."""
+
+    def __init__(self, folder: Path, facts: Mapping[str, Any], index: Mapping[str, Entry]) -> None:
+        self.folder, self.facts, self._index = folder, facts, index
+        self._files: dict[str, Any] = {}
+        self._process = os.getpid()
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        *,
+        speech: tuple[str, str] | None = None,
+        text: tuple[str, str] | None = None,
+    ) -> "FeatureCache":
+        """Reads and checks the headers of all shards.
+
+        Args:
+            speech: (model, layer) of the expected speech teacher.
+            text: (model, layer) of the expected text teacher.
+
+        Raises:
+            ValueError: the cache is incomplete, of other teachers or another format version; a
+                shard is missing or truncated; features have a wrong rank or length.
+        """
+        folder = Path(folder)
+        facts = read_facts(folder)
+        for kind, expected in (("speech", speech), ("text", text)):
+            _check_teacher(folder, kind, facts[kind], expected)
+        index: dict[str, Entry] = {}
+        if "shards" not in facts:
+            raise ValueError(f"{folder}: the cache is incomplete; {AGAIN}")
+        for name, size in facts["shards"].items():
+            path = folder / name
+            if not path.is_file():
+                raise ValueError(f"{path}: the shard is missing; {AGAIN}")
+            if path.stat().st_size != size:
+                raise ValueError(f"{path}: the shard is truncated or changed; {AGAIN}")
+            index.update(_read_shard(path, facts))
+        return cls(folder, facts, index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __contains__(self, recording: object) -> bool:
+        return recording in self._index
+
+    @property
+    def skipped(self) -> set[str]:
+        """Ids of the recordings that were skipped when the cache was written (skipped.jsonl)."""
+        lines = (self.folder / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+        return {json.loads(line)["id"] for line in lines}
+
+    def missing(self, cuts: Iterable["Cut"]) -> list[str]:
+        """Ids of the cuts that are not in the cache.
+
+        Raises:
+            ValueError: a cut's duration and features differ by more than one frame.
+        """
+        absent = []
+        for cut in cuts:
+            entry = self._index.get(cut.id)
+            if entry is None:
+                absent.append(cut.id)
+            elif self.facts["speech"]:
+                _check_length(self.folder, cut.id, entry.frames, cut.duration, self.facts["speech"])
+        return absent
+
+    def speech(
+        self, recording: str, start: float | int, seconds: float | int
+    ) -> Float16[Tensor, "T D"]:
+        """Features of a crop: T = round(seconds * frame rate), less at the recording's end."""
+        entry = self._entry(recording)
+        if not self.facts["speech"]:
+            raise ValueError(f"{self.folder}: the cache has no speech teacher; {NEW_CACHE}")
+        rate = self.facts["speech"]["frame_rate"]
+        first = min(max(0, round(start * rate)), entry.frames - 1)
+        stop = min(first + max(1, round(seconds * rate)), entry.frames)
+        return self._file(entry.shard).get_slice(f"speech/{recording}")[first:stop]
+
+    def text(self, recording: str) -> CachedWords:
+        """Words of a whole recording and the text teacher's states."""
+        file = self._file(self._entry(recording).shard)
+        if not self.facts["words"]:
+            raise ValueError(f"{self.folder}: the cache has no transcriber; {NEW_CACHE}")
+        listed = json.loads(file.get_tensor(f"spoken/{recording}").numpy().tobytes())
+        words = [Word(*word) for word in listed]
+        if not self.facts["text"]:
+            empty = torch.zeros(len(words), 0, dtype=torch.float16)
+            return CachedWords(words, empty, empty.new_zeros(0))
+        states, sentence = (
+            file.get_tensor(f"{kind}/{recording}") for kind in ("words", "sentence")
+        )
+        return CachedWords(words, states, sentence)
+
+    def _entry(self, recording: str) -> Entry:
+        if recording not in self._index:
+            raise ValueError(f"{self.folder}: no recording {recording!r}; {AGAIN}")
+        return self._index[recording]
+
+    def _file(self, shard: str) -> Any:
+        from safetensors import safe_open
+
+        if self._process != os.getpid():  # After a fork, do not share the parent's files.
+            self._files, self._process = {}, os.getpid()
+        if shard not in self._files:
+            self._files[shard] = safe_open(self.folder / shard, framework="pt")
+        return self._files[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}
+
+
+class _ShardWriter:
+    """Collects tensors of recordings and writes a shard when it is full."""
 
     def __init__(self, folder: Path, rank: int, facts: Mapping[str, Any]) -> None:
         self.folder, self.rank, self.stamp = folder, rank, _stamp(facts)
@@ -225,150 +355,9 @@ class ShardWriter:
         try:
             with atomic_file(path) as temporary:
                 save_file(self.tensors, temporary, notes)
-                # safetensors lets nobody else read its files; others may read the cache.
-                temporary.chmod((self.folder / "cache.json").stat().st_mode & 0o777)
         except SafetensorError as error:
             raise OSError(f"{path}: cannot be written ({error}); is the disk full?") from error
         self.tensors, self.seconds, self.num_bytes = {}, {}, 0
-
-
-class CachedWords(NamedTuple):
-    """A recording's words, a state of the text teacher for each (W,D), and the sentence's (D,).
-
-    D is 0 where the cache was written without a text teacher.
-    """
-
-    words: list[Word]
-    states: Float16[Tensor, "W D"]
-    sentence: Float16[Tensor, " D"]
-
-
-class FeatureCache:
-    """Random access to a written cache, also from loader processes: each opens the files once."""
-
-    def __init__(self, folder: Path, facts: Mapping[str, Any], index: Mapping[str, Entry]) -> None:
-        self.folder, self.facts, self._index = folder, facts, index
-        self._files: dict[str, Any] = {}
-        self._process = os.getpid()
-
-    @classmethod
-    def open(
-        cls,
-        folder: str | Path,
-        *,
-        speech: tuple[str, str] | None = None,
-        text: tuple[str, str] | None = None,
-    ) -> "FeatureCache":
-        """Reads what lies where, and checks it; no feature is read.
-
-        `speech` and `text` are the (model, layer) that the caller expects. Raises ValueError that
-        says what to do when the cache is unfinished, of other teachers or another format version,
-        lacks a shard or has a cut one, and, naming the recording, when features are of a wrong
-        rank or do not fit the recording's length.
-        """
-        folder = Path(folder)
-        facts = read_facts(folder)
-        for kind, expected in (("speech", speech), ("text", text)):
-            check_teacher(folder, kind, facts[kind], expected)
-        index: dict[str, Entry] = {}
-        if "shards" not in facts:
-            raise ValueError(f"{folder}: the cache is not finished; {AGAIN}")
-        for name, size in facts["shards"].items():
-            path = folder / name
-            if not path.is_file():
-                raise ValueError(f"{path}: the shard is missing; {AGAIN}")
-            if path.stat().st_size != size:
-                raise ValueError(f"{path}: the shard has been cut or changed; {AGAIN}")
-            index.update(read_shard(path, facts))
-        return cls(folder, facts, index)
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __contains__(self, recording: object) -> bool:
-        return recording in self._index
-
-    @property
-    def skipped(self) -> set[str]:
-        """The ids of recordings that could not be used when the cache was written."""
-        lines = (self.folder / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
-        return {json.loads(line)["id"] for line in lines}
-
-    def missing(self, cuts: Iterable["Cut"]) -> list[str]:
-        """The ids of cuts that are not in the cache.
-
-        Raises ValueError naming a cut whose length is not that of its features by more than one.
-        """
-        absent = []
-        for cut in cuts:
-            entry = self._index.get(cut.id)
-            if entry is None:
-                absent.append(cut.id)
-            elif self.facts["speech"]:
-                check_length(self.folder, cut.id, entry.frames, cut.duration, self.facts)
-        return absent
-
-    def speech(
-        self,
-        recording: str,
-        start: float | int,
-        seconds: float | int,
-    ) -> Float16[Tensor, "T D"]:
-        """Features of a crop: round(seconds * frame rate) frames, fewer at the recording's end."""
-        entry = self._entry(recording)
-        if not self.facts["speech"]:
-            raise ValueError(
-                f"{self.folder}: holds no speech features, for want of a teacher; {ANEW}"
-            )
-        rate = self.facts["speech"]["frame_rate"]
-        first = min(max(0, round(start * rate)), entry.frames - 1)
-        stop = min(first + max(1, round(seconds * rate)), entry.frames)
-        return self._file(entry.shard).get_slice(f"speech/{recording}")[first:stop]
-
-    def text(self, recording: str) -> CachedWords:
-        """The words of a whole recording with their seconds, and the text teacher's states."""
-        file = self._file(self._entry(recording).shard)
-        if not self.facts["words"]:
-            raise ValueError(f"{self.folder}: holds no words, for want of a transcriber; {ANEW}")
-        spoken = json.loads(file.get_tensor(f"spoken/{recording}").numpy().tobytes())
-        words = [Word(*word) for word in spoken]
-        if not self.facts["text"]:
-            nothing = torch.zeros(len(words), 0, dtype=torch.float16)
-            return CachedWords(words, nothing, nothing.new_zeros(0))
-        states, sentence = (
-            file.get_tensor(f"{kind}/{recording}") for kind in ("words", "sentence")
-        )
-        return CachedWords(words, states, sentence)
-
-    def _entry(self, recording: str) -> Entry:
-        if recording not in self._index:
-            raise ValueError(f"{self.folder}: has no recording {recording!r}; {AGAIN}")
-        return self._index[recording]
-
-    def _file(self, shard: str) -> Any:
-        from safetensors import safe_open
-
-        if self._process != os.getpid():  # Forked: the parent's files are not ours.
-            self._files, self._process = {}, os.getpid()
-        if shard not in self._files:
-            self._files[shard] = safe_open(self.folder / shard, framework="pt")
-        return self._files[shard]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
-
-
-WORDS_PER_HOUR = 10_000
-"""Fluent reading; for the estimate of a cache's size only."""
-
-
-class CacheSummary(NamedTuple):
-    """What lies in a cache, and the recordings that could not be read."""
-
-    num_recordings: int
-    hours: float
-    num_bytes: int
-    skipped: list[Skipped]
 
 
 def write_cache(
@@ -382,30 +371,37 @@ def write_cache(
     batch_seconds: float | int = 120.0,
     share: tuple[int, int] = (0, 1),
 ) -> CacheSummary:
-    """Writes the features of this rank's share of whole recordings that are not in the folder yet.
+    """Computes and writes this rank's share of the recordings that are not in the folder yet.
 
-    `share` is this process's rank and their number. With a `transcriber` the words are stored, with
-    `text` their states as well: of the cuts' transcripts, aligned, or (`recorded=False`) of what is
-    recognised. A batch holds up to `batch_seconds` of audio, padding included. Recordings that
-    cannot be used are skipped and listed in skipped.jsonl. A process that is alone seals the cache;
-    of several, one calls `seal_cache` when all are done. Raises ValueError, before anything is
-    computed, when the disk is too small or the folder's cache was made by other teachers.
+    Recordings that cannot be used are skipped and listed in skipped.jsonl. A single process
+    completes the cache; of several, one calls `complete_cache` when all are done.
+
+    Args:
+        text: needs a `transcriber`.
+        transcriber: stores words with times: of the cuts' transcripts, by forced alignment, or
+            (`recorded=False`) recognized ones.
+        batch_seconds: audio in a batch, including padding.
+        share: this process's rank, and the number of processes.
+
+    Raises:
+        ValueError: the disk is too small, the folder has a cache of other teachers, an id occurs
+            twice, or there is nothing to compute; before anything is computed.
     """
     from tqdm import tqdm
 
     folder, (rank, world) = Path(folder), share
-    work = _Work(speech, text, transcriber, recorded)
-    facts = work.facts()
+    extractor = _Extractor(speech, text, transcriber, recorded)
+    facts = extractor.facts()
     if len({cut.id for cut in cuts}) < len(cuts):
-        raise ValueError("an id comes twice in the list of cuts; ids must be unique")
-    claim(folder, facts)
-    done = _done(folder, rank, facts)
-    _announce(folder, [cut for cut in cuts if cut.id not in done], facts)
+        raise ValueError("an id occurs twice in the list of cuts; ids must be unique")
+    _create_or_check(folder, facts)
+    done = _existing(folder, rank, facts)
+    _check_disk(folder, [cut for cut in cuts if cut.id not in done], facts)
     mine = [cut for cut in cuts[rank::world] if cut.id not in done]
-    shards, skipped = ShardWriter(folder, rank, facts), []
+    shards, skipped = _ShardWriter(folder, rank, facts), []
     with tqdm(total=len(mine), desc="cache", unit="cut", disable=rank > 0) as bar:
-        for batch in loaded(batches_of(mine, float(batch_seconds)), work.sample_rate):
-            for cut, result in work.compute(batch):
+        for batch in loaded(batches_of(mine, float(batch_seconds)), extractor.sample_rate):
+            for cut, result in extractor.compute(batch):
                 if isinstance(result, str):
                     logger.warning("skipped %s: %s", cut.id, result)
                     skipped.append(Skipped(cut.id, result))
@@ -415,13 +411,14 @@ def write_cache(
     shards.flush()
     with atomic_file(folder / f"skipped-{rank:03d}.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(entry._asdict()) + "\n" for entry in skipped))
-    return seal_cache(folder) if world == 1 else _summary(folder, facts)
+    return complete_cache(folder) if world == 1 else _summary(folder, facts)
 
 
-def seal_cache(folder: str | Path) -> CacheSummary:
-    """Notes in cache.json what a whole cache consists of, once all ranks are done (one calls it).
+def complete_cache(folder: str | Path) -> CacheSummary:
+    """Writes the list of shards into cache.json; one process calls it once all ranks are done.
 
-    Raises ValueError when nothing at all could be read.
+    Raises:
+        ValueError: no recording could be used.
     """
     folder = Path(folder)
     facts = read_facts(folder)
@@ -431,13 +428,13 @@ def seal_cache(folder: str | Path) -> CacheSummary:
     if summary.num_recordings == 0:
         reason = f"; the first: {summary.skipped[0].reason}" if summary.skipped else ""
         raise ValueError(f"{folder}: none of the recordings could be used{reason}")
-    facts["shards"] = {path.name: path.stat().st_size for path in shard_files(folder)}
-    write_facts(folder, facts)
+    facts["shards"] = {path.name: path.stat().st_size for path in _shard_files(folder)}
+    _write_facts(folder, facts)
     return summary
 
 
-class _Work(NamedTuple):
-    """What is computed of each recording."""
+class _Extractor(NamedTuple):
+    """Computes the tensors of recordings."""
 
     speech: SpeechTeacher | None
     text: TextTeacher | None
@@ -446,7 +443,7 @@ class _Work(NamedTuple):
 
     def facts(self) -> dict[str, Any]:
         if self.text is not None and self.transcriber is None:
-            raise ValueError("a text teacher needs a transcriber, which says when words are spoken")
+            raise ValueError("a text teacher needs a transcriber, for the times of words")
         if self.speech is None and self.transcriber is None:
             raise ValueError("nothing to cache: name a speech teacher, a transcriber, or both")
         speech = text = words = None
@@ -457,7 +454,7 @@ class _Work(NamedTuple):
             text = {key: getattr(self.text, key) for key in ("name", "layer", "dimension")}
         if self.transcriber is not None:
             words = {"transcriber": self.transcriber.name, "recorded": self.recorded}
-            # Caches of format 1 from before there was a choice are English ones.
+            # Older caches of format 1 have no language: they are English.
             if (language := getattr(self.transcriber, "language", "en")) != "en":
                 words["language"] = language
         return {"format": FORMAT, "speech": speech, "text": text, "words": words}
@@ -470,28 +467,28 @@ class _Work(NamedTuple):
     def compute(
         self, batch: list[tuple["Cut", np.ndarray | str]]
     ) -> list[tuple["Cut", tuple[float, dict[str, Tensor]] | str]]:
-        """Each cut with its seconds and tensors, or with why it has none."""
+        """Each cut with its seconds and tensors, or with the reason why it has none."""
         results: dict[str, tuple[float, dict[str, Tensor]] | str] = {}
         readable: list[tuple[Cut, np.ndarray]] = []
         for cut, wave in batch:
             if isinstance(wave, str):
                 results[cut.id] = wave
             elif self.transcriber is not None and self.recorded and not text_of(cut).strip():
-                results[cut.id] = f"{cut.id}: has no transcript; use recognised words"
+                results[cut.id] = f"{cut.id}: has no transcript; use recognized words"
             else:
                 readable.append((cut, wave))
         if readable:
-            results.update(self._together(readable))
+            results.update(self._compute_batch(readable))
         return [(cut, results[cut.id]) for cut, _ in batch]
 
-    def _together(self, readable: list[tuple["Cut", np.ndarray]]) -> dict[str, Any]:
+    def _compute_batch(self, readable: list[tuple["Cut", np.ndarray]]) -> dict[str, Any]:
         try:
             tensors = self._tensors(readable)
         except ValueError as error:
             if len(readable) == 1:
                 return {readable[0][0].id: str(error)}
-            # One of them, say a transcript that does not fit: the others need not suffer.
-            return {cut.id: self._together([(cut, wave)])[cut.id] for cut, wave in readable}
+            # An error in one item, e.g. in its transcript, must not affect the others.
+            return {cut.id: self._compute_batch([(cut, wave)])[cut.id] for cut, wave in readable}
         return {
             cut.id: (len(wave) / self.sample_rate, found)
             for (cut, wave), found in zip(readable, tensors, strict=True)
@@ -504,55 +501,52 @@ class _Work(NamedTuple):
             row[0, : len(wave)] = torch.from_numpy(wave)
         found: list[dict[str, Tensor]] = [{} for _ in readable]
         if self.speech is not None:
-            device = self.speech.place["device"]
+            device = self.speech.device
             values, frames = self.speech(padded.to(device), lengths.to(device))
             for tensors, states, count in zip(found, values, frames.tolist(), strict=True):
-                tensors["speech"] = _stored(states[:count])
+                tensors["speech"] = _to_float16(states[:count])
         if self.transcriber is not None:
             rate = self.transcriber.sample_rate
             waves = resample_batch(padded, self.sample_rate, rate)
             counts = (lengths * rate / self.sample_rate).ceil().long()
             texts = [text_of(cut) for cut, _ in readable] if self.recorded else None
-            spoken = self.transcriber.words(waves, counts, texts)
-            for tensors, words in zip(found, spoken, strict=True):
-                tensors["spoken"] = _as_bytes([list(word) for word in words])
+            items = self.transcriber.words(waves, counts, texts)
+            for tensors, words in zip(found, items, strict=True):
+                encoded = json.dumps([list(word) for word in words]).encode()
+                tensors["spoken"] = torch.from_numpy(np.frombuffer(encoded, np.uint8).copy())
             if self.text is not None:
-                texts_states = self.text([[word.text for word in words] for words in spoken])
-                for tensors, states in zip(found, texts_states, strict=True):
-                    tensors["words"] = _stored(states.words)
-                    tensors["sentence"] = _stored(states.sentence)
+                all_states = self.text([[word.text for word in words] for words in items])
+                for tensors, states in zip(found, all_states, strict=True):
+                    tensors["words"] = _to_float16(states.words)
+                    tensors["sentence"] = _to_float16(states.sentence)
         return found
 
 
-def _stored(states: Tensor) -> Tensor:
+def _to_float16(states: Tensor) -> Tensor:
     halved = states.to("cpu", torch.float16, copy=True)
     if not halved.isfinite().all():
         raise ValueError("its features do not fit into float16; choose another layer")
     return halved
 
 
-def _as_bytes(words: list[list[Any]]) -> Tensor:
-    return torch.from_numpy(np.frombuffer(json.dumps(words).encode(), np.uint8).copy())
-
-
-def _done(folder: Path, rank: int, facts: Mapping[str, Any]) -> dict[str, Entry]:
-    """What is there already. Shards that are cut, and a killed run's temporary files, go."""
+def _existing(folder: Path, rank: int, facts: Mapping[str, Any]) -> dict[str, Entry]:
+    """Recordings in the folder; removes truncated shards and temporary files of a killed run."""
     for leftover in folder.glob(f".features-{rank:03d}-*.tmp"):
         leftover.unlink(missing_ok=True)
     index: dict[str, Entry] = {}
-    for path in shard_files(folder):
+    for path in _shard_files(folder):
         try:
-            index.update(read_shard(path, facts))
-        except DamagedFeatures as error:
+            index.update(_read_shard(path, facts))
+        except CorruptedShard as error:
             logger.warning("%s: removed", error)
             path.unlink(missing_ok=True)
-        except FileNotFoundError:  # Another rank has just removed it.
+        except FileNotFoundError:  # Another rank has removed it.
             continue
     return index
 
 
-def _announce(folder: Path, cuts: Sequence["Cut"], facts: Mapping[str, Any]) -> None:
-    """Tells what the cache will cost. ValueError: it is more than the disk has."""
+def _check_disk(folder: Path, cuts: Sequence["Cut"], facts: Mapping[str, Any]) -> None:
+    """Logs the expected size of the cache. ValueError: the disk has less space."""
     hours = sum(cut.duration for cut in cuts) / 3600
     parts, an_hour = [], 0.0
     if facts["speech"]:
@@ -581,15 +575,15 @@ def _announce(folder: Path, cuts: Sequence["Cut"], facts: Mapping[str, Any]) -> 
 
 def _summary(folder: Path, facts: Mapping[str, Any]) -> CacheSummary:
     index: dict[str, Entry] = {}
-    for path in shard_files(folder):
-        index.update(read_shard(path, facts))
-    num_bytes = sum(path.stat().st_size for path in shard_files(folder))
+    for path in _shard_files(folder):
+        index.update(_read_shard(path, facts))
+    num_bytes = sum(path.stat().st_size for path in _shard_files(folder))
     lines = [
         line
         for path in sorted(folder.glob("skipped-*.jsonl"))
         for line in path.read_text().splitlines()
     ]
     skipped = {one["id"]: Skipped(**one) for one in map(json.loads, lines)}
-    left = [one for one in skipped.values() if one.id not in index]
+    skipped = [one for one in skipped.values() if one.id not in index]
     hours = sum(entry.seconds for entry in index.values()) / 3600
-    return CacheSummary(len(index), hours, num_bytes, left)
+    return CacheSummary(len(index), hours, num_bytes, skipped)

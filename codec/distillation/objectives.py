@@ -1,4 +1,9 @@
-"""Objectives that teach codebooks content: SpeechTokenizer's and DM-Codec's distillation."""
+"""Distillation of teacher features into codebooks: SpeechTokenizer (arXiv 2308.16692, section 3.3)
+and DM-Codec (2410.15017, section 2.1).
+
+`Student` projects quantized codebook entries to each teacher's width; the losses compare the
+projections with `Target`s at the codec's frame rate.
+"""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -10,42 +15,37 @@ from torch.nn import functional
 
 from codec.models.codec import Codec
 from codec.modules.quantize import Quantized
-from codec.training.config import (
-    DistillConfig,
-    ResynthesisConfig,
-    SpeechTeacherConfig,
-    TextTeacherConfig,
-)
+from codec.training.config import DistillConfig, ResynthesisConfig
 
-# Of a frame; a little less, as times are rounded.
-HALF = 0.499
+MIN_COVERAGE = 0.499
+"""Share of a frame that features or words must cover to count: half, less a rounding error."""
 
 
 class Target(NamedTuple):
-    """What a teacher says of each frame, and the frames of which it says something."""
+    """A teacher's target for each codec frame."""
 
     values: Float[Tensor, "B T D"] | Int[Tensor, "B T"]
-    """Features, or units of the objective `units`."""
+    """Features, or pseudo-labels (k-means cluster ids) for the objective `units`."""
     mask: Bool[Tensor, "B T"]
+    """Frames that have a target."""
 
 
 class StudentOutput(NamedTuple):
-    """What a training step needs of one pass."""
+    """One forward pass of a training step."""
 
     wave: Float[Tensor, "B 1 S"]
     quantized: Quantized
     projections: dict[str, Float[Tensor, "B T _"]]
-    """By teacher: its codebooks' entries in its own width (or logits of its units)."""
+    """By teacher: projected codebook entries, D of the teacher (or logits of pseudo-labels)."""
     resynthesis: Float[Tensor, "B 1 s"] | None = None
-    """Speech made of the semantic codes alone; the auxiliary decoder has a rate of its own."""
+    """Speech decoded from the semantic codes alone, at the auxiliary decoder's sample rate."""
 
 
 class Student(nn.Module):
-    """A codec in training, with a projection to each teacher's width.
+    """A codec with a linear projection to each teacher's width, for training.
 
-    In the seanet family the codec's own semantic_head serves the speech teacher (or the text
-    teacher where it is alone, or both when shared), so that checkpoints hold it as the published
-    ones do. Projections of other families are training state and stay behind.
+    In the seanet family the projection of the first teacher is the codec's own `semantic_head`, as
+    in the published checkpoints. Other projections are training state and not saved with the codec.
     """
 
     def __init__(
@@ -55,8 +55,14 @@ class Student(nn.Module):
         widths: Mapping[str, int] | None = None,
         resynthesis: ResynthesisConfig | None = None,
     ) -> None:
-        """`widths` by teacher, "speech" or "text"; `resynthesis` None: nothing speaks the semantic
-        codes. Raises `ValueError` where a codec does not fit."""
+        """
+        Args:
+            widths: features (or pseudo-labels) of each teacher, "speech" and "text".
+            resynthesis: None: the semantic codes are not decoded by themselves.
+
+        Raises:
+            ValueError: the codec lacks what the configuration needs.
+        """
         super().__init__()
         self.codec, self.resynthesis = codec, resynthesis
         config, widths = config or DistillConfig(), widths or {}
@@ -73,21 +79,21 @@ class Student(nn.Module):
             else:
                 self.heads[name] = nn.Linear(codec.latent_dimension, widths[name])
         if own:
-            # A head that no loss reaches stays as it is.
+            # Without a teacher no loss reaches the head.
             codec.semantic_head.requires_grad_(bool(names))
-        speaks = resynthesis is not None and resynthesis.decoder == "auxiliary"
-        if speaks and codec.auxiliary is None:
+        auxiliary = resynthesis is not None and resynthesis.decoder == "auxiliary"
+        if auxiliary and codec.auxiliary is None:
             raise ValueError(
                 "resynthesis.decoder: this codec has no auxiliary decoder; give it one "
                 "(lmspt.auxiliary.kind), or set it to main"
             )
         if codec.auxiliary is not None:
-            codec.auxiliary.requires_grad_(speaks)
+            codec.auxiliary.requires_grad_(auxiliary)
 
     def forward(
         self, wave: Float[Tensor, "B 1 S"], codes: Int[Tensor, "B T"] | None = None
     ) -> StudentOutput:
-        """Code, decode, project, and speak the semantic codes, which may be known (`codes`)."""
+        """Encodes, decodes and projects; `codes` are codes of codebook 1 that are known already."""
         out = self.codec(wave, codes)
         projections = {
             name: self._head(name)(out.quantized.part(part).mT) for name, part in self.parts.items()
@@ -124,17 +130,20 @@ def _check_width(codec: Codec, name: str, width: int) -> None:
 def distill_losses(
     projections: Mapping[str, Tensor], targets: Mapping[str, Target], config: DistillConfig
 ) -> dict[str, Float[Tensor, ""]]:
-    """Each teacher's loss as distill_speech or distill_text, and their weighted sum as distill.
+    """Losses `distill_speech` and `distill_text`, and their weighted sum `distill`.
 
-    With two teachers the sum is halved (2410.15017, equation 11). Raises `ValueError` where
-    a teacher's frames do not fit the codec's.
+    With two teachers the sum is halved (DM-Codec, 2410.15017, section 2.1, equation 3; 11 in the
+    published version).
+
+    Raises:
+        ValueError: a teacher's frames do not match the codec's.
     """
     parts = {}
     for name, target in targets.items():
         branch = getattr(config, name)
-        student, target = trim(projections[name].float(), target)
+        student, target = match_lengths(projections[name].float(), target)
         if branch.objective == "units":
-            parts[name] = unit_loss(student, target.values, target.mask)
+            parts[name] = pseudo_label_loss(student, target.values, target.mask)
         elif branch.objective == "t_axis":
             parts[name] = t_axis_loss(
                 student, target.values, target.mask, cosine_weight=branch.cosine_weight
@@ -147,10 +156,11 @@ def distill_losses(
     return {f"distill_{name}": part for name, part in parts.items()} | {"distill": total}
 
 
-def trim(student: Float[Tensor, "B T D"], target: Target) -> tuple[Tensor, Target]:
-    """Both cut to the shorter one; they may differ by one frame, as strided convolutions do.
+def match_lengths(student: Float[Tensor, "B T D"], target: Target) -> tuple[Tensor, Target]:
+    """Both truncated to the shorter one; strided convolutions may make a difference of one frame.
 
-    Raises `ValueError` when they differ by more: then time does not match time.
+    Raises:
+        ValueError: they differ by more than one frame.
     """
     ours, theirs = student.shape[1], target.values.shape[1]
     if abs(ours - theirs) > 1:
@@ -167,11 +177,11 @@ def d_axis_loss(
     teacher: Float[Tensor, "B T D"],
     mask: Bool[Tensor, "B T"],
 ) -> Float[Tensor, ""]:
-    """-log sigmoid of the cosine over time of every feature, mean over features and items.
+    """-log sigmoid of each feature's cosine similarity over time, mean over features and items.
 
-    0.3133 for a perfect student, 0.6931 for one that knows nothing. Items with fewer than two
-    frames inside the mask say nothing of time and do not count; with none left the loss is 0.
-    Source: SpeechTokenizer (2308.16692), equation 2 as its code has it.
+    0.3133 for equal features, 0.6931 for orthogonal ones. Items with fewer than two masked frames
+    are left out; without items the loss is 0. Source: SpeechTokenizer (2308.16692), equation 2 as
+    in its code; DM-Codec (2410.15017), equations 1 and 2.
     """
     inside = mask.unsqueeze(2).to(student.dtype)
     counts = mask.sum(1) >= 2
@@ -187,9 +197,9 @@ def t_axis_loss(
     *,
     cosine_weight: int | float = 1.0,
 ) -> Float[Tensor, ""]:
-    """Per frame, mean absolute difference plus -log sigmoid of the cosine over features.
+    """Mean over frames of the L1 distance plus -log sigmoid of the cosine similarity over features.
 
-    Source: the released code's t_axis form (2308.16692; it follows 2212.09553).
+    Source: t_axis in SpeechTokenizer's code, which follows 2212.09553.
     """
     distance = (student - teacher).abs().mean(2)
     cosine = functional.cosine_similarity(student, teacher, dim=2)
@@ -197,78 +207,73 @@ def t_axis_loss(
     return (losses * mask).sum() / mask.sum().clamp(min=1)
 
 
-def unit_loss(
-    logits: Float[Tensor, "B T K"], units: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+def pseudo_label_loss(
+    logits: Float[Tensor, "B T K"], labels: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of pseudo-labels (2308.16692, section 3.3, equation 3)."""
-    losses = functional.cross_entropy(logits.mT, units, reduction="none")
+    """Cross-entropy of pseudo-labels in nats per frame (2308.16692, section 3.3, equation 3)."""
+    losses = functional.cross_entropy(logits.mT, labels, reduction="none")
     return (losses * mask).sum() / mask.sum().clamp(min=1)
 
 
-def over_frames(
+def average_over_frames(
     features: Float[Tensor, "B t D"],
     lengths: Int[Tensor, " B"],
     rate: int | float,
     num_frames: int,
     frame_rate: int | float,
 ) -> Target:
-    """A teacher's features, `rate` a second, on `num_frames` frames at the codec's frame rate.
+    """Resamples a teacher's features from `rate` to `frame_rate` Hz (`num_frames` frames).
 
-    A frame gets the mean over its time of those of an item's first `lengths` features; it counts
-    where they fill at least half of it. Padding never enters: an item has the target it has alone.
+    Each frame gets the mean of the features that overlap with it, weighted by the overlap; the mask
+    has the frames of which an item's first `lengths` features cover at least half. Items do not
+    depend on padding.
     """
     count = features.shape[1]
     edges = torch.arange(count + 1, device=features.device) / rate
-    overlaps = word_overlaps(torch.stack([edges[:-1], edges[1:]], 1), num_frames, frame_rate)
+    overlaps = frame_overlaps(torch.stack([edges[:-1], edges[1:]], 1), num_frames, frame_rate)
     inside = torch.arange(count, device=features.device) < lengths.unsqueeze(1)
-    return _mean_by_time(overlaps * inside.unsqueeze(1), features, frame_rate)
+    return _weighted_mean(overlaps * inside.unsqueeze(1), features, frame_rate)
 
 
-def word_overlaps(
+def frame_overlaps(
     spans: Float[Tensor, "W 2"], num_frames: int, frame_rate: int | float
 ) -> Float[Tensor, "T W"]:
-    """Seconds that each word (start and end in seconds) shares with each frame."""
+    """Overlap in seconds of each frame with each span (start and end in seconds)."""
     starts = torch.arange(num_frames, device=spans.device).unsqueeze(1) / frame_rate
     stops = starts + 1 / frame_rate
     return (torch.minimum(stops, spans[:, 1]) - torch.maximum(starts, spans[:, 0])).clamp(min=0)
 
 
-def align_words(
+def word_per_frame(
     spans: Float[Tensor, "W 2"], num_frames: int, frame_rate: int | float
 ) -> Int[Tensor, " T"]:
-    """The word that has most of each frame, -1 where words have less than half of it."""
+    """Index of the word with the largest overlap, -1 where words cover less than half a frame."""
     if not len(spans):
         return torch.full((num_frames,), -1, device=spans.device)
-    overlaps = word_overlaps(spans, num_frames, frame_rate)
-    counted = overlaps.sum(1) * frame_rate >= HALF
+    overlaps = frame_overlaps(spans, num_frames, frame_rate)
+    counted = overlaps.sum(1) * frame_rate >= MIN_COVERAGE
     return torch.where(counted, overlaps.argmax(1), -1)
 
 
-def states_over_frames(
+def word_states_over_frames(
     spans: Float[Tensor, "W 2"],
     states: Float[Tensor, "W D"],
     num_frames: int,
     frame_rate: int | float,
 ) -> Target:
-    """Each word's state over its own frames, a batch of one; a frame of several gets their mean.
+    """Each word's state on the frames of its span, as a batch of one.
 
-    The mask leaves out the frames of which words have less than half: where nothing is said, a
-    language model has nothing to say.
+    Frames of several words get the mean, weighted by overlap; frames of which words cover less than
+    half (pauses) are not in the mask.
     """
-    overlaps = word_overlaps(spans, num_frames, frame_rate)
-    return _mean_by_time(overlaps.unsqueeze(0), states.unsqueeze(0), frame_rate)
+    overlaps = frame_overlaps(spans, num_frames, frame_rate)
+    return _weighted_mean(overlaps.unsqueeze(0), states.unsqueeze(0), frame_rate)
 
 
-def _mean_by_time(
+def _weighted_mean(
     overlaps: Float[Tensor, "B T N"], values: Float[Tensor, "B N D"], frame_rate: int | float
 ) -> Target:
     total = overlaps.sum(2, keepdim=True)
-    # The smallest total that counts is half a frame: the bound only keeps 0 / 0 away.
+    # Frames in the mask have a total of at least half a frame: the bound only avoids 0 / 0.
     means = overlaps / total.clamp(min=0.1 / frame_rate) @ values
-    return Target(means, (total * frame_rate >= HALF).squeeze(2))
-
-
-def branches(config: DistillConfig) -> dict[str, SpeechTeacherConfig | TextTeacherConfig]:
-    """The teachers that a configuration names."""
-    both = {"speech": config.speech, "text": config.text}
-    return {name: branch for name, branch in both.items() if branch.model}
+    return Target(means, (total * frame_rate >= MIN_COVERAGE).squeeze(2))

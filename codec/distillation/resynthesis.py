@@ -1,8 +1,9 @@
-"""LM-SPT's objective: speech made of semantic codes alone must sound to Whisper like the original.
+"""LM-SPT's resynthesis distillation: Whisper's features of speech decoded from the semantic codes
+alone are compared with those of the original.
 
 Source: arXiv 2506.16738, section 3.2. The released code compares 30 s of every crop, most of it
-padding, and lets a batch's loudest crop set the student's log-mel floor; `resynthesis.mask` and
-`resynthesis.per_item` say which of the two is done.
+padding (here: `resynthesis.mask`), and clamps the student's log-mel at a floor that the loudest
+crop of the batch sets (here: `resynthesis.per_item`).
 """
 
 from dataclasses import dataclass
@@ -26,10 +27,12 @@ from codec.training.data import Crops
 
 
 class Resynthesis:
-    """A frozen Whisper encoder that hears originals and what is made of their semantic codes.
+    """A frozen Whisper encoder for originals and for speech resynthesized from semantic codes.
 
-    `sample_rate` is that of the speech which `Student` makes of the semantic codes. Raises
-    `ValueError` when the model cannot be loaded or is no Whisper.
+    `sample_rate` is that of the resynthesized speech.
+
+    Raises:
+        ValueError: the model cannot be loaded or is not a Whisper.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class Resynthesis:
             config.model, layer=config.layer, device=device, half=config.half
         )
         if not isinstance(teacher, WhisperTeacher):
-            raise ValueError(f"resynthesis.model: {config.model} is no Whisper; name one")
+            raise ValueError(f"resynthesis.model: {config.model} is not a Whisper; name one")
         self.teacher = self.student_teacher = teacher
         if not config.per_item:
             self.student_teacher = WhisperTeacher(
@@ -51,13 +54,13 @@ class Resynthesis:
             )
 
     @torch.no_grad()
-    def listen(self, crops: Crops) -> "Reference":
-        """What Whisper makes of the crops themselves."""
+    def encode_originals(self, crops: Crops) -> "OriginalFeatures":
+        """Whisper's features of a batch, to compare resynthesized speech with."""
         samples = crops.wave.shape[-1]
-        features = self._hear(self.teacher, crops.wave, self.codec_rate, crops.lengths, samples)
-        return Reference(self, features, crops.lengths, samples)
+        features = self._encode(self.teacher, crops.wave, self.codec_rate, crops.lengths, samples)
+        return OriginalFeatures(self, features, crops.lengths, samples)
 
-    def _hear(
+    def _encode(
         self,
         teacher: WhisperTeacher,
         wave: Float[Tensor, "B 1 S"],
@@ -65,16 +68,16 @@ class Resynthesis:
         lengths: Int[Tensor, " B"],
         samples: int,
     ) -> Features:
-        """`lengths` and `samples` (of the whole crop) count at the codec's rate, `wave` is at
-        `rate`; in float32, whatever the run computes in."""
+        """Features of `wave` at `rate`; `lengths` and `samples` (with padding) are at the codec's
+        rate. In float32, also under autocast."""
         size = ceil_div(samples * teacher.sample_rate, self.codec_rate)
         with torch.autocast(self.device.type, enabled=False):
             wave = wave.to(self.device).float()
             if self.config.mask:
-                # Resampling would smear what lies beyond an item's end into it.
+                # Resampling filters reach beyond an item's end: zero the padding first.
                 inside = ceil_div(lengths * rate, self.codec_rate).to(self.device)
-                place = torch.arange(wave.shape[-1], device=self.device)
-                wave = wave * (place < inside[:, None, None])
+                positions = torch.arange(wave.shape[-1], device=self.device)
+                wave = wave * (positions < inside[:, None, None])
             wave = resample_batch(wave, rate, teacher.sample_rate)
             wave = functional.pad(wave, (0, size - wave.shape[-1]))
             if self.config.mask:
@@ -84,25 +87,28 @@ class Resynthesis:
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
-    """A batch as Whisper heard it."""
+class OriginalFeatures:
+    """Whisper's features of a batch of original crops."""
 
-    listener: Resynthesis
+    encoder: Resynthesis
     features: Features
     lengths: Int[Tensor, " B"]
-    """Samples of each crop that are no padding, at the codec's rate."""
+    """Samples of each crop without padding, at the codec's rate."""
     samples: int
-    """Of the whole crops, likewise."""
+    """Samples of each crop with padding, at the codec's rate."""
 
     def distance(self, speech: Float[Tensor, "B 1 s"]) -> Float[Tensor, ""]:
-        """Mean distance of the speech's features to these over features and frames, then items.
+        """MSE or L1 between the features of `speech` and these: mean over an item, then over items.
 
-        `speech` is at the listener's `sample_rate`; its gradient passes the frozen encoder.
+        `speech` is at `Resynthesis.sample_rate`; it gets a gradient through the frozen encoder.
         """
-        ear = self.listener
-        heard = ear._hear(ear.student_teacher, speech, ear.sample_rate, self.lengths, self.samples)
-        apart = heard.values - self.features.values
-        apart = apart.square() if ear.config.distance == "mse" else apart.abs()
+        encoder = self.encoder
+        found = encoder._encode(
+            encoder.student_teacher, speech, encoder.sample_rate, self.lengths, self.samples
+        )
+        difference = found.values - self.features.values
+        mse = encoder.config.distance == "mse"
+        distance = (difference.square() if mse else difference.abs()).mean(2)  # (B, T)
         counts = self.features.lengths
-        counted = torch.arange(apart.shape[1], device=apart.device) < counts.unsqueeze(1)
-        return ((apart.mean(2) * counted).sum(1) / counts).mean()
+        counted = torch.arange(distance.shape[1], device=distance.device) < counts.unsqueeze(1)
+        return ((distance * counted).sum(1) / counts).mean()

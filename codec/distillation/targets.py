@@ -1,4 +1,4 @@
-"""What the teachers say of a batch of crops, frame by frame at the codec's rate."""
+"""Teachers' targets for a batch of crops, at the codec's frame rate."""
 
 import logging
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from codec.audio import resample_batch
 from codec.config import CodecConfig
-from codec.distillation.objectives import Target, over_frames, states_over_frames
+from codec.distillation.objectives import Target, average_over_frames, word_states_over_frames
 from codec.modules.layers import ceil_div
 from codec.training.config import DistillConfig
 from codec.training.data import Crops
@@ -27,10 +27,13 @@ if TYPE_CHECKING:
 
 
 class Teachers:
-    """The teachers of a configuration, run beside the codec or read from a cache.
+    """The teachers of a configuration, computed during training or read from a feature cache.
 
-    `widths` holds, by teacher ("speech", "text"), the features of its targets (or the number of
-    units). Raises `ValueError` when a model, the cache or the units are missing or do not fit.
+    `widths` holds the features of each teacher's targets, "speech" and "text" (or the number of
+    pseudo-labels).
+
+    Raises:
+        ValueError: a model, the cache or the centroids are missing or do not match.
     """
 
     def __init__(self, config: DistillConfig, codec: CodecConfig, device: str | torch.device):
@@ -41,7 +44,7 @@ class Teachers:
         self.speech: Any = None
         self.text: Any = None
         self.transcriber: Any = None
-        self.units: Tensor | None = None
+        self.centroids: Tensor | None = None
         self.widths: dict[str, int] = {}
         if config.cache:
             from codec.distillation.feature_cache import FeatureCache
@@ -57,10 +60,10 @@ class Teachers:
             self._load_text()
 
     def known(self, cuts: Sequence["Cut"]) -> list["Cut"]:
-        """The cuts whose targets can be had: all, or those that the cache holds.
+        """The cuts that have targets: all, or without those that the cache lists as skipped.
 
-        What the cache lists as unusable is left out with a warning; any other cut that it lacks
-        is a `ValueError`.
+        Raises:
+            ValueError: the cache lacks other cuts.
         """
         missing = set(self.cache.missing(cuts)) if self.cache else set()
         unusable = missing & self.cache.skipped if missing else set()
@@ -71,7 +74,7 @@ class Teachers:
             )
         if unusable:
             logger.warning(
-                "%d recordings are left out: the cache could not use them", len(unusable)
+                "%d recordings are left out: the cache lists them as skipped", len(unusable)
             )
         return [cut for cut in cuts if cut.id not in unusable]
 
@@ -95,11 +98,11 @@ class Teachers:
         facts = self.cache.facts["speech"] if self.cache else vars(self.speech)
         self.widths["speech"], self.speech_rate = facts["dimension"], facts["frame_rate"]
         if config.units:
-            self.units = _read_units(
+            self.centroids = _read_centroids(
                 Path(config.units), config.model, config.layer, self.widths["speech"],
                 self.frame_rate,
             ).to(self.device)  # fmt: skip
-            self.widths["speech"] = len(self.units)
+            self.widths["speech"] = len(self.centroids)
 
     def _load_text(self) -> None:
         config = self.config.text
@@ -132,19 +135,20 @@ class Teachers:
             lengths = torch.tensor([len(piece) for piece in pieces]).to(self.device)
             values = pad_sequence(pieces, batch_first=True).to(self.device).float()
         else:
-            wave, samples = self._heard_by(self.speech, crops)
+            wave, samples = self._resampled(self.speech, crops)
             values, lengths = self.speech(wave, samples)
-        apart = (lengths.cpu() / self.speech_rate - crops.lengths.cpu() / self.sample_rate).abs()
-        if float(apart.max()) > 2 / self.speech_rate:
+        seconds = crops.lengths.cpu() / self.sample_rate
+        difference = float((lengths.cpu() / self.speech_rate - seconds).abs().max())
+        if difference > 2 / self.speech_rate:
             raise ValueError(
-                f"a teacher's features are {float(apart.max()):.2f} s longer or shorter than the "
-                f"sound: they must be (frames, features), {self.speech_rate:g} frames a second"
+                f"a teacher's features are {difference:.2f} s longer or shorter than the audio: "
+                f"they must be (frames, features), {self.speech_rate:g} frames a second"
             )
         frames = ceil_div(crops.wave.shape[-1], self.hop_length)
-        target = over_frames(values, lengths, self.speech_rate, frames, self.frame_rate)
-        if self.units is None:
+        target = average_over_frames(values, lengths, self.speech_rate, frames, self.frame_rate)
+        if self.centroids is None:
             return target
-        distances = torch.cdist(target.values, self.units.expand(len(values), -1, -1))
+        distances = torch.cdist(target.values, self.centroids.expand(len(values), -1, -1))
         return Target(distances.argmin(2), target.mask)
 
     @torch.no_grad()
@@ -160,24 +164,24 @@ class Teachers:
         inside = ceil_div(crops.lengths, self.hop_length).to(self.device)
         if self.config.text.align == "global":
             values = repeat(torch.stack(sentences), "b d -> b t d", t=frames)
-            spoken = torch.tensor([len(each) > 0 for each in words], device=self.device)
+            has_words = torch.tensor([len(each) > 0 for each in words], device=self.device)
             mask = torch.arange(frames, device=self.device) < inside.unsqueeze(1)
-            return Target(values, mask & spoken.unsqueeze(1))
+            return Target(values, mask & has_words.unsqueeze(1))
         aligned = [
-            states_over_frames(_spans(each).to(self.device), state, frames, self.frame_rate)
+            word_states_over_frames(_spans(each).to(self.device), state, frames, self.frame_rate)
             for each, state in zip(words, states, strict=True)
         ]
         return Target(*(torch.cat(each) for each in zip(*aligned, strict=True)))
 
     def _words(self, crops: Crops) -> tuple[list[list["Word"]], list[Tensor], list[Tensor]]:
-        """The words of each crop with times inside it, their states, and the sentence's state."""
+        """Words of each crop with times within it, their states (W,D), and the sentence's (D,)."""
         if self.cache is None:
-            wave, lengths = self._heard_by(self.transcriber, crops)
+            wave, lengths = self._resampled(self.transcriber, crops)
             words = self.transcriber.words(wave, lengths)
             if self.config.text.align == "index":
                 return words, [], []
-            told = self.text([[word.text for word in each] for each in words])
-            return words, [each.words for each in told], [each.sentence for each in told]
+            texts = self.text([[word.text for word in each] for each in words])
+            return words, [each.words for each in texts], [each.sentence for each in texts]
         words, states, sentences = [], [], []
         for cut, start, length in zip(crops.ids, crops.starts, crops.lengths, strict=True):
             cached, seconds = self.cache.text(cut), float(length) / self.sample_rate
@@ -196,16 +200,16 @@ class Teachers:
             sentences.append(cached.sentence.to(self.device).float())
         return words, states, sentences
 
-    def _heard_by(
-        self, listener: Any, crops: Crops
+    def _resampled(
+        self, model: Any, crops: Crops
     ) -> tuple[Float[Tensor, "B 1 S"], Int[Tensor, " B"]]:
-        """The crops at a model's own sample rate."""
+        """The crops and their lengths at a model's sample rate."""
         wave = crops.wave.to(self.device)
         lengths = crops.lengths.to(self.device)
-        if listener.sample_rate == self.sample_rate:
+        if model.sample_rate == self.sample_rate:
             return wave, lengths
-        wave = resample_batch(wave, self.sample_rate, listener.sample_rate)
-        lengths = ceil_div(lengths * listener.sample_rate, self.sample_rate)
+        wave = resample_batch(wave, self.sample_rate, model.sample_rate)
+        lengths = ceil_div(lengths * model.sample_rate, self.sample_rate)
         return wave, lengths.clamp(max=wave.shape[-1])
 
 
@@ -213,29 +217,29 @@ def _spans(words: list["Word"]) -> Float[Tensor, "W 2"]:
     return torch.tensor([[word.start, word.end] for word in words]).reshape(-1, 2)
 
 
-def _read_units(
+def _read_centroids(
     file: Path, model: str, layer: str, width: int, frame_rate: float
 ) -> Float[Tensor, "K D"]:
-    """The centroids that recipes/make_units.py made of this teacher, at this frame rate."""
+    """The k-means centroids of recipes/make_units.py; ValueError: of another teacher or rate."""
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
         raise ValueError(f"{file}: no such file; recipes/make_units.py makes it")
     try:
         with safe_open(file, "pt") as opened:
-            facts, units = opened.metadata() or {}, opened.get_tensor("centroids")
+            facts, centroids = opened.metadata() or {}, opened.get_tensor("centroids")
     except SafetensorError as error:
-        raise ValueError(f"{file}: not a whole file of units ({error}); make it again") from error
-    made_of = (Path(facts.get("teacher", "")).resolve(), facts.get("layer"), units.shape[-1])
+        raise ValueError(f"{file}: corrupted file of centroids ({error}); make it again") from error
+    made_of = (Path(facts.get("teacher", "")).resolve(), facts.get("layer"), centroids.shape[-1])
     if made_of != (Path(model).resolve(), layer, width):
         raise ValueError(
-            f"{file}: units of {facts.get('teacher')}, layer {facts.get('layer')}, width "
-            f"{units.shape[-1]}, but distill.speech names {model}, layer {layer}, width {width}; "
-            "make units of that one"
+            f"{file}: centroids of {facts.get('teacher')}, layer {facts.get('layer')}, width "
+            f"{centroids.shape[-1]}, but distill.speech names {model}, layer {layer}, width "
+            f"{width}; run recipes/make_units.py with that one"
         )
     if abs(float(facts.get("frame_rate", 0)) - frame_rate) > 1e-3:
         raise ValueError(
-            f"{file}: units at {facts.get('frame_rate')} Hz, but the codec has {frame_rate:g} Hz; "
-            f"make them with frame_rate={frame_rate:g}"
+            f"{file}: centroids at {facts.get('frame_rate')} Hz, but the codec has "
+            f"{frame_rate:g} Hz; make them with frame_rate={frame_rate:g}"
         )
-    return units
+    return centroids

@@ -1,14 +1,7 @@
-"""Frozen pretrained models whose hidden states a codec learns from.
+"""Frozen pretrained teachers: waves or words in, hidden states out.
 
-Speech teachers: HuBERT, WavLM, wav2vec2 and the encoder of Whisper
-(codec/distillation/teachers.py). Text
-teachers: BERT, ELECTRA, MiniLM and the like. All are transformers' models, by hub id or from a
-folder.
-
-Frozen speech encoders that take a batch of any lengths: HuBERT, WavLM, wav2vec2, Whisper's.
-
-They wrap transformers' models, which `codec.teachers` loads. An item of a padded batch gets the
-features that it gets alone, whatever stands beside it.
+Speech teachers: HuBERT, WavLM, wav2vec2 and Whisper's encoder. Text teachers: BERT, ELECTRA,
+DistilBERT, MiniLM. All are transformers' models, by hub id or from a folder.
 """
 
 import logging
@@ -31,40 +24,56 @@ from codec.io import check_source
 logger = logging.getLogger(__name__)
 
 
+SPEECH_KINDS = ("hubert", "wavlm", "wav2vec2", "whisper")
+TEXT_KINDS = ("bert", "electra", "distilbert")
 WINDOW_SECONDS = 30
-# Whisper's front end: Hann windows of 25 ms every 10 ms, and two of its frames to one feature.
+# Whisper's log-mel: Hann windows of 25 ms every 10 ms; the encoder's stride is two mel frames.
 MEL_WINDOW, MEL_HOP = 400, 160
+TEXT_BATCH = 32
 
 
 class Features(NamedTuple):
-    """A teacher's view of a batch: values (B,T,D) in float32, and each item's frames (B,)."""
+    """Hidden states of a batch of waves."""
 
     values: Float[Tensor, "B T D"]
+    """In float32; zeros in padding."""
     lengths: Int[Tensor, " B"]
+    """Frames of each item."""
 
 
-class Frozen(nn.Module):
-    """No parameter learns, and no `train()` of a model around it turns its dropout on."""
+class TextStates(NamedTuple):
+    """Hidden states of a text: one for each word, and the sentence's, that of [CLS]."""
+
+    words: Float[Tensor, "W D"]
+    sentence: Float[Tensor, " D"]
+
+
+class FrozenTeacher(nn.Module):
+    """A network without gradients for its weights, always in evaluation mode (no dropout)."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network: Any = network.requires_grad_(False)
         self.eval()
 
-    def train(self, mode: bool = True) -> "Frozen":
+    def train(self, mode: bool = True) -> "FrozenTeacher":
         return super().train(False)
 
     @property
-    def place(self) -> dict[str, Any]:
-        parameter = next(self.network.parameters())
-        return {"device": parameter.device, "dtype": parameter.dtype}
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.network.parameters()).dtype
 
 
-class SpeechTeacher(Frozen):
-    """Waves to features, `frame_rate` a second, of `dimension`; `layer` says of which layer.
+class SpeechTeacher(FrozenTeacher):
+    """Waves at `sample_rate` to hidden states of `layer`, `frame_rate` Hz x `dimension`.
 
-    Whoever needs no gradient to the wave calls it under `torch.no_grad()`. Recordings of more than
-    30 s are seen in the fewest windows of at most 30 s, as equal as possible, one after another.
+    An item of a padded batch gets the features that it gets alone. Recordings of more than 30 s are
+    encoded in the fewest windows of at most 30 s, of almost equal length. Differentiable with
+    respect to the wave: call it under `torch.no_grad()` where no gradient is needed.
     """
 
     def __init__(
@@ -79,13 +88,19 @@ class SpeechTeacher(Frozen):
         self.window_frames = WINDOW_SECONDS * self.sample_rate // hop_length
 
     def num_frames(self, samples: int) -> int:
-        """Features of so many samples; fewer than a feature needs are padded with zeros to one."""
+        """Number of features of a wave of `samples`, at least one: short waves are zero-padded."""
         return max(1, 1 + (samples - self.receptive_field) // self.hop_length)
 
     def forward(
-        self, wave: Float[Tensor, "B 1 S"], lengths: Int[Tensor, " B"] | None = None
+        self,
+        wave: Float[Tensor, "B 1 S"],
+        lengths: Int[Tensor, " B"] | None = None,
+        offsets: Int[Tensor, " B"] | None = None,
     ) -> Features:
-        """Waves at `sample_rate`, in [-1, 1], of which `lengths` samples count. Differentiable."""
+        """Features of waves in [-1, 1], of which the first `lengths` samples (default: all) count.
+
+        `offsets`: Whisper only, see `WhisperTeacher`.
+        """
         samples = [wave.shape[-1]] * len(wave) if lengths is None else lengths.tolist()
         items = [self._scaled(row[:count]) for row, count in zip(wave[:, 0], samples, strict=True)]
         frames = [self.num_frames(count) for count in samples]
@@ -95,12 +110,13 @@ class SpeechTeacher(Frozen):
             windows = []
             for row in rows:
                 first, stop = spans[row]
-                end = None  # The samples after the last feature count for normalisation.
+                end = None  # The last window includes the samples behind the last feature.
                 if stop < frames[row]:
                     end = (stop - 1) * self.hop_length + self.receptive_field
                 windows.append(self._filled(items[row][first * self.hop_length : end]))
             counts = [len(window) for window in windows]
-            states = self._states(pad_sequence(windows, batch_first=True), counts)
+            positions = None if offsets is None else offsets[rows]
+            states = self._states(pad_sequence(windows, batch_first=True), counts, positions)
             for row, values in zip(rows, choose_layer(states, self.layer), strict=True):
                 first, stop = spans[row]
                 pieces[row].append(values[: stop - first])
@@ -117,13 +133,21 @@ class SpeechTeacher(Frozen):
     def _filled(self, wave: Float[Tensor, " S"]) -> Float[Tensor, " s"]:
         return nn.functional.pad(wave, (0, max(0, self.receptive_field - len(wave))))
 
-    def _states(self, waves: Float[Tensor, "B S"], lengths: list[int]) -> Sequence[Tensor]:
-        """Hidden states (B,T,D): the embeddings, then each layer's, the last as the model ends."""
+    def _states(
+        self,
+        waves: Float[Tensor, "B S"],
+        lengths: list[int],
+        offsets: Int[Tensor, " B"] | None = None,
+    ) -> Sequence[Tensor]:
+        """Hidden states (B,T,D): the embeddings, then each layer's, the last one normalized."""
         raise NotImplementedError
 
 
 class WaveTeacher(SpeechTeacher):
-    """HuBERT, WavLM, wav2vec2: convolutions over the wave, then a Transformer."""
+    """HuBERT, WavLM, wav2vec2: convolutions over the wave, then a Transformer.
+
+    `normalize`: scale each wave to zero mean and unit variance first.
+    """
 
     def __init__(self, network: nn.Module, *, name: str, layer: str, normalize: bool) -> None:
         config: Any = network.config
@@ -134,10 +158,10 @@ class WaveTeacher(SpeechTeacher):
         super().__init__(network, name=name, layer=layer, hop_length=hop, receptive_field=field)
         self.normalize = normalize
         self.network.encoder.layers = needed_layers(self.network.encoder.layers, layer)
-        self._norm: _ItemNorm | None = None
+        self._norm: _MaskedGroupNorm | None = None
         if config.feat_extract_norm == "group":
             first = self.network.feature_extractor.conv_layers[0]
-            self._norm = first.layer_norm = _ItemNorm(first.layer_norm)
+            self._norm = first.layer_norm = _MaskedGroupNorm(first.layer_norm)
 
     def _scaled(self, wave: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
         wave = wave.float()
@@ -145,7 +169,12 @@ class WaveTeacher(SpeechTeacher):
             return wave
         return (wave - wave.mean()) / (wave.var(correction=0) + 1e-7).sqrt()
 
-    def _states(self, waves: Float[Tensor, "B S"], lengths: list[int]) -> Sequence[Tensor]:
+    def _states(
+        self,
+        waves: Float[Tensor, "B S"],
+        lengths: list[int],
+        offsets: Int[Tensor, " B"] | None = None,
+    ) -> Sequence[Tensor]:
         mask = None
         if min(lengths) < waves.shape[1]:
             counts = torch.tensor(lengths, device=waves.device)
@@ -155,21 +184,21 @@ class WaveTeacher(SpeechTeacher):
             kernel, stride = config.conv_kernel[0], config.conv_stride[0]
             self._norm.lengths = None if mask is None else (mask.sum(1) - kernel) // stride + 1
         with warnings.catch_warnings():
-            # WavLM adds a mask of truth values to position scores; torch does it, and complains.
+            # WavLM adds a boolean mask to a float position bias; torch warns and converts it.
             warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
             output = self.network(
-                waves.to(**self.place), attention_mask=mask, output_hidden_states=True
+                waves.to(self.device, self.dtype), attention_mask=mask, output_hidden_states=True
             )
         if self.layer.isdecimal() and int(self.layer) < self.network.config.num_hidden_layers:
             return output.hidden_states
-        # Models with a norm after the last layer end with it.
+        # Models with a final layer norm apply it only to last_hidden_state.
         return (*output.hidden_states[:-1], output.last_hidden_state)
 
 
-class _ItemNorm(nn.Module):
-    """A GroupNorm over the time of each channel that leaves out the padding of an item.
+class _MaskedGroupNorm(nn.Module):
+    """GroupNorm with one group per channel (statistics over time) that ignores padding.
 
-    The models that have one were trained without a mask: padding would change every frame.
+    Models with this norm were trained without padding, which would change every frame.
     """
 
     def __init__(self, norm: nn.GroupNorm) -> None:
@@ -191,14 +220,12 @@ class _ItemNorm(nn.Module):
 
 
 class WhisperTeacher(SpeechTeacher):
-    """Whisper's encoder on as many frames as there are, where its own forward wants 30 s.
+    """Whisper's encoder on waves of any length (transformers' own takes exactly 30 s).
 
-    `per_item` False: the log-mel's floor is the batch's, see `log_mel`; that couples its items.
-    `first` is the position that each item's first frame is said to have (B,), for training what
-    must not depend on it; None: 0, as everywhere else.
+    `per_item` False: the log-mel's floor is that of the batch, see `log_mel`; items then depend on
+    each other. `offsets` of `forward` are the positions of the items' first frames in the 30 s
+    window (default 0), for training that must not depend on the position.
     """
-
-    first: Int[Tensor, " B"] | None = None
 
     def __init__(self, network: nn.Module, *, name: str, layer: str, per_item: bool = True) -> None:
         hop = 2 * MEL_HOP
@@ -209,7 +236,7 @@ class WhisperTeacher(SpeechTeacher):
         self.window_frames = min(self.window_frames, int(config.max_source_positions))
 
     def num_frames(self, samples: int) -> int:
-        """Features of so many samples: one for each 20 ms that has begun."""
+        """Number of features of a wave of `samples`: one for each 20 ms or part of it."""
         return max(1, math.ceil(samples / self.hop_length))
 
     def _filled(self, wave: Float[Tensor, " S"]) -> Float[Tensor, " s"]:
@@ -217,21 +244,25 @@ class WhisperTeacher(SpeechTeacher):
             wave, (0, self.num_frames(len(wave)) * self.hop_length - len(wave))
         )
 
-    def _states(self, waves: Float[Tensor, "B S"], lengths: list[int]) -> Sequence[Tensor]:
-        network, place = self.network, self.place
-        num_mels = self.network.config.num_mel_bins
-        mel = log_mel(waves.to(place["device"]), num_mels, per_item=self.per_item)
+    def _states(
+        self,
+        waves: Float[Tensor, "B S"],
+        lengths: list[int],
+        offsets: Int[Tensor, " B"] | None = None,
+    ) -> Sequence[Tensor]:
+        network = self.network
+        mel = log_mel(waves.to(self.device), network.config.num_mel_bins, per_item=self.per_item)
         frames = torch.tensor(lengths, device=mel.device) // self.hop_length
         counted = torch.arange(mel.shape[-1] // 2, device=mel.device) < frames[:, None]
-        # The first convolution would look into the padding where an item alone has none.
+        # The first convolution's receptive field reaches into the padding: zero it.
         mel = mel * counted.repeat_interleave(2, dim=1)[:, None]
-        hidden = nn.functional.gelu(network.conv1(mel.to(place["dtype"])))
+        hidden = nn.functional.gelu(network.conv1(mel.to(self.dtype)))
         hidden = nn.functional.gelu(network.conv2(hidden))
         hidden = rearrange(hidden, "b d t -> b t d")
         positions = torch.arange(hidden.shape[1], device=hidden.device)
-        if self.first is not None:
-            positions = positions + self.first.to(hidden.device)[:, None]
-        # What is beyond the last position is padding.
+        if offsets is not None:
+            positions = positions + offsets.to(hidden.device)[:, None]
+        # Positions beyond the last one occur only in padding.
         last = len(network.embed_positions.weight) - 1
         hidden = hidden + network.embed_positions.weight[positions.clamp(max=last)]
         mask = None
@@ -249,10 +280,11 @@ class WhisperTeacher(SpeechTeacher):
 def log_mel(
     wave: Float[Tensor, "B S"], num_mels: int, *, per_item: bool = True
 ) -> Float[Tensor, "B M T"]:
-    """Whisper's input, S / 160 frames, for waves at 16 kHz of a multiple of 320 samples.
+    """Whisper's input features, T = S / 160 frames at 100 Hz (arXiv 2212.04356, section 2.2).
 
-    Zeros follow the wave, as where Whisper pads to 30 s. Values more than 8 below an item's own
-    maximum are raised to that; `per_item` False takes the batch's, as openai/whisper does.
+    The wave is at 16 kHz, S a multiple of 320, and is continued by zeros, as Whisper pads it to
+    30 s. Values are clamped to 8 below the maximum of the item (`per_item`) or of the batch, as
+    openai/whisper does.
     """
     assert wave.shape[-1] % (2 * MEL_HOP) == 0
     half, num_frames = MEL_WINDOW // 2, wave.shape[-1] // MEL_HOP
@@ -267,56 +299,31 @@ def log_mel(
         sample_rate=16_000, num_mels=num_mels, window=MEL_WINDOW, slaney_scale=True
     )
     mel = (filters.T.to(wave.device) @ power).clamp(min=1e-10).log10()
-    # Two frames more than are returned look at the wave's end: the maximum may lie in them.
+    # The maximum includes the two frames behind the end, whose windows overlap the wave.
     loudest = mel.amax(dim=(1, 2), keepdim=True) if per_item else mel.max()
     mel = torch.maximum(mel, loudest - 8)
     return (mel[..., :num_frames] + 4) / 4
 
 
 def choose_layer(states: Sequence[Tensor], layer: str) -> Float[Tensor, "B T D"]:
+    """One of the hidden states by `layer`: "mean" of all, "last", or a number, in float32."""
     if layer == "mean":
         return torch.stack([state.float() for state in states]).mean(0)
     return states[-1 if layer == "last" else int(layer)].float()
 
 
 def needed_layers(layers: nn.ModuleList, layer: str) -> nn.ModuleList:
-    """The layers up to the chosen one: those after it would cost time and memory for nothing."""
+    """The layers up to the chosen one; later ones would only cost time and memory."""
     return layers[: max(1, int(layer))] if layer.isdecimal() else layers  # pyright: ignore
 
 
-__all__ = [
-    "Features",
-    "SpeechTeacher",
-    "TextStates",
-    "TextTeacher",
-    "has_bf16",
-    "in_small_letters",
-    "load_speech_teacher",
-    "load_text_teacher",
-    "loading",
-    "network_dtype",
-    "quiet",
-]
+class TextTeacher(FrozenTeacher):
+    """Words to one hidden state each, of `layer` and `dimension` features.
 
-
-SPEECH_KINDS = ("hubert", "wavlm", "wav2vec2", "whisper")
-TEXT_KINDS = ("bert", "electra", "distilbert")
-
-
-class TextStates(NamedTuple):
-    """One state a word, and the sentence's: the state of the first position, [CLS]."""
-
-    words: Float[Tensor, "W D"]
-    sentence: Float[Tensor, " D"]
-
-
-class TextTeacher(Frozen):
-    """Words to one state each, of `dimension`; `layer` says of which layer.
-
-    Texts of more word pieces than the model has positions are seen in windows of whole words; the
-    sentence's state is then the mean of the windows'. Of a word longer than that the first pieces
-    count, and a word without any piece is the unknown word. A text all in capitals is read in small
-    letters: transcripts are often so, and a model that tells them apart knows few such words.
+    Texts of more word pieces than the model has positions are split into windows at words; the
+    sentence's state is the mean over windows. Words longer than a window are truncated, words
+    without a piece become the unknown token. Texts all in capitals are lower-cased, see
+    `lowercase_if_all_caps`.
     """
 
     def __init__(self, network: nn.Module, tokenizer: Any, *, name: str, layer: str) -> None:
@@ -327,43 +334,41 @@ class TextTeacher(Frozen):
         self.max_pieces = min(int(config.max_position_embeddings), tokenizer.model_max_length)
 
     def forward(self, texts: Sequence[Sequence[str]]) -> list[TextStates]:
-        """The states of each text's words (none for a text without words) and its sentence's.
-
-        A word's state is the mean of its word pieces'; the sentence's is that of [CLS].
-        """
-        read = map(in_small_letters, texts)
-        windows = [(row, *window) for row, words in enumerate(read) for window in self._cut(words)]
+        """States of each text: of a word, the mean over its pieces; of the sentence, [CLS]'s."""
+        texts = [lowercase_if_all_caps(words) for words in texts]
+        windows = [
+            (row, *window) for row, words in enumerate(texts) for window in self._split(words)
+        ]
         words: list[list[Tensor]] = [[] for _ in texts]
         sentences: list[list[Tensor]] = [[] for _ in texts]
-        for start in range(0, len(windows), 32):
-            batch = windows[start : start + 32]
+        for start in range(0, len(windows), TEXT_BATCH):
+            batch = windows[start : start + TEXT_BATCH]
             for (row, _, sizes), states in zip(batch, self._run(batch), strict=True):
                 sentences[row].append(states[0])
                 pieces = states[1 : 1 + sum(sizes)].split(sizes)
                 words[row] += [piece.mean(0) for piece in pieces]
-        empty = torch.zeros(0, self.dimension, device=self.place["device"])
+        empty = torch.zeros(0, self.dimension, device=self.device)
         return [
             TextStates(torch.stack(states) if states else empty, torch.stack(sentence).mean(0))
             for states, sentence in zip(words, sentences, strict=True)
         ]
 
     def padded(self, texts: Sequence[str], num_frames: int) -> Float[Tensor, "B T D"]:
-        """DM-Codec's states as released: word piece i at frame i, [PAD]'s states after the text.
+        """States as in DM-Codec's released code: word piece i at frame i, then those of [PAD].
 
-        Where the model has fewer positions than there are frames, which the released code does not
-        survive, the last position's state stands on the rest.
+        Frames beyond the model's last position (an error in the released code) repeat its state.
         """
         positions = min(num_frames, self.max_pieces)
         encoded = self.tokenizer(
-            [in_small_letters([text])[0] for text in texts], padding="max_length",
+            [lowercase_if_all_caps([text])[0] for text in texts], padding="max_length",
             max_length=positions, truncation=True, return_tensors="pt",
         )  # fmt: skip
         states = self._hidden(encoded["input_ids"], encoded["attention_mask"])
         rest = states[:, -1:].expand(-1, num_frames - positions, -1)
         return torch.cat([states, rest], dim=1)
 
-    def _cut(self, words: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """Windows of word pieces, with the number of pieces of each of their words."""
+    def _split(self, words: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """Windows of word pieces, and the number of pieces of each word in them."""
         limit = self.max_pieces - 2
         windows: list[tuple[list[int], list[int]]] = [([], [])]
         for pieces in self._pieces(words):
@@ -397,9 +402,8 @@ class TextTeacher(Frozen):
     def _hidden(
         self, tokens: Int[Tensor, "B T"], mask: Int[Tensor, "B T"]
     ) -> Float[Tensor, "B T D"]:
-        device = self.place["device"]
         output = self.network(
-            tokens.to(device), attention_mask=mask.to(device), output_hidden_states=True
+            tokens.to(self.device), attention_mask=mask.to(self.device), output_hidden_states=True
         )
         return choose_layer(output.hidden_states, self.layer)
 
@@ -407,11 +411,16 @@ class TextTeacher(Frozen):
 def load_speech_teacher(
     model: str, *, layer: str = "mean", device: str | torch.device = "cpu", half: bool = True
 ) -> SpeechTeacher:
-    """HuBERT, WavLM, wav2vec2 or Whisper's encoder, by hub id or from a transformers folder.
+    """Loads HuBERT, WavLM, wav2vec2 or Whisper's encoder.
 
-    `layer`: "mean" of all hidden states, the embeddings included; "last"; or a number, 0 for the
-    embeddings. `half`: see `network_dtype`. Raises ValueError when the model is not there or of no
-    known kind, or has no such layer.
+    Args:
+        model: hub id or a folder that transformers saved.
+        layer: "mean" of all hidden states, the embeddings included; "last"; or a number, 0 for the
+            embeddings.
+        half: see `network_dtype`.
+
+    Raises:
+        ValueError: the model is missing, of an unknown kind, or has no such layer.
     """
     config = _config(model, SPEECH_KINDS, "speech")
     is_whisper = config.model_type == "whisper"
@@ -422,7 +431,7 @@ def load_speech_teacher(
         )
     else:
         if getattr(config, "add_adapter", False):
-            config.add_adapter = False  # It would lower the frame rate.
+            config.add_adapter = False  # An adapter lowers the frame rate.
         network = _network(model, config)
         teacher = WaveTeacher(network, name=model, layer=layer, normalize=_normalizes(model))
     return teacher.to(device, network_dtype(device, half))
@@ -431,7 +440,7 @@ def load_speech_teacher(
 def load_text_teacher(
     model: str, *, layer: str = "mean", device: str | torch.device = "cpu", half: bool = True
 ) -> TextTeacher:
-    """BERT, ELECTRA, DistilBERT, MiniLM; `layer`, `half` and errors as in `load_speech_teacher`."""
+    """Loads BERT, ELECTRA, DistilBERT or MiniLM; arguments and errors as `load_speech_teacher`."""
     from transformers import AutoTokenizer
 
     config = _config(model, TEXT_KINDS, "text")
@@ -445,7 +454,7 @@ def load_text_teacher(
 
 
 def has_bf16(device: str | torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware: emulated, it is slower than float32."""
+    """Whether the device multiplies bfloat16 in hardware (emulation is slower than float32)."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
@@ -453,9 +462,9 @@ def has_bf16(device: str | torch.device) -> bool:
 
 
 def network_dtype(device: str | torch.device, half: bool = True) -> torch.dtype:
-    """What frozen networks compute in: with `half` bfloat16 where the hardware multiplies it.
+    """The dtype of frozen networks: float32, or with `half` bfloat16 where the hardware has it.
 
-    A GPU without it gets float16, a CPU float32; float32 as well without `half`.
+    With `half` but without bfloat16 in hardware: float16 on a GPU, float32 on a CPU.
     """
     if not half:
         return torch.float32
@@ -464,10 +473,13 @@ def network_dtype(device: str | torch.device, half: bool = True) -> torch.dtype:
     return torch.float16 if torch.device(device).type == "cuda" else torch.float32
 
 
-def in_small_letters(words: Sequence[str]) -> list[str]:
-    """The words of a text, lower case where all of it is in capitals."""
-    shouted = " ".join(words).isupper()
-    return [word.lower() if shouted else word for word in words]
+def lowercase_if_all_caps(words: Sequence[str]) -> list[str]:
+    """The words of a text, in lower case if all of it is in capitals, as in LibriSpeech.
+
+    Cased models have few words in capitals in their vocabularies.
+    """
+    all_caps = " ".join(words).isupper()
+    return [word.lower() if all_caps else word for word in words]
 
 
 def _check_layer(layer: str, num_layers: int, model: str) -> None:
@@ -507,12 +519,12 @@ def _network(model: str, config: Any) -> Any:
 
 @contextmanager
 def loading(model: str, purpose: str) -> Iterator[None]:
-    """Quietly; ValueError in one line for whatever transformers and tokenizers raise."""
+    """Turns every exception of transformers and tokenizers into a ValueError of one line."""
     check_source(model)
     try:
         with quiet():
             yield
-    except Exception as error:  # tokenizers raises bare ones
+    except Exception as error:  # tokenizers raises bare Exceptions.
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{model}: cannot be loaded as a {purpose}; give a hub id (owner/name) or a folder "
@@ -522,7 +534,7 @@ def loading(model: str, purpose: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps transformers' remarks about what is meant so, its bars and tables to itself."""
+    """Suppresses transformers' warnings, progress bars and loading reports."""
     from transformers.utils import logging as transformers_logging
 
     level = transformers_logging.get_verbosity()
@@ -541,6 +553,6 @@ def _normalizes(model: str) -> bool:
     try:
         settings, _ = Wav2Vec2FeatureExtractor.get_feature_extractor_dict(model)
     except (OSError, ValueError):
-        logger.warning("%s: no preprocessor_config.json; waves are normalised", model)
+        logger.warning("%s: no preprocessor_config.json; waves are normalized", model)
         return True
     return bool(settings.get("do_normalize", True))

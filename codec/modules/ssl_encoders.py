@@ -5,13 +5,11 @@ hidden states, quantised, hold them (CosyVoice, arXiv 2407.05407, section 2.1; G
 2412.02612, section 3.1). Whisper's weights (arXiv 2212.04356) are part of the codec, and frozen.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -45,36 +43,36 @@ class WhisperEncoder(nn.Module):
 
     @torch.no_grad()
     def features(
-        self, wave: Float[Tensor, "B 1 S"], lengths: Lengths | None = None
+        self,
+        wave: Float[Tensor, "B 1 S"],
+        lengths: Lengths | None = None,
+        offsets: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B F T"]:
-        """Whisper's, F = stack * width of each frame, T = ceil(S / hop_length); zeros behind an
-        item's end."""
+        """Whisper's features, F = stack * width, T = ceil(S / hop_length); zeros in padding.
+
+        `offsets` is the position of each item's first feature in Whisper's 30 s window (default 0),
+        see `random_offsets`.
+        """
         total = ceil_div(wave.shape[-1], self.hop_length)
         if lengths is None:
             lengths = torch.full((len(wave),), wave.shape[-1], device=wave.device)
-        # Whisper has a feature for each 20 ms that has begun: silence completes the last frame.
+        # Whisper has ceil(S / 320) features; silence completes the last frame.
         frames = ceil_div(lengths, self.hop_length)
         wave = wave * length_mask(lengths, wave.shape[-1])
         wave = functional.pad(wave, (0, -wave.shape[-1] % self.hop_length))
-        values = self.whisper(wave, frames * self.hop_length).values
+        values = self.whisper(wave, frames * self.hop_length, offsets).values
         values = rearrange(values, "b (t s) d -> b (s d) t", s=self.stack)
         return functional.pad(values, (0, total - values.shape[-1]))
 
-    @contextmanager
-    def shifted(self, lengths: Lengths) -> Iterator[None]:
-        """Meanwhile Whisper takes items of `lengths` samples to begin anywhere in its 30 s.
+    def random_offsets(self, lengths: Lengths) -> Int[Tensor, " B"]:
+        """Random `offsets` (on the CPU) at which items of `lengths` samples fit into 30 s.
 
-        Its features tell where in them a sound stands. Codes had better not (LOG.md): who learns
-        with shifts learns to do without that.
+        Whisper's features encode the absolute position, and codes should not (LOG.md): training
+        with random offsets makes them independent of it.
         """
-        whisper = self.whisper
-        room = (whisper.window_frames - ceil_div(lengths, WHISPER_HOP) - self.stack).clamp(min=0)
-        drawn = torch.rand(len(lengths)) * (room.cpu() + 1)
-        whisper.first = drawn.long().clamp(max=room.cpu())
-        try:
-            yield
-        finally:
-            whisper.first = None
+        free = self.whisper.window_frames - ceil_div(lengths, WHISPER_HOP) - self.stack
+        free = free.clamp(min=0).cpu()
+        return (torch.rand(len(lengths)) * (free + 1)).long().clamp(max=free)
 
     def forward(
         self, wave: Float[Tensor, "B 1 S"], lengths: Lengths | None = None

@@ -14,7 +14,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from codec.distillation.objectives import Student, StudentOutput, Target, distill_losses
-from codec.distillation.resynthesis import Reference, Resynthesis
+from codec.distillation.resynthesis import OriginalFeatures, Resynthesis
 from codec.distillation.targets import Teachers
 from codec.io import atomic_folder
 from codec.models.codec import Codec, CodecOutput
@@ -77,7 +77,7 @@ class Lesson(NamedTuple):
 
     targets: dict[str, Target]
     config: DistillConfig
-    original: Reference | None = None
+    original: OriginalFeatures | None = None
     """What the speech made of the semantic codes is compared with."""
 
 
@@ -333,7 +333,7 @@ def _lesson(models: Models, crops: Crops) -> Lesson:
     if models.teachers is not None:
         lesson = Lesson(models.teachers(crops), models.teachers.config)
     if models.resynthesis is not None:
-        lesson = lesson._replace(original=models.resynthesis.listen(crops))
+        lesson = lesson._replace(original=models.resynthesis.encode_originals(crops))
     return lesson
 
 

@@ -112,7 +112,7 @@ def _distances(
             rows.append([counts * float(told[f"distill_{name}"]), counts])
     if resynthesis is not None:
         assert out.resynthesis is not None
-        rows.append([float(resynthesis.listen(crop).distance(out.resynthesis)), 1.0])
+        rows.append([float(resynthesis.encode_originals(crop).distance(out.resynthesis)), 1.0])
     return torch.tensor(rows, dtype=torch.float64)
 
 

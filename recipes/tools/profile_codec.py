@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import codec.training.loop as training
-from codec.distillation.resynthesis import Reference, Resynthesis
+from codec.distillation.resynthesis import OriginalFeatures, Resynthesis
 from codec.distillation.targets import Teachers
 from codec.models.codec import Codec
 from codec.training.data import CropDataset, crop_batches, read_cuts
@@ -156,7 +156,7 @@ def _places(models: Models) -> Iterator[tuple[str, Any, str, bool]]:
             yield "projections to teachers", head, "forward", True
     yield "teachers, targets", Teachers, "__call__", False
     yield "Whisper, original", Resynthesis, "listen", False
-    yield "Whisper, resynthesis", Reference, "distance", True
+    yield "Whisper, resynthesis", OriginalFeatures, "distance", True
     yield "teachers, losses", training, "distill_losses", True
     for name in ("mel", "magnitude", "wave"):
         yield f"{name} loss", training, f"{name}_loss", True

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from codec.audio import read_audio
-from codec.distillation.objectives import align_words
-from codec.distillation.teachers import TextTeacher, in_small_letters, load_text_teacher
+from codec.distillation.objectives import word_per_frame
+from codec.distillation.teachers import TextTeacher, load_text_teacher, lowercase_if_all_caps
 from codec.distillation.word_alignment import Word, load_transcriber
 from codec.modules.layers import ceil_div
 from codec.program import ArgumentParser
@@ -94,14 +94,14 @@ def align(
 ) -> Alignments:
     """The word of each frame in both ways, as training has them."""
     spans = torch.tensor([[word.start, word.end] for word in words]).reshape(-1, 2)
-    ctc = align_words(spans, num_frames, frame_rate).tolist()
+    ctc = word_per_frame(spans, num_frames, frame_rate).tolist()
     return Alignments(ctc, index_words([word.text for word in words], teacher, num_frames))
 
 
 def index_words(words: Sequence[str], teacher: TextTeacher, num_frames: int) -> list[int]:
     """The word whose piece stands at each frame in `TextTeacher.padded`."""
     encoded = teacher.tokenizer(
-        in_small_letters(words),
+        lowercase_if_all_caps(words),
         is_split_into_words=True,
         truncation=True,
         max_length=min(num_frames, teacher.max_pieces),

@@ -9,7 +9,7 @@ import torch
 from tiny_semantic import one_hot_recognizer
 
 import recipes.make_clips as recipe
-from codec.distillation.ctc_reader import CodeReader, Reader
+from codec.distillation.ctc_reader import CodeRecognizer, RecognizerNetwork
 from codec.tokens import CodecStamp, TokenRow, TokenShard, write_shard
 from recipes.make_clips import cut, main
 from slm.data.interleaving import read_edges
@@ -36,9 +36,9 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         both = np.stack([first, np.arange(len(first)) % 7]).astype(np.uint16)
         rows.append(TokenRow(f"u{number}", text, "s", "en", both.shape[1] / 25, both))
     write_shard(tmp_path / "tokens.parquet", rows, STAMP)
-    CodeReader(Reader(4, 8, "abc"), torch.randn(5, 4)).save(tmp_path / "reader")
-    heard = one_hot_recognizer("abc").heard
-    monkeypatch.setattr(CodeReader, "heard", lambda _, codes: heard(codes))
+    CodeRecognizer(RecognizerNetwork(4, 8, "abc"), torch.randn(5, 4)).save(tmp_path / "reader")
+    heard = one_hot_recognizer("abc").log_probs
+    monkeypatch.setattr(CodeRecognizer, "log_probs", lambda _, codes: heard(codes))
     return [f"tokens={tmp_path / 'tokens.parquet'}", f"reader={tmp_path / 'reader'}",
             f"out={tmp_path / 'out'}"]  # fmt: skip
 
@@ -90,13 +90,13 @@ def test_long_silences_are_dropped(settings: list[str], monkeypatch, capsys) -> 
 
 
 def test_a_reader_of_other_codes_is_noticed(settings: list[str], monkeypatch) -> None:
-    monkeypatch.setattr(CodeReader, "read", lambda *_: "zzzz")
+    monkeypatch.setattr(CodeRecognizer, "transcribe", lambda *_: "zzzz")
     with pytest.raises(ValueError, match="does not read the codes of"):
         main(settings)
 
 
 def test_a_reader_of_another_codebook_is_refused(settings: list[str], tmp_path: Path) -> None:
-    CodeReader(Reader(4, 8, "abc"), torch.randn(6, 4)).save(tmp_path / "reader")
+    CodeRecognizer(RecognizerNetwork(4, 8, "abc"), torch.randn(6, 4)).save(tmp_path / "reader")
     with pytest.raises(ValueError, match=r"a codebook of 6 entries, but that of .* has 5"):
         main(settings)
 

@@ -14,7 +14,7 @@ from tiny_semantic import noise
 from tiny_teachers import save_speech_teacher
 
 from codec import Codec
-from codec.distillation.ctc_reader import CodeReader
+from codec.distillation.ctc_reader import CodeRecognizer
 from codec.modules.ssl_encoders import WhisperEncoder
 from codec.tokens import TokenShard, write_shard
 from recipes.export_tokens import main as export_tokens
@@ -57,9 +57,9 @@ def test_both_stages_end_to_end_and_the_semantic_half_stays(
     train_semantic([*settings, f"out={tmp_path / 'semantic'}"])
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told["codec"] == str(tmp_path / "semantic" / "codec")
-    reader, codec = CodeReader.load(told["reader"]), Codec.from_pretrained(told["codec"])
+    reader, codec = CodeRecognizer.load(told["reader"]), Codec.from_pretrained(told["codec"])
     assert torch.equal(reader.entries, codec.entries()[0])
-    assert isinstance(reader.read(codec.encode(noise(1, 1, 9_000)).codes[0, 0].numpy()), str)
+    assert isinstance(reader.transcribe(codec.encode(noise(1, 1, 9_000)).codes[0, 0].numpy()), str)
     assert told["dev_cer"] > 0
     assert 0 < told["entries_used"] <= 1
     assert "2 recordings left out, without a transcript in letters: 5, 6" in caplog.text
@@ -154,7 +154,9 @@ def test_stopped_and_started_again_it_ends_with_the_same_weights(
     semantic = [name for name in once if ".semantic." in name]
     assert semantic
     assert all(torch.equal(once[name], twice[name]) for name in semantic)
-    readers = [CodeReader.load(tmp_path / run / "reader").state_dict() for run in ("once", "twice")]
+    readers = [
+        CodeRecognizer.load(tmp_path / run / "reader").state_dict() for run in ("once", "twice")
+    ]
     assert all(torch.equal(one, two) for one, two in zip(*map(dict.values, readers), strict=True))
 
 
@@ -197,7 +199,7 @@ def test_two_ranks_train_one_codebook(settings: list[str], tmp_path: Path, launc
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     codec = Codec.from_pretrained(told["codec"])
-    assert torch.equal(CodeReader.load(told["reader"]).entries, codec.entries()[0])
+    assert torch.equal(CodeRecognizer.load(told["reader"]).entries, codec.entries()[0])
     assert codec.quantizer.semantic.codebooks[0].num_updates == 6
 
 

@@ -9,13 +9,18 @@ import torch
 from tiny_semantic import LM_SPT, noise, tiny_semantic
 
 from codec import Codec
-from codec.distillation.asr_supervision import SemanticStudent, Spoken, read, spelling_loss
+from codec.distillation.asr_supervision import (
+    SemanticStudent,
+    TranscribedBatch,
+    ctc_loss,
+    greedy_labels,
+)
 from codec.distillation.ctc_reader import BLANK
 
 
-def batch_of(*samples: int) -> Spoken:
+def batch_of(*samples: int) -> TranscribedBatch:
     labels = torch.tensor([[2, 3, 1, 2], [3, 2, BLANK, BLANK]])[: len(samples)]
-    return Spoken(noise(len(samples), 1, max(samples)), torch.tensor(samples), labels)
+    return TranscribedBatch(noise(len(samples), 1, max(samples)), torch.tensor(samples), labels)
 
 
 def test_codes_are_trained_at_two_places_and_made_at_one(tmp_path: Path) -> None:
@@ -36,11 +41,13 @@ def test_padding_changes_neither_what_is_read_nor_the_codebook(tmp_path: Path) -
     student = SemanticStudent(codec, "ab").eval()
     batch = batch_of(12 * 640, 5 * 640)
     both = student(batch)
-    alone = student(Spoken(batch.wave[1:, :, : 5 * 640], batch.lengths[1:], batch.labels[1:, :2]))
+    alone = student(
+        TranscribedBatch(batch.wave[1:, :, : 5 * 640], batch.lengths[1:], batch.labels[1:, :2])
+    )
     torch.testing.assert_close(both.letters[1, :10], alone.letters[0])
     assert both.codes[12:].tolist() == alone.codes.tolist()
     assert both.codes.numel() == 17
-    loud = Spoken(batch.wave.clone(), batch.lengths, batch.labels)
+    loud = TranscribedBatch(batch.wave.clone(), batch.lengths, batch.labels)
     loud.wave[1, :, 5 * 640 :] = 1.0
     entries = []
     for one in (batch, loud):
@@ -66,7 +73,7 @@ def test_the_spelling_loss_sums_every_path_of_the_transcript(tmp_path: Path) -> 
         kept = [a for a, b in zip(path, (None, *path), strict=False) if a != b and a != BLANK]
         if kept == [2, 2]:
             total = total + chances[torch.arange(6), list(path)].prod()
-    torch.testing.assert_close(spelling_loss(told, batch, 640)[0], -total.log())
+    torch.testing.assert_close(ctc_loss(told, batch, 640)[0], -total.log())
 
 
 def test_reading_drops_blanks_and_repetitions(tmp_path: Path) -> None:
@@ -75,8 +82,8 @@ def test_reading_drops_blanks_and_repetitions(tmp_path: Path) -> None:
     best = torch.tensor([[2, 2, 0, 2, 3, 1]])
     letters = torch.nn.functional.one_hot(best, 4).float()
     told = told._replace(letters=letters)
-    assert read(told, torch.tensor([3 * 640]), 640) == [[2, 2, 3, 1]]
-    assert read(told, torch.tensor([640]), 640) == [[2]]
+    assert greedy_labels(told, torch.tensor([3 * 640]), 640) == [[2, 2, 3, 1]]
+    assert greedy_labels(told, torch.tensor([640]), 640) == [[2]]
 
 
 def test_a_codec_without_such_an_encoder_is_refused() -> None:

@@ -7,21 +7,28 @@ import pytest
 import torch
 from tiny_semantic import one_hot_recognizer
 
-from codec.distillation.ctc_reader import SPACE, STEPS, CodeReader, Reader, letters_of, spell
+from codec.distillation.ctc_reader import (
+    SPACE,
+    STEPS,
+    CodeRecognizer,
+    RecognizerNetwork,
+    ctc_labels,
+    letters_in,
+)
 
 
 def test_letters_are_those_of_the_transcripts_in_small_letters() -> None:
-    assert letters_of(["Dad\N{RIGHT SINGLE QUOTATION MARK}s well-known 2 plans!"]) == "'adeklnopsw"
-    assert spell("Ab, a-b.", "ab") == [2, 3, 1, 2, 1, 3]
-    assert spell("I'm", "'im") == [3, 2, 4]
-    assert spell(
-        "Caf\N{LATIN SMALL LETTER E WITH ACUTE}", letters_of(["CAFE\N{COMBINING ACUTE ACCENT}"])
+    assert letters_in(["Dad\N{RIGHT SINGLE QUOTATION MARK}s well-known 2 plans!"]) == "'adeklnopsw"
+    assert ctc_labels("Ab, a-b.", "ab") == [2, 3, 1, 2, 1, 3]
+    assert ctc_labels("I'm", "'im") == [3, 2, 4]
+    assert ctc_labels(
+        "Caf\N{LATIN SMALL LETTER E WITH ACUTE}", letters_in(["CAFE\N{COMBINING ACUTE ACCENT}"])
     ) == [3, 2, 4, 5]
 
 
 @pytest.mark.parametrize("text", ["", "?!", "room 2", "xa"])
 def test_what_cannot_be_spelt_has_no_labels(text: str) -> None:
-    assert spell(text, letters_of(["a room 2"])) is None
+    assert ctc_labels(text, letters_in(["a room 2"])) is None
 
 
 def codes(*values: int) -> np.ndarray:
@@ -30,20 +37,20 @@ def codes(*values: int) -> np.ndarray:
 
 def test_codes_are_read_as_letters_and_words() -> None:
     reader = one_hot_recognizer("abc")
-    assert reader.read(codes(0, 2, 0, 3, 3, 1, 1, 0, 4, 0)) == "abb c"
-    assert reader.read(codes(0, 0)) == ""
+    assert reader.transcribe(codes(0, 2, 0, 3, 3, 1, 1, 0, 4, 0)) == "abb c"
+    assert reader.transcribe(codes(0, 0)) == ""
 
 
 def test_words_are_cut_in_the_middle_of_their_pause() -> None:
     reader = one_hot_recognizer("abc")
     said = codes(0, 2, 3, 0, 0, 0, 0, 4, 0, 1, 2, 0)
-    assert reader.word_edges(said, "ab c a") == [0, 5, 9, 12]
-    assert reader.word_edges(said, "AB, C! a.") == [0, 5, 9, 12]
-    assert reader.word_edges(said, "ab - c a") == [0, 2, 7, 9, 12]
+    assert reader.word_boundaries(said, "ab c a") == [0, 5, 9, 12]
+    assert reader.word_boundaries(said, "AB, C! a.") == [0, 5, 9, 12]
+    assert reader.word_boundaries(said, "ab - c a") == [0, 2, 7, 9, 12]
 
 
 def test_a_text_that_was_not_said_like_that_still_ends_at_both_ends() -> None:
-    edges = one_hot_recognizer("abc").word_edges(codes(2, 3, 4, 2, 3), "c c")
+    edges = one_hot_recognizer("abc").word_boundaries(codes(2, 3, 4, 2, 3), "c c")
     assert (edges[0], edges[-1], len(edges)) == (0, 5, 3)
 
 
@@ -59,7 +66,7 @@ def test_a_text_that_was_not_said_like_that_still_ends_at_both_ends() -> None:
 )
 def test_texts_that_cannot_be_aligned(text: str, told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        one_hot_recognizer("abc").word_edges(codes(2, 3, 4), text)
+        one_hot_recognizer("abc").word_boundaries(codes(2, 3, 4), text)
 
 
 def test_shares_are_means_over_the_frames_of_a_code() -> None:
@@ -71,40 +78,40 @@ def test_shares_are_means_over_the_frames_of_a_code() -> None:
 
 
 def test_no_codes_say_nothing() -> None:
-    reader = CodeReader(Reader(6, 8, "ab"), torch.randn(5, 6))
-    assert reader.read(codes()) == ""
+    reader = CodeRecognizer(RecognizerNetwork(6, 8, "ab"), torch.randn(5, 6))
+    assert reader.transcribe(codes()) == ""
     assert not reader.letter_shares([codes()]).any()
 
 
 def test_han_numbers_are_letters() -> None:
     three = "\N{CJK UNIFIED IDEOGRAPH-4E09}"
-    assert letters_of([three + "3"]) == three
-    assert spell(three, three) == [2]
+    assert letters_in([three + "3"]) == three
+    assert ctc_labels(three, three) == [2]
 
 
 def test_what_is_read_depends_on_neighbours_and_not_on_the_batch() -> None:
     torch.manual_seed(0)
-    reader = CodeReader(Reader(6, 8, "ab"), torch.randn(5, 6))
-    found = reader.heard(codes(0, 1, 2, 3, 4))
+    reader = CodeRecognizer(RecognizerNetwork(6, 8, "ab"), torch.randn(5, 6))
+    found = reader.log_probs(codes(0, 1, 2, 3, 4))
     assert found.shape == (5 * STEPS, 4)
     torch.testing.assert_close(found.exp().sum(1), torch.ones(10))
-    assert not torch.allclose(found[:2], reader.heard(codes(0, 4, 2, 3, 4))[:2])
+    assert not torch.allclose(found[:2], reader.log_probs(codes(0, 4, 2, 3, 4))[:2])
     with pytest.raises(ValueError, match="code 5 of a codebook of 5 entries"):
-        reader.heard(codes(5))
+        reader.log_probs(codes(5))
 
 
 def test_it_is_saved_whole(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    reader = CodeReader(Reader(6, 8, "ab'"), torch.randn(5, 6))
+    reader = CodeRecognizer(RecognizerNetwork(6, 8, "ab'"), torch.randn(5, 6))
     reader.save(tmp_path / "reader")
-    again = CodeReader.load(tmp_path / "reader")
-    assert torch.equal(again.heard(codes(0, 3, 2)), reader.heard(codes(0, 3, 2)))
-    assert again.reader.letters == "ab'"
+    again = CodeRecognizer.load(tmp_path / "reader")
+    assert torch.equal(again.log_probs(codes(0, 3, 2)), reader.log_probs(codes(0, 3, 2)))
+    assert again.letters == "ab'"
     (tmp_path / "reader" / "reader.json").write_text("{")
     for folder in ("reader", "none"):
         with pytest.raises(ValueError, match="no whole reader of codes"):
-            CodeReader.load(tmp_path / folder)
+            CodeRecognizer.load(tmp_path / folder)
 
 
 def test_a_space_is_a_label_of_its_own() -> None:
-    assert spell("a b", "ab") == [2, SPACE, 3]
+    assert ctc_labels("a b", "ab") == [2, SPACE, 3]

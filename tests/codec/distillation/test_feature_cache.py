@@ -17,7 +17,7 @@ from tiny_teachers import EvenTranscriber
 from torch import Tensor
 
 from codec.distillation import feature_cache as feature_shards
-from codec.distillation.feature_cache import FeatureCache, seal_cache, write_cache
+from codec.distillation.feature_cache import FeatureCache, complete_cache, write_cache
 from codec.distillation.teachers import SpeechTeacher
 from codec.distillation.word_alignment import Word
 from codec.training.data import load_cut
@@ -149,7 +149,7 @@ def test_ranks_share_the_work_and_one_seals(tmp_path, cuts, speech) -> None:
         write_cache(tmp_path / "cache", cuts, speech=speech, share=(rank, 2))
     with pytest.raises(ValueError, match="not finished"):
         FeatureCache.open(tmp_path / "cache")
-    assert seal_cache(tmp_path / "cache").num_recordings == 5
+    assert complete_cache(tmp_path / "cache").num_recordings == 5
     cache = FeatureCache.open(tmp_path / "cache")
     assert cache.missing(cuts) == []
     modes = {file.stat().st_mode for file in (tmp_path / "cache").iterdir()}

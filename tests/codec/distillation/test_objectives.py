@@ -10,15 +10,15 @@ from codec.config import QuantizerConfig, SEANetConfig, SpectralConfig
 from codec.distillation.objectives import (
     Student,
     Target,
-    align_words,
+    average_over_frames,
     d_axis_loss,
     distill_losses,
-    over_frames,
-    states_over_frames,
+    frame_overlaps,
+    match_lengths,
+    pseudo_label_loss,
     t_axis_loss,
-    trim,
-    unit_loss,
-    word_overlaps,
+    word_per_frame,
+    word_states_over_frames,
 )
 from codec.training.config import DistillConfig, SpeechTeacherConfig, TextTeacherConfig
 
@@ -110,22 +110,22 @@ def test_units_are_learnt_where_the_mask_is() -> None:
     units = torch.tensor([[0, 1, 2], [2, 1, 0]])
     mask = torch.tensor([[True, True, True], [True, False, False]])
     logits = 20.0 * torch.nn.functional.one_hot(units, 4).float()
-    assert float(unit_loss(logits, units, mask)) < 1e-6
+    assert float(pseudo_label_loss(logits, units, mask)) < 1e-6
     logits[1, 1] = torch.tensor([20.0, 0, 0, 0])  # Wrong, but not asked.
-    assert float(unit_loss(logits, units, mask)) < 1e-6
-    assert float(unit_loss(torch.zeros(2, 3, 4), units, mask)) == pytest.approx(math.log(4))
+    assert float(pseudo_label_loss(logits, units, mask)) < 1e-6
+    assert float(pseudo_label_loss(torch.zeros(2, 3, 4), units, mask)) == pytest.approx(math.log(4))
 
 
 def test_one_frame_more_or_less_is_trimmed_and_two_are_an_error() -> None:
     student = features(12)
     for frames in (11, 12, 13):
         values = features(frames)
-        ours, target = trim(student, Target(values, everywhere(values)))
+        ours, target = match_lengths(student, Target(values, everywhere(values)))
         assert ours.shape[1] == target.values.shape[1] == target.mask.shape[1] == min(frames, 12)
     for frames in (10, 14):
         values = features(frames)
         with pytest.raises(ValueError, match=f"the teacher has {frames} frames where the codec"):
-            trim(student, Target(values, everywhere(values)))
+            match_lengths(student, Target(values, everywhere(values)))
 
 
 def test_two_teachers_count_half_each() -> None:
@@ -151,44 +151,44 @@ def test_each_objective_has_its_loss(objective: str) -> None:
     student, teacher = features(seed=1), features(seed=2)
     values = teacher if objective == "t_axis" else teacher.argmax(2)
     target = Target(values, everywhere(teacher))
-    loss = {"t_axis": t_axis_loss, "units": unit_loss}[objective]
+    loss = {"t_axis": t_axis_loss, "units": pseudo_label_loss}[objective]
     found = distill_losses({"speech": student}, {"speech": target}, config)["distill"]
     assert float(found) == float(loss(student, values, target.mask))
 
 
 def test_features_are_averaged_over_each_frame() -> None:
     ramp, seven = torch.arange(7.0).view(1, 7, 1), torch.tensor([7])
-    same, mask = over_frames(ramp, seven, 50.0, 7, 50.0)
+    same, mask = average_over_frames(ramp, seven, 50.0, 7, 50.0)
     torch.testing.assert_close(same, ramp)
     assert mask.all()
-    half = over_frames(ramp, seven, 50.0, 4, 25.0)
+    half = average_over_frames(ramp, seven, 50.0, 4, 25.0)
     assert half.values.flatten().tolist() == pytest.approx([0.5, 2.5, 4.5, 6.0])
     assert half.mask.all()  # The last frame is half filled.
-    fewer = over_frames(ramp, seven, 50.0, 3, 12.5)
+    fewer = average_over_frames(ramp, seven, 50.0, 3, 12.5)
     assert fewer.mask.tolist() == [[True, True, False]]
     assert fewer.values.flatten().tolist() == pytest.approx([1.5, 5.0, 0.0])
-    more = over_frames(ramp, seven, 50.0, 14, 100.0).values.flatten()
+    more = average_over_frames(ramp, seven, 50.0, 14, 100.0).values.flatten()
     assert more.tolist() == pytest.approx([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6])
-    odd = over_frames(ramp, seven, 50.0, 10, 75.0)  # 1, then half of 1 and half of 2, 2 ...
+    odd = average_over_frames(ramp, seven, 50.0, 10, 75.0)  # 1, then half of 1 and half of 2, 2 ...
     assert odd.values.flatten()[:4].tolist() == pytest.approx([0, 0.5, 1, 2])
 
 
 def test_padding_never_enters_a_frame() -> None:
     batch = torch.randn(2, 9, 3)
     batch[1, 5:] = 1e6
-    target = over_frames(batch, torch.tensor([9, 5]), 50.0, 5, 25.0)
-    alone = over_frames(batch[1:, :5], torch.tensor([5]), 50.0, 5, 25.0)
+    target = average_over_frames(batch, torch.tensor([9, 5]), 50.0, 5, 25.0)
+    alone = average_over_frames(batch[1:, :5], torch.tensor([5]), 50.0, 5, 25.0)
     torch.testing.assert_close(target.values[1:], alone.values)
     assert target.mask.tolist() == [[True] * 5, [True, True, True, False, False]]
 
 
 def test_words_lie_on_their_own_frames() -> None:
     spans = torch.tensor([[0.1, 0.3], [0.5, 0.61], [0.61, 0.65], [0.9, 0.93]])
-    assert align_words(spans, 10, 10.0).tolist() == [-1, 0, 0, -1, -1, 1, 2, -1, -1, -1]
+    assert word_per_frame(spans, 10, 10.0).tolist() == [-1, 0, 0, -1, -1, 1, 2, -1, -1, -1]
     seconds = torch.tensor([0.2, 0.11, 0.04, 0.03])
-    torch.testing.assert_close(word_overlaps(spans, 10, 10.0).sum(0), seconds)
+    torch.testing.assert_close(frame_overlaps(spans, 10, 10.0).sum(0), seconds)
     states = torch.tensor([[1.0, 0], [0, 1], [0, -1], [5, 5]])
-    (values,), (mask,) = states_over_frames(spans, states, 10, 10.0)
+    (values,), (mask,) = word_states_over_frames(spans, states, 10, 10.0)
     # The last word has less than half of its frame: mostly silence.
     assert mask.nonzero().flatten().tolist() == [1, 2, 5, 6]
     torch.testing.assert_close(values[[1, 2, 5]], states[[0, 0, 1]])
@@ -198,10 +198,10 @@ def test_words_lie_on_their_own_frames() -> None:
 
 def test_without_words_no_frame_is_taught() -> None:
     spans, states = torch.zeros(0, 2), torch.zeros(0, 5)
-    (values,), (mask,) = states_over_frames(spans, states, 4, 25.0)
+    (values,), (mask,) = word_states_over_frames(spans, states, 4, 25.0)
     assert values.shape == (4, 5)
     assert not mask.any()
-    assert align_words(spans, 4, 25.0).tolist() == [-1] * 4
+    assert word_per_frame(spans, 4, 25.0).tolist() == [-1] * 4
 
 
 def test_dropout_leaves_the_last_codebook_its_teacher() -> None:

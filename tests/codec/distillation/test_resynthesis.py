@@ -52,7 +52,7 @@ def test_the_original_itself_is_at_no_distance(config, distance, mask, rate) -> 
     batch = crops(0.5, 0.3, rate=rate)
     settings = replace(config, distance=distance, mask=mask, decoder="main")
     codec = replace(TINY, family="spectral", sample_rate=rate)
-    original = Resynthesis(settings, codec, "cpu").listen(batch)
+    original = Resynthesis(settings, codec, "cpu").encode_originals(batch)
     assert float(original.distance(batch.wave)) < 1e-9
     assert original.features.lengths.tolist() == ([25, 15] if mask else [1500, 1500])
     other = crops(0.5, 0.3, rate=rate, seed=7).wave
@@ -62,7 +62,7 @@ def test_the_original_itself_is_at_no_distance(config, distance, mask, rate) -> 
 def test_the_gradient_reaches_what_makes_the_semantic_codes_and_what_speaks_them(config) -> None:
     batch, made = crops(0.5, 0.4), student(config)
     listener, codec = Resynthesis(config, TINY, "cpu"), made.codec
-    listener.listen(batch).distance(made(batch.wave).resynthesis).backward()
+    listener.encode_originals(batch).distance(made(batch.wave).resynthesis).backward()
     assert taught(codec.encoder.semantic)
     assert taught(codec.auxiliary)
     assert not taught(codec.encoder.acoustic)
@@ -73,7 +73,7 @@ def test_the_gradient_reaches_what_makes_the_semantic_codes_and_what_speaks_them
 def test_entries_that_learn_by_gradient_learn_from_it(config) -> None:
     quantizer = replace(TINY.quantizer, learning="gradient", codebook_dimension=2)
     batch, made = crops(0.5, 0.4), student(config, replace(TINY, quantizer=quantizer))
-    original = Resynthesis(config, TINY, "cpu").listen(batch)
+    original = Resynthesis(config, TINY, "cpu").encode_originals(batch)
     original.distance(made(batch.wave).resynthesis).backward()
     (book,) = made.codec.quantizer.semantic.codebooks
     assert taught(book.project_in)
@@ -84,7 +84,7 @@ def test_entries_that_learn_by_gradient_learn_from_it(config) -> None:
 def test_without_gradient_only_the_decoder_learns(config) -> None:
     settings = replace(config, stop_gradient=True)
     batch, made = crops(0.5, 0.4), student(settings)
-    original = Resynthesis(settings, TINY, "cpu").listen(batch)
+    original = Resynthesis(settings, TINY, "cpu").encode_originals(batch)
     original.distance(made(batch.wave).resynthesis).backward()
     assert taught(made.codec.auxiliary)
     assert not taught(made.codec.encoder)
@@ -95,7 +95,7 @@ def test_the_codecs_own_decoder_may_speak(config) -> None:
     networks = replace(TINY, family="spectral", spectral=replace(TINY.spectral, dimension=8))
     for codec in (TINY, networks):
         batch, made = crops(0.5, 0.4), student(settings, codec)
-        original = Resynthesis(settings, codec, "cpu").listen(batch)
+        original = Resynthesis(settings, codec, "cpu").encode_originals(batch)
         original.distance(made(batch.wave).resynthesis).backward()
         assert taught(made.codec.decoder)
     with pytest.raises(ValueError, match="no auxiliary decoder"):
@@ -116,28 +116,28 @@ def test_what_lies_beyond_an_items_end_changes_nothing(config, rate) -> None:
     )
     listener = Resynthesis(config, replace(TINY, lmspt=speaks), "cpu")
     batch, speech = crops(0.5, 0.31), crops(0.52, 0.52, rate=rate, seed=5).wave
-    loss = listener.listen(batch).distance(speech)
+    loss = listener.encode_originals(batch).distance(speech)
     end = round(0.31 * rate)
     wild, noise = speech.clone(), batch.wave.clone()
     wild[1, :, end:] = 3.0
     noise[1, :, round(0.31 * 16_000) :] = 3.0
-    assert torch.equal(listener.listen(batch).distance(wild), loss)
-    assert torch.equal(listener.listen(batch._replace(wave=noise)).distance(speech), loss)
+    assert torch.equal(listener.encode_originals(batch).distance(wild), loss)
+    assert torch.equal(listener.encode_originals(batch._replace(wave=noise)).distance(speech), loss)
     alone = [
-        listener.listen(crops(seconds, seed=row)).distance(speech[row : row + 1])
+        listener.encode_originals(crops(seconds, seed=row)).distance(speech[row : row + 1])
         for row, seconds in enumerate((0.5, 0.31))
     ]
     # So gradients averaged over ranks are those of the joined batch, whatever its crops' lengths.
     torch.testing.assert_close(loss, torch.stack(alone).mean(), rtol=1e-4, atol=1e-6)
     wild[1, :, end - 400 : end] = 0.0
-    assert not torch.equal(listener.listen(batch).distance(wild), loss)
+    assert not torch.equal(listener.encode_originals(batch).distance(wild), loss)
 
 
 def test_padding_dilutes_the_loss_as_released(config) -> None:
     """50 frames of speech among 1500; the others differ little, but attend to those that do."""
     batch, speech = crops(1.0, 1.0), crops(1.0, 1.0, seed=5).wave
     masked, whole = (
-        float(Resynthesis(settings, TINY, "cpu").listen(batch).distance(speech))
+        float(Resynthesis(settings, TINY, "cpu").encode_originals(batch).distance(speech))
         for settings in (config, replace(config, mask=False))
     )
     assert 0.8 * 50 / 1500 < whole / masked < 2 * 50 / 1500
@@ -149,12 +149,12 @@ def test_only_the_released_floor_couples_the_items(config) -> None:
     loud = speech * torch.tensor([1.0, 1e4])[:, None, None]
     for per_item in (True, False):
         listener = Resynthesis(replace(config, per_item=per_item), TINY, "cpu")
-        original = listener.listen(batch)
+        original = listener.encode_originals(batch)
         first = [_of_first(original, each) for each in (speech, loud)]
         assert torch.equal(*first) == per_item
     # What the original is compared with keeps floors of its own, as released.
-    both = listener.listen(batch).features.values[0]
-    alone = listener.listen(crops(0.5)).features.values[0]
+    both = listener.encode_originals(batch).features.values[0]
+    alone = listener.encode_originals(crops(0.5)).features.values[0]
     torch.testing.assert_close(both, alone, rtol=1e-4, atol=1e-5)
 
 
@@ -164,7 +164,7 @@ def _gradient(config: ResynthesisConfig) -> torch.Tensor:
     assert {each.dtype for each in listener.teacher.parameters()} == {
         torch.bfloat16 if config.half else torch.float32
     }
-    loss = listener.listen(crops(0.5, 0.3)).distance(speech.requires_grad_())
+    loss = listener.encode_originals(crops(0.5, 0.3)).distance(speech.requires_grad_())
     assert loss.dtype == torch.float32
     (gradient,) = torch.autograd.grad(loss, speech)
     return gradient.flatten()
@@ -187,7 +187,9 @@ def test_a_whisper_in_bfloat16_gives_the_direction_of_the_exact_one(
 def test_the_layer_that_is_named_is_compared(config) -> None:
     batch = crops(0.5)
     states = {
-        layer: Resynthesis(replace(config, layer=layer), TINY, "cpu").listen(batch).features.values
+        layer: Resynthesis(replace(config, layer=layer), TINY, "cpu")
+        .encode_originals(batch)
+        .features.values
         for layer in ("last", "0", "1", "2", "3", "mean")
     }
     assert torch.equal(states["3"], states["last"])
@@ -216,8 +218,8 @@ def test_a_layer_is_mean_last_or_a_number(kind: type, name: str) -> None:
 
 def _of_first(original, speech: torch.Tensor) -> torch.Tensor:
     """What the student's ear makes of the first item of a batch."""
-    ear = original.listener
-    return ear._hear(
+    ear = original.encoder
+    return ear._encode(
         ear.student_teacher, speech, 16_000, original.lengths, original.samples
     ).values[0]  # fmt: skip
 

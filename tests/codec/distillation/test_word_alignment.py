@@ -15,13 +15,13 @@ from codec.distillation.word_alignment import (
     Span,
     WhisperTranscriber,
     Word,
+    attention_scores,
+    dtw_starts,
     fill_gaps,
-    follow,
+    label_runs,
     load_transcriber,
-    quiet_cuts,
-    runs,
-    warp,
-    without_pauses,
+    split_at_pauses,
+    trim_pauses,
 )
 
 RATE = 16_000
@@ -76,9 +76,9 @@ def emission(path: str) -> Tensor:
 
 
 def test_ctc_words_have_the_frames_of_their_letters(ctc: CTCTranscriber) -> None:
-    found = ctc.recognise(emission("__HH_EL_LOO__||_A_|_TE_|__"))
+    found = ctc.recognize(emission("__HH_EL_LOO__||_A_|_TE_|__"))
     assert found == [("HELLO", 2, 11), ("A", 16, 17), ("TE", 20, 22)]
-    assert ctc.recognise(emission("__|_")) == []
+    assert ctc.recognize(emission("__|_")) == []
 
 
 def test_ctc_aligns_given_words(ctc: CTCTranscriber) -> None:
@@ -225,17 +225,17 @@ def test_whisper_attention_is_the_models_own(whisper: WhisperTranscriber, tmp_pa
 
 def test_whisper_splits_what_it_recognises_at_spaces(whisper: WhisperTranscriber) -> None:
     tokens = whisper.tokenizer(" the cat's hat.", add_special_tokens=False)["input_ids"]
-    words, parts = whisper._split(tokens)
+    words, parts = whisper._split_words(tokens)
     assert words == ["the", "cat's", "hat."]
     assert [token for part in parts for token in part] == tokens
 
 
 def test_whisper_reads_shouted_texts_in_small_letters(whisper: WhisperTranscriber) -> None:
-    words, tokens = whisper._tokenised(["THE", "CAT'S"])
+    words, tokens = whisper._tokenize(["THE", "CAT'S"])
     assert words == ["THE", "CAT'S"]
     assert whisper.tokenizer.decode(tokens[1]) == " cat's"
-    assert whisper.tokenizer.decode(whisper._tokenised(["The", "NHS"])[1][1]) == " NHS"
-    assert whisper._tokenised(["7"])[0] == ["7"]
+    assert whisper.tokenizer.decode(whisper._tokenize(["The", "NHS"])[1][1]) == " NHS"
+    assert whisper._tokenize(["7"])[0] == ["7"]
 
 
 def test_a_text_longer_than_whisper_reads_is_refused(whisper: WhisperTranscriber) -> None:
@@ -295,15 +295,15 @@ def test_a_model_that_cannot_transcribe_is_named(tmp_path: Path) -> None:
 def test_the_path_follows_the_highest_scores() -> None:
     scores = np.full((3, 8), -0.1, np.float32)
     scores[0, :3] = scores[1, 3:5] = scores[2, 5:] = 1
-    assert warp(scores).tolist() == [0, 3, 5]
+    assert dtw_starts(scores).tolist() == [0, 3, 5]
 
 
 def test_tokens_may_share_a_frame_and_the_first_starts_at_0() -> None:
     scores = np.full((4, 4), -1.0, np.float32)
     scores[0, :2] = scores[1, 2] = scores[2, 2] = scores[3, 3] = 1
-    assert warp(scores).tolist() == [0, 2, 2, 3]
-    assert warp(np.ones((1, 5), np.float32)).tolist() == [0]
-    assert warp(np.ones((3, 1), np.float32)).tolist() == [0, 0, 0]
+    assert dtw_starts(scores).tolist() == [0, 2, 2, 3]
+    assert dtw_starts(np.ones((1, 5), np.float32)).tolist() == [0]
+    assert dtw_starts(np.ones((3, 1), np.float32)).tolist() == [0, 0, 0]
 
 
 def test_the_path_has_the_best_score_of_all() -> None:
@@ -319,7 +319,7 @@ def test_the_path_has_the_best_score_of_all() -> None:
     generator = np.random.default_rng(0)
     for _ in range(20):
         scores = generator.standard_normal((6, 9)).astype(np.float32)
-        starts = warp(scores)
+        starts = dtw_starts(scores)
         assert (np.diff(starts) >= 0).all()
         # A token goes on to the frame before the next one's, or shares that one.
         stops = np.append(starts[1:], 8)
@@ -336,23 +336,23 @@ def test_attention_is_normalised_over_tokens_smoothed_and_averaged() -> None:
     weights[:, 0, :10] = weights[:, 1, 10:] = 1.0
     weights[1] *= 5  # A louder head counts no more.
     weights[0, 2, 4] = 1.0  # One frame alone is noise.
-    scores = follow(weights)
+    scores = attention_scores(weights)
     assert scores.shape == (3, 20)
     high, low = 2 / 2**0.5, -1 / 2**0.5
     assert scores[0, :9].tolist() == pytest.approx([high] * 9)
     assert scores[1, 11:].tolist() == pytest.approx([high] * 9)
     assert scores[2].tolist() == pytest.approx([low] * 20)
-    torch.testing.assert_close(follow(weights[1:]), follow(weights[1:] / 5))
+    torch.testing.assert_close(attention_scores(weights[1:]), attention_scores(weights[1:] / 5))
 
 
 def test_few_frames_are_not_smoothed() -> None:
     weights = torch.eye(3)[None]
-    assert warp(follow(weights).numpy()).tolist() == [0, 1, 2]
+    assert dtw_starts(attention_scores(weights).numpy()).tolist() == [0, 1, 2]
 
 
 def test_runs_of_a_label_have_frames() -> None:
-    assert list(runs([0, 0, 7, 7, 7, 0, 3])) == [(0, 0, 2), (7, 2, 5), (0, 5, 6), (3, 6, 7)]
-    assert list(runs([])) == []
+    assert list(label_runs([0, 0, 7, 7, 7, 0, 3])) == [(0, 0, 2), (7, 2, 5), (0, 5, 6), (3, 6, 7)]
+    assert list(label_runs([])) == []
 
 
 def test_words_without_a_time_share_the_gap() -> None:
@@ -368,7 +368,7 @@ def test_pauses_are_cut_off_words() -> None:
     wave[20:45] = 1.0  # Frames 2, 3 and half of 4 of ten samples each.
     wave[70:80] = 0.001
     spans = [Span("a", 0, 3), Span("b", 3, 6), Span("c", 6, 10), Span("d", 3, 3)]
-    assert without_pauses(spans, wave[:95], 10) == [
+    assert trim_pauses(spans, wave[:95], 10) == [
         Span("a", 2, 3), Span("b", 3, 5), Span("c", 6, 10), Span("d", 3, 3),
     ]  # fmt: skip
 
@@ -376,21 +376,21 @@ def test_pauses_are_cut_off_words() -> None:
 def test_the_noise_of_a_recording_is_a_pause() -> None:
     wave = torch.full((2000,), 0.02)  # 34 dB below: more than the lower bound allows alone.
     wave[500:1500] = 1.0
-    assert without_pauses([Span("a", 0, 200)], wave, 10) == [Span("a", 50, 150)]
+    assert trim_pauses([Span("a", 0, 200)], wave, 10) == [Span("a", 50, 150)]
     wave[:] = 0.5
     wave[500:1500] = 1.0
-    assert without_pauses([Span("a", 0, 200)], wave, 10) == [Span("a", 0, 200)]
+    assert trim_pauses([Span("a", 0, 200)], wave, 10) == [Span("a", 0, 200)]
 
 
 def test_recordings_are_cut_where_they_are_quiet() -> None:
     wave = torch.ones(1500)
     wave[520:540] = wave[1080:1100] = 0
-    stretches = list(quiet_cuts(wave, 600))
+    stretches = list(split_at_pauses(wave, 600))
     assert [start for start, _ in stretches] == [0, *(stop for _, stop in stretches[:-1])]
     assert stretches[-1][1] == 1500
     assert 520 <= stretches[0][1] <= 540
     assert 1080 <= stretches[1][1] <= 1100
     assert all(stop - start <= 600 for start, stop in stretches)
-    assert list(quiet_cuts(wave, float("inf"))) == [(0, 1500)]
-    assert list(quiet_cuts(wave, 1500)) == [(0, 1500)]
-    assert list(quiet_cuts(wave[:0], 600)) == []
+    assert list(split_at_pauses(wave, float("inf"))) == [(0, 1500)]
+    assert list(split_at_pauses(wave, 1500)) == [(0, 1500)]
+    assert list(split_at_pauses(wave[:0], 600)) == []

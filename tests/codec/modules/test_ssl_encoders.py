@@ -61,29 +61,22 @@ def test_a_piece_of_a_long_recording_fits_into_whispers_window(tmp_path: Path) -
     assert np.array_equal(codec.encode_stream(wave[0, 0].numpy().reshape(47, -1)), codes[0])
 
 
-def test_shifts_move_whispers_positions_and_nothing_else(tmp_path: Path) -> None:
+def test_offsets_change_the_positions_only(tmp_path: Path) -> None:
     codec, _ = tiny_semantic(tmp_path)
     encoder, wave = codec.encoder.semantic, noise(2, 1, 10 * 640)
     assert isinstance(encoder, WhisperEncoder)
     lengths = torch.tensor([10 * 640, 29 * 16_000])
     torch.manual_seed(0)
-    drawn = []
-    for _ in range(200):
-        with encoder.shifted(lengths):
-            assert encoder.whisper.first is not None
-            drawn.append(encoder.whisper.first.tolist())
+    drawn = [encoder.random_offsets(lengths).tolist() for _ in range(200)]
     low, high = min(one for one, _ in drawn), max(one for one, _ in drawn)
     assert 0 <= low < 200
     assert 1200 < high <= 1500 - 20
     assert max(one for _, one in drawn) <= 50
-    assert encoder.whisper.first is None
     plain = encoder.features(wave[:1])
-    encoder.whisper.first = torch.tensor([7])
-    moved = encoder.features(wave[:1])
+    moved = encoder.features(wave[:1], offsets=torch.tensor([7]))
     table = encoder.whisper.network.embed_positions.weight
     with torch.no_grad():
         table.copy_(table.roll(-7, dims=0))
-    encoder.whisper.first = None
     torch.testing.assert_close(encoder.features(wave[:1]), moved)
     assert not torch.allclose(plain, moved)
 
