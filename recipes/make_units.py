@@ -4,7 +4,7 @@
         layer=9 num_units=500 frame_rate=50 out=out/units.safetensors
 
 Then train a codec with distill.speech.objective=units distill.speech.units=out/units.safetensors,
-and the same teacher and layer. Source: SpeechTokenizer (arXiv 2308.16692), section 3.3, pseudo-labels.
+and the same teacher and layer. Source: SpeechTokenizer (arXiv 2308.16692), section 3.3.
 
 Not to be confused with acoustic BPE (recipes/train_units.py), which merges codes of a trained codec
 into longer pieces for the language model.

@@ -43,16 +43,16 @@ def noise(*shape: int) -> torch.Tensor:
 
 
 def one_hot_recognizer(letters: str) -> CodeRecognizer:
-    """Code 0 says nothing, 1 ends a word, 2 is the first letter, ...; in a frame's first step."""
+    """Code 0 is a blank, 1 the word separator, 2 the first letter, ...; in a frame's first step."""
     torch.manual_seed(0)
     size = len(letters) + 2
     reader = CodeRecognizer(RecognizerNetwork(size, 8, letters), torch.eye(size))
 
-    def heard(codes: np.ndarray) -> torch.Tensor:
-        chances = torch.full((len(codes), STEPS, size), 0.01 / size)
-        chances[:, 1:, BLANK] = 0.99
-        chances[torch.arange(len(codes)), 0, torch.from_numpy(codes.astype(np.int64))] = 0.99
-        return (chances / chances.sum(-1, keepdim=True)).log().flatten(0, 1)
+    def log_probs(codes: np.ndarray) -> torch.Tensor:
+        probs = torch.full((len(codes), STEPS, size), 0.01 / size)
+        probs[:, 1:, BLANK] = 0.99
+        probs[torch.arange(len(codes)), 0, torch.from_numpy(codes.astype(np.int64))] = 0.99
+        return (probs / probs.sum(-1, keepdim=True)).log().flatten(0, 1)
 
-    reader.log_probs = heard
+    reader.log_probs = log_probs
     return reader

@@ -474,8 +474,8 @@ def align_ctc(
     frames = len(log_probs)
     if (needed := min_ctc_steps(labels)) > frames:
         raise ValueError(
-            f"{len(labels)} letters need at least {needed} frames, but the recording has {frames}; "
-            "is it the right text?"
+            f"{len(labels)} letters need at least {needed} CTC steps, but the recording has "
+            f"{frames}; is it the right text?"
         )
     found: dict[int, tuple[int, int]] = {}
     if labels:

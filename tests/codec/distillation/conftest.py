@@ -25,9 +25,11 @@ def cuts(tmp_path: Path, write_wav: Callable[..., Path]) -> list[MonoCut]:
     for number, (seconds, text) in enumerate(zip(SECONDS, TEXTS, strict=True)):
         path = write_wav(tmp_path / "audio" / f"{number}.wav", seconds, seed=number)
         recording = Recording.from_file(path, recording_id=f"rec/{number}")
-        said = SupervisionSegment(f"s{number}", recording.id, 0.0, seconds, text=text)
+        supervision = SupervisionSegment(f"s{number}", recording.id, 0.0, seconds, text=text)
         made.append(
-            MonoCut(f"cut/{number}", 0.0, seconds, 0, recording=recording, supervisions=[said])
+            MonoCut(
+                f"cut/{number}", 0.0, seconds, 0, recording=recording, supervisions=[supervision]
+            )
         )
     return made
 

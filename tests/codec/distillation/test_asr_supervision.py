@@ -66,24 +66,24 @@ def test_the_spelling_loss_sums_every_path_of_the_transcript(tmp_path: Path) -> 
     codec, _ = tiny_semantic(tmp_path)
     student = SemanticStudent(codec, "ab").eval()
     batch = batch_of(3 * 640)._replace(labels=torch.tensor([[2, 2]]))
-    told = student(batch)
-    chances = told.letters[0].exp()
+    output = student(batch)
+    probs = output.letters[0].exp()
     total = torch.zeros(())
     for path in product(range(4), repeat=6):
         kept = [a for a, b in zip(path, (None, *path), strict=False) if a != b and a != BLANK]
         if kept == [2, 2]:
-            total = total + chances[torch.arange(6), list(path)].prod()
-    torch.testing.assert_close(ctc_loss(told, batch, 640)[0], -total.log())
+            total = total + probs[torch.arange(6), list(path)].prod()
+    torch.testing.assert_close(ctc_loss(output, batch, 640)[0], -total.log())
 
 
 def test_reading_drops_blanks_and_repetitions(tmp_path: Path) -> None:
     codec, _ = tiny_semantic(tmp_path)
-    told = SemanticStudent(codec, "ab")(batch_of(3 * 640))
+    output = SemanticStudent(codec, "ab")(batch_of(3 * 640))
     best = torch.tensor([[2, 2, 0, 2, 3, 1]])
     letters = torch.nn.functional.one_hot(best, 4).float()
-    told = told._replace(letters=letters)
-    assert greedy_labels(told, torch.tensor([3 * 640]), 640) == [[2, 2, 3, 1]]
-    assert greedy_labels(told, torch.tensor([640]), 640) == [[2]]
+    output = output._replace(letters=letters)
+    assert greedy_labels(output, torch.tensor([3 * 640]), 640) == [[2, 2, 3, 1]]
+    assert greedy_labels(output, torch.tensor([640]), 640) == [[2]]
 
 
 def test_a_codec_without_such_an_encoder_is_refused() -> None:

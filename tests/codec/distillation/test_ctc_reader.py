@@ -1,4 +1,4 @@
-"""The reader of codes: what it spells, when each word is said, and its folder."""
+"""The CTC recognizer over codes: labels, decoding, word boundaries, and its folder."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from codec.distillation.ctc_reader import (
 )
 
 
-def test_letters_are_those_of_the_transcripts_in_small_letters() -> None:
+def test_letters_are_those_of_the_normalized_transcripts() -> None:
     assert letters_in(["Dad\N{RIGHT SINGLE QUOTATION MARK}s well-known 2 plans!"]) == "'adeklnopsw"
     assert ctc_labels("Ab, a-b.", "ab") == [2, 3, 1, 2, 1, 3]
     assert ctc_labels("I'm", "'im") == [3, 2, 4]
@@ -27,7 +27,7 @@ def test_letters_are_those_of_the_transcripts_in_small_letters() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "?!", "room 2", "xa"])
-def test_what_cannot_be_spelt_has_no_labels(text: str) -> None:
+def test_texts_without_labels(text: str) -> None:
     assert ctc_labels(text, letters_in(["a room 2"])) is None
 
 
@@ -35,37 +35,37 @@ def codes(*values: int) -> np.ndarray:
     return np.array(values, dtype=np.uint16)
 
 
-def test_codes_are_read_as_letters_and_words() -> None:
+def test_codes_are_decoded_to_letters_and_words() -> None:
     reader = one_hot_recognizer("abc")
     assert reader.transcribe(codes(0, 2, 0, 3, 3, 1, 1, 0, 4, 0)) == "abb c"
     assert reader.transcribe(codes(0, 0)) == ""
 
 
-def test_words_are_cut_in_the_middle_of_their_pause() -> None:
+def test_word_boundaries_lie_in_the_middle_of_pauses() -> None:
     reader = one_hot_recognizer("abc")
-    said = codes(0, 2, 3, 0, 0, 0, 0, 4, 0, 1, 2, 0)
-    assert reader.word_boundaries(said, "ab c a") == [0, 5, 9, 12]
-    assert reader.word_boundaries(said, "AB, C! a.") == [0, 5, 9, 12]
-    assert reader.word_boundaries(said, "ab - c a") == [0, 2, 7, 9, 12]
+    spoken = codes(0, 2, 3, 0, 0, 0, 0, 4, 0, 1, 2, 0)
+    assert reader.word_boundaries(spoken, "ab c a") == [0, 5, 9, 12]
+    assert reader.word_boundaries(spoken, "AB, C! a.") == [0, 5, 9, 12]
+    assert reader.word_boundaries(spoken, "ab - c a") == [0, 2, 7, 9, 12]
 
 
-def test_a_text_that_was_not_said_like_that_still_ends_at_both_ends() -> None:
+def test_boundaries_of_a_wrong_text_still_start_at_0_and_end_at_the_end() -> None:
     edges = one_hot_recognizer("abc").word_boundaries(codes(2, 3, 4, 2, 3), "c c")
     assert (edges[0], edges[-1], len(edges)) == (0, 5, 3)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
-        ("a 2", "'2' cannot be spelt"),
-        ("x", "'x' cannot be spelt"),
-        ("?!", "0 letters cannot be said"),
-        ("abcabcabc", "9 letters cannot be said in 3 frames"),
-        ("aaaa", "4 letters cannot be said in 3 frames"),
+        ("a 2", "'2' has characters that are not"),
+        ("x", "'x' has characters that are not"),
+        ("?!", "has no letters"),
+        ("abcabcabc", "9 letters need at least 9 CTC steps, but the recording has 6"),
+        ("aaaa", "4 letters need at least 7 CTC steps, but the recording has 6"),
     ],
 )
-def test_texts_that_cannot_be_aligned(text: str, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_texts_that_cannot_be_aligned(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         one_hot_recognizer("abc").word_boundaries(codes(2, 3, 4), text)
 
 
@@ -74,10 +74,10 @@ def test_shares_are_means_over_the_frames_of_a_code() -> None:
     assert shares.shape == (4, 3)
     np.testing.assert_allclose(shares.argmax(1)[1:], [0, 1, 2])
     assert shares[2, 1] > 0.97
-    assert not shares[0].any()  # This code never occurred.
+    assert not shares[0].any()  # This code does not occur.
 
 
-def test_no_codes_say_nothing() -> None:
+def test_no_codes_give_no_text() -> None:
     reader = CodeRecognizer(RecognizerNetwork(6, 8, "ab"), torch.randn(5, 6))
     assert reader.transcribe(codes()) == ""
     assert not reader.letter_shares([codes()]).any()
@@ -89,7 +89,7 @@ def test_han_numbers_are_letters() -> None:
     assert ctc_labels(three, three) == [2]
 
 
-def test_what_is_read_depends_on_neighbours_and_not_on_the_batch() -> None:
+def test_log_probs_depend_on_neighboring_frames() -> None:
     torch.manual_seed(0)
     reader = CodeRecognizer(RecognizerNetwork(6, 8, "ab"), torch.randn(5, 6))
     found = reader.log_probs(codes(0, 1, 2, 3, 4))
@@ -100,7 +100,7 @@ def test_what_is_read_depends_on_neighbours_and_not_on_the_batch() -> None:
         reader.log_probs(codes(5))
 
 
-def test_it_is_saved_whole(tmp_path: Path) -> None:
+def test_a_recognizer_is_saved_and_loaded(tmp_path: Path) -> None:
     torch.manual_seed(0)
     reader = CodeRecognizer(RecognizerNetwork(6, 8, "ab'"), torch.randn(5, 6))
     reader.save(tmp_path / "reader")
@@ -109,7 +109,7 @@ def test_it_is_saved_whole(tmp_path: Path) -> None:
     assert again.letters == "ab'"
     (tmp_path / "reader" / "reader.json").write_text("{")
     for folder in ("reader", "none"):
-        with pytest.raises(ValueError, match="no whole reader of codes"):
+        with pytest.raises(ValueError, match="no complete recognizer of codes"):
             CodeRecognizer.load(tmp_path / folder)
 
 

@@ -1,4 +1,4 @@
-"""Caches of features: written once, whole or noticed, read crop by crop."""
+"""Feature caches: writing, resuming, corrupted shards, and reading crops."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tiny_teachers import EvenTranscriber
 from torch import Tensor
 
-from codec.distillation import feature_cache as feature_shards
+from codec.distillation import feature_cache
 from codec.distillation.feature_cache import FeatureCache, complete_cache, write_cache
 from codec.distillation.teachers import SpeechTeacher
 from codec.distillation.word_alignment import Word
@@ -51,9 +51,9 @@ def test_features_of_crops_are_those_of_whole_recordings(tmp_path, cuts, speech)
     total = len(cache.speech("cut/0", 0, 60))
     assert len(cache.speech("cut/0", 0.7, 0.2)) == total - 35
     assert len(cache.speech("cut/0", 0.9, 0.2)) == 1
-    with pytest.raises(ValueError, match="has no recording 'cut/9'"):
+    with pytest.raises(ValueError, match="no recording 'cut/9'"):
         cache.speech("cut/9", 0, 1)
-    with pytest.raises(ValueError, match="holds no words"):
+    with pytest.raises(ValueError, match="has no transcriber"):
         cache.text("cut/0")
 
 
@@ -70,12 +70,12 @@ def test_words_keep_their_times_and_states(tmp_path, cuts, speech, text) -> None
     torch.testing.assert_close(found.sentence.float(), expected.sentence, atol=2e-3, rtol=2e-3)
 
 
-def test_words_are_recognised_where_no_transcript_counts(tmp_path, cuts, text) -> None:
+def test_recognized_words_need_no_transcripts(tmp_path, cuts, text) -> None:
     cuts[0].supervisions = []
     write_cache(tmp_path / "cache", cuts, text=text, transcriber=EvenTranscriber(), recorded=False)
     cache = FeatureCache.open(tmp_path / "cache")
     assert [word.text for word in cache.text("cut/0").words] == ["the", "mat"]
-    with pytest.raises(ValueError, match="holds no speech features"):
+    with pytest.raises(ValueError, match="has no speech teacher"):
         cache.speech("cut/0", 0, 1)
     # Words alone, without a text teacher.
     write_cache(tmp_path / "words", cuts, transcriber=EvenTranscriber(), recorded=False)
@@ -83,7 +83,7 @@ def test_words_are_recognised_where_no_transcript_counts(tmp_path, cuts, text) -
     assert (len(words.words), words.states.shape, words.sentence.shape) == (2, (2, 0), (0,))
 
 
-def test_what_cannot_be_used_is_skipped_and_listed(tmp_path, cuts, speech, text) -> None:
+def test_unusable_recordings_are_skipped_and_listed(tmp_path, cuts, speech, text) -> None:
     Path(cuts[1].recording.sources[0].source).write_bytes(b"")
     cuts[2].supervisions = []
     cuts[3].supervisions[0].text = "impossible words"
@@ -113,8 +113,8 @@ def test_nothing_usable_is_an_error(tmp_path, cuts, speech) -> None:
         write_cache(tmp_path / "cache", cuts, speech=speech)
 
 
-def test_a_killed_run_goes_on_where_it_stopped(tmp_path, cuts, speech, monkeypatch) -> None:
-    monkeypatch.setattr(feature_shards, "SHARD_BYTES", 1)
+def test_a_killed_run_resumes(tmp_path, cuts, speech, monkeypatch) -> None:
+    monkeypatch.setattr(feature_cache, "SHARD_BYTES", 1)
     whole = speech.forward
     seen: list[int] = []
 
@@ -127,7 +127,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, cuts, speech, monkeypat
     speech.forward = fail_at_the_third
     with pytest.raises(KeyboardInterrupt):
         write_cache(tmp_path / "cache", cuts, speech=speech, batch_seconds=0.1)
-    with pytest.raises(ValueError, match="not finished; write the cache again"):
+    with pytest.raises(ValueError, match=r"incomplete; run recipes/cache_teachers\.py again"):
         FeatureCache.open(tmp_path / "cache")
     shards = sorted(path.name for path in (tmp_path / "cache").glob("*.safetensors"))
     assert len(shards) == 2
@@ -144,10 +144,10 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, cuts, speech, monkeypat
     )
 
 
-def test_ranks_share_the_work_and_one_seals(tmp_path, cuts, speech) -> None:
+def test_ranks_share_the_recordings_and_one_completes(tmp_path, cuts, speech) -> None:
     for rank in (1, 0):
         write_cache(tmp_path / "cache", cuts, speech=speech, share=(rank, 2))
-    with pytest.raises(ValueError, match="not finished"):
+    with pytest.raises(ValueError, match="incomplete"):
         FeatureCache.open(tmp_path / "cache")
     assert complete_cache(tmp_path / "cache").num_recordings == 5
     cache = FeatureCache.open(tmp_path / "cache")
@@ -158,7 +158,7 @@ def test_ranks_share_the_work_and_one_seals(tmp_path, cuts, speech) -> None:
     assert sorted(sizes) == [2, 3]
 
 
-def test_the_cost_is_told_before_anything_is_computed(
+def test_the_size_is_logged_and_checked_before_anything_is_computed(
     tmp_path, cuts, speech, text, caplog, monkeypatch
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -191,37 +191,39 @@ def test_a_cache_of_other_teachers_is_refused(tmp_path, cuts, speech) -> None:
 
 
 def test_an_unknown_version_and_no_cache_are_refused(tmp_path, cuts, speech) -> None:
-    with pytest.raises(ValueError, match="no feature cache; make it"):
+    with pytest.raises(ValueError, match="no feature cache; recipes"):
         FeatureCache.open(tmp_path)
     write_cache(tmp_path / "cache", cuts, speech=speech)
     facts = tmp_path / "cache" / "cache.json"
     whole = facts.read_text()
     facts.write_text(whole.replace('"format": 1', '"format": 2'))
-    with pytest.raises(ValueError, match="has format 2, this program knows 1"):
+    with pytest.raises(ValueError, match="has format 2, this version reads 1"):
         FeatureCache.open(tmp_path / "cache")
     facts.write_text(whole[:40])
-    with pytest.raises(ValueError, match=r"cache\.json: is not whole"):
+    with pytest.raises(ValueError, match=r"cache\.json: corrupted file"):
         FeatureCache.open(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("left", [0, 5, 100, -10])
-def test_missing_and_cut_shards_are_noticed_and_made_again(tmp_path, cuts, speech, left) -> None:
+def test_missing_and_truncated_shards_are_reported_and_written_again(
+    tmp_path, cuts, speech, left
+) -> None:
     write_cache(tmp_path / "cache", cuts, speech=speech)
     [shard] = (tmp_path / "cache").glob("*.safetensors")
     whole = shard.read_bytes()
     shard.write_bytes(whole[:left])
-    with pytest.raises(ValueError, match=r"features-.* has been cut .* write the cache again"):
+    with pytest.raises(ValueError, match=r"features-.* is truncated .* run recipes"):
         FeatureCache.open(tmp_path / "cache")
     shard.unlink()
-    with pytest.raises(ValueError, match=r"features-.* is missing; write the cache again"):
+    with pytest.raises(ValueError, match=r"features-.* is missing; run recipes"):
         FeatureCache.open(tmp_path / "cache")
     shard.write_bytes(whole[:left])
     assert write_cache(tmp_path / "cache", cuts, speech=speech).num_recordings == 5
     assert len(FeatureCache.open(tmp_path / "cache")) == 5
 
 
-def spoil(folder: Path, change: Callable[[Tensor], Tensor]) -> None:
-    """Changes one recording's features in a cache that looks whole."""
+def corrupt(folder: Path, change: Callable[[Tensor], Tensor]) -> None:
+    """Changes one recording's features in a complete cache."""
     [shard] = folder.glob("*.safetensors")
     with safe_open(shard, "pt") as file:
         tensors, notes = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
@@ -242,28 +244,28 @@ def note_size(folder: Path, shard: Path) -> None:
         (lambda values: values[None], r"speech/cut/3 has shape \[1, 62, 16\].*rank 2"),
         (lambda values: values[:, :8], r"speech/cut/3 has shape \[62, 8\].*last size of 16"),
         (lambda values: values.float(), r"speech/cut/3 has shape \[62, 16\] of F32"),
-        (lambda values: values[:60], r"cut/3 has 60 features, but its 1\.250 s make 62"),
+        (lambda values: values[:60], r"cut/3 has 60 features, but 1\.250 s have 62"),
     ],
 )
 def test_features_of_wrong_shape_name_the_recording(
     tmp_path, cuts, speech, change, message
 ) -> None:
     write_cache(tmp_path / "cache", cuts, speech=speech)
-    spoil(tmp_path / "cache", change)
-    with pytest.raises(ValueError, match=message + r".* remove .* write the cache again"):
+    corrupt(tmp_path / "cache", change)
+    with pytest.raises(ValueError, match=message + r".* remove .* run recipes"):
         FeatureCache.open(tmp_path / "cache")
 
 
-def test_one_frame_more_or_less_is_none_of_them(tmp_path, cuts, speech) -> None:
+def test_one_frame_more_or_less_is_accepted(tmp_path, cuts, speech) -> None:
     write_cache(tmp_path / "cache", cuts, speech=speech)
-    spoil(tmp_path / "cache", lambda values: values[:61])
+    corrupt(tmp_path / "cache", lambda values: values[:61])
     assert len(FeatureCache.open(tmp_path / "cache").speech("cut/3", 0, 9)) == 61
 
 
 def test_a_recording_that_has_changed_is_named(tmp_path, cuts, speech) -> None:
     write_cache(tmp_path / "cache", cuts, speech=speech)
     longer = cuts[0].truncate(duration=0.5, preserve_id=True)
-    with pytest.raises(ValueError, match=r"cut/0 has 44 features, but its 0\.500 s make 24"):
+    with pytest.raises(ValueError, match=r"cut/0 has 44 features, but 0\.500 s have 24"):
         FeatureCache.open(tmp_path / "cache").missing([longer])
 
 
@@ -274,12 +276,12 @@ def test_features_that_do_not_fit_float16_are_skipped(tmp_path, cuts, speech) ->
         write_cache(tmp_path / "cache", cuts, speech=speech)
 
 
-def test_what_makes_no_sense_is_refused(tmp_path, cuts, speech, text) -> None:
+def test_invalid_arguments_are_refused(tmp_path, cuts, speech, text) -> None:
     with pytest.raises(ValueError, match="nothing to cache"):
         write_cache(tmp_path / "cache", cuts)
     with pytest.raises(ValueError, match="needs a transcriber"):
         write_cache(tmp_path / "cache", cuts, speech=speech, text=text)
-    with pytest.raises(ValueError, match="comes twice"):
+    with pytest.raises(ValueError, match="occurs twice"):
         write_cache(tmp_path / "cache", [*cuts, cuts[0]], speech=speech)
 
 
@@ -318,14 +320,14 @@ def test_each_shard_is_opened_once(tmp_path, cuts, speech, monkeypatch) -> None:
     assert len(opened) == 1
 
 
-def test_what_a_cache_lacks_is_said_with_a_way_out(tmp_path, cuts, speech, text) -> None:
+def test_errors_about_missing_features_name_the_remedy(tmp_path, cuts, speech, text) -> None:
     write_cache(tmp_path / "spoken", cuts[:1], speech=speech)
     cache = FeatureCache.open(tmp_path / "spoken")
-    way = r"; write another cache with one \(recipes/cache_teachers.py\), into a new folder$"
-    with pytest.raises(ValueError, match=f"holds no words, for want of a transcriber{way}"):
+    way = r"; write another cache with one into a new folder \(recipes/cache_teachers\.py\)$"
+    with pytest.raises(ValueError, match=f"the cache has no transcriber{way}"):
         cache.text("cut/0")
     with pytest.raises(ValueError, match=f"the cache has no text teacher{way}"):
         FeatureCache.open(tmp_path / "spoken", text=(text.name, "mean"))
     write_cache(tmp_path / "words", cuts[:1], transcriber=EvenTranscriber())
-    with pytest.raises(ValueError, match=f"holds no speech features, for want of a teacher{way}"):
+    with pytest.raises(ValueError, match=f"the cache has no speech teacher{way}"):
         FeatureCache.open(tmp_path / "words").speech("cut/0", 0, 1)

@@ -196,7 +196,7 @@ def test_words_lie_on_their_own_frames() -> None:
     torch.testing.assert_close(values[6], torch.tensor([0.0, (0.01 - 0.04) / 0.05]))
 
 
-def test_without_words_no_frame_is_taught() -> None:
+def test_without_words_the_mask_is_empty() -> None:
     spans, states = torch.zeros(0, 2), torch.zeros(0, 5)
     (values,), (mask,) = word_states_over_frames(spans, states, 4, 25.0)
     assert values.shape == (4, 5)
@@ -279,11 +279,11 @@ def test_a_teacher_leaves_the_codec_its_initial_weights() -> None:
         codec = Codec(CodecConfig(spectral=TINY))
         return Student(codec, BOTH, widths).codec.state_dict()
 
-    plain, taught = weights({}), weights({"speech": 6, "text": 4})
-    assert all(torch.equal(plain[name], taught[name]) for name in plain)
+    plain, distilled = weights({}), weights({"speech": 6, "text": 4})
+    assert all(torch.equal(plain[name], distilled[name]) for name in plain)
 
 
-def test_a_student_learns_its_lesson() -> None:
+def test_the_distillation_loss_falls() -> None:
     """The loss reaches the encoder through the first codebook, and falls."""
     torch.manual_seed(0)
     quantizer = QuantizerConfig(num_codebooks=2, codebook_size=16, decay=0.8)

@@ -1,4 +1,4 @@
-"""Speech made of semantic codes alone, as a frozen Whisper hears it."""
+"""Resynthesis distillation: Whisper features of speech decoded from semantic codes alone."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +37,7 @@ def student(config: ResynthesisConfig, codec: CodecConfig = TINY) -> Student:
     return Student(Codec(codec), resynthesis=config).train()
 
 
-def taught(module: torch.nn.Module) -> bool:
+def has_gradient(module: torch.nn.Module) -> bool:
     """Whether all of its parameters have a gradient; fails where only some have."""
     reached = {each.grad is not None and bool(each.grad.any()) for each in module.parameters()}
     assert len(reached) == 1
@@ -47,7 +47,7 @@ def taught(module: torch.nn.Module) -> bool:
 @pytest.mark.parametrize("distance", ["mse", "l1"])
 @pytest.mark.parametrize("mask", [True, False])
 @pytest.mark.parametrize("rate", [16_000, 24_000])
-def test_the_original_itself_is_at_no_distance(config, distance, mask, rate) -> None:
+def test_the_original_has_distance_zero(config, distance, mask, rate) -> None:
     """Through another rate as well: 24 kHz has frames of 1.5 samples to Whisper's one."""
     batch = crops(0.5, 0.3, rate=rate)
     settings = replace(config, distance=distance, mask=mask, decoder="main")
@@ -59,15 +59,15 @@ def test_the_original_itself_is_at_no_distance(config, distance, mask, rate) -> 
     assert float(original.distance(other)) > 1e-3
 
 
-def test_the_gradient_reaches_what_makes_the_semantic_codes_and_what_speaks_them(config) -> None:
+def test_the_gradient_reaches_the_semantic_encoder_and_the_auxiliary_decoder(config) -> None:
     batch, made = crops(0.5, 0.4), student(config)
-    listener, codec = Resynthesis(config, TINY, "cpu"), made.codec
-    listener.encode_originals(batch).distance(made(batch.wave).resynthesis).backward()
-    assert taught(codec.encoder.semantic)
-    assert taught(codec.auxiliary)
-    assert not taught(codec.encoder.acoustic)
-    assert not taught(codec.decoder)
-    assert all(each.grad is None for each in listener.teacher.parameters())
+    teacher, codec = Resynthesis(config, TINY, "cpu"), made.codec
+    teacher.encode_originals(batch).distance(made(batch.wave).resynthesis).backward()
+    assert has_gradient(codec.encoder.semantic)
+    assert has_gradient(codec.auxiliary)
+    assert not has_gradient(codec.encoder.acoustic)
+    assert not has_gradient(codec.decoder)
+    assert all(each.grad is None for each in teacher.teacher.parameters())
 
 
 def test_entries_that_learn_by_gradient_learn_from_it(config) -> None:
@@ -76,9 +76,9 @@ def test_entries_that_learn_by_gradient_learn_from_it(config) -> None:
     original = Resynthesis(config, TINY, "cpu").encode_originals(batch)
     original.distance(made(batch.wave).resynthesis).backward()
     (book,) = made.codec.quantizer.semantic.codebooks
-    assert taught(book.project_in)
-    assert taught(book.project_out)
-    assert all(not taught(each) for each in made.codec.quantizer.acoustic.codebooks)
+    assert has_gradient(book.project_in)
+    assert has_gradient(book.project_out)
+    assert all(not has_gradient(each) for each in made.codec.quantizer.acoustic.codebooks)
 
 
 def test_without_gradient_only_the_decoder_learns(config) -> None:
@@ -86,51 +86,51 @@ def test_without_gradient_only_the_decoder_learns(config) -> None:
     batch, made = crops(0.5, 0.4), student(settings)
     original = Resynthesis(settings, TINY, "cpu").encode_originals(batch)
     original.distance(made(batch.wave).resynthesis).backward()
-    assert taught(made.codec.auxiliary)
-    assert not taught(made.codec.encoder)
+    assert has_gradient(made.codec.auxiliary)
+    assert not has_gradient(made.codec.encoder)
 
 
-def test_the_codecs_own_decoder_may_speak(config) -> None:
+def test_the_main_decoder_may_resynthesize(config) -> None:
     settings = replace(config, decoder="main")
     networks = replace(TINY, family="spectral", spectral=replace(TINY.spectral, dimension=8))
     for codec in (TINY, networks):
         batch, made = crops(0.5, 0.4), student(settings, codec)
         original = Resynthesis(settings, codec, "cpu").encode_originals(batch)
         original.distance(made(batch.wave).resynthesis).backward()
-        assert taught(made.codec.decoder)
+        assert has_gradient(made.codec.decoder)
     with pytest.raises(ValueError, match="no auxiliary decoder"):
         student(config, networks)
 
 
-def test_an_auxiliary_decoder_that_nothing_asks_to_speak_does_not_train(config) -> None:
+def test_an_unused_auxiliary_decoder_is_not_trained(config) -> None:
     for settings in (None, replace(config, decoder="main")):
         idle = Student(Codec(TINY), resynthesis=settings).codec.auxiliary
         assert not any(each.requires_grad for each in idle.parameters())
 
 
 @pytest.mark.parametrize("rate", [16_000, 8_000])
-def test_what_lies_beyond_an_items_end_changes_nothing(config, rate) -> None:
+def test_padding_does_not_change_the_distance(config, rate) -> None:
     """Of the speech, at its own rate; and an item has the distance that it has alone."""
-    speaks = replace(
+    lmspt = replace(
         TINY.lmspt, auxiliary=AuxiliaryConfig(width=8, sample_rate=rate, hop=rate // 100)
     )
-    listener = Resynthesis(config, replace(TINY, lmspt=speaks), "cpu")
+    teacher = Resynthesis(config, replace(TINY, lmspt=lmspt), "cpu")
     batch, speech = crops(0.5, 0.31), crops(0.52, 0.52, rate=rate, seed=5).wave
-    loss = listener.encode_originals(batch).distance(speech)
+    loss = teacher.encode_originals(batch).distance(speech)
     end = round(0.31 * rate)
     wild, noise = speech.clone(), batch.wave.clone()
     wild[1, :, end:] = 3.0
     noise[1, :, round(0.31 * 16_000) :] = 3.0
-    assert torch.equal(listener.encode_originals(batch).distance(wild), loss)
-    assert torch.equal(listener.encode_originals(batch._replace(wave=noise)).distance(speech), loss)
+    assert torch.equal(teacher.encode_originals(batch).distance(wild), loss)
+    assert torch.equal(teacher.encode_originals(batch._replace(wave=noise)).distance(speech), loss)
     alone = [
-        listener.encode_originals(crops(seconds, seed=row)).distance(speech[row : row + 1])
+        teacher.encode_originals(crops(seconds, seed=row)).distance(speech[row : row + 1])
         for row, seconds in enumerate((0.5, 0.31))
     ]
     # So gradients averaged over ranks are those of the joined batch, whatever its crops' lengths.
     torch.testing.assert_close(loss, torch.stack(alone).mean(), rtol=1e-4, atol=1e-6)
     wild[1, :, end - 400 : end] = 0.0
-    assert not torch.equal(listener.encode_originals(batch).distance(wild), loss)
+    assert not torch.equal(teacher.encode_originals(batch).distance(wild), loss)
 
 
 def test_padding_dilutes_the_loss_as_released(config) -> None:
@@ -144,27 +144,27 @@ def test_padding_dilutes_the_loss_as_released(config) -> None:
 
 
 def test_only_the_released_floor_couples_the_items(config) -> None:
-    """A loud neighbour raises the floor of the student's log-mel, and hides what is quiet."""
+    """A loud item raises the log-mel floor of the batch, which masks quiet parts of the others."""
     batch, speech = crops(0.5, 0.5), crops(0.5, 0.5, seed=5).wave
     loud = speech * torch.tensor([1.0, 1e4])[:, None, None]
     for per_item in (True, False):
-        listener = Resynthesis(replace(config, per_item=per_item), TINY, "cpu")
-        original = listener.encode_originals(batch)
+        teacher = Resynthesis(replace(config, per_item=per_item), TINY, "cpu")
+        original = teacher.encode_originals(batch)
         first = [_of_first(original, each) for each in (speech, loud)]
         assert torch.equal(*first) == per_item
-    # What the original is compared with keeps floors of its own, as released.
-    both = listener.encode_originals(batch).features.values[0]
-    alone = listener.encode_originals(crops(0.5)).features.values[0]
+    # The floor of the originals is per item, as released.
+    both = teacher.encode_originals(batch).features.values[0]
+    alone = teacher.encode_originals(crops(0.5)).features.values[0]
     torch.testing.assert_close(both, alone, rtol=1e-4, atol=1e-5)
 
 
 def _gradient(config: ResynthesisConfig) -> torch.Tensor:
     """Of the distance, to the speech."""
-    listener, speech = Resynthesis(config, TINY, "cpu"), crops(0.5, 0.5, seed=5).wave
-    assert {each.dtype for each in listener.teacher.parameters()} == {
+    teacher, speech = Resynthesis(config, TINY, "cpu"), crops(0.5, 0.5, seed=5).wave
+    assert {each.dtype for each in teacher.teacher.parameters()} == {
         torch.bfloat16 if config.half else torch.float32
     }
-    loss = listener.encode_originals(crops(0.5, 0.3)).distance(speech.requires_grad_())
+    loss = teacher.encode_originals(crops(0.5, 0.3)).distance(speech.requires_grad_())
     assert loss.dtype == torch.float32
     (gradient,) = torch.autograd.grad(loss, speech)
     return gradient.flatten()
@@ -217,16 +217,16 @@ def test_a_layer_is_mean_last_or_a_number(kind: type, name: str) -> None:
 
 
 def _of_first(original, speech: torch.Tensor) -> torch.Tensor:
-    """What the student's ear makes of the first item of a batch."""
-    ear = original.encoder
-    return ear._encode(
-        ear.student_teacher, speech, 16_000, original.lengths, original.samples
+    """Student features of the first item of a batch."""
+    encoder = original.encoder
+    return encoder._encode(
+        encoder.student_teacher, speech, 16_000, original.lengths, original.samples
     ).values[0]  # fmt: skip
 
 
-def test_a_teacher_that_is_no_whisper_is_refused(tmp_path: Path) -> None:
+def test_a_teacher_other_than_whisper_is_refused(tmp_path: Path) -> None:
     other = save_speech_teacher(tmp_path, "hubert")
-    with pytest.raises(ValueError, match=r"resynthesis\.model: .* is no Whisper"):
+    with pytest.raises(ValueError, match=r"resynthesis\.model: .* is not a Whisper"):
         Resynthesis(ResynthesisConfig(model=other), TINY, "cpu")
 
 
@@ -235,8 +235,8 @@ def trained(config: ResynthesisConfig | None, clip_norm: float) -> tuple[Models,
     made = Student(Codec(TINY), resynthesis=config) if config is None else student(config)
     torch.manual_seed(0)
     made.codec.load_state_dict(Codec(TINY).state_dict())
-    listener = None if config is None else Resynthesis(config, TINY, "cpu")
-    models, window = Models(made.train(), resynthesis=listener), Window(made.codec)
+    teacher = None if config is None else Resynthesis(config, TINY, "cpu")
+    models, window = Models(made.train(), resynthesis=teacher), Window(made.codec)
     optimizer = torch.optim.AdamW([each for each in made.parameters() if each.requires_grad], 1e-3)
     optim = OptimConfig(clip_norm=clip_norm)
     losses = LOSSES if config else replace(LOSSES, weights=LossWeights())
@@ -251,9 +251,9 @@ def test_without_gradient_the_codec_is_a_plain_one_to_the_bit(config) -> None:
     """Gradients are clipped here, and the auxiliary decoder's do not count for the codec's."""
     plain, _ = trained(None, 0.1)
     control, _ = trained(replace(config, stop_gradient=True), 0.1)
-    taught_one, _ = trained(config, 0.1)
+    distilled, _ = trained(config, 0.1)
     same, other = [], []
-    weights = taught_one.student.codec.state_dict()
+    weights = distilled.student.codec.state_dict()
     for name, each in plain.student.codec.state_dict().items():
         found = control.student.codec.state_dict()[name]
         if name.startswith("auxiliary."):
@@ -265,7 +265,9 @@ def test_without_gradient_the_codec_is_a_plain_one_to_the_bit(config) -> None:
     assert not all(same)
 
 
-def test_a_run_logs_the_distance_and_what_the_teacher_costs(config, write_wav, tmp_path) -> None:
+def test_a_run_logs_the_distance_and_the_teachers_share_of_time(
+    config, write_wav, tmp_path
+) -> None:
     models, window = trained(config, 1.0)
     values = window.means(SingleProcess(), audio_seconds=1.0)
     assert values["resynthesis"] > 0
@@ -274,9 +276,9 @@ def test_a_run_logs_the_distance_and_what_the_teacher_costs(config, write_wav, t
         Recording.from_file(write_wav(tmp_path / f"{seed}.wav", 0.7, seed=seed)).to_cut()
         for seed in range(2)
     ]
-    told = validate(
+    metrics = validate(
         models.student, None, models.resynthesis, cuts, SingleProcess(), CropConfig(), LOSSES, 0
     )
-    assert told["dev/n"] == 2
-    assert told["dev/resynthesis"] > 0
-    assert 0 < told["dev/use_3"] <= 1
+    assert metrics["dev/n"] == 2
+    assert metrics["dev/resynthesis"] > 0
+    assert 0 < metrics["dev/use_3"] <= 1

@@ -1,4 +1,4 @@
-"""What teachers say of crops: beside the codec or from a cache, at the codec's frame rate."""
+"""Targets of crops, computed or from a cache, at the codec's frame rate."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -79,7 +79,7 @@ def test_an_item_of_a_batch_has_the_target_that_it_has_alone(
             assert not mask[index, frames:].any()
 
 
-def test_a_cache_says_what_the_teachers_say(
+def test_cached_targets_equal_computed_ones(
     cached: DistillConfig, cuts: list[MonoCut], tmp_path: Path
 ) -> None:
     batch = crops(cuts)
@@ -116,7 +116,7 @@ def test_frames_are_those_of_the_codec_whatever_the_length(
 
 
 def test_each_word_has_its_own_frames(cached: DistillConfig, cuts: list[MonoCut]) -> None:
-    """The clock hears "the mat", half of the recording each."""
+    """The transcriber recognizes "the mat", half of the recording each."""
     teachers = Teachers(cached, CODEC, "cpu")
     (values,), (mask,) = teachers(crops([cuts[0]], seconds=1.2))["text"]
     states = teachers.cache.text(cuts[0].id).states.float()
@@ -130,7 +130,7 @@ def test_each_word_has_its_own_frames(cached: DistillConfig, cuts: list[MonoCut]
 
 
 @LIVE_OR_CACHED
-def test_the_sentence_stands_on_every_frame(
+def test_global_alignment_has_the_sentence_on_every_frame(
     cached: DistillConfig, cuts: list[MonoCut], text: TextTeacher, tmp_path: Path, from_cache: bool
 ) -> None:
     config = configured(
@@ -143,7 +143,7 @@ def test_the_sentence_stands_on_every_frame(
 
 
 @LIVE_OR_CACHED
-def test_word_pieces_by_index_are_what_was_released(
+def test_index_alignment_is_that_of_the_released_code(
     cached: DistillConfig, cuts: list[MonoCut], text: TextTeacher, tmp_path: Path, from_cache: bool
 ) -> None:
     config = configured(tmp_path, text={"align": "index"}, cache=cached.cache if from_cache else "")
@@ -152,7 +152,7 @@ def test_word_pieces_by_index_are_what_was_released(
     torch.testing.assert_close(values, text.padded(["the mat"] * 2, values.shape[1]))
 
 
-def test_a_crop_without_words_teaches_nothing(
+def test_a_crop_without_words_has_an_empty_mask(
     cached: DistillConfig, cuts: list[MonoCut], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(
@@ -165,7 +165,9 @@ def test_a_crop_without_words_teaches_nothing(
         assert bool(values.isfinite().all())
 
 
-def test_units_are_the_nearest_centroids(cached: DistillConfig, cuts, tmp_path: Path) -> None:
+def test_pseudo_labels_are_the_nearest_centroids(
+    cached: DistillConfig, cuts, tmp_path: Path
+) -> None:
     features = Teachers(cached, CODEC, "cpu")(crops(cuts))["speech"]
     centroids = features.values[0, [2, 9, 20]].contiguous()
     file = tmp_path / "units.safetensors"
@@ -181,22 +183,22 @@ def test_units_are_the_nearest_centroids(cached: DistillConfig, cuts, tmp_path: 
     assert teachers().widths["speech"] == 3
     assert units[0, [2, 9, 20]].tolist() == [0, 1, 2]
     assert torch.equal(mask, features.mask)
-    with pytest.raises(ValueError, match="units of another, layer mean, width 16, but"):
+    with pytest.raises(ValueError, match="centroids of another, layer mean, width 16, but"):
         teachers(teacher="another")
     with pytest.raises(ValueError, match="width 5, but"):
         teachers(centroids[:, :5].contiguous())
-    with pytest.raises(ValueError, match=r"units at 50\.0 Hz, but the codec has 25 Hz"):
+    with pytest.raises(ValueError, match=r"centroids at 50\.0 Hz, but the codec has 25 Hz"):
         teachers(frame_rate="50.0")
 
 
-def test_units_that_cannot_be_read(cached: DistillConfig, tmp_path: Path) -> None:
+def test_corrupted_centroids(cached: DistillConfig, tmp_path: Path) -> None:
     file = tmp_path / "units.safetensors"
     objective = {"objective": "units", "units": str(file)}
     config = configured(tmp_path, speech=objective, cache=cached.cache)
     with pytest.raises(ValueError, match=r"no such file; recipes/make_units\.py"):
         Teachers(config, CODEC, "cpu")
     file.write_bytes(b"cut")
-    with pytest.raises(ValueError, match="not a whole file of units"):
+    with pytest.raises(ValueError, match="corrupted file of centroids"):
         Teachers(config, CODEC, "cpu")
 
 
@@ -205,13 +207,11 @@ def test_features_of_another_rate_are_noticed(
 ) -> None:
     teachers = Teachers(configured(tmp_path), CODEC, "cpu")
     monkeypatch.setattr(teachers, "speech_rate", 100.0)
-    with pytest.raises(ValueError, match="s longer or shorter than the sound"):
+    with pytest.raises(ValueError, match="s longer or shorter than the audio"):
         teachers(crops(cuts))
 
 
-def test_a_codec_of_another_sample_rate_is_heard_at_the_teachers(
-    cuts: list[MonoCut], tmp_path: Path
-) -> None:
+def test_waves_are_resampled_to_the_teachers_rate(cuts: list[MonoCut], tmp_path: Path) -> None:
     save_speech_teacher(tmp_path / "hubert", "hubert")
     save_text_teacher(tmp_path / "bert")
     config = CodecConfig(sample_rate=24_000, spectral=SpectralConfig(hop=240, window=960))
@@ -248,7 +248,7 @@ def test_recordings_that_the_cache_lacks(
         ({"cache": "somewhere"}, "names no teacher"),
     ],
 )
-def test_settings_that_do_not_go_together(settings: dict, message: str) -> None:
+def test_inconsistent_settings_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DistillConfig(**settings)
     with pytest.raises(ValueError, match=r"distill\.speech\.weight must be positive"):

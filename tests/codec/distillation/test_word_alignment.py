@@ -82,31 +82,33 @@ def test_ctc_words_have_the_frames_of_their_letters(ctc: CTCTranscriber) -> None
 
 
 def test_ctc_aligns_given_words(ctc: CTCTranscriber) -> None:
-    heard = emission("__HH_EL_LOO__||_A_|_TE_|__")
-    assert ctc.align(heard, ["Hello", "a", "te"]) == [
+    log_probs = emission("__HH_EL_LOO__||_A_|_TE_|__")
+    assert ctc.align(log_probs, ["Hello", "a", "te"]) == [
         ("Hello", 2, 11),
         ("a", 16, 17),
         ("te", 20, 22),
     ]
-    # What was said otherwise gets the likeliest place.
-    (hello, tea) = ctc.align(heard, ["hello", "tea"])
+    # Words that differ from the speech get the most probable place.
+    (hello, tea) = ctc.align(log_probs, ["hello", "tea"])
     assert hello == ("hello", 2, 11)
     assert tea[1] == 20
 
 
-def test_ctc_leaves_out_what_it_has_no_letters_for(ctc: CTCTranscriber) -> None:
-    heard = emission("__HI_____|_M_E__")
-    assert ctc.align(heard, ["42", "h\u00efi,", "1984", "7", "me!"]) == [
+def test_ctc_alignment_ignores_characters_outside_the_vocabulary(ctc: CTCTranscriber) -> None:
+    log_probs = emission("__HI_____|_M_E__")
+    assert ctc.align(log_probs, ["42", "h\u00efi,", "1984", "7", "me!"]) == [
         ("42", 0, 2), ("h\u00efi,", 2, 4), ("1984", 4, 8), ("7", 8, 11), ("me!", 11, 14),
     ]  # fmt: skip
-    assert ctc.align(heard, ["1", "2"]) == [("1", 0, 8), ("2", 8, 16)]
+    assert ctc.align(log_probs, ["1", "2"]) == [("1", 0, 8), ("2", 8, 16)]
     (word,) = ctc.align(emission("_I'M_"), ["I\u2019m"])
     assert word == ("I\u2019m", 1, 4)
 
 
 def test_a_text_longer_than_the_recording_is_refused(ctc: CTCTranscriber) -> None:
     assert ctc.align(emission("ALL_"), ["al"])[0].text == "al"
-    with pytest.raises(ValueError, match=r"3 frames is too short for a text of 3 letters"):
+    with pytest.raises(
+        ValueError, match=r"3 letters need at least 4 CTC steps, but the recording has 3"
+    ):
         ctc.align(emission("ALL"), ["all"])  # A blank must stand between the two.
 
 
@@ -128,7 +130,7 @@ def test_words_do_not_depend_on_padding_or_neighbours(
 
 
 @pytest.mark.parametrize("kind", ["ctc", "whisper"])
-def test_nothing_is_heard_in_silence(kind: str, request: pytest.FixtureRequest) -> None:
+def test_silence_has_no_words(kind: str, request: pytest.FixtureRequest) -> None:
     transcriber = request.getfixturevalue(kind)
     wave, _ = noise(0.4, 0.4, 0.4, 0.4)
     wave[1] *= 1e-5
@@ -145,7 +147,7 @@ def test_every_recording_needs_a_text(kind: str, request: pytest.FixtureRequest)
         request.getfixturevalue(kind).words(*noise(0.1, 0.1), ["one"])
 
 
-def test_ctc_hears_long_recordings(ctc: CTCTranscriber) -> None:
+def test_ctc_aligns_long_recordings(ctc: CTCTranscriber) -> None:
     wave, _ = noise(31.0)
     [words] = ctc.words(wave, None, ["to be or not"])
     assert [word.text for word in words] == ["to", "be", "or", "not"]
@@ -153,13 +155,13 @@ def test_ctc_hears_long_recordings(ctc: CTCTranscriber) -> None:
     check(ctc.words(wave)[0], 31.0)
 
 
-def test_whisper_hears_long_recordings_in_pieces(
+def test_whisper_transcribes_long_recordings_in_parts(
     whisper: WhisperTranscriber, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard: list[int] = []
+    seconds: list[int] = []
 
     def spans(waves: list[Tensor], texts: None) -> list[list[Span]]:
-        heard.extend(len(wave) for wave in waves)
+        seconds.extend(len(wave) for wave in waves)
         return [[Span("first", 0, 1), Span("last", 2, 1000)] for _ in waves]
 
     monkeypatch.setattr(whisper, "max_seconds", 2.0)
@@ -173,16 +175,16 @@ def test_whisper_hears_long_recordings_in_pieces(
     ]
     assert 28_000 < stretches[0] < 30_000
     assert sum(stretches) == 80_000
-    assert sorted(stretches) == heard
-    assert [word.text for word in words] == ["first", "last"] * len(heard)
+    assert sorted(stretches) == seconds
+    assert [word.text for word in words] == ["first", "last"] * len(seconds)
     with pytest.raises(ValueError, match=r"recording 0 lasts 5\.0 s: .* 2 s at most; cut"):
         whisper.words(wave, None, ["a text"])
 
 
-def test_whisper_times_are_those_of_its_attention(
+def test_whisper_word_times_follow_the_attention(
     whisper: WhisperTranscriber, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows that look at known frames: " the" has two tokens, " cat" four, and the end one."""
+    """Attention rows with known frames: " the" has two tokens, " cat" four, and the end one."""
     prompt = len(whisper.prompt)
     weights = torch.full((prompt + 7, 30), -10.0)
     for row, (start, stop) in enumerate(pairwise([0, 5, 10, 14, 18, 22, 26, 30]), prompt - 1):
@@ -203,7 +205,7 @@ def test_whisper_times_are_those_of_its_attention(
     assert words == [("the", 0.06, 0.2), ("cat", 0.2, 0.48)]
 
 
-def test_whisper_attention_is_the_models_own(whisper: WhisperTranscriber, tmp_path: Path) -> None:
+def test_whisper_attention_equals_transformers(whisper: WhisperTranscriber, tmp_path: Path) -> None:
     from transformers import WhisperForConditionalGeneration
 
     model = WhisperForConditionalGeneration.from_pretrained(
@@ -223,14 +225,14 @@ def test_whisper_attention_is_the_models_own(whisper: WhisperTranscriber, tmp_pa
         torch.testing.assert_close((query @ key.mT).softmax(-1), expected)
 
 
-def test_whisper_splits_what_it_recognises_at_spaces(whisper: WhisperTranscriber) -> None:
+def test_whisper_words_are_split_at_spaces(whisper: WhisperTranscriber) -> None:
     tokens = whisper.tokenizer(" the cat's hat.", add_special_tokens=False)["input_ids"]
     words, parts = whisper._split_words(tokens)
     assert words == ["the", "cat's", "hat."]
     assert [token for part in parts for token in part] == tokens
 
 
-def test_whisper_reads_shouted_texts_in_small_letters(whisper: WhisperTranscriber) -> None:
+def test_whisper_lowercases_texts_all_in_capitals(whisper: WhisperTranscriber) -> None:
     words, tokens = whisper._tokenize(["THE", "CAT'S"])
     assert words == ["THE", "CAT'S"]
     assert whisper.tokenizer.decode(tokens[1]) == " cat's"
@@ -238,7 +240,7 @@ def test_whisper_reads_shouted_texts_in_small_letters(whisper: WhisperTranscribe
     assert whisper._tokenize(["7"])[0] == ["7"]
 
 
-def test_a_text_longer_than_whisper_reads_is_refused(whisper: WhisperTranscriber) -> None:
+def test_a_text_longer_than_the_decoder_context_is_refused(whisper: WhisperTranscriber) -> None:
     with pytest.raises(ValueError, match=r"500 tokens is longer than the 443 .* cut"):
         whisper.words(*noise(0.5), ["a" * 499])
 
@@ -334,7 +336,7 @@ def test_the_path_has_the_best_score_of_all() -> None:
 def test_attention_is_normalised_over_tokens_smoothed_and_averaged() -> None:
     weights = torch.zeros(2, 3, 20)
     weights[:, 0, :10] = weights[:, 1, 10:] = 1.0
-    weights[1] *= 5  # A louder head counts no more.
+    weights[1] *= 5  # Heads are standardized.
     weights[0, 2, 4] = 1.0  # One frame alone is noise.
     scores = attention_scores(weights)
     assert scores.shape == (3, 20)
@@ -363,7 +365,7 @@ def test_words_without_a_time_share_the_gap() -> None:
     assert fill_gaps([], 9) == []
 
 
-def test_pauses_are_cut_off_words() -> None:
+def test_pauses_are_trimmed_from_words() -> None:
     wave = torch.zeros(100)
     wave[20:45] = 1.0  # Frames 2, 3 and half of 4 of ten samples each.
     wave[70:80] = 0.001
@@ -382,7 +384,7 @@ def test_the_noise_of_a_recording_is_a_pause() -> None:
     assert trim_pauses([Span("a", 0, 200)], wave, 10) == [Span("a", 0, 200)]
 
 
-def test_recordings_are_cut_where_they_are_quiet() -> None:
+def test_recordings_are_split_at_pauses() -> None:
     wave = torch.ones(1500)
     wave[520:540] = wave[1080:1100] = 0
     stretches = list(split_at_pauses(wave, 600))
