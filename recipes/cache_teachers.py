@@ -1,12 +1,12 @@
-"""Features of the speech teacher, words and their LM states, written once for many training runs.
+"""Caches teachers' features: speech features, words with times, and LM states of the words.
 
-python recipes/cache_teachers.py "cuts=[data/train.jsonl.gz, data/dev.jsonl.gz]" out=out/teachers
-accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 8 \\
-    recipes/cache_teachers.py speech_model=facebook/hubert-base-ls960 ...
+    python recipes/cache_teachers.py "cuts=[data/train.jsonl.gz, data/dev.jsonl.gz]" out=out/teachers
+    accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 8 \\
+        recipes/cache_teachers.py speech_model=facebook/hubert-base-ls960 ...
 
-The log says what it will cost before anything is computed. Stopped or killed, it goes on where it
-was when it is started again, with more cuts as well. Recordings that cannot be used are skipped and
-listed in skipped.jsonl; the next start tries them again.
+The expected size is logged before anything is computed. Started again after an interruption, or with
+more cuts, it resumes. Recordings that cannot be used are skipped and listed in skipped.jsonl; the
+next start tries them again.
 """
 
 import json
@@ -20,7 +20,7 @@ from codec.distillation.teachers import load_speech_teacher, load_text_teacher
 from codec.distillation.word_alignment import load_transcriber
 from codec.training.data import read_cuts
 from recipes.export_tokens import lock_folder
-from recipes.lib.run import load_config, make_accelerator, run_program
+from recipes.lib.run import finished, load_config, make_accelerator, run_program
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheConfig:
     cuts: tuple[Path, ...] = (Path("out/demo/cuts/train.jsonl.gz"),)
-    """lhotse lists of cuts (recipes/prepare_data.py makes them)."""
+    """lhotse lists of cuts (recipes/prepare_data.py writes them)."""
     out: Path = Path("out/teachers")
-    """The folder for the cache."""
+    """Folder of the cache."""
     speech_model: str | None = "models/whisper-base-transformers"
     """HuBERT, WavLM, wav2vec2 or Whisper, by hub id or folder; null: no speech features."""
     speech_layer: str = "mean"
@@ -40,15 +40,15 @@ class CacheConfig:
     text_layer: str = "mean"
     """As speech_layer."""
     transcriber: str | None = "models/whisper-base-transformers"
-    """A CTC model or Whisper, which says when words are spoken; null: no words."""
+    """A CTC model or Whisper, for words with times, by hub id or folder; null: no words."""
     language: str = "en"
-    """What is spoken, for a multilingual Whisper."""
+    """Language of the speech, for a multilingual Whisper."""
     transcript: str = "recorded"
-    """Whose words: recorded (the cuts' own, aligned) or recognized (by the transcriber)."""
+    """Words: recorded (the cuts' transcripts, by forced alignment) or recognized."""
     batch_seconds: float = 120.0
-    """Seconds of audio, padding included, that are computed at once: bounds the memory."""
+    """Seconds of audio in a batch, padding included."""
     half: bool = True
-    """Compute in bfloat16 where the machine multiplies it in hardware, else on GPUs in float16."""
+    """Compute in bfloat16 where the hardware multiplies it, otherwise on GPUs in float16."""
 
     def __post_init__(self) -> None:
         if not self.cuts:
@@ -64,17 +64,18 @@ class CacheConfig:
 
 
 def main(argv: list[str]) -> None:
+    """Writes this process's share of the cache."""
     config = load_config(CacheConfig, argv, __doc__ or "")
     accelerator = make_accelerator()
     cuts = [cut for path in config.cuts for cut in list(read_cuts(path))]
-    where: dict[str, Any] = {"device": accelerator.device, "half": config.half}
+    options: dict[str, Any] = {"device": accelerator.device, "half": config.half}
     speech = text = transcriber = None
     if config.speech_model:
-        speech = load_speech_teacher(config.speech_model, layer=config.speech_layer, **where)
+        speech = load_speech_teacher(config.speech_model, layer=config.speech_layer, **options)
     if config.text_model:
-        text = load_text_teacher(config.text_model, layer=config.text_layer, **where)
+        text = load_text_teacher(config.text_model, layer=config.text_layer, **options)
     if config.transcriber:
-        transcriber = load_transcriber(config.transcriber, language=config.language, **where)
+        transcriber = load_transcriber(config.transcriber, language=config.language, **options)
     lock = lock_folder(config.out, accelerator)
     summary = write_cache(
         config.out,
@@ -98,6 +99,11 @@ def main(argv: list[str]) -> None:
             "skipped": len(summary.skipped),
         }
         print(json.dumps(results))
+        finished(
+            f"features of {summary.num_recordings} recordings, {summary.hours:.2f} hours",
+            config.out,
+            f"accelerate launch recipes/train_codec.py distill.cache={config.out} ...",
+        )
     if lock is not None:
         lock.close()
     accelerator.end_training()

@@ -1,19 +1,20 @@
-"""Cuts the utterances of token shards into clips of a few words, and says what letters codes say.
+"""Clips of a few words, word boundaries and letter probabilities of codes, from token shards.
 
     python recipes/make_clips.py tokens=out/small/tokens/train reader=out/small/semantic/reader \\
         out=out/small/clips
 
-OUT/clips holds token shards whose rows are clips: an AR that trains on them too (`clips=OUT/clips`)
-learns in short texts what it reads in long ones. OUT/letters.json lets the rows of new codes begin
-as their letters' (`ar.letter_init=OUT/letters.json`). OUT/edges.jsonl.gz says between which frames
-the words of utterances and clips are said (`edges=[OUT/edges.jsonl.gz]`, for ar.text.interleaved).
-The reader (recipes/train_semantic.py) must be the one of the codec that made the tokens.
+Writes OUT/clips, token shards whose rows are clips of utterances, to train the AR on short texts as
+well (`clips=OUT/clips`); OUT/letters.json, the probabilities of letters given each code, which
+initialize embeddings of codes from those of letters (`ar.letter_init=OUT/letters.json`); and
+OUT/edges.jsonl.gz, the frames between the words of utterances and clips
+(`word_boundaries=[OUT/edges.jsonl.gz]`, for ar.text.interleaved). The CTC recognizer `reader`
+(recipes/train_semantic.py) must be that of the codec of the tokens.
 """
 
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,9 +23,9 @@ from torchaudio.functional import edit_distance
 from tqdm import tqdm
 
 from codec.config import at_least
-from codec.distillation.ctc_reader import CodeReader, plain
+from codec.distillation.ctc_reader import CodeRecognizer, normalize_transcript
 from codec.tokens import TokenRow, TokenShard, write_shard
-from recipes.lib.run import load_config, run_program
+from recipes.lib.run import finished, load_config, run_program
 from slm.data.interleaving import write_edges
 from slm.data.sequences import has_words, in_small_letters
 from slm.models.ar import Letters
@@ -32,13 +33,13 @@ from slm.models.ar import Letters
 logger = logging.getLogger(__name__)
 
 NUM_CHECKED = 100
-"""Utterances that the reader reads first, to see that it knows these codes."""
+"""Number of utterances whose error rate is checked first."""
 MAX_CHECKED = 30.0
-"""Seconds of the longest of these: an edit distance takes time by the square."""
-WORST_CER = 0.8
-"""What a reader of other codes exceeds: it does little better than one that guesses."""
+"""Maximum length of these in seconds: the time of an edit distance is quadratic in the length."""
+MAX_CER = 0.8
+"""A recognizer of other codes exceeds this character error rate: it is close to guessing."""
 MIN_WORD, MAX_WORD = 0.08, 1.5
-"""Seconds a word on average; clips outside have a text that is not theirs, or a long silence."""
+"""Bounds of a clip's mean word length in seconds; others have a wrong text or a long silence."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,13 +49,13 @@ class ClipsConfig:
     tokens: str = "out/smoke/tokens/train"
     """Token shards of whole utterances."""
     reader: str = "out/smoke/semantic/reader"
-    """The reader of their codec."""
+    """Folder of the CTC recognizer of their codec's codes."""
     out: Path = Path("out/smoke/clips")
-    """The folder for clips/ and letters.json."""
+    """The folder for clips/, letters.json and edges.jsonl.gz."""
     max_words: int = 8
-    """A clip has one word to so many, drawn uniformly."""
+    """Maximum number of words of a clip; drawn uniformly from 1 on."""
     seed: int = 0
-    """Of those draws."""
+    """Of the lengths of clips."""
 
     def __post_init__(self) -> None:
         at_least(1, max_words=self.max_words)
@@ -70,93 +71,112 @@ class Clip(NamedTuple):
     stop: int
 
 
+@dataclass(slots=True)
+class Clips:
+    """Clips of utterances, and what was found on the way."""
+
+    rows: list[TokenRow] = field(default_factory=list)
+    boundaries: dict[str, list[int]] = field(default_factory=dict)
+    """By id of an utterance or clip: frames between its words, from 0 to its number of frames."""
+    num_unspelled: int = 0
+    """Utterances whose transcripts cannot be aligned."""
+    num_dropped: int = 0
+    """Clips without words, or with too short or too long ones."""
+
+
 def main(argv: list[str]) -> None:
+    """Cuts the utterances of token shards into clips."""
     config = load_config(ClipsConfig, argv, __doc__ or "")
-    shard, reader = TokenShard.open(config.tokens), CodeReader.load(config.reader)
-    if len(reader.entries) != shard.stamp.codebook_sizes[0]:
+    shard, recognizer = TokenShard.open(config.tokens), CodeRecognizer.load(config.reader)
+    if len(recognizer.entries) != shard.stamp.codebook_sizes[0]:
         raise ValueError(
-            f"{config.reader}: reads a codebook of {len(reader.entries)} entries, but that of "
+            f"{config.reader}: for a codebook of {len(recognizer.entries)} entries, but that of "
             f"{config.tokens} has {shard.stamp.codebook_sizes[0]}; name the reader of their codec"
         )
-    cer = check_reader(reader, shard, config)
-    counts = {"unspelled": 0, "dropped": 0}
-    edges: dict[str, list[int]] = {}
-    rows = list(clips(reader, shard, config, counts, edges))
-    if not rows:
+    cer = check_recognizer(recognizer, shard, config)
+    clips = make_clips(recognizer, shard, config)
+    if not clips.rows:
         raise ValueError(
-            f"{config.tokens}: no utterance could be cut: {counts['unspelled']} have texts that "
-            f"cannot be spelt or said in their time, {counts['dropped']} clips are too short or "
-            "too long for their words"
+            f"{config.tokens}: no clips: the transcripts of {clips.num_unspelled} utterances "
+            f"cannot be aligned, {clips.num_dropped} clips are too short or too long for their words"
         )
-    heard = (shard[row].codes[0] for row in tqdm(range(len(shard)), desc="letters", unit="utt"))
-    Letters(reader.reader.letters, reader.letter_shares(heard)).save(config.out / "letters.json")
-    write_shard(config.out / "clips" / "clips.parquet", rows, shard.stamp)
-    write_edges(config.out / "edges.jsonl.gz", edges.items())
-    hours = sum(row.duration for row in rows) / 3600
-    told = {"clips": str(config.out / "clips"), "letters": str(config.out / "letters.json")}
-    sizes = {"number": len(rows), "hours": round(hours, 3), **counts, "cer": round(cer, 4)}
-    print(json.dumps(told | sizes))
+    codes = (shard[row].codes[0] for row in tqdm(range(len(shard)), desc="letters", unit="utt"))
+    Letters(recognizer.letters, recognizer.letter_shares(codes)).save(config.out / "letters.json")
+    write_shard(config.out / "clips" / "clips.parquet", clips.rows, shard.stamp)
+    write_edges(config.out / "edges.jsonl.gz", clips.boundaries.items())
+    results = {
+        "clips": str(config.out / "clips"),
+        "letters": str(config.out / "letters.json"),
+        "number": len(clips.rows),
+        "hours": round(sum(row.duration for row in clips.rows) / 3600, 3),
+        "unspelled": clips.num_unspelled,
+        "dropped": clips.num_dropped,
+        "cer": round(cer, 4),
+    }
+    print(json.dumps(results))
+    finished(
+        f"{len(clips.rows)} clips of {len(shard)} utterances",
+        config.out,
+        f"accelerate launch recipes/tts.py tokens={config.tokens} clips={results['clips']} "
+        f"ar.letter_init={results['letters']} ...",
+    )
 
 
-def check_reader(reader: CodeReader, shard: TokenShard, config: ClipsConfig) -> float:
-    """CER of the first utterances. ValueError where the reader can make nothing of them."""
-    wrong = letters = 0
+def check_recognizer(recognizer: CodeRecognizer, shard: TokenShard, config: ClipsConfig) -> float:
+    """Character error rate of the first utterances. ValueError: it is that of other codes."""
+    errors = letters = 0
     short = np.flatnonzero(shard.durations <= MAX_CHECKED)[:NUM_CHECKED].tolist()
     for row in short:
-        text = plain(shard.texts[row])
-        wrong += edit_distance(reader.read(shard[row].codes[0]), text)
+        text = normalize_transcript(shard.texts[row])
+        errors += edit_distance(recognizer.transcribe(shard[row].codes[0]), text)
         letters += len(text)
-    if not letters or wrong / letters > WORST_CER:
+    if not letters or errors / letters > MAX_CER:
         raise ValueError(
-            f"{config.reader} does not read the codes of {config.tokens} (CER "
-            f"{wrong / max(1, letters):.0%} on the first utterances); name the reader of the codec "
-            f"that made them, {shard.stamp.id}"
+            f"{config.reader} does not recognize the codes of {config.tokens} (CER "
+            f"{errors / max(1, letters):.0%} on the first utterances); name the reader of their "
+            f"codec, {shard.stamp.id}"
         )
-    return wrong / letters
+    return errors / letters
 
 
-def clips(
-    reader: CodeReader, shard: TokenShard, config: ClipsConfig, counts: dict[str, int],
-    found: dict[str, list[int]],
-) -> Iterator[TokenRow]:  # fmt: skip
-    """Each utterance once, cut at random; what cannot be aligned or is no speech is counted.
-    `found` gains the edges of the words of utterances and clips."""
+def make_clips(recognizer: CodeRecognizer, shard: TokenShard, config: ClipsConfig) -> Clips:
+    """Cuts each utterance once, at random word boundaries of its forced alignment."""
+    clips = Clips()
     rate = shard.stamp.frame_rate
     for index in tqdm(range(len(shard)), desc="clips", unit="utt"):
         row = shard[index]
         text = in_small_letters(row.text)
         words = text.split()
         try:
-            edges = reader.word_edges(row.codes[0], text)
+            boundaries = recognizer.word_boundaries(row.codes[0], text)
         except ValueError as error:
-            counts["unspelled"] += 1
+            clips.num_unspelled += 1
             logger.debug("%s: %s", row.id, error)
             continue
-        found[row.id] = edges
+        clips.boundaries[row.id] = boundaries
         random = np.random.default_rng((config.seed, index))
-        for clip in cut(edges, config.max_words, random):
+        for clip in cut(boundaries, config.max_words, random):
             seconds = (clip.stop - clip.start) / rate
-            said = " ".join(words[clip.first : clip.last])
-            fits = MIN_WORD <= seconds / (clip.last - clip.first) <= MAX_WORD
-            if not fits or not has_words(said):
-                counts["dropped"] += 1
+            clip_text = " ".join(words[clip.first : clip.last])
+            plausible = MIN_WORD <= seconds / (clip.last - clip.first) <= MAX_WORD
+            if not plausible or not has_words(clip_text):
+                clips.num_dropped += 1
                 continue
             name = f"{row.id}#{clip.first}-{clip.last}"
-            found[name] = [edge - clip.start for edge in edges[clip.first : clip.last + 1]]
-            yield row._replace(
-                id=name,
-                text=said,
-                duration=seconds,
-                codes=row.codes[:, clip.start : clip.stop],
-            )
+            clips.boundaries[name] = [
+                frame - clip.start for frame in boundaries[clip.first : clip.last + 1]
+            ]
+            codes = row.codes[:, clip.start : clip.stop]
+            clips.rows.append(row._replace(id=name, text=clip_text, duration=seconds, codes=codes))
+    return clips
 
 
-def cut(edges: list[int], max_words: int, random: np.random.Generator) -> Iterator[Clip]:
-    """Clips of one word to `max_words`, one after the other, all of the utterance."""
-    first, words = 0, len(edges) - 1
+def cut(boundaries: list[int], max_words: int, random: np.random.Generator) -> Iterator[Clip]:
+    """Consecutive clips of 1 to `max_words` words that cover the utterance."""
+    first, words = 0, len(boundaries) - 1
     while first < words:
         last = min(words, first + int(random.integers(1, max_words + 1)))
-        yield Clip(first, last, edges[first], edges[last])
+        yield Clip(first, last, boundaries[first], boundaries[last])
         first = last
 
 

@@ -18,11 +18,11 @@ from recipes.cache_teachers import CacheConfig
 SCRIPT = Path(cache_teachers.__file__)
 
 
-def as_clock(model: str, *, language: str, **_: object) -> EvenTranscriber:
+def load_even(model: str, *, language: str, **_: object) -> EvenTranscriber:
     """In place of load_transcriber."""
-    clock = EvenTranscriber()
-    clock.name, clock.language = model, language
-    return clock
+    transcriber = EvenTranscriber()
+    transcriber.name, transcriber.language = model, language
+    return transcriber
 
 
 @pytest.fixture
@@ -55,14 +55,14 @@ def settings(tmp_path: Path, lists: list[Path]) -> list[str]:
     ]
 
 
-def test_a_cache_is_written_and_summed_up(
+def test_a_cache_is_written_and_summarized(
     tmp_path: Path, settings: list[str], capsys, caplog, monkeypatch
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(cache_teachers, "load_transcriber", as_clock)
+    monkeypatch.setattr(cache_teachers, "load_transcriber", load_even)
     bert = save_text_teacher(tmp_path / "bert")
-    cache_teachers.main([*settings, f"text_model={bert}", "transcriber=models/clock"])
-    summary = json.loads(capsys.readouterr().out)
+    cache_teachers.main([*settings, f"text_model={bert}", "transcriber=models/even"])
+    summary = json.loads(capsys.readouterr().out.splitlines()[0])
     shards = list((tmp_path / "cache").glob("*.safetensors"))
     assert summary == {
         "out": str(tmp_path / "cache"),
@@ -75,7 +75,7 @@ def test_a_cache_is_written_and_summed_up(
     cache = FeatureCache.open(
         tmp_path / "cache", speech=(str(tmp_path / "hubert"), "2"), text=(bert, "mean")
     )
-    assert cache.facts["words"] == {"transcriber": "models/clock", "recorded": True}
+    assert cache.facts["words"] == {"transcriber": "models/even", "recorded": True}
     assert [word.text for word in cache.text("dev-1").words] == ["the", "cats"]
     assert cache.speech("train-0", 0, 1).shape == (29, 16)
 
@@ -85,13 +85,13 @@ def test_recognised_words_and_speech_alone(
 ) -> None:
     cache_teachers.main([*settings, "text_model=null", "transcriber=null"])
     assert FeatureCache.open(tmp_path / "cache").facts["words"] is None
-    monkeypatch.setattr(cache_teachers, "load_transcriber", as_clock)
+    monkeypatch.setattr(cache_teachers, "load_transcriber", load_even)
     settings[1] = f"out={tmp_path / 'other'}"
     more = ["text_model=null", "speech_model=null", "transcript=recognized"]
     cache_teachers.main([*settings, *more])
     words = FeatureCache.open(tmp_path / "other").text("dev-0").words
     assert [word.text for word in words] == ["the", "mat"]
-    assert json.loads(capsys.readouterr().out.splitlines()[1])["recordings"] == 4
+    assert json.loads(capsys.readouterr().out.splitlines()[3])["recordings"] == 4
     # Another language's words are others.
     with pytest.raises(ValueError, match="'language': 'de'"):
         cache_teachers.main([*settings, *more, "language=de"])
@@ -100,7 +100,7 @@ def test_recognised_words_and_speech_alone(
 def test_two_processes_share_the_recordings(tmp_path: Path, settings: list[str], launch) -> None:
     done = launch("ddp", SCRIPT, *settings, "text_model=null", "transcriber=null")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["recordings"] == 4
+    assert json.loads(done.stdout.splitlines()[0])["recordings"] == 4
     assert len(list((tmp_path / "cache").glob("features-*.safetensors"))) == 2
     assert "cache:" in done.stderr
     assert "cache:" not in done.stdout
@@ -124,6 +124,6 @@ def test_two_programs_never_share_a_folder(tmp_path: Path, settings: list[str]) 
         ({"transcriber": None, "text_model": None, "speech_model": None}, "nothing to cache"),
     ],
 )
-def test_settings_that_make_no_sense(given: dict, message: str) -> None:
+def test_invalid_settings_are_refused(given: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CacheConfig(**given)

@@ -1,4 +1,4 @@
-"""Clips of a few words, and the letters of codes."""
+"""Clips of a few words, word boundaries, and the letter probabilities of codes."""
 
 import json
 from pathlib import Path
@@ -37,20 +37,20 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         rows.append(TokenRow(f"u{number}", text, "s", "en", both.shape[1] / 25, both))
     write_shard(tmp_path / "tokens.parquet", rows, STAMP)
     CodeRecognizer(RecognizerNetwork(4, 8, "abc"), torch.randn(5, 4)).save(tmp_path / "reader")
-    heard = one_hot_recognizer("abc").log_probs
-    monkeypatch.setattr(CodeRecognizer, "log_probs", lambda _, codes: heard(codes))
+    log_probs = one_hot_recognizer("abc").log_probs
+    monkeypatch.setattr(CodeRecognizer, "log_probs", lambda _, codes: log_probs(codes))
     return [f"tokens={tmp_path / 'tokens.parquet'}", f"reader={tmp_path / 'reader'}",
             f"out={tmp_path / 'out'}"]  # fmt: skip
 
 
-def test_clips_are_all_of_an_utterance_word_by_word(
+def test_clips_cover_an_utterance_word_by_word(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     main([*settings, "max_words=2"])
-    told = json.loads(capsys.readouterr().out)
-    assert told["unspelled"] == 1
-    shard, whole = TokenShard.open(told["clips"]), TokenShard.open(tmp_path / "tokens.parquet")
-    assert len(shard) == told["number"]
+    results = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert results["unspelled"] == 1
+    shard, whole = TokenShard.open(results["clips"]), TokenShard.open(tmp_path / "tokens.parquet")
+    assert len(shard) == results["number"]
     assert shard.stamp == whole.stamp
     for number, text in enumerate(["Ab ca, bac.", "cab a"]):
         mine = [i for i, name in enumerate(shard.ids) if name.startswith(f"u{number}#")]
@@ -60,7 +60,7 @@ def test_clips_are_all_of_an_utterance_word_by_word(
         assert all(len(shard.texts[i].split()) <= 2 for i in mine)
     assert np.isclose(shard.durations, shard.num_frames / 25).all()
     assert all(any(map(str.isalpha, text)) for text in shard.texts)
-    both = TokenShard.open([tmp_path / "tokens.parquet", told["clips"]])
+    both = TokenShard.open([tmp_path / "tokens.parquet", results["clips"]])
     assert len(both) == len(whole) + len(shard)
     edges = read_edges([tmp_path / "out" / "edges.jsonl.gz"])
     for index, name in enumerate([*whole.ids, *shard.ids]):
@@ -69,12 +69,12 @@ def test_clips_are_all_of_an_utterance_word_by_word(
             assert len(edges[name]) == len(row.text.split()) + 1
             assert (edges[name][0], edges[name][-1]) == (0, row.num_frames)
     assert "u2" not in edges
-    letters = Letters.load(told["letters"])
+    letters = Letters.load(results["letters"])
     assert letters.letters == "abc"
     assert letters.shares.argmax(1)[1:].tolist() == [0, 1, 2, 3]
 
 
-def test_a_seed_cuts_alike_and_another_one_otherwise() -> None:
+def test_the_seed_decides_where_clips_are_cut() -> None:
     edges = list(range(0, 300, 3))
     drawn = [list(cut(edges, 8, np.random.default_rng(seed))) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -85,23 +85,23 @@ def test_a_seed_cuts_alike_and_another_one_otherwise() -> None:
 
 def test_long_silences_are_dropped(settings: list[str], monkeypatch, capsys) -> None:
     monkeypatch.setattr(recipe, "MAX_WORD", 0.1)
-    with pytest.raises(ValueError, match="no utterance could be cut"):
+    with pytest.raises(ValueError, match="no clips: the transcripts of 1 utterances"):
         main(settings)
 
 
-def test_a_reader_of_other_codes_is_noticed(settings: list[str], monkeypatch) -> None:
+def test_a_recognizer_of_other_codes_is_refused(settings: list[str], monkeypatch) -> None:
     monkeypatch.setattr(CodeRecognizer, "transcribe", lambda *_: "zzzz")
-    with pytest.raises(ValueError, match="does not read the codes of"):
+    with pytest.raises(ValueError, match="does not recognize the codes of"):
         main(settings)
 
 
-def test_a_reader_of_another_codebook_is_refused(settings: list[str], tmp_path: Path) -> None:
+def test_a_recognizer_of_another_codebook_is_refused(settings: list[str], tmp_path: Path) -> None:
     CodeRecognizer(RecognizerNetwork(4, 8, "abc"), torch.randn(6, 4)).save(tmp_path / "reader")
     with pytest.raises(ValueError, match=r"a codebook of 6 entries, but that of .* has 5"):
         main(settings)
 
 
 @pytest.mark.parametrize("given", ["max_words=0", "seed=-1"])
-def test_settings_that_make_no_sense(settings: list[str], given: str) -> None:
+def test_invalid_settings_are_refused(settings: list[str], given: str) -> None:
     with pytest.raises(ValueError, match="must be at least"):
         main([*settings, given])
