@@ -1,13 +1,11 @@
-"""SLMTokBench's text alignment: how well a BiLSTM with CTC reads text from a tokenizer's codes.
+"""SLMTokBench's text alignment: a BiLSTM CTC probe that transcribes a tokenizer's codes.
 
-Source: SpeechTokenizer (arXiv 2308.16692), section 4, which names the network (two layers of 1,024
-units on token embeddings, characters as labels) but not how it is trained. That part is ours. Its
-other measure of text alignment, the bound on mutual information between codes and text (vCLUB), is
-not here.
+Source: SpeechTokenizer (arXiv 2308.16692), section 4, which gives the network (two layers of 1,024
+units on token embeddings, characters as labels) but not its training; that is ours. The paper's
+other measure, a bound on the mutual information of codes and text (vCLUB), is not implemented.
 
-Error rates come from eval/text.py, which normalises both texts, so they compare with other lists'.
-
-Characters as CTC labels: a to z, the apostrophe and the space.
+CTC labels are a to z, the apostrophe and the space. Error rates are those of eval/text.py, with its
+normalization of both texts.
 """
 
 import math
@@ -29,13 +27,15 @@ from tqdm import tqdm
 from eval.text import ErrorCounts, WordErrors, character_errors, word_errors
 
 LABELS = " '" + string.ascii_lowercase
-"""Characters by label; label 0 is CTC's blank and stands before them."""
+"""Characters of labels 1, 2, ...; label 0 is CTC's blank."""
+MAX_BATCH_FRAMES = 20_000
+"""Frames of a batch in inference, including padding."""
 
 
-def spell(text: str) -> str | None:
-    """A text in LABELS: lower case, no accents, all else a space.
+def label_text(text: str) -> str | None:
+    """A text in LABELS: lower case, without accents, other characters replaced by spaces.
 
-    None where nothing is left, and where there are digits, which do not say what was spoken.
+    None where nothing is left, and where there are digits, whose pronunciation is unknown.
     """
     straight = text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
     plain = unicodedata.normalize("NFKD", straight).lower()
@@ -46,21 +46,21 @@ def spell(text: str) -> str | None:
     return " ".join(kept.split()) or None
 
 
-def frames_needed(target: Sequence[int]) -> int:
-    """CTC's minimum: a frame for each label, and one for the blank within each double letter."""
+def min_ctc_frames(target: Sequence[int]) -> int:
+    """Frames of the shortest CTC path: one per label, and a blank between equal neighbors."""
     return len(target) + sum(left == right for left, right in pairwise(target))
 
 
-def labels_of(text: str) -> list[int] | None:
-    """Labels of a text's spelling; None where it has none."""
-    spelled = spell(text)
-    return None if spelled is None else [1 + LABELS.index(character) for character in spelled]
+def ctc_labels(text: str) -> list[int] | None:
+    """Labels of a text; None where `label_text` is None."""
+    plain = label_text(text)
+    return None if plain is None else [1 + LABELS.index(character) for character in plain]
 
 
 def ctc_loss(
     log_probabilities: Float[Tensor, "B T V"], targets: Sequence[list[int]], lengths: list[int]
 ) -> Float[Tensor, ""]:
-    """Summed negative log-likelihood in nats."""
+    """Negative log-likelihood of the targets in nats, summed over the batch."""
     return functional.ctc_loss(
         log_probabilities.transpose(0, 1),
         torch.tensor([label for target in targets for label in target]),
@@ -70,40 +70,36 @@ def ctc_loss(
     )
 
 
-def text_of(labels: Sequence[int]) -> str:
-    """The text behind a label for each frame: repeats joined, blanks dropped."""
+def decode_labels(labels: Sequence[int]) -> str:
+    """The text of a CTC path (a label for each frame): repeats merged, blanks removed."""
     kept = [label for label, before in zip(labels, [0, *labels], strict=False) if label != before]
     return " ".join("".join(LABELS[label - 1] for label in kept if label).split())
 
 
-READ_FRAMES = 20_000
-"""Frames, padding included, that are read at once: bounds the memory."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeConfig:
-    """The network and its training; the defaults are for a hundred hours of speech and a GPU."""
+    """Network and training; the defaults are for a hundred hours of speech and a GPU."""
 
     num_layers: int = 2
-    """LSTM layers, each in both directions."""
+    """Bidirectional LSTM layers."""
     hidden: int = 1024
     """Units of a layer in each direction."""
     embedding: int = 256
-    """Width of the token embeddings, where no tables are given."""
+    """Width of the token embeddings, unless tables are given."""
     dropout: float = 0.2
-    """Share of units set to zero, on the embeddings and after each layer."""
+    """Of the embeddings and after each layer."""
     epochs: int = 30
-    """Passes over the training texts; the last one's weights are scored, none are selected."""
+    """Passes over the training set; the last weights are scored, there is no model selection."""
     learning_rate: float = 1e-3
-    """Adam's, at its highest: it rises over the first tenth of the steps and falls to zero."""
+    """Maximum of Adam's: linear warm-up over a tenth of the steps, then linear decay to zero."""
     batch_frames: int = 6000
-    """Frames in a batch, padding included."""
+    """Frames of a batch, including padding."""
     max_gradient: float = 1.0
-    """Gradients of a larger norm are scaled down to this one."""
+    """Gradient norm clipping."""
     min_frame_rate: float = 50.0
-    """Hz. Frames of slower tokenizers are repeated: CTC has at most one character a frame."""
+    """Hz. Frames of slower tokenizers are repeated: CTC emits at most one character per frame."""
     seed: int = 0
-    """Of weights, order and dropout."""
+    """Of weights, batches and dropout."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden", "embedding", "epochs", "batch_frames"):
@@ -117,38 +113,38 @@ class ProbeConfig:
 
 
 class Corpus(NamedTuple):
-    """What is spoken in some codes."""
+    """Codes of utterances and their transcripts."""
 
     codes: Sequence[Integer[np.ndarray, "..."]]
-    """Of each utterance (Q, T), or (T,) where there is one codebook."""
+    """(Q, T) of each utterance, or (T,) for one codebook."""
     texts: Sequence[str]
 
 
 class Epoch(NamedTuple):
-    """What an epoch of training came to."""
+    """Results of an epoch of training."""
 
     train_loss: float
-    """Nats a character."""
+    """Nats per character."""
     dev_cer: float | None
 
 
 class ProbeResult(NamedTuple):
-    """How a corpus was read."""
+    """Scores of a probe on a corpus."""
 
     cer: float
     wer: float
     loss: float
-    """Mean negative log-likelihood of the texts in nats a character."""
+    """Mean negative log-likelihood of the transcripts in nats per character."""
     n: int
-    """Utterances."""
+    """Number of utterances."""
     num_unscored: int
-    """Utterances without a loss: unspelled texts, and those with more characters than frames."""
+    """Utterances without a loss: no labels (`label_text`), or more labels than frames."""
     texts: list[str]
-    """What was read, by utterance."""
+    """Recognized text of each utterance."""
 
 
 class ProbeNetwork(nn.Module):
-    """Codes to log-probabilities of the blank and LABELS."""
+    """Bidirectional LSTMs: codes to log-probabilities of the blank and LABELS."""
 
     starts: Tensor
 
@@ -180,20 +176,20 @@ class ProbeNetwork(nn.Module):
     def forward(
         self, codes: Int[Tensor, "B Q T"], lengths: Int[Tensor, " B"]
     ) -> Float[Tensor, "B T V"]:
-        """What stands behind an item's length changes nothing before it."""
+        """Log-probabilities, V = 1 + len(LABELS). Items do not depend on padding."""
         tokens = rearrange(codes, "b q t -> b t q") + self.starts
         states = self.dropout(self.norm(self.embedding(tokens).sum(2)))  # (B, T, D)
         reverse = _reversal(lengths, codes.shape[2])
         for ahead, back in zip(self.forwards, self.backwards, strict=True):
             # Not packed: on a CPU a packed LSTM is eight times slower than a padded one.
-            turned, _ = back(_reordered(states, reverse))
-            states = torch.cat([ahead(states)[0], _reordered(turned, reverse)], dim=2)
+            reversed_states, _ = back(_reordered(states, reverse))
+            states = torch.cat([ahead(states)[0], _reordered(reversed_states, reverse)], dim=2)
             states = self.dropout(states)
         return self.output(states).log_softmax(2)
 
 
 def _reversal(lengths: Int[Tensor, " B"], num_frames: int) -> Int[Tensor, "B T"]:
-    """Frame indices that turn each item around within its length; its own inverse."""
+    """Frame indices that reverse each item within its length."""
     frames = torch.arange(num_frames, device=lengths.device)[None]
     ends = lengths[:, None]
     return torch.where(frames < ends, ends - 1 - frames, frames)
@@ -204,34 +200,35 @@ def _reordered(states: Float[Tensor, "B T D"], order: Int[Tensor, "B T"]) -> Flo
 
 
 class Probe:
-    """A trained probe: reads texts from codes, and scores what it reads."""
+    """A trained probe: transcribes codes and scores the result."""
 
     def __init__(self, network: ProbeNetwork, codebook_sizes: Sequence[int], repeats: int):
         self.network = network
         self.codebook_sizes = tuple(codebook_sizes)
         self.repeats = repeats
-        """How often each frame stands in a row for the network."""
+        """How often each frame is repeated in the network's input."""
         self.history: list[Epoch] = []
         self.num_trained = 0
-        """Utterances that it was trained on."""
+        """Training utterances."""
         self.num_unspelled = 0
-        """Utterances left out of training because `spell` has no spelling of their text."""
+        """Utterances left out of training because their text has no labels (`label_text`)."""
         self.num_too_short = 0
         """Utterances left out of training because they have fewer frames than CTC needs."""
         self.num_steps = 0
 
-    def read(self, codes: Sequence[Integer[np.ndarray, "..."]]) -> list[str]:
-        """The text of each utterance: the likeliest label of each frame, repeats joined."""
-        return [text for text, _ in self._readings(codes, [None] * len(codes))]
+    def transcribe(self, codes: Sequence[Integer[np.ndarray, "..."]]) -> list[str]:
+        """The text of each utterance by greedy CTC decoding."""
+        return [text for text, _ in self._decode(codes, [None] * len(codes))]
 
     def score(self, corpus: Corpus) -> ProbeResult:
-        """Error rates of what is read, and the likelihood of what was spoken.
+        """Error rates of greedy decoding, and the likelihood of the transcripts.
 
-        Raises ValueError for an empty corpus, and for codes that the probe's codebooks lack.
+        Raises:
+            ValueError: the corpus is empty, or has codes outside the codebooks.
         """
         _check(corpus)
-        targets = [labels_of(text) for text in corpus.texts]
-        texts, losses = zip(*self._readings(corpus.codes, targets), strict=True)
+        targets = [ctc_labels(text) for text in corpus.texts]
+        texts, losses = zip(*self._decode(corpus.codes, targets), strict=True)
         scored = [target for target, loss in zip(targets, losses, strict=True) if loss is not None]
         num_characters = sum(len(target or ()) for target in scored)
         pairs = list(zip(corpus.texts, texts, strict=True))
@@ -245,28 +242,28 @@ class Probe:
         )
 
     @torch.inference_mode()
-    def _readings(
+    def _decode(
         self, codes: Sequence[np.ndarray], targets: Sequence[list[int] | None]
     ) -> list[tuple[str, float | None]]:
-        """What is read, and the nats of each target that can be aligned."""
+        """Text of each utterance, and the loss in nats of each target that can be aligned."""
         self.network.eval()
         prepared = self._prepare(codes)
         lengths = [each.shape[1] for each in prepared]
         order = [index for index in np.argsort(lengths, kind="stable").tolist() if lengths[index]]
-        readings: list[tuple[str, float | None]] = [("", None)] * len(prepared)
-        for chosen in _grouped(order, lengths, READ_FRAMES):
+        results: list[tuple[str, float | None]] = [("", None)] * len(prepared)
+        for chosen in _grouped(order, lengths, MAX_BATCH_FRAMES):
             scores = self.network(*_padded([prepared[index] for index in chosen], self.device))
             best = scores.argmax(2).tolist()
             for place, index in enumerate(chosen):
                 length, target, loss = lengths[index], targets[index], None
-                if target is not None and frames_needed(target) <= length:
+                if target is not None and min_ctc_frames(target) <= length:
                     loss = float(ctc_loss(scores[place : place + 1, :length], [target], [length]))
-                readings[index] = (text_of(best[place][:length]), loss)
-        return readings
+                results[index] = (decode_labels(best[place][:length]), loss)
+        return results
 
     @property
     def device(self) -> torch.device:
-        """Where the network is, and what it reads is brought to."""
+        """The network's device."""
         return self.network.output.weight.device
 
     def _prepare(self, codes: Sequence[np.ndarray]) -> list[Int[Tensor, "Q T"]]:
@@ -287,13 +284,19 @@ def train_probe(
     device: str = "cpu",
     progress: bool = True,
 ) -> Probe:
-    """Trains a probe to read `train`; on one machine's CPU the same arguments give the same probe.
+    """Trains a probe on `train`; reproducible for the same arguments on one machine's CPU.
 
-    `frame_rate` is the codes' in Hz; `dev` is read after each epoch, for the progress bar and
-    `Probe.history` only. `tables` are the codebooks' own vectors, of one width: they stay as they
-    are, in place of trained embeddings. The embeddings of several codebooks are summed. Utterances
-    without spelling or with too few frames are left out and counted. Raises ValueError for codes
-    beyond the codebooks, other tables than codebooks, and a corpus with nothing to train on.
+    Utterances without labels or with too few frames are left out and counted.
+
+    Args:
+        frame_rate: of the codes, in Hz.
+        dev: scored after each epoch, for the progress bar and `Probe.history` only.
+        tables: the codebooks' own entries, of one width; frozen, in place of trained embeddings.
+            Embeddings of several codebooks are summed.
+
+    Raises:
+        ValueError: codes are outside the codebooks, tables do not match them, or no utterance can
+            be trained on.
     """
     config = config or ProbeConfig()
     _check(train)
@@ -313,22 +316,23 @@ def train_probe(
 
 
 def _usable(train: Corpus, probe: Probe) -> list[tuple[Tensor, list[int]]]:
-    """Codes and labels of what can be trained on; the rest is counted in `probe`."""
+    """Codes and labels of the utterances to train on; the others are counted in `probe`."""
     items = []
     for codes, text in zip(probe._prepare(train.codes), train.texts, strict=True):
-        target = labels_of(text)
+        target = ctc_labels(text)
         if target is None:
             probe.num_unspelled += 1
-        elif frames_needed(target) > codes.shape[1]:
+        elif min_ctc_frames(target) > codes.shape[1]:
             probe.num_too_short += 1
         else:
             items.append((codes, target))
     if not items:
-        # Repeated frames help those that have some.
+        # More repetitions of each frame help.
         hint = "; raise min_frame_rate (recipes/probe.py: --setting paper)"
         raise ValueError(
             f"none of {len(train.texts)} utterances can be trained on: {probe.num_unspelled} have "
-            f"no spelling, {probe.num_too_short} fewer frames than characters"
+            f"no labels (only digits or other scripts), {probe.num_too_short} fewer frames than "
+            f"characters"
             f"{hint if probe.num_too_short else ''}"
         )
     probe.num_trained = len(items)
@@ -374,7 +378,7 @@ def _fit(
 
 
 def _schedule(step: int, num_steps: int) -> float:
-    """Share of the learning rate: up over a tenth of the steps, then down to zero, in lines."""
+    """Factor of the learning rate: linear warm-up (a tenth of the steps), then linear decay."""
     rising = max(1, num_steps // 10)
     return min((step + 1) / rising, (num_steps - step) / max(1, num_steps - rising + 1))
 
@@ -389,7 +393,7 @@ def _padded(
 
 
 def _grouped(order: Sequence[int], lengths: Sequence[int], frames: int) -> Iterator[list[int]]:
-    """Runs of `order`, each of at most `frames` padded frames (or of one item)."""
+    """Splits `order` into batches of at most `frames` padded frames (at least one item)."""
     batch: list[int] = []
     longest = 0
     for index in order:
@@ -405,10 +409,9 @@ def _grouped(order: Sequence[int], lengths: Sequence[int], frames: int) -> Itera
 def _shuffled(
     lengths: Sequence[int], frames: int, generator: np.random.Generator
 ) -> list[list[int]]:
-    """Batches of items of about one length, in random order, other ones each time."""
-    # A tenth of blur: neighbours in length change from epoch to epoch.
-    blurred = np.array(lengths) * generator.uniform(0.9, 1.1, len(lengths))
-    batches = list(_grouped(np.argsort(blurred, kind="stable").tolist(), lengths, frames))
+    """Batches of items of similar length, in random order, different in each epoch."""
+    noisy = np.array(lengths) * generator.uniform(0.9, 1.1, len(lengths))
+    batches = list(_grouped(np.argsort(noisy, kind="stable").tolist(), lengths, frames))
     return [batches[index] for index in generator.permutation(len(batches))]
 
 
@@ -422,7 +425,9 @@ def _checked(codes: np.ndarray, sizes: Sequence[int], number: int) -> Int[Tensor
         )
     codes = codes.astype(np.int64)
     if codes.size and (codes.min() < 0 or (codes.max(axis=1) >= np.array(sizes)).any()):
-        raise ValueError(f"utterance {number}: codes beyond the codebooks' {tuple(sizes)} entries")
+        raise ValueError(
+            f"utterance {number}: codes outside the codebooks of {tuple(sizes)} entries"
+        )
     return torch.from_numpy(codes)
 
 

@@ -1,12 +1,13 @@
 """Caches teachers' features: speech features, words with times, and LM states of the words.
 
-    python recipes/cache_teachers.py "cuts=[data/train.jsonl.gz, data/dev.jsonl.gz]" out=out/teachers
+    python recipes/cache_teachers.py "cuts=[data/train.jsonl.gz, data/dev.jsonl.gz]" \\
+        out=out/teachers
     accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 8 \\
         recipes/cache_teachers.py speech_model=facebook/hubert-base-ls960 ...
 
-The expected size is logged before anything is computed. Started again after an interruption, or with
-more cuts, it resumes. Recordings that cannot be used are skipped and listed in skipped.jsonl; the
-next start tries them again.
+The expected size is logged before anything is computed. Started again, after an interruption or
+with more cuts, it resumes. Recordings that cannot be used are skipped and listed in skipped.jsonl;
+the next start tries them again.
 """
 
 import json

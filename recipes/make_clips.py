@@ -47,7 +47,7 @@ class ClipsConfig:
     """One set of clips."""
 
     tokens: str = "out/smoke/tokens/train"
-    """Token shards of whole utterances."""
+    """Token shards of utterances."""
     reader: str = "out/smoke/semantic/reader"
     """Folder of the CTC recognizer of their codec's codes."""
     out: Path = Path("out/smoke/clips")
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
     if not clips.rows:
         raise ValueError(
             f"{config.tokens}: no clips: the transcripts of {clips.num_unspelled} utterances "
-            f"cannot be aligned, {clips.num_dropped} clips are too short or too long for their words"
+            f"cannot be aligned, {clips.num_dropped} clips are too short or too long for their text"
         )
     codes = (shard[row].codes[0] for row in tqdm(range(len(shard)), desc="letters", unit="utt"))
     Letters(recognizer.letters, recognizer.letter_shares(codes)).save(config.out / "letters.json")

@@ -1,14 +1,14 @@
-"""How well a small network reads text from a codec's codes: SLMTokBench's text alignment.
+"""SLMTokBench's text alignment: error rates of a small CTC network trained on a codec's codes.
 
     python recipes/probe.py --train TOKENS --dev TOKENS [--codebooks 1] [--seed 0] --out rows.jsonl
     python recipes/probe.py --train TOKENS --dev native=A --dev accented=B     two dev lists
     python recipes/probe.py --train TOKENS --dev TOKENS --group read='ls'      and a part of one
 
-TOKENS is a token shard or a folder of them (recipes/export_tokens.py). Prints one JSON line for
-each list; --out adds rows of every utterance and list to a rows.jsonl.
+TOKENS is a token shard or a folder of them (recipes/export_tokens.py). Prints one JSON line per
+list; --out appends rows of all utterances and lists to a rows.jsonl.
 
 --setting small (the default) is for a few hours of speech and one core; paper is SpeechTokenizer's
-network, for a hundred hours and a GPU.
+network (arXiv 2308.16692, section 4), for a hundred hours and a GPU.
 """
 
 import argparse
@@ -51,26 +51,27 @@ SETTINGS = {
     "paper": ProbeConfig(),
 }
 PREFIX = "probe_"
-"""Before the metrics: a probe's errors are neither the judge's nor a system's own."""
+"""Prefix of the metrics: a probe's error rates are not comparable with an ASR judge's."""
 
 
-class Spoken(NamedTuple):
-    """Utterances with a text, and how many were left out for want of one."""
+class Utterances(NamedTuple):
+    """Utterances with transcripts."""
 
     ids: list[str]
     corpus: Corpus
     num_textless: int
+    """Utterances that were left out because they have no transcript."""
 
 
 class DevList(NamedTuple):
-    """Utterances that are scored together."""
+    """A list of utterances to score."""
 
     name: str
-    spoken: Spoken
+    utterances: Utterances
 
 
 class DevLists(NamedTuple):
-    """What is scored, and the files that it comes from."""
+    """The lists to score, and the files of their shards."""
 
     lists: list[DevList]
     files: list[Path]
@@ -84,21 +85,21 @@ def main(argv: Sequence[str]) -> None:
     if not 1 <= num_codebooks <= shard.stamp.num_codebooks:
         raise ValueError(f"--codebooks {num_codebooks}: the codec has {shard.stamp.num_codebooks}")
     config = config_of(args)
-    train = spoken_of(args.train, shard, num_codebooks, range(len(shard))[: args.limit])
+    train = load_utterances(args.train, shard, num_codebooks, range(len(shard))[: args.limit])
     lists, dev_files = dev_lists(args, shard.stamp, num_codebooks)
-    shared = sorted({one for dev in lists for one in dev.spoken.ids} & set(shard.ids))
+    shared = sorted({one for dev in lists for one in dev.utterances.ids} & set(shard.ids))
     if shared:
         raise ValueError(f"--dev: {shared[0]} is in --train as well ({len(shared)} such)")
-    begun = time.monotonic()
+    start = time.monotonic()
     probe = train_probe(
         train.corpus,
         codebook_sizes=shard.stamp.codebook_sizes[:num_codebooks],
         frame_rate=shard.stamp.frame_rate,
         config=config,
-        dev=lists[0].spoken.corpus,
+        dev=lists[0].utterances.corpus,
         device=args.device,
     )
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - start
     settings = {**asdict(config), "codebooks": num_codebooks, "limit": args.limit}
     settings["train"] = [digest_of(file) for file in shard.files]
     settings["dev"] = [digest_of(file) for file in dev_files]
@@ -110,7 +111,7 @@ def main(argv: Sequence[str]) -> None:
         model=shard.stamp.digest,
     )
     for dev in lists:
-        result = probe.score(dev.spoken.corpus)
+        result = probe.score(dev.utterances.corpus)
         if args.out is not None:
             append_rows(args.out, rows(dev, result, origin))
         line = summary(dev, result, probe, train.num_textless, origin)
@@ -118,31 +119,32 @@ def main(argv: Sequence[str]) -> None:
 
 
 def config_of(args: argparse.Namespace) -> ProbeConfig:
-    """The named setting with what the command line changes."""
-    asked = {key: getattr(args, key) for key in ("epochs", "hidden")}
-    given = {key: value for key, value in asked.items() if value is not None}
-    return replace(SETTINGS[args.setting], seed=args.seed, **given)
+    """The named setting with the changes of the command line."""
+    changes = {key: getattr(args, key) for key in ("epochs", "hidden")}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    return replace(SETTINGS[args.setting], seed=args.seed, **changes)
 
 
-def spoken_of(
+def load_utterances(
     where: str | Path, shard: TokenShard, num_codebooks: int, indices: Sequence[int]
-) -> Spoken:
-    """The first codebooks and texts of some rows. ValueError where none has a text."""
+) -> Utterances:
+    """Codes and transcripts of some rows. ValueError: none of them has a transcript."""
     kept = [index for index in indices if shard.texts[index].strip()]
     if not kept:
         raise ValueError(
-            f"{where}: holds no texts; export codes of a list of cuts that says what is spoken "
+            f"{where}: has no transcripts; export codes of a list of cuts with transcripts "
             "(recipes/export_tokens.py)"
         )
     chosen = [shard[index] for index in kept]
     corpus = Corpus([row.codes[:num_codebooks] for row in chosen], [row.text for row in chosen])
-    return Spoken([row.id for row in chosen], corpus, len(indices) - len(kept))
+    return Utterances([row.id for row in chosen], corpus, len(indices) - len(kept))
 
 
 def dev_lists(args: argparse.Namespace, stamp: CodecStamp, num_codebooks: int) -> DevLists:
-    """Each --dev, then each --group of each.
+    """Each --dev, and each --group of each.
 
-    ValueError for an empty one, two of one name, and another codec's.
+    Raises:
+        ValueError: a list is empty or of another codec, or two lists have the same name.
     """
     groups = [(name, re.compile(pattern)) for name, pattern in map(_named, args.group)]
     lists: list[DevList] = []
@@ -163,10 +165,10 @@ def dev_lists(args: argparse.Namespace, stamp: CodecStamp, num_codebooks: int) -
         for part, indices in parts:
             if any(dev.name == part for dev in lists):
                 raise ValueError(
-                    f"--dev {path}: two lists are called {part}; write NAME=SHARD (and another "
+                    f"--dev {path}: two lists have the name {part}; write NAME=SHARD (and another "
                     "NAME for each --group)"
                 )
-            lists.append(DevList(part, spoken_of(path, shard, num_codebooks, indices)))
+            lists.append(DevList(part, load_utterances(path, shard, num_codebooks, indices)))
     return DevLists(lists, files)
 
 
@@ -177,16 +179,16 @@ def _named(argument: str) -> tuple[str, str]:
 
 
 def _named_shard(argument: str) -> tuple[str, str]:
-    """As `_named`; what is there under the whole argument is a path, not a name with one."""
+    """As `_named`, unless the argument is an existing path."""
     return ("", argument) if Path(argument).exists() else _named(argument)
 
 
 def rows(dev: DevList, result: ProbeResult, origin: Provenance) -> list[Row]:
-    """Rows of each utterance and of the list, and one of the loss."""
+    """Rows of each utterance and of the list, and one row of the loss."""
     scored = [
-        score_asr(name, text, read)
-        for name, text, read in zip(
-            dev.spoken.ids, dev.spoken.corpus.texts, result.texts, strict=True
+        score_asr(name, text, recognized)
+        for name, text, recognized in zip(
+            dev.utterances.ids, dev.utterances.corpus.texts, result.texts, strict=True
         )
     ]
     found = rows_of(dev.name, scored, origin, prefix=ASR_PREFIX)
@@ -209,7 +211,7 @@ def rows(dev: DevList, result: ProbeResult, origin: Provenance) -> list[Row]:
 def summary(
     dev: DevList, result: ProbeResult, probe: Probe, num_textless: int, origin: Provenance
 ) -> dict[str, object]:
-    """What is printed for a list; `num_textless` are what --train has without a text."""
+    """The printed results of a list; `num_textless`: utterances of --train without transcripts."""
     return {
         "system": origin.system,
         "list": dev.name,
@@ -218,7 +220,7 @@ def summary(
         "loss": round(result.loss, 4) if result.n > result.num_unscored else None,
         "n": result.n,
         "unscored": result.num_unscored,
-        "no_text": dev.spoken.num_textless,
+        "no_text": dev.utterances.num_textless,
         "trained_on": probe.num_trained,
         "left_out": {
             "no_text": num_textless,
@@ -241,35 +243,39 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--train", type=Path, required=True, help="token shard to learn from")
+    parser.add_argument("--train", type=Path, required=True, help="token shard to train on")
     parser.add_argument(
-        "--dev", action="append", required=True, metavar="[NAME=]SHARD", help="to score; repeatable"
+        "--dev",
+        action="append",
+        required=True,
+        metavar="[NAME=]SHARD",
+        help="token shard to score; repeatable",
     )
     parser.add_argument(
         "--group",
         action="append",
         default=[],
         metavar="NAME=PATTERN",
-        help="also score those whose speaker or id begins with this regular expression",
+        help="also score the utterances whose speaker or id begins with this regular expression",
     )
     parser.add_argument(
-        "--codebooks", type=int, default=1, help="read the first N; 0: all (default: 1)"
+        "--codebooks", type=int, default=1, help="use the first N; 0: all (default: 1)"
     )
     parser.add_argument("--setting", choices=SETTINGS, default="small", help="default: small")
-    parser.add_argument("--epochs", type=int, help="in place of the setting's")
-    parser.add_argument("--hidden", type=int, help="in place of the setting's")
+    parser.add_argument("--epochs", type=int, help="default: that of --setting")
+    parser.add_argument("--hidden", type=int, help="default: that of --setting")
     parser.add_argument("--limit", type=int, help="train on the first N utterances only")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--name", help="what the rows call the system")
-    parser.add_argument("--out", type=Path, help="a rows.jsonl to add to")
+    parser.add_argument("--name", help="name of the system in the rows")
+    parser.add_argument("--out", type=Path, help="a rows.jsonl to append to")
     args = parser.parse_args(argv)
     check(args)
     return args
 
 
 def check(args: argparse.Namespace) -> None:
-    """ValueError, before anything is read, for what cannot be meant."""
+    """Raises ValueError for invalid arguments, before anything is read."""
     for key, least in (("codebooks", 0), ("epochs", 1), ("hidden", 1), ("limit", 1), ("seed", 0)):
         value = getattr(args, key)
         if value is not None and value < least:
@@ -281,7 +287,7 @@ def check(args: argparse.Namespace) -> None:
         try:
             re.compile(_named(group)[1])
         except re.error as error:
-            raise ValueError(f"--group {group}: no regular expression ({error})") from error
+            raise ValueError(f"--group {group}: not a regular expression ({error})") from error
         if not _named(group)[0]:
             raise ValueError(f"--group {group}: write NAME=PATTERN")
 

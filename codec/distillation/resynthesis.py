@@ -82,8 +82,8 @@ class Resynthesis:
             wave = functional.pad(wave, (0, size - wave.shape[-1]))
             if self.config.mask:
                 return teacher(wave, ceil_div(lengths * teacher.sample_rate, self.codec_rate))
-            whole = WINDOW_SECONDS * teacher.sample_rate
-            return teacher(functional.pad(wave, (0, max(0, whole - size))))
+            window = WINDOW_SECONDS * teacher.sample_rate
+            return teacher(functional.pad(wave, (0, max(0, window - size))))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,14 @@
-"""Turns a CTranslate2 Whisper folder into one that transformers loads.
+"""Converts a CTranslate2 Whisper folder into one that transformers loads.
 
-The container, `model.bin`, little endian: a version number (6), the specification's name and
-revision, a count and as many variables (name, rank, dimensions, type, number of bytes, bytes), a
-count and as many aliases (alias, name). Text is a length in two bytes and ends with a zero byte.
+The format of `model.bin`, little endian: a version number (6), the specification's name and
+revision, the number of variables and for each name, rank, dimensions, type, number of bytes, bytes;
+the number of aliases and for each alias, name. A string is its length in two bytes, and ends with a
+zero byte.
 """
 
 import json
 import math
 import struct
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from codec.distillation.teachers import loading
+from codec.io import atomic_files
 
 VERSION = 6
-GELU = 3  # As the container numbers activations; Whisper has no other.
+GELU = 3  # CTranslate2's number of the activation.
 TYPES = {
     0: torch.float32,
     1: torch.int8,
@@ -29,79 +30,84 @@ TYPES = {
     5: torch.bfloat16,
 }
 MIN_MULTILINGUAL = 51865
-"""Whisper's English-only vocabularies have one entry less."""
+"""Vocabulary size; English-only Whispers have one entry less."""
 
 
 class Container(NamedTuple):
-    """What a `model.bin` holds, aliases resolved."""
+    """The content of a `model.bin`, with aliases resolved."""
 
     specification: str
     variables: dict[str, Tensor]
 
 
 def read_container(path: Path) -> Container:
-    """Reads a CTranslate2 `model.bin`; ValueError when it is none, cut short or damaged."""
+    """Reads a CTranslate2 `model.bin`.
+
+    Raises:
+        ValueError: it is of another format, truncated or corrupted.
+    """
     with open(path, "rb") as file:
         try:
             (version,) = _numbers(file, "I")
             if version != VERSION:
-                raise ValueError(f"{path} is no CTranslate2 file of version {VERSION}: {version}")
+                raise ValueError(
+                    f"{path} is not a CTranslate2 file of version {VERSION}: {version}"
+                )
             specification = _text(file)
             _numbers(file, "I")
             variables = dict(_variable(file) for _ in range(_numbers(file, "I")[0]))
             for _ in range(_numbers(file, "I")[0]):
                 alias, name = _text(file), _text(file)
                 if name not in variables:
-                    raise _Misfit(f"{alias} stands for {name}, which is not there")
+                    raise _FormatError(f"{alias} is an alias of {name}, which is missing")
                 variables[alias] = variables[name]
         except EOFError:
-            raise ValueError(f"{path} is cut short; make or fetch it again") from None
-        except (_Misfit, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); make or fetch it again") from error
+            raise ValueError(f"{path} is truncated; make or fetch it again") from None
+        except (_FormatError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is corrupted ({error}); make or fetch it again") from error
     return Container(specification, variables)
 
 
-class _Misfit(Exception):
-    """What a file holds cannot be meant, or is not Whisper's."""
+class _FormatError(Exception):
+    """Corrupted or unexpected content."""
 
 
 def convert_whisper(source: Path, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Writes the Whisper of a CTranslate2 folder into `folder`, as transformers reads it.
+    """Writes a CTranslate2 Whisper into `folder` in transformers' format; after an error, nothing.
 
-    `source` holds model.bin, config.json and tokenizer.json. All is written or, after an error,
-    nothing. ValueError when model.bin is no Whisper, a quantised one, or lacks something.
+    Args:
+        source: folder with model.bin, config.json and tokenizer.json.
+
+    Raises:
+        ValueError: model.bin is not a Whisper, is quantized, or lacks a variable.
     """
     variables = _whisper_variables(source)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as made:
-        try:
-            _write(source, variables, Path(made), dtype)
-        except KeyError as error:
-            raise ValueError(f"{source} lacks {error}; make or fetch it again") from error
-        except (_Misfit, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{source} cannot be converted: {reason}") from error
-        folder.mkdir(exist_ok=True)
-        for file in Path(made).iterdir():
-            file.replace(folder / file.name)
+    try:
+        with atomic_files(folder) as partial:
+            _write(source, variables, partial, dtype)
+    except KeyError as error:
+        raise ValueError(f"{source} lacks {error}; make or fetch it again") from error
+    except (_FormatError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{source} cannot be converted: {reason}") from error
 
 
 def _whisper_variables(source: Path) -> dict[str, Tensor]:
-    """The variables of model.bin. ValueError where they are not a Whisper's that we can read."""
+    """The variables of model.bin. ValueError: not a Whisper, or a quantized one."""
     specification, variables = read_container(source / "model.bin")
     if specification != "WhisperSpec":
-        raise ValueError(f"{source} holds a {specification}, not Whisper (WhisperSpec)")
+        raise ValueError(f"{source} is a {specification}, not a Whisper (WhisperSpec)")
     if any(name.endswith("weight_scale") for name in variables):
-        raise ValueError(f"{source} is quantised: convert the float16 or float32 version")
+        raise ValueError(f"{source} is quantized: convert the float16 or float32 version")
     return variables
 
 
 def _write(source: Path, variables: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
-    """All files into a folder that is there."""
+    """Writes all files into an existing folder."""
     from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
     if (activation := int(variables["decoder/activation"])) != GELU:
-        raise _Misfit(f"activation {activation}, where Whisper's is GELU ({GELU})")
+        raise _FormatError(f"activation {activation}, expected GELU ({GELU})")
     facts = json.loads((source / "config.json").read_text(encoding="utf-8"))
     special = _write_tokenizer(source, folder)
     config = _config(variables, special)
@@ -113,7 +119,7 @@ def _write(source: Path, variables: dict[str, Tensor], folder: Path, dtype: torc
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise _Misfit(str(error)) from error
+        raise _FormatError(str(error)) from error
     model.tie_weights()
     model.generation_config = _generation_config(config, special, facts)
     model.save_pretrained(folder)
@@ -140,9 +146,9 @@ def _variable(file: BinaryIO) -> tuple[str, Tensor]:
     shape = _numbers(file, f"{rank}I")
     kind, count = _numbers(file, "BI")
     if kind not in TYPES:
-        raise _Misfit(f"{name} has the unknown type {kind}")
+        raise _FormatError(f"{name} has the unknown type {kind}")
     if count != math.prod(shape) * TYPES[kind].itemsize:
-        raise _Misfit(f"{name} of shape {shape} and {TYPES[kind]} has {count} bytes")
+        raise _FormatError(f"{name} of shape {shape} and {TYPES[kind]} has {count} bytes")
     data = bytearray(_bytes(file, count))
     if not data:
         return name, torch.empty(shape, dtype=TYPES[kind])
@@ -150,7 +156,7 @@ def _variable(file: BinaryIO) -> tuple[str, Tensor]:
 
 
 def _config(variables: dict[str, Tensor], special: dict[str, int]) -> Any:
-    """The WhisperConfig that the shapes of the variables tell."""
+    """The WhisperConfig that follows from the shapes of the variables."""
     from transformers import WhisperConfig
 
     vocabulary, width = variables["decoder/embeddings/weight"].shape
@@ -175,7 +181,7 @@ def _config(variables: dict[str, Tensor], special: dict[str, int]) -> Any:
 
 
 def _generation_config(config: Any, special: dict[str, int], facts: dict[str, Any]) -> Any:
-    """What transformers' generate() must know of a Whisper beside its weights."""
+    """The configuration of transformers' generate() for this Whisper."""
     from transformers import GenerationConfig
 
     values: dict[str, Any] = {
@@ -202,7 +208,7 @@ def _generation_config(config: Any, special: dict[str, int], facts: dict[str, An
 
 
 def _write_tokenizer(source: Path, folder: Path) -> dict[str, int]:
-    """Writes the tokenizer's files; returns the ids of the tokens that are no text."""
+    """Writes the tokenizer's files; returns the ids of the special tokens."""
     from transformers import WhisperTokenizer
 
     with loading(str(source), "tokenizer"):
@@ -216,7 +222,7 @@ def _num_layers(variables: dict[str, Tensor], side: str) -> int:
 
 
 def _state(variables: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the variables under transformers' names."""
+    """The tensors of the variables with transformers' names."""
     names = {"gamma": "weight", "beta": "bias"}
     for side in ("encoder", "decoder"):
         yield (
@@ -243,17 +249,17 @@ def _state(variables: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _attention(variables: dict[str, Tensor], here: str, there: str) -> Iterator[tuple[str, Tensor]]:
-    """Attention's four projections, some of them in one matrix, and the norm before them."""
+    """The four projections of attention, partly fused in one matrix, and the norm before them."""
     for end, name in (("gamma", "weight"), ("beta", "bias")):
         yield f"{there}_layer_norm.{name}", variables[f"{here}/layer_norm/{end}"]
-    crossed = f"{here}/linear_2/weight" in variables  # q; k and v; out. Else q, k and v; out.
-    groups = (("q",), ("k", "v"), ("out",)) if crossed else (("q", "k", "v"), ("out",))
+    cross = f"{here}/linear_2/weight" in variables
+    groups = (("q",), ("k", "v"), ("out",)) if cross else (("q", "k", "v"), ("out",))
     for number, group in enumerate(groups):
         for part in ("weight", "bias"):
             fused = variables[f"{here}/linear_{number}/{part}"]
             for name, tensor in zip(group, fused.chunk(len(group)), strict=True):
                 if (name, part) == ("k", "bias"):
-                    if tensor.any():  # Whisper's keys have none; the container says 0.
-                        raise _Misfit(f"{here} has a bias of keys, which Whisper's have not")
+                    if tensor.any():  # Whisper has no key bias; CTranslate2 stores zeros.
+                        raise _FormatError(f"{here} has a key bias, Whisper has none")
                 else:
                     yield f"{there}.{name}_proj.{part}", tensor.contiguous()

@@ -15,11 +15,11 @@ from eval.tokens import (
     ProbeConfig,
     ProbeNetwork,
     _schedule,
+    ctc_labels,
     ctc_loss,
-    frames_needed,
-    labels_of,
-    spell,
-    text_of,
+    decode_labels,
+    label_text,
+    min_ctc_frames,
     train_probe,
 )
 
@@ -37,7 +37,7 @@ ALPHABET = "abcd"
 
 
 def corpus(num: int, seed: int, readable: bool = True) -> Corpus:
-    """Texts of four letters, each spoken as two or three frames of one of its own codes."""
+    """Texts of four letters, each two or three frames of one of its own codes."""
     generator = np.random.default_rng(seed)
     codes, texts = [], []
     for _ in range(num):
@@ -52,7 +52,7 @@ def corpus(num: int, seed: int, readable: bool = True) -> Corpus:
     return Corpus(codes, texts)
 
 
-def test_a_readable_code_is_read_and_a_random_one_is_not() -> None:
+def test_informative_codes_have_a_low_error_rate_and_random_ones_do_not() -> None:
     dev = corpus(12, seed=2)
     probe = train_probe(
         corpus(80, seed=1), codebook_sizes=[SIZE], frame_rate=50, config=TINY, dev=dev
@@ -61,17 +61,17 @@ def test_a_readable_code_is_read_and_a_random_one_is_not() -> None:
     assert result.cer < 0.02
     assert result.loss < 0.1
     assert result.n == 12
-    assert result.texts == probe.read(dev.codes)
+    assert result.texts == probe.transcribe(dev.codes)
     assert probe.num_trained == 80
     assert len(probe.history) == TINY.epochs
     assert probe.history[-1].dev_cer == result.cer
     assert probe.history[-1].train_loss < probe.history[0].train_loss / 10
     noise = corpus(12, seed=2, readable=False)
-    deaf = train_probe(
+    random = train_probe(
         corpus(80, seed=1, readable=False), codebook_sizes=[SIZE], frame_rate=50, config=TINY
     ).score(noise)
-    assert deaf.cer > 0.4
-    assert deaf.loss > 10 * result.loss
+    assert random.cer > 0.4
+    assert random.loss > 10 * result.loss
 
 
 def short(**changes: object) -> ProbeConfig:
@@ -95,22 +95,22 @@ def test_the_seed_decides_and_leaves_other_generators_alone() -> None:
     assert losses(1) != first
 
 
-def test_reading_dev_between_epochs_changes_nothing() -> None:
+def test_scoring_dev_between_epochs_changes_nothing() -> None:
     train = corpus(10, seed=1)
     probes = [
         train_probe(train, codebook_sizes=[SIZE], frame_rate=50, config=short(dropout=0.5), dev=dev)
         for dev in (None, corpus(4, seed=2))
     ]
-    alone, watched = (probe.network.state_dict() for probe in probes)
+    alone, scored = (probe.network.state_dict() for probe in probes)
     for name, weight in alone.items():
-        assert torch.equal(weight, watched[name]), name
+        assert torch.equal(weight, scored[name]), name
     assert [epoch.dev_cer is None for probe in probes for epoch in probe.history] == [
         *(True, True),
         *(False, False),
     ]
 
 
-def test_the_learning_rate_rises_and_falls_in_lines() -> None:
+def test_the_learning_rate_is_piecewise_linear() -> None:
     shares = [_schedule(step, 100) for step in range(100)]
     assert shares[0] == pytest.approx(1 / 10)
     assert shares[4] == pytest.approx(5 / 10)
@@ -120,8 +120,8 @@ def test_the_learning_rate_rises_and_falls_in_lines() -> None:
     assert [_schedule(step, 2) for step in range(2)] == [1, 0.5]
 
 
-def test_the_loss_is_nats_a_character() -> None:
-    """Of a probe that finds every label equally likely in every frame."""
+def test_the_loss_is_in_nats_per_character() -> None:
+    """With a uniform distribution over labels in every frame."""
     network = ProbeNetwork([SIZE], short())
     nn.init.zeros_(network.output.weight)
     nn.init.zeros_(network.output.bias)
@@ -155,7 +155,7 @@ def test_a_padded_batch_equals_single_items() -> None:
     assert not torch.equal(network(later, torch.tensor(lengths))[1, 0], batch[1, 0])
 
 
-def test_what_cannot_be_aligned_is_left_out_and_counted() -> None:
+def test_texts_that_cannot_be_aligned_are_left_out_and_counted() -> None:
     train = corpus(6, seed=1)
     frames = [np.array([5, 6, 7])] * 3
     added = Corpus([*train.codes, *frames], [*train.texts, "abcd", "aab", "4 a"])
@@ -176,7 +176,7 @@ def test_slow_frames_are_repeated() -> None:
     assert (probe.repeats, probe.num_trained, probe.num_too_short) == (3, 7, 0)
 
 
-def test_all_codebooks_are_read_and_given_tables_stay() -> None:
+def test_all_codebooks_are_used_and_given_tables_are_frozen() -> None:
     """The letters are in codebook 2; codebook 1 is noise."""
     train = corpus(40, seed=1)
     noise = np.random.default_rng(0)
@@ -194,13 +194,13 @@ def test_all_codebooks_are_read_and_given_tables_stay() -> None:
     assert torch.equal(probe.network.embedding.weight, torch.cat(tables))
 
 
-def test_mistakes_are_named() -> None:
+def test_invalid_input_is_refused() -> None:
     train = corpus(4, seed=1)
     with pytest.raises(ValueError, match="4 utterances of codes, 3 texts"):
         train_probe(Corpus(train.codes, train.texts[:3]), codebook_sizes=[SIZE], frame_rate=50)
     with pytest.raises(ValueError, match="the corpus is empty"):
         train_probe(Corpus([], []), codebook_sizes=[SIZE], frame_rate=50)
-    with pytest.raises(ValueError, match="beyond the codebooks"):
+    with pytest.raises(ValueError, match="outside the codebooks"):
         train_probe(train, codebook_sizes=[4], frame_rate=50)
     with pytest.raises(ValueError, match="there are 2 codebooks"):
         train_probe(train, codebook_sizes=[SIZE, SIZE], frame_rate=50)
@@ -212,8 +212,8 @@ def test_mistakes_are_named() -> None:
     hint = "none of 1 utterances .* 1 fewer frames .*; raise min_frame_rate .*--setting paper"
     with pytest.raises(ValueError, match=hint):
         train_probe(short_one, codebook_sizes=[SIZE], frame_rate=50)
-    # More frames would not spell a number.
-    with pytest.raises(ValueError, match=r"1 have no spelling, 0 fewer frames than characters$"):
+    # Without the hint about frames, for digits.
+    with pytest.raises(ValueError, match=r"1 have no labels .*, 0 fewer frames than characters$"):
         train_probe(Corpus(train.codes[:1], ["7"]), codebook_sizes=[SIZE], frame_rate=50)
 
 
@@ -230,28 +230,28 @@ def test_impossible_settings_are_refused(change: dict[str, float], message: str)
         ProbeConfig(**change)
 
 
-def test_texts_are_spelled_in_labels() -> None:
-    assert spell("DON'T stop, Zo\u00eb -- now!") == "don't stop zoe now"
-    assert spell("it\N{RIGHT SINGLE QUOTATION MARK}s") == "it's"
-    assert spell("Les \u00c9l\u00e8ves na\u00effs") == "les eleves naifs"
-    assert spell("room 12") is None
-    assert spell("...") is None
-    assert set(spell("".join(map(chr, range(32, 48)))) or "") <= set(LABELS)
+def test_texts_are_normalized_to_labels() -> None:
+    assert label_text("DON'T stop, Zo\u00eb -- now!") == "don't stop zoe now"
+    assert label_text("it\N{RIGHT SINGLE QUOTATION MARK}s") == "it's"
+    assert label_text("Les \u00c9l\u00e8ves na\u00effs") == "les eleves naifs"
+    assert label_text("room 12") is None
+    assert label_text("...") is None
+    assert set(label_text("".join(map(chr, range(32, 48)))) or "") <= set(LABELS)
 
 
 def test_labels_and_texts_are_inverse() -> None:
-    labels = labels_of("It's a see-saw")
+    labels = ctc_labels("It's a see-saw")
     assert labels is not None
     assert min(labels) > 0
     apart = [label for one in labels for label in (one, one, 0)]
-    assert text_of(apart) == "it's a see saw"
-    assert text_of([0, 0]) == ""
-    assert labels_of("7") is None
+    assert decode_labels(apart) == "it's a see saw"
+    assert decode_labels([0, 0]) == ""
+    assert ctc_labels("7") is None
 
 
 def test_double_letters_need_a_frame_between() -> None:
-    assert frames_needed(labels_of("aab") or []) == 4
-    assert frames_needed(labels_of("aba") or []) == 3
+    assert min_ctc_frames(ctc_labels("aab") or []) == 4
+    assert min_ctc_frames(ctc_labels("aba") or []) == 3
     uniform = torch.zeros(1, 4, 1 + len(LABELS)).log_softmax(2)
     # One path of four frames: a, blank, a, b.
     loss = float(ctc_loss(uniform, [[3, 3, 4]], [4]))

@@ -28,7 +28,7 @@ def shard(
     seed: int | None = None,
     **stamped: object,
 ) -> str:
-    """Codes that spell their texts, where `texts` has no other for an id."""
+    """Codes that encode their texts, unless `texts` has another text for an id."""
     generator = np.random.default_rng(len(ids) if seed is None else seed)
     rows = []
     for name in ids:
@@ -84,7 +84,7 @@ def test_each_list_and_group_has_a_line_and_rows_with_provenance(
     assert [round(value, 4) for value in losses] == [line["loss"] for line in lines]
 
 
-def test_the_asked_codebooks_are_read(
+def test_only_the_chosen_codebooks_are_used(
     lists: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[tuple[int, ...]] = []
@@ -103,14 +103,14 @@ def test_the_asked_codebooks_are_read(
     assert json.loads(capsys.readouterr().out.splitlines()[0])["system"] == name
 
 
-def test_mistakes_are_named(lists: list[str], tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(lists: list[str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the codec has 2"):
         program.main([*lists, "--codebooks", "3"])
     with pytest.raises(ValueError, match="no speaker or id"):
         program.main([*lists, "--group", "c=carl"])
     with pytest.raises(ValueError, match="write NAME=PATTERN"):
         program.main([*lists, "--group", "carl"])
-    with pytest.raises(ValueError, match="no regular expression"):
+    with pytest.raises(ValueError, match="not a regular expression"):
         program.main([*lists, "--group", "c=("])
     with pytest.raises(ValueError, match="t-0 is in --train as well"):
         program.main([*lists, "--dev", lists[1]])
@@ -124,7 +124,7 @@ def run(argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def test_the_settings_digest_tells_the_data(
+def test_the_settings_digest_includes_the_data(
     lists: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ids = [f"t-{number}" for number in range(12)]
@@ -157,7 +157,7 @@ def test_the_frame_rate_is_the_codecs_and_a_setting_is_the_named_one(
     for more in ([], ["--setting", "paper", "--seed", "4"]):
         with pytest.raises(ValueError, match="enough"):
             program.main(["--train", train, "--dev", dev, "--dev", second, *more])
-    # The first list is the one that is read after each epoch.
+    # The first list is the one that is scored after each epoch.
     assert [len(options["dev"].texts) for options in seen] == [3, 3]
     assert [options["frame_rate"] for options in seen] == [12.5, 12.5]
     assert seen[0]["config"] == program.SETTINGS["small"]
@@ -165,7 +165,7 @@ def test_the_frame_rate_is_the_codecs_and_a_setting_is_the_named_one(
     assert (seen[1]["config"].hidden, seen[1]["config"].num_layers) == (1024, 2)
 
 
-def test_texts_that_are_missing_are_left_out_and_counted(
+def test_utterances_without_transcripts_are_left_out_and_counted(
     lists: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ids = [f"t-{number}" for number in range(12)]
@@ -180,20 +180,20 @@ def test_texts_that_are_missing_are_left_out_and_counted(
     rows = {row.metric: row for row in read_rows(out) if row.utterance is None}
     assert (rows["probe_loss"].n, rows["probe_cer"].n) == (1, 2)
     none = shard(tmp_path / "none.parquet", ["n-1"], {"n-1": ""})
-    with pytest.raises(ValueError, match=r"none\.parquet: holds no texts"):
+    with pytest.raises(ValueError, match=r"none\.parquet: has no transcripts"):
         program.main(["--train", none, "--dev", dev])
-    with pytest.raises(ValueError, match=r"none\.parquet: holds no texts"):
+    with pytest.raises(ValueError, match=r"none\.parquet: has no transcripts"):
         program.main([*lists, "--dev", none])
 
 
-def test_lists_have_names_of_their_own(
+def test_names_of_lists_are_unique(
     lists: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shard(tmp_path / "b" / "dev.parquet", ["x-1"])
     there = str(tmp_path / "b" / "dev.parquet")
-    with pytest.raises(ValueError, match="two lists are called dev; write NAME=SHARD"):
+    with pytest.raises(ValueError, match="two lists have the name dev; write NAME=SHARD"):
         program.main([*lists, "--dev", there])
-    with pytest.raises(ValueError, match="two lists are called dev/a; write"):
+    with pytest.raises(ValueError, match="two lists have the name dev/a; write"):
         program.main([*lists, "--group", "a=anna", "--group", "a=bert"])
     odd = shard(tmp_path / "lr=3" / "dev.parquet", ["y-1"])
     argv = [*lists, "--dev", f"b={there}", "--dev", odd.replace("dev.parquet", "")]

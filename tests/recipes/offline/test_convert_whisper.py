@@ -99,7 +99,7 @@ def write_source(folder: Path, variables: dict[str, Tensor]) -> Path:
 
 
 @pytest.mark.parametrize("multilingual", [True, False])
-def test_a_whisper_comes_back_as_it_was(tmp_path: Path, multilingual: bool) -> None:
+def test_a_converted_whisper_equals_the_original(tmp_path: Path, multilingual: bool) -> None:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
     model = tiny_whisper(multilingual)
@@ -143,7 +143,7 @@ def test_a_whisper_comes_back_as_it_was(tmp_path: Path, multilingual: bool) -> N
         }
 
 
-def test_weights_may_be_kept_wider(tmp_path: Path) -> None:
+def test_weights_may_be_stored_in_a_wider_type(tmp_path: Path) -> None:
     from transformers import AutoConfig
 
     variables = as_variables(tiny_whisper().state_dict())
@@ -153,7 +153,7 @@ def test_weights_may_be_kept_wider(tmp_path: Path) -> None:
         assert AutoConfig.from_pretrained(tmp_path / str(dtype)).dtype == dtype
 
 
-def test_a_container_tells_variables_and_aliases(tmp_path: Path) -> None:
+def test_a_container_has_variables_and_aliases(tmp_path: Path) -> None:
     weight = torch.arange(6.0).view(2, 3)
     variables = {"decoder/embeddings/weight": weight, "n": torch.tensor(7, dtype=torch.int16)}
     (tmp_path / "model.bin").write_bytes(container(variables, "AnySpec"))
@@ -167,10 +167,10 @@ def test_a_container_tells_variables_and_aliases(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"PK\3\4 something else", "no CTranslate2 file of version 6"),
-        (b"", "cut short"),
-        (container({"a": torch.ones(9)})[:50], "cut short"),
-        (container({"a": torch.ones(9)}), "stands for decoder/embeddings/weight"),
+        (b"PK\3\4 something else", "not a CTranslate2 file of version 6"),
+        (b"", "truncated"),
+        (container({"a": torch.ones(9)})[:50], "truncated"),
+        (container({"a": torch.ones(9)}), "is an alias of decoder/embeddings/weight"),
         (described("a", kind=9, count=8), "a has the unknown type 9"),
         (described("a", kind=0, count=12), r"a of shape \(2,\) and torch.float32 has 12 bytes"),
         (described("a", kind=0, count=7), "has 7 bytes"),
@@ -178,11 +178,11 @@ def test_a_container_tells_variables_and_aliases(tmp_path: Path) -> None:
             described("\N{LATIN SMALL LETTER E WITH ACUTE}", kind=0, count=8).replace(
                 b"\xc3", b"\xff"
             ),
-            "is damaged .*codec can't decode",
+            "is corrupted .*codec can't decode",
         ),
     ],
 )
-def test_what_is_no_container_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_corrupted_files_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "model.bin").write_bytes(content)
     with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}/model.bin .*{message}"):
         read_container(tmp_path / "model.bin")
@@ -191,11 +191,15 @@ def test_what_is_no_container_is_refused(tmp_path: Path, content: bytes, message
 @pytest.mark.parametrize(
     ("variables", "specification", "message"),
     [
-        ({"decoder/embeddings/weight": torch.ones(1)}, "TransformerSpec", "a TransformerSpec, not"),
+        (
+            {"decoder/embeddings/weight": torch.ones(1)},
+            "TransformerSpec",
+            "a TransformerSpec, not",
+        ),
         (
             {"decoder/embeddings/weight": torch.ones(1), "a/weight_scale": torch.ones(1)},
             "WhisperSpec",
-            "quantised: convert the float16",
+            "quantized: convert the float16",
         ),
     ],
 )
@@ -213,9 +217,9 @@ def biased(variables: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("corrupt", "message"),
     [
-        (biased, "decoder/layer_1/attention has a bias of keys"),
+        (biased, "decoder/layer_1/attention has a key bias"),
         (lambda all_of: all_of.update({"decoder/activation": torch.tensor(0).short()}), "GELU"),
         (lambda all_of: all_of.pop("encoder/conv1/bias"), "lacks 'encoder/conv1/bias'"),
         (
@@ -224,11 +228,11 @@ def biased(variables: dict[str, Tensor]) -> None:
         ),
     ],
 )
-def test_what_cannot_be_converted_leaves_nothing(tmp_path: Path, spoil, message: str) -> None:
+def test_failed_conversions_leave_no_files(tmp_path: Path, corrupt, message: str) -> None:
     variables = {
         name: tensor.clone() for name, tensor in as_variables(tiny_whisper().state_dict()).items()
     }
-    spoil(variables)
+    corrupt(variables)
     source = write_source(tmp_path / "source", variables)
     with pytest.raises(ValueError, match=f"source .*{message}"):
         convert_whisper(source, tmp_path / "made")
@@ -243,7 +247,7 @@ def test_what_cannot_be_converted_leaves_nothing(tmp_path: Path, spoil, message:
         ("tokenizer.json", '{"version": "1.0"}', "cannot be loaded as a tokenizer"),
     ],
 )
-def test_damaged_files_beside_the_container_are_named(
+def test_corrupted_configuration_files_are_reported(
     tmp_path: Path, file: str, content: str, message: str
 ) -> None:
     source = write_source(tmp_path / "source", as_variables(tiny_whisper().state_dict()))

@@ -20,7 +20,7 @@ from transformers import (
 from codec.audio import write_audio
 from codec.distillation.teachers import load_text_teacher
 from recipes.tools import show_alignment as program
-from recipes.tools.show_alignment import SILENCE, Alignments, Run, align, index_words, runs
+from recipes.tools.show_alignment import NO_WORD, Alignments, align, index_words, word_runs
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "##s", "sat"]
 
@@ -95,12 +95,12 @@ def test_ctc_follows_time_and_index_the_order_of_pieces(text_model: str) -> None
     # [CLS] the cat ##s sat [SEP] and padding.
     assert aligned.indexed == [-1, 0, 1, 1, 2, -1, -1, -1, -1, -1]
     assert aligned.agreement == pytest.approx(3 / 6)
-    assert runs(aligned.timed) == [Run(0, 1, 2), Run(1, 2, 5), Run(2, 7, 9)]
-    assert Alignments([SILENCE], [SILENCE]).agreement == 0
+    assert word_runs(aligned.timed) == [(0, 1, 2), (1, 2, 5), (2, 7, 9)]
+    assert Alignments([NO_WORD], [NO_WORD]).agreement == 0
 
 
-def test_index_is_where_the_teachers_states_are(text_model: str) -> None:
-    """A frame's state changes with the word of that frame, and those without a word stay pads."""
+def test_index_words_are_at_the_frames_of_their_states(text_model: str) -> None:
+    """The state of a frame depends on the word of that frame."""
     teacher = load_text_teacher(text_model, layer="0", half=False)
     for num_frames in (4, 12):
         texts = ["the cats sat", "the the sat"]
@@ -110,7 +110,7 @@ def test_index_is_where_the_teachers_states_are(text_model: str) -> None:
         differ = (states[0, :4] - states[1, :4]).abs().amax(1) > 1e-6
         assert differ[: min(3, num_frames - 1)].tolist() == [False, False, True]
         assert index[:3] == [-1, 0, 1]
-    assert index_words(["cats"] * 9, teacher, 12)[-2:] == [SILENCE] * 2
+    assert index_words(["cats"] * 9, teacher, 12)[-2:] == [NO_WORD] * 2
 
 
 def test_index_counts_the_pieces_that_a_cased_teacher_sees(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_picture_is_drawn_and_the_words_are_printed(
     assert not pyplot.get_fignums()
 
 
-def test_mistakes_are_named(
+def test_invalid_arguments_are_refused(
     recording: str,
     text_model: str,
     transcriber: str,
@@ -171,7 +171,7 @@ def test_mistakes_are_named(
         program.main([recording, "--out", "a.jpg"])
     with pytest.raises(ValueError, match="must be positive"):
         program.main([recording, *out, "--frame-rate", "0"])
-    with pytest.raises(ValueError, match="no word was heard"):
+    with pytest.raises(ValueError, match="no word was recognized"):
         program.main([recording, *out, *models_given, "--text", " "])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match="install the extra `demo`"):
