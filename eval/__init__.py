@@ -1,4 +1,4 @@
-"""Scores. Arrays and strings in, numbers out; imports none of the other packages.
+"""Metrics: arrays and strings in, numbers out. Imports no other package of this project.
 
-Waves are one-dimensional float arrays (S,) in [-1, 1] with their sample rate beside them.
+Waves are one-dimensional float arrays (S,) in [-1, 1] with a sample rate.
 """

@@ -1,11 +1,9 @@
-"""Scores of systems on lists of utterances, as rows with provenance.
+"""Scores of utterances, and rows of results with provenance.
 
-`score_*` score one utterance with everything that a list-level number or a significance test needs
-later; `rows_of` turns a list's utterances into rows: one per utterance and metric, and one per
-metric for the whole list (`utterance` is None).
+`score_*` score one utterance; `rows_of` turns a list's utterances into rows: one per utterance and
+metric, and one per metric for the list (`utterance` is None).
 """
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -22,38 +20,40 @@ from jaxtyping import Float
 from eval import speaker, speech, text, transcribe
 
 Transcribe = Callable[[np.ndarray, int], str]
+"""A wave (S,) and its sample rate to a transcript."""
 Embed = Callable[[np.ndarray, int], np.ndarray]
+"""A wave (S,) and its sample rate to a speaker embedding (E,). Raises ValueError for silence."""
 
 WORD_METRICS = ("wer", "wil", "mer", "cer")
 ASR_PREFIX = "asr_"
-"""Before the word metrics of a system's own transcripts: none but these are without a judge."""
+"""Prefix of the word metrics of a system's own transcripts, as opposed to a judge's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One number and where it comes from."""
+    """A number with its provenance."""
 
     system: str
     list: str
     utterance: str | None
-    """None: a number for the whole list."""
+    """None: a number of the list."""
     metric: str
     value: float
     n: int
-    """Utterances behind a list's number; for one utterance 1, or its words (characters)."""
+    """Number of utterances of a list; of an utterance 1, or its number of words (characters)."""
     seed: int
     git: str
     config: str
-    """Digest of the configuration, "" where there is none."""
+    """Digest of the configuration; "": none."""
     model: str
-    """Digest of the scored model's weights, "" for recordings."""
+    """Digest of the scored model's weights; "": recordings."""
     library: str
     machine: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Provenance:
-    """What all rows of one run share."""
+    """What all rows of a run share."""
 
     system: str
     seed: int = 0
@@ -61,7 +61,7 @@ class Provenance:
     config: str = ""
     model: str = ""
     judge: str = ""
-    """Name and digest of the transcribing model, for the word metrics."""
+    """Name and digest of the ASR behind the word metrics."""
     speaker: str = ""
     """Name and digest of the speaker encoder."""
 
@@ -72,14 +72,14 @@ class Utterance:
 
     id: str
     values: Mapping[str, float] = field(default_factory=dict)
-    """Metrics whose list-level number is their mean."""
+    """Metrics that are averaged over a list."""
     words: text.WordErrors | None = None
     characters: text.ErrorCounts | None = None
     transcript: str = ""
     missing: Mapping[str, str] = field(default_factory=dict)
-    """Metrics that are not defined for this utterance, and why."""
+    """Metrics that are not defined for this utterance, with the reason."""
     seed: int | None = None
-    """What it was made from, where that is not the list's seed."""
+    """Seed of its generation; None: the list's."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False)
@@ -93,24 +93,13 @@ class Utterance:
 
 
 def score_asr(utterance: str, reference: str, hypothesis: str, language: str = "en") -> Utterance:
-    """Word and character errors of a transcript."""
+    """Returns the word and character errors of a transcript."""
     return Utterance(
         id=utterance,
         words=text.word_errors(reference, hypothesis, language),
         characters=text.character_errors(reference, hypothesis, language),
         transcript=hypothesis,
     )
-
-
-def score_original(
-    utterance: str,
-    reference: str,
-    wave: Float[np.ndarray, " S"],
-    sample_rate: int,
-    transcribe: Transcribe,
-) -> Utterance:
-    """The judge's own errors on a recording: what a reconstruction is compared with."""
-    return score_asr(utterance, reference, transcribe(wave, sample_rate))
 
 
 def score_reconstruction(
@@ -122,22 +111,26 @@ def score_reconstruction(
     transcribe: Transcribe,
     embed: Embed | None = None,
 ) -> Utterance:
-    """WER and CER by the judge, STOI, PESQ, mel distance and similarity to the original's voice.
+    """Returns WER, CER, STOI, PESQ, mel distance and speaker similarity of a reconstruction.
 
-    A reconstruction that is silent, holds NaN or has another length is a failure: it counts as
-    deleted words, and has no other score.
+    A reconstruction that is silent, holds NaN or differs in length is a failure: all its words are
+    deletions, and it has no other score.
+
+    Args:
+        reference: the transcript.
+
+    Raises:
+        ValueError: the original is silent, empty or not finite.
     """
     speech.check_wave(original, "original")
-    fault = ""
+    reason = "the reconstruction is silent"
     try:
         if not np.isfinite(reconstruction).all():
             raise ValueError("the reconstruction holds NaN or infinite samples")
         original, reconstruction = speech.trim(original, reconstruction, sample_rate)
     except ValueError as error:
-        fault, reconstruction = str(error), np.zeros_like(original)
-    nothing = not reconstruction.any()
-    values = {"failure": float(nothing)}
-    missing: dict[str, str] = {}
+        reason, reconstruction = str(error), np.zeros_like(original)
+    failed = not reconstruction.any()
     measures: dict[str, Callable[[], float]] = {
         "stoi": lambda: speech.stoi(original, reconstruction, sample_rate),
         "pesq": lambda: speech.pesq_wb(original, reconstruction, sample_rate),
@@ -147,21 +140,10 @@ def score_reconstruction(
         measures["similarity"] = lambda: speaker.similarity(
             embed(original, sample_rate), embed(reconstruction, sample_rate)
         )
-    if nothing:
-        missing = dict.fromkeys(measures, fault or "the reconstruction is silent")
-    else:
-        _measure(measures, values, missing)
-    heard = score_asr(
-        utterance, reference, "" if nothing else transcribe(reconstruction, sample_rate)
-    )
-    return Utterance(
-        id=utterance,
-        values=values,
-        words=heard.words,
-        characters=heard.characters,
-        transcript=heard.transcript,
-        missing=missing,
-    )
+    values = {"failure": float(failed)}
+    missing = dict.fromkeys(measures, reason) if failed else _measure(measures, values)
+    hypothesis = "" if failed else transcribe(reconstruction, sample_rate)
+    return replace(score_asr(utterance, reference, hypothesis), values=values, missing=missing)
 
 
 def score_tts(
@@ -174,41 +156,41 @@ def score_tts(
     prompt: tuple[Float[np.ndarray, " P"], int] | None = None,
     failure: str | None = None,
 ) -> Utterance:
-    """WER and CER by the judge, similarity to the prompt's voice, and whether synthesis failed.
+    """Returns WER, CER, similarity to the prompt's speaker, length in seconds and failure of
+    synthesized speech.
 
-    `prompt` is a wave with its sample rate; `failure` is what the synthesiser itself reported.
-    A wave with NaN or infinite samples counts as silence.
+    A wave that is silent or not finite is a failure, whose words are all deletions.
+
+    Args:
+        target: the text that was synthesized.
+        prompt: a wave and its sample rate.
+        failure: what the synthesizer reports, if it failed.
     """
-    nothing = not (wave.any() and np.isfinite(wave).all())
-    values = {"failure": float(failure is not None or nothing)}
-    values["seconds"] = wave.size / sample_rate
+    silent = not (wave.any() and np.isfinite(wave).all())
+    values = {"failure": float(failure is not None or silent), "seconds": wave.size / sample_rate}
     missing: dict[str, str] = {}
-    if nothing:
-        missing["similarity"] = "nothing was spoken"
+    if silent:
+        missing["similarity"] = "the wave is silent"
     elif embed is not None and prompt is not None:
-        measures = {
-            "similarity": lambda: speaker.similarity(embed(*prompt), embed(wave, sample_rate))
-        }
-        _measure(measures, values, missing)
-    heard = score_asr(utterance, target, "" if nothing else transcribe(wave, sample_rate))
-    return Utterance(
-        id=utterance,
-        values=values,
-        words=heard.words,
-        characters=heard.characters,
-        transcript=heard.transcript,
-        missing=missing,
-    )
+        missing = _measure(
+            {"similarity": lambda: speaker.similarity(embed(*prompt), embed(wave, sample_rate))},
+            values,
+        )
+    hypothesis = "" if silent else transcribe(wave, sample_rate)
+    return replace(score_asr(utterance, target, hypothesis), values=values, missing=missing)
 
 
 def _measure(
-    measures: Mapping[str, Callable[[], float]], values: dict[str, float], missing: dict[str, str]
-) -> None:
+    measures: Mapping[str, Callable[[], float]], values: dict[str, float]
+) -> dict[str, str]:
+    """Adds what is defined to `values`; returns why the other measures are not."""
+    missing = {}
     for metric, measure in measures.items():
         try:
             values[metric] = measure()
         except ValueError as error:
             missing[metric] = str(error)
+    return missing
 
 
 def rows_of(
@@ -218,75 +200,60 @@ def rows_of(
     constants: Mapping[str, float] | None = None,
     prefix: str = "",
 ) -> list[Row]:
-    """Rows of every utterance, then of the list: rates of summed counts, means of the others.
+    """Returns rows of every utterance, then of the list: rates of summed counts, means of the
+    other metrics.
 
-    `constants` are numbers of the system that no utterance changes, such as its bitrate. `prefix`
-    stands before the word metrics: ASR_PREFIX where the system itself transcribed.
+    Args:
+        constants: numbers of the system itself, such as its bitrate.
+        prefix: of the word metrics; ASR_PREFIX if the system itself transcribed.
+
+    Raises:
+        ValueError: there is no utterance.
     """
     if not utterances:
         raise ValueError(f"the list {list_name} holds no utterance to score")
     rows: list[Row] = []
 
     def add(one: Utterance | None, metric: str, value: float, n: int) -> None:
-        origin = provenance
-        if one is not None and one.seed is not None:
-            origin = replace(provenance, seed=one.seed)
-        rows.append(_row(list_name, one and one.id, metric, value, n, origin))
+        assert np.isfinite(value), metric
+        seed = provenance.seed if one is None or one.seed is None else one.seed
+        rows.append(
+            Row(
+                system=provenance.system, list=list_name, utterance=one and one.id, metric=metric,
+                value=value, n=n, seed=seed, git=provenance.git, config=provenance.config,
+                model=provenance.model, library=library_of(metric, provenance), machine=machine(),
+            )
+        )  # fmt: skip
+
+    def add_errors(
+        one: Utterance | None, words: text.WordErrors | None, characters: text.ErrorCounts | None,
+        n: int | None = None,
+    ) -> None:  # fmt: skip
+        if words is not None:
+            for metric in ("wer", "wil", "mer"):
+                add(one, prefix + metric, getattr(words, metric), n or words.num_words)
+        if characters is not None:
+            add(one, f"{prefix}cer", characters.rate, n or characters.num_reference)
 
     for one in utterances:
         for metric, value in one.values.items():
             add(one, metric, value, 1)
-        _add_errors(lambda m, v, n, one=one: add(one, prefix + m, v, n), one.words, one.characters)
+        add_errors(one, one.words, one.characters)
     for metric in dict.fromkeys(metric for one in utterances for metric in one.values):
         values = [one.values[metric] for one in utterances if metric in one.values]
         add(None, metric, float(np.mean(values)), len(values))
     words = [one.words for one in utterances if one.words is not None]
     characters = [one.characters for one in utterances if one.characters is not None]
     if words and characters:
-        _add_errors(
-            lambda metric, value, _: add(None, prefix + metric, value, len(words)),
-            sum(words, text.WordErrors()),
-            sum(characters, text.ErrorCounts()),
-        )
+        sums = sum(words, text.WordErrors()), sum(characters, text.ErrorCounts())
+        add_errors(None, *sums, len(words))
     for metric, value in (constants or {}).items():
         add(None, metric, value, len(utterances))
     return rows
 
 
-def _add_errors(
-    add: Callable[[str, float, int], None],
-    words: text.WordErrors | None,
-    characters: text.ErrorCounts | None,
-) -> None:
-    if words is not None:
-        for metric in ("wer", "wil", "mer"):
-            add(metric, getattr(words, metric), words.num_words)
-    if characters is not None:
-        add("cer", characters.rate, characters.num_reference)
-
-
-def _row(
-    list_name: str, utterance: str | None, metric: str, value: float, n: int, origin: Provenance
-) -> Row:
-    assert np.isfinite(value), metric
-    return Row(
-        system=origin.system,
-        list=list_name,
-        utterance=utterance,
-        metric=metric,
-        value=value,
-        n=n,
-        seed=origin.seed,
-        git=origin.git,
-        config=origin.config,
-        model=origin.model,
-        library=library_of(metric, origin),
-        machine=machine(),
-    )
-
-
 def library_of(metric: str, origin: Provenance) -> str:
-    """The libraries behind a metric with their versions, and the model that judged."""
+    """Returns the libraries behind a metric with their versions, and the model that scored."""
     if metric.removeprefix(ASR_PREFIX) in WORD_METRICS and metric not in WORD_METRICS:
         names, extra = text.LIBRARIES, ""
     elif metric in (*WORD_METRICS, "wrong", "fault"):
@@ -300,7 +267,7 @@ def library_of(metric: str, origin: Provenance) -> str:
 
 
 def all_libraries() -> str:
-    """Every library that scores, with its version."""
+    """Returns all libraries that score, with their versions."""
     names = {*text.LIBRARIES, *transcribe.LIBRARIES, *speaker.LIBRARIES, "numpy"}
     return ", ".join(_versions(sorted(names.union(*speech.LIBRARIES.values()))))
 
@@ -309,15 +276,9 @@ def _versions(names: Iterable[str]) -> list[str]:
     return [f"{name} {importlib.metadata.version(name)}" for name in names]
 
 
-def digest_of(path: str | Path) -> str:
-    """The first 16 hex digits of a file's SHA-256."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
 @cache
 def machine() -> str:
-    """Processor architecture, cores, and the GPU if there is one."""
+    """Returns the processor architecture, number of cores, and GPU."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
@@ -325,38 +286,41 @@ def machine() -> str:
 
 
 def append_lines(path: str | Path, lines: Iterable[str]) -> None:
-    """Appends lines in one write and syncs; a tail that a kill has torn is cut off first."""
+    """Appends lines in one write and syncs; removes an incomplete last line first."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
         file.seek(0)
-        whole = _whole_size(file.read())
-        file.truncate(whole)
+        file.truncate(_complete_size(file.read()))
         file.write("".join(line + "\n" for line in lines).encode())
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """The whole lines of a file that `append_lines` writes; none where there is no file."""
+    """Returns the complete lines of a file; none if there is no file."""
     path = Path(path)
     if not path.exists():
         return []
     stored = path.read_bytes()
-    return stored[: _whole_size(stored)].decode().splitlines()
+    return stored[: _complete_size(stored)].decode().splitlines()
 
 
-def _whole_size(stored: bytes) -> int:
+def _complete_size(stored: bytes) -> int:
     return stored.rfind(b"\n") + 1
 
 
 def append_rows(path: str | Path, rows: Iterable[Row]) -> None:
-    """Adds rows to a rows.jsonl."""
+    """Appends rows to a rows.jsonl."""
     append_lines(path, [json.dumps(asdict(row), ensure_ascii=False) for row in rows])
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a rows.jsonl; ValueError names a line that is none."""
+    """Returns the rows of a rows.jsonl.
+
+    Raises:
+        ValueError: a line is no row.
+    """
     known = {entry.name for entry in fields(Row)}
     rows: list[Row] = []
     for number, line in enumerate(read_lines(path), start=1):
@@ -369,9 +333,10 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def table(rows: Iterable[Row], metrics: Sequence[str] | None = None) -> str:
-    """A Markdown table of list-level rows: a line per system and list, a column per metric.
+    """Returns a Markdown table of list-level rows: a line per system and list, a column per metric.
 
-    ValueError where a column would set side by side what other libraries or judges scored.
+    Raises:
+        ValueError: a column has scores of different libraries, versions or judges.
     """
     whole = [row for row in rows if row.utterance is None]
     columns = metrics or list(dict.fromkeys(row.metric for row in whole))
@@ -380,7 +345,7 @@ def table(rows: Iterable[Row], metrics: Sequence[str] | None = None) -> str:
         if len(scored_by) > 1:
             raise ValueError(
                 f"{column} was scored in {len(scored_by)} ways ({'; '.join(scored_by)}): "
-                "score again what is to be compared"
+                "score all systems with the same one"
             )
     lines = [
         "| system | list | n | " + " | ".join(columns) + " |",

@@ -1,9 +1,10 @@
-"""Speaker similarity: an LSTM encoder trained with GE2E (Wan et al. 2018, arXiv 1710.10467).
+"""Speaker similarity: cosine of embeddings of an LSTM encoder trained with the GE2E loss (Wan et
+al. 2018, arXiv 1710.10467).
 
-The folder is the one that recipes/offline_models.py makes of Resemblyzer's weights. Features are
-as its authors publish them: 40 Slaney mel bands of the power spectrum (no logarithm), 25 ms windows
-every 10 ms, quiet recordings raised to -30 dBFS, windows of 1.6 s averaged. Its voice activity
-detector is left out: trim long silences before embedding.
+recipes/offline_models.py makes the model folder from Resemblyzer's weights. Features as in
+Resemblyzer: 40 Slaney mel bands of the power spectrum (no logarithm), 25 ms windows every 10 ms,
+quiet recordings raised to -30 dBFS, embeddings of 1.6 s windows averaged. Resemblyzer's voice
+activity detector is left out: trim long silences before embedding.
 """
 
 import json
@@ -23,13 +24,13 @@ LIBRARIES = ("torch", "torchaudio")
 VOLUME_DBFS = -30.0
 PARTIALS_PER_SECOND = 1.3
 MIN_COVERAGE = 0.75
-"""The last window is left out when less than this share of it is recording."""
+"""A last window with a smaller share of the recording is left out."""
 MIN_SECONDS = 0.4
 BATCH_SIZE = 64
 
 
 class SpeakerEncoder(nn.Module):
-    """Embeds a recording of one speaker into a unit vector."""
+    """Embeds a recording of one speaker as a unit vector."""
 
     bands: Tensor
     window: Tensor
@@ -69,7 +70,11 @@ class SpeakerEncoder(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: str | Path, device: str = "cpu") -> "SpeakerEncoder":
-        """Reads config.json and model.safetensors."""
+        """Loads config.json and model.safetensors.
+
+        Raises:
+            ValueError: a file is missing or invalid.
+        """
         folder = Path(folder)
         config, weights = folder / "config.json", folder / "model.safetensors"
         for path in (config, weights):
@@ -80,15 +85,16 @@ class SpeakerEncoder(nn.Module):
             encoder.load_state_dict(load_file(weights))
         except Exception as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"{folder} is no whole speaker encoder: {reason}") from error
+            raise ValueError(f"{folder}: no valid speaker encoder: {reason}") from error
         return encoder.eval().to(device)
 
     def forward(self, mel: Float[Tensor, "B T D"]) -> Float[Tensor, "B E"]:
+        """Returns unit vectors of mel windows."""
         _, (hidden, _) = self.lstm(mel)
         return functional.normalize(functional.relu(self.linear(hidden[-1])), dim=1)
 
     def mel(self, wave: Float[Tensor, " S"]) -> Float[Tensor, "T D"]:
-        """Power mel bands, one frame every hop, the edges padded with zeros."""
+        """Returns power mel bands, a frame per hop, with zero padding at the edges."""
         spectrum = torch.stft(
             wave,
             n_fft=self.window_length,
@@ -100,7 +106,7 @@ class SpeakerEncoder(nn.Module):
         return spectrum.abs().square().T @ self.bands
 
     def partial_starts(self, num_samples: int) -> list[int]:
-        """First frames of the windows that cover a recording, at even distances."""
+        """Returns the first frames of the windows that cover a recording, evenly spaced."""
         num_frames = -(-(num_samples + 1) // self.hop_length)
         step = round(self.sample_rate / PARTIALS_PER_SECOND / self.hop_length)
         starts = list(range(0, max(1, num_frames - self.partial_frames + step + 1), step))
@@ -110,11 +116,15 @@ class SpeakerEncoder(nn.Module):
 
     @torch.inference_mode()
     def embed(self, wave: Float[np.ndarray, " S"], sample_rate: int) -> Float[np.ndarray, " E"]:
-        """The unit vector of a recording; ValueError when it is silent or shorter than 0.4 s."""
+        """Returns the unit vector of a recording.
+
+        Raises:
+            ValueError: it is silent, not finite or shorter than 0.4 s.
+        """
         check_wave(wave, "speaker's")
         if wave.size < MIN_SECONDS * sample_rate:
             raise ValueError(
-                f"a speaker is heard from {MIN_SECONDS} s on, got {wave.size / sample_rate:.2f} s"
+                f"a speaker embedding needs {MIN_SECONDS} s, got {wave.size / sample_rate:.2f} s"
             )
         wave = resample(np.asarray(wave, np.float32), sample_rate, self.sample_rate)
         volume = 10 * np.log10(np.mean(np.square(wave, dtype=np.float64)))
@@ -130,5 +140,5 @@ class SpeakerEncoder(nn.Module):
 
 
 def similarity(first: Float[np.ndarray, " E"], second: Float[np.ndarray, " E"]) -> float:
-    """Cosine of two embeddings."""
+    """Returns the cosine of two embeddings, in [-1, 1]."""
     return float(first @ second / (np.linalg.norm(first) * np.linalg.norm(second)))

@@ -1,4 +1,7 @@
-"""Scores of a degraded wave against its original: STOI, PESQ wide band, mel distance."""
+"""Metrics of a degraded wave against its reference: STOI, wide-band PESQ, mel distance.
+
+All raise ValueError for waves that are silent, empty, not finite, too short or of different length.
+"""
 
 import warnings
 
@@ -8,10 +11,10 @@ from jaxtyping import Float
 LIBRARIES = {"stoi": ("pystoi",), "pesq": ("pesq",), "mel_distance": ("torch", "torchaudio")}
 
 MAX_TRIM_SECONDS = 0.16
-"""Waves may differ by this much in length, one frame of 6.25 Hz; the longer one is cut."""
+"""Maximum difference in length, one frame at 6.25 Hz; the longer wave is truncated."""
 
 PESQ_SAMPLE_RATE = 16000
-PESQ_PIECE_SECONDS = 20.0  # the reference code keeps tables for 50 utterances only
+PESQ_PIECE_SECONDS = 20.0  # The reference code has room for 50 utterances.
 
 MEL_SAMPLE_RATE = 16000
 
@@ -19,7 +22,7 @@ MEL_SAMPLE_RATE = 16000
 def resample(
     wave: Float[np.ndarray, " S"], source_rate: int, target_rate: int
 ) -> Float[np.ndarray, " R"]:
-    """The wave at another sample rate."""
+    """Returns the wave at another sample rate (soxr)."""
     if source_rate == target_rate:
         return wave
     import soxr
@@ -28,7 +31,7 @@ def resample(
 
 
 def check_wave(wave: np.ndarray, name: str) -> None:
-    """Raises ValueError for what no score is defined on."""
+    """Raises ValueError for a wave that is not mono, empty, not finite or silent."""
     if wave.ndim != 1:
         raise ValueError(f"the {name} wave must have one dimension, got shape {wave.shape}")
     if not wave.size:
@@ -42,7 +45,7 @@ def check_wave(wave: np.ndarray, name: str) -> None:
 def align(
     reference: Float[np.ndarray, " S"], degraded: Float[np.ndarray, " R"], sample_rate: int
 ) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
-    """Both waves, checked, at the shorter one's length."""
+    """Returns both waves, checked, at the shorter one's length."""
     check_wave(reference, "reference")
     check_wave(degraded, "degraded")
     return trim(reference, degraded, sample_rate)
@@ -51,12 +54,16 @@ def align(
 def trim(
     reference: Float[np.ndarray, " S"], degraded: Float[np.ndarray, " R"], sample_rate: int
 ) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
-    """Both waves at the shorter one's length; ValueError when they differ by over a frame."""
+    """Returns both waves at the shorter one's length.
+
+    Raises:
+        ValueError: they differ by more than MAX_TRIM_SECONDS.
+    """
     excess = abs(reference.size - degraded.size) / sample_rate
     if excess > MAX_TRIM_SECONDS:
         raise ValueError(
             f"the waves differ by {excess:.2f} s in length ({reference.size} and {degraded.size} "
-            f"samples); at most {MAX_TRIM_SECONDS} s can be cut"
+            f"samples); at most {MAX_TRIM_SECONDS} s are allowed"
         )
     size = min(reference.size, degraded.size)
     return reference[:size], degraded[:size]
@@ -65,7 +72,7 @@ def trim(
 def stoi(
     reference: Float[np.ndarray, " S"], degraded: Float[np.ndarray, " R"], sample_rate: int
 ) -> float:
-    """Short-time objective intelligibility (Taal et al. 2011), at most 1."""
+    """Returns the short-time objective intelligibility, at most 1 (Taal et al. 2011; pystoi)."""
     from pystoi import stoi as measure
 
     reference, degraded = align(reference, degraded, sample_rate)
@@ -80,7 +87,10 @@ def stoi(
 def pesq_wb(
     reference: Float[np.ndarray, " S"], degraded: Float[np.ndarray, " R"], sample_rate: int
 ) -> float:
-    """PESQ wide band (ITU-T P.862.2) at 16 kHz, 1.04 to 4.64; over 20 s the mean of pieces."""
+    """Returns the wide-band PESQ, 1.04 to 4.64 (ITU-T P.862.2; library pesq).
+
+    Of more than 20 s it is the mean of pieces.
+    """
     import pesq
 
     reference, degraded = align(reference, degraded, sample_rate)
@@ -96,7 +106,7 @@ def pesq_wb(
         try:
             values.append(float(pesq.pesq(PESQ_SAMPLE_RATE, clean, coded, "wb")))
         except pesq.NoUtterancesError:
-            continue  # a pause fills this piece
+            continue  # A piece of silence.
         except pesq.BufferTooShortError as error:
             raise ValueError("PESQ needs at least 0.25 s") from error
     if not values or not np.isfinite(values).all():
@@ -107,9 +117,10 @@ def pesq_wb(
 def mel_distance(
     reference: Float[np.ndarray, " S"], degraded: Float[np.ndarray, " R"], sample_rate: int
 ) -> float:
-    """Mean absolute difference of natural log mel magnitudes at 16 kHz.
+    """Returns the mean absolute difference of natural log mel magnitudes, the
+    measure of HiFi-GAN's mel loss (arXiv 2010.05646).
 
-    80 Slaney bands from 0 to 8 kHz, Hann window 1024, hop 256, floor 1e-5.
+    16 kHz, 80 Slaney bands up to 8 kHz, Hann window 1024, hop 256, floor 1e-5.
     """
     reference, degraded = align(reference, degraded, sample_rate)
     return float(np.abs(_log_mel(reference, sample_rate) - _log_mel(degraded, sample_rate)).mean())

@@ -1,4 +1,4 @@
-"""How sure a difference is: paired bootstrap intervals (Efron 1979)."""
+"""Significance of differences: paired bootstrap confidence intervals (Efron 1979)."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,11 @@ from jaxtyping import Float
 
 NUM_RESAMPLES = 10_000
 CHUNK = 1000
-"""Resamples drawn at once: memory stays bounded."""
+"""Resamples computed at once, which bounds memory."""
 
 
 class Interval(NamedTuple):
-    """A number and where it lies in `level` of the resamples; of a single unit nobody knows."""
+    """A value and its confidence interval; None for a single unit."""
 
     value: float
     low: float | None
@@ -19,27 +19,35 @@ class Interval(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Numerators and denominators of a rate by unit; for a mean the denominators are counts."""
+    """Numerator and denominator of a rate for each unit; for a mean the denominators are counts."""
 
     numerators: Float[np.ndarray, " N"]
     denominators: Float[np.ndarray, " N"]
 
     @property
     def rate(self) -> float:
+        """Sum of numerators over sum of denominators."""
         return float(self.numerators.sum() / self.denominators.sum())
 
 
 def paired_difference(
     first: Sums, second: Sums, *, seed: int = 0, level: float = 0.95
 ) -> Interval:  # fmt: skip
-    """The rate of `second` less that of `first`, both of the same units in the same order.
+    """Returns the rate of `second` minus that of `first`, with a percentile bootstrap interval.
 
-    Units (items, speakers, ...) are drawn with replacement, for both alike. One unit has no
-    interval: it would be drawn every time, and pass for certain.
+    Units (items, speakers, ...) are resampled with replacement, the same for both. A single unit
+    has no interval.
+
+    Args:
+        first, second: the same units in the same order.
+        level: confidence level of the interval.
+
+    Raises:
+        ValueError: the numbers of units differ, or are 0.
     """
     number = len(first.numerators)
     if number == 0 or number != len(second.numerators):
-        raise ValueError(f"{number} and {len(second.numerators)} units: give the same ones, please")
+        raise ValueError(f"{number} and {len(second.numerators)} units; give the same ones")
     if number == 1:
         return Interval(second.rate - first.rate, None, None)
     random = np.random.default_rng(seed)
@@ -48,9 +56,9 @@ def paired_difference(
     for _ in range(NUM_RESAMPLES // CHUNK):
         counts = random.multinomial(number, np.full(number, 1 / number), size=CHUNK)
         sums = counts @ parts  # (CHUNK, 4)
-        # A unit without references can be all that is drawn: its rate is no number, and left out.
-        whole = (sums[:, 1] > 0) & (sums[:, 3] > 0)
-        sums = sums[whole]
+        # A resample of units with empty references alone has no rate.
+        defined = (sums[:, 1] > 0) & (sums[:, 3] > 0)
+        sums = sums[defined]
         found.append(sums[:, 2] / sums[:, 3] - sums[:, 0] / sums[:, 1])
     tail = (1 - level) / 2
     low, high = np.quantile(np.concatenate(found), [tail, 1 - tail])

@@ -1,7 +1,7 @@
-"""Normalised text, and word and character errors through jiwer.
+"""Word and character errors of normalized texts (jiwer, Whisper's text normalizer).
 
-Rates of several texts are rates of their summed counts, never means of rates. An empty reference
-counts as one word (one character), so that an insertion against it has a finite rate.
+Rates of several texts are rates of summed counts, not means of rates. An empty reference counts as
+one word (one character), so that the rate of an insertion is finite.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,13 +13,13 @@ LIBRARIES = ("jiwer", "whisper-normalizer")
 
 Counts = TypeVar("Counts", bound="ErrorCounts")
 
-# Written without spaces: every character is a word, as in Whisper's own evaluation.
+# Languages without spaces: every character is a word, as in Whisper's evaluation.
 _UNSPACED = frozenset({"zh", "yue", "ja", "th", "lo", "my"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ErrorCounts:
-    """An alignment's counts; those of several texts add up."""
+    """Counts of an alignment of reference and hypothesis; those of several texts can be added."""
 
     hits: int = 0
     substitutions: int = 0
@@ -68,7 +68,7 @@ class WordErrors(ErrorCounts):
 
     @property
     def mer(self) -> float:
-        """Match error rate: the share of aligned places that are wrong."""
+        """Match error rate: errors over all aligned positions (Morris et al. 2004)."""
         return self.num_errors / max(1, self.hits + self.num_errors)
 
     @property
@@ -91,12 +91,13 @@ def _normalizer(language: str) -> Callable[[str], str]:
 
 
 def normalize(text: str, language: str = "en") -> str:
-    """Whisper's normal form: English spelling and numbers, or the basic form of other languages."""
+    """Returns the output of Whisper's text normalizer (arXiv 2212.04356, appendix C), the English
+    one or, for other languages, the basic one."""
     return " ".join(_normalizer(language)(text).split())
 
 
 def word_errors(reference: str, hypothesis: str, language: str = "en") -> WordErrors:
-    """Aligns the words of two texts after normalising both."""
+    """Returns the counts of a word alignment after normalization."""
     import jiwer
 
     aligned = jiwer.process_words(normalize(reference, language), normalize(hypothesis, language))
@@ -109,7 +110,7 @@ def word_errors(reference: str, hypothesis: str, language: str = "en") -> WordEr
 
 
 def character_errors(reference: str, hypothesis: str, language: str = "en") -> ErrorCounts:
-    """Aligns the characters (spaces included) of two texts after normalising both."""
+    """Returns the counts of a character alignment, spaces included, after normalization."""
     import jiwer
 
     aligned = jiwer.process_characters(
@@ -133,12 +134,16 @@ def _pairs(references: Iterable[str], hypotheses: Iterable[str]) -> list[tuple[s
 
 
 def wer(references: Iterable[str], hypotheses: Iterable[str], language: str = "en") -> float:
-    """Word error rate of a list of texts."""
+    """Returns the word error rate of a list of texts.
+
+    Raises:
+        ValueError: the lists differ in length, or are empty.
+    """
     pairs = _pairs(references, hypotheses)
     return sum((word_errors(r, h, language) for r, h in pairs), WordErrors()).wer
 
 
 def cer(references: Iterable[str], hypotheses: Iterable[str], language: str = "en") -> float:
-    """Character error rate of a list of texts."""
+    """Returns the character error rate of a list of texts; see `wer`."""
     pairs = _pairs(references, hypotheses)
     return sum((character_errors(r, h, language) for r, h in pairs), ErrorCounts()).rate

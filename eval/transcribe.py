@@ -1,4 +1,5 @@
-"""The judge: Whisper through faster-whisper, greedy in temperature so that a score repeats."""
+"""The ASR that scores: Whisper (arXiv 2212.04356) through faster-whisper, deterministic (beam
+search, temperature 0)."""
 
 import math
 from collections.abc import Iterator
@@ -15,15 +16,17 @@ LIBRARIES = ("faster-whisper", "ctranslate2")
 
 SAMPLE_RATE = 16000
 SILENCE_PEAK = 1e-4
-"""A wave that never exceeds this (-80 dBFS) holds nothing to transcribe."""
+"""A wave with a lower peak (-80 dBFS) is silence."""
 BLOCK_SECONDS = 300.0
+"""Maximum length of what is transcribed at once."""
 TOKENS_PER_SECOND = 12
-"""Fast speech has about 6."""
+"""Upper limit of the output; fast speech has about 6."""
 PAUSE_SEARCH_SECONDS = 30.0
+"""A block ends at the quietest point of its last seconds."""
 
 
 class Judge:
-    """Transcribes waves with one Whisper model in a CTranslate2 folder."""
+    """Transcribes waves with a Whisper model in CTranslate2's format."""
 
     def __init__(
         self,
@@ -34,7 +37,15 @@ class Judge:
         language: str | None = "en",
         beam_size: int = 5,
     ) -> None:
-        """`device`: cpu, cuda or auto; `language` None lets the model detect it."""
+        """
+        Args:
+            folder: has model.bin.
+            device: cpu, cuda or auto.
+            language: None: the model detects it.
+
+        Raises:
+            ValueError: the folder has no model.bin.
+        """
         self.folder = Path(folder)
         if not (self.folder / "model.bin").is_file():
             raise ValueError(
@@ -48,6 +59,7 @@ class Judge:
 
     @cached_property
     def compute_type(self) -> str:
+        """Arithmetic of CTranslate2: int8 on CPUs, float16 on GPUs."""
         return "int8" if self._device == "cpu" else "float16"
 
     @cached_property
@@ -60,7 +72,11 @@ class Judge:
 
     @cached_property
     def model(self) -> Any:
-        """The faster-whisper model, read at the first transcription."""
+        """The faster-whisper model, loaded at first use.
+
+        Raises:
+            ValueError: it cannot be loaded.
+        """
         from faster_whisper import WhisperModel
 
         try:
@@ -75,7 +91,11 @@ class Judge:
             raise ValueError(f"cannot read the judge in {self.folder}: {error}") from error
 
     def transcribe(self, wave: Float[np.ndarray, " S"], sample_rate: int) -> str:
-        """The words of a wave; "" when it is empty or silent. Long waves go in pieces."""
+        """Returns the transcript of a wave, "" if it is empty or silent. Long waves are split.
+
+        Raises:
+            ValueError: the wave is not finite.
+        """
         if wave.size and not np.isfinite(wave).all():
             raise ValueError("the wave to transcribe holds NaN or infinite samples")
         if not wave.size or np.abs(wave).max() < SILENCE_PEAK:
@@ -96,12 +116,13 @@ class Judge:
 
 
 def max_tokens(seconds: float) -> int:
-    """Bounds the judge's loops on noise: more than anybody says, and less than it could invent."""
+    """Returns the maximum number of tokens, which bounds hallucinated loops on noise."""
     return min(200, 16 + math.ceil(TOKENS_PER_SECOND * seconds))
 
 
 def split_at_pauses(wave: Float[np.ndarray, " S"]) -> Iterator[Float[np.ndarray, " P"]]:
-    """Pieces of at most 300 s, cut at the quietest 0.2 s of each piece's last 30 s (16 kHz)."""
+    """Yields pieces of at most BLOCK_SECONDS of a 16 kHz wave, split at the quietest 0.2 s of each
+    piece's last PAUSE_SEARCH_SECONDS."""
     size, search = int(BLOCK_SECONDS * SAMPLE_RATE), int(PAUSE_SEARCH_SECONDS * SAMPLE_RATE)
     window = SAMPLE_RATE // 5
     while wave.size > size:

@@ -5,8 +5,8 @@
     python recipes/benchmark.py asr --list TRANSCRIPTS.jsonl --out OUT
     python recipes/benchmark.py speed --codec DIR --random mimi --out OUT
 
-Started again after an interruption it goes on where it stopped: what an utterance scored lies in
-OUT/utterances/, one file per system and judge.
+An interrupted run resumes: the scores of each utterance lie in OUT/utterances/, one file per system
+and judge.
 """
 
 import argparse
@@ -24,22 +24,21 @@ import numpy as np
 from codec.audio import read_audio, resample, write_audio
 from codec.io import sha256_of
 from codec.program import ArgumentParser
+from codec.tokenize import text_of
 from eval.benchmark import (
     ASR_PREFIX,
     Provenance,
     Row,
     Utterance,
     append_rows,
-    digest_of,
     read_rows,
     rows_of,
     score_asr,
-    score_original,
     score_reconstruction,
     score_tts,
     table,
 )
-from recipes.lib.run import git_revision
+from recipes.lib.run import finished, git_revision, run_program
 from recipes.scoring.judges import (
     Judges,
     Task,
@@ -54,16 +53,20 @@ from recipes.scoring.speed import add_command, benchmark_speed
 logger = logging.getLogger(__name__)
 
 
-def finish(out: Path, rows: Iterable[Row]) -> None:
-    """Adds rows that are not there yet to OUT/rows.jsonl and prints the table of these rows."""
+def finish(kind: str, out: Path, rows: Iterable[Row]) -> None:
+    """Appends new rows to OUT/rows.jsonl, and prints the table of `rows`."""
     new = list(rows)
     known = set(read_rows(out / "rows.jsonl"))
     append_rows(out / "rows.jsonl", [row for row in new if row not in known])
     print(table(new))
+    again = (
+        f"python recipes/benchmark.py {kind} ... --out {out}   (adds the scores of another system)"
+    )
+    finished(f"scores of {len(new)} rows", out / "rows.jsonl", again)
 
 
 def benchmark_reconstruction(args: argparse.Namespace) -> None:
-    """Originals and their reconstructions by one codec."""
+    """Scores recordings and their reconstructions by a codec."""
     from codec import load_codec
     from codec.training.data import load_cut, read_cuts
 
@@ -73,19 +76,19 @@ def benchmark_reconstruction(args: argparse.Namespace) -> None:
         raise ValueError(f"--codebooks must be 1 to {codec.num_codebooks}, got {num_codebooks}")
     if args.auxiliary:
         if getattr(codec, "auxiliary", None) is None:
-            raise ValueError(f"--auxiliary: {args.codec} has no auxiliary decoder")
+            raise ValueError(f"--auxiliary: {args.codec} has no auxiliary decoder; leave it out")
         num_codebooks = 1
     judges = judges_of(args)
     cuts = list(read_cuts(args.cuts))[: args.limit]
     rate, digest = codec.sample_rate, codec.stamp.digest
-    if args.auxiliary:  # The stamp's digest leaves that decoder out.
+    if args.auxiliary:  # The stamp's digest is without that decoder.
         digest = sha256_of(f"{digest} {digest_of_module(codec.auxiliary)}", 16)
     part = "auxiliary" if args.auxiliary else num_codebooks
     name = args.name or f"{Path(args.codec).name}-{part}"
 
     def original(cut: Any) -> Utterance:
         wave = load_cut(cut, rate)
-        return score_original(cut.id, text_of(cut), wave, rate, judges.transcribe)
+        return score_asr(cut.id, text_of(cut), judges.transcribe(wave, rate))
 
     def reconstruction(cut: Any) -> Utterance:
         wave = load_cut(cut, rate)
@@ -96,7 +99,7 @@ def benchmark_reconstruction(args: argparse.Namespace) -> None:
             cut.id, text_of(cut), wave, coded, rate, judges.transcribe, judges.embed
         )
 
-    base = f"{digest_of(args.cuts)} {state_of_files(recordings_of(cuts))} {rate} "
+    base = f"{sha256_of(args.cuts, 16)} {state_of_files(recordings_of(cuts))} {rate} "
     base += f"{judges.judge_name} {args.language}"
     before = [Task(cut.id, lambda cut=cut: original(cut)) for cut in cuts]
     after = [Task(cut.id, lambda cut=cut: reconstruction(cut)) for cut in cuts]
@@ -106,6 +109,7 @@ def benchmark_reconstruction(args: argparse.Namespace) -> None:
     kept = score_all(args.out, before, base, "original")
     coded = score_all(args.out, after, key, name)
     finish(
+        args.kind,
         args.out,
         rows_of(args.list_name, kept, origin(args, "original", judges))
         + rows_of(args.list_name, coded, origin(args, name, judges, model=digest), constants),
@@ -113,7 +117,7 @@ def benchmark_reconstruction(args: argparse.Namespace) -> None:
 
 
 def digest_of_module(module: Any) -> str:
-    """Of its tensors, by their names."""
+    """Returns a digest of a module's tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -122,7 +126,7 @@ def digest_of_module(module: Any) -> str:
 
 
 def recordings_of(cuts: Iterable[Any]) -> list[Path]:
-    """The files behind cuts of one recording each."""
+    """Returns the audio files of cuts."""
     recordings = [cut.recording for cut in cuts if getattr(cut, "recording", None) is not None]
     return [
         Path(source.source)
@@ -135,9 +139,11 @@ def recordings_of(cuts: Iterable[Any]) -> list[Path]:
 def reconstruct(
     codec: Any, wave: np.ndarray, num_codebooks: int, *, auxiliary: bool = False
 ) -> np.ndarray:
-    """The wave after encoding and decoding, at its own length and rate.
+    """Returns a wave (S,) encoded and decoded, at its own length and rate.
 
-    `auxiliary` is LM-SPT's decoder of the semantic codebook alone.
+    Args:
+        auxiliary: decode the semantic codebook alone with LM-SPT's auxiliary decoder
+            (arXiv 2506.16738).
     """
     import torch
 
@@ -148,17 +154,18 @@ def reconstruct(
         if not auxiliary:
             decoded = codec.decode(codes.codes, codes.lengths)
             return decoded[0, 0, : wave.size].float().cpu().numpy()
-        spoken = codec.resynthesize(codes.codes, codes.lengths)[0, 0].float().cpu().numpy()
-    coded = resample(spoken, codec.config.lmspt.auxiliary.sample_rate, codec.sample_rate)
-    return coded[: wave.size]
+        decoded = codec.resynthesize(codes.codes, codes.lengths)[0, 0].float().cpu().numpy()
+    rate = codec.config.lmspt.auxiliary.sample_rate
+    return resample(decoded, rate, codec.sample_rate)[: wave.size]
 
 
 def benchmark_tts(args: argparse.Namespace) -> None:
-    """A list of spoken texts: what `slm tts --list` leaves, or any with id, text, audio, prompt."""
+    """Scores a list of synthesized texts: results.jsonl of `slm tts --list`, or any list with id,
+    text, audio and prompt."""
     judges = judges_of(args)
     entries = read_list(args.list, ("id", "text", "audio"))[: args.limit]
     tasks = [
-        Task(entry["id"], lambda one=entry: score_spoken(one, args, judges)) for entry in entries
+        Task(entry["id"], lambda one=entry: score_entry(one, args, judges)) for entry in entries
     ]
     name = args.name or args.list.resolve().parent.name
     files = [locate(one["audio"], args.list) for one in entries if one["audio"] is not None]
@@ -166,23 +173,23 @@ def benchmark_tts(args: argparse.Namespace) -> None:
         prompts = [one["prompt"] for one in entries if one.get("prompt")]
         files += [locate(prompt, args.list, args.prompts) for prompt in prompts]
     model = model_of(args)
-    key = f"{name} {model} {digest_of(args.list)} {state_of_files(files)} {judges.judge_name}"
+    key = f"{name} {model} {sha256_of(args.list, 16)} {state_of_files(files)} {judges.judge_name}"
     key += f" {judges.speaker_name} {args.language} {args.rate}"
     scored = score_all(args.out, tasks, key, name)
     seed = min((one.seed for one in scored if one.seed is not None), default=0)
     where = origin(args, name, judges, model=model, seed=seed)
-    finish(args.out, rows_of(args.list_name, scored, where))
+    finish(args.kind, args.out, rows_of(args.list_name, scored, where))
 
 
-def score_spoken(entry: dict[str, Any], args: argparse.Namespace, judges: Judges) -> Utterance:
-    """The scores of one line. What the system did not say, or not audibly, it failed to say."""
+def score_entry(entry: dict[str, Any], args: argparse.Namespace, judges: Judges) -> Utterance:
+    """Returns the scores of an entry. A missing, silent or non-finite wave is a failure."""
     failure, wave, prompt = entry.get("failure"), np.zeros(0, np.float32), None
     if entry["audio"] is None:
         failure = failure or "refused"
     else:
         try:
             wave = read_audio(locate(entry["audio"], args.list), args.rate)
-        except ValueError as error:  # Nothing there, silence or NaN.
+        except ValueError as error:  # Missing, silent or NaN.
             failure = failure or str(error)
     if wave.size and judges.embed is not None and entry.get("prompt"):
         prompt = read_audio(locate(entry["prompt"], args.list, args.prompts), args.rate)
@@ -200,14 +207,15 @@ def score_spoken(entry: dict[str, Any], args: argparse.Namespace, judges: Judges
 
 
 def benchmark_asr(args: argparse.Namespace) -> None:
-    """A list of transcripts: text and hypothesis, or what `slm asr` prints and --references."""
-    heard = {name_of(entry, args.list): entry for entry in read_list(args.list, ("text",))}
+    """Scores a list of transcripts: text and hypothesis, or the output of `slm asr` and
+    --references."""
+    entries = {name_of(entry, args.list): entry for entry in read_list(args.list, ("text",))}
     if args.references is None:
-        pairs = {name: (one["text"], one.get("hypothesis")) for name, one in heard.items()}
-        lacking = [name for name, (_, hypothesis) in pairs.items() if hypothesis is None]
-        if lacking:
+        pairs = {name: (one["text"], one.get("hypothesis")) for name, one in entries.items()}
+        missing = [name for name, (_, hypothesis) in pairs.items() if hypothesis is None]
+        if missing:
             raise ValueError(
-                f"{args.list}: {lacking[0]} has no hypothesis; --references names a list with "
+                f"{args.list}: {missing[0]} has no hypothesis; --references names a list with "
                 "the texts"
             )
     else:
@@ -215,20 +223,20 @@ def benchmark_asr(args: argparse.Namespace) -> None:
             name_of(entry, args.references): entry["text"]
             for entry in read_list(args.references, ("text",))
         }
-        foreign = [name for name in heard if name not in texts]
+        foreign = [name for name in entries if name not in texts]
         if foreign:
             raise ValueError(f"{args.references}: has no text for {foreign[0]}")
-        pairs = {name: (text, _hypothesis(heard.get(name))) for name, text in texts.items()}
+        pairs = {name: (text, _hypothesis(entries.get(name))) for name, text in texts.items()}
     pairs = dict(list(pairs.items())[: args.limit])
-    lost = sum(hypothesis is None for _, hypothesis in pairs.values())
-    if lost:
-        logger.warning("%d of %d have no transcript: all their words are lost", lost, len(pairs))
+    missing = sum(hypothesis is None for _, hypothesis in pairs.values())
+    if missing:
+        logger.warning("%d of %d have no transcript: deletions", missing, len(pairs))
     scored = [
-        score_asr(name, spoken, hypothesis or "", args.language)
-        for name, (spoken, hypothesis) in pairs.items()
+        score_asr(name, text, hypothesis or "", args.language)
+        for name, (text, hypothesis) in pairs.items()
     ]
     where = origin(args, args.name or args.list.stem, model=model_of(args))
-    finish(args.out, rows_of(args.list_name, scored, where, prefix=ASR_PREFIX))
+    finish(args.kind, args.out, rows_of(args.list_name, scored, where, prefix=ASR_PREFIX))
 
 
 def _hypothesis(entry: dict[str, Any] | None) -> str | None:
@@ -236,7 +244,11 @@ def _hypothesis(entry: dict[str, Any] | None) -> str | None:
 
 
 def read_list(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
-    """A JSON Lines list whose lines have the needed keys, with every id once."""
+    """Returns the entries of a JSON Lines list.
+
+    Raises:
+        ValueError: a line is no JSON, lacks a needed key or repeats an id; the list is empty.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such list")
     entries: list[dict[str, Any]] = []
@@ -262,30 +274,25 @@ def read_list(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def name_of(entry: dict[str, Any], path: Path) -> str:
-    """An entry's id, or its recording's name without the suffix."""
+    """Returns an entry's id, or its recording's name without the suffix."""
     if "id" not in entry and "audio" not in entry:
         raise ValueError(f"{path}: a line has neither id nor audio")
     return str(entry["id"]) if "id" in entry else Path(entry["audio"]).stem
 
 
 def locate(name: str, path: Path, folder: Path | None = None) -> Path:
-    """A list's recording: as it stands, beside the list, or in `folder`."""
+    """Returns a recording's path: `name` itself, relative to the list, or to `folder`."""
     places = [Path(name), path.parent / name] + ([folder / name] if folder else [])
     return next((place for place in places if place.is_file()), places[1])
 
 
-def text_of(cut: Any) -> str:
-    """Words of a cut."""
-    return " ".join(supervision.text or "" for supervision in cut.supervisions).strip()
-
-
 def judges_of(args: argparse.Namespace) -> Judges:
-    """The judge and, where one is named, the speaker encoder."""
+    """Returns the judge and, if it is named, the speaker encoder."""
     return load_judges(args.judge, args.speaker, num_threads=args.threads, language=args.language)
 
 
 def model_of(args: argparse.Namespace) -> str:
-    """The digest of the scored model; "" where the command line says nothing of it."""
+    """Returns the digest of the scored model; "" if the command line names none."""
     return digest_of_voice(args.voice) if args.voice is not None else args.model_digest
 
 
@@ -297,13 +304,13 @@ def origin(
     model: str = "",
     seed: int = 0,
 ) -> Provenance:
-    """What the rows of this run share. Its configuration: the lists' contents and the options."""
+    """Returns the provenance of a run's rows; `config` is a digest of lists and options."""
     lists = [args.cuts] if args.kind == "reconstruction" else [args.list]
     if getattr(args, "references", None) is not None:
         lists.append(args.references)
     named = ("limit", "language", "rate", "codebooks", "auxiliary")
     options = {key: getattr(args, key, None) for key in named}
-    settings = {"kind": args.kind, "lists": [digest_of(path) for path in lists], **options}
+    settings = {"kind": args.kind, "lists": [sha256_of(path, 16) for path in lists], **options}
     return Provenance(
         system=system,
         seed=seed,
@@ -316,16 +323,16 @@ def origin(
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--out", type=Path, required=True, help="folder for rows.jsonl and waves")
-    shared.add_argument("--name", help="what the rows call the system")
-    shared.add_argument("--list-name", help="what the rows call the list (default: its file name)")
-    shared.add_argument("--limit", type=int, help="score only the first N")
+    shared.add_argument("--name", help="name of the system in the rows")
+    shared.add_argument("--list-name", help="name of the list in the rows (default: its file name)")
+    shared.add_argument("--limit", type=int, help="score only the first N items")
     shared.add_argument("--language", default="en", help="default: en")
     judged = argparse.ArgumentParser(add_help=False)
     judged.add_argument("--judge", type=Path, required=True, help="Whisper folder (CTranslate2)")
-    judged.add_argument("--speaker", type=Path, help="speaker encoder folder; none: no similarity")
+    judged.add_argument("--speaker", type=Path, help="speaker encoder folder (default: none)")
     judged.add_argument("--threads", type=int, default=2, help="of the judge (default: 2)")
     parser = ArgumentParser(description="Scores systems on lists.")
     kinds = parser.add_subparsers(dest="kind", required=True)
@@ -337,15 +344,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--auxiliary", action="store_true", help="LM-SPT's decoder of the semantic codebook alone"
     )
     kind.add_argument("--device", default="cpu", help="cpu or cuda")
-    for name, what in (("tts", "spoken texts"), ("asr", "transcripts")):
+    for name, what in (("tts", "synthesized texts"), ("asr", "transcripts")):
         parents = [shared, judged] if name == "tts" else [shared]
         kind = kinds.add_parser(name, parents=parents, help=f"a list of {what}")
         kind.add_argument("--list", type=Path, required=True, help="JSON lines")
-        kind.add_argument("--voice", type=Path, help="folder of the voice: rows note its digest")
-        kind.add_argument("--model-digest", default="", help="digest of a model that is no voice")
+        kind.add_argument("--voice", type=Path, help="folder of the voice, for its digest")
+        kind.add_argument("--model-digest", default="", help="digest of another model")
         if name == "tts":
-            kind.add_argument("--rate", type=int, default=16000, help="Hz to score at")
-            kind.add_argument("--prompts", type=Path, help="folder that prompts' paths count from")
+            kind.add_argument(
+                "--rate",
+                type=int,
+                default=16000,
+                help="in Hz, of scoring (default: 16000)",
+            )
+            kind.add_argument("--prompts", type=Path, help="folder of the prompts")
         else:
             kind.add_argument("--references", type=Path, help="list of audio or id, and text")
     add_command(kinds)
@@ -353,7 +365,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.kind == "speed":
         return args
     if getattr(args, "auxiliary", False) and args.codebooks is not None:
-        raise ValueError("--auxiliary hears the semantic codebook alone: leave --codebooks out")
+        raise ValueError("--auxiliary decodes one codebook: leave --codebooks out")
     scored = args.cuts if args.kind == "reconstruction" else args.list
     args.list_name = args.list_name or scored.name.partition(".jsonl")[0]
     return args
@@ -368,12 +380,10 @@ def main(argv: Sequence[str]) -> None:
     elif args.kind == "tts":
         benchmark_tts(args)
     elif args.kind == "speed":
-        finish(args.out, benchmark_speed(args))
+        finish(args.kind, args.out, benchmark_speed(args))
     else:
         benchmark_asr(args)
 
 
 if __name__ == "__main__":
-    from recipes.lib.run import run_program
-
     run_program(main)

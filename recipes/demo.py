@@ -24,7 +24,7 @@ from eval.speaker import SpeakerEncoder, similarity
 from eval.text import word_errors
 from eval.transcribe import Judge
 from recipes.lib.commands import Command, run
-from recipes.lib.run import run_program
+from recipes.lib.run import finished, run_program
 from slm.data.sequences import load_prompts
 
 SAMPLE_RATE = 16_000
@@ -73,10 +73,11 @@ def main(argv: list[str]) -> None:
     report = f"{score(waves, args.out)}\nTranscript of speech.wav by `slm asr`: {transcript}\n"
     (args.out / "scores.md").write_text(report, encoding="utf-8")
     print(f"\n{report}")
-    files = [*(one.name for one in waves), "spectrogram.png", "scores.md"]
-    print(f"Done in {time.monotonic() - began:.0f} s. Written:")
-    print(*(f"    {args.out / name}" for name in files), sep="\n")
-    print(f"Next: slm tts --voice {args.voice} --text TEXT --prompt {names[0]} --out OUT.wav")
+    files = ", ".join([*(one.name for one in waves), "spectrogram.png", "scores.md"])
+    finished(
+        f"{files} in {time.monotonic() - began:.0f} s", args.out,
+        f"slm tts --voice {args.voice} --text TEXT --prompt {names[0]} --out OUT.wav",
+    )  # fmt: skip
 
 
 def check_models(*folders: Path) -> None:

@@ -15,7 +15,7 @@ from codec import write_audio
 from codec.training.data import load_cut, read_cuts
 from recipes.demo import JUDGE, SPEAKER, check_models, draw
 from recipes.lib.commands import HERE, Command, launch, run
-from recipes.lib.run import run_program
+from recipes.lib.run import finished, run_program
 
 OUT = Path("out/demo")
 VOICE = OUT / "tts" / "voice"
@@ -119,13 +119,15 @@ def main(argv: list[str]) -> None:
     }
     draw(pictures, OUT / "spectrogram.png")
     transcript = json.loads(printed[-3].splitlines()[-1])["text"]
-    scores = [printed[len(training) - 1], printed[-1], f"Transcript of original.wav: {transcript}"]
-    (OUT / "scores.md").write_text("\n".join([*scores, LIMITS]), encoding="utf-8")
+    tables = [printed[place].partition("Finished:")[0] for place in (len(training) - 1, -1)]
+    scores = [*tables, f"Transcript of original.wav: {transcript}", LIMITS]
+    (OUT / "scores.md").write_text("\n".join(scores), encoding="utf-8")
     print(LIMITS)
-    print(f"Done in {(time.monotonic() - began) / 60:.1f} minutes. Written:")
-    files = [*pictures.values(), OUT / "spectrogram.png", OUT / "scores.md"]
-    print(*(f"    {path}" for path in files), sep="\n")
-    print(f"Next: slm tts --voice {VOICE} --text TEXT --prompt dev-1 --out OUT.wav")
+    files = ", ".join([*(path.name for path in pictures.values()), "spectrogram.png", "scores.md"])
+    finished(
+        f"{files} in {(time.monotonic() - began) / 60:.1f} minutes", OUT,
+        f"slm tts --voice {VOICE} --text TEXT --prompt dev-1 --out OUT.wav",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

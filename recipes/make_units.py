@@ -29,9 +29,8 @@ from codec.config import at_least
 from codec.distillation.feature_cache import FeatureCache
 from codec.distillation.objectives import average_over_frames
 from codec.distillation.teachers import load_speech_teacher
-from codec.io import atomic_file
+from codec.io import atomic_file, sha256_of
 from codec.training.data import load_cut, read_cuts
-from eval.benchmark import digest_of
 from recipes.lib.run import finished, git_revision, load_config, run_program
 
 if TYPE_CHECKING:
@@ -135,7 +134,7 @@ def main(argv: list[str]) -> None:
         "seed": config.seed,
         "inertia": clusters.inertia,
         "iterations": clusters.iterations,
-        "cuts": digest_of(config.cuts),
+        "cuts": sha256_of(Path(config.cuts), 16),
         "git": git_revision(),
     }
     with atomic_file(config.out) as temporary:

@@ -30,7 +30,6 @@ from eval.benchmark import (
     Provenance,
     Row,
     append_rows,
-    digest_of,
     machine,
     rows_of,
     score_asr,
@@ -101,8 +100,8 @@ def main(argv: Sequence[str]) -> None:
     )
     seconds = time.monotonic() - start
     settings = {**asdict(config), "codebooks": num_codebooks, "limit": args.limit}
-    settings["train"] = [digest_of(file) for file in shard.files]
-    settings["dev"] = [digest_of(file) for file in dev_files]
+    settings["train"] = [sha256_of(file, 16) for file in shard.files]
+    settings["dev"] = [sha256_of(file, 16) for file in dev_files]
     origin = Provenance(
         system=args.name or f"{shard.stamp.id} {shard.stamp.digest} codebooks 1-{num_codebooks}",
         seed=config.seed,

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from recipes.lib.commands import HERE, Command, launch, run
-from recipes.lib.run import run_program
+from recipes.lib.run import finished, run_program
 
 OUT = Path("out/small")
 CUTS, SEMANTIC, CODEC = OUT / "cuts", OUT / "semantic" / "codec", OUT / "codec_half"
@@ -71,8 +71,9 @@ def main(argv: list[str]) -> None:
     commands = training_commands()
     for number, command in enumerate(commands, 1):
         run(command, number, len(commands))
-    print(f"The voice is in {OUT / 'shipped'}.")
-    print(f"Next: slm tts --voice {OUT / 'shipped'} --text TEXT --prompt NAME --out OUT.wav")
+    shipped = OUT / "shipped"
+    again = f"slm tts --voice {shipped} --text TEXT --prompt NAME --out OUT.wav"
+    finished("voice of models/small", shipped, again)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from eval.benchmark import (
     Utterance,
     all_libraries,
     append_lines,
-    digest_of,
     read_lines,
 )
 from eval.speaker import SpeakerEncoder
@@ -62,11 +61,12 @@ def load_judges(
     if judge is not None:
         whisper = Judge(judge, num_threads=num_threads, language=language)
         transcribe = whisper.transcribe
-        digest = digest_of(Path(judge) / "model.bin")
+        digest = sha256_of(Path(judge) / "model.bin", 16)
         judge_name = f"{Path(judge).name}@{digest} {whisper.compute_type}"
     if speaker is not None:
         embed = SpeakerEncoder.from_folder(speaker).embed
-        speaker_name = f"{Path(speaker).name}@{digest_of(Path(speaker) / 'model.safetensors')}"
+        digest = sha256_of(Path(speaker) / "model.safetensors", 16)
+        speaker_name = f"{Path(speaker).name}@{digest}"
     return Judges(transcribe, embed, judge_name, speaker_name)
 
 
@@ -126,7 +126,7 @@ def digest_of_voice(folder: str | Path) -> str:
     )
     if not weights:
         raise ValueError(f"{folder}: is no voice folder")
-    parts = [f"{path.relative_to(folder).as_posix()} {digest_of(path)}" for path in weights]
+    parts = [f"{path.relative_to(folder).as_posix()} {sha256_of(path, 16)}" for path in weights]
     base = folder / "ar" / "base.json"
     if base.is_file():
         parts.append(str(json.loads(base.read_text(encoding="utf-8")).get("digest")))

@@ -23,7 +23,7 @@ def tone(seconds: float, pitch: float = 150.0, rate: int = RATE) -> np.ndarray:
     return (0.1 * wave).astype(np.float32)
 
 
-def test_embedding_is_a_unit_vector_that_repeats(encoder: SpeakerEncoder) -> None:
+def test_embedding_is_a_unit_vector_and_deterministic(encoder: SpeakerEncoder) -> None:
     first, second = encoder.embed(tone(2.0), RATE), encoder.embed(tone(2.0), RATE)
     assert first.shape == (8,)
     assert np.linalg.norm(first) == pytest.approx(1.0, abs=1e-5)
@@ -41,7 +41,7 @@ def test_features_are_a_power_mel_without_logarithm(encoder: SpeakerEncoder) -> 
     assert int(encoder.mel(torch.from_numpy(steady))[50].argmax()) == round(15 / 45.245 * 41) - 1
 
 
-def test_only_quiet_recordings_are_made_louder(encoder: SpeakerEncoder) -> None:
+def test_only_quiet_recordings_are_amplified(encoder: SpeakerEncoder) -> None:
     quiet, loud = tone(2.0) * 1e-2, tone(2.0) * 3
     assert similarity(encoder.embed(quiet, RATE), encoder.embed(quiet * 0.1, RATE)) > 0.999999
     heard: list[torch.Tensor] = []
@@ -65,7 +65,7 @@ def test_windows_of_one_and_a_half_seconds(
     assert len(found) == 1 or (seconds * RATE - last) / (160 * 160) >= 0.75
 
 
-def test_other_sample_rates_sound_the_same(encoder: SpeakerEncoder) -> None:
+def test_embeddings_agree_between_sample_rates(encoder: SpeakerEncoder) -> None:
     at_48 = encoder.embed(tone(2.0, rate=48000), 48000)
     assert similarity(encoder.embed(tone(2.0), RATE), at_48) > 0.999
 
@@ -78,12 +78,14 @@ def test_other_sample_rates_sound_the_same(encoder: SpeakerEncoder) -> None:
         (np.full(RATE, np.nan, np.float32), "NaN"),
     ],
 )
-def test_bad_recordings(encoder: SpeakerEncoder, wave: np.ndarray, message: str) -> None:
+def test_invalid_recordings_are_refused(
+    encoder: SpeakerEncoder, wave: np.ndarray, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         encoder.embed(wave, RATE)
 
 
-def test_folder_round_trip_and_its_faults(encoder: SpeakerEncoder, tmp_path: Path) -> None:
+def test_folder_round_trip_and_invalid_folders(encoder: SpeakerEncoder, tmp_path: Path) -> None:
     config = {"hidden_size": 16, "num_layers": 1, "embedding_size": 8}
     with pytest.raises(ValueError, match=r"config\.json is missing"):
         SpeakerEncoder.from_folder(tmp_path)
@@ -94,5 +96,5 @@ def test_folder_round_trip_and_its_faults(encoder: SpeakerEncoder, tmp_path: Pat
     tensors = encoder.state_dict()
     del tensors["linear.bias"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"no whole speaker encoder.*linear\.bias"):
+    with pytest.raises(ValueError, match=r"no valid speaker encoder.*linear\.bias"):
         SpeakerEncoder.from_folder(tmp_path)

@@ -47,19 +47,21 @@ def test_mel_distance_is_zero_for_the_same_and_ln2_for_half() -> None:
         (talk(2.0), "differ by 1.00 s"),
     ],
 )
-def test_bad_waves(measure: Callable[..., float], degraded: np.ndarray, message: str) -> None:
+def test_invalid_waves_are_refused(
+    measure: Callable[..., float], degraded: np.ndarray, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         measure(talk(), degraded, 16000)
 
 
 @pytest.mark.parametrize("measure", [stoi, pesq_wb, mel_distance])
-def test_too_short_is_said(measure: Callable[..., float]) -> None:
+def test_too_short_waves_are_refused(measure: Callable[..., float]) -> None:
     short = talk(3.0)[:500]
     with pytest.raises(ValueError, match="needs"):
         measure(short, short, 16000)
 
 
-def test_lengths_within_a_frame_are_cut() -> None:
+def test_waves_are_trimmed_within_a_frame() -> None:
     wave = talk()
     assert align(wave, wave[:-640], 16000)[0].size == wave.size - 640
     assert stoi(wave, np.append(wave, wave[:640]), 16000) == pytest.approx(1.0)
@@ -76,7 +78,7 @@ def test_pesq_without_utterance(monkeypatch: pytest.MonkeyPatch) -> None:
         pesq_wb(talk(), talk(), 16000)
 
 
-def test_pesq_passes_over_a_silent_piece() -> None:
+def test_pesq_skips_a_silent_piece() -> None:
     wave = talk(60.0)
     wave[20 * 16000 : 40 * 16000] = 0
     assert pesq_wb(wave, wave, 16000) == pytest.approx(4.64, abs=0.01)

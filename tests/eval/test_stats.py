@@ -6,7 +6,7 @@ import pytest
 from eval.stats import Sums, paired_difference
 
 
-def test_the_difference_of_rates_and_an_interval_around_it() -> None:
+def test_difference_of_rates_with_an_interval() -> None:
     errors, words = np.array([1.0, 0.0, 3.0, 2.0]), np.array([10.0, 5.0, 10.0, 5.0])
     found = paired_difference(Sums(errors, words), Sums(errors + words / 10, words))
     # Every unit is worse by the same share: nothing is uncertain.
@@ -14,7 +14,7 @@ def test_the_difference_of_rates_and_an_interval_around_it() -> None:
     assert found == paired_difference(Sums(errors, words), Sums(errors + words / 10, words))
 
 
-def test_the_interval_covers_the_truth() -> None:
+def test_interval_covers_the_true_difference() -> None:
     random, hits, ones = np.random.default_rng(0), 0, np.ones(40)
     for trial in range(60):
         first = random.normal(size=40)
@@ -29,7 +29,7 @@ def test_units_must_be_the_same() -> None:
         paired_difference(Sums(np.ones(2), np.ones(2)), Sums(np.ones(3), np.ones(3)))
 
 
-def test_one_unit_has_no_interval() -> None:
+def test_single_unit_has_no_interval() -> None:
     one = np.ones(1)
     assert paired_difference(Sums(one, one), Sums(2 * one, one)) == (1.0, None, None)
     both = np.ones(2)

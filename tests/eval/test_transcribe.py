@@ -46,7 +46,7 @@ def test_segments_are_joined_and_the_wave_is_resampled(judge: Judge) -> None:
 
 
 @pytest.mark.parametrize("wave", [np.zeros(0), np.zeros(16000), np.full(16000, 5e-5)])
-def test_nothing_is_heard_in_silence(judge: Judge, wave: np.ndarray) -> None:
+def test_silence_has_no_transcript(judge: Judge, wave: np.ndarray) -> None:
     assert judge.transcribe(wave.astype(np.float32), 16000) == ""
     assert not judge.model.blocks
 
@@ -56,7 +56,7 @@ def test_nan_is_refused(judge: Judge) -> None:
         judge.transcribe(np.array([0.1, np.nan], np.float32), 16000)
 
 
-def test_a_long_recording_is_cut_at_its_pause(judge: Judge) -> None:
+def test_long_recording_is_split_at_a_pause(judge: Judge) -> None:
     wave = noise(400.0)
     wave[285 * SAMPLE_RATE : 286 * SAMPLE_RATE] = 0
     pieces = list(split_at_pauses(wave))
@@ -66,18 +66,18 @@ def test_a_long_recording_is_cut_at_its_pause(judge: Judge) -> None:
     assert len(judge.model.blocks) == 2
 
 
-def test_the_judge_cannot_say_more_than_fits() -> None:
+def test_output_length_is_bounded() -> None:
     assert max_tokens(1.0) == 28
     assert max_tokens(300.0) == 200
 
 
-def test_missing_model_is_said(tmp_path: Path) -> None:
+def test_missing_model_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.bin.*make models"):
         Judge(tmp_path / "none")
 
 
 @pytest.mark.filterwarnings("default")
-def test_broken_model_is_said(tmp_path: Path) -> None:
+def test_broken_model_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"nothing of a model")
     with pytest.raises(ValueError, match="cannot read the judge"):
         _ = Judge(tmp_path, device="cpu").model
@@ -89,7 +89,7 @@ MODEL = ROOT / "models" / "whisper-base"
 @pytest.mark.slow
 @pytest.mark.skipif(not MODEL.is_dir(), reason="`make models` has not run")
 @pytest.mark.filterwarnings("default")
-def test_the_real_judge_repeats_itself_and_stays_within_bounds() -> None:
+def test_real_judge_is_deterministic_and_bounded() -> None:
     judge = Judge(MODEL, num_threads=1, device="cpu")
     first = judge.transcribe(noise(2.0), SAMPLE_RATE)
     assert judge.transcribe(noise(2.0), SAMPLE_RATE) == first

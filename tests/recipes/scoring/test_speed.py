@@ -1,4 +1,4 @@
-"""Codecs timed by turns."""
+"""recipes/scoring/speed.py."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def run(tmp_path: Path, *arguments: object) -> list[Row]:
     return read_rows(tmp_path / "out" / "rows.jsonl")
 
 
-def test_codecs_of_all_kinds_in_the_order_of_the_command_line(
+def test_rows_of_all_kinds_of_codecs_in_order(
     tmp_path, tiny_codec_folder, file, monkeypatch, capsys
 ) -> None:
     monkeypatch.setitem(speed.PUBLISHED, "encodec", ("tiny/encodec", ENCODEC))
@@ -60,7 +60,7 @@ def test_codecs_of_all_kinds_in_the_order_of_the_command_line(
     assert all("1 thread(s)" in row.machine and row.git and row.config for row in rows)
 
 
-def test_ratios_are_medians_of_the_repeats_ratios(tmp_path, tiny_codec_folder, monkeypatch) -> None:
+def test_ratios_are_medians_of_ratios_per_repeat(tmp_path, tiny_codec_folder, monkeypatch) -> None:
     class Clock:
         """Seconds per reading: the warm-up, then two codecs' encode and decode by turns."""
 
@@ -88,9 +88,9 @@ def test_ratios_are_medians_of_the_repeats_ratios(tmp_path, tiny_codec_folder, m
     assert value[first, None, "decode_ratio"] == 1
 
 
-def test_folding_is_as_named(tiny_codec_folder, file) -> None:
+def test_weight_norm_is_folded_as_named(tiny_codec_folder, file) -> None:
     def normed(kind: str, source: object) -> bool:
-        _, codec = speed.build(speed.Candidate(kind, str(source)))
+        _, codec = speed.build(speed.CodecSource(kind, str(source)))
         assert not codec.training
         return any(is_parametrized(module, "weight") for module in codec.modules())
 
@@ -99,7 +99,9 @@ def test_folding_is_as_named(tiny_codec_folder, file) -> None:
     assert not normed("codec", tiny_codec_folder)
 
 
-def test_a_recording_is_cut_and_a_short_one_refused(tmp_path, tiny_codec_folder, write_wav) -> None:
+def test_recording_is_truncated_and_a_short_one_refused(
+    tmp_path, tiny_codec_folder, write_wav
+) -> None:
     wave = write_wav(tmp_path / "hello.wav", 0.4)
     rows = run(tmp_path, "--codec", tiny_codec_folder, "--wave", wave)
     assert {row.list for row in rows} == {"hello.wav, 0.3 s"}
@@ -121,15 +123,15 @@ def test_a_recording_is_cut_and_a_short_one_refused(tmp_path, tiny_codec_folder,
         (["--random", "mimi", "--device", "abacus"], "cannot be used here"),
     ],
 )
-def test_mistakes_are_named(tmp_path, arguments, what) -> None:
+def test_user_errors(tmp_path, arguments, what) -> None:
     with pytest.raises(ValueError, match=what):
         main(["speed", *arguments, "--out", str(tmp_path)])
 
 
-def test_a_baseline_has_nothing_to_unfold(tmp_path) -> None:
+def test_unfolded_baseline_is_refused(tmp_path) -> None:
     folder = save_baseline(tmp_path / "dac", "dac")
-    with pytest.raises(ValueError, match="only our codecs are folded"):
-        speed.build(speed.Candidate("unfolded", str(folder)))
+    with pytest.raises(ValueError, match="codecs of transformers are not folded"):
+        speed.build(speed.CodecSource("unfolded", str(folder)))
 
 
 def test_published_architectures() -> None:
