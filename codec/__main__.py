@@ -264,7 +264,12 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _halve(arguments: argparse.Namespace) -> None:
     from codec.io import WEIGHTS_FILE, check_out_folder
-    from codec.models.codec import Codec, halve, load_codec, save_half
+    from codec.models.codec import (
+        Codec,
+        load_codec,
+        save_half_precision,
+        to_half_precision,
+    )
 
     check_out_folder(arguments.out)
     _check_free([arguments.out / WEIGHTS_FILE], arguments.overwrite)
@@ -273,7 +278,7 @@ def _halve(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{arguments.codec}: is another project's codec; only ours are halved")
     if codec.auxiliary is not None:
         codec = codec.without_auxiliary()
-    save_half(halve(codec), arguments.out)
+    save_half_precision(to_half_precision(codec), arguments.out)
     done = {"out": str(arguments.out), "codec": _facts(codec.stamp)}
     print(json.dumps(done, indent=2, ensure_ascii=False))
 

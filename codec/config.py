@@ -1,13 +1,12 @@
-"""Frozen configurations of the architecture. No config library here.
-
-Checks that configurations make of their values.
-
-Frozen configuration of LM-SPT's networks (arXiv 2506.16738, and its released code).
-"""
+"""Frozen configurations of the codec architectures and their checks. Imports no config library."""
 
 from dataclasses import dataclass, field, is_dataclass
 from math import prod
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+
+C = TypeVar("C")
+Family = Literal["seanet", "spectral", "lmspt"]
+WHISPER_RATE, WHISPER_HOP = 16_000, 320
 
 
 def at_least(least: int | float, **values: int | float | tuple[int, ...]) -> None:
@@ -26,233 +25,11 @@ def one_of(choices: tuple[str, ...], **values: str) -> None:
             raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ConvConfig:
-    """Convolutions on the wave with Snake, as in Descript's codec (arXiv 2306.06546, A)."""
-
-    width: int = 32
-    """Channels of the encoders' first convolution; each stride doubles them."""
-    semantic_width: int = 0
-    """The same of the semantic encoder; 0: width."""
-    strides: tuple[int, ...] = (4, 5, 6, 8, 2)
-    """Downsampling factors of the encoders, first to last."""
-    decoder_width: int = 1536
-    """Channels of the decoder's first convolution; each stride halves them."""
-    decoder_strides: tuple[int, ...] = ()
-    """Upsampling factors of the decoder, first to last; empty: strides reversed."""
-    dilations: tuple[int, ...] = (1, 3, 9)
-    """Of the residual units of every stride."""
-    kernel_size: int = 7
-    """Samples of a residual unit's dilated convolution."""
-
-    def __post_init__(self) -> None:
-        if not self.strides or not self.dilations:
-            raise ValueError("lmspt.conv.strides and .dilations must not be empty")
-        at_least(
-            1,
-            lmspt__conv__width=self.width,
-            lmspt__conv__strides=self.strides,
-            lmspt__conv__decoder_strides=self.decoder_strides,
-            lmspt__conv__dilations=self.dilations,
-        )
-        at_least(0, lmspt__conv__semantic_width=self.semantic_width)
-        _check_halves("lmspt.conv.decoder_width", self.decoder_width, self.upsampling)
-        _check_odd("lmspt.conv.kernel_size", self.kernel_size)
-
-    @property
-    def upsampling(self) -> tuple[int, ...]:
-        """Factors of the decoder, first to last."""
-        return self.decoder_strides or self.strides[::-1]
-
-    @property
-    def hop_length(self) -> int:
-        """Samples per frame of the encoders."""
-        return prod(self.strides)
-
-    @property
-    def decoder_hop_length(self) -> int:
-        """Samples per frame of the decoder."""
-        return prod(self.upsampling)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TransformerConfig:
-    """Transformer after each encoder (first form; 2506.16738, appendix D: 8 layers of 512)."""
-
-    num_layers: int = 0
-    """Layers; 0: no Transformer."""
-    num_heads: int = 8
-    """Attention heads; they share lmspt.dimension."""
-    context: int = 250
-    """Frames that a frame sees on each side (before it alone where lmspt.causal)."""
-
-    def __post_init__(self) -> None:
-        at_least(0, lmspt__transformer__num_layers=self.num_layers)
-        at_least(
-            1,
-            lmspt__transformer__num_heads=self.num_heads,
-            lmspt__transformer__context=self.context,
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WhisperConfig:
-    """Whisper's encoder as the semantic one, frozen, and what makes codes of its features.
-
-    The first five say which Whisper: recipes/train_semantic.py reads them from the model."""
-
-    width: int = 384
-    """Features of Whisper's hidden states (tiny 384, base 512)."""
-    num_layers: int = 4
-    """Its encoder's Transformer layers (tiny 4, base 6)."""
-    num_heads: int = 6
-    """Their attention heads (tiny 6, base 8)."""
-    feedforward: int = 1536
-    """Features inside their feed-forward parts (tiny 1536, base 2048)."""
-    num_mels: int = 80
-    """Mel bins that it hears."""
-    adapter_width: int = 256
-    """Channels of the ConvNeXt blocks behind it."""
-    adapter_depth: int = 2
-    """Their number."""
-
-    def __post_init__(self) -> None:
-        at_least(
-            1,
-            lmspt__whisper__width=self.width,
-            lmspt__whisper__num_layers=self.num_layers,
-            lmspt__whisper__num_heads=self.num_heads,
-            lmspt__whisper__feedforward=self.feedforward,
-            lmspt__whisper__num_mels=self.num_mels,
-            lmspt__whisper__adapter_width=self.adapter_width,
-        )
-        at_least(0, lmspt__whisper__adapter_depth=self.adapter_depth)
-        if self.width % self.num_heads:
-            raise ValueError(
-                f"lmspt.whisper: {self.num_heads} heads cannot share {self.width} features"
-            )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AuxiliaryConfig:
-    """The decoder that speaks the semantic codebook alone; it exists for training."""
-
-    kind: Literal["none", "conv", "spectral"] = "spectral"
-    """Convolutions, Vocos, or no auxiliary decoder (what ships)."""
-    sample_rate: int = 16_000
-    """Hz of its speech: the teacher's."""
-    width: int = 192
-    """Channels: of the first convolution, or of the ConvNeXt blocks."""
-    strides: tuple[int, ...] = (2, 2)
-    """Upsampling factors, first to last; conv: to samples, spectral: to STFT frames."""
-    depths: tuple[int, ...] = (1, 1, 1)
-    """spectral: blocks before, between and after the upsamplings."""
-    window: int = 640
-    """spectral: samples of the STFT window."""
-    hop: int = 160
-    """spectral: samples between STFT frames."""
-    dilations: tuple[int, ...] = (1, 3, 9)
-    """conv: of the residual units of every stride."""
-    kernel_size: int = 7
-    """conv: of a residual unit's dilated convolution; spectral: frames of a block's."""
-    causal: bool = False
-    """conv: no sample looks ahead."""
-
-    def __post_init__(self) -> None:
-        one_of(("none", "conv", "spectral"), lmspt__auxiliary__kind=self.kind)
-        if not self.strides or not self.dilations:
-            raise ValueError("lmspt.auxiliary.strides and .dilations must not be empty")
-        at_least(
-            1,
-            lmspt__auxiliary__sample_rate=self.sample_rate,
-            lmspt__auxiliary__width=self.width,
-            lmspt__auxiliary__strides=self.strides,
-            lmspt__auxiliary__hop=self.hop,
-            lmspt__auxiliary__dilations=self.dilations,
-        )
-        at_least(0, lmspt__auxiliary__depths=self.depths)
-        _check_odd("lmspt.auxiliary.kernel_size", self.kernel_size)
-        if self.kind == "conv":
-            at_least(least_stride(self.causal), lmspt__auxiliary__strides=self.strides)
-            _check_halves("lmspt.auxiliary.width", self.width, self.strides)
-        if self.kind == "spectral":
-            self._check_vocos()
-
-    def _check_vocos(self) -> None:
-        if self.causal:
-            raise ValueError("lmspt.auxiliary.causal is for kind conv: Vocos looks ahead")
-        if len(self.depths) != len(self.strides) + 1:
-            raise ValueError(
-                f"lmspt.auxiliary.depths needs {len(self.strides) + 1} numbers (one more than "
-                f"lmspt.auxiliary.strides), got {self.depths}"
-            )
-        if (self.window - self.hop) % 2 or self.window < 2 * self.hop:
-            raise ValueError(
-                "lmspt.auxiliary.window must be at least twice lmspt.auxiliary.hop and differ from "
-                f"it by an even number, got {self.window} and {self.hop}"
-            )
-
-    @property
-    def hop_length(self) -> int:
-        """Samples per codec frame."""
-        return prod(self.strides) * (self.hop if self.kind == "spectral" else 1)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LMSPTConfig:
-    """LM-SPT: a semantic and an acoustic encoder, a split quantiser, one decoder of both."""
-
-    encoder: Literal["conv", "spectral"] = "spectral"
-    """Convolutions on the wave (lmspt.conv), or ConvNeXt on mel frames (spectral)."""
-    decoder: Literal["conv", "spectral"] = "spectral"
-    """Transposed convolutions (lmspt.conv), or Vocos (spectral)."""
-    semantic: Literal["own", "whisper"] = "own"
-    """The semantic encoder: of the same kind as the acoustic one, or a pretrained Whisper's
-    (lmspt.whisper), as GLM-4-Voice has (arXiv 2412.02612, section 3.1), for waves at 16 kHz."""
-    dimension: int = 256
-    """Features D of the latents; spectral.dimension is not read."""
-    shared_encoder: bool = False
-    """One encoder's latent serves both quantisers."""
-    semantic_subtraction: bool = True
-    """The acoustic codebooks quantise what the semantic one left over (released form); or their
-    encoder's whole latent, in parallel (first form)."""
-    causal: bool = False
-    """No frame looks ahead; for convolutions and the Transformer."""
-    conv: ConvConfig = field(default_factory=ConvConfig)
-    """Read where encoder or decoder is conv."""
-    transformer: TransformerConfig = field(default_factory=TransformerConfig)
-    """After each encoder that is not Whisper's."""
-    whisper: WhisperConfig = field(default_factory=WhisperConfig)
-    """Read where semantic is whisper."""
-    auxiliary: AuxiliaryConfig = field(default_factory=AuxiliaryConfig)
-    """Decoder of the semantic codebook, for training."""
-
-    def __post_init__(self) -> None:
-        one_of(("conv", "spectral"), lmspt__encoder=self.encoder, lmspt__decoder=self.decoder)
-        one_of(("own", "whisper"), lmspt__semantic=self.semantic)
-        if self.semantic == "whisper" and (self.shared_encoder or self.causal):
-            raise ValueError(
-                "lmspt.semantic whisper is an encoder apart, and looks ahead: leave "
-                "lmspt.shared_encoder and lmspt.causal out"
-            )
-        at_least(1, lmspt__dimension=self.dimension)
-        if self.causal and "spectral" in (self.encoder, self.decoder):
-            raise ValueError(
-                "lmspt.causal is for encoder conv and decoder conv: spectral looks ahead"
-            )
-        strides = {"lmspt__conv__strides": self.conv.strides}
-        strides["lmspt__conv__decoder_strides"] = self.conv.decoder_strides
-        at_least(least_stride(self.causal), **strides)
-        heads = self.transformer.num_heads
-        if self.transformer.num_layers and (self.dimension % heads or self.dimension // heads % 2):
-            raise ValueError(
-                f"lmspt.transformer.num_heads: {heads} heads cannot share {self.dimension} "
-                "features in even parts"
-            )
-
-
 def least_stride(causal: bool) -> int:
-    """A stride has a kernel of twice its length: 1, padded on both sides, makes T + 1 frames."""
+    """The smallest stride of a convolution whose kernel is two strides long.
+
+    Stride 1 with padding on both sides would give T + 1 frames.
+    """
     return 1 if causal else 2
 
 
@@ -261,22 +38,32 @@ def _check_odd(name: str, size: int) -> None:
         raise ValueError(f"{name} must be odd, got {size}")
 
 
-def _check_halves(name: str, width: int, strides: tuple[int, ...]) -> None:
-    """Each stride halves the channels: some must be left."""
+def _check_halvings(name: str, width: int, strides: tuple[int, ...]) -> None:
+    """Every stride halves the number of channels; at least one channel must remain."""
     if width // 2 ** len(strides) < 1:
         raise ValueError(f"{name} must be at least {2 ** len(strides)} for {len(strides)} strides")
 
 
-C = TypeVar("C")
+def _check_depths(prefix: str, name: str, depths: tuple[int, ...], num_strides: int) -> None:
+    at_least(0, **{f"{prefix}.{name}": depths})
+    if len(depths) != num_strides + 1:
+        raise ValueError(
+            f"{prefix}.{name} needs {num_strides + 1} numbers (one more than {prefix}.strides), "
+            f"got {depths}"
+        )
 
 
-Family = Literal["seanet", "spectral", "lmspt"]
-WHISPER_RATE, WHISPER_HOP = 16_000, 320
+def _check_stft(prefix: str, window: int, hop: int) -> None:
+    if (window - hop) % 2 or window < 2 * hop:
+        raise ValueError(
+            f"{prefix}.window must be at least twice {prefix}.hop and differ from it by an even "
+            f"number, got {window} and {hop}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SEANetConfig:
-    """SpeechTokenizer's and DM-Codec's encoder and decoder (arXiv 2308.16692, section 3.1)."""
+    """Encoder and decoder of SpeechTokenizer (arXiv 2308.16692) and DM-Codec (2410.15017)."""
 
     num_filters: int = 64
     """Channels of the first convolution; each stride doubles them."""
@@ -287,17 +74,17 @@ class SEANetConfig:
     semantic_dimension: int = 768
     """Width that codebook 1 is projected to for a semantic teacher."""
     bidirectional: bool = True
-    """LSTM of the encoder in both directions; the decoder's is always causal."""
+    """Bidirectional LSTM in the encoder; the decoder's is always causal."""
     dilation_base: int = 2
-    """Residual layer i is dilated by this to the power i."""
+    """Dilation of residual unit i is this to the power i."""
     residual_kernel_size: int = 3
-    """Samples of a residual unit's dilated convolution."""
+    """Kernel size of a residual unit's dilated convolution."""
     num_residual_layers: int = 1
     """Residual units per stride."""
     num_lstm_layers: int = 2
-    """LSTM layers; 0 leaves the LSTM out."""
+    """LSTM layers; 0: no LSTM."""
     activation: Literal["elu", "snake"] = "elu"
-    """Nonlinearity; Snake is AnyGPT's variant of the released model."""
+    """Activation function; AnyGPT's variant of the released model has Snake."""
 
     def __post_init__(self) -> None:
         if not self.strides:
@@ -323,12 +110,12 @@ class SEANetConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpectralConfig:
-    """Frame-rate networks: ConvNeXt on log-mel frames in, Vocos (arXiv 2306.00814) out."""
+    """Frame-rate networks: a ConvNeXt encoder of log-mel frames, a Vocos decoder (2306.00814)."""
 
     num_mels: int = 100
-    """Mel bins that the encoder hears."""
+    """Mel bins of the encoder's input."""
     window: int = 640
-    """Samples of the STFT window, in and out."""
+    """Samples of the STFT window, in encoder and decoder."""
     hop: int = 160
     """Samples between mel frames."""
     strides: tuple[int, ...] = (2, 2)
@@ -336,15 +123,15 @@ class SpectralConfig:
     encoder_width: int = 256
     """Channels of the encoder's ConvNeXt blocks."""
     encoder_depths: tuple[int, ...] = (3, 3, 3)
-    """Blocks before the first stride, between strides and after the last."""
+    """Blocks before the first stride, between strides, and after the last."""
     dimension: int = 256
     """Features D of the latent."""
     decoder_width: int = 320
     """Channels of the decoder's ConvNeXt blocks."""
     decoder_depths: tuple[int, ...] = (4, 4, 4)
-    """Blocks at the codec's rate, between upsamplings and at the mel rate."""
+    """Blocks at the codec's frame rate, between upsamplings, and at the mel frame rate."""
     kernel_size: int = 7
-    """Frames of a block's depthwise convolution."""
+    """Kernel size of a block's depthwise convolution, in frames."""
 
     def __post_init__(self) -> None:
         at_least(
@@ -356,24 +143,10 @@ class SpectralConfig:
             spectral__dimension=self.dimension,
             spectral__decoder_width=self.decoder_width,
         )
-        at_least(
-            0,
-            spectral__encoder_depths=self.encoder_depths,
-            spectral__decoder_depths=self.decoder_depths,
-        )
-        if self.kernel_size % 2 == 0:
-            raise ValueError(f"spectral.kernel_size must be odd, got {self.kernel_size}")
-        for name, depths in (("encoder", self.encoder_depths), ("decoder", self.decoder_depths)):
-            if len(depths) != len(self.strides) + 1:
-                raise ValueError(
-                    f"spectral.{name}_depths needs {len(self.strides) + 1} numbers (one more than "
-                    f"spectral.strides), got {depths}"
-                )
-        if (self.window - self.hop) % 2 or self.window < 2 * self.hop:
-            raise ValueError(
-                f"spectral.window must be at least twice spectral.hop and differ from it by an "
-                f"even number, got {self.window} and {self.hop}"
-            )
+        _check_odd("spectral.kernel_size", self.kernel_size)
+        _check_depths("spectral", "encoder_depths", self.encoder_depths, len(self.strides))
+        _check_depths("spectral", "decoder_depths", self.decoder_depths, len(self.strides))
+        _check_stft("spectral", self.window, self.hop)
 
     @property
     def hop_length(self) -> int:
@@ -382,39 +155,253 @@ class SpectralConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ConvConfig:
+    """Convolutions on the wave with Snake, as in DAC (arXiv 2306.06546, appendix A)."""
+
+    width: int = 32
+    """Channels of the encoders' first convolution; each stride doubles them."""
+    semantic_width: int = 0
+    """Channels of the semantic encoder's first convolution; 0: width."""
+    strides: tuple[int, ...] = (4, 5, 6, 8, 2)
+    """Downsampling factors of the encoders, first to last."""
+    decoder_width: int = 1536
+    """Channels of the decoder's first convolution; each stride halves them."""
+    decoder_strides: tuple[int, ...] = ()
+    """Upsampling factors of the decoder, first to last; empty: strides reversed."""
+    dilations: tuple[int, ...] = (1, 3, 9)
+    """Dilations of the residual units of every stride."""
+    kernel_size: int = 7
+    """Kernel size of a residual unit's dilated convolution."""
+
+    def __post_init__(self) -> None:
+        if not self.strides or not self.dilations:
+            raise ValueError("lmspt.conv.strides and .dilations must not be empty")
+        at_least(
+            1,
+            lmspt__conv__width=self.width,
+            lmspt__conv__strides=self.strides,
+            lmspt__conv__decoder_strides=self.decoder_strides,
+            lmspt__conv__dilations=self.dilations,
+        )
+        at_least(0, lmspt__conv__semantic_width=self.semantic_width)
+        _check_halvings("lmspt.conv.decoder_width", self.decoder_width, self.upsampling)
+        _check_odd("lmspt.conv.kernel_size", self.kernel_size)
+
+    @property
+    def upsampling(self) -> tuple[int, ...]:
+        """Upsampling factors of the decoder, first to last."""
+        return self.decoder_strides or self.strides[::-1]
+
+    @property
+    def hop_length(self) -> int:
+        """Samples per frame of the encoders."""
+        return prod(self.strides)
+
+    @property
+    def decoder_hop_length(self) -> int:
+        """Samples per frame of the decoder."""
+        return prod(self.upsampling)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransformerConfig:
+    """Transformer after each encoder (2506.16738, first version, appendix D: 8 layers of 512)."""
+
+    num_layers: int = 0
+    """Layers; 0: no Transformer."""
+    num_heads: int = 8
+    """Attention heads; must divide lmspt.dimension."""
+    context: int = 250
+    """Frames that a frame attends to on each side (with lmspt.causal: only before it)."""
+
+    def __post_init__(self) -> None:
+        at_least(0, lmspt__transformer__num_layers=self.num_layers)
+        at_least(
+            1,
+            lmspt__transformer__num_heads=self.num_heads,
+            lmspt__transformer__context=self.context,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WhisperConfig:
+    """A frozen Whisper encoder as the semantic encoder, and its trained ConvNeXt adapter.
+
+    recipes/train_semantic.py sets the first five keys from the Whisper model."""
+
+    width: int = 384
+    """Size of Whisper's hidden states (tiny 384, base 512)."""
+    num_layers: int = 4
+    """Transformer layers of its encoder (tiny 4, base 6)."""
+    num_heads: int = 6
+    """Attention heads per layer (tiny 6, base 8)."""
+    feedforward: int = 1536
+    """Inner size of the feed-forward layers (tiny 1536, base 2048)."""
+    num_mels: int = 80
+    """Mel bins of its input."""
+    adapter_width: int = 256
+    """Channels of the adapter's ConvNeXt blocks."""
+    adapter_depth: int = 2
+    """Number of the adapter's ConvNeXt blocks."""
+
+    def __post_init__(self) -> None:
+        at_least(
+            1,
+            lmspt__whisper__width=self.width,
+            lmspt__whisper__num_layers=self.num_layers,
+            lmspt__whisper__num_heads=self.num_heads,
+            lmspt__whisper__feedforward=self.feedforward,
+            lmspt__whisper__num_mels=self.num_mels,
+            lmspt__whisper__adapter_width=self.adapter_width,
+        )
+        at_least(0, lmspt__whisper__adapter_depth=self.adapter_depth)
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"lmspt.whisper.num_heads: {self.num_heads} does not divide width {self.width}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AuxiliaryConfig:
+    """Auxiliary decoder of the semantic codebook alone, used in training only (LM-SPT)."""
+
+    kind: Literal["none", "conv", "spectral"] = "spectral"
+    """Transposed convolutions, Vocos, or no auxiliary decoder (released codecs)."""
+    sample_rate: int = 16_000
+    """Sample rate of its output in Hz: the teacher's."""
+    width: int = 192
+    """Channels of the first convolution (conv) or of the ConvNeXt blocks (spectral)."""
+    strides: tuple[int, ...] = (2, 2)
+    """Upsampling factors, first to last; conv: to samples, spectral: to STFT frames."""
+    depths: tuple[int, ...] = (1, 1, 1)
+    """spectral: ConvNeXt blocks before, between, and after the upsamplings."""
+    window: int = 640
+    """spectral: samples of the STFT window."""
+    hop: int = 160
+    """spectral: samples between STFT frames."""
+    dilations: tuple[int, ...] = (1, 3, 9)
+    """conv: dilations of the residual units of every stride."""
+    kernel_size: int = 7
+    """conv: of a residual unit's dilated convolution; spectral: of a block, in frames."""
+    causal: bool = False
+    """conv: causal convolutions."""
+
+    def __post_init__(self) -> None:
+        one_of(("none", "conv", "spectral"), lmspt__auxiliary__kind=self.kind)
+        if not self.strides or not self.dilations:
+            raise ValueError("lmspt.auxiliary.strides and .dilations must not be empty")
+        at_least(
+            1,
+            lmspt__auxiliary__sample_rate=self.sample_rate,
+            lmspt__auxiliary__width=self.width,
+            lmspt__auxiliary__strides=self.strides,
+            lmspt__auxiliary__hop=self.hop,
+            lmspt__auxiliary__dilations=self.dilations,
+        )
+        _check_odd("lmspt.auxiliary.kernel_size", self.kernel_size)
+        if self.kind == "conv":
+            at_least(least_stride(self.causal), lmspt__auxiliary__strides=self.strides)
+            _check_halvings("lmspt.auxiliary.width", self.width, self.strides)
+        if self.kind == "spectral":
+            if self.causal:
+                raise ValueError("lmspt.auxiliary.causal needs kind conv: Vocos is not causal")
+            _check_depths("lmspt.auxiliary", "depths", self.depths, len(self.strides))
+            _check_stft("lmspt.auxiliary", self.window, self.hop)
+
+    @property
+    def hop_length(self) -> int:
+        """Samples per codec frame."""
+        return prod(self.strides) * (self.hop if self.kind == "spectral" else 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LMSPTConfig:
+    """LM-SPT (arXiv 2506.16738): semantic and acoustic encoder, split quantizer, one decoder."""
+
+    encoder: Literal["conv", "spectral"] = "spectral"
+    """Convolutions on the wave (lmspt.conv) or ConvNeXt on mel frames (spectral)."""
+    decoder: Literal["conv", "spectral"] = "spectral"
+    """Transposed convolutions (lmspt.conv) or Vocos (spectral)."""
+    semantic: Literal["own", "whisper"] = "own"
+    """The semantic encoder: of the same kind as the acoustic one, or a pretrained Whisper encoder
+    (lmspt.whisper) as in GLM-4-Voice (arXiv 2412.02612, section 3.1), for waves at 16 kHz."""
+    dimension: int = 256
+    """Features D of the latents; spectral.dimension is ignored."""
+    shared_encoder: bool = False
+    """Both quantizers use the latent of one encoder."""
+    semantic_subtraction: bool = True
+    """The acoustic codebooks quantize the acoustic latent less the semantic entry (released code),
+    or the acoustic latent itself, in parallel (first version of the paper)."""
+    causal: bool = False
+    """Causal convolutions and causal attention."""
+    conv: ConvConfig = field(default_factory=ConvConfig)
+    """Used if encoder or decoder is conv."""
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    """Transformer after each encoder that is not Whisper."""
+    whisper: WhisperConfig = field(default_factory=WhisperConfig)
+    """Used if semantic is whisper."""
+    auxiliary: AuxiliaryConfig = field(default_factory=AuxiliaryConfig)
+    """Auxiliary decoder, for training."""
+
+    def __post_init__(self) -> None:
+        one_of(("conv", "spectral"), lmspt__encoder=self.encoder, lmspt__decoder=self.decoder)
+        one_of(("own", "whisper"), lmspt__semantic=self.semantic)
+        if self.semantic == "whisper" and (self.shared_encoder or self.causal):
+            raise ValueError(
+                "lmspt.semantic whisper is a separate encoder and is not causal: do not set "
+                "lmspt.shared_encoder or lmspt.causal"
+            )
+        at_least(1, lmspt__dimension=self.dimension)
+        if self.causal and "spectral" in (self.encoder, self.decoder):
+            raise ValueError(
+                "lmspt.causal needs encoder conv and decoder conv: spectral is not causal"
+            )
+        at_least(
+            least_stride(self.causal),
+            lmspt__conv__strides=self.conv.strides,
+            lmspt__conv__decoder_strides=self.conv.decoder_strides,
+        )
+        heads = self.transformer.num_heads
+        if self.transformer.num_layers and (self.dimension % heads or self.dimension // heads % 2):
+            raise ValueError(
+                f"lmspt.transformer.num_heads: lmspt.dimension {self.dimension} is not an even "
+                f"number of features for each of {heads} heads"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class QuantizerConfig:
-    """Residual vector quantiser with EMA codebooks (arXiv 2107.03312, section III.C)."""
+    """Residual vector quantizer (SoundStream, arXiv 2107.03312, section III.C)."""
 
     num_codebooks: int = 8
     """Q."""
     codebook_size: int = 1024
     """K of every codebook."""
     codebook_sizes: tuple[int, ...] = ()
-    """K of each codebook where they differ; empty: codebook_size."""
+    """K of each codebook if they differ; empty: codebook_size."""
     codebook_dimension: int = 0
-    """Features in which entries are looked up, the latent projected to them and back (factorised
-    codes, arXiv 2306.06546, section 3.2); 0: the latent's own, without projections."""
+    """Features of the entries, with projections from and to the latent (factorized codes of DAC,
+    arXiv 2306.06546, section 3.2); 0: those of the latent, without projections."""
     codebook_dimensions: tuple[int, ...] = ()
-    """Features of each codebook where they differ; empty: codebook_dimension."""
+    """Features of each codebook if they differ; empty: codebook_dimension."""
     normalize: bool = False
-    """Entries are compared by direction alone (L2-normalised lookup)."""
+    """L2-normalized lookup: nearest by cosine similarity."""
     learning: Literal["ema", "gradient"] = "ema"
-    """Entries follow the vectors' moving average, or the gradient of losses.weights.codebook."""
+    """Entries are updated by moving averages, or by the gradient of losses.weights.codebook."""
     decay: float = 0.99
-    """Of the EMA statistics, per training step."""
+    """Decay of the EMA statistics per training step."""
     kmeans_iterations: int = 10
-    """Lloyd iterations of the initialisation on the first batch (SpeechTokenizer: 50). With 0,
-    ema starts from vectors of that batch and gradient from normally distributed entries."""
+    """k-means (Lloyd) iterations of the initialization on the first batch (SpeechTokenizer: 50).
+    With 0, ema starts from vectors of that batch and gradient from a normal distribution."""
     kmeans_samples: int = 16_384
-    """Vectors at most that the initialisation looks at."""
+    """Maximum number of vectors for the initialization."""
     revival_ratio: float = 0.1
-    """An entry used less than this share of the mean is moved onto a vector of the batch; 0: never.
-
-    SpeechTokenizer's absolute threshold of 2 a batch would revive most entries of small batches.
-    """
+    """Dead-code revival: an entry used less than this share of the mean is replaced by a vector of
+    the batch; 0: never. SpeechTokenizer's absolute threshold of 2 per batch would replace most
+    entries in small batches."""
     dropout: float = 0.0
-    """Share of a training batch's items that keep a random number of first codebooks only. LM-SPT
-    always keeps the semantic codebook: there it is of the acoustic ones."""
+    """Quantizer dropout: share of a batch's items that keep only a random number of the first
+    codebooks. In LM-SPT it applies to the acoustic codebooks only."""
 
     def __post_init__(self) -> None:
         sizes = (self.codebook_size, *self.codebook_sizes)
@@ -449,26 +436,26 @@ class QuantizerConfig:
 
     @property
     def dimensions(self) -> tuple[int, ...]:
-        """Features of each codebook's lookup, 0 for the latent's own."""
+        """Features of each codebook's entries; 0: those of the latent."""
         return self.codebook_dimensions or (self.codebook_dimension,) * self.num_codebooks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodecConfig:
-    """Architecture of one codec: everything that its weights depend on."""
+    """Architecture of a codec: everything that its weights depend on."""
 
     family: Family = "spectral"
-    """Which networks surround the quantiser."""
+    """Encoder and decoder: seanet (SpeechTokenizer), spectral (Vocos) or lmspt (LM-SPT)."""
     sample_rate: int = 16_000
-    """Hz."""
+    """Sample rate in Hz."""
     seanet: SEANetConfig = field(default_factory=SEANetConfig)
-    """Read when family is seanet."""
+    """Used if family is seanet."""
     spectral: SpectralConfig = field(default_factory=SpectralConfig)
-    """Read when family is spectral, or where lmspt names spectral networks."""
+    """Used if family is spectral, or if lmspt has spectral networks."""
     lmspt: LMSPTConfig = field(default_factory=LMSPTConfig)
-    """Read when family is lmspt."""
+    """Used if family is lmspt."""
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
-    """The codebooks."""
+    """Codebooks."""
 
     def __post_init__(self) -> None:
         one_of(get_args(Family), family=self.family)
@@ -479,37 +466,34 @@ class CodecConfig:
     def _check_lmspt(self) -> None:
         lmspt = self.lmspt
         if self.quantizer.num_codebooks < 2:
-            raise ValueError("quantizer.num_codebooks: LM-SPT has a semantic and acoustic ones")
-        hops = {
-            "encoder": lmspt.conv.hop_length,
-            "decoder": lmspt.conv.decoder_hop_length,
-        }
+            raise ValueError(
+                "quantizer.num_codebooks must be at least 2 for LM-SPT: one semantic codebook and "
+                "at least one acoustic codebook"
+            )
+        hops = {"encoder": lmspt.conv.hop_length, "decoder": lmspt.conv.decoder_hop_length}
         for name in hops:
             if getattr(lmspt, name) == "spectral":
                 hops[name] = self.spectral.hop_length
         if hops["encoder"] != hops["decoder"]:
             raise ValueError(
-                f"lmspt: the encoder's frames have {hops['encoder']} samples, the decoder's "
+                f"lmspt: the encoder has {hops['encoder']} samples per frame, the decoder "
                 f"{hops['decoder']}; their strides must agree"
             )
         if lmspt.semantic == "whisper" and (
             self.sample_rate != WHISPER_RATE or hops["encoder"] % WHISPER_HOP
         ):
             raise ValueError(
-                f"lmspt.semantic whisper: Whisper hears {WHISPER_RATE} Hz and has a feature each "
-                f"{WHISPER_HOP} samples; sample_rate {self.sample_rate} and frames of "
-                f"{hops['encoder']} samples do not fit"
+                f"lmspt.semantic whisper needs sample_rate {WHISPER_RATE} and a multiple of "
+                f"{WHISPER_HOP} samples per frame, got {self.sample_rate} and {hops['encoder']}"
             )
         auxiliary = lmspt.auxiliary
         if auxiliary.kind != "none":
-            exact = auxiliary.hop_length * self.sample_rate == hops["encoder"] * (
-                auxiliary.sample_rate
-            )
-            if not exact:
+            rate = auxiliary.sample_rate
+            if auxiliary.hop_length * self.sample_rate != hops["encoder"] * rate:
                 raise ValueError(
-                    f"lmspt.auxiliary: {auxiliary.hop_length} samples a frame at "
-                    f"{auxiliary.sample_rate} Hz are not as long as {hops['encoder']} at "
-                    f"{self.sample_rate} Hz"
+                    f"lmspt.auxiliary: its frames ({auxiliary.hop_length} samples at {rate} Hz) "
+                    f"must be as long as the codec's ({hops['encoder']} samples at "
+                    f"{self.sample_rate} Hz)"
                 )
 
     @property
@@ -529,7 +513,7 @@ class CodecConfig:
 
 
 def codec_config_from_dict(data: dict[str, Any]) -> CodecConfig:
-    """The inverse of `dataclasses.asdict`, with a `ValueError` for unknown keys."""
+    """The inverse of `dataclasses.asdict`. Raises `ValueError` for unknown or ill-typed keys."""
     return _from_dict(CodecConfig, data, "config")
 
 
@@ -544,16 +528,16 @@ def _from_dict(cls: type[C], data: dict[str, Any], where: str) -> C:
             continue
         values[name] = tuple(value) if isinstance(value, list) else value
         if not _fits(values[name], hints[name]):
-            raise ValueError(f"{where}.{name}: {value!r} is not a {hints[name]}")
+            raise ValueError(f"{where}.{name}: {value!r} is not of type {hints[name]}")
     return cls(**values)
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value has the type that a field of CodecConfig asks for."""
+    """Whether a JSON value has the type of a field of CodecConfig."""
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_fits(each, get_args(hint)[0]) for each in value)
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     kinds = (int, float) if hint is float else hint
-    # A boolean is an int to Python, and to nobody else.
+    # bool is a subclass of int in Python.
     return isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from codec import Codec
 from codec.config import at_least
 from codec.io import atomic_folder
-from codec.models.codec import is_half, save_half
+from codec.models.codec import is_half_precision, save_half_precision
 from recipes.lib.run import load_config, run_program
 from slm.data.sequences import Coverage, Prompt
 from slm.export.voice_folder import is_voice, short_path, write_extras
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     if config.out.exists() and not is_voice(config.out) and any(config.out.iterdir()):
         raise ValueError(f"{config.out}: neither empty nor a voice; name a new folder")
     codec = Codec.from_pretrained(config.voice / "codec")
-    if not is_half(codec):
+    if not is_half_precision(codec):
         raise ValueError(
             f"{config.voice / 'codec'}: holds more than half precision; `codec halve` it, export "
             "the tokens with that, and train on them: rounding would make another codec of it"
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
     prompts = voice.prompts if config.prompts is None else read_prompts(voice, config.prompts)
     coverage = Coverage.load(config.voice / "ar")
     with atomic_folder(config.out) as folder:
-        save_half(codec, folder / "codec")
+        save_half_precision(codec, folder / "codec")
         lm = voice.lm
         if lm.origin["adapter"]:
             shutil.copytree(config.voice / "ar", folder / "ar")

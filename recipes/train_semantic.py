@@ -32,8 +32,8 @@ from codec.distillation.asr_supervision import (
 )
 from codec.distillation.ctc_reader import STEPS, CodeRecognizer, ctc_labels, letters_in
 from codec.distillation.word_alignment import min_ctc_steps
-from codec.modules.quantize import codebook_use, count_codes
-from codec.modules.ssl_encoders import architecture_of, load_whisper
+from codec.modules.quantize import codebook_usage, count_codes
+from codec.modules.ssl_encoders import config_for_whisper, load_whisper
 from codec.tokenize import text_of
 from codec.training.data import load_cut, read_cuts
 from codec.training.loop import list_bad, save_codec
@@ -227,7 +227,7 @@ def main(argv: list[str]) -> None:
             "the semantic codebook does not train under DeepSpeed; launch with "
             "recipes/accelerate/ddp.yaml (or cpu.yaml)"
         )
-    config = replace(config, codec=architecture_of(config.whisper, config.codec))
+    config = replace(config, codec=config_for_whisper(config.whisper, config.codec))
     train, dev = list(read_cuts(config.train)), list(read_cuts(config.dev))
     letters = letters_in([text_of(cut) for cut in train])
     bad_file = Path(config.out) / "skipped.jsonl"
@@ -273,7 +273,7 @@ def _use(student: SemanticStudent, held: Recordings, accelerator: Any) -> Any:
             batch = held.share(index, 0, 0, 1, 1).batch
             told = student(TranscribedBatch(*(part.to(accelerator.device) for part in batch)))
             counts += count_codes(told.codes[None, None].cpu(), size)
-    return codebook_use(counts, [size])
+    return codebook_usage(counts, [size])
 
 
 def _distance(told: Any, batch: TranscribedBatch, hop: int) -> torch.Tensor:

@@ -12,6 +12,16 @@ from torch.nn import functional
 
 Shapes = dict[str, tuple[int, ...]]
 
+RELEASED: dict[str, Any] = {
+    "sample_rate": 24_000, "encoder_rates": [4, 5, 6, 8, 2], "decoder_rates": [2, 8, 6, 5, 4],
+    "encoder_dim": 32, "latent_dim": 1024, "decoder_dim": 1536, "n_codebooks": 8,
+    "n_semantic_codebooks": 1, "quantizer_dropout": 0.5, "semantic_codebook_size": 16_384,
+    "acoustic_codebook_size": 4096, "semantic_codebook_dim": 8, "acoustic_codebook_dim": 8,
+    "semantic_quantizer": "rvq", "use_shared_encoder": False, "semantic_subtraction": True,
+    "aux_decoder": {
+        "input_channel": 1024, "channels": 128, "rates": [8, 8, 5, 4], "sample_rate": 16_000
+    },
+}  # fmt: skip
 TINY: dict[str, Any] = {
     "sample_rate": 8000, "encoder_rates": [2, 3], "decoder_rates": [3, 2], "encoder_dim": 2,
     "latent_dim": 8, "decoder_dim": 12, "n_codebooks": 3, "codebook_size": 16, "codebook_dim": 4,

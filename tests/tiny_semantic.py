@@ -10,7 +10,7 @@ from tiny_teachers import save_speech_teacher
 
 from codec import Codec, CodecConfig
 from codec.distillation.ctc_reader import BLANK, STEPS, CodeRecognizer, RecognizerNetwork
-from codec.modules.ssl_encoders import WhisperEncoder, architecture_of, load_whisper
+from codec.modules.ssl_encoders import WhisperEncoder, config_for_whisper, load_whisper
 
 FRAMES = replace(SPECTRAL.spectral, window=640, hop=160, strides=(2, 2))
 LM_SPT = replace(
@@ -29,7 +29,7 @@ LM_SPT = replace(
 def tiny_semantic(folder: Path) -> tuple[Codec, str]:
     """The codec, and the folder of its Whisper."""
     whisper = save_speech_teacher(folder / "whisper", "whisper")
-    config: CodecConfig = architecture_of(whisper, LM_SPT)
+    config: CodecConfig = config_for_whisper(whisper, LM_SPT)
     torch.manual_seed(0)
     codec = Codec(config)
     assert isinstance(codec.encoder.semantic, WhisperEncoder)

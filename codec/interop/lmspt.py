@@ -37,7 +37,6 @@ from codec.interop.speechtokenizer import (
     WEIGHT_NORM,
     Original,
     check_foreign,
-    check_unfolded,
     fitting,
     outlined,
     read_config_text,
@@ -449,7 +448,7 @@ def to_lmspt(codec: Codec) -> Original:
     folded codec.
     """
     config, tensors = config_to_lmspt(codec.config), codec.state_dict()
-    check_unfolded(codec)
+    codec.check_unfolded("to export it")
     state = {}
     for name, theirs in lmspt_tensor_names(codec).items():
         state[theirs] = tensors[name].detach().cpu().clone().contiguous()

@@ -166,7 +166,7 @@ def to_original(codec: Codec) -> Original:
     and our defaults. Raises `ValueError` for another family and for a folded codec.
     """
     config, tensors = _their_config(codec.config), codec.state_dict()
-    check_unfolded(codec)
+    codec.check_unfolded("to export it")
     state = {}
     for name, theirs in tensor_names(codec).items():
         tensor = tensors[name].detach().cpu()
@@ -298,15 +298,6 @@ def _their_config(ours: CodecConfig) -> dict[str, Any]:
     # Without an LSTM the original would double the channels for a backward direction all the same.
     config["bidirectional"] = ours.seanet.bidirectional and ours.seanet.num_lstm_layers > 0
     return config
-
-
-def check_unfolded(codec: Codec) -> None:
-    """Raises `ValueError` for a codec without weight norm, whose tensors are not the original's."""
-    if codec.is_folded:
-        raise ValueError(
-            f"{codec.source}: loaded for inference, without its weight norm; load it with "
-            "Codec.from_pretrained to export it"
-        )
 
 
 def some(names: list[str]) -> str:

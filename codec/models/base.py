@@ -1,7 +1,4 @@
-"""SpeechCodec: what every codec offers, ours and the baselines, in pieces where input is long.
-
-Long recordings in pieces: which frames a piece holds and which of them count.
-"""
+"""SpeechCodec: the interface of every codec, with chunked encoding and decoding of long input."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,50 +12,51 @@ from torch import Tensor, nn
 from codec.modules.layers import Lengths, ceil_div
 from codec.tokens import CodecStamp
 
-# Longer recordings are coded in pieces of this length, each with CONTEXT on both sides, and with as
-# many frames at least: LM-SPT's released convolutions reach 27 frames far, 2.2 s. There and in the
-# frame-rate networks the pieces change nothing; SEANet's LSTMs and LM-SPT's Transformers look
-# further, and what that changes is measured in the tests.
+# Longer input is processed in chunks of this length with context on both sides, CONTEXT_FRAMES or
+# more: the receptive field of LM-SPT's released convolutions is 27 frames (2.2 s) on each side. For
+# them and for the frame-rate networks chunking changes nothing. SEANet's LSTMs and LM-SPT's
+# Transformers have a larger receptive field; the tests measure the difference.
 CHUNK_SECONDS = 30.0
 CONTEXT_SECONDS = 2.0
 CONTEXT_FRAMES = 32
 
 
-class Piece(NamedTuple):
-    """A stretch of frames [start, stop) and which of its frames are kept."""
+class Chunk(NamedTuple):
+    """Frames [start, stop) including context, and the slice of them that is kept."""
 
     start: int
     stop: int
     keep: slice
 
 
-def pieces_of(frames: int, chunk: int, context: int) -> Iterator[Piece]:
-    """Stretches of `chunk` frames each, with up to `context` frames on both sides."""
-    for first in range(0, frames, chunk):
-        last = min(first + chunk, frames)
-        start, stop = max(first - context, 0), min(last + context, frames)
-        yield Piece(start, stop, slice(first - start, last - start))
+def chunks_with_context(num_frames: int, size: int, context: int) -> Iterator[Chunk]:
+    """Chunks of `size` frames, each with up to `context` frames on both sides."""
+    for first in range(0, num_frames, size):
+        last = min(first + size, num_frames)
+        start, stop = max(first - context, 0), min(last + context, num_frames)
+        yield Chunk(start, stop, slice(first - start, last - start))
 
 
 class Codes(NamedTuple):
-    """Codes of a batch and how many frames of each item count."""
+    """Codes of a padded batch and the number of frames of each item."""
 
     codes: Int[Tensor, "B Q T"]
     lengths: Int[Tensor, " B"]
 
 
 class SpeechCodec(nn.Module):
-    """Recordings to codes and back. `codec.load_codec` loads any; every command takes any.
+    """Interface of a codec: waves to codes and back. `codec.load_codec` loads any codec.
 
-    A codec brings its rates, its sizes, its stamp, and `_encode_piece` and `_decode_piece`.
+    A subclass defines `sample_rate`, `hop_length`, `codebook_sizes`, `stamp`, `_encode_chunk` and
+    `_decode_chunk`.
     """
 
     source = "untitled"
-    """The folder or hub id that it was loaded from."""
+    """Folder or hub id that the codec was loaded from."""
 
     @property
     def sample_rate(self) -> int:
-        """Hz, of waves in and out."""
+        """Sample rate of input and output waves in Hz."""
         raise NotImplementedError
 
     @property
@@ -73,24 +71,24 @@ class SpeechCodec(nn.Module):
 
     @property
     def stamp(self) -> CodecStamp:
-        """Names this codec and its very weights in token shards."""
+        """Identifies the codec and its weights (by digest) in token shards."""
         raise NotImplementedError
 
     def entries(self) -> list[Float[Tensor, "K D"]] | None:
-        """Of every codebook, as the decoder hears them; None of a codec that does not tell."""
+        """Entries of each codebook in the decoder's input space; None if not available."""
         return None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
-        """A codec of this class from a folder or hub id; `load_codec` finds the class out."""
+        """A codec of this class from a folder or hub id; `load_codec` determines the class."""
         raise NotImplementedError
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-        """Write config.json and model.safetensors, which `load_codec` takes."""
+        """Writes config.json and model.safetensors, which `load_codec` loads."""
         raise NotImplementedError
 
     def push_to_hub(self, repo_id: str) -> Any:
-        """Upload what `save_pretrained` writes."""
+        """Uploads the files of `save_pretrained` to the hub."""
         raise NotImplementedError
 
     @property
@@ -105,7 +103,7 @@ class SpeechCodec(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.parameters()).device
 
     @torch.inference_mode()
@@ -116,31 +114,35 @@ class SpeechCodec(nn.Module):
         num_codebooks: int | None = None,
         first_codebook: int = 0,
     ) -> Codes:
-        """Codes of a batch of mono waves (B,1,S), T = ceil(S / hop_length).
+        """Codes (B,Q,T) of mono waves (B,1,S), T = ceil(S / hop_length), in bounded memory.
 
-        `lengths` are samples per item. The codes are those of `num_codebooks` codebooks (default:
-        all that are left) from `first_codebook` on, counted from 0. Where that is not 0, its
-        codebook quantises the latent itself, so the codes are no slice of the whole's; LM-SPT's and
-        Mimi's are one from 1 on, where their acoustic codebooks begin.
-        Each item of a padded batch gets the codes that it gets alone. Input of any length is coded
-        in bounded memory. Raises `ValueError` for input that is not mono or empty, and for
-        codebooks that are not there.
+        Each item of a padded batch gets the codes that it gets alone.
+
+        Args:
+            lengths: samples per item; default: S.
+            num_codebooks: default: all from `first_codebook` on.
+            first_codebook: counted from 0. Its codebook quantizes the latent itself, so for values
+                other than 0 the result is not a slice of the full codes, except from 1 on for
+                LM-SPT and Mimi, whose acoustic codebooks begin there.
+
+        Raises:
+            ValueError: the input is empty or not mono, or the codebooks do not exist.
         """
         self._check_wave(wave, lengths)
-        books = self._books(num_codebooks, first_codebook)
+        books = self._codebook_range(num_codebooks, first_codebook)
         wave = wave.to(self.device)
+        num_frames = ceil_div(wave.shape[-1], self.hop_length)
         if lengths is None:
-            frames = torch.full((len(wave),), ceil_div(wave.shape[-1], self.hop_length))
+            frames = torch.full((len(wave),), num_frames)
         else:
             lengths = lengths.to(self.device)
             frames = ceil_div(lengths, self.hop_length)
-        pieces = []
-        for piece in pieces_of(ceil_div(wave.shape[-1], self.hop_length), *self._chunk_frames):
-            start, stop = (frame * self.hop_length for frame in (piece.start, piece.stop))
+        codes = []
+        for chunk in chunks_with_context(num_frames, *self._chunk_frames):
+            start, stop = chunk.start * self.hop_length, chunk.stop * self.hop_length
             inside = None if lengths is None else (lengths - start).clamp(1, stop - start)
-            codes = self._encode_piece(wave[..., start:stop], inside, books)
-            pieces.append(codes[..., piece.keep])
-        return Codes(torch.cat(pieces, dim=-1), frames.to(self.device))
+            codes.append(self._encode_chunk(wave[..., start:stop], inside, books)[..., chunk.keep])
+        return Codes(torch.cat(codes, dim=-1), frames.to(self.device))
 
     @torch.inference_mode()
     def encode_stream(
@@ -149,32 +151,36 @@ class SpeechCodec(nn.Module):
         num_codebooks: int | None = None,
         first_codebook: int = 0,
     ) -> Int[np.ndarray, "q T"]:
-        """Codes of one recording that arrives in blocks of samples, in bounded memory.
+        """Codes of one recording given as blocks of samples, in bounded memory.
 
-        Equal to `encode` of the blocks joined. Raises `ValueError` when there are no samples.
+        Equal to `encode` of the concatenated blocks. Raises `ValueError` if there are no samples.
         """
-        books = self._books(num_codebooks, first_codebook)
-        hop, (chunk, context) = self.hop_length, self._chunk_frames
-        # `held` starts at frame `origin`; frames before `done` are coded.
-        held, origin, done, codes = np.zeros(0, np.float32), 0, 0, []
+        books = self._codebook_range(num_codebooks, first_codebook)
+        hop, (size, context) = self.hop_length, self._chunk_frames
+        # `buffer` starts at frame `origin`; frames before `done` are encoded.
+        buffer, origin, done, codes = np.zeros(0, np.float32), 0, 0, []
+
+        def encode_next(keep: int) -> None:
+            first = max(done - context, 0)
+            samples = buffer[(first - origin) * hop : (done + size + context - origin) * hop]
+            wave = torch.from_numpy(np.ascontiguousarray(samples)).to(self.device)[None, None]
+            skip = done - first
+            chunk = self._encode_chunk(wave, None, books)[0, :, skip : skip + keep]
+            codes.append(chunk.cpu().numpy())
+
         for block in blocks:
-            held = np.concatenate([held, block])
-            while origin * hop + len(held) >= (done + chunk + context) * hop + 1:
-                stop = (done + chunk + context - origin) * hop
-                codes.append(self._encode_held(held[:stop], done - origin, chunk, books))
-                done += chunk
+            buffer = np.concatenate([buffer, block])
+            while origin * hop + len(buffer) > (done + size + context) * hop:
+                encode_next(size)
+                done += size
                 drop = max(done - context, 0) - origin
-                held, origin = held[drop * hop :], origin + drop
-        total = origin + ceil_div(len(held), hop)
+                buffer, origin = buffer[drop * hop :], origin + drop
+        total = origin + ceil_div(len(buffer), hop)
         if total == 0:
-            raise ValueError("the recording holds no samples; record it again")
+            raise ValueError("the recording has no samples; record it again")
         while done < total:
-            keep = min(chunk, total - done)
-            stop = (done + chunk + context - origin) * hop
-            start = max(done - context, 0) - origin
-            piece = held[start * hop : stop]
-            codes.append(self._encode_held(piece, done - origin - start, keep, books))
-            done += keep
+            encode_next(min(size, total - done))
+            done += size
         return np.concatenate(codes, axis=1)
 
     @torch.inference_mode()
@@ -184,70 +190,67 @@ class SpeechCodec(nn.Module):
         lengths: Int[Tensor, " B"] | None = None,
         first_codebook: int = 0,
     ) -> Float[Tensor, "B 1 S"]:
-        """Waves of S = T * hop_length samples from any number of codebooks that follow each other.
+        """Waves (B,1,S), S = T * hop_length, from the codes of consecutive codebooks.
 
-        codes[:, 0] is of `first_codebook`, counted from 0. `lengths` are frames per item; what
-        lies beyond them in the waves is undefined. Raises `ValueError` for codes that this codec
-        cannot have made.
+        Args:
+            lengths: frames per item; samples beyond them are undefined. Default: T.
+            first_codebook: codebook of codes[:, 0], counted from 0.
+
+        Raises:
+            ValueError: the codes cannot be of this codec.
         """
         codes = self._check_codes(codes, first_codebook)
-        return self._decode_pieces(
-            lambda part, inside: self._decode_piece(part, inside, first_codebook), codes, lengths
+        return self._decode_chunked(
+            lambda part, inside: self._decode_chunk(part, inside, first_codebook), codes, lengths
         )
 
     def decode_stream(
         self, codes: Int[np.ndarray, "q T"], first_codebook: int = 0
     ) -> Iterator[Float[np.ndarray, " _"]]:
-        """The wave of one recording, block after block: `decode` for hours of speech."""
+        """`decode` of one recording as an iterator over blocks of samples, in bounded memory."""
         batch = torch.from_numpy(codes.astype(np.int64)).unsqueeze(0)
-        whole = self._check_codes(batch, first_codebook)
-        for piece in pieces_of(whole.shape[-1], *self._chunk_frames):
-            part = whole[..., piece.start : piece.stop]
+        batch = self._check_codes(batch, first_codebook)
+        for chunk in chunks_with_context(batch.shape[-1], *self._chunk_frames):
             with torch.inference_mode():
-                wave = self._decode_piece(part, None, first_codebook)
-            keep = slice(piece.keep.start * self.hop_length, piece.keep.stop * self.hop_length)
+                part = batch[..., chunk.start : chunk.stop]
+                wave = self._decode_chunk(part, None, first_codebook)
+            keep = slice(chunk.keep.start * self.hop_length, chunk.keep.stop * self.hop_length)
             yield wave[0, 0, keep].cpu().numpy()
 
-    def _encode_piece(
+    def _encode_chunk(
         self, wave: Float[Tensor, "B 1 S"], lengths: Lengths | None, books: range
     ) -> Int[Tensor, "B q T"]:
-        """Codes of a stretch of each recording, by the codebooks `books`."""
+        """Codes of one chunk of each item, of the codebooks `books`."""
         raise NotImplementedError
 
-    def _decode_piece(
+    def _decode_chunk(
         self, codes: Int[Tensor, "B q T"], lengths: Lengths | None, first_codebook: int
     ) -> Float[Tensor, "B 1 S"]:
-        """Waves of T * hop_length samples from a stretch of codes."""
+        """Waves of T * hop_length samples from one chunk of codes."""
         raise NotImplementedError
 
-    def _decode_pieces(
+    def _decode_chunked(
         self,
         decode: Callable[[Tensor, Lengths | None], Tensor],
         codes: Int[Tensor, "B q T"],
         lengths: Int[Tensor, " B"] | None,
     ) -> Float[Tensor, "B 1 S"]:
-        """Waves of any length; `decode` makes any number of samples per frame of a stretch."""
+        """Waves of codes of any length; `decode` may have any number of samples per frame."""
         lengths = None if lengths is None else lengths.to(self.device)
         waves = []
-        for piece in pieces_of(codes.shape[-1], *self._chunk_frames):
-            size = piece.stop - piece.start
-            inside = None if lengths is None else (lengths - piece.start).clamp(1, size)
-            wave = decode(codes[..., piece.start : piece.stop], inside)
+        for chunk in chunks_with_context(codes.shape[-1], *self._chunk_frames):
+            size = chunk.stop - chunk.start
+            inside = None if lengths is None else (lengths - chunk.start).clamp(1, size)
+            wave = decode(codes[..., chunk.start : chunk.stop], inside)
             hop = wave.shape[-1] // size
-            waves.append(wave[..., piece.keep.start * hop : piece.keep.stop * hop])
+            waves.append(wave[..., chunk.keep.start * hop : chunk.keep.stop * hop])
         return torch.cat(waves, dim=-1)
 
     @property
     def _chunk_frames(self) -> tuple[int, int]:
-        """Frames of a piece that are kept, and how many stand before and after them."""
+        """Frames of a chunk without context, and of its context on each side."""
         context = max(round(CONTEXT_SECONDS * self.frame_rate), CONTEXT_FRAMES)
         return round(CHUNK_SECONDS * self.frame_rate), context
-
-    def _encode_held(
-        self, samples: np.ndarray, skip: int, keep: int, books: range
-    ) -> Int[np.ndarray, "q T"]:
-        wave = torch.from_numpy(np.ascontiguousarray(samples)).to(self.device)[None, None]
-        return self._encode_piece(wave, None, books)[0, :, skip : skip + keep].cpu().numpy()
 
     def _check_wave(self, wave: Tensor, lengths: Tensor | None) -> None:
         if wave.ndim != 3 or wave.shape[1] != 1:
@@ -256,19 +259,21 @@ class SpeechCodec(nn.Module):
                 "average the channels of a stereo recording first"
             )
         if wave.shape[-1] == 0 or (lengths is not None and int(lengths.min()) < 1):
-            raise ValueError("the recording holds no samples; record it again")
+            raise ValueError("the recording has no samples; record it again")
         if lengths is not None and int(lengths.max()) > wave.shape[-1]:
             raise ValueError(f"lengths {lengths.tolist()} exceed {wave.shape[-1]} samples")
 
-    def _books(self, num_codebooks: int | None, first_codebook: int) -> range:
-        left = self._num_from(first_codebook)
-        count = left if num_codebooks is None else num_codebooks
-        if not 1 <= count <= left:
+    def _codebook_range(self, num_codebooks: int | None, first_codebook: int) -> range:
+        remaining = self._num_codebooks_from(first_codebook)
+        count = remaining if num_codebooks is None else num_codebooks
+        if not 1 <= count <= remaining:
             after = f" from first_codebook {first_codebook} on" if first_codebook else ""
-            raise ValueError(f"num_codebooks must lie between 1 and {left}{after}, got {count}")
+            raise ValueError(
+                f"num_codebooks must lie between 1 and {remaining}{after}, got {count}"
+            )
         return range(first_codebook, first_codebook + count)
 
-    def _num_from(self, first_codebook: int) -> int:
+    def _num_codebooks_from(self, first_codebook: int) -> int:
         if not 0 <= first_codebook < self.num_codebooks:
             raise ValueError(
                 f"first_codebook must lie between 0 and {self.num_codebooks - 1}, "
@@ -277,7 +282,7 @@ class SpeechCodec(nn.Module):
         return self.num_codebooks - first_codebook
 
     def _check_codes(self, codes: Tensor, first_codebook: int) -> Tensor:
-        most = self._num_from(first_codebook)
+        most = self._num_codebooks_from(first_codebook)
         if codes.ndim != 3 or not 1 <= codes.shape[1] <= most or not codes.shape[2]:
             raise ValueError(
                 f"codec expects codes (batch, 1 to {most} codebooks, frames), "
@@ -290,6 +295,6 @@ class SpeechCodec(nn.Module):
             if low < 0 or high >= size:
                 raise ValueError(
                     f"codes of codebook {first_codebook + book} must lie in 0..{size - 1}, "
-                    f"got {low}..{high}: another codec's?"
+                    f"got {low}..{high}; are they codes of another codec?"
                 )
         return codes.to(self.device)

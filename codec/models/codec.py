@@ -1,11 +1,4 @@
-"""Codec: recordings to codes and back, whatever networks its configuration names.
-
-Codecs in half precision, as they ship: half the size on disk, computed with as before.
-
-Rounding changes some codes: it makes another codec, with another digest, to export tokens with.
-
-Any codec by its folder or hub id.
-"""
+"""Codec: building, loading, saving, weight norm folding, and rounding to half precision."""
 
 import hashlib
 import json
@@ -33,7 +26,7 @@ from codec.io import (
     check_trainable,
 )
 from codec.models.base import SpeechCodec
-from codec.models.lmspt import DualEncoder, build_auxiliary, build_decoder
+from codec.models.lmspt import DualEncoder, build_auxiliary, build_decoder, build_quantizer
 from codec.modules.layers import Lengths
 from codec.modules.quantize import Quantized, ResidualVQ, SplitVQ
 from codec.modules.seanet import SEANetDecoder, SEANetEncoder, semantic_head
@@ -41,40 +34,40 @@ from codec.modules.vocos import SpectralDecoder, SpectralEncoder
 from codec.tokens import CodecStamp
 
 SUMS = "entry_sum"
-"""What a codebook's moving averages add up; a folder in half precision leaves these tensors out."""
+"""Suffix of a codebook's EMA sums, which a folder in half precision omits."""
+KEPT = ("cluster_size", "num_updates")
+"""Suffixes of a codebook's statistics, which stay in full precision."""
 
 
 class CodecOutput(NamedTuple):
-    """What a training step needs of one pass."""
+    """Output of a training forward pass."""
 
     wave: Float[Tensor, "B 1 S"]
     quantized: Quantized
 
 
 class Codec(PyTorchModelHubMixin, SpeechCodec, library_name="parlance", tags=["speech-codec"]):
-    """A trainable speech codec.
+    """A trainable speech codec of the family that its configuration names.
 
-    `from_pretrained(folder or hub id)`, `save_pretrained(folder)` and `push_to_hub(id)` move it;
-    a folder holds config.json and model.safetensors. Where LM-SPT's convolutions have odd strides,
-    the last few samples of a decoded wave are zeros (see `codec.convolutional.ConvDecoder`).
+    Loaded by `from_pretrained(folder or hub id)`, saved by `save_pretrained(folder)` and
+    `push_to_hub(id)` as config.json and model.safetensors. With odd strides in LM-SPT's
+    convolutions the last few samples of a decoded wave are zeros (see `ConvDecoder`).
     """
 
     def __init__(self, config: CodecConfig | dict[str, Any]) -> None:
-        """`config` may be a config.json's content, which is how the hub mixin hands it over."""
+        """`config` may be the content of config.json, as the hub mixin passes it."""
         super().__init__()
         if isinstance(config, dict):
             config = codec_config_from_dict(config)
         self.config = config
-        self._folded: dict[str, str] = {}  # Digest of the folded weights -> of those they are of.
+        self._unfolded_digest: str | None = None
         self._frozen: list[nn.Module] = []
         dimension = config.dimension
         self.auxiliary: nn.Module | None = None
+        self.quantizer: ResidualVQ | SplitVQ
         if config.family == "lmspt":
             self.encoder = DualEncoder(config)
-            self.quantizer: ResidualVQ | SplitVQ = SplitVQ(
-                dimension, config.quantizer, subtract=config.lmspt.semantic_subtraction,
-                shared=config.lmspt.shared_encoder,
-            )  # fmt: skip
+            self.quantizer = build_quantizer(config)
             self.decoder = build_decoder(config)
             self.auxiliary = build_auxiliary(config)
             return
@@ -88,7 +81,7 @@ class Codec(PyTorchModelHubMixin, SpeechCodec, library_name="parlance", tags=["s
 
     @property
     def sample_rate(self) -> int:
-        """Hz, of waves in and out."""
+        """Sample rate of input and output waves in Hz."""
         return self.config.sample_rate
 
     @property
@@ -103,21 +96,20 @@ class Codec(PyTorchModelHubMixin, SpeechCodec, library_name="parlance", tags=["s
 
     @property
     def latent_dimension(self) -> int:
-        """D of the latent and of codebook entries."""
+        """Features D of the latent and of codebook entries."""
         return self.config.dimension
 
     @property
     def is_folded(self) -> bool:
-        """Whether `fold_weight_norm` has made it a codec for inference only."""
-        return bool(self._folded)
+        """Whether weight norm is folded: such a codec is for inference only."""
+        return self._unfolded_digest is not None
 
     @property
     def stamp(self) -> CodecStamp:
-        """Names this codec and its very weights in token shards."""
-        digest = _digest(self)
+        """Identifies the codec and its weights in token shards; folding does not change it."""
         return CodecStamp(
             id=self.source,
-            digest=self._folded.get(digest, digest),
+            digest=self._unfolded_digest or _digest(self),
             sample_rate=self.sample_rate,
             frame_rate=self.frame_rate,
             num_codebooks=self.num_codebooks,
@@ -126,53 +118,51 @@ class Codec(PyTorchModelHubMixin, SpeechCodec, library_name="parlance", tags=["s
 
     @torch.no_grad()
     def entries(self) -> list[Float[Tensor, "K D"]]:
-        """Of every codebook, as the decoder hears them: it gets their sums."""
+        """Entries of each codebook in the decoder's input space, where they are summed."""
         codes = [torch.arange(size, device=self.device) for size in self.codebook_sizes]
         return [self.quantizer.decode(row[None, None], q)[0].mT for q, row in enumerate(codes)]
 
     def forward(
         self, wave: Float[Tensor, "B 1 S"], codes: Int[Tensor, "B T"] | None = None
     ) -> CodecOutput:
-        """Code and decode for training; the output has the input's length. `codes`: LM-SPT's
-        semantic codebook, where it is frozen and what it makes of the wave is known."""
+        """Encode, quantize and decode for training; the output has the input's length.
+
+        `codes`: known codes of LM-SPT's frozen semantic codebook, which skip its encoder. Raises
+        `ValueError` for them if the codec does not have two encoders.
+        """
         if codes is None:
             quantized = self.quantizer(self.encoder(wave))
         else:
-            quantized = self._beside(wave, codes)
+            if not isinstance(self.encoder, DualEncoder) or self.encoder.acoustic is None:
+                raise ValueError("known semantic codes need an LM-SPT codec with two encoders")
+            assert isinstance(self.quantizer, SplitVQ)
+            quantized = self.quantizer.with_semantic_codes(codes, self.encoder.acoustic(wave))
         return CodecOutput(self.decoder(quantized.latent)[..., : wave.shape[-1]], quantized)
-
-    def _beside(self, wave: Float[Tensor, "B 1 S"], codes: Int[Tensor, "B T"]) -> Quantized:
-        encoder, quantizer = self.encoder, self.quantizer
-        if not isinstance(encoder, DualEncoder) or encoder.acoustic is None:
-            raise ValueError("only LM-SPT with two encoders can be told its semantic codes")
-        assert isinstance(quantizer, SplitVQ)
-        return quantizer.beside(codes, encoder.acoustic(wave))
 
     @torch.inference_mode()
     def resynthesize(
         self, codes: Int[Tensor, "B q T"], lengths: Int[Tensor, " B"] | None = None
     ) -> Float[Tensor, "B 1 S"]:
-        """What LM-SPT's auxiliary decoder makes of the semantic codebook, codes[:, 0], alone.
+        """LM-SPT's auxiliary decoder on the semantic codes, codes[:, 0], alone.
 
-        At `config.lmspt.auxiliary.sample_rate` Hz; `lengths` as `decode` has them. Raises
-        `ValueError` for codes that this codec cannot have made, and without such a decoder.
+        Returns waves at `config.lmspt.auxiliary.sample_rate` Hz; `lengths` as in `decode`. Raises
+        `ValueError` for codes that cannot be of this codec, and without auxiliary decoder.
         """
         if self.auxiliary is None:
             raise ValueError(
-                f"{self.source}: has no auxiliary decoder; LM-SPT has one while it is trained"
+                f"{self.source}: has no auxiliary decoder; only LM-SPT codecs in training have one"
             )
         auxiliary, codes = self.auxiliary, self._check_codes(codes, 0)[:, :1]
-        return self._decode_pieces(
+        return self._decode_chunked(
             lambda part, inside: auxiliary(self.quantizer.decode(part, 0), inside), codes, lengths
         )
 
     def without_auxiliary(self) -> "Codec":
-        """A copy that ships, without LM-SPT's auxiliary decoder: codes, waves, digest are the same.
+        """A copy without LM-SPT's auxiliary decoder; codes, waves and digest are the same.
 
-        Raises `ValueError` for a folded codec.
+        Raises `ValueError` if weight norm is folded.
         """
-        if self.is_folded:
-            raise ValueError(f"{self.source}: folded; load it with Codec.from_pretrained")
+        self.check_unfolded("to copy it")
         auxiliary = replace(self.config.lmspt.auxiliary, kind="none")
         config = replace(self.config, lmspt=replace(self.config.lmspt, auxiliary=auxiliary))
         state = self.state_dict()
@@ -182,27 +172,36 @@ class Codec(PyTorchModelHubMixin, SpeechCodec, library_name="parlance", tags=["s
         return codec.to(self.device).train(self.training)
 
     def fold_weight_norm(self) -> "Codec":
-        """Makes this codec faster, for inference only; its codes, waves and stamp stay the same.
+        """Folds weight norm into the weights, in place, for faster inference.
 
-        Afterwards it cannot be trained: load it with `Codec.from_pretrained` for that.
+        Codes, waves and stamp stay the same. A folded codec cannot be trained, saved or exported.
+        A codec without weight norm is only set to evaluation mode.
         """
         normed = [module for module in self.modules() if is_parametrized(module, "weight")]
         if normed:
-            digest = _digest(self)
+            self._unfolded_digest = _digest(self)
             for module in normed:
                 remove_parametrizations(module, "weight", leave_parametrized=True)
-            self._folded[_digest(self)] = digest
+            self.requires_grad_(False)
         return self.eval()
 
-    def freeze_semantic(self) -> None:
-        """Training leaves LM-SPT's semantic encoder and codebook as they are from now on.
+    def check_unfolded(self, purpose: str) -> None:
+        """Raises `ValueError` if weight norm is folded; the message ends with `purpose`."""
+        if self.is_folded:
+            raise ValueError(
+                f"{self.source}: its weight norm is folded for inference (load_codec folds it); "
+                f"load it with Codec.from_pretrained or load_codec(..., fold=False) {purpose}"
+            )
 
-        Raises `ValueError` for another family, and where both halves share an encoder.
+    def freeze_semantic(self) -> None:
+        """Freezes LM-SPT's semantic encoder and codebook.
+
+        Raises `ValueError` for another family and for a shared encoder.
         """
         if not isinstance(self.encoder, DualEncoder) or self.encoder.acoustic is None:
             raise ValueError(
                 "freeze_semantic: only codec.family lmspt, without lmspt.shared_encoder, has a "
-                "semantic half that can be frozen"
+                "semantic encoder of its own"
             )
         assert isinstance(self.quantizer, SplitVQ)
         self._frozen = [self.encoder.semantic, self.quantizer.semantic]
@@ -210,55 +209,34 @@ class Codec(PyTorchModelHubMixin, SpeechCodec, library_name="parlance", tags=["s
             part.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Codec":
-        """Training mode, or not. Raises `ValueError` for a folded codec."""
-        if mode and self._folded:
-            raise ValueError(
-                f"{self.source}: this codec was loaded for inference; to train it, load it with "
-                "Codec.from_pretrained"
-            )
+        """Sets training or evaluation mode. Raises `ValueError` if weight norm is folded."""
+        if mode:
+            self.check_unfolded("to train it")
         super().train(mode)
         for part in self._frozen:
             part.eval()
         return self
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-        """Write config.json and model.safetensors; `options` are the hub mixin's.
+        """Writes config.json and model.safetensors; `options` are those of the hub mixin.
 
-        A folded codec saves the codec that it was loaded from. Raises `ValueError`, before any file
-        is touched, when that is not there any more or one of the two has changed.
+        Raises `ValueError` if weight norm is folded, before it touches any file.
         """
-        return PyTorchModelHubMixin.save_pretrained(self._unfolded(), save_directory, **options)
-
-    def _unfolded(self) -> "Codec":
-        if not self._folded:
-            return self
-        try:
-            codec = Codec.from_pretrained(self.source)
-        except (ValueError, OSError) as error:
-            raise ValueError(
-                "a codec that was folded for inference is saved from where it was loaded, and "
-                f"{self.source} cannot be loaded any more ({type(error).__name__}); load it with "
-                "Codec.from_pretrained from where it is now, and save that"
-            ) from error
-        if codec.stamp.digest != self.stamp.digest:
-            raise ValueError(
-                f"{self.source}: the codec there and the one that was loaded from there are not "
-                "the same any more; to change a codec, load it with Codec.from_pretrained"
-            )
-        return codec
+        self.check_unfolded("to save it")
+        return PyTorchModelHubMixin.save_pretrained(self, save_directory, **options)
 
     @property
     def _chunk_frames(self) -> tuple[int, int]:
         chunk, context = super()._chunk_frames
         if self.config.family == "lmspt" and self.config.lmspt.semantic == "whisper":
-            # A piece and its context must fit into what Whisper hears at once.
+            # A chunk with its context must fit into Whisper's window.
             chunk = int(WINDOW_SECONDS * self.frame_rate) - 2 * context
         return chunk, context
 
-    def _encode_piece(self, wave: Tensor, lengths: Lengths | None, books: range) -> Tensor:
+    def _encode_chunk(self, wave: Tensor, lengths: Lengths | None, books: range) -> Tensor:
         return self.quantizer.encode(self.encoder(wave, lengths), len(books), books.start)
 
-    def _decode_piece(self, codes: Tensor, lengths: Lengths | None, first_codebook: int) -> Tensor:
+    def _decode_chunk(self, codes: Tensor, lengths: Lengths | None, first_codebook: int) -> Tensor:
         return self.decoder(self.quantizer.decode(codes, first_codebook), lengths)
 
     @classmethod
@@ -270,7 +248,7 @@ class Codec(PyTorchModelHubMixin, SpeechCodec, library_name="parlance", tags=["s
         map_location: str = "cpu",
         **download: Any,
     ) -> "Codec":
-        """Part of `from_pretrained`: build from config.json and load every tensor, strictly."""
+        """Called by `from_pretrained`: builds from config.json and loads all tensors, strictly."""
         if config is None:
             raise ValueError(f"{model_id}: no config.json there; is it the folder of a codec?")
         if isinstance(config, dict):
@@ -289,25 +267,100 @@ class Codec(PyTorchModelHubMixin, SpeechCodec, library_name="parlance", tags=["s
         return codec.to(map_location).eval()
 
 
-def _digest(codec: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(codec.state_dict().items()):
-        if name.startswith("auxiliary."):
-            continue  # It speaks for training only: codes and waves are the same without it.
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def load_codec(
+    path_or_hub_id: str | Path, device: str = "cpu", *, fold: bool = True
+) -> SpeechCodec:
+    """A codec for inference from a local folder or a hub id.
+
+    config.json determines the class: `Codec`, or EnCodec, DAC, Mimi or X-Codec2 of transformers.
+
+    Args:
+        fold: fold the weight norm of a `Codec`, for faster inference. Use `fold=False` or
+            `Codec.from_pretrained` to train, save or export it.
+
+    Raises:
+        ValueError: the codec is missing, its files do not match, or the device does not exist.
+    """
+    path, source = Path(path_or_hub_id), str(path_or_hub_id)
+    check_device(device)
+    check_source(path)
+    try:
+        file = path / "config.json"
+        if not path.is_dir():
+            file = Path(hf_hub_download(source, "config.json"))
+        check_config_file(file)
+        # Every configuration of transformers has a model_type, ours have none.
+        if "model_type" in json.loads(file.read_text(encoding="utf-8")):
+            from codec.models.hf import load_baseline
+
+            return load_baseline(source, device)
+        codec = Codec.from_pretrained(source, map_location=device)
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
+        raise ValueError(
+            f"{path_or_hub_id}: no such folder, and the hub does not provide it "
+            f"({type(error).__name__}); check the name"
+        ) from error
+    return codec.fold_weight_norm() if fold else codec
 
 
-KEPT = ("cluster_size", "num_updates")
-"""Small tensors that count, and are no weights."""
+def check_device(device: str) -> None:
+    """Raises `ValueError` for a device that does not exist or cannot be used."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used here ({reason}); try cpu") from error
 
 
-def halve(codec: Codec) -> Codec:
-    """Rounds every weight to what float16 can hold, in place. Raises ValueError for a codec that
-    was folded for inference, and one whose weights float16 cannot hold."""
-    if codec.is_folded:
-        raise ValueError(f"{codec.source}: folded; load it with Codec.from_pretrained")
+def _add_sums(found: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Computes omitted EMA sums from the entries, in the precision of the codec."""
+    for name in expected:
+        stem = name.removesuffix(SUMS)
+        parts = [f"{stem}entries", f"{stem}cluster_size"]
+        if stem != name and name not in found and all(part in found for part in parts):
+            entries, size = (found[part].to(expected[part].dtype) for part in parts)
+            if entries.shape[:1] == size.shape:
+                found[name] = entries * size[:, None]
+
+
+def load_weights(codec: nn.Module, file: Path) -> None:
+    """Loads every tensor of the codec. Raises `ValueError` that names the first mismatch."""
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; a codec folder has config.json and {WEIGHTS_FILE}")
+    try:
+        found = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file}: not a complete safetensors file ({error}); copy it again"
+        ) from error
+    expected = codec.state_dict()
+    _add_sums(found, expected)
+    for name, tensor in expected.items():
+        if name not in found:
+            raise ValueError(
+                f"{file}: the tensor {name} is missing; is config.json of another codec?"
+            )
+        if found[name].shape != tensor.shape:
+            raise ValueError(
+                f"{file}: the tensor {name} has shape {tuple(found[name].shape)}, config.json asks "
+                f"for {tuple(tensor.shape)}"
+            )
+        if not bool(found[name].isfinite().all()):
+            raise ValueError(f"{file}: the tensor {name} has NaN or infinity; did training fail?")
+    if unknown := sorted(set(found) - set(expected)):
+        raise ValueError(
+            f"{file}: has the unknown tensor {unknown[0]}; is config.json of another codec?"
+        )
+    codec.load_state_dict(found)
+
+
+def to_half_precision(codec: Codec) -> Codec:
+    """Rounds the weights to float16 values, in place; they are still computed with in float32.
+
+    Some codes change, so the result is another codec, with another digest. Raises `ValueError` if
+    weight norm is folded, or if a weight exceeds the range of float16.
+    """
+    codec.check_unfolded("to round it")
     state = codec.state_dict()
     for name, tensor in state.items():
         if _is_weight(name, tensor):
@@ -322,8 +375,8 @@ def halve(codec: Codec) -> Codec:
     return codec
 
 
-def is_half(codec: Codec) -> bool:
-    """Whether float16 holds the codec as it is."""
+def is_half_precision(codec: Codec) -> bool:
+    """Whether all weights have float16 values."""
     state = codec.state_dict()
     for name, tensor in state.items():
         if _is_weight(name, tensor) and not torch.equal(tensor.half().to(tensor.dtype), tensor):
@@ -333,11 +386,14 @@ def is_half(codec: Codec) -> bool:
     return True
 
 
-def save_half(codec: Codec, folder: str | Path) -> None:
-    """Writes a halved codec's folder; sums of moving averages are left out, as they follow from
-    the entries."""
-    if not is_half(codec):
-        raise ValueError("the codec holds more than half precision: halve it first")
+def save_half_precision(codec: Codec, folder: str | Path) -> None:
+    """Writes a codec's folder with weights in float16, half the size of `save_pretrained`.
+
+    EMA sums of codebooks are omitted: they follow from the entries. Raises `ValueError` if
+    `to_half_precision` has not rounded the codec.
+    """
+    if not is_half_precision(codec):
+        raise ValueError("the codec has more than half precision; round it first (codec halve)")
     with atomic_files(Path(folder)) as temporary:
         codec.save_pretrained(temporary)
         (temporary / "README.md").unlink(missing_ok=True)
@@ -358,86 +414,11 @@ def _sums(state: dict[str, Tensor], name: str) -> Tensor:
     return state[f"{stem}entries"] * state[f"{stem}cluster_size"][:, None]
 
 
-def load_codec(
-    path_or_hub_id: str | Path, device: str = "cpu", *, fold: bool = True
-) -> SpeechCodec:
-    """A trained codec, ready to encode and decode, from a local folder or a hub id.
-
-    It is one of ours, or EnCodec, DAC, Mimi or X-Codec2 of transformers, which config.json tells.
-    The weight norm of ours is folded, which is faster: pass `fold=False`, or use
-    `Codec.from_pretrained`, to train it further. Raises `ValueError` when it is missing or its
-    files do not fit together.
-    """
-    path, source = Path(path_or_hub_id), str(path_or_hub_id)
-    check_device(device)
-    check_source(path)
-    try:
-        file = path / "config.json"
-        if not path.is_dir():
-            file = Path(hf_hub_download(source, "config.json"))
-        check_config_file(file)
-        # Ours have none; all of transformers' have.
-        if "model_type" in json.loads(file.read_text(encoding="utf-8")):
-            from codec.models.hf import load_baseline
-
-            return load_baseline(source, device)
-        codec = Codec.from_pretrained(source, map_location=device)
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
-        raise ValueError(
-            f"{path_or_hub_id}: no such folder, and not to be had from the hub either "
-            f"({type(error).__name__}); check the name"
-        ) from error
-    return codec.fold_weight_norm() if fold else codec
-
-
-def check_device(device: str) -> None:
-    """Raises `ValueError` for a device that is not there."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {device!r} cannot be used here ({reason}); try cpu") from error
-
-
-def _add_sums(found: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Those that are left out follow from the entries, in the precision of the codec."""
-    for name in expected:
-        stem = name.removesuffix(SUMS)
-        parts = [f"{stem}entries", f"{stem}cluster_size"]
-        if stem != name and name not in found and all(part in found for part in parts):
-            entries, size = (found[part].to(expected[part].dtype) for part in parts)
-            if entries.shape[:1] == size.shape:
-                found[name] = entries * size[:, None]
-
-
-def load_weights(codec: nn.Module, file: Path) -> None:
-    """Every tensor, with its shape, or a `ValueError` that names the first misfit."""
-    if not file.is_file():
-        raise ValueError(
-            f"{file}: no such file; a codec folder holds config.json and {WEIGHTS_FILE}"
-        )
-    try:
-        found = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file}: not a whole safetensors file ({error}); copy it again"
-        ) from error
-    expected = codec.state_dict()
-    _add_sums(found, expected)
-    for name, tensor in expected.items():
-        if name not in found:
-            raise ValueError(
-                f"{file}: the tensor {name} is missing; is config.json another codec's?"
-            )
-        if found[name].shape != tensor.shape:
-            raise ValueError(
-                f"{file}: the tensor {name} has shape {tuple(found[name].shape)}, config.json asks "
-                f"for {tuple(tensor.shape)}"
-            )
-        if not bool(found[name].isfinite().all()):
-            raise ValueError(f"{file}: the tensor {name} holds NaN or infinity: a failed training?")
-    if unknown := sorted(set(found) - set(expected)):
-        raise ValueError(
-            f"{file}: holds the unknown tensor {unknown[0]}; is config.json another's?"
-        )
-    codec.load_state_dict(found)
+def _digest(codec: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(codec.state_dict().items()):
+        if name.startswith("auxiliary."):
+            continue  # Used in training only: codes and waves do not depend on it.
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -111,7 +111,7 @@ class Baseline(SpeechCodec):
         """Waves of T * hop_length samples, or a few less."""
         raise NotImplementedError
 
-    def _encode_piece(self, wave: Tensor, lengths: Lengths | None, books: range) -> Tensor:
+    def _encode_chunk(self, wave: Tensor, lengths: Lengths | None, books: range) -> Tensor:
         frames = ceil_div(wave.shape[-1], self.hop_length)
         codes = torch.zeros(len(wave), len(books), frames, dtype=torch.int64, device=wave.device)
         for size, rows in _alike(wave, lengths):
@@ -119,7 +119,7 @@ class Baseline(SpeechCodec):
             codes[rows, :, :count] = self._codes(wave[rows, :, :size], books)[..., :count].long()
         return codes
 
-    def _decode_piece(self, codes: Tensor, lengths: Lengths | None, first_codebook: int) -> Tensor:
+    def _decode_chunk(self, codes: Tensor, lengths: Lengths | None, first_codebook: int) -> Tensor:
         waves = torch.zeros(len(codes), 1, codes.shape[-1] * self.hop_length, device=codes.device)
         for size, rows in _alike(codes, lengths):
             wave = self._wave(codes[rows, :, :size], first_codebook)

@@ -1,7 +1,7 @@
-"""LM-SPT's networks: a semantic and an acoustic encoder, the decoder, the auxiliary one.
+"""LM-SPT's networks: semantic and acoustic encoder, split quantizer, decoder, auxiliary decoder.
 
-arXiv 2506.16738 has two forms: convolutions and a Transformer with a Vocos decoder (first), and
-convolutions alone (released). Small codecs take frame-rate networks (`codec.spectral`) instead.
+arXiv 2506.16738 has two forms: convolutions and a Transformer with a Vocos decoder (first version),
+and convolutions only (released code). Small codecs have frame-rate networks (`modules.vocos`).
 """
 
 from dataclasses import replace
@@ -14,6 +14,7 @@ from torch.nn import functional
 from codec.config import CodecConfig, SpectralConfig
 from codec.modules.dac import ConvDecoder, ConvEncoder
 from codec.modules.layers import Lengths, Transformer, ceil_div
+from codec.modules.quantize import SemanticPath, SplitVQ
 from codec.modules.ssl_encoders import WhisperEncoder
 from codec.modules.vocos import SpectralDecoder, SpectralEncoder
 
@@ -22,7 +23,7 @@ class Encoder(nn.Module):
     """wave (B,1,S) -> latent (B,D,T), T = ceil(S / hop_length): a network, then a Transformer."""
 
     def __init__(self, config: CodecConfig, width: int) -> None:
-        """`width` is the first convolution's; frame-rate networks have their own."""
+        """`width`: channels of the first convolution; not used by frame-rate networks."""
         super().__init__()
         lmspt = config.lmspt
         self.hop_length = config.hop_length
@@ -48,7 +49,7 @@ class Encoder(nn.Module):
         wave = functional.pad(wave, (0, -wave.shape[-1] % self.hop_length))
         frames = None
         if lengths is not None:
-            # Zeros complete the last frame of every item, as they do where it is alone.
+            # Zeros complete the last frame of every item, as for an item on its own.
             inside = torch.arange(wave.shape[-1], device=wave.device) < lengths.unsqueeze(1)
             wave = wave * inside.unsqueeze(1)
             frames = ceil_div(lengths, self.hop_length)
@@ -58,7 +59,7 @@ class Encoder(nn.Module):
 
 
 class DualEncoder(nn.Module):
-    """wave (B,1,S) -> both latents in one (B,2D,T), the semantic one first."""
+    """wave (B,1,S) -> both latents in one tensor (B,2D,T), the semantic one first."""
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
@@ -79,6 +80,18 @@ class DualEncoder(nn.Module):
         return torch.cat([semantic, acoustic], dim=1)
 
 
+def build_quantizer(config: CodecConfig) -> SplitVQ:
+    """The split quantizer; see `SemanticPath` for the gradient of the semantic entry."""
+    if not config.lmspt.semantic_subtraction:
+        path = SemanticPath.PARALLEL
+    elif config.quantizer.dimensions[0]:
+        path = SemanticPath.RESIDUAL
+    else:
+        shared = config.lmspt.shared_encoder
+        path = SemanticPath.DETACHED if shared else SemanticPath.DETACHED_RESIDUAL
+    return SplitVQ(config.dimension, config.quantizer, path)
+
+
 def build_decoder(config: CodecConfig) -> nn.Module:
     """quantized (B,D,T) -> wave (B,1,T * hop_length)."""
     lmspt = config.lmspt
@@ -91,8 +104,8 @@ def build_decoder(config: CodecConfig) -> nn.Module:
 
 
 def build_auxiliary(config: CodecConfig) -> nn.Module | None:
-    """Semantic entries (B,D,T) -> their speech at lmspt.auxiliary.sample_rate; None if there is no
-    auxiliary decoder."""
+    """Semantic entries (B,D,T) -> waves (B,1,S) at lmspt.auxiliary.sample_rate; None for kind
+    none."""
     auxiliary, dimension = config.lmspt.auxiliary, config.lmspt.dimension
     if auxiliary.kind == "none":
         return None

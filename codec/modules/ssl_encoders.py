@@ -1,8 +1,8 @@
-"""A pretrained Whisper's encoder as a codec's semantic encoder.
+"""A frozen pretrained Whisper encoder with a trained adapter, as a codec's semantic encoder.
 
-What a codec of a few hours' training can learn of words by itself is little; a speech recogniser's
-hidden states, quantised, hold them (CosyVoice, arXiv 2407.05407, section 2.1; GLM-4-Voice,
-2412.02612, section 3.1). Whisper's weights (arXiv 2212.04356) are part of the codec, and frozen.
+Quantized hidden states of a speech recognizer are supervised semantic tokens (CosyVoice, arXiv
+2407.05407, section 2.1; GLM-4-Voice, 2412.02612, section 3.1). Whisper's weights (2212.04356) are
+saved with the codec.
 """
 
 from dataclasses import replace
@@ -18,19 +18,18 @@ from codec.distillation.teachers import WINDOW_SECONDS, WhisperTeacher, load_spe
 from codec.modules.layers import ChannelNorm, ConvNeXtBlock, Lengths, ceil_div, length_mask
 
 KERNEL = 5
-"""Frames of an adapter block's depthwise convolution."""
+"""Kernel size of an adapter block's depthwise convolution, in frames."""
 
 
 class WhisperEncoder(nn.Module):
-    """wave (B,1,S) at 16 kHz -> latent (B,D,T): Whisper's features, those of a frame side by side,
-    then ConvNeXt blocks, which learn. An item of a padded batch gets what it gets alone."""
+    """wave (B,1,S) at 16 kHz -> latent (B,D,T): Whisper's features, stacked per frame, then trained
+    ConvNeXt blocks. Each item of a padded batch gets the latent that it gets alone."""
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         whisper = config.lmspt.whisper
         self.hop_length = config.hop_length
-        self.stack = config.hop_length // WHISPER_HOP
-        """Of Whisper's features in a frame."""
+        self.stack = config.hop_length // WHISPER_HOP  # Whisper features per frame.
         self.whisper = WhisperTeacher(_network(whisper), name="whisper", layer="last")
         inside, depth = whisper.adapter_width, whisper.adapter_depth
         self.norm_in = ChannelNorm(self.stack * whisper.width)
@@ -86,16 +85,19 @@ class WhisperEncoder(nn.Module):
     def adapt(
         self, features: Float[Tensor, "B F T"], mask: Float[Tensor, "B 1 T"] | None = None
     ) -> Float[Tensor, "B D T"]:
-        """What is quantised of the features; `mask` is 0 in padding."""
+        """The adapter: features to the latent that is quantized; `mask` is 0 in padding."""
         x = self.embed(self.norm_in(features))
         for block in self.blocks:
             x = block(x, mask)
         return self.project(self.norm_out(x))
 
 
-def architecture_of(model: str, config: CodecConfig) -> CodecConfig:
-    """`config` with the sizes of a Whisper, by hub id or folder. ValueError: it is none."""
-    found = _loaded(model).network.config
+def config_for_whisper(model: str, config: CodecConfig) -> CodecConfig:
+    """`config` with the semantic encoder's sizes set to those of a Whisper model.
+
+    `model` is a hub id or folder. Raises `ValueError` if it is not a Whisper.
+    """
+    found = _load_teacher(model).network.config
     whisper = replace(
         config.lmspt.whisper,
         width=found.d_model,
@@ -108,25 +110,28 @@ def architecture_of(model: str, config: CodecConfig) -> CodecConfig:
 
 
 def load_whisper(encoder: WhisperEncoder, model: str) -> None:
-    """Gives the encoder a Whisper's weights, by hub id or folder. ValueError: it does not fit."""
-    network = _loaded(model).network
+    """Loads the weights of a Whisper model (hub id or folder) into the encoder.
+
+    Raises `ValueError` if it is not a Whisper or has other sizes than the configuration.
+    """
+    network = _load_teacher(model).network
     try:
         encoder.whisper.network.load_state_dict(network.state_dict())
     except RuntimeError as error:
         raise ValueError(
-            f"{model}: is of other sizes than codec.lmspt.whisper says; leave those keys out"
+            f"{model}: has other sizes than codec.lmspt.whisper; leave those keys out"
         ) from error
 
 
-def _loaded(model: str) -> WhisperTeacher:
+def _load_teacher(model: str) -> WhisperTeacher:
     teacher = load_speech_teacher(model, layer="last", half=False)
     if not isinstance(teacher, WhisperTeacher):
-        raise ValueError(f"{model}: is no Whisper; name one by hub id or folder")
+        raise ValueError(f"{model}: is not a Whisper model; give a hub id or folder of one")
     return teacher
 
 
 def _network(config: WhisperConfig) -> nn.Module:
-    """Whisper's encoder with random weights."""
+    """Whisper's encoder with random weights, of transformers."""
     import transformers
     from transformers.models.whisper.modeling_whisper import WhisperEncoder as Network
 

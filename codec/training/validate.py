@@ -16,7 +16,7 @@ from codec.distillation.objectives import Student, StudentOutput, distill_losses
 from codec.distillation.resynthesis import Resynthesis
 from codec.distillation.targets import Teachers
 from codec.models.codec import Codec
-from codec.modules.quantize import Quantized, codebook_use, count_codes
+from codec.modules.quantize import Quantized, codebook_usage, count_codes
 from codec.training.config import CropConfig, LossConfig, MelScaleConfig
 from codec.training.data import Crops, load_cut
 from codec.training.losses import log_mel, mel_loss, wave_loss
@@ -80,7 +80,7 @@ def validate(
                 _sound(accelerator, name, out.resynthesis, resynthesis.sample_rate, step)
     student.train()
     sums, counts = accelerator.reduce((sums.to(accelerator.device), counts))
-    use = codebook_use(counts, sizes)
+    use = codebook_usage(counts, sizes)
     means = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
     values = {"n": float(sums[0, 1]), **dict(zip(names, means, strict=True))}
     for index in range(codec.num_codebooks):
@@ -163,7 +163,7 @@ class Window:
         """Mean losses, use and perplexity over codebooks, seconds of audio a second, and the share
         of the steps' time that teachers took; then a new window begins."""
         values = {name: float(total) / self.batches for name, total in self.sums.items()}
-        use = codebook_use(accelerator.reduce(self.counts), self.sizes)
+        use = codebook_usage(accelerator.reduce(self.counts), self.sizes)
         values |= {"use": float(use.share.mean()), "perplexity": float(use.perplexity.mean())}
         elapsed = time.perf_counter() - self.started
         values["audio_seconds_per_second"] = self.batches * audio_seconds / elapsed

@@ -188,7 +188,7 @@ def test_a_long_recording_is_never_held_whole(
     codec = load_codec(tiny_codec_folder)
     expected = codec.encode_stream([read_audio(tmp_path / "long.flac", codec.sample_rate)])
     coded, loaded = [], []
-    encode_piece = codec._encode_piece
+    encode_piece = codec._encode_chunk
 
     def spy_on_pieces(wave: torch.Tensor, *arguments: Any) -> Any:
         coded.append(wave.shape[-1])
@@ -199,7 +199,7 @@ def test_a_long_recording_is_never_held_whole(
             loaded.append(len(block))
             yield block
 
-    monkeypatch.setattr(codec, "_encode_piece", spy_on_pieces)
+    monkeypatch.setattr(codec, "_encode_chunk", spy_on_pieces)
     monkeypatch.setattr("codec.tokenize.stream_audio", spy_on_files)
     monkeypatch.setattr(
         "codec.tokenize.load_cut",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_slm import TEXT, quiet, save_voice
 
 from codec import Codec, load_codec
-from codec.models.codec import halve, is_half, save_half
+from codec.models.codec import is_half_precision, save_half_precision, to_half_precision
 from recipes.ship_voice import main
 from slm.config import ARConfig, SamplingConfig
 from slm.data.sequences import Coverage, load_prompts
@@ -33,7 +33,9 @@ MOST_PARAMETERS = 20_000_000
 @pytest.fixture
 def folder(tmp_path: Path, tiny_codec_folder: Path) -> Path:
     """A voice around a halved codec, whose AR has trained every weight."""
-    save_half(halve(Codec.from_pretrained(tiny_codec_folder)), tmp_path / "codec")
+    save_half_precision(
+        to_half_precision(Codec.from_pretrained(tiny_codec_folder)), tmp_path / "codec"
+    )
     voice = save_voice(tmp_path, tmp_path / "codec")
     config = ARConfig(base=str(tmp_path / "base"), lora=None)
     lm = SpeechLM.create(config, Codec.from_pretrained(tmp_path / "codec").stamp, seed=0)
@@ -103,7 +105,9 @@ def test_prompts_come_with_their_credits(folder: Path, tmp_path: Path) -> None:
 def test_a_voice_of_adapters_ships_with_them_and_its_sampling(
     tmp_path: Path, tiny_codec_folder: Path
 ) -> None:
-    save_half(halve(Codec.from_pretrained(tiny_codec_folder)), tmp_path / "codec")
+    save_half_precision(
+        to_half_precision(Codec.from_pretrained(tiny_codec_folder)), tmp_path / "codec"
+    )
     folder = save_voice(tmp_path, tmp_path / "codec")
     voice = Voice.from_pretrained(folder)
     voice.sampling = SamplingConfig(temperature=0.77, checks=("loop",))
@@ -163,7 +167,7 @@ def test_a_card_says_what_it_is_made_of(part: str) -> None:
 
 def test_codec_nar_and_prompts_fit_each_other() -> None:
     codec = load_codec(SHIPPED / "codec")
-    assert is_half(codec)
+    assert is_half_precision(codec)
     nar = NAR.load(SHIPPED / "nar")
     for model in (codec, nar):
         assert sum(parameter.numel() for parameter in model.parameters()) <= MOST_PARAMETERS

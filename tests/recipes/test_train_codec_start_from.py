@@ -12,8 +12,8 @@ import torch
 import yaml
 from conftest import ROOT
 from lhotse import CutSet, Recording
+from original_lmspt import RELEASED, state_of
 from original_lmspt import TINY as ORIGINAL
-from original_lmspt import state_of
 from safetensors.torch import load_file, save_file
 from tiny_codec_training import TINY as LM_SPT
 from tiny_teachers import save_speech_teacher
@@ -24,7 +24,6 @@ from codec.interop.lmspt import config_from_lmspt
 from recipes import train_codec as start_from
 from recipes.lib.run import load_config
 from recipes.train_codec import TrainCodecConfig, check_codec, main, starting_architecture
-from tests.codec.interop.test_lmspt_lmspt_original import RELEASED
 from tests.codec.training.test_config import WHISPER, train
 
 CONFIGS = ROOT / "recipes" / "configs" / "codec"

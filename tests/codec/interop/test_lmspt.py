@@ -193,7 +193,7 @@ def test_what_cannot_be_exported(
     assert not (tmp_path / "out" / CONFIG).exists()
     export_lmspt(codec, tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / CONFIG).exists()
-    with pytest.raises(ValueError, match=r"Codec\.from_pretrained to export it"):
+    with pytest.raises(ValueError, match=r"fold=False\) to export it"):
         export_lmspt(codec.fold_weight_norm(), tmp_path / "folded")
     assert not (tmp_path / "folded").exists()
 

@@ -16,10 +16,10 @@ class Loudness(SpeechCodec):
         super().__init__()
         self.gain = nn.Parameter(torch.ones(()))
 
-    def _encode_piece(self, wave: Tensor, lengths: Tensor | None, books: range) -> Tensor:
+    def _encode_chunk(self, wave: Tensor, lengths: Tensor | None, books: range) -> Tensor:
         return wave.long().expand(-1, len(books), -1)
 
-    def _decode_piece(self, codes: Tensor, lengths: Tensor | None, first_codebook: int) -> Tensor:
+    def _decode_chunk(self, codes: Tensor, lengths: Tensor | None, first_codebook: int) -> Tensor:
         return codes[:, :1].float()
 
 

@@ -201,8 +201,8 @@ def test_long_recordings_in_pieces(
     """
     wave = speech(codec, 7.3)
     with torch.inference_mode():
-        whole = codec._encode_piece(wave, None, range(codec.num_codebooks))
-        spoken = codec._decode_piece(whole, None, 0)
+        whole = codec._encode_chunk(wave, None, range(codec.num_codebooks))
+        spoken = codec._decode_chunk(whole, None, 0)
     in_pieces(monkeypatch, 3.0)
     pieces = codec.encode(wave).codes
     assert pieces.shape == whole.shape

@@ -1,4 +1,4 @@
-"""The residual quantiser and the split one: defects 3 and 8 of the public code."""
+"""Residual and split VQ: defects 3 and 8 of the public code."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from codec.config import QuantizerConfig
-from codec.modules.quantize import ResidualVQ, SplitVQ, codebook_use, count_codes
+from codec.modules.quantize import ResidualVQ, SemanticPath, SplitVQ, codebook_usage, count_codes
 
 CONFIG = QuantizerConfig(num_codebooks=3, codebook_size=32, decay=0.9)
 
@@ -45,7 +45,7 @@ def test_commitment_pulls_the_latent_towards_its_entries() -> None:
     assert quantizer(stepped).commitment < out.commitment
 
 
-def test_layers_initialise_in_order_on_what_is_left_over() -> None:
+def test_codebooks_are_initialized_in_order_on_the_residual() -> None:
     quantizer = ResidualVQ(8, CONFIG).train()
     first, second, third = quantizer.codebooks
     quantizer(latents(200))
@@ -65,7 +65,7 @@ def test_any_prefix_and_any_suffix_of_codebooks_decodes() -> None:
     torch.testing.assert_close(parts, quantizer.decode(codes))
 
 
-def test_quantiser_dropout_keeps_first_codebooks_only() -> None:
+def test_quantizer_dropout_keeps_first_codebooks_only() -> None:
     torch.manual_seed(0)
     quantizer = ResidualVQ(8, replace(CONFIG, dropout=1.0)).train()
     latent = latents(50)
@@ -91,50 +91,55 @@ def test_quantiser_dropout_keeps_first_codebooks_only() -> None:
 
 def test_use_and_perplexity_count_entries() -> None:
     codes = torch.tensor([[[0, 0, 0, 0], [0, 1, 2, 3]]])
-    use = codebook_use(count_codes(codes, 8), (8, 5))
+    use = codebook_usage(count_codes(codes, 8), (8, 5))
     torch.testing.assert_close(use.share, torch.tensor([1 / 8, 4 / 5]))
     torch.testing.assert_close(use.perplexity, torch.tensor([1.0, 4.0]))
 
 
-def split(subtract: bool, **changes) -> SplitVQ:
+def split(path: SemanticPath, **changes) -> SplitVQ:
     torch.manual_seed(0)
-    quantizer = SplitVQ(8, replace(CONFIG, **changes), subtract=subtract).train()
+    quantizer = SplitVQ(8, replace(CONFIG, **changes), path).train()
     quantizer(torch.cat([latents(200), latents(200, seed=1)], dim=1))
     return quantizer
 
 
-FACTORISED = {"codebook_dimension": 3, "normalize": True, "learning": "gradient"}
-
-
-MOVING = {"codebook_dimension": 3}
+FACTORIZED = {"codebook_dimension": 3, "normalize": True, "learning": "gradient"}
+FACTORIZED_EMA = {"codebook_dimension": 3}
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, FACTORISED, MOVING], ids=["ema", "factorised", "factorised-ema"]
+    ("path", "changes"),
+    [
+        (SemanticPath.DETACHED_RESIDUAL, {}),
+        (SemanticPath.RESIDUAL, FACTORIZED),
+        (SemanticPath.RESIDUAL, FACTORIZED_EMA),
+        (SemanticPath.PARALLEL, {}),
+        (SemanticPath.PARALLEL, FACTORIZED),
+        (SemanticPath.PARALLEL, FACTORIZED_EMA),
+    ],
 )
-@pytest.mark.parametrize("subtract", [True, False])
-def test_the_semantic_codebook_hears_its_own_latent_alone(subtract, changes) -> None:
-    quantizer = split(subtract, **changes).eval()
+def test_semantic_codes_depend_on_the_semantic_latent_only(path, changes) -> None:
+    quantizer = split(path, **changes).eval()
     semantic, acoustic = latents(20), latents(20, seed=1)
     codes = quantizer.encode(torch.cat([semantic, acoustic], dim=1))
     other = quantizer.encode(torch.cat([semantic, acoustic + 1], dim=1))
     assert torch.equal(codes[:, 0], other[:, 0])
-    taken = quantizer.decode(codes[:, :1]) if subtract else 0
-    assert torch.equal(codes[:, 1:], quantizer.acoustic.encode(acoustic - taken))
+    entry = 0 if path is SemanticPath.PARALLEL else quantizer.decode(codes[:, :1])
+    assert torch.equal(codes[:, 1:], quantizer.acoustic.encode(acoustic - entry))
     parts = quantizer.decode(codes[:, :1]) + quantizer.decode(codes[:, 1:], first_codebook=1)
     torch.testing.assert_close(parts, quantizer.decode(codes))
     assert torch.equal(quantizer.encode(torch.cat([semantic, acoustic], 1), 1, 1), codes[:, 1:2])
 
 
-@pytest.mark.parametrize("subtract", [True, False])
-def test_known_semantic_codes_are_the_same_and_are_left_alone(subtract: bool) -> None:
-    quantizer = split(subtract)
+@pytest.mark.parametrize("path", [SemanticPath.DETACHED_RESIDUAL, SemanticPath.PARALLEL])
+def test_known_semantic_codes_leave_the_semantic_codebook_unchanged(path: SemanticPath) -> None:
+    quantizer = split(path)
     quantizer.semantic.eval()
     quantizer.acoustic.eval()
     semantic, acoustic = latents(20), latents(20, seed=1).requires_grad_()
     whole = quantizer(torch.cat([semantic, acoustic], dim=1))
     before = quantizer.semantic.codebooks[0].entries.clone()
-    known = quantizer.beside(whole.codes[:, 0], acoustic)
+    known = quantizer.with_semantic_codes(whole.codes[:, 0], acoustic)
     assert torch.equal(known.codes, whole.codes)
     torch.testing.assert_close(known.latent, whole.latent)
     assert known.commitments.shape == whole.commitments.shape
@@ -146,29 +151,31 @@ def test_known_semantic_codes_are_the_same_and_are_left_alone(subtract: bool) ->
 
 
 def test_subtraction_leaves_each_encoder_an_identity_gradient() -> None:
-    """Were the subtracted entry no constant, the semantic encoder would get no gradient at all."""
-    quantizer = split(True)
+    """With an attached entry the semantic encoder would get no gradient at all."""
+    quantizer = split(SemanticPath.DETACHED_RESIDUAL)
     latent = torch.cat([latents(50), latents(50, seed=1)], dim=1).requires_grad_()
     quantizer(latent).latent.sum().backward()
     assert torch.equal(latent.grad, torch.ones_like(latent))
 
 
-@pytest.mark.parametrize("changes", [FACTORISED, MOVING], ids=["factorised", "factorised-ema"])
+@pytest.mark.parametrize("changes", [FACTORIZED, FACTORIZED_EMA], ids=["gradient", "ema"])
 def test_acoustic_losses_reach_the_semantic_encoder_through_projections(changes) -> None:
-    quantizer = split(True, **changes)
+    quantizer = split(SemanticPath.RESIDUAL, **changes)
     latent = torch.cat([latents(50), latents(50, seed=1)], dim=1).requires_grad_()
     (gradient,) = torch.autograd.grad(quantizer(latent).commitments[1:].sum(), latent)
     assert all(half.abs().sum() > 0 for half in gradient.chunk(2, dim=1))
 
 
-@pytest.mark.parametrize("subtract", [True, False])
-def test_a_shared_encoder_has_the_identity_gradient_once(subtract: bool) -> None:
-    """Where the semantic entry is subtracted; in parallel both halves are heard in full."""
-    quantizer = SplitVQ(8, CONFIG, subtract=subtract, shared=True).train()
+@pytest.mark.parametrize(
+    ("path", "gain"), [(SemanticPath.DETACHED, 1.0), (SemanticPath.PARALLEL, 2.0)]
+)
+def test_a_shared_encoder_has_the_identity_gradient_once(path: SemanticPath, gain: float) -> None:
+    """If the semantic entry is subtracted; in parallel, once through each half."""
+    quantizer = SplitVQ(8, CONFIG, path).train()
     latent = latents(50).requires_grad_()
     quantizer(torch.cat([latent, latent], dim=1)).latent.sum().backward()
-    torch.testing.assert_close(latent.grad, torch.full_like(latent, 1.0 if subtract else 2.0))
-    # What is left over, and the semantic entry alone, still have their own.
+    torch.testing.assert_close(latent.grad, torch.full_like(latent, gain))
+    # The residual's losses and the semantic entry have their own gradients.
     again = latents(50).requires_grad_()
     out = quantizer(torch.cat([again, again], dim=1))
     for part in (out.commitments[1:].sum(), out.entries[0].sum(), out.entries[2].sum()):
@@ -176,9 +183,9 @@ def test_a_shared_encoder_has_the_identity_gradient_once(subtract: bool) -> None
         assert gradient.abs().sum() > 0
 
 
-@pytest.mark.parametrize("changes", [FACTORISED, MOVING], ids=["factorised", "factorised-ema"])
+@pytest.mark.parametrize("changes", [FACTORIZED, FACTORIZED_EMA], ids=["gradient", "ema"])
 def test_dropout_leaves_the_semantic_codebook_and_masks_losses(changes) -> None:
-    quantizer = split(False, dropout=1.0, **changes)
+    quantizer = split(SemanticPath.PARALLEL, dropout=1.0, **changes)
     again = deepcopy(quantizer)  # Before moving averages move on.
     latent = torch.cat([latents(50), latents(50, seed=1)], dim=1)
     quantizer.acoustic._kept_codebooks = lambda batch, device: torch.tensor([1, 1, 1, 2])
@@ -194,7 +201,7 @@ def test_dropout_leaves_the_semantic_codebook_and_masks_losses(changes) -> None:
 
 def test_codebooks_may_differ_in_size_and_width() -> None:
     sizes = {"codebook_sizes": (32, 8, 4), "codebook_dimensions": (2, 3, 4)}
-    quantizer = split(True, learning="gradient", **sizes)
+    quantizer = split(SemanticPath.RESIDUAL, learning="gradient", **sizes)
     assert [each.codebook.entries.shape for each in quantizer.acoustic.codebooks] == [
         (8, 3),
         (4, 4),

@@ -1,4 +1,4 @@
-"""Codebooks: defects 1, 2 and 4 of the public code; factorised and gradient-trained ones."""
+"""Codebooks: defects 1, 2 and 4 of the public code; factorized and gradient-trained ones."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from codec.config import QuantizerConfig
-from codec.modules.quantize import Codebook, FactorisedCodebook
+from codec.modules.quantize import Codebook, FactorizedCodebook
 
 CONFIG = QuantizerConfig(decay=0.9)
 LEARNED = replace(CONFIG, learning="gradient")
@@ -87,7 +87,7 @@ def test_gradient_trained_entries_that_die_are_revived() -> None:
 def test_the_first_batch_leaves_gradient_trained_entries_where_they_are() -> None:
     codebook = Codebook(8, 64, replace(LEARNED, kmeans_iterations=0), seed=1).train()
     before = codebook.entries.detach().clone()
-    codebook.choose(torch.randn(1, 8, 30))
+    codebook.quantize(torch.randn(1, 8, 30))
     assert torch.equal(codebook.entries, before)
 
 
@@ -96,18 +96,18 @@ def test_gradient_trained_entries_move_by_their_loss_alone() -> None:
     codebook = Codebook(8, 16, replace(LEARNED, kmeans_iterations=0, revival_ratio=0.0), seed=1)
     residual = torch.randn(3, 8, 20, requires_grad=True)
     before = codebook.entries.detach().clone()
-    choice = codebook.train().choose(residual)
+    out = codebook.train().quantize(residual)
     assert torch.equal(codebook.entries, before)
-    choice.codebook_loss.sum().backward()
+    out.codebook_loss.sum().backward()
     assert residual.grad is None
     used = codebook.entries.grad.abs().sum(1) > 0
-    assert used.tolist() == [index in choice.codes.unique() for index in range(16)]
-    torch.testing.assert_close(choice.codebook_loss, choice.commitment)
-    (gradient,) = torch.autograd.grad(choice.commitment.sum(), residual)
-    torch.testing.assert_close(gradient, 2 * (residual - choice.value).detach() / (8 * 20))
+    assert used.tolist() == [index in out.codes.unique() for index in range(16)]
+    torch.testing.assert_close(out.codebook_loss, out.commitment)
+    (gradient,) = torch.autograd.grad(out.commitment.sum(), residual)
+    torch.testing.assert_close(gradient, 2 * (residual - out.value).detach() / (8 * 20))
 
 
-def test_normalised_lookup_compares_directions() -> None:
+def test_normalized_lookup_compares_directions() -> None:
     torch.manual_seed(0)
     codebook = Codebook(4, 16, replace(LEARNED, normalize=True), seed=1).eval()
     vectors = torch.randn(50, 4)
@@ -115,22 +115,22 @@ def test_normalised_lookup_compares_directions() -> None:
     assert torch.equal(codebook.nearest(vectors), angles.argmax(1))
     assert torch.equal(codebook.nearest(100 * vectors), angles.argmax(1))
     # What stands for a vector afterwards is the entry as it is.
-    choice = codebook.choose(vectors.T[None])
-    assert torch.equal(choice.value[0].T, codebook.entries[angles.argmax(1)])
+    out = codebook.quantize(vectors.T[None])
+    assert torch.equal(out.value[0].T, codebook.entries[angles.argmax(1)])
 
 
 @pytest.mark.parametrize("config", [CONFIG, LEARNED], ids=["ema", "gradient"])
-def test_factorised_values_have_a_gradient_to_the_residual_and_both_projections(config) -> None:
+def test_factorized_values_have_a_gradient_to_the_residual_and_both_projections(config) -> None:
     torch.manual_seed(0)
-    codebook = FactorisedCodebook(8, 3, 16, config, seed=1).train()
+    codebook = FactorizedCodebook(8, 3, 16, config, seed=1).train()
     residual = torch.randn(2, 8, 20, requires_grad=True)
-    choice = codebook.choose(residual)
+    out = codebook.quantize(residual)
     probe = torch.randn(2, 8, 20)
-    (gradient,) = torch.autograd.grad((choice.value * probe).sum(), residual, retain_graph=True)
-    # Past the choice: out-projection after in-projection, as if nothing were between them.
+    (gradient,) = torch.autograd.grad((out.value * probe).sum(), residual, retain_graph=True)
+    # Past the out: out-projection after in-projection, as if nothing were between them.
     matrices = [each.weight[..., 0] for each in (codebook.project_out, codebook.project_in)]
     torch.testing.assert_close(gradient, (matrices[0] @ matrices[1]).T @ probe)
-    (choice.value * probe).sum().backward()
+    (out.value * probe).sum().backward()
     for name, parameter in codebook.named_parameters():
         if not name.endswith("codebook.entries"):
             assert parameter.grad.abs().sum() > 0, name
@@ -138,28 +138,28 @@ def test_factorised_values_have_a_gradient_to_the_residual_and_both_projections(
             assert parameter.grad is None
 
 
-def test_factorised_entries_follow_what_is_projected() -> None:
+def test_factorized_entries_follow_what_is_projected() -> None:
     torch.manual_seed(0)
-    codebook = FactorisedCodebook(8, 3, 2, replace(CONFIG, revival_ratio=0.0), seed=1).train()
+    codebook = FactorizedCodebook(8, 3, 2, replace(CONFIG, revival_ratio=0.0), seed=1).train()
     points = torch.randn(2, 8, 1).repeat(1, 1, 25)
-    codebook.choose(points)
+    codebook.quantize(points)
     moved = points + 0.1 * torch.randn(2, 8, 1)
     for _ in range(100):
-        choice = codebook.choose(moved)
+        out = codebook.quantize(moved)
     expected = codebook.project_in(moved)[:, :, 0]
-    torch.testing.assert_close(codebook.codebook.lookup(choice.codes[:, 0]), expected)
-    assert not choice.codebook_loss.any()
-    torch.testing.assert_close(choice.commitment, torch.zeros(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(codebook.codebook.lookup(out.codes[:, 0]), expected)
+    assert not out.codebook_loss.any()
+    torch.testing.assert_close(out.commitment, torch.zeros(2), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
     "config", [CONFIG, replace(LEARNED, normalize=True)], ids=["ema", "gradient"]
 )
-def test_factorised_codes_and_values_are_those_of_the_choice(config) -> None:
+def test_factorized_codes_and_values_are_those_of_the_out(config) -> None:
     torch.manual_seed(0)
-    codebook, residual = FactorisedCodebook(8, 3, 16, config, seed=1), torch.randn(2, 8, 20)
-    codebook.train().choose(residual)
+    codebook, residual = FactorizedCodebook(8, 3, 16, config, seed=1), torch.randn(2, 8, 20)
+    codebook.train().quantize(residual)
     codebook.eval()
-    choice = codebook.choose(residual)
-    assert torch.equal(codebook.codes(residual), choice.codes)
-    torch.testing.assert_close(codebook.values(choice.codes), choice.value)
+    out = codebook.quantize(residual)
+    assert torch.equal(codebook.encode(residual), out.codes)
+    torch.testing.assert_close(codebook.decode(out.codes), out.value)

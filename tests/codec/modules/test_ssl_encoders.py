@@ -12,7 +12,7 @@ from tiny_teachers import save_speech_teacher
 
 from codec import Codec, load_codec
 from codec.distillation.teachers import load_speech_teacher
-from codec.modules.ssl_encoders import WhisperEncoder, architecture_of, load_whisper
+from codec.modules.ssl_encoders import WhisperEncoder, config_for_whisper, load_whisper
 
 
 def test_features_are_whispers_those_of_a_frame_side_by_side(tmp_path: Path) -> None:
@@ -99,28 +99,28 @@ def test_another_whisper_is_refused_by_name(tmp_path: Path) -> None:
     encoder = codec.encoder.semantic
     assert isinstance(encoder, WhisperEncoder)
     hubert = save_speech_teacher(tmp_path / "hubert", "hubert")
-    with pytest.raises(ValueError, match="is no Whisper"):
-        architecture_of(hubert, LM_SPT)
+    with pytest.raises(ValueError, match="is not a Whisper"):
+        config_for_whisper(hubert, LM_SPT)
     other = Codec(replace(codec.config, lmspt=replace(LM_SPT.lmspt, semantic="whisper")))
     assert isinstance(other.encoder.semantic, WhisperEncoder)
-    with pytest.raises(ValueError, match=r"of other sizes than codec\.lmspt\.whisper"):
+    with pytest.raises(ValueError, match=r"other sizes than codec\.lmspt\.whisper"):
         load_whisper(other.encoder.semantic, whisper)
 
 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda c: replace(c, sample_rate=24_000), "Whisper hears 16000 Hz"),
+        (lambda c: replace(c, sample_rate=24_000), "needs sample_rate 16000"),
         (
             lambda c: replace(c, spectral=replace(c.spectral, hop=100, window=400)),
-            "frames of 400 samples do not fit",
+            "samples per frame, got 16000 and 400",
         ),
-        (lambda c: replace(c, lmspt=replace(c.lmspt, shared_encoder=True)), "an encoder apart"),
+        (lambda c: replace(c, lmspt=replace(c.lmspt, shared_encoder=True)), "a separate encoder"),
         (
             lambda c: replace(
                 c, lmspt=replace(c.lmspt, whisper=replace(c.lmspt.whisper, num_heads=5))
             ),
-            "5 heads cannot share 384 features",
+            "5 does not divide width 384",
         ),
     ],
 )

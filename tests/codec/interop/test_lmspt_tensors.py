@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from original_lmspt import OTHERS, TINY, ByNumber, other, same, shapes_of, state_of
+from original_lmspt import OTHERS, RELEASED, TINY, ByNumber, other, same, shapes_of, state_of
 from torch import Tensor
 from torch.nn import functional
 
@@ -26,16 +26,6 @@ from codec.modules.quantize import Quantized, SplitVQ
 
 FOLDER = ROOT / "tests" / "golden"
 HOP, AUXILIARY_HOP = 1920, 1280
-RELEASED: dict[str, Any] = {
-    "sample_rate": 24_000, "encoder_rates": [4, 5, 6, 8, 2], "decoder_rates": [2, 8, 6, 5, 4],
-    "encoder_dim": 32, "latent_dim": 1024, "decoder_dim": 1536, "n_codebooks": 8,
-    "n_semantic_codebooks": 1, "quantizer_dropout": 0.5, "semantic_codebook_size": 16_384,
-    "acoustic_codebook_size": 4096, "semantic_codebook_dim": 8, "acoustic_codebook_dim": 8,
-    "semantic_quantizer": "rvq", "use_shared_encoder": False, "semantic_subtraction": True,
-    "aux_decoder": {
-        "input_channel": 1024, "channels": 128, "rates": [8, 8, 5, 4], "sample_rate": 16_000
-    },
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -10,24 +10,24 @@ from tiny_lmspt import QUANTIZER, SPECTRAL, made
 
 from codec import Codec, load_codec
 from codec.__main__ import main
-from codec.models.codec import halve, is_half, save_half
+from codec.models.codec import is_half_precision, save_half_precision, to_half_precision
 
 
 def noise() -> torch.Tensor:
     return 0.3 * torch.randn(2, 1, 4000, generator=torch.Generator().manual_seed(1))
 
 
-def test_a_halved_codec_is_the_same_wherever_it_is_read(tmp_path: Path) -> None:
+def test_a_rounded_codec_survives_saving(tmp_path: Path) -> None:
     codec = made(SPECTRAL)
     codec.save_pretrained(tmp_path / "whole")
-    assert not is_half(codec)
-    halved = halve(Codec.from_pretrained(tmp_path / "whole"))
-    assert is_half(halved)
+    assert not is_half_precision(codec)
+    halved = to_half_precision(Codec.from_pretrained(tmp_path / "whole"))
+    assert is_half_precision(halved)
     assert halved.stamp.digest != codec.stamp.digest
-    save_half(halved, tmp_path / "half")
+    save_half_precision(halved, tmp_path / "half")
     read = Codec.from_pretrained(tmp_path / "half")
     assert read.stamp.digest == halved.stamp.digest
-    assert is_half(read)
+    assert is_half_precision(read)
     assert read.decoder.head.weight.dtype == torch.float32
     for name, tensor in halved.state_dict().items():
         assert torch.equal(tensor, read.state_dict()[name]), name
@@ -35,15 +35,15 @@ def test_a_halved_codec_is_the_same_wherever_it_is_read(tmp_path: Path) -> None:
     stored = load_file(tmp_path / "half" / "model.safetensors")
     assert not any(name.endswith("entry_sum") for name in stored)
     assert stored["decoder.head.weight"].dtype == torch.float16
-    # Whole again, and halved again: nothing changes any more.
+    # Saved in full precision, it has the same float16 values.
     read.save_pretrained(tmp_path / "again")
-    assert is_half(Codec.from_pretrained(tmp_path / "again"))
+    assert is_half_precision(Codec.from_pretrained(tmp_path / "again"))
     read.train()(noise())  # It can be trained further.
 
 
-def test_what_is_whole_is_not_saved_as_half(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="halve it first"):
-        save_half(made(SPECTRAL), tmp_path / "half")
+def test_a_codec_that_is_not_rounded_is_not_saved_in_half_precision(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="round it first"):
+        save_half_precision(made(SPECTRAL), tmp_path / "half")
     assert not (tmp_path / "half").exists()
 
 
@@ -52,7 +52,7 @@ def test_weights_that_float16_cannot_hold_are_named() -> None:
     with torch.no_grad():
         codec.decoder.head.weight[0, 0] = 1e6
     with pytest.raises(ValueError, match=r"decoder\.head\.weight is too large for float16"):
-        halve(codec)
+        to_half_precision(codec)
 
 
 def test_a_folded_codec_is_refused(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_a_folded_codec_is_refused(tmp_path: Path) -> None:
 
     codec = made(replace(SPECTRAL, quantizer=QUANTIZER))
     with pytest.raises(ValueError, match="folded"):
-        halve(codec.fold_weight_norm())
+        to_half_precision(codec.fold_weight_norm())
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
