@@ -1,6 +1,6 @@
-"""Recordings in and out, resampling and mel filters: the only file that touches audio libraries.
+"""Reading and writing audio, resampling, mel filters: the only file that uses audio libraries.
 
-They are imported inside the functions that need them, so that importing `codec` stays light.
+They are imported inside functions so that `import codec` stays light.
 """
 
 import logging
@@ -17,24 +17,28 @@ logger = logging.getLogger(__name__)
 
 MIN_RATE, MAX_RATE = 4_000, 384_000
 OGG_PAGE_LIMIT = 65_307
-# Digital silence and what 16-bit dither leaves behind; a quiet voice peaks well above it.
+# Above digital silence and 16-bit dither, well below the peak of a quiet voice.
 SILENCE_PEAK = 1e-4
 AUDIO_SUFFIXES = (
     *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc"),
     *(".au", ".caf", ".rf64", ".w64", ".voc"),
 )
-"""Files that count as recordings inside a folder; a file that is named is tried whatever it is."""
+"""Suffixes of recordings in a folder. A file given by name is read whatever its suffix."""
 
 
 def read_audio(
     path: str | Path, sample_rate: int, *, start: float = 0.0, duration: float | None = None,
     allow_silence: bool = False,
 ) -> Float[np.ndarray, " S"]:  # fmt: skip
-    """One recording, averaged to mono and resampled, as float32 in [-1, 1].
+    """One recording as mono float32 samples (S,) in [-1, 1] at `sample_rate` Hz.
 
-    `start` and `duration` are in seconds; `duration=None` reads to the end. Raises `ValueError`
-    that names the file when it is missing, empty, truncated, unreadable, not finite, or silent
-    (a stretch of a longer recording may be: `allow_silence`).
+    Args:
+        start: seconds.
+        duration: seconds; None: to the end.
+        allow_silence: accept a silent recording, such as a segment of a longer one.
+
+    Raises:
+        ValueError: the file is missing, empty, truncated, unreadable, not finite, or silent.
     """
     blocks = list(_blocks(Path(path), sample_rate, 30.0, start, duration))
     wave = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
@@ -45,10 +49,10 @@ def read_audio(
 def stream_audio(
     path: str | Path, sample_rate: int, block_seconds: float = 30.0
 ) -> Iterator[Float[np.ndarray, " _"]]:
-    """The recording of `read_audio` in blocks, so that hours of it fit into bounded memory.
+    """`read_audio` as an iterator over blocks, for long recordings in bounded memory.
 
-    Concatenated, the blocks are what `read_audio` returns. A recording that turns out to be
-    silent as a whole raises `ValueError` after its last block.
+    The concatenated blocks equal the result of `read_audio`. Raises `ValueError` as it does, for a
+    silent recording after the last block.
     """
     peak = 0.0
     for block in _blocks(Path(path), sample_rate, block_seconds, 0.0, None):
@@ -61,7 +65,7 @@ def stream_audio(
 def _blocks(
     path: Path, sample_rate: int, block_seconds: float, start: float, duration: float | None
 ) -> Iterator[np.ndarray]:
-    """Decode, check, average and resample block by block."""
+    """Decodes, checks, averages the channels and resamples block by block."""
     import soundfile
 
     if not path.exists():
@@ -70,7 +74,7 @@ def _blocks(
         raise ValueError(f"{path}: is a folder, not a recording; name a file in it")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty (0 bytes); copy or record it again")
-    _check_whole(path)
+    _check_complete(path)
     try:
         with soundfile.SoundFile(path) as file:
             yield from _decode(file, path, sample_rate, block_seconds, start, duration)
@@ -81,35 +85,35 @@ def _blocks(
         ) from error
 
 
-def _check_whole(path: Path) -> None:
-    """Notice a cut file of those formats whose rest libsndfile reads without a word."""
+def _check_complete(path: Path) -> None:
+    """Detects truncated files of the formats that libsndfile reads without an error."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(12)
         if head[:4] in (b"RIFF", b"FORM"):
-            promised = int.from_bytes(head[4:8], "little" if head[:4] == b"RIFF" else "big") + 8
-            # Programs that write to a pipe leave the size open: 0 or close to 4 GiB.
-            cut = 8 < promised < 0xFFFF_0000 and size < promised
+            declared = int.from_bytes(head[4:8], "little" if head[:4] == b"RIFF" else "big") + 8
+            # Programs that write to a pipe declare no size: 0 or close to 4 GiB.
+            truncated = 8 < declared < 0xFFFF_0000 and size < declared
         elif head[:4] == b".snd":
             offset = int.from_bytes(head[4:8], "big")
-            promised = int.from_bytes(head[8:12], "big")
-            cut = promised != 0xFFFF_FFFF and size < offset + promised
+            declared = int.from_bytes(head[8:12], "big")
+            truncated = declared != 0xFFFF_FFFF and size < offset + declared
         elif head[:4] == b"riff" or head[:4] == b"RF64":
             # Sony's W64 has its size after a GUID of 16 bytes; RF64 in its first chunk, ds64.
             file.seek(16 if head[:4] == b"riff" else 20)
-            promised = int.from_bytes(file.read(8), "little") + 8 * (head[:4] == b"RF64")
-            cut = size < promised
+            declared = int.from_bytes(file.read(8), "little") + 8 * (head[:4] == b"RF64")
+            truncated = size < declared
         elif head[:4] == b"OggS":
             file.seek(max(0, size - OGG_PAGE_LIMIT))
             tail = file.read()
-            # Byte 5 of a page's header holds its flags, 4 for the stream's last page; byte 26 the
-            # number of its segments, whose sizes follow.
+            # Byte 5 of a page header has the flags (4: last page of the stream), byte 26 the number
+            # of segments, whose sizes follow.
             page = tail[max(tail.rfind(b"OggS"), 0) :]
             segments = page[27 : 27 + page[26]] if len(page) > 26 else b""
-            cut = not page[5:6] > b"\x03" or len(page) < 27 + len(segments) + sum(segments)
+            truncated = not page[5:6] > b"\x03" or len(page) < 27 + len(segments) + sum(segments)
         else:
-            cut = False
-    if cut:
+            truncated = False
+    if truncated:
         raise ValueError(f"{path}: truncated: the file ends too early; copy it again")
 
 
@@ -118,34 +122,37 @@ def _decode(file, path: Path, sample_rate: int, block_seconds, start, duration):
 
     rate = file.samplerate
     if not MIN_RATE <= rate <= MAX_RATE:
-        raise ValueError(f"{path}: sample rate {rate} Hz is not usable; convert it to 16000 Hz")
+        raise ValueError(
+            f"{path}: its sample rate {rate} Hz is not supported ({MIN_RATE} to {MAX_RATE}); "
+            "convert it to 16000 Hz"
+        )
     if rate < 0.75 * sample_rate:
         logger.warning(
-            "%s: recorded at %d Hz, so nothing above %d Hz is in it; the codec expects %d Hz",
+            "%s: recorded at %d Hz, so its bandwidth is %d Hz; the codec expects %d Hz",
             path, rate, rate // 2, sample_rate,
         )  # fmt: skip
     expected = file.frames - round(start * rate)
     if duration is not None:
         expected = min(expected, round(duration * rate))
     if expected <= 0:
-        raise ValueError(f"{path}: holds no samples from second {start:g} on; record it again")
+        raise ValueError(f"{path}: has no samples from {start:g} s on; record it again")
     if start > 0:
         file.seek(round(start * rate))
     resampler = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32")
-    # One full block at least holds the resampler's delay, so no block comes out by chance empty.
+    # A block is longer than the resampler's delay, so no output block is empty.
     block_frames, done = max(1, round(block_seconds * rate)), 0
     while done < expected:
         raw = file.read(min(block_frames, expected - done), dtype="float32", always_2d=True)
         if len(raw) == 0:
-            # libsndfile does not know an MP3's length exactly: a short tail is no truncation.
+            # libsndfile estimates the length of an MP3: a few missing samples are no truncation.
             if expected - done <= max(4608, 0.001 * expected):
                 break
             raise ValueError(
-                f"{path}: truncated: {done / rate:.2f} s of {expected / rate:.2f} s are there; "
+                f"{path}: truncated: it has {done / rate:.2f} s of {expected / rate:.2f} s; "
                 "copy it again"
             )
         if not np.isfinite(raw).all():
-            raise ValueError(f"{path}: holds NaN or infinite samples; export it again")
+            raise ValueError(f"{path}: has NaN or infinite samples; export it again")
         done += len(raw)
         mono = np.clip(raw.mean(axis=1), -1.0, 1.0)
         yield resampler.resample_chunk(mono) if rate != sample_rate else mono
@@ -155,7 +162,7 @@ def _decode(file, path: Path, sample_rate: int, block_seconds, start, duration):
 
 def _check_speech(wave: np.ndarray, path: str | Path, allow_silence: bool) -> None:
     if wave.size == 0:
-        raise ValueError(f"{path}: holds no samples; record it again")
+        raise ValueError(f"{path}: has no samples; record it again")
     peak = float(np.abs(wave).max())
     if peak < SILENCE_PEAK and not allow_silence:
         raise ValueError(f"{path}: the recording is silent (peak {peak:.1e}); record it again")
@@ -164,16 +171,16 @@ def _check_speech(wave: np.ndarray, path: str | Path, allow_silence: bool) -> No
 def check_wave(
     wave: Float[np.ndarray, " S"], name: str | Path, *, allow_silence: bool = False
 ) -> None:
-    """Raise `ValueError` naming the recording when it is empty, silent or not finite."""
+    """Raises `ValueError` that names the recording if it is empty, silent or not finite."""
     if not np.isfinite(wave).all():
-        raise ValueError(f"{name}: holds NaN or infinite samples; export it again")
+        raise ValueError(f"{name}: has NaN or infinite samples; export it again")
     _check_speech(wave, name, allow_silence)
 
 
 def resample(
     wave: Float[np.ndarray, " S"], source_rate: int, target_rate: int
 ) -> Float[np.ndarray, " s"]:
-    """Band-limited resampling of a mono wave between two rates in Hz (soxr, high quality)."""
+    """Band-limited resampling of a mono wave between two rates in Hz (soxr HQ)."""
     import soxr
 
     if source_rate == target_rate:
@@ -184,7 +191,7 @@ def resample(
 def resample_batch(
     wave: Float[Tensor, "B C S"], source_rate: int, target_rate: int
 ) -> Float[Tensor, "B C s"]:
-    """Band-limited resampling of waves on any device, differentiable (torchaudio, windowed sinc).
+    """Differentiable band-limited resampling on any device (torchaudio, windowed sinc).
 
     S samples become ceil(S * target_rate / source_rate).
     """
@@ -194,12 +201,12 @@ def resample_batch(
 
 
 def check_name(path: str | Path) -> None:
-    """Raise `ValueError` unless the suffix names a format that can be written."""
+    """Raises `ValueError` unless the suffix names a format that can be written."""
     import soundfile
 
     kind = Path(path).suffix[1:].upper()
     if kind not in soundfile.available_formats() or soundfile.default_subtype(kind) is None:
-        raise ValueError(f"{path}: cannot be written as {kind or 'no format'}; call it .wav")
+        raise ValueError(f"{path}: cannot be written as {kind or 'no format'}; use .wav")
     if Path(path).is_dir():
         raise ValueError(f"{path}: is a folder; name a file")
 
@@ -209,10 +216,10 @@ def write_audio(
     wave: Float[np.ndarray, " S"] | Iterable[Float[np.ndarray, " _"]],
     sample_rate: int,
 ) -> None:
-    """Write a mono wave, or its blocks, as the format the suffix names (WAV: 16 bit).
+    """Writes a mono wave, or its blocks, in the format of the suffix (WAV: 16 bit).
 
-    The samples go to a temporary name first, so an interrupted or failed write leaves an earlier
-    file as it was. Raises `OSError` when the disk is full, `ValueError` for an unknown suffix.
+    A failed or interrupted write leaves an earlier file unchanged (temporary name, then rename).
+    Raises `OSError` if the disk is full, `ValueError` for an unknown suffix.
     """
     import soundfile
 
@@ -236,16 +243,16 @@ def write_audio(
 def mel_filterbank(
     *, sample_rate: int, num_mels: int, window: int, slaney_scale: bool = False
 ) -> Float[Tensor, "F M"]:
-    """Triangular mel filters over the rfft bins of `window` samples, each of unit area (Slaney).
+    """Triangular mel filters (F,M) of unit area over F = window // 2 + 1 bins, 0 Hz to Nyquist.
 
-    The HTK mel scale is SpeechTokenizer's choice, Slaney's scale LM-SPT's. Range 0 Hz to Nyquist.
+    SpeechTokenizer uses the HTK mel scale, LM-SPT Slaney's.
     """
     import warnings
 
     from torchaudio.functional import melscale_fbanks
 
     with warnings.catch_warnings():
-        # Narrow low filters of a short window may hold no bin; such a row is zero and harmless.
+        # With a short window, low filters may be narrower than a bin; their rows are zero.
         warnings.filterwarnings("ignore", message="At least one mel filterbank")
         return melscale_fbanks(
             n_freqs=window // 2 + 1, f_min=0.0, f_max=sample_rate / 2, n_mels=num_mels,
@@ -256,10 +263,10 @@ def mel_filterbank(
 def magnitude_spectrogram(
     wave: Float[Tensor, "B S"], *, window: int, hop: int, centered: bool = False
 ) -> Float[Tensor, "B F T"]:
-    """Magnitudes of a Hann-windowed STFT, frame j centred on sample (j + 1/2) hop.
+    """Magnitudes of a Hann-windowed STFT, frame j centered on sample (j + 1/2) hop.
 
-    Reflect-padded by (window - hop) / 2 on both sides, as HiFi-GAN and SpeechTokenizer do; by
-    window / 2 with `centered`, as LM-SPT does: frame j is then centred on sample j hop.
+    Padded by reflection of (window - hop) / 2 samples on both sides, as in HiFi-GAN and
+    SpeechTokenizer. With `centered`, as in LM-SPT, by window / 2: frame j is centered on j hop.
     """
     pad = window // 2 if centered else (window - hop) // 2
     padded = torch.nn.functional.pad(wave.unsqueeze(1), (pad, pad), mode="reflect").squeeze(1)
@@ -267,5 +274,5 @@ def magnitude_spectrogram(
         padded, window, hop, window=torch.hann_window(window, device=wave.device),
         center=False, return_complex=True,
     )  # fmt: skip
-    # The floor keeps the gradient of the square root finite where a bin is exactly zero.
+    # The floor keeps the gradient of the square root finite for a bin that is exactly zero.
     return (spectrum.real.square() + spectrum.imag.square() + 1e-9).sqrt()

@@ -1,7 +1,7 @@
-"""EnCodec, DAC, Mimi and X-Codec2: published codecs of transformers, as any codec of ours.
+"""EnCodec, DAC, Mimi and X-Codec2 of transformers behind the SpeechCodec interface.
 
-Their codes are those that transformers' own `encode` gives for the recording as the model's feature
-extractor prepares it, and their waves those of its `decode`. Only `load_codec` imports this file.
+Codes and waves equal those of transformers' own `encode` (with the model's feature extractor) and
+`decode`. Only `load_codec` imports this file.
 """
 
 import hashlib
@@ -20,15 +20,13 @@ from codec.models.base import CHUNK_SECONDS, SpeechCodec
 from codec.modules.layers import Lengths, ceil_div
 from codec.tokens import CodecStamp
 
-MOST_ENTRIES = 1 << 16
-"""Token shards hold codes of 16 bits."""
+MAX_ENTRIES = 1 << 16  # Token shards store codes as uint16.
 
 
 class Baseline(SpeechCodec):
-    """A frozen model of transformers; `_codes` and `_wave` know its parts.
+    """A frozen codec of transformers; subclasses implement `_codes` and `_wave`.
 
-    None of these models can leave padding out of sight, so recordings of a batch that differ in
-    length go through one by one.
+    These models do not mask padding, so items of a batch are grouped by length.
     """
 
     def __init__(self, network: nn.Module, source: str) -> None:
@@ -36,15 +34,15 @@ class Baseline(SpeechCodec):
         self.network: Any = network.requires_grad_(False)
         self.source = source
         self.eval()
-        if max(self.codebook_sizes) > MOST_ENTRIES:
+        if max(self.codebook_sizes) > MAX_ENTRIES:
             raise ValueError(
-                f"{source}: has a codebook of {max(self.codebook_sizes)} entries, but codes here "
-                f"have 16 bits: {MOST_ENTRIES} at most"
+                f"{source}: has a codebook of {max(self.codebook_sizes)} entries; token shards "
+                f"store codes in 16 bits: {MAX_ENTRIES} at most"
             )
 
     @property
     def config(self) -> Any:
-        """Transformers' own configuration."""
+        """The configuration object of transformers."""
         return self.network.config
 
     @property
@@ -53,7 +51,7 @@ class Baseline(SpeechCodec):
 
     @cached_property
     def _digest(self) -> str:
-        # Of tensors without their names, which versions of transformers change.
+        # Over the tensors only: their names differ between versions of transformers.
         tensors = (tensor.cpu().contiguous() for tensor in self.state_dict().values())
         each = [
             hashlib.sha256(repr(tuple(tensor.shape)).encode() + tensor.numpy().tobytes()).digest()
@@ -73,11 +71,11 @@ class Baseline(SpeechCodec):
         )
 
     def train(self, mode: bool = True) -> "Baseline":
-        """Never: these models are frozen."""
+        """Stays in evaluation mode: these models are frozen."""
         return super().train(False)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Write config.json and model.safetensors as transformers does; `options` are its own."""
+        """Writes config.json and model.safetensors; `options` are those of transformers."""
         with quiet():
             self.network.save_pretrained(save_directory, **options)
 
@@ -85,57 +83,59 @@ class Baseline(SpeechCodec):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, map_location: str = "cpu", **options: Any
     ) -> "Baseline":
-        """`load_baseline` of this class; it takes no other options."""
+        """`load_baseline` of this class. Raises `ValueError` for another class or other options."""
         if options:
-            raise ValueError(f"from_pretrained of a codec of transformers has no {min(options)}")
+            raise ValueError(
+                f"from_pretrained of a codec of transformers has no option {min(options)}"
+            )
         codec = load_baseline(str(pretrained_model_name_or_path), map_location)
         if not isinstance(codec, cls):
             raise ValueError(
-                f"{codec.source}: is no {cls.__name__}; load_codec finds the class out"
+                f"{codec.source}: is not a {cls.__name__}; load_codec determines the class"
             )
         return codec
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Upload what `save_pretrained` writes; `options` are transformers'."""
+        """Uploads the files of `save_pretrained`; `options` are those of transformers."""
         return self.network.push_to_hub(repo_id, **options)
 
     @classmethod
     def check(cls, model: str, config: Any) -> None:
-        """Raises `ValueError` for a configuration that the contract has no place for."""
+        """Raises `ValueError` for a configuration that SpeechCodec does not support."""
 
     def _codes(self, wave: Float[Tensor, "B 1 S"], books: range) -> Int[Tensor, "B q T"]:
-        """Codes of recordings of one length; frames after ceil(S / hop_length) are dropped."""
+        """Codes of waves of one length; frames after ceil(S / hop_length) are dropped."""
         raise NotImplementedError
 
     def _wave(self, codes: Int[Tensor, "B q T"], first_codebook: int) -> Float[Tensor, "B 1 S"]:
-        """Waves of T * hop_length samples, or a few less."""
+        """Waves of T * hop_length samples, or a few fewer."""
         raise NotImplementedError
 
     def _encode_chunk(self, wave: Tensor, lengths: Lengths | None, books: range) -> Tensor:
         frames = ceil_div(wave.shape[-1], self.hop_length)
         codes = torch.zeros(len(wave), len(books), frames, dtype=torch.int64, device=wave.device)
-        for size, rows in _alike(wave, lengths):
+        for size, rows in _by_length(wave, lengths):
             count = ceil_div(size, self.hop_length)
             codes[rows, :, :count] = self._codes(wave[rows, :, :size], books)[..., :count].long()
         return codes
 
     def _decode_chunk(self, codes: Tensor, lengths: Lengths | None, first_codebook: int) -> Tensor:
         waves = torch.zeros(len(codes), 1, codes.shape[-1] * self.hop_length, device=codes.device)
-        for size, rows in _alike(codes, lengths):
+        for size, rows in _by_length(codes, lengths):
             wave = self._wave(codes[rows, :, :size], first_codebook)
             waves[rows, :, : wave.shape[-1]] = wave
         return waves
 
 
 class EncodecBaseline(Baseline):
-    """EnCodec at 24 kHz, with all the codebooks of its highest bandwidth; fewer are a prefix."""
+    """EnCodec (arXiv 2210.13438) at 24 kHz with the codebooks of its highest bandwidth."""
 
     @classmethod
     def check(cls, model: str, config: Any) -> None:
         if config.audio_channels != 1 or config.normalize or config.chunk_length_s is not None:
             raise ValueError(
-                f"{model}: an EnCodec of {config.audio_channels} channels with scaled, overlapping "
-                "windows (the 48 kHz one) keeps more than codes; use the 24 kHz one"
+                f"{model}: an EnCodec of {config.audio_channels} channels with scales and "
+                "overlapping windows (48 kHz) needs more than codes; use the 24 kHz model"
             )
 
     @property
@@ -156,7 +156,7 @@ class EncodecBaseline(Baseline):
 
 
 class DacBaseline(Baseline):
-    """DAC; where a stride is odd its decoder lacks a few samples at the end, which are zeros."""
+    """DAC (arXiv 2306.06546); with an odd stride the last few samples of a wave are zeros."""
 
     @property
     def hop_length(self) -> int:
@@ -187,17 +187,17 @@ class DacBaseline(Baseline):
 
 
 class MimiBaseline(Baseline):
-    """Mimi: codebook 1 is semantic; the acoustic ones quantise the same latent beside it.
+    """Mimi (arXiv 2410.00037): codebook 1 is semantic, the others quantize the same latent.
 
-    So the codes from the first acoustic codebook on are a slice of the whole's.
+    So codes from the first acoustic codebook on are a slice of the full codes.
     """
 
     @classmethod
     def check(cls, model: str, config: Any) -> None:
         if config.audio_channels != 1:
-            raise ValueError(f"{model}: codes {config.audio_channels} channels; use a mono Mimi")
+            raise ValueError(f"{model}: has {config.audio_channels} channels; use a mono Mimi")
         if config.encoder_config is None or config.decoder_config is None:
-            raise ValueError(f"{model}: holds one half of a Mimi; use a whole one")
+            raise ValueError(f"{model}: lacks the encoder or decoder; use a complete Mimi")
 
     @property
     def hop_length(self) -> int:
@@ -209,7 +209,7 @@ class MimiBaseline(Baseline):
 
     @property
     def _chunk_frames(self) -> tuple[int, int]:
-        # Frames that its Transformers attend to, which run before the last downsampling.
+        # The attention window of its Transformers, which run before the last downsampling.
         context = ceil_div(self.config.sliding_window, self.config.latent_stride)
         return round(CHUNK_SECONDS * self.frame_rate), context
 
@@ -230,23 +230,21 @@ class MimiBaseline(Baseline):
         return self.network.decoder(sum(latents)).audio_values
 
     def _parts(self, books: range) -> Iterator[tuple[Any, nn.ModuleList]]:
-        """The quantisers that hold these codebooks, each with its layers for them."""
+        """The semantic and acoustic quantizer, each with its layers of the codebooks `books`."""
         quantizer = self.network.quantizer
-        first = quantizer.num_semantic_quantizers
-        for part, shift in (
+        for part, offset in (
             (quantizer.semantic_residual_vector_quantizer, 0),
-            (quantizer.acoustic_residual_vector_quantizer, first),
+            (quantizer.acoustic_residual_vector_quantizer, quantizer.num_semantic_quantizers),
         ):
-            layers = part.layers[max(books.start - shift, 0) : max(books.stop - shift, 0)]
+            layers = part.layers[max(books.start - offset, 0) : max(books.stop - offset, 0)]
             if len(layers):
                 yield part, layers
 
 
 class XCodec2Baseline(Baseline):
-    """X-Codec2: one codebook, chosen by a wav2vec2-BERT and an acoustic encoder together.
+    """X-Codec2: one codebook on a wav2vec2-BERT and an acoustic encoder.
 
-    Its log-mels are normalised over the recording, and its decoder over the frames: pieces of a
-    long recording are normalised by themselves.
+    Log-mels and the decoder's input are normalized over time, in a long recording per chunk.
     """
 
     def __init__(self, network: nn.Module, source: str) -> None:
@@ -266,8 +264,8 @@ class XCodec2Baseline(Baseline):
         return (prod(self.config.quantization_levels),)
 
     def _codes(self, wave: Tensor, books: range) -> Tensor:
-        # It adds a sample and fills up: one frame more than ceil(S / hop_length) where S is whole
-        # frames, which transformers' mask leaves out too.
+        # The extractor adds a sample and pads: if S is a multiple of hop_length there is one frame
+        # more than ceil(S / hop_length), which transformers masks too.
         inputs = self._extract(
             list(wave[:, 0].cpu().numpy()), sampling_rate=self.sample_rate, return_tensors="pt"
         )
@@ -283,13 +281,13 @@ BASELINES: dict[str, type[Baseline]] = {
     "mimi": MimiBaseline,
     "xcodec2": XCodec2Baseline,
 }
-"""By the `model_type` of config.json."""
+"""Classes by the `model_type` of config.json."""
 
 
 def load_baseline(model: str, device: str = "cpu") -> Baseline:
-    """A baseline from a folder that transformers saved, or a hub id.
+    """A codec of transformers from a folder or hub id.
 
-    Raises `ValueError` when it is missing, damaged, or no codec that is known here.
+    Raises `ValueError` if it is missing, corrupted, or not one of `BASELINES`.
     """
     from transformers import AutoConfig, AutoModel
 
@@ -297,8 +295,8 @@ def load_baseline(model: str, device: str = "cpu") -> Baseline:
         config = AutoConfig.from_pretrained(model)
     if config.model_type not in BASELINES:
         raise ValueError(
-            f"{model}: a model of type {config.model_type} is no codec that is known here; of "
-            f"transformers' these are: {', '.join(BASELINES)}"
+            f"{model}: model type {config.model_type} is not a supported codec of transformers "
+            f"({', '.join(BASELINES)})"
         )
     kind = BASELINES[config.model_type]
     kind.check(model, config)
@@ -311,16 +309,16 @@ def load_baseline(model: str, device: str = "cpu") -> Baseline:
             output_loading_info=True,
         )
     network, info = loaded
-    if lacking := sorted(info["missing_keys"]):
-        raise ValueError(f"{model}: its weights lack {', '.join(lacking[:3])}; fetch it again")
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{model}: its weights lack {', '.join(missing[:3])}; download it again")
     for name, tensor in network.state_dict().items():
         if not bool(tensor.isfinite().all()):
-            raise ValueError(f"{model}: the tensor {name} holds NaN or infinity; fetch it again")
+            raise ValueError(f"{model}: the tensor {name} has NaN or infinity; download it again")
     return kind(network, model).to(device)
 
 
-def _alike(batch: Tensor, lengths: Lengths | None) -> Iterator[tuple[int, Tensor]]:
-    """Each length that occurs, with the rows that have it."""
+def _by_length(batch: Tensor, lengths: Lengths | None) -> Iterator[tuple[int, Tensor]]:
+    """Each length that occurs, with the indices of the items of that length."""
     if lengths is None:
         yield batch.shape[-1], torch.arange(len(batch), device=batch.device)
         return
@@ -329,7 +327,7 @@ def _alike(batch: Tensor, lengths: Lengths | None) -> Iterator[tuple[int, Tensor
 
 
 def _residual_codes(layers: Iterable[Any], latent: Float[Tensor, "B D T"]) -> list[Tensor]:
-    """Codes (B,T) of each codebook, each of what those before it leave."""
+    """Codes (B,T) of each codebook, of the residual of those before it."""
     codes = []
     for layer in layers:
         codes.append(layer.encode(latent))

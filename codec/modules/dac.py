@@ -1,8 +1,4 @@
-"""Convolutions on the wave with Snake: the encoder and decoder of Descript's codec.
-
-Source: arXiv 2306.06546, appendix A. The released LM-SPT is built of them.
-Every item of a padded batch is computed as it is alone.
-"""
+"""Encoder and decoder of DAC (arXiv 2306.06546, appendix A), which the released LM-SPT also has."""
 
 import torch
 from jaxtyping import Float
@@ -21,9 +17,9 @@ EDGE_KERNEL, LATENT_KERNEL = 7, 3
 
 
 class ConvEncoder(nn.Module):
-    """wave (B,1,S) -> latent (B,D,T), T = S / product of strides where that is whole.
+    """wave (B,1,S) -> latent (B,D,T), T = S / product of strides if that is an integer.
 
-    Of other lengths the last frame may be missing (see `ZeroPaddedConv1d`): pad the wave first.
+    For other lengths the last frame may be missing (see `ZeroPaddedConv1d`): pad the wave first.
     """
 
     def __init__(
@@ -60,8 +56,8 @@ class ConvEncoder(nn.Module):
 class ConvDecoder(nn.Module):
     """quantized (B,D,T) -> wave (B,1,S) in [-1, 1], S = T * product of strides.
 
-    Odd strides leave out the last few samples of the last frame (4 of 1920 in the released form);
-    they are zeros.
+    With odd strides the last few samples of the last frame are zeros (4 of 1920 in the released
+    LM-SPT).
     """
 
     def __init__(

@@ -1,5 +1,5 @@
-"""Multi-period and multi-scale (arXiv 2010.05646), STFT (2210.13438) and multi-band STFT
-discriminators (2306.06546)."""
+"""Discriminators: multi-period and multi-scale (HiFi-GAN, arXiv 2010.05646), multi-scale STFT
+(EnCodec, 2210.13438) and multi-band STFT (DAC, 2306.06546)."""
 
 from itertools import pairwise
 from typing import NamedTuple
@@ -27,22 +27,25 @@ SCALE_LAYERS = (
 )
 STFT_DILATIONS = (1, 2, 4)
 BAND_WIDTH = 64
-# Where the bands of a multi-band discriminator meet, as shares of the spectrum.
+# Edges of the bands of a multi-band discriminator, as shares of the spectrum.
 BAND_EDGES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 # (kernel, stride) along frequency of each layer of a band.
 BAND_LAYERS = ((9, 1), (9, 2), (9, 2), (9, 2), (3, 1))
 
 
-class Verdict(NamedTuple):
-    """What one sub-discriminator says of a wave: real near 1, fake near 0 (hinge: below -1)."""
+class DiscriminatorOutput(NamedTuple):
+    """Logits and feature maps of one sub-discriminator.
 
-    score: Tensor
+    Targets of the logits: 1 for real and 0 for generated waves (hinge loss: 1 and -1).
+    """
+
+    logits: Tensor
     features: list[Tensor]
-    """What each layer says, the score last."""
+    """Output of each layer, the logits last."""
 
 
 class Discriminators(nn.Module):
-    """All sub-discriminators that the configuration names, as one module (one DDP wrapper)."""
+    """All sub-discriminators of a configuration as one module (one DDP wrapper)."""
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()
@@ -64,28 +67,29 @@ class Discriminators(nn.Module):
         )
         if not len(self.scale_discriminators) + len(self.others):
             raise ValueError(
-                "discriminators: periods, num_scales, stft_windows and band_windows leave none; "
-                "set one of them, or give the losses adversarial and feature no weight"
+                "discriminators: there are none; set periods, num_scales, stft_windows or "
+                "band_windows, or set losses.weights.adversarial and .feature to 0"
             )
 
-    def forward(self, wave: Float[Tensor, "B 1 S"]) -> list[Verdict]:
+    def forward(self, wave: Float[Tensor, "B 1 S"]) -> list[DiscriminatorOutput]:
+        """One output for each sub-discriminator; logits and maps have shapes of their own."""
         if self.normalize_input:
             wave = wave.float()
             wave = wave - wave.mean(-1, keepdim=True)
             wave = 0.8 * wave / (wave.abs().amax(-1, keepdim=True) + 1e-9)
-        verdicts = [discriminator(wave) for discriminator in self.others]
+        outputs = [discriminator(wave) for discriminator in self.others]
         for index, discriminator in enumerate(self.scale_discriminators):
             if index > 0:
                 wave = functional.avg_pool1d(wave, 4, stride=2, padding=2)
-            verdicts.append(discriminator(wave))
-        return verdicts
+            outputs.append(discriminator(wave))
+        return outputs
 
 
 class PeriodDiscriminator(nn.Module):
-    """2-D convolutions over the wave folded into rows of `period` samples.
+    """2-D convolutions over the wave reshaped into rows of `period` samples.
 
-    The last row is filled by reflection; where no sample is missing `extra` adds a whole row, as
-    Descript's code does, and LM-SPT's after it.
+    The last row is completed by reflection. If it is complete, `extra` adds one more row, as in the
+    released code of DAC and LM-SPT.
     """
 
     def __init__(self, period: int, width_divisor: int = 1, *, extra: bool = False) -> None:
@@ -106,7 +110,7 @@ class PeriodDiscriminator(nn.Module):
         )
         self.conv_out = weight_norm(nn.Conv2d(widths[-1], 1, (3, 1), padding=(1, 0)))
 
-    def forward(self, wave: Float[Tensor, "B 1 S"]) -> Verdict:
+    def forward(self, wave: Float[Tensor, "B 1 S"]) -> DiscriminatorOutput:
         missing = -wave.shape[-1] % self.period
         if self.extra and not missing:
             missing = self.period
@@ -116,7 +120,7 @@ class PeriodDiscriminator(nn.Module):
 
 
 class ScaleDiscriminator(nn.Module):
-    """Grouped strided 1-D convolutions on the wave at one rate."""
+    """Grouped strided 1-D convolutions on the wave at one sample rate."""
 
     def __init__(self, width_divisor: int = 1, *, norm=weight_norm) -> None:
         super().__init__()
@@ -133,12 +137,12 @@ class ScaleDiscriminator(nn.Module):
             channels_in = width
         self.conv_out = norm(nn.Conv1d(channels_in, 1, 3, padding=1))
 
-    def forward(self, wave: Float[Tensor, "B 1 S"]) -> Verdict:
+    def forward(self, wave: Float[Tensor, "B 1 S"]) -> DiscriminatorOutput:
         return _run_convs(self.convs, self.conv_out, wave)
 
 
 class STFTDiscriminator(nn.Module):
-    """Dilated 2-D convolutions over the real and imaginary parts of one STFT."""
+    """Dilated 2-D convolutions over the real and imaginary parts of an STFT."""
 
     def __init__(self, window: int, filters: int) -> None:
         super().__init__()
@@ -160,19 +164,19 @@ class STFTDiscriminator(nn.Module):
         self.conv_out = weight_norm(nn.Conv2d(filters, 1, (3, 3), padding=1))
 
     @property
-    def least_samples(self) -> int:
-        """Of a wave; shorter ones do not fill a window."""
+    def min_samples(self) -> int:
+        """Samples of the shortest wave that fills a window."""
         return len(self.get_buffer("window"))
 
-    def forward(self, wave: Float[Tensor, "B 1 S"]) -> Verdict:
+    def forward(self, wave: Float[Tensor, "B 1 S"]) -> DiscriminatorOutput:
         x = _complex_spectrum(wave, self.get_buffer("window"), normalized=True)
         return _run_convs(self.convs, self.conv_out, x)
 
 
 class BandDiscriminator(nn.Module):
-    """2-D convolutions over the complex STFT, for each of five bands of frequencies its own.
+    """2-D convolutions over the complex STFT, separate for each of five frequency bands.
 
-    One score over all bands; S samples make ceil(S / hop) frames.
+    One convolution over all bands gives the logits; S samples give ceil(S / hop) frames.
     """
 
     def __init__(self, window: int, width_divisor: int = 1) -> None:
@@ -200,30 +204,30 @@ class BandDiscriminator(nn.Module):
         self.conv_out = weight_norm(nn.Conv2d(width, 1, (3, 3), padding=1))
 
     @property
-    def least_samples(self) -> int:
-        """Of a wave; shorter ones may have too little to reflect."""
+    def min_samples(self) -> int:
+        """Samples of the shortest wave that can be padded by reflection."""
         window = len(self.get_buffer("window"))
         return (window - self.hop) // 2 + self.hop
 
-    def forward(self, wave: Float[Tensor, "B 1 S"]) -> Verdict:
+    def forward(self, wave: Float[Tensor, "B 1 S"]) -> DiscriminatorOutput:
         window = self.get_buffer("window")
-        aside = (len(window) - self.hop) // 2
-        padded = functional.pad(wave, (aside, aside + -wave.shape[-1] % self.hop), mode="reflect")
+        side = (len(window) - self.hop) // 2
+        padded = functional.pad(wave, (side, side + -wave.shape[-1] % self.hop), mode="reflect")
         x = _complex_spectrum(padded, window, normalized=False)
-        features, ends = [], []
+        features, last = [], []
         for (low, high), convs in zip(self.bands, self.band_convs, strict=True):
             assert isinstance(convs, nn.ModuleList)
             layers = _run_layers(convs, x[..., low:high])
             features += layers
-            ends.append(layers[-1])
-        score = self.conv_out(torch.cat(ends, dim=-1))
-        return Verdict(score.float(), [*features, score])
+            last.append(layers[-1])
+        logits = self.conv_out(torch.cat(last, dim=-1))
+        return DiscriminatorOutput(logits.float(), [*features, logits])
 
 
 def _complex_spectrum(
     wave: Float[Tensor, "B 1 S"], window: Float[Tensor, " W"], *, normalized: bool
 ) -> Float[Tensor, "B 2 T F"]:
-    """Real and imaginary parts at a hop of a quarter window; float32 under autocast, too."""
+    """Real and imaginary parts at a hop of a quarter window, in float32 also under autocast."""
     with torch.autocast(wave.device.type, enabled=False):
         spectrum = torch.stft(
             wave.squeeze(1).float(),
@@ -245,7 +249,7 @@ def _run_layers(convs: nn.ModuleList, x: Tensor) -> list[Tensor]:
     return features
 
 
-def _run_convs(convs: nn.ModuleList, conv_out: nn.Module, x: Tensor) -> Verdict:
+def _run_convs(convs: nn.ModuleList, conv_out: nn.Module, x: Tensor) -> DiscriminatorOutput:
     features = _run_layers(convs, x)
-    score = conv_out(features[-1])
-    return Verdict(score.float(), [*features, score])
+    logits = conv_out(features[-1])
+    return DiscriminatorOutput(logits.float(), [*features, logits])

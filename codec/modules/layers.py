@@ -1,4 +1,7 @@
-"""Building blocks: convolutions that know lengths, Snake, LSTM, Transformer, ConvNeXt blocks."""
+"""Layers: convolutions for padded batches, Snake, LSTM, Transformer, ConvNeXt blocks.
+
+With `lengths` or a mask, each item of a padded batch gets the output that it gets alone.
+"""
 
 from typing import TypeVar
 
@@ -14,7 +17,7 @@ Integers = TypeVar("Integers", int, Tensor)
 
 
 def length_mask(lengths: Lengths, size: int) -> Float[Tensor, "B 1 T"]:
-    """1 where a position lies inside its item, 0 in its padding."""
+    """1 inside each item, 0 in its padding."""
     inside = torch.arange(size, device=lengths.device) < lengths.unsqueeze(1)
     return inside.unsqueeze(1).float()
 
@@ -27,10 +30,10 @@ def ceil_div(a: Integers, b: int) -> Integers:
 def reflect_pad(
     x: Float[Tensor, "B C S"], left: int, right: int, stride: int, lengths: Lengths | None = None
 ) -> Float[Tensor, "B C P"]:
-    """Reflect both ends of every item at its own length, completing its last stride.
+    """Pads both ends of every item by reflection and completes its last stride.
 
-    An item too short to be reflected is first extended with zeros, as EnCodec does. What lies
-    beyond an item's own padding is undefined.
+    An item too short for reflection is first extended with zeros, as in EnCodec's code. Values
+    beyond an item's own padding are undefined.
     """
     size = x.shape[-1]
     if lengths is None:
@@ -47,7 +50,7 @@ def reflect_pad(
 
 
 class PaddedConv1d(nn.Module):
-    """Weight-normed convolution whose output has ceil(S / stride) frames, padded by reflection.
+    """Weight-normed convolution, padded by reflection to ceil(S / stride) output frames.
 
     Source: SEANet as in EnCodec (arXiv 2210.13438, section 3.1), non-causal.
     """
@@ -77,7 +80,7 @@ class PaddedConv1d(nn.Module):
 
 
 class PaddedConvTranspose1d(nn.Module):
-    """Weight-normed transposed convolution of kernel 2 strides: T frames to T * stride samples."""
+    """Weight-normed transposed convolution of kernel 2 * stride: T frames to T * stride samples."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
@@ -97,11 +100,11 @@ class PaddedConvTranspose1d(nn.Module):
 
 
 class ZeroPaddedConv1d(nn.Module):
-    """Weight-normed convolution with zeros around the recording, as in Descript's codec.
+    """Weight-normed convolution with zero padding, as in DAC (arXiv 2306.06546).
 
-    With a stride its kernel is two strides; S samples give floor(S / stride) frames, or of an odd
-    stride floor((S + 1) / stride). Causal: all zeros but those that complete the last stride come
-    first, and there are ceil(S / stride) frames.
+    For a stride the kernel is two strides long; S samples give floor(S / stride) frames, or
+    floor((S + 1) / stride) for an odd stride. Causal: zeros are padded on the left (on the right
+    only to complete the last stride), which gives ceil(S / stride) frames.
     """
 
     def __init__(
@@ -116,7 +119,7 @@ class ZeroPaddedConv1d(nn.Module):
     ) -> None:
         super().__init__()
         self.stride, self.causal = stride, causal
-        self.reach = (kernel - 1) * dilation + 1 - stride
+        self.padding = (kernel - 1) * dilation + 1 - stride
         self.conv = weight_norm(
             nn.Conv1d(channels_in, channels_out, kernel, stride=stride, dilation=dilation)
         )
@@ -127,12 +130,12 @@ class ZeroPaddedConv1d(nn.Module):
         if lengths is not None:
             x = x * length_mask(lengths, x.shape[-1])
         if self.causal:
-            return self.conv(functional.pad(x, (self.reach, -x.shape[-1] % self.stride)))
-        side = ceil_div(self.reach, 2)
+            return self.conv(functional.pad(x, (self.padding, -x.shape[-1] % self.stride)))
+        side = ceil_div(self.padding, 2)
         return self.conv(functional.pad(x, (side, side)))
 
     def out_lengths(self, lengths: Lengths | None) -> Lengths | None:
-        """Frames of items of so many samples."""
+        """Output frames for items of `lengths` input samples."""
         if lengths is None or self.stride == 1:
             return lengths
         if self.causal:
@@ -141,9 +144,9 @@ class ZeroPaddedConv1d(nn.Module):
 
 
 class ZeroPaddedConvTranspose1d(nn.Module):
-    """Weight-normed transposed convolution of kernel 2 strides, as in Descript's codec.
+    """Weight-normed transposed convolution of kernel 2 * stride, as in DAC (arXiv 2306.06546).
 
-    T frames give T * stride samples, one less of an odd stride unless causal.
+    T frames give T * stride samples, one fewer for an odd stride unless causal.
     """
 
     def __init__(
@@ -167,7 +170,7 @@ class ZeroPaddedConvTranspose1d(nn.Module):
         return y[..., side:-side]
 
     def out_lengths(self, lengths: Lengths | None) -> Lengths | None:
-        """Samples of items of so many frames."""
+        """Output samples for items of `lengths` input frames."""
         if lengths is None:
             return None
         return lengths * self.stride - (0 if self.causal else self.stride % 2)
@@ -185,7 +188,7 @@ class Snake(nn.Module):
 
 
 def activation(name: str, channels: int) -> nn.Module:
-    """`elu` or `snake`."""
+    """The activation function `elu` or `snake`."""
     return nn.ELU() if name == "elu" else Snake(channels)
 
 
@@ -209,7 +212,7 @@ class ResidualUnit(nn.Module):
 
 
 class SkipLSTM(nn.Module):
-    """LSTM over frames with a skip connection; both directions double the channels."""
+    """LSTM over frames with a skip connection; bidirectional, it doubles the channels."""
 
     def __init__(self, channels: int, *, num_layers: int, bidirectional: bool) -> None:
         super().__init__()
@@ -236,7 +239,7 @@ class SkipLSTM(nn.Module):
 
 
 class ChannelNorm(nn.Module):
-    """Layer normalisation over the channels of each frame."""
+    """Layer normalization over the channels of each frame."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -249,7 +252,7 @@ class ChannelNorm(nn.Module):
 class ConvNeXtBlock(nn.Module):
     """Depthwise convolution and a pointwise MLP with a scaled residual (arXiv 2201.03545, 1-D).
 
-    `mask` (B,1,T) is 0 in padding; with it every item comes out as it does alone.
+    `mask` is 0 in padding.
     """
 
     def __init__(self, channels: int, *, kernel: int, scale: float) -> None:
@@ -269,10 +272,8 @@ class ConvNeXtBlock(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Pre-norm attention with rotary positions (arXiv 2104.09864), and an MLP four times as wide.
-
-    Both residuals start small (LayerScale, arXiv 2103.17239).
-    """
+    """Pre-norm self-attention with rotary positions (arXiv 2104.09864) and an MLP, each with a
+    LayerScale residual (2103.17239)."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -287,8 +288,8 @@ class TransformerLayer(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B T C"],
-        turns: Float[Tensor, "T F"],
-        seen: Bool[Tensor, "*B 1 T T"],
+        angles: Float[Tensor, "T F"],
+        mask: Bool[Tensor, "*B 1 T T"],
     ) -> Float[Tensor, "B T C"]:
         query, key, value = rearrange(
             self.project_in(self.norm_attention(x)),
@@ -296,25 +297,25 @@ class TransformerLayer(nn.Module):
             n=3,
             h=self.num_heads,
         )
-        heard = functional.scaled_dot_product_attention(
-            _turned(query, turns), _turned(key, turns), value, attn_mask=seen
-        )
-        x = x + self.scale_attention * self.project_out(rearrange(heard, "b h t c -> b t (h c)"))
+        query, key = _rotate(query, angles), _rotate(key, angles)
+        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        attended = rearrange(attended, "b h t c -> b t (h c)")
+        x = x + self.scale_attention * self.project_out(attended)
         return x + self.scale_mlp * self.narrow(functional.gelu(self.widen(self.norm_mlp(x))))
 
 
 class Transformer(nn.Module):
-    """Layers whose frames see `context` frames on each side, or before them alone if causal.
+    """Transformer with windowed attention: `context` frames on each side (causal: before only).
 
-    Positions are relative: a piece of a recording comes out as in the whole, but for what the
-    frames near its ends do not see.
+    Positions are relative: the output of a chunk equals that of the full recording, except for
+    frames near its ends that lack context.
     """
 
     def __init__(
         self, width: int, *, num_layers: int, num_heads: int, context: int, causal: bool
     ) -> None:
         super().__init__()
-        self.context, self.causal, self.num_turns = context, causal, width // num_heads // 2
+        self.context, self.causal, self.num_angles = context, causal, width // num_heads // 2
         self.layers = nn.ModuleList(TransformerLayer(width, num_heads) for _ in range(num_layers))
         self.norm_out = nn.LayerNorm(width)
 
@@ -322,23 +323,23 @@ class Transformer(nn.Module):
         self, x: Float[Tensor, "B C T"], lengths: Lengths | None = None
     ) -> Float[Tensor, "B C T"]:
         position = torch.arange(x.shape[-1], device=x.device)
-        rates = 10_000 ** -(torch.arange(self.num_turns, device=x.device) / self.num_turns)
-        turns = position.unsqueeze(1) * rates
+        rates = 10_000 ** -(torch.arange(self.num_angles, device=x.device) / self.num_angles)
+        angles = position.unsqueeze(1) * rates
         distance = position.unsqueeze(1) - position
-        seen = (distance <= self.context) & (distance >= (0 if self.causal else -self.context))
-        seen = seen[None, None]
+        mask = (distance <= self.context) & (distance >= (0 if self.causal else -self.context))
+        mask = mask[None, None]
         if lengths is not None:
-            # Frames of the padding see themselves, or their softmax would be of nothing.
+            # Padding frames attend to themselves: a softmax over no frame would be NaN.
             inside = (position < lengths.unsqueeze(1))[:, None, None]
-            seen = (seen & inside) | (distance == 0)
+            mask = (mask & inside) | (distance == 0)
         frames = x.transpose(1, 2)
         for layer in self.layers:
-            frames = layer(frames, turns, seen)
+            frames = layer(frames, angles, mask)
         return self.norm_out(frames).transpose(1, 2)
 
 
-def _turned(x: Float[Tensor, "B H T C"], turns: Float[Tensor, "T F"]) -> Float[Tensor, "B H T C"]:
-    """Rotary positions: pairs of features turned by an angle that grows with time."""
-    cos, sin = turns.cos().to(x.dtype), turns.sin().to(x.dtype)
+def _rotate(x: Float[Tensor, "B H T C"], angles: Float[Tensor, "T F"]) -> Float[Tensor, "B H T C"]:
+    """Rotary position embedding: rotates pairs of features by an angle proportional to time."""
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)

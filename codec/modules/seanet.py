@@ -1,4 +1,4 @@
-"""SpeechTokenizer's and DM-Codec's encoder and decoder: SEANet with LSTMs (arXiv 2308.16692)."""
+"""Encoder and decoder of SpeechTokenizer (arXiv 2308.16692) and DM-Codec: SEANet with LSTMs."""
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class SEANetEncoder(nn.Module):
 
 
 class SEANetDecoder(nn.Module):
-    """quantized (B,D,T) -> wave (B,1,T * hop_length). Its LSTM is always causal."""
+    """quantized (B,D,T) -> wave (B,1,T * hop_length); its LSTM is causal."""
 
     def __init__(self, config: SEANetConfig) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def _residual_units(config: SEANetConfig, channels: int) -> nn.ModuleList:
 
 
 class _EncoderStage(nn.Module):
-    """Residual units, activation, and a convolution that takes every `stride`-th frame."""
+    """Residual units, activation, and a strided convolution."""
 
     def __init__(self, config: SEANetConfig, channels: int, stride: int) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class _DecoderStage(nn.Module):
 
 
 def semantic_head(dimension: int, semantic_dimension: int) -> nn.Module:
-    """Projects codebook 1 to the width of a semantic teacher; used by distillation only."""
+    """Projection of codebook 1 to the features of a semantic teacher, for distillation."""
     if dimension == semantic_dimension:
         return nn.Identity()
     return nn.Linear(dimension, semantic_dimension)

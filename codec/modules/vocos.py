@@ -1,9 +1,8 @@
-"""Frame-rate networks: a ConvNeXt encoder on log-mel frames and a Vocos decoder with iSTFT out.
+"""Frame-rate networks: a ConvNeXt encoder of log-mel frames and a Vocos decoder.
 
-All work happens at the mel frame rate and below, which is what makes small codecs trainable on a
-few CPU cores. The decoder follows Vocos (arXiv 2306.00814): ConvNeXt blocks, then magnitude and
-phase of an STFT. Every item of a padded batch is computed as it is alone: `mask` zeroes padding
-before each convolution, which itself pads with zeros.
+All layers run at the mel frame rate or below, so small codecs can be trained on a few CPU cores.
+The decoder follows Vocos (arXiv 2306.00814): ConvNeXt blocks, then magnitude and phase of an STFT,
+inverted by iSTFT. `mask` zeroes padding before each convolution, which pads with zeros itself.
 """
 
 import torch
@@ -61,7 +60,7 @@ class SpectralEncoder(nn.Module):
         return self.project(self.norm_out(x))
 
     def _log_mel(self, wave: Float[Tensor, "B S"]) -> Float[Tensor, "B M T"]:
-        """Natural-log mel magnitudes, shifted to about zero mean; zeros surround the recording."""
+        """Log-mel magnitudes, shifted to about zero mean, with zero padding at both ends."""
         pad = (self.config.window - self.config.hop) // 2
         with torch.autocast(wave.device.type, enabled=False):
             spectrum = torch.stft(
@@ -106,7 +105,7 @@ class SpectralDecoder(nn.Module):
     def _to_wave(
         self, head: Float[Tensor, "B T F"], mask: Float[Tensor, "B 1 T"] | None
     ) -> Float[Tensor, "B 1 S"]:
-        """Magnitude and phase to windowed frames, overlapped, added, divided by the envelope."""
+        """Inverse STFT of magnitude and phase: windowed overlap-add, divided by the envelope."""
         window, hop = self.get_buffer("window"), self.config.hop
         with torch.autocast(head.device.type, enabled=False):
             log_magnitude, phase = head.float().chunk(2, dim=-1)

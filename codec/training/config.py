@@ -37,7 +37,7 @@ class LossWeights:
     codebook: float = 0.0
     """Distance of the entries to the latent, where codebooks learn by gradient."""
     adversarial: float = 0.0
-    """Verdict of the discriminators."""
+    """Logits of the discriminators on generated waves."""
     feature: float = 0.0
     """Distance of the discriminators' features."""
     distill: float = 0.0

@@ -139,8 +139,8 @@ def discriminator_step(
     One pass over both: DDP allows one forward per backward.
     """
     both = discriminators(torch.cat([wave, out.wave.detach().to(wave.dtype)]))
-    real = [each._replace(score=each.score[: len(wave)]) for each in both]
-    fake = [each._replace(score=each.score[len(wave) :]) for each in both]
+    real = [each._replace(logits=each.logits[: len(wave)]) for each in both]
+    fake = [each._replace(logits=each.logits[len(wave) :]) for each in both]
     loss = discriminator_loss(real, fake, config.adversarial_form)
     return Losses(loss, {"discriminator": loss})
 
@@ -229,7 +229,7 @@ def _check(models: Models, crops: CropConfig, losses: LossConfig, accelerator) -
     for each in critics:
         if not isinstance(each, STFTDiscriminator | BandDiscriminator):
             continue
-        if samples < each.least_samples:
+        if samples < each.min_samples:
             name = "stft" if isinstance(each, STFTDiscriminator) else "band"
             raise ValueError(
                 f"data.seconds {crops.seconds:g} is too short for a window of discriminators."

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from codec.audio import magnitude_spectrogram, mel_filterbank
-from codec.modules.discriminators import Verdict
+from codec.modules.discriminators import DiscriminatorOutput
 from codec.training.config import MelScaleConfig
 
 MEL_FLOOR = 1e-5
@@ -107,36 +107,40 @@ def magnitude_loss(
 
 
 def discriminator_loss(
-    real: Sequence[Verdict], fake: Sequence[Verdict], form: str
+    real: Sequence[DiscriminatorOutput], fake: Sequence[DiscriminatorOutput], form: str
 ) -> Float[Tensor, ""]:
     """Least squares (LSGAN) summed over sub-discriminators, or hinge averaged over them.
 
     The released code has the first, the papers the second (2210.13438, section 3.4).
     """
-    total = real[0].score.new_zeros(())
+    total = real[0].logits.new_zeros(())
     for on_real, on_fake in zip(real, fake, strict=True):
         if form == "hinge":
-            on_both = functional.relu(1 - on_real.score).mean()
-            on_both = on_both + functional.relu(1 + on_fake.score).mean()
+            on_both = functional.relu(1 - on_real.logits).mean()
+            on_both = on_both + functional.relu(1 + on_fake.logits).mean()
             total = total + on_both / len(real)
         else:
-            total = total + (1 - on_real.score).square().mean() + on_fake.score.square().mean()
+            total = total + (1 - on_real.logits).square().mean() + on_fake.logits.square().mean()
     return total
 
 
-def adversarial_loss(fake: Sequence[Verdict], form: str) -> Float[Tensor, ""]:
+def adversarial_loss(fake: Sequence[DiscriminatorOutput], form: str) -> Float[Tensor, ""]:
     """The generator's side of `discriminator_loss`."""
-    total = fake[0].score.new_zeros(())
+    total = fake[0].logits.new_zeros(())
     for on_fake in fake:
         if form == "hinge":
-            total = total + functional.relu(1 - on_fake.score).mean() / len(fake)
+            total = total + functional.relu(1 - on_fake.logits).mean() / len(fake)
         else:
-            total = total + (1 - on_fake.score).square().mean()
+            total = total + (1 - on_fake.logits).square().mean()
     return total
 
 
 def feature_loss(
-    real: Sequence[Verdict], fake: Sequence[Verdict], *, normalize: bool, scores: bool = True
+    real: Sequence[DiscriminatorOutput],
+    fake: Sequence[DiscriminatorOutput],
+    *,
+    normalize: bool,
+    scores: bool = True,
 ) -> Float[Tensor, ""]:
     """Feature matching: absolute difference of every discriminator layer, the last one, the score,
     among them where `scores` says so.

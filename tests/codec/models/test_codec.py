@@ -99,11 +99,11 @@ def test_any_stretch_of_codebooks(codec: Codec, speech) -> None:
     decoded = codec.decode(codes, first_codebook=1)
     torch.testing.assert_close(decoded, wave, atol=1e-6, rtol=0)
     assert not torch.equal(decoded, codec.decode(codes))
-    pieces = np.concatenate(list(codec.decode_stream(codes[0].numpy(), first_codebook=1)))
-    np.testing.assert_array_equal(pieces, decoded[0, 0])
+    chunks = np.concatenate(list(codec.decode_stream(codes[0].numpy(), first_codebook=1)))
+    np.testing.assert_array_equal(chunks, decoded[0, 0])
 
 
-def test_the_decoder_hears_sums_of_entries(codec: Codec, speech) -> None:
+def test_the_decoder_input_is_the_sum_of_entries(codec: Codec, speech) -> None:
     codes = codec.encode(speech).codes
     told = zip(codec.entries(), codes[0], strict=True)
     with torch.inference_mode():
@@ -134,16 +134,16 @@ def long_speech(write_wav, tmp_path, seconds: float) -> torch.Tensor:
     return torch.from_numpy(wave)[None, None]
 
 
-def test_long_recordings_in_pieces(codec: Codec, write_wav, tmp_path) -> None:
-    """Pieces with context against one pass: equal for the frame-rate family, which looks 1 s far;
-    SEANet's LSTM looks further, and less than 2 % of its codes change."""
+def test_long_recordings_in_chunks(codec: Codec, write_wav, tmp_path) -> None:
+    """Chunks with context against one pass: equal for the frame-rate family (1 s receptive field);
+    SEANet's LSTM has a larger one, and less than 2 % of its codes change."""
     speech = long_speech(write_wav, tmp_path, 75.3)
     with torch.inference_mode():
         whole = codec.quantizer.encode(codec.encoder(speech))
         wave = codec.decoder(codec.quantizer.decode(whole))
-    pieces = codec.encode(speech).codes
-    assert pieces.shape == whole.shape
-    mismatch = (pieces != whole).float().mean()
+    chunks = codec.encode(speech).codes
+    assert chunks.shape == whole.shape
+    mismatch = (chunks != whole).float().mean()
     assert mismatch <= (0.0 if codec.config.family == "spectral" else 0.02)
     error = (codec.decode(whole) - wave).abs().max() / wave.abs().max()
     assert error <= (1e-4 if codec.config.family == "spectral" else 0.05)
@@ -159,8 +159,8 @@ def test_streams_equal_batches(codec: Codec, write_wav, tmp_path) -> None:
     np.testing.assert_array_equal(wave, codec.decode(torch.from_numpy(expected)[None])[0, 0])
 
 
-def test_streams_hold_a_piece_at_a_time(codec: Codec, monkeypatch) -> None:
-    """Two minutes: the networks never see more than a piece and its context."""
+def test_streams_hold_one_chunk_in_memory(codec: Codec, monkeypatch) -> None:
+    """Two minutes: the encoder input is at most a chunk with its context."""
     longest = 0
     forward = codec.encoder.forward
 
@@ -194,7 +194,7 @@ def test_bad_input_is_refused_in_words(codec: Codec, speech) -> None:
         codec.decode(torch.zeros(1, 4, 5, dtype=torch.long))
 
 
-def test_a_folder_brings_back_the_very_codec(codec: Codec, speech, tmp_path, capfd) -> None:
+def test_a_saved_codec_is_loaded_unchanged(codec: Codec, speech, tmp_path, capfd) -> None:
     codec.save_pretrained(tmp_path / "codec")
     again = load_codec(tmp_path / "codec")
     assert capfd.readouterr().out == ""

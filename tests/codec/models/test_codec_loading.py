@@ -58,7 +58,9 @@ def test_a_name_in_a_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_another_model_is_no_codec(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "hubert"}))
-    with pytest.raises(ValueError, match=r"type hubert is no codec.*encodec, dac, mimi, xcodec2"):
+    with pytest.raises(
+        ValueError, match=r"type hubert is not a supported codec.*encodec, dac, mimi, xcodec2"
+    ):
         load_codec(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no such thing"}))
     with pytest.raises(ValueError, match="cannot be loaded as a codec"):

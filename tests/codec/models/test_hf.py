@@ -50,7 +50,7 @@ def speech(codec: Baseline, seconds: float, seed: int = 3) -> torch.Tensor:
     return torch.from_numpy(voiced(seconds, codec.sample_rate, seed))[None, None]
 
 
-def in_pieces(monkeypatch: pytest.MonkeyPatch, chunk: float, context: float = 2.0) -> None:
+def in_chunks(monkeypatch: pytest.MonkeyPatch, chunk: float, context: float = 2.0) -> None:
     monkeypatch.setattr(contract, "CHUNK_SECONDS", chunk)
     monkeypatch.setattr(contract, "CONTEXT_SECONDS", context)
     monkeypatch.setattr("codec.models.hf.CHUNK_SECONDS", chunk)
@@ -165,9 +165,9 @@ def test_any_number_of_first_codebooks(codec: Baseline, kind: str) -> None:
     assert rest.shape[1] == codec.num_codebooks - 1
     # Mimi's acoustic codebooks stand beside the semantic one, the others' behind the first.
     assert torch.equal(rest, codes[:, 1:]) == (kind == "mimi")
-    spoken = codec.decode(rest, first_codebook=1)
-    assert spoken.shape == waves[0].shape
-    assert not torch.equal(spoken, codec.decode(rest))
+    decoded = codec.decode(rest, first_codebook=1)
+    assert decoded.shape == waves[0].shape
+    assert not torch.equal(decoded, codec.decode(rest))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -192,28 +192,28 @@ def test_what_is_no_recording_and_no_code_of_theirs(codec: Baseline, kind: str) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_long_recordings_in_pieces(
+def test_long_recordings_in_chunks(
     codec: Baseline, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pieces of 3 s with context against one pass: equal where the networks look no further.
+    """Chunks of 3 s with context against one pass: equal if the receptive field is smaller.
 
-    X-Codec2 normalises what it hears over the recording: a quarter of its codes may change.
+    X-Codec2 normalizes over the recording: a quarter of its codes may change.
     """
     wave = speech(codec, 7.3)
     with torch.inference_mode():
         whole = codec._encode_chunk(wave, None, range(codec.num_codebooks))
-        spoken = codec._decode_chunk(whole, None, 0)
-    in_pieces(monkeypatch, 3.0)
-    pieces = codec.encode(wave).codes
-    assert pieces.shape == whole.shape
-    mismatch = (pieces != whole).float().mean()
+        decoded = codec._decode_chunk(whole, None, 0)
+    in_chunks(monkeypatch, 3.0)
+    chunks = codec.encode(wave).codes
+    assert chunks.shape == whole.shape
+    mismatch = (chunks != whole).float().mean()
     assert mismatch <= {"dac": 0.0, "xcodec2": 0.25}.get(kind, 0.005)
-    error = (codec.decode(whole) - spoken).pow(2).mean().sqrt() / spoken.pow(2).mean().sqrt()
+    error = (codec.decode(whole) - decoded).pow(2).mean().sqrt() / decoded.pow(2).mean().sqrt()
     assert error <= (0.25 if kind == "xcodec2" else 1e-4)
-    # A batch in pieces is what its items are alone.
+    # A batch in chunks is equal to its items alone.
     sizes = torch.tensor([wave.shape[-1], 4 * codec.sample_rate + 7])
     codes, lengths = codec.encode(wave.repeat(2, 1, 1), sizes)
-    assert torch.equal(codes[0], pieces[0])
+    assert torch.equal(codes[0], chunks[0])
     alone = codec.encode(wave[..., : sizes[1]]).codes
     assert torch.equal(codes[1, :, : lengths[1]], alone[0])
 
@@ -222,7 +222,7 @@ def test_long_recordings_in_pieces(
 def test_streams_equal_the_whole(
     codec: Baseline, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    in_pieces(monkeypatch, 1.0, 0.5)
+    in_chunks(monkeypatch, 1.0, 0.5)
     wave = speech(codec, 2.7)
     codes = codec.encode(wave).codes
     blocks = np.split(wave[0, 0].numpy(), [7_001, 20_000])
@@ -244,7 +244,7 @@ def test_saved_again_they_are_the_same(
     again = type(codec).from_pretrained(tmp_path / "codec")
     assert type(again) is type(codec)
     other = EncodecBaseline if kind != "encodec" else MimiBaseline
-    with pytest.raises(ValueError, match=f"is no {other.__name__}; load_codec"):
+    with pytest.raises(ValueError, match=f"is not a {other.__name__}; load_codec"):
         other.from_pretrained(tmp_path / "codec")
     assert again.stamp.digest == codec.stamp.digest == load_codec(tmp_path / "codec").stamp.digest
     pushed = []
@@ -307,14 +307,14 @@ def test_tokens_are_exported_with_their_stamp(tmp_path: Path, folders: dict[str,
 @pytest.mark.parametrize(
     ("kind", "changes", "reason"),
     [
-        ("encodec", {"audio_channels": 2, "normalize": True}, "use the 24 kHz one"),
-        ("encodec", {"chunk_length_s": 1.0, "overlap": 0.01}, "use the 24 kHz one"),
-        ("mimi", {"encoder_config": None}, "one half of a Mimi"),
+        ("encodec", {"audio_channels": 2, "normalize": True}, "use the 24 kHz model"),
+        ("encodec", {"chunk_length_s": 1.0, "overlap": 0.01}, "use the 24 kHz model"),
+        ("mimi", {"encoder_config": None}, "use a complete Mimi"),
         ("mimi", {"audio_channels": 2}, "use a mono Mimi"),
         ("xcodec2", {"quantization_levels": (8,) * 6}, "a codebook of 262144 entries"),
     ],
 )
-def test_what_the_contract_has_no_place_for(
+def test_unsupported_configurations_are_refused(
     tmp_path: Path, kind: str, changes: dict[str, Any], reason: str
 ) -> None:
     MODELS[kind](**changes).save_pretrained(tmp_path)
@@ -334,7 +334,7 @@ def test_damaged_weights_are_named(tmp_path: Path, folders: dict[str, Path]) -> 
         load_codec(tmp_path)
     weights["decoder.conv1.weight"] = lost * float("nan")
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"decoder\.conv1\.weight holds NaN"):
+    with pytest.raises(ValueError, match=r"decoder\.conv1\.weight has NaN"):
         load_codec(tmp_path)
 
 

@@ -9,10 +9,10 @@ from conftest import ROOT
 
 from codec.modules.discriminators import (
     BandDiscriminator,
+    DiscriminatorOutput,
     Discriminators,
     PeriodDiscriminator,
     STFTDiscriminator,
-    Verdict,
 )
 from codec.training.config import DiscriminatorConfig
 from codec.training.losses import adversarial_loss, discriminator_loss, feature_loss
@@ -43,7 +43,7 @@ def test_every_sub_discriminator_speaks_and_keeps_items_apart() -> None:
     both = discriminators(wave)
     assert len(both) == 6
     for alone, together in zip(discriminators(wave[1:]), both, strict=True):
-        torch.testing.assert_close(alone.score[0], together.score[1], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(alone.logits[0], together.logits[1], atol=1e-5, rtol=1e-4)
         assert len(together.features) >= 6
 
 
@@ -55,7 +55,7 @@ def test_they_learn_to_tell_noise_from_a_tone() -> None:
     for _ in range(40):
         noise = 0.3 * torch.randn(2, 1, 2000)
         loss = sum(
-            (1 - real.score).square().mean() + fake.score.square().mean()
+            (1 - real.logits).square().mean() + fake.logits.square().mean()
             for real, fake in zip(discriminators(tone), discriminators(noise), strict=True)
         )
         optimizer.zero_grad()
@@ -79,7 +79,7 @@ def test_a_whole_period_more_where_none_is_missing(samples: int, rows: int) -> N
 
 
 def test_none_at_all_is_an_error() -> None:
-    with pytest.raises(ValueError, match="leave none"):
+    with pytest.raises(ValueError, match="discriminators: there are none"):
         Discriminators(DiscriminatorConfig(periods=(), num_scales=0, stft_windows=()))
 
 
@@ -99,7 +99,7 @@ def test_gradients_in_bfloat16_on_a_cpu_are_those_of_float32(kind, window: int) 
     gradients = {}
     for half in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss = (1 - discriminator(wave).score).square().mean()
+            loss = (1 - discriminator(wave).logits).square().mean()
         # Freed memory that a kernel takes and leaves unwritten shows.
         rubbish = [torch.full((size,), 1e30) for size in (144, 576, 4096, 65536) for _ in range(50)]
         rubbish.clear()
@@ -125,7 +125,7 @@ def test_what_no_discriminator_can_be_made_of_is_refused(name: str, least: int, 
         DiscriminatorConfig(**{name: value})
     fitting = replace(TINY, **{name: (least,) if isinstance(value, tuple) else least})
     for each in Discriminators(fitting)(torch.randn(1, 1, 1000)):
-        assert bool(each.score.isfinite().all())
+        assert bool(each.logits.isfinite().all())
 
 
 @pytest.mark.parametrize(("samples", "frames"), [(640, 40), (641, 41), (655, 41), (656, 41)])
@@ -136,7 +136,7 @@ def test_bands_see_every_sample_of_any_length(samples: int, frames: int) -> None
     verdict = discriminator(wave)
     assert len(verdict.features) == 26
     assert {each.shape[2] for each in verdict.features} == {frames}
-    verdict.score.square().sum().backward()
+    verdict.logits.square().sum().backward()
     assert bool((wave.grad != 0).all())
     assert all(bool(each.grad.any()) for each in discriminator.parameters())
 
@@ -153,7 +153,7 @@ def test_normalized_input_hides_gain_and_offset() -> None:
     discriminators = Discriminators(replace(BANDS, normalize_input=True))
     discriminators.others[0].register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
     silent = torch.zeros(1, 1, 2001, requires_grad=True)
-    discriminators(torch.cat([wave, silent]))[0].score.sum().backward()
+    discriminators(torch.cat([wave, silent]))[0].logits.sum().backward()
     torch.testing.assert_close(heard[0].abs().amax(-1).squeeze(), torch.tensor([0.8, 0.8, 0.0]))
     torch.testing.assert_close(heard[0].mean(-1), torch.zeros(3, 1), atol=1e-6, rtol=0)
     assert bool(silent.grad.isfinite().all())
@@ -172,7 +172,7 @@ def test_spectra_stay_exact_under_autocast(monkeypatch) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         verdicts = discriminators(torch.randn(1, 1, 2001).bfloat16())
     assert dtypes == [torch.float32]
-    assert all(each.score.dtype == torch.float32 for each in verdicts)
+    assert all(each.logits.dtype == torch.float32 for each in verdicts)
     assert verdicts[0].features[0].dtype == torch.bfloat16
 
 
@@ -183,7 +183,9 @@ def golden() -> dict:
 
 
 @pytest.fixture(scope="module")
-def heard(golden: dict) -> tuple[Discriminators, list[Verdict], list[Verdict]]:
+def heard(
+    golden: dict,
+) -> tuple[Discriminators, list[DiscriminatorOutput], list[DiscriminatorOutput]]:
     """The released discriminators as lmspt_losses.yaml has them, of the real and the fake wave."""
     preset = ROOT / "recipes" / "configs" / "codec" / "lmspt_losses.yaml"
     config = load_config(TrainCodecConfig, ["--config", str(preset)])
@@ -233,7 +235,7 @@ def test_released_maps(golden: dict, heard) -> None:
         found = [float(each.abs().mean()) for each in verdict.features]
         assert found == pytest.approx(means, rel=1e-4)
     for verdicts, name in ((real, "logit_mean_real"), (fake, "logit_mean_fake")):
-        found = [float(each.score.mean()) for each in verdicts]
+        found = [float(each.logits.mean()) for each in verdicts]
         assert found == pytest.approx(golden[name], rel=1e-4)
 
 

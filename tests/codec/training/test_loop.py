@@ -195,7 +195,7 @@ def test_crops_too_short_for_a_window_are_refused(
     accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value="NO"))
     short = CropConfig(seconds=0.1)
     _check(models, short, LOSSES, accelerator)
-    assert of[fits].others[0].least_samples == least
+    assert of[fits].others[0].min_samples == least
     of[fits](torch.randn(1, 1, least))
     of[fits](torch.randn(1, 1, least + 1))
     with pytest.raises(RuntimeError):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from codec.modules.discriminators import Verdict
+from codec.modules.discriminators import DiscriminatorOutput
 from codec.training.config import LossConfig, LossWeights, MelScaleConfig
 from codec.training.losses import (
     adversarial_loss,
@@ -141,8 +141,11 @@ def test_the_preset_weighs_as_released(preset: LossConfig) -> None:
     assert (weights.adversarial, 2 * weights.feature) == (1, 2)
 
 
-def verdicts(score: float) -> list[Verdict]:
-    return [Verdict(torch.full((2, 1, 5), score), [torch.full((2, 3), score)]) for _ in range(2)]
+def verdicts(score: float) -> list[DiscriminatorOutput]:
+    return [
+        DiscriminatorOutput(torch.full((2, 1, 5), score), [torch.full((2, 3), score)])
+        for _ in range(2)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -168,9 +171,9 @@ def test_feature_loss_forms() -> None:
 
 @pytest.mark.parametrize(("normalize", "expected"), [(False, 2 * (3 + 3)), (True, 3 / 2)])
 def test_feature_loss_without_scores_leaves_the_last_layer_out(normalize, expected) -> None:
-    def heard(feature: float, score: float) -> list[Verdict]:
+    def heard(feature: float, score: float) -> list[DiscriminatorOutput]:
         maps = [torch.full((2, 3), feature), torch.full((2, 1), score)]
-        return [Verdict(maps[-1], maps) for _ in range(2)]
+        return [DiscriminatorOutput(maps[-1], maps) for _ in range(2)]
 
     real, fake = heard(2.0, 1.0), heard(5.0, 9.0)
     assert feature_loss(real, fake, normalize=normalize, scores=False) == expected
@@ -180,7 +183,9 @@ def test_feature_loss_without_scores_leaves_the_last_layer_out(normalize, expect
 def test_feature_loss_trains_the_fake_side_only() -> None:
     real, fake = torch.ones(2, 3, requires_grad=True), torch.zeros(2, 3, requires_grad=True)
     score = torch.zeros(1)
-    feature_loss([Verdict(score, [real])], [Verdict(score, [fake])], normalize=False).backward()
+    feature_loss(
+        [DiscriminatorOutput(score, [real])], [DiscriminatorOutput(score, [fake])], normalize=False
+    ).backward()
     assert real.grad is None
     assert fake.grad.abs().sum() > 0
 
