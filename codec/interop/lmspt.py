@@ -1,16 +1,9 @@
-"""The released LM-SPT's files into our codecs, and ours into its.
+"""Checkpoints of the released LM-SPT (arXiv 2506.16738, github.com/kakao/lmspt).
 
-It publishes tensors as safetensors; their configuration is a YAML file of its Python package
-(lmspt/infer/conf/model), from which Hydra builds the model.
-
-The released LM-SPT in memory: its tensors, and ours for them.
-
-LM-SPT (arXiv 2506.16738, github.com/kakao/lmspt). Its tensors are ours under other names, bit for
-bit, and theirs come back from us as they were; what ours lose on the way there, `to_lmspt` says.
-
-The released LM-SPT's configuration, and ours for it.
-
-The keys are arguments of its Python classes (github.com/kakao/lmspt), which Hydra builds from YAML.
+Tensors are published as safetensors, their configuration as YAML of the Python package
+(lmspt/infer/conf/model), from which Hydra builds the model: its keys are arguments of the package's
+classes. The family lmspt has the tensors bit for bit, under other names; for what an export loses
+see `to_lmspt`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,22 +26,25 @@ from codec.config import (
     QuantizerConfig,
     least_stride,
 )
-from codec.interop.speechtokenizer import (
+from codec.interop.checkpoint import (
     WEIGHT_NORM,
     Original,
+    check_files_absent,
     check_foreign,
-    fitting,
-    outlined,
+    codec_on_meta,
+    first_three,
+    integer,
+    match_tensors,
     read_config_text,
     read_json,
     read_state,
-    some,
-    whole,
 )
 from codec.io import atomic_files, check_out_folder
 from codec.models.codec import Codec
 
-# Keys of the model and what the original makes of those that are not there.
+MODEL_CLASS = "lmspt.model_codec.lmspt_model.LMSPT"
+DECODER_CLASS = "lmspt.model_codec.dac_model.Decoder"
+# Keys of the model and the original's defaults.
 DEFAULTS: dict[str, Any] = {
     "sample_rate": 44_100,
     "output_sample_rate": None,
@@ -77,7 +73,7 @@ DEFAULTS: dict[str, Any] = {
     "is_causal": False,
     "aux_decoder": None,
 }
-# The same of its auxiliary decoder; those without any it cannot be built without.
+# Keys of its auxiliary decoder; those with None are required.
 AUXILIARY_DEFAULTS: dict[str, Any] = {
     "input_channel": None,
     "channels": None,
@@ -88,94 +84,232 @@ AUXILIARY_DEFAULTS: dict[str, Any] = {
     "residual_kernel_size": 7,
     "is_causal": False,
 }
-# Hydra's, which builds the original's modules.
+# Keys of Hydra, which builds the original's modules.
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_")
 CODEBOOK_SIZES = (2, 65_536)
-MOST_CODEBOOKS = 1024
-# Units of a stage: the original reads as many dilations, and no more.
+MAX_CODEBOOKS = 1024
+# Residual units of a stage: the original reads this number of dilations.
 NUM_UNITS = 3
-# So deep may the keys lie, each time under `model`.
-MOST_NESTING = 4
+# Maximum depth of nested `model` keys.
+MAX_NESTING = 4
+
+# Our name of a tensor inside its module: theirs.
+LEAVES = WEIGHT_NORM | {"entries": "weight"}
+USAGE = ("quantizer.semantic_vocab_usage", "quantizer.acoustic_vocab_usage")
+SEMANTIC, ACOUSTIC = "semantic_encoder.", "acoustic_encoder."
+AUXILIARY = "aux_decoder."
+
+
+def import_lmspt(config_file: str | Path, checkpoint_file: str | Path) -> Codec:
+    """The codec of a published configuration and checkpoint, for inference or further training.
+
+    The configuration is YAML or JSON with the keys of the model, also under `model`. The checkpoint
+    is safetensors or a state_dict saved with torch.save, with old or new names of weight norm, of
+    any floating-point type. Raises `ValueError` if a file is corrupted or they do not match.
+    """
+    try:
+        config = config_from_lmspt(_read_config(Path(config_file)))
+    except ValueError as error:
+        raise ValueError(f"{config_file}: {error}") from error
+    try:
+        return codec_from_state(config, read_state(Path(checkpoint_file)))
+    except ValueError as error:
+        raise ValueError(f"{checkpoint_file}: {error}") from error
+
+
+def export_lmspt(codec: Codec, folder: str | Path, *, overwrite: bool = False) -> None:
+    """Writes the files of `lmspt_files` for the original's get_model and for Hydra.
+
+    The tensors of a shared encoder have the acoustic name only, as in the original's checkpoint.
+    Raises `ValueError` for another family, for options that the original does not have, for folded
+    weight norm, and for files that exist already without `overwrite`.
+    """
+    original, folder = to_lmspt(codec), Path(folder)
+    check_out_folder(folder)
+    config_name, checkpoint_name = lmspt_files(codec.config)
+    check_files_absent([folder / config_name, folder / checkpoint_name], overwrite=overwrite)
+    state = original.state
+    if codec.config.lmspt.shared_encoder:
+        state = {name: state[name] for name in state if not name.startswith(SEMANTIC)}
+    auxiliary = {"_target_": DECODER_CLASS, **original.config["aux_decoder"]}
+    model = {"_target_": MODEL_CLASS, **original.config, "aux_decoder": auxiliary}
+    with atomic_files(folder) as temporary:
+        text = yaml.safe_dump({"model": model}, sort_keys=False, default_flow_style=None)
+        (temporary / config_name).write_text(text, encoding="utf-8")
+        save_file(state, temporary / checkpoint_name, metadata={"format": "pt"})
+
+
+def lmspt_files(config: CodecConfig) -> tuple[str, str]:
+    """Names of the configuration and the checkpoint that `export_lmspt` writes.
+
+    They follow the original: 12.5 Hz with codebooks of 16384 and 4096 entries gives the name that
+    its get_model loads, lmspt_12d5hz_16384_4096.safetensors. Raises `ValueError` as `export_lmspt`.
+    """
+    theirs = config_to_lmspt(config)
+    rate = f"{theirs['sample_rate'] / prod(theirs['encoder_rates']):g}".replace(".", "d")
+    acoustic = theirs["acoustic_codebook_size"]
+    acoustic = acoustic if isinstance(acoustic, list) else [acoustic]
+    sizes = [theirs["semantic_codebook_size"], *acoustic]
+    stem = "_".join([f"lmspt_{rate}hz", *map(str, sizes)])
+    return f"{stem}_{theirs['n_codebooks']}vq.yaml", f"{stem}.safetensors"
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    if file.suffix == ".json":
+        return read_json(file)
+    text = read_config_text(file)
+    try:
+        config = yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError):
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError("has no keys and values in YAML; copy it again")
+    check_foreign(config)
+    return config
+
+
+def from_lmspt(original: Original) -> Codec:
+    """A codec with the original's tensors, with old or new names of weight norm.
+
+    Raises `ValueError` that names the missing, unknown, misshapen and unusable tensors.
+    """
+    return codec_from_state(config_from_lmspt(original.config), original.state)
+
+
+def codec_from_state(config: CodecConfig, state: Mapping[str, Tensor]) -> Codec:
+    """A codec of `config` with the original's tensors. Raises `ValueError` as `from_lmspt`.
+
+    For a shared encoder one of its two names is enough. Without tensors of an auxiliary decoder the
+    codec has none.
+    """
+    if not any(name.startswith(AUXILIARY) for name in state):
+        none = replace(config.lmspt.auxiliary, kind="none")
+        config = replace(config, lmspt=replace(config.lmspt, auxiliary=none))
+    counts = {
+        "n_codebooks": config.quantizer.num_codebooks,
+        "encoder_rates": len(config.lmspt.conv.strides),
+        "decoder_rates": len(config.lmspt.conv.upsampling),
+        "aux_decoder.rates": len(config.lmspt.auxiliary.strides),
+    }
+    outline = codec_on_meta(config, counts, len(state))
+    names, ours = lmspt_tensor_names(outline), outline.state_dict()
+    shapes = {theirs: tuple(ours[name].shape) for name, theirs in names.items()}
+    sizes = config.quantizer.sizes
+    shapes |= {USAGE[0]: (1, sizes[0]), USAGE[1]: (len(sizes) - 1, max(sizes[1:]))}
+    if config.lmspt.shared_encoder:
+        shapes |= {_other_encoder(name): shapes[name] for name in shapes if _is_encoder(name)}
+        twins = {_other_encoder(name): name for name in state if _is_encoder(name)}
+        state = {name: state[twin] for name, twin in twins.items()} | dict(state)
+    found = match_tensors(state, shapes)
+    different = [
+        name
+        for name in shapes
+        if name.startswith(ACOUSTIC)
+        and config.lmspt.shared_encoder
+        and not torch.equal(found[name], found[_other_encoder(name)])
+    ]
+    if different:
+        raise ValueError(
+            "does not match its configuration: use_shared_encoder is true, and there are two "
+            f"encoders with different {first_three(different)}"
+        )
+    codec = Codec(config)
+    ours = codec.state_dict()
+    for name, theirs in names.items():
+        ours[name].copy_(found[theirs])
+    usage = [found[USAGE[0]][0], *found[USAGE[1]]]
+    for book, row in zip(_codebooks(config), usage, strict=True):
+        size = ours[f"{book}.cluster_size"]
+        size.copy_(row[: len(size)])
+        ours[f"{book}.num_updates"].fill_(1)
+    return codec.eval()
+
+
+def to_lmspt(codec: Codec) -> Original:
+    """The inverse of `from_lmspt`, with copies of the tensors on the CPU.
+
+    An imported codec is exported bit for bit. A codec of ours has the same codes and waves after a
+    round trip, but each codebook's number of updates becomes 1, so its digest changes, and the
+    quantizer's training keys become our defaults. The usage of codebooks is the original's record
+    of shares, or our counts. The original has one size for all acoustic codebooks: other sizes
+    become lists, with the usage padded with zeros. A shared encoder has both names.
+
+    Raises `ValueError` for another family, for options that the original does not have, and for
+    folded weight norm.
+    """
+    config, tensors = config_to_lmspt(codec.config), codec.state_dict()
+    codec.check_unfolded("to export it")
+    state = {}
+    for name, theirs in lmspt_tensor_names(codec).items():
+        state[theirs] = tensors[name].detach().cpu().clone().contiguous()
+    if codec.config.lmspt.shared_encoder:
+        state |= {_other_encoder(name): state[name] for name in state if _is_encoder(name)}
+    use = [tensors[f"{book}.cluster_size"].detach().cpu() for book in _codebooks(codec.config)]
+    for name, rows in zip(USAGE, (use[:1], use[1:]), strict=True):
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        state[name] = padded.contiguous()
+    return Original(config, state)
 
 
 def config_from_lmspt(theirs: Mapping[str, Any]) -> CodecConfig:
-    """Ours for the original's keys, alone or under `model` as its package keeps them.
+    """Our configuration for the original's keys, alone or under `model` as in its package.
 
-    Keys of Hydra are passed over. Raises `ValueError` that names the unknown or bad key, and for
-    what the original cannot do or we have no place for.
+    Keys of Hydra are ignored. Raises `ValueError` that names an unknown or bad key, and for options
+    that the original cannot use or that we do not have.
     """
-    # Configurations of its training have them under model.model.
-    for _ in range(MOST_NESTING):
+    # Training configurations have the keys under model.model.
+    for _ in range(MAX_NESTING):
         if theirs.get("model") is not None:
             theirs = _mapping("model", theirs["model"])
-    if referring := list(_referring(theirs, "")):
+    if references := list(_references(theirs, "")):
         raise ValueError(
-            f"{', '.join(referring)}: refer to other keys (${{...}}); write their values here, or "
-            "take a file of the package's lmspt/infer/conf/model/, which refer to none"
+            f"{', '.join(references)}: refer to other keys (${{...}}); write their values here, or "
+            "use a file of the package's lmspt/infer/conf/model/, which has no references"
         )
-    given = _filled(theirs, DEFAULTS, "")
-    _check_possible(given)
-    causal, sample_rate = _truth("is_causal", given["is_causal"]), _whole_of(given, "sample_rate")
-    width = _whole_of(given, "encoder_dim")
-    rates = _rates("encoder_rates", given["encoder_rates"], causal)
+    given = _Keys(theirs, DEFAULTS)
+    _check_supported(given.values)
+    causal, width = given.boolean("is_causal"), given.integer("encoder_dim")
+    strides = given.strides("encoder_rates", causal)
     semantic, acoustic = (
-        width if given[key] is None else _whole_of(given, key)
+        width if given.values[key] is None else given.integer(key)
         for key in ("semantic_encoder_dim", "acoustic_encoder_dim")
     )
-    is_shared = _truth("use_shared_encoder", given["use_shared_encoder"])
+    is_shared = given.boolean("use_shared_encoder")
     acoustic = semantic if is_shared else acoustic
-    if given["latent_dim"] is None:
-        # The limit of `whole` holds for the product too.
-        given["latent_dim"] = width * 2 ** min(len(rates), 31)
+    if given.values["latent_dim"] is None:
+        # The exponent is limited so that `integer` can refuse the product.
+        given.values["latent_dim"] = width * 2 ** min(len(strides), 31)
     conv = ConvConfig(
         width=acoustic,
         semantic_width=0 if semantic == acoustic else semantic,
-        strides=rates,
-        decoder_width=_whole_of(given, "decoder_dim"),
-        decoder_strides=_rates("decoder_rates", given["decoder_rates"], causal),
-        dilations=_dilations("dilation", given["dilation"]),
-        kernel_size=_odd(given, "residual_kernel_size"),
+        strides=strides,
+        decoder_width=given.integer("decoder_dim"),
+        decoder_strides=given.strides("decoder_rates", causal),
+        dilations=given.dilations("dilation"),
+        kernel_size=given.odd("residual_kernel_size"),
     )
     lmspt = LMSPTConfig(
         encoder="conv",
         decoder="conv",
-        dimension=_whole_of(given, "latent_dim"),
+        dimension=given.integer("latent_dim"),
         shared_encoder=is_shared,
-        semantic_subtraction=_truth("semantic_subtraction", given["semantic_subtraction"]),
+        semantic_subtraction=given.boolean("semantic_subtraction"),
         causal=causal,
         conv=conv,
-        auxiliary=_auxiliary(given),
+        auxiliary=_auxiliary(given.values),
     )
     return CodecConfig(
-        family="lmspt", sample_rate=sample_rate, lmspt=lmspt, quantizer=_quantizer(given)
+        family="lmspt",
+        sample_rate=given.integer("sample_rate"),
+        lmspt=lmspt,
+        quantizer=_quantizer(given.values),
     )
-
-
-def _without_place(ours: CodecConfig) -> list[str]:
-    """What the original cannot have."""
-    lmspt, conv, quantizer = ours.lmspt, ours.lmspt.conv, ours.quantizer
-    auxiliary = lmspt.auxiliary
-    no_place = {
-        "lmspt.encoder spectral": lmspt.encoder != "conv",
-        "lmspt.decoder spectral": lmspt.decoder != "conv",
-        "lmspt.semantic whisper": lmspt.semantic != "own",
-        "lmspt.transformer": lmspt.transformer.num_layers > 0,
-        f"lmspt.auxiliary.kind {auxiliary.kind}": auxiliary.kind != "conv",
-        f"lmspt.conv.dilations other than {NUM_UNITS}": len(conv.dilations) != NUM_UNITS,
-        f"lmspt.auxiliary.dilations other than {NUM_UNITS}": len(auxiliary.dilations) != NUM_UNITS,
-        "quantizer.learning ema": quantizer.learning != "gradient",
-        "quantizer.normalize false": not quantizer.normalize,
-        "codebooks without projections (quantizer.codebook_dimension 0)": not all(
-            quantizer.dimensions
-        ),
-    }
-    return [what for what, is_there in no_place.items() if is_there]
 
 
 def config_to_lmspt(ours: CodecConfig) -> dict[str, Any]:
-    """What `config_from_lmspt` takes, without Hydra's keys.
+    """The inverse of `config_from_lmspt`, without Hydra's keys.
 
-    Raises `ValueError` that names what the original has no place for.
+    Raises `ValueError` for another family and for options that the original does not have.
     """
     if ours.family != "lmspt":
         raise ValueError(f"only codecs of the family lmspt can be exported, not {ours.family}")
@@ -183,11 +317,11 @@ def config_to_lmspt(ours: CodecConfig) -> dict[str, Any]:
     auxiliary, semantic_width = lmspt.auxiliary, conv.semantic_width or conv.width
     if auxiliary.kind == "none":
         raise ValueError(
-            "has no auxiliary decoder any more, and the released LM-SPT has one; export the folder "
-            "that was trained, which still has it"
+            "has no auxiliary decoder, and the released LM-SPT needs one; export the folder of the "
+            "training run, which has it"
         )
-    if said := _without_place(ours):
-        raise ValueError(f"the released LM-SPT has no place for {', '.join(said)}")
+    if unsupported := _unsupported(ours):
+        raise ValueError(f"the released LM-SPT does not support {', '.join(unsupported)}")
     return {
         "sample_rate": ours.sample_rate,
         "encoder_rates": list(conv.strides),
@@ -221,46 +355,104 @@ def config_to_lmspt(ours: CodecConfig) -> dict[str, Any]:
     }
 
 
-def _filled(theirs: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """All keys: the given ones that say something, and the original's defaults."""
-    given = {str(key): value for key, value in theirs.items() if key not in HYDRA_KEYS}
-    if unknown := sorted(given.keys() - defaults.keys()):
-        alike = get_close_matches(unknown[0], defaults, n=1)
-        hint = f"; is {where}{alike[0]} meant?" if alike else " of the released LM-SPT's model"
-        raise ValueError(f"unknown key {where}{unknown[0]}{hint}")
-    return {**defaults, **{key: value for key, value in given.items() if value is not None}}
+def _unsupported(ours: CodecConfig) -> list[str]:
+    """Options of a configuration that the original does not have."""
+    lmspt, conv, quantizer = ours.lmspt, ours.lmspt.conv, ours.quantizer
+    auxiliary = lmspt.auxiliary
+    unsupported = {
+        "lmspt.encoder spectral": lmspt.encoder != "conv",
+        "lmspt.decoder spectral": lmspt.decoder != "conv",
+        "lmspt.semantic whisper": lmspt.semantic != "own",
+        "lmspt.transformer": lmspt.transformer.num_layers > 0,
+        f"lmspt.auxiliary.kind {auxiliary.kind}": auxiliary.kind != "conv",
+        f"lmspt.conv.dilations other than {NUM_UNITS}": len(conv.dilations) != NUM_UNITS,
+        f"lmspt.auxiliary.dilations other than {NUM_UNITS}": len(auxiliary.dilations) != NUM_UNITS,
+        "quantizer.learning ema": quantizer.learning != "gradient",
+        "quantizer.normalize false": not quantizer.normalize,
+        "codebooks without projections (quantizer.codebook_dimension 0)": not all(
+            quantizer.dimensions
+        ),
+    }
+    return [option for option, is_set in unsupported.items() if is_set]
 
 
-def _referring(given: Mapping[str, Any], where: str) -> Iterator[str]:
-    """Keys whose values are references of Hydra's; lists are looked into, and one mapping."""
+class _Keys:
+    """Keys of a configuration with the original's defaults for those that are missing or null.
+
+    Methods return typed values and raise `ValueError` that names the key, prefixed by `prefix`.
+    """
+
+    def __init__(
+        self, theirs: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = ""
+    ) -> None:
+        given = {str(key): value for key, value in theirs.items() if key not in HYDRA_KEYS}
+        if unknown := sorted(given.keys() - defaults.keys()):
+            alike = get_close_matches(unknown[0], defaults, n=1)
+            hint = f"; is {prefix}{alike[0]} meant?" if alike else " of the released LM-SPT's model"
+            raise ValueError(f"unknown key {prefix}{unknown[0]}{hint}")
+        given = {key: value for key, value in given.items() if value is not None}
+        self.values, self.prefix = {**defaults, **given}, prefix
+
+    def integer(self, key: str) -> int:
+        return integer(f"{self.prefix}{key}", self.values[key])
+
+    def odd(self, key: str) -> int:
+        number = self.integer(key)
+        if number % 2 == 0:
+            raise ValueError(f"{self.prefix}{key} must be odd, got {number}")
+        return number
+
+    def boolean(self, key: str) -> bool:
+        if self.values[key] not in (0, 1):
+            raise ValueError(f"{self.prefix}{key} must be true or false, got {self.values[key]!r}")
+        return bool(self.values[key])
+
+    def strides(self, key: str, causal: bool) -> tuple[int, ...]:
+        name = f"{self.prefix}{key}"
+        return tuple(integer(name, each, least_stride(causal)) for each in self._list(key))
+
+    def dilations(self, key: str) -> tuple[int, ...]:
+        name, numbers = f"{self.prefix}{key}", self._list(key)
+        if len(numbers) < NUM_UNITS:
+            raise ValueError(f"{name} needs {NUM_UNITS} numbers, got {numbers!r}")
+        return tuple(integer(name, each) for each in numbers[:NUM_UNITS])
+
+    def _list(self, key: str) -> list[Any]:
+        value = self.values[key]
+        if not isinstance(value, list | tuple) or not value:
+            raise ValueError(f"{self.prefix}{key} must be a list of integers, got {value!r}")
+        return list(value)
+
+
+def _references(given: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """Keys whose values are Hydra references, also in lists and one level of mappings."""
     for key, value in given.items():
-        if isinstance(value, Mapping) and not where:
-            yield from _referring(value, f"{key}.")
+        if isinstance(value, Mapping) and not prefix:
+            yield from _references(value, f"{key}.")
         elif isinstance(value, str | list) and "${" in str(value):
-            yield f"{where}{key}"
+            yield f"{prefix}{key}"
 
 
-def _check_possible(given: Mapping[str, Any]) -> None:
+def _check_supported(given: Mapping[str, Any]) -> None:
     if given["output_sample_rate"] not in (None, 0, given["sample_rate"]):
         raise ValueError(
             f"output_sample_rate is {given['output_sample_rate']}, sample_rate "
-            f"{given['sample_rate']}: a codec of ours decodes at the rate that it encodes"
+            f"{given['sample_rate']}: our codecs have one sample rate for input and output"
         )
-    # Anything else is rvq to the original, to which semantic_quantizer_kwargs have nothing to say.
+    # The original treats any other value as rvq, for which semantic_quantizer_kwargs are not used.
     if given["semantic_quantizer"] == "fsq":
         raise ValueError(
-            "semantic_quantizer is 'fsq', which has no codebook of its own; only rvq can be "
-            "imported"
+            "semantic_quantizer is 'fsq', which has no learned codebook; only rvq can be imported"
         )
     if given["n_semantic_codebooks"] != 1:
         raise ValueError(
-            f"n_semantic_codebooks is {given['n_semantic_codebooks']!r}, and the original always "
-            "has 1: with another number it cannot decode its own codes"
+            f"n_semantic_codebooks is {given['n_semantic_codebooks']!r}; only 1 is supported (with "
+            "another number the original cannot decode its own codes)"
         )
 
 
 def _quantizer(given: Mapping[str, Any]) -> QuantizerConfig:
-    count = whole("n_codebooks", given["n_codebooks"], 2, MOST_CODEBOOKS)
+    count = integer("n_codebooks", given["n_codebooks"], 2, MAX_CODEBOOKS)
     sizes, dimensions = [], []
     for stage, number in (("semantic", 1), ("acoustic", count - 1)):
         for all_of, what, limits in ((sizes, "size", CODEBOOK_SIZES), (dimensions, "dim", ())):
@@ -284,16 +476,16 @@ def _quantizer(given: Mapping[str, Any]) -> QuantizerConfig:
 
 
 def _per_codebook(key: str, value: Any, count: int, limits: tuple[int, ...]) -> list[int]:
-    """One number for all, or a list, of which the original reads the first ones."""
+    """One number for all codebooks, or a list, of which the original reads the first `count`."""
     if not isinstance(value, list | tuple):
-        return [whole(key, value, *limits)] * count
+        return [integer(key, value, *limits)] * count
     if len(value) < count:
         raise ValueError(f"{key} needs {count} numbers, got {value!r}")
-    return [whole(key, each, *limits) for each in value[:count]]
+    return [integer(key, each, *limits) for each in value[:count]]
 
 
 def _auxiliary(given: Mapping[str, Any]) -> AuxiliaryConfig:
-    """Where the original names none, it takes one like its decoder, with the usual units."""
+    """The auxiliary decoder; by default the original builds one like its decoder."""
     theirs = given["aux_decoder"]
     if theirs is None:
         theirs = {
@@ -303,186 +495,61 @@ def _auxiliary(given: Mapping[str, Any]) -> AuxiliaryConfig:
             "sample_rate": given["sample_rate"],
             "is_causal": given["is_causal"],
         }
-    where = "aux_decoder."
-    inside = _filled(_mapping("aux_decoder", theirs), AUXILIARY_DEFAULTS, where)
-    if missing := [f"{where}{key}" for key, value in inside.items() if value is None]:
+    prefix = "aux_decoder."
+    keys = _Keys(_mapping("aux_decoder", theirs), AUXILIARY_DEFAULTS, prefix)
+    if missing := [f"{prefix}{key}" for key, value in keys.values.items() if value is None]:
         raise ValueError(f"the configuration lacks {', '.join(missing)}")
-    if inside["d_out"] != 1:
-        raise ValueError(f"{where}d_out is {inside['d_out']!r}: speech of ours is mono")
-    if inside["input_channel"] != given["latent_dim"]:
+    if keys.values["d_out"] != 1:
+        raise ValueError(f"{prefix}d_out is {keys.values['d_out']!r}: our codecs are mono")
+    if keys.values["input_channel"] != given["latent_dim"]:
         raise ValueError(
-            f"{where}input_channel is {inside['input_channel']!r}, latent_dim is "
+            f"{prefix}input_channel is {keys.values['input_channel']!r}, latent_dim is "
             f"{given['latent_dim']!r}; they must agree"
         )
-    given = {f"{where}{key}": value for key, value in inside.items()}
-    causal = _truth(f"{where}is_causal", inside["is_causal"])
+    causal = keys.boolean("is_causal")
     return AuxiliaryConfig(
         kind="conv",
-        sample_rate=_whole_of(given, f"{where}sample_rate"),
-        width=_whole_of(given, f"{where}channels"),
-        strides=_rates(f"{where}rates", inside["rates"], causal),
-        dilations=_dilations(f"{where}dilation", inside["dilation"]),
-        kernel_size=_odd(given, f"{where}residual_kernel_size"),
+        sample_rate=keys.integer("sample_rate"),
+        width=keys.integer("channels"),
+        strides=keys.strides("rates", causal),
+        dilations=keys.dilations("dilation"),
+        kernel_size=keys.odd("residual_kernel_size"),
         causal=causal,
     )
 
 
-def _whole_of(given: Mapping[str, Any], key: str) -> int:
-    return whole(key, given[key])
-
-
 def _mapping(key: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{key} must hold keys and values, got {value!r}")
+        raise ValueError(f"{key} must have keys and values, got {value!r}")
     return value
-
-
-def _truth(key: str, value: Any) -> bool:
-    if value not in (0, 1):
-        raise ValueError(f"{key} must be true or false, got {value!r}")
-    return bool(value)
-
-
-def _odd(given: Mapping[str, Any], key: str) -> int:
-    number = whole(key, given[key])
-    if number % 2 == 0:
-        raise ValueError(f"{key} must be odd, got {number}")
-    return number
-
-
-def _dilations(key: str, value: Any) -> tuple[int, ...]:
-    numbers = _list(key, value)
-    if len(numbers) < NUM_UNITS:
-        raise ValueError(f"{key} needs {NUM_UNITS} numbers, got {value!r}")
-    return tuple(whole(key, each) for each in numbers[:NUM_UNITS])
-
-
-def _rates(key: str, value: Any, causal: bool) -> tuple[int, ...]:
-    return tuple(whole(key, each, least_stride(causal)) for each in _list(key, value))
-
-
-def _list(key: str, value: Any) -> list[Any]:
-    if not isinstance(value, list | tuple) or not value:
-        raise ValueError(f"{key} must be a list of whole numbers, got {value!r}")
-    return list(value)
 
 
 def _one_or_all(numbers: tuple[int, ...]) -> int | list[int]:
     return numbers[0] if len(set(numbers)) == 1 else list(numbers)
 
 
-LEAVES = WEIGHT_NORM | {"entries": "weight"}
-USAGE = ("quantizer.semantic_vocab_usage", "quantizer.acoustic_vocab_usage")
-SEMANTIC, ACOUSTIC = "semantic_encoder.", "acoustic_encoder."
-AUXILIARY = "aux_decoder."
-
-
-def from_lmspt(original: Original) -> Codec:
-    """A codec with the original's tensors, either way of naming weight norm.
-
-    Raises `ValueError` that names the missing, unknown, misshapen and unusable tensors.
-    """
-    return filled_lmspt(config_from_lmspt(original.config), original.state)
-
-
-def filled_lmspt(config: CodecConfig, state: Mapping[str, Tensor]) -> Codec:
-    """A codec of `config` with the original's tensors. Raises `ValueError` as `from_lmspt`.
-
-    Of a shared encoder's two names either is enough. A state without any tensor of an auxiliary
-    decoder makes a codec without one.
-    """
-    if not any(name.startswith(AUXILIARY) for name in state):
-        none = replace(config.lmspt.auxiliary, kind="none")
-        config = replace(config, lmspt=replace(config.lmspt, auxiliary=none))
-    counts = {
-        "n_codebooks": config.quantizer.num_codebooks,
-        "encoder_rates": len(config.lmspt.conv.strides),
-        "decoder_rates": len(config.lmspt.conv.upsampling),
-        "aux_decoder.rates": len(config.lmspt.auxiliary.strides),
-    }
-    outline = outlined(config, counts, len(state))
-    names, ours = lmspt_tensor_names(outline), outline.state_dict()
-    shapes = {theirs: tuple(ours[name].shape) for name, theirs in names.items()}
-    sizes = config.quantizer.sizes
-    shapes |= {USAGE[0]: (1, sizes[0]), USAGE[1]: (len(sizes) - 1, max(sizes[1:]))}
-    if config.lmspt.shared_encoder:
-        shapes |= {_other_encoder(name): shapes[name] for name in shapes if _is_encoder(name)}
-        twins = {_other_encoder(name): name for name in state if _is_encoder(name)}
-        state = {name: state[twin] for name, twin in twins.items()} | dict(state)
-    found = fitting(state, shapes)
-    different = [
-        name
-        for name in shapes
-        if name.startswith(ACOUSTIC)
-        and config.lmspt.shared_encoder
-        and not torch.equal(found[name], found[_other_encoder(name)])
-    ]
-    if different:
-        raise ValueError(
-            "does not fit its configuration: use_shared_encoder is true, and there are two "
-            f"encoders, of different {some(different)}"
-        )
-    codec = Codec(config)
-    ours = codec.state_dict()
-    for name, theirs in names.items():
-        ours[name].copy_(found[theirs])
-    usage = [found[USAGE[0]][0], *found[USAGE[1]]]
-    for book, row in zip(_codebooks(config), usage, strict=True):
-        size = ours[f"{book}.cluster_size"]
-        size.copy_(row[: len(size)])
-        ours[f"{book}.num_updates"].fill_(1)
-    return codec.eval()
-
-
-def to_lmspt(codec: Codec) -> Original:
-    """What `from_lmspt` takes, with copies of the tensors, on the CPU.
-
-    What came from an original goes back bit for bit. A codec of ours that goes there and back codes
-    and decodes alike, but each codebook's number of updates becomes 1, hence another digest in the
-    stamp, and what only training reads of the quantizer's configuration becomes our defaults.
-    The codebooks' use is the original's record of shares, and counts of ours. The original's own
-    code has one size for all acoustic codebooks: others go into lists, their use padded with zeros.
-    A shared encoder has both names, as in the original's state_dict.
-
-    Raises `ValueError` for another family, for what the original has no place for, and for a
-    folded codec.
-    """
-    config, tensors = config_to_lmspt(codec.config), codec.state_dict()
-    codec.check_unfolded("to export it")
-    state = {}
-    for name, theirs in lmspt_tensor_names(codec).items():
-        state[theirs] = tensors[name].detach().cpu().clone().contiguous()
-    if codec.config.lmspt.shared_encoder:
-        state |= {_other_encoder(name): state[name] for name in state if _is_encoder(name)}
-    use = [tensors[f"{book}.cluster_size"].detach().cpu() for book in _codebooks(codec.config)]
-    for name, rows in zip(USAGE, (use[:1], use[1:]), strict=True):
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        state[name] = padded.contiguous()
-    return Original(config, state)
-
-
 def lmspt_tensor_names(codec: Codec) -> dict[str, str]:
-    """Our name of every tensor of an unfolded codec, and theirs, but for the codebooks' use.
+    """Our name of every tensor of an unfolded codec -> theirs, without the codebooks' usage.
 
-    A shared encoder is there once, as their semantic one.
+    A shared encoder occurs once, with their semantic name.
     """
     names = {}
     for ours, theirs in _modules(codec.config):
         for leaf in codec.get_submodule(ours).state_dict():
             names[f"{ours}.{leaf}"] = f"{theirs}.{LEAVES.get(leaf, leaf)}"
-    use = [
+    usage = [
         f"{book}.{leaf}"
         for book in _codebooks(codec.config)
         for leaf in ("cluster_size", "num_updates")
     ]
-    for name in use:
+    for name in usage:
         del names[name]
-    assert names.keys() | set(use) == codec.state_dict().keys()
+    assert names.keys() | set(usage) == codec.state_dict().keys()
     return names
 
 
 def _codebooks(config: CodecConfig) -> list[str]:
-    """Our names of the tables, in the order of the streams."""
+    """Our names of the codebooks, in order."""
     return [f"{ours}.codebook" for ours, _ in _quantizers(config)]
 
 
@@ -502,9 +569,9 @@ def _other_encoder(name: str) -> str:
 
 
 def _modules(config: CodecConfig) -> Iterator[tuple[str, str]]:
-    """Names of all modules that hold tensors, ours and theirs.
+    """Names of all modules with tensors, ours and theirs.
 
-    Theirs are numbered in the order of computation, inside blocks too.
+    Theirs are numbered in the order of computation, also inside blocks.
     """
     lmspt = config.lmspt
     encoder = _encoder(len(lmspt.conv.strides), lmspt.causal)
@@ -556,78 +623,3 @@ def _unit(ours: str, theirs: str, conv: str) -> dict[str, str]:
         f"{ours}.activation_out": f"{theirs}.block.2",
         f"{ours}.conv_out.conv": f"{theirs}.block.3{conv}",
     }
-
-
-MODEL_CLASS = "lmspt.model_codec.lmspt_model.LMSPT"
-DECODER_CLASS = "lmspt.model_codec.dac_model.Decoder"
-
-
-def import_lmspt(config_file: str | Path, checkpoint_file: str | Path) -> Codec:
-    """The codec of a published configuration and checkpoint, ready to use or to train further.
-
-    The configuration is YAML or JSON with the keys of the model, alone or under `model`. The
-    checkpoint is safetensors or a state_dict saved with torch.save, with old or new names of weight
-    norm, in any floating-point numbers. Raises `ValueError` when a file is damaged or they do not
-    fit.
-    """
-    try:
-        config = config_from_lmspt(_read_config(Path(config_file)))
-    except ValueError as error:
-        raise ValueError(f"{config_file}: {error}") from error
-    try:
-        return filled_lmspt(config, read_state(Path(checkpoint_file)))
-    except ValueError as error:
-        raise ValueError(f"{checkpoint_file}: {error}") from error
-
-
-def lmspt_files(config: CodecConfig) -> tuple[str, str]:
-    """Names of the configuration and the checkpoint that `export_lmspt` writes, after the original.
-
-    12.5 Hz with codebooks of 16384 and 4096 entries has the name that its get_model asks for:
-    lmspt_12d5hz_16384_4096.safetensors. Raises `ValueError` as `export_lmspt`.
-    """
-    theirs = config_to_lmspt(config)
-    rate = f"{theirs['sample_rate'] / prod(theirs['encoder_rates']):g}".replace(".", "d")
-    acoustic = theirs["acoustic_codebook_size"]
-    acoustic = acoustic if isinstance(acoustic, list) else [acoustic]
-    sizes = [theirs["semantic_codebook_size"], *acoustic]
-    stem = "_".join([f"lmspt_{rate}hz", *map(str, sizes)])
-    return f"{stem}_{theirs['n_codebooks']}vq.yaml", f"{stem}.safetensors"
-
-
-def export_lmspt(codec: Codec, folder: str | Path, *, overwrite: bool = False) -> None:
-    """Writes the files of `lmspt_files`, which the original's get_model loads or Hydra builds.
-
-    Of a shared encoder the checkpoint has the acoustic name alone, as the original's own and as it
-    demands when it loads. Raises `ValueError` for another family, for what the original has no
-    place for, for a folded codec and for files that are there already unless `overwrite`.
-    """
-    original, folder = to_lmspt(codec), Path(folder)
-    check_out_folder(folder)
-    config_name, checkpoint_name = lmspt_files(codec.config)
-    for file in (folder / config_name, folder / checkpoint_name):
-        if file.exists() and not overwrite:
-            raise ValueError(f"{file}: is there already; choose another folder")
-    state = original.state
-    if codec.config.lmspt.shared_encoder:
-        state = {name: state[name] for name in state if not name.startswith(SEMANTIC)}
-    auxiliary = {"_target_": DECODER_CLASS, **original.config["aux_decoder"]}
-    model = {"_target_": MODEL_CLASS, **original.config, "aux_decoder": auxiliary}
-    with atomic_files(folder) as temporary:
-        text = yaml.safe_dump({"model": model}, sort_keys=False, default_flow_style=None)
-        (temporary / config_name).write_text(text, encoding="utf-8")
-        save_file(state, temporary / checkpoint_name, metadata={"format": "pt"})
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    if file.suffix == ".json":
-        return read_json(file)
-    text = read_config_text(file)
-    try:
-        config = yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError):
-        config = None
-    if not isinstance(config, dict):
-        raise ValueError("holds no keys and values in YAML; copy it again")
-    check_foreign(config)
-    return config

@@ -112,7 +112,7 @@ def test_recordings_that_are_there_stay_unless_told_otherwise(
     }
     decode = [command, "--codec", tiny_codec_folder, *source, "--out", out]
     said = failure(capsys, *decode)
-    assert f"{out / 'b.wav'}: is there already (and 1 more)" in said
+    assert f"{out / 'b.wav'}: exists already (and 1 more)" in said
     assert {path: path.read_bytes() for path in sorted(out.iterdir())} == originals
     run(*decode, "--overwrite")
     assert [len(read_audio(out / f"{name}.wav", 16_000)) for name in "abc"] == [8_000] * 3
@@ -226,7 +226,7 @@ def test_import_and_export(tmp_path: Path, kind: str, capsys: pytest.CaptureFixt
 
     before = (ours / "model.safetensors").read_bytes()
     said = failure(capsys, "import", kind, config, checkpoint, ours)
-    assert "config.json: is there already (and 1 more)" in said
+    assert "config.json: exists already (and 1 more)" in said
     assert "is what is imported" in failure(
         capsys, "import", kind, config, checkpoint, tmp_path, "--overwrite"
     )
@@ -245,7 +245,7 @@ def test_import_and_export(tmp_path: Path, kind: str, capsys: pytest.CaptureFixt
     assert state.keys() == golden["state_dict"].keys()
     assert all(torch.equal(state[name], golden["state_dict"][name]) for name in state)
     said = failure(capsys, "export", "speechtokenizer", ours, theirs)
-    assert "is there already (and 1 more); choose another place, or --overwrite it" in said
+    assert "exists already (and 1 more); choose another place, or --overwrite it" in said
     run("export", "speechtokenizer", ours, theirs, "--overwrite")
 
 
@@ -266,7 +266,7 @@ def test_import_and_export_spare_what_they_read(
     ours = {file.name: file.read_bytes() for file in (tmp_path / "ours").iterdir()}
     for options in ([], ["--overwrite"]):
         export = ["export", "speechtokenizer", tmp_path / "ours", tmp_path / "ours", *options]
-        assert "ours: holds model.safetensors" in failure(capsys, *export)
+        assert "ours: has model.safetensors" in failure(capsys, *export)
 
     def full(_codec: Codec, folder: Path) -> None:
         (folder / "config.json").write_text("{")
@@ -298,7 +298,7 @@ def test_bad_checkpoints_end_in_one_line(
     torch.save(golden["state_dict"], checkpoint)
     checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])
     command = ["import", "speechtokenizer", config, checkpoint, tmp_path / "ours"]
-    assert "cut.pt: not a whole checkpoint" in failure(capsys, *command)
+    assert "cut.pt: not a complete checkpoint" in failure(capsys, *command)
     torch.save({}, checkpoint)
     assert "cut.pt: neither a state_dict" in failure(capsys, *command)
     config.write_text("{}")

@@ -7,8 +7,8 @@ import pytest
 from original_lmspt import OTHERS, TINY, other, state_of
 
 from codec.config import AuxiliaryConfig, CodecConfig, ConvConfig, LMSPTConfig, QuantizerConfig
+from codec.interop.checkpoint import Original
 from codec.interop.lmspt import DEFAULTS, config_from_lmspt, config_to_lmspt, from_lmspt
-from codec.interop.speechtokenizer import Original
 
 AUXILIARY: dict[str, Any] = TINY["aux_decoder"]
 
@@ -110,37 +110,43 @@ def test_numbers_as_the_original_takes_them() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"output_sample_rate": 16_000}, "output_sample_rate is 16000, sample_rate 8000: a codec"),
-        ({"semantic_quantizer": "fsq"}, "semantic_quantizer is 'fsq', which has no codebook"),
-        ({"n_semantic_codebooks": 2}, "n_semantic_codebooks is 2, and the original always has 1"),
+        (
+            {"output_sample_rate": 16_000},
+            "output_sample_rate is 16000, sample_rate 8000: our",
+        ),
+        (
+            {"semantic_quantizer": "fsq"},
+            "semantic_quantizer is 'fsq', which has no learned",
+        ),
+        ({"n_semantic_codebooks": 2}, "n_semantic_codebooks is 2; only 1 is supported"),
         ({"n_codebook": 8}, r"unknown key n_codebook; is n_codebooks meant\?"),
         ({4: 8}, "unknown key 4 of the released LM-SPT's model"),
-        ({"n_codebooks": 1}, "n_codebooks must be a whole number, 2 to"),
-        ({"n_codebooks": 2**30}, "n_codebooks must be a whole number, 2 to"),
+        ({"n_codebooks": 1}, "n_codebooks must be an integer from 2 to"),
+        ({"n_codebooks": 2**30}, "n_codebooks must be an integer from 2 to"),
         ({"encoder_rates": 6}, "encoder_rates must be a list"),
         ({"encoder_rates": []}, "encoder_rates must be a list"),
-        ({"encoder_rates": [6, 1]}, "encoder_rates must be a whole number, 2 to .*, got 1"),
+        ({"encoder_rates": [6, 1]}, "encoder_rates must be an integer from 2 to .*, got 1"),
         ({"encoder_rates": [2, 4]}, "frames have 8 samples, the decoder's 6"),
-        ({"decoder_rates": [2, 2.5]}, "decoder_rates must be a whole number"),
+        ({"decoder_rates": [2, 2.5]}, "decoder_rates must be an integer"),
         ({"dilation": [1, 3]}, "dilation needs 3 numbers"),
         ({"residual_kernel_size": 4}, "residual_kernel_size must be odd"),
-        ({"codebook_size": 1}, "codebook_size must be a whole number, 2 to 65536, got 1"),
+        ({"codebook_size": 1}, "codebook_size must be an integer from 2 to 65536, got 1"),
         ({"acoustic_codebook_size": [16]}, r"acoustic_codebook_size needs 2 numbers, got \[16\]"),
-        ({"acoustic_codebook_dim": [4, 0]}, "acoustic_codebook_dim must be a whole number, 1 to"),
+        ({"acoustic_codebook_dim": [4, 0]}, "acoustic_codebook_dim must be an integer from 1 to"),
         ({"quantizer_dropout": 1.5}, r"quantizer_dropout must lie in \[0, 1\], got 1.5"),
         ({"quantizer_dropout": "0.5"}, "quantizer_dropout must lie in"),
         ({"quantizer_dropout": True}, "quantizer_dropout must lie in"),
-        ({"semantic_encoder_dim": 0}, "semantic_encoder_dim must be a whole number, 1 to"),
-        ({"acoustic_encoder_dim": 0}, "acoustic_encoder_dim must be a whole number, 1 to"),
+        ({"semantic_encoder_dim": 0}, "semantic_encoder_dim must be an integer from 1 to"),
+        ({"acoustic_encoder_dim": 0}, "acoustic_encoder_dim must be an integer from 1 to"),
         ({"is_causal": "yes"}, "is_causal must be true or false, got 'yes'"),
         (
             {"sample_rate": "${a}", "decoder_rates": "${b}", "dilation": [1, "${c}", 9]},
             r"^sample_rate, decoder_rates, dilation: refer to other .*infer/conf/model/, which",
         ),
-        ({"latent_dim": True}, "latent_dim must be a whole number"),
-        ({"encoder_dim": 2**31}, "encoder_dim must be a whole number"),
-        ({"encoder_dim": 2**30, "latent_dim": None}, "latent_dim must be a whole number"),
-        ({"encoder_rates": [2] * 99, "latent_dim": None}, "latent_dim must be a whole number"),
+        ({"latent_dim": True}, "latent_dim must be an integer"),
+        ({"encoder_dim": 2**31}, "encoder_dim must be an integer"),
+        ({"encoder_dim": 2**30, "latent_dim": None}, "latent_dim must be an integer"),
+        ({"encoder_rates": [2] * 99, "latent_dim": None}, "latent_dim must be an integer"),
         ({"model": [1]}, "model must hold keys and values"),
         ({"aux_decoder": "Decoder"}, "aux_decoder must hold keys and values, got 'Decoder'"),
         ({"aux_decoder": {}}, "lacks aux_decoder.input_channel, aux_decoder.channels, aux_dec"),
@@ -179,9 +185,9 @@ def test_what_the_original_has_no_place_for() -> None:
     ours = config_from_lmspt(TINY)
 
     def said(**changed: Any) -> str:
-        with pytest.raises(ValueError, match="the released LM-SPT has no place for ") as caught:
+        with pytest.raises(ValueError, match="the released LM-SPT does not support ") as caught:
             config_to_lmspt(replace(ours, **changed))
-        return str(caught.value).removeprefix("the released LM-SPT has no place for ")
+        return str(caught.value).removeprefix("the released LM-SPT does not support ")
 
     lmspt, quantizer = ours.lmspt, ours.quantizer
     conv = replace(lmspt.conv, dilations=(1, 3))
@@ -189,7 +195,7 @@ def test_what_the_original_has_no_place_for() -> None:
     layers = replace(lmspt.transformer, num_layers=1, num_heads=1)
     assert said(lmspt=replace(lmspt, transformer=layers)) == "lmspt.transformer"
     none = replace(ours, lmspt=replace(lmspt, auxiliary=replace(lmspt.auxiliary, kind="none")))
-    with pytest.raises(ValueError, match="export the folder that was trained, which still has it"):
+    with pytest.raises(ValueError, match="export the folder of the training run, which has it"):
         config_to_lmspt(none)
     assert said(quantizer=replace(quantizer, learning="ema")) == "quantizer.learning ema"
     plain = replace(quantizer, normalize=False, codebook_dimensions=())

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from codec import Codec
 from codec.config import codec_config_from_dict
+from codec.interop.checkpoint import Original
 from codec.interop.lmspt import (
     config_from_lmspt,
     config_to_lmspt,
@@ -21,7 +22,6 @@ from codec.interop.lmspt import (
     lmspt_tensor_names,
     to_lmspt,
 )
-from codec.interop.speechtokenizer import Original
 from codec.modules.quantize import Quantized, SplitVQ
 
 FOLDER = ROOT / "tests" / "golden"

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from codec import Codec, load_codec
+from codec.interop.checkpoint import Original
 from codec.interop.speechtokenizer import (
-    Original,
     export_speechtokenizer,
     from_original,
     import_speechtokenizer,
@@ -218,7 +218,7 @@ def test_damaged_files_are_named(published: tuple[Path, Path], tmp_path: Path) -
     with pytest.raises(ValueError, match=r"more than tensors \(pathlib\."):
         import_speechtokenizer(config, checkpoint)
     (tmp_path / "cut.safetensors").write_bytes(b"\x08")
-    with pytest.raises(ValueError, match=r"cut\.safetensors: not a whole"):
+    with pytest.raises(ValueError, match=r"cut\.safetensors: not a complete"):
         import_speechtokenizer(config, tmp_path / "cut.safetensors")
     with pytest.raises(ValueError, match=r"none\.pt: no such file"):
         import_speechtokenizer(config, tmp_path / "none.pt")
@@ -233,7 +233,7 @@ def test_a_checkpoint_with_more_than_tensors(
 ) -> None:
     whole = {"generator": golden["state_dict"], "best_dev_mel_loss": np.float64(0.357)}
     torch.save(whole, published[1], _use_new_zipfile_serialization=is_zip)
-    with pytest.raises(ValueError, match="holds more than tensors") as caught:
+    with pytest.raises(ValueError, match="has more than tensors") as caught:
         import_speechtokenizer(*published)
     said = str(caught.value)
     assert "save the state_dict of its generator alone" in said
@@ -255,24 +255,24 @@ def test_bad_configurations_are_named(published: tuple[Path, Path], golden: dict
     assert "activation" in said(json.dumps(config | {"activation": ["ELU"]}))
     assert "strides must be a list" in said(json.dumps(config | {"strides": 320}))
     assert "strides must be a list" in said(json.dumps(config | {"strides": []}))
-    assert "strides must be a whole number" in said(json.dumps(config | {"strides": [8, 2.5]}))
+    assert "strides must be an integer" in said(json.dumps(config | {"strides": [8, 2.5]}))
     assert "bidirectional must be true" in said(json.dumps(config | {"bidirectional": "yes"}))
-    assert "not a whole JSON object" in said('{"n_q": 8')
-    assert "not a whole JSON object" in said("[8]")
-    assert "is of a codec of ours already" in said('{"family": "seanet", "quantizer": {}}')
+    assert "not a complete JSON object" in said('{"n_q": 8')
+    assert "not a complete JSON object" in said("[8]")
+    assert "is the configuration of a codec" in said('{"family": "seanet", "quantizer": {}}')
     for value in ("4", True, 0, 4.5, float("inf"), float("nan"), [4]):
         wrong = said(json.dumps(config | {"n_filters": value}))
         assert (
-            f"config.json: n_filters must be a whole number, 1 to 2147483647, got {value!r}"
+            f"config.json: n_filters must be an integer from 1 to 2147483647, got {value!r}"
             in wrong
         )
     for key in ("n_q", "n_residual_layers", "dimension", "sample_rate", "dilation_base"):
-        assert f"{key} must be a whole number" in said(json.dumps(config | {key: 0}))
-    assert "lstm_layers must be a whole number, 0 to 1000" in said(
+        assert f"{key} must be an integer" in said(json.dumps(config | {key: 0}))
+    assert "lstm_layers must be an integer from 0 to 1000" in said(
         json.dumps(config | {"lstm_layers": -1})
     )
     for size in (1, 65_537):
-        assert "codebook_size must be a whole number, 2 to 65536" in said(
+        assert "codebook_size must be an integer from 2 to 65536" in said(
             json.dumps(config | {"codebook_size": size})
         )
     (published[0].parent / "c.yaml").write_text("model: {}")
@@ -292,7 +292,7 @@ def test_what_cannot_be_exported(
     export_speechtokenizer(codec, tmp_path)
     before = (tmp_path / "SpeechTokenizer.pt").read_bytes()
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"SpeechTokenizer\.pt: is there already") as caught:
+    with pytest.raises(ValueError, match=r"SpeechTokenizer\.pt: exists already") as caught:
         export_speechtokenizer(codec, tmp_path)
     assert "--overwrite" not in str(caught.value)
     assert (tmp_path / "SpeechTokenizer.pt").read_bytes() == before
@@ -314,7 +314,7 @@ def test_an_export_never_replaces_a_codecs_configuration(
     codec = from_original(Original(golden["config"], golden["state_dict"]))
     codec.save_pretrained(tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=r"holds model\.safetensors.*choose another folder"):
+    with pytest.raises(ValueError, match=r"has model\.safetensors.*choose another folder"):
         export_speechtokenizer(codec, tmp_path, overwrite=True)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from codec import Codec, CodecConfig
 from codec.config import QuantizerConfig
-from codec.interop.speechtokenizer import Original, from_original, tensor_names, to_original
+from codec.interop.checkpoint import Original
+from codec.interop.speechtokenizer import from_original, tensor_names, to_original
 
 GOLDEN = ROOT / "tests" / "golden" / "speechtokenizer_tiny.pt"
 
@@ -116,11 +117,11 @@ def test_tensors_that_cannot_be_used(golden: dict[str, Any]) -> None:
     state, bias = golden["state_dict"], "encoder.model.0.conv.conv.bias"
 
     def said(**changed: Any) -> str:
-        with pytest.raises(ValueError, match="does not fit its configuration") as caught:
+        with pytest.raises(ValueError, match="does not match its configuration") as caught:
             from_original(Original(golden["config"], state | changed))
         return str(caught.value)
 
-    unusable = f"not dense or no floating-point numbers: {bias}"
+    unusable = f"not dense or not floating-point: {bias}"
     assert unusable in said(**{bias: state[bias].to_sparse()})
     assert unusable in said(**{bias: state[bias].long()})
     assert unusable in said(**{bias: state[bias].to("meta")})

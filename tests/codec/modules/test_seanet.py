@@ -7,7 +7,8 @@ import torch
 from conftest import ROOT
 
 from codec import Codec
-from codec.interop.speechtokenizer import Original, from_original
+from codec.interop.checkpoint import Original
+from codec.interop.speechtokenizer import from_original
 
 GOLDEN = ROOT / "tests" / "golden" / "speechtokenizer_tiny.pt"
 
