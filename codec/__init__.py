@@ -1,10 +1,13 @@
 """Speech codecs: recordings to discrete codes and back.
 
-Dimensions, everywhere in this project: B batch, S samples, T frames, C channels, D features,
-Q codebooks, K codebook entries, L token positions, V vocabulary, H heads.
-`wave` (B,1,S) in [-1,1], `latent` and `quantized` (B,D,T), `codes` (B,Q,T), `lengths` (B,).
+Dimensions in the whole project: B batch, S samples, T frames, C channels, D features, Q codebooks,
+K codebook entries, L token positions, V vocabulary, H heads.
 
-The names below are loaded on first use, so that `codec.tokens` and `codec.io` need no torch.
+Words: `wave` (B,1,S) float in [-1, 1]; `latent` (B,D,T); `quantized` (B,D,T); `codes` (B,Q,T) int64
+codec indices, index 0 being the semantic codebook ("codebook 1" in prose); `tokens` (B,L)
+vocabulary ids; `logits`; `lengths` (B,).
+
+The names below are imported on first use, so `codec.tokens` and `codec.io` need no torch.
 """
 
 from typing import TYPE_CHECKING, Any

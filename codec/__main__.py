@@ -1,4 +1,4 @@
-"""The command `codec`: recordings to token shards and back, and codecs from and to elsewhere.
+"""The command `codec`: encode and decode recordings; import, export and round codecs.
 
 codec info DIR
 codec encode --codec DIR IN... --out TOKENS.parquet
@@ -25,13 +25,14 @@ from codec.tokens import CodecStamp, TokenRow, TokenShard, write_shard
 
 if TYPE_CHECKING:
     from codec.models.base import SpeechCodec
+    from codec.models.codec import Codec
 
 logger = logging.getLogger("codec")
 T = TypeVar("T")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a command line; returns when it is done, exits with codec/program.py's status if not."""
+    """Runs a command line; exits with a status of `run_program` if it does not succeed."""
 
     def command() -> None:
         arguments = _parser().parse_args(argv)
@@ -42,51 +43,63 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="codec", description="Recordings to codes and back.")
+    parser = ArgumentParser(
+        prog="codec",
+        description="Encode recordings to discrete codes and decode them. Results go to standard "
+        "output as JSON, logs to standard error.",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    info = commands.add_parser("info", help="what a codec or a token shard is, as JSON")
-    info.add_argument("path", metavar="DIR", help="codec folder, hub id, token shard, or shards")
-    info.add_argument("--use", action="store_true", help="of a shard: how its codebooks are used")
+    info = commands.add_parser("info", help="describe a codec or a token shard as JSON")
+    info.add_argument("path", metavar="DIR", help="codec folder, hub id, or token shard(s)")
+    info.add_argument(
+        "--use", action="store_true", help="token shard: usage and perplexity of each codebook"
+    )
     info.set_defaults(run=_info)
 
-    encode = commands.add_parser("encode", help="recordings to one token shard")
+    encode = commands.add_parser("encode", help="encode recordings to a token shard")
     encode.set_defaults(run=_encode)
-    decode = commands.add_parser("decode", help="a token shard to recordings")
-    decode.add_argument("tokens", metavar="TOKENS.parquet", help="a shard, or a folder of them")
+    decode = commands.add_parser("decode", help="decode a token shard to recordings")
+    decode.add_argument("tokens", metavar="TOKENS.parquet", help="a shard or a folder of shards")
     decode.set_defaults(run=_decode)
-    reconstruct = commands.add_parser("reconstruct", help="recordings through the codec and back")
+    reconstruct = commands.add_parser("reconstruct", help="encode and decode recordings")
     reconstruct.add_argument(
-        "--codebooks", type=int, metavar="N", help="decode from the first N only"
+        "--codebooks", type=int, metavar="N", help="decode the first N codebooks (default: all)"
     )
     reconstruct.set_defaults(run=_reconstruct)
     for command in (decode, reconstruct):
         command.add_argument(
-            "--overwrite", action="store_true", help="write over recordings that are there already"
+            "--overwrite", action="store_true", help="replace existing recordings in --out"
         )
     for command in (encode, reconstruct):
         command.add_argument(
-            "inputs", nargs="+", metavar="IN", type=Path, help="recordings, or folders of them"
+            "inputs", nargs="+", metavar="IN", type=Path, help="recordings or folders of them"
         )
-    for command, out in ((encode, "TOKENS.parquet"), (decode, "DIR"), (reconstruct, "DIR")):
+    for command, out, what in (
+        (encode, "TOKENS.parquet", "token shard to write"),
+        (decode, "DIR", "folder for the recordings"),
+        (reconstruct, "DIR", "folder for the recordings"),
+    ):
         command.add_argument("--codec", required=True, metavar="DIR", help="folder or hub id")
-        command.add_argument("--out", required=True, type=Path, metavar=out)
+        command.add_argument("--out", required=True, type=Path, metavar=out, help=what)
         command.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    _add_interop(commands)
+    _add_conversions(commands)
     return parser
 
 
-def _add_interop(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    about = "a published checkpoint to a codec folder"
+def _add_conversions(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The commands import, export and halve."""
+    names = {"speechtokenizer": "SpeechTokenizer", "dmcodec": "DM-Codec", "lmspt": "LM-SPT"}
+    about = "convert a published checkpoint to a codec folder"
     kinds = commands.add_parser("import", help=about, description=about.capitalize() + ".")
     sources = kinds.add_subparsers(required=True, metavar="KIND")
-    named = {"speechtokenizer": "SpeechTokenizer", "dmcodec": "DM-Codec", "lmspt": "LM-SPT"}
-    for kind, name in named.items():
+    for kind, name in names.items():
         config = "its YAML file, or JSON" if kind == "lmspt" else "its config.json"
         command = sources.add_parser(
             kind,
-            help=f"{name}'s configuration and checkpoint",
-            description=f"{name}'s checkpoint to a codec folder, its weights bit for bit.",
+            help=f"a checkpoint of {name}",
+            description=f"Convert a checkpoint of {name} to a codec folder; weights stay bit for "
+            "bit the same.",
         )
         command.add_argument("config", type=Path, metavar="CONFIG", help=config)
         command.add_argument(
@@ -97,37 +110,37 @@ def _add_interop(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         )
         command.set_defaults(run=_import, kind=kind)
         _add_out(command)
-    about = "a codec folder to another project's checkpoint"
+    about = "convert a codec folder to another project's checkpoint"
     kinds = commands.add_parser("export", help=about, description=about.capitalize() + ".")
     targets = kinds.add_subparsers(required=True, metavar="KIND")
-    written = {
-        "speechtokenizer": "Writes config.json and SpeechTokenizer.pt, which SpeechTokenizer's and "
-        "DM-Codec's load_from_checkpoint read. Only codecs of the family seanet fit.",
-        "lmspt": "Writes the safetensors file that LM-SPT's get_model reads, named after the frame "
-        "rate and the codebooks' sizes, and the YAML that its package builds the model from. Only "
-        "codecs of the family lmspt in its released form fit.",
+    descriptions = {
+        "speechtokenizer": "Write config.json and SpeechTokenizer.pt for load_from_checkpoint of "
+        "SpeechTokenizer and DM-Codec. For codecs of the family seanet only.",
+        "lmspt": "Write the safetensors file for LM-SPT's get_model, named after the frame rate "
+        "and the codebook sizes, and the YAML file for its package. For codecs of the family lmspt "
+        "in its released form only.",
     }
-    for kind, description in written.items():
+    for kind, description in descriptions.items():
         command = targets.add_parser(
-            kind, help=f"{named[kind]}'s configuration and checkpoint", description=description
+            kind, help=f"a checkpoint of {names[kind]}", description=description
         )
         command.add_argument("codec", metavar="DIR", help="codec folder or hub id")
         command.set_defaults(run=_export, kind=kind)
         _add_out(command)
-    halving = commands.add_parser(
+    halve = commands.add_parser(
         "halve",
-        help="a codec to one of half precision, half the size",
-        description="Rounds a codec's weights to float16. Some codes change with them: export "
-        "tokens with the codec that is written, and train on those.",
+        help="round a codec to half precision, half the size on disk",
+        description="Round a codec's weights to float16. Some codes change: export tokens with "
+        "the rounded codec, and train on those.",
     )
-    halving.add_argument("codec", metavar="DIR", help="codec folder or hub id")
-    halving.set_defaults(run=_halve)
-    _add_out(halving)
+    halve.add_argument("codec", metavar="DIR", help="codec folder or hub id")
+    halve.set_defaults(run=_halve)
+    _add_out(halve)
 
 
 def _add_out(command: argparse.ArgumentParser) -> None:
-    command.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
-    command.add_argument("--overwrite", action="store_true", help="write over files in OUT")
+    command.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    command.add_argument("--overwrite", action="store_true", help="replace existing files in OUT")
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -144,16 +157,16 @@ def _info(arguments: argparse.Namespace) -> None:
             "codec": _facts(shard.stamp),
         }
         if arguments.use:
-            facts["use"] = _use(shard)
+            facts["use"] = _usage(shard)
     elif arguments.use and not path.exists():
-        raise ValueError(f"{path}: no such file or folder; --use takes a token shard, or shards")
+        raise ValueError(f"{path}: no such file or folder; --use needs a token shard")
     elif arguments.use:
         raise ValueError(f"{path}: --use is for token shards; codec encode makes one")
     else:
         codec = _load(arguments.path, "cpu")
         parameters = sum(parameter.numel() for parameter in codec.parameters())
         facts = {"kind": "codec", "parameters": parameters, **_facts(codec.stamp)}
-    print(json.dumps(facts, indent=2, ensure_ascii=False))
+    _print_json(facts)
 
 
 def _facts(stamp: CodecStamp) -> dict[str, object]:
@@ -161,11 +174,11 @@ def _facts(stamp: CodecStamp) -> dict[str, object]:
     return {**asdict(stamp), "bits_per_second": round(bits, 1)}
 
 
-def _use(shard: TokenShard) -> dict[str, list[float]]:
-    """Share of entries that occur, and perplexity (exp of their entropy), by codebook."""
+def _usage(shard: TokenShard) -> dict[str, list[float]]:
+    """Share of entries that occur, and perplexity (exp of their entropy), of each codebook."""
     sizes = shard.stamp.codebook_sizes
     counts = [np.zeros(size, np.int64) for size in sizes]
-    for _, row in zip(_bar(range(len(shard))), shard, strict=True):
+    for _, row in zip(_progress(range(len(shard))), shard, strict=True):
         for count, codes in zip(counts, row.codes, strict=True):
             count += np.bincount(codes, minlength=len(count))
     shares = [round(float((count > 0).mean()), 4) for count in counts]
@@ -175,44 +188,52 @@ def _use(shard: TokenShard) -> dict[str, list[float]]:
 
 
 def _encode(arguments: argparse.Namespace) -> None:
+    if arguments.out.suffix != ".parquet":
+        raise ValueError(f"{arguments.out}: --out must be a .parquet file, the shard to write")
     recordings = list(_find(arguments.inputs))
     codec = _load(arguments.codec, arguments.device)
     skipped: list[str] = []
-
-    def rows() -> Iterator[TokenRow]:
-        for name, codes, seconds in _encoded(codec, recordings, skipped):
-            yield TokenRow(name, "", "", "", seconds, codes)
-
-    if arguments.out.suffix != ".parquet":
-        raise ValueError(f"{arguments.out}: --out names the shard to write: TOKENS.parquet")
-    write_shard(arguments.out, rows(), codec.stamp)
+    rows = (
+        TokenRow(name, "", "", "", seconds, codes)
+        for name, codes, seconds in _encode_all(codec, recordings, skipped)
+    )
+    write_shard(arguments.out, rows, codec.stamp)
     _report(arguments.out, len(recordings), skipped)
 
 
 def _decode(arguments: argparse.Namespace) -> None:
+    from codec.io import check_out_folder
+
+    check_out_folder(arguments.out)
+    shard = TokenShard.open(arguments.tokens)
+    targets = [_target(arguments.out, name) for name in shard.ids]
+    _check_absent(targets, arguments.overwrite)
     codec = _load(arguments.codec, arguments.device)
     shard = TokenShard.open(arguments.tokens, expect=codec.stamp)
-    targets = [_target(arguments.out, name) for name in shard.ids]
-    _check_free(targets, arguments.overwrite)
-    for row, target in zip(shard, _bar(targets), strict=True):
+    for row, target in zip(shard, _progress(targets), strict=True):
         _write(codec, row.codes, row.duration, target)
     _report(arguments.out, len(shard), [])
 
 
 def _reconstruct(arguments: argparse.Namespace) -> None:
+    from codec.io import check_out_folder
+
+    check_out_folder(arguments.out)
+    if arguments.codebooks is not None and arguments.codebooks < 1:
+        raise ValueError(f"--codebooks must be at least 1, got {arguments.codebooks}")
     recordings = list(_find(arguments.inputs))
-    codec = _load(arguments.codec, arguments.device)
-    books = codec.num_codebooks if arguments.codebooks is None else arguments.codebooks
-    if not 1 <= books <= codec.num_codebooks:
-        raise ValueError(f"--codebooks must lie between 1 and {codec.num_codebooks}, got {books}")
     sources = {recording.path.resolve() for recording in recordings}
     targets = {recording.name: _target(arguments.out, recording.name) for recording in recordings}
     for target in targets.values():
         if target.resolve() in sources:
-            raise ValueError(f"{target}: is one of the recordings; choose another --out")
-    _check_free(targets.values(), arguments.overwrite)
+            raise ValueError(f"{target}: is one of the input recordings; choose another --out")
+    _check_absent(targets.values(), arguments.overwrite)
+    codec = _load(arguments.codec, arguments.device)
+    books = codec.num_codebooks if arguments.codebooks is None else arguments.codebooks
+    if books > codec.num_codebooks:
+        raise ValueError(f"--codebooks must lie between 1 and {codec.num_codebooks}, got {books}")
     skipped: list[str] = []
-    for name, codes, seconds in _encoded(codec, recordings, skipped):
+    for name, codes, seconds in _encode_all(codec, recordings, skipped):
         _write(codec, codes[:books], seconds, targets[name])
     _report(arguments.out, len(recordings), skipped)
 
@@ -226,8 +247,8 @@ def _import(arguments: argparse.Namespace) -> None:
     files = [arguments.out / name for name in ("config.json", WEIGHTS_FILE)]
     for source in (arguments.config, arguments.checkpoint):
         if source.resolve() in [file.resolve() for file in files]:
-            raise ValueError(f"{source}: is what is imported; choose another OUT")
-    _check_free(files, arguments.overwrite)
+            raise ValueError(f"{source}: is an input file; choose another OUT")
+    _check_absent(files, arguments.overwrite)
     read = import_lmspt if arguments.kind == "lmspt" else import_speechtokenizer
     codec = read(arguments.config, arguments.checkpoint)
     with atomic_files(arguments.out) as temporary:
@@ -235,7 +256,7 @@ def _import(arguments: argparse.Namespace) -> None:
         if (arguments.out / "README.md").exists():
             (temporary / "README.md").unlink()
     codec.source = str(arguments.out)
-    print(json.dumps(_facts(codec.stamp), indent=2, ensure_ascii=False))
+    _print_json(_facts(codec.stamp))
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -247,53 +268,41 @@ def _export(arguments: argparse.Namespace) -> None:
         export_speechtokenizer,
     )
     from codec.io import check_out_folder
-    from codec.models.codec import Codec, load_codec
 
     is_lmspt = arguments.kind == "lmspt"
     (check_out_folder if is_lmspt else check_export_folder)(arguments.out)
-    codec = load_codec(arguments.codec, fold=False)
-    if not isinstance(codec, Codec):
-        raise ValueError(f"{arguments.codec}: is another project's codec; only ours are exported")
+    codec = _load_own(arguments.codec, "exported")
     names = lmspt_files(codec.config) if is_lmspt else (CONFIG_FILE, CHECKPOINT_FILE)
-    _check_free([arguments.out / name for name in names], arguments.overwrite)
+    _check_absent([arguments.out / name for name in names], arguments.overwrite)
     write = export_lmspt if is_lmspt else export_speechtokenizer
     write(codec, arguments.out, overwrite=arguments.overwrite)
-    done = {"out": str(arguments.out), "codec": _facts(codec.stamp)}
-    print(json.dumps(done, indent=2, ensure_ascii=False))
+    _print_json({"out": str(arguments.out), "codec": _facts(codec.stamp)})
 
 
 def _halve(arguments: argparse.Namespace) -> None:
     from codec.io import WEIGHTS_FILE, check_out_folder
-    from codec.models.codec import (
-        Codec,
-        load_codec,
-        save_half_precision,
-        to_half_precision,
-    )
+    from codec.models.codec import save_half_precision, to_half_precision
 
     check_out_folder(arguments.out)
-    _check_free([arguments.out / WEIGHTS_FILE], arguments.overwrite)
-    codec = load_codec(arguments.codec, fold=False)
-    if not isinstance(codec, Codec):
-        raise ValueError(f"{arguments.codec}: is another project's codec; only ours are halved")
+    _check_absent([arguments.out / WEIGHTS_FILE], arguments.overwrite)
+    codec = _load_own(arguments.codec, "rounded")
     if codec.auxiliary is not None:
         codec = codec.without_auxiliary()
     save_half_precision(to_half_precision(codec), arguments.out)
-    done = {"out": str(arguments.out), "codec": _facts(codec.stamp)}
-    print(json.dumps(done, indent=2, ensure_ascii=False))
+    _print_json({"out": str(arguments.out), "codec": _facts(codec.stamp)})
 
 
 class Recording(NamedTuple):
-    """An input and the name that its results get."""
+    """An input file and the name of its results."""
 
     path: Path
     name: str
 
 
 def _find(inputs: Sequence[Path]) -> Iterator[Recording]:
-    """Named files by their stem, files in folders by their path inside, without suffix.
+    """Files are named by their stem; files in folders by their path inside, without suffix.
 
-    Where two would get one name, the later gets -2, -3 and so on.
+    If a name occurs again, -2, -3 and so on are appended.
     """
     from codec.audio import AUDIO_SUFFIXES
 
@@ -316,21 +325,23 @@ def _find(inputs: Sequence[Path]) -> Iterator[Recording]:
                 count += 1
                 name = f"{stem.as_posix()}-{count}"
             if count > 1:
-                logger.warning("%s: %s is taken, named %s", path, stem, name)
+                logger.warning(
+                    "%s: the name %s is taken; its results are named %s", path, stem, name
+                )
             taken.add(name)
             yield Recording(path, name)
 
 
-def _encoded(
+def _encode_all(
     codec: "SpeechCodec", recordings: Sequence[Recording], skipped: list[str]
 ) -> Iterator[tuple[str, np.ndarray, float]]:
-    """Name, codes and seconds of each readable recording, in bounded memory for long ones.
+    """Name, codes (Q,T) and duration in seconds of each readable recording, in bounded memory.
 
-    Unreadable ones are added to `skipped`. Raises ValueError when that leaves none.
+    Unreadable ones are added to `skipped`. Raises `ValueError` if all are unreadable.
     """
     from codec.tokenize import encode_recording
 
-    for recording in _bar(recordings):
+    for recording in _progress(recordings):
         try:
             codes, seconds = encode_recording(recording.path, codec)
         except ValueError as error:
@@ -346,7 +357,7 @@ def _write(codec: "SpeechCodec", codes: np.ndarray, seconds: float, target: Path
     from codec.audio import write_audio
 
     def blocks() -> Iterator[np.ndarray]:
-        left = round(seconds * codec.sample_rate)  # The last frame is longer than the recording.
+        left = round(seconds * codec.sample_rate)  # The last frame may extend beyond the end.
         for block in codec.decode_stream(codes.astype(np.int64)):
             yield block[:left]
             left -= len(block[:left])
@@ -357,17 +368,17 @@ def _write(codec: "SpeechCodec", codes: np.ndarray, seconds: float, target: Path
 def _target(folder: Path, name: str) -> Path:
     target = folder / f"{name}.wav"
     if ".." in Path(name).parts or Path(name).is_absolute():
-        raise ValueError(f"the id {name!r} leads out of {folder}; rename it in the shard")
+        raise ValueError(f"the id {name!r} is a path outside {folder}; rename it in the shard")
     return target
 
 
-def _check_free(targets: Iterable[Path], overwrite: bool) -> None:
-    """Raises ValueError when a target is there already: it may be somebody's only recording."""
-    there = [] if overwrite else [target for target in targets if target.exists()]
-    if there:
-        others = f" (and {len(there) - 1} more)" if len(there) > 1 else ""
+def _check_absent(targets: Iterable[Path], overwrite: bool) -> None:
+    """Raises `ValueError` if a file to write exists already, unless `overwrite`."""
+    existing = [] if overwrite else [target for target in targets if target.exists()]
+    if existing:
+        others = f" (and {len(existing) - 1} more)" if len(existing) > 1 else ""
         raise ValueError(
-            f"{there[0]}: is there already{others}; choose another place, or --overwrite it"
+            f"{existing[0]}: exists already{others}; choose another folder or use --overwrite"
         )
 
 
@@ -378,13 +389,27 @@ def _report(out: Path, total: int, skipped: Sequence[str]) -> None:
     print(json.dumps(done, ensure_ascii=False))
 
 
+def _print_json(facts: dict[str, object]) -> None:
+    print(json.dumps(facts, indent=2, ensure_ascii=False))
+
+
 def _load(path: str, device: str) -> "SpeechCodec":
     from codec.models.codec import load_codec
 
     return load_codec(path, device=device)
 
 
-def _bar(items: Sequence[T]) -> Iterable[T]:
+def _load_own(path: str, done: str) -> "Codec":
+    """An unfolded codec of this project. Raises `ValueError` for one of transformers."""
+    from codec.models.codec import Codec, load_codec
+
+    codec = load_codec(path, fold=False)
+    if not isinstance(codec, Codec):
+        raise ValueError(f"{path}: is a codec of transformers; only codecs of ours can be {done}")
+    return codec
+
+
+def _progress(items: Sequence[T]) -> Iterable[T]:
     from tqdm import tqdm
 
     return tqdm(items, disable=len(items) < 2 or not sys.stderr.isatty())

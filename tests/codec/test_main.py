@@ -87,12 +87,12 @@ def test_reconstruct_never_writes_over_its_input(
     wave = write_wav(tmp_path / "x.wav", 0.5)
     before = wave.read_bytes()
     said = failure(capsys, "reconstruct", "--codec", tiny_codec_folder, wave, "--out", tmp_path)
-    assert "x.wav: is one of the recordings" in said
+    assert "x.wav: is one of the input recordings" in said
     assert wave.read_bytes() == before
 
 
 @pytest.mark.parametrize("command", ["decode", "reconstruct"])
-def test_recordings_that_are_there_stay_unless_told_otherwise(
+def test_existing_recordings_are_kept_without_overwrite(
     tmp_path: Path,
     tiny_codec_folder: Path,
     write_wav: Write,
@@ -118,7 +118,7 @@ def test_recordings_that_are_there_stay_unless_told_otherwise(
     assert [len(read_audio(out / f"{name}.wav", 16_000)) for name in "abc"] == [8_000] * 3
 
 
-def test_a_bad_recording_in_a_folder_costs_itself(
+def test_a_bad_recording_in_a_folder_is_skipped(
     tmp_path: Path, tiny_codec_folder: Path, write_wav: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_wav(tmp_path / "in" / "good.wav", 0.5)
@@ -159,7 +159,7 @@ def test_a_single_bad_recording_is_named(
     assert made == {"t.parquet"}
 
 
-def test_info_tells_a_codec_from_a_shard(
+def test_info_distinguishes_codecs_and_shards(
     tmp_path: Path, tiny_codec_folder: Path, write_wav: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("info", tiny_codec_folder)
@@ -203,7 +203,7 @@ def test_decode_refuses_what_it_cannot_decode(
     codec = load_codec(tiny_codec_folder)
     write_shard(tokens, [row._replace(id="../x")], codec.stamp)
     decode = ["decode", "--codec", tiny_codec_folder, tokens, "--out", tmp_path / "out"]
-    assert "leads out of" in failure(capsys, *decode)
+    assert "is a path outside" in failure(capsys, *decode)
     next(codec.parameters()).data.add_(1)
     write_shard(tokens, [row], codec.stamp)
     assert "made by codec" in failure(capsys, *decode)
@@ -227,7 +227,7 @@ def test_import_and_export(tmp_path: Path, kind: str, capsys: pytest.CaptureFixt
     before = (ours / "model.safetensors").read_bytes()
     said = failure(capsys, "import", kind, config, checkpoint, ours)
     assert "config.json: exists already (and 1 more)" in said
-    assert "is what is imported" in failure(
+    assert "is an input file" in failure(
         capsys, "import", kind, config, checkpoint, tmp_path, "--overwrite"
     )
     assert (ours / "model.safetensors").read_bytes() == before
@@ -245,11 +245,11 @@ def test_import_and_export(tmp_path: Path, kind: str, capsys: pytest.CaptureFixt
     assert state.keys() == golden["state_dict"].keys()
     assert all(torch.equal(state[name], golden["state_dict"][name]) for name in state)
     said = failure(capsys, "export", "speechtokenizer", ours, theirs)
-    assert "exists already (and 1 more); choose another place, or --overwrite it" in said
+    assert "exists already (and 1 more); choose another folder or use --overwrite" in said
     run("export", "speechtokenizer", ours, theirs, "--overwrite")
 
 
-def test_import_and_export_spare_what_they_read(
+def test_import_and_export_keep_their_input(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     golden = torch.load(GOLDEN, weights_only=True)
@@ -259,7 +259,7 @@ def test_import_and_export_spare_what_they_read(
     save_file(golden["state_dict"], out / "model.safetensors")
     command = ["import", "speechtokenizer", config, out / "model.safetensors"]
     before = (out / "model.safetensors").read_bytes()
-    assert "model.safetensors: is what is imported" in failure(capsys, *command, out, "--overwrite")
+    assert "model.safetensors: is an input file" in failure(capsys, *command, out, "--overwrite")
     assert (out / "model.safetensors").read_bytes() == before
     run(*command, tmp_path / "ours")
 
@@ -307,6 +307,28 @@ def test_bad_checkpoints_end_in_one_line(
     command = ["export", "speechtokenizer", tiny_codec_folder, tmp_path / "theirs"]
     assert "only codecs of the family seanet" in failure(capsys, *command)
     assert not (tmp_path / "theirs").exists()
+
+
+def test_bad_values_are_refused_before_a_codec_is_loaded(
+    tmp_path: Path,
+    write_wav: Write,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("codec.models.codec.load_codec", None)  # Calling it fails.
+    wave, file = write_wav(tmp_path / "x.wav", 0.5), tmp_path / "file"
+    file.touch()
+    encode, decode, reconstruct = (
+        [name, "--codec", "c"] for name in ("encode", "decode", "reconstruct")
+    )
+    assert "--out must be a .parquet" in failure(capsys, *encode, wave, "--out", file)
+    assert "no such recording" in failure(capsys, *encode, tmp_path / "none", "--out", "t.parquet")
+    assert "no such token shard" in failure(capsys, *decode, tmp_path / "none", "--out", "out")
+    assert "is a file" in failure(capsys, *decode, wave, "--out", file)
+    assert "is a file" in failure(capsys, *reconstruct, wave, "--out", file)
+    said = failure(capsys, *reconstruct, wave, "--out", tmp_path / "out", "--codebooks", 0)
+    assert "--codebooks must be at least 1, got 0" in said
+    assert "is one of the input" in failure(capsys, *reconstruct, wave, "--out", tmp_path)
 
 
 def test_what_is_no_codec_is_named(

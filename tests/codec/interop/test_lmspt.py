@@ -227,7 +227,7 @@ def test_the_commands(
     assert sorted(path.name for path in theirs.iterdir()) == sorted([CONFIG, CHECKPOINT])
     assert same(load_file(theirs / CHECKPOINT), state_of(TINY))
     said = failure(capsys, "export", "lmspt", ours, theirs)
-    assert "exists already (and 1 more); choose another place, or --overwrite it" in said
+    assert "exists already (and 1 more); choose another folder or use --overwrite" in said
     main(["export", "lmspt", str(ours), str(theirs), "--overwrite"])
     assert "only codecs of the family lmspt" in failure(
         capsys, "export", "lmspt", tiny_codec_folder, tmp_path / "none"
