@@ -56,20 +56,20 @@ MODELS: dict[str, Callable[..., Any]] = {
 
 
 def save_baseline(folder: Path, kind: str, **changes: Any) -> Path:
-    """Random networks whose codebooks fit what the encoder makes of something like speech."""
+    """Random networks whose codebooks fit the latents of a speech-like signal."""
     torch.manual_seed(0)
     model = MODELS[kind](**changes).eval()
     with torch.no_grad():
         wave = torch.from_numpy(voiced(4.0))[None, None]
         for name, parameter in model.named_parameters():
-            # Biases as transformers draws them would outweigh what is heard.
+            # The biases of transformers' initialization would dominate the input.
             if name.endswith("bias"):
                 parameter.zero_()
             elif kind == "xcodec2" and parameter.ndim > 1:
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
         if kind == "encodec":
             fill(model.quantizer.layers, model.encoder(wave))
-        elif kind == "xcodec2":  # As loud as what the semantic encoder says.
+        elif kind == "xcodec2":  # Scaled to the output of the semantic encoder.
             model.acoustic_encoder.conv2.weight /= model.acoustic_encoder(wave).std()
         elif kind == "mimi":
             latent = model.encoder(wave).latents
@@ -83,7 +83,7 @@ def save_baseline(folder: Path, kind: str, **changes: Any) -> Path:
 
 
 def fill(layers: Any, latent: torch.Tensor) -> None:
-    """Gives each codebook entries from the frames of what is left for it, latent (1,D,T)."""
+    """Sets the entries of each codebook to frames of its residual, latent (1,D,T)."""
     for layer in layers:
         table = layer.codebook
         size = table.codebook_size

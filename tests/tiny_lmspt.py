@@ -1,4 +1,4 @@
-"""A tiny LM-SPT of frame-rate networks, and how tiny ones are made."""
+"""A tiny LM-SPT configuration of frame-rate networks, and a codec with initialized codebooks."""
 
 from dataclasses import replace
 

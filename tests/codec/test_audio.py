@@ -23,7 +23,7 @@ def tone(seconds: float, rate: int, frequency: float = 440.0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 44_100, 48_000, 96_000])
-def test_every_rate_becomes_the_codecs(tmp_path, rate: int) -> None:
+def test_every_sample_rate_is_resampled(tmp_path, rate: int) -> None:
     soundfile.write(tmp_path / "a.wav", tone(1.0, rate), rate)
     wave = read_audio(tmp_path / "a.wav", 16_000)
     assert wave.dtype == np.float32
@@ -72,7 +72,7 @@ def test_a_stretch_is_the_same_as_slicing(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("rate", [16_000, 44_100])
-def test_blocks_join_to_the_whole(tmp_path, rate: int) -> None:
+def test_concatenated_blocks_equal_the_recording(tmp_path, rate: int) -> None:
     soundfile.write(tmp_path / "a.wav", tone(3.3, rate), rate)
     blocks = list(stream_audio(tmp_path / "a.wav", 16_000, block_seconds=0.5))
     assert len(blocks) >= 6

@@ -46,7 +46,7 @@ CONV = LMSPTConfig(encoder="conv", decoder="conv")
         (CodecConfig, {"sample_rate": 0}, "sample_rate"),
     ],
 )
-def test_what_cannot_work_is_named(config, values, words) -> None:
+def test_invalid_values_are_named(config, values, words) -> None:
     with pytest.raises(ValueError, match=words):
         config(**values)
 
@@ -106,7 +106,7 @@ def test_ill_typed_json_is_named(change, words) -> None:
         (CodecConfig, {"sample_rate": 24_000}, "640 samples at 16000 Hz"),
     ],
 )
-def test_lmspt_values_that_cannot_work_are_named(config, values, words) -> None:
+def test_invalid_lmspt_values_are_named(config, values, words) -> None:
     family = {"family": "lmspt"} if config is CodecConfig else {}
     with pytest.raises(ValueError, match=words):
         config(**family, **values)
@@ -121,7 +121,7 @@ def test_lmspt_values_that_cannot_work_are_named(config, values, words) -> None:
         ({"codebook_sizes": (8, 8, 1)}, "between 2 and 65536"),
     ],
 )
-def test_codebooks_that_cannot_work_are_named(values, words) -> None:
+def test_invalid_codebooks_are_named(values, words) -> None:
     with pytest.raises(ValueError, match=words):
         QuantizerConfig(num_codebooks=3, **values)
 

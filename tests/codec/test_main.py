@@ -86,8 +86,8 @@ def test_reconstruct_never_writes_over_its_input(
 ) -> None:
     wave = write_wav(tmp_path / "x.wav", 0.5)
     before = wave.read_bytes()
-    said = failure(capsys, "reconstruct", "--codec", tiny_codec_folder, wave, "--out", tmp_path)
-    assert "x.wav: is one of the input recordings" in said
+    message = failure(capsys, "reconstruct", "--codec", tiny_codec_folder, wave, "--out", tmp_path)
+    assert "x.wav: is one of the input recordings" in message
     assert wave.read_bytes() == before
 
 
@@ -111,8 +111,8 @@ def test_existing_recordings_are_kept_without_overwrite(
         if write_wav(path, 0.8, seed=1)
     }
     decode = [command, "--codec", tiny_codec_folder, *source, "--out", out]
-    said = failure(capsys, *decode)
-    assert f"{out / 'b.wav'}: exists already (and 1 more)" in said
+    message = failure(capsys, *decode)
+    assert f"{out / 'b.wav'}: exists already (and 1 more)" in message
     assert {path: path.read_bytes() for path in sorted(out.iterdir())} == originals
     run(*decode, "--overwrite")
     assert [len(read_audio(out / f"{name}.wav", 16_000)) for name in "abc"] == [8_000] * 3
@@ -152,8 +152,8 @@ def test_a_single_bad_recording_is_named(
         wave.write_text("hello")
     tokens = tmp_path / "t.parquet"
     tokens.write_bytes(b"earlier")
-    said = failure(capsys, "encode", "--codec", tiny_codec_folder, wave, "--out", tokens)
-    assert "bad one.wav" in said
+    message = failure(capsys, "encode", "--codec", tiny_codec_folder, wave, "--out", tokens)
+    assert "bad one.wav" in message
     assert tokens.read_bytes() == b"earlier"
     made = {path.name for path in tmp_path.iterdir()} - {"bad one.wav"}
     assert made == {"t.parquet"}
@@ -225,8 +225,8 @@ def test_import_and_export(tmp_path: Path, kind: str, capsys: pytest.CaptureFixt
     assert made["digest"] == load_codec(ours).stamp.digest
 
     before = (ours / "model.safetensors").read_bytes()
-    said = failure(capsys, "import", kind, config, checkpoint, ours)
-    assert "config.json: exists already (and 1 more)" in said
+    message = failure(capsys, "import", kind, config, checkpoint, ours)
+    assert "config.json: exists already (and 1 more)" in message
     assert "is an input file" in failure(
         capsys, "import", kind, config, checkpoint, tmp_path, "--overwrite"
     )
@@ -244,8 +244,8 @@ def test_import_and_export(tmp_path: Path, kind: str, capsys: pytest.CaptureFixt
     state = torch.load(theirs / "SpeechTokenizer.pt", weights_only=True)
     assert state.keys() == golden["state_dict"].keys()
     assert all(torch.equal(state[name], golden["state_dict"][name]) for name in state)
-    said = failure(capsys, "export", "speechtokenizer", ours, theirs)
-    assert "exists already (and 1 more); choose another folder or use --overwrite" in said
+    message = failure(capsys, "export", "speechtokenizer", ours, theirs)
+    assert "exists already (and 1 more); choose another folder or use --overwrite" in message
     run("export", "speechtokenizer", ours, theirs, "--overwrite")
 
 
@@ -280,13 +280,13 @@ def test_import_and_export_keep_their_input(
 
 
 @pytest.mark.parametrize("options", [[], ["--overwrite"]])
-def test_out_that_is_a_file(
+def test_an_output_folder_that_is_a_file_is_refused(
     tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "out").touch()
     for command in ("import speechtokenizer c.json c.pt", "export speechtokenizer DIR"):
-        said = failure(capsys, *command.split(), tmp_path / "out", *options)
-        assert said == f"error: {tmp_path / 'out'}: is a file; name a folder to write"
+        message = failure(capsys, *command.split(), tmp_path / "out", *options)
+        assert message == f"error: {tmp_path / 'out'}: is a file; name a folder to write"
 
 
 def test_bad_checkpoints_end_in_one_line(
@@ -326,8 +326,8 @@ def test_bad_values_are_refused_before_a_codec_is_loaded(
     assert "no such token shard" in failure(capsys, *decode, tmp_path / "none", "--out", "out")
     assert "is a file" in failure(capsys, *decode, wave, "--out", file)
     assert "is a file" in failure(capsys, *reconstruct, wave, "--out", file)
-    said = failure(capsys, *reconstruct, wave, "--out", tmp_path / "out", "--codebooks", 0)
-    assert "--codebooks must be at least 1, got 0" in said
+    message = failure(capsys, *reconstruct, wave, "--out", tmp_path / "out", "--codebooks", 0)
+    assert "--codebooks must be at least 1, got 0" in message
     assert "is one of the input" in failure(capsys, *reconstruct, wave, "--out", tmp_path)
 
 
@@ -335,8 +335,8 @@ def test_what_is_no_codec_is_named(
     tmp_path: Path, write_wav: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wave = write_wav(tmp_path / "x.wav", 0.5)
-    said = failure(capsys, "encode", "--codec", tmp_path, wave, "--out", tmp_path / "t.parquet")
-    assert str(tmp_path) in said
+    message = failure(capsys, "encode", "--codec", tmp_path, wave, "--out", tmp_path / "t.parquet")
+    assert str(tmp_path) in message
     (tmp_path / "none").mkdir()
     encode = ["encode", "--codec", tmp_path, tmp_path / "none", "--out", "t.parquet"]
     assert "no recording in this folder" in failure(capsys, *encode)

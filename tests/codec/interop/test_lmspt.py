@@ -61,7 +61,7 @@ def stand_in(state: dict[str, Tensor]) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ["", *OTHERS])
-def test_files_go_there_and_back(name: str, tmp_path: Path) -> None:
+def test_round_trip_of_files(name: str, tmp_path: Path) -> None:
     config = other(name) if name else TINY
     state = state_of(config)
     files = written(config, state, tmp_path / "published")
@@ -134,21 +134,23 @@ def test_a_shared_encoder_has_either_name_or_both(tmp_path: Path) -> None:
 def test_misfits_are_named(published: tuple[Path, Path]) -> None:
     state, bias = state_of(TINY), "decoder.model.0.bias"
 
-    def said(changed: dict[str, Tensor]) -> str:
+    def error_of(changed: dict[str, Tensor]) -> str:
         save_file(changed, published[1])
         with pytest.raises(ValueError, match=r"c\.safetensors: does not match") as caught:
             import_lmspt(*published)
         return str(caught.value)
 
     without = {name: state[name] for name in state if name != "aux_decoder.model.0.bias"}
-    assert "missing: aux_decoder.model.0.bias" in said(without)
-    assert "unknown: decoder.model.9.bias" in said(state | {"decoder.model.9.bias": torch.ones(1)})
-    assert f"of another shape: {bias} (5,) and not (12,)" in said(state | {bias: torch.ones(5)})
+    assert "missing: aux_decoder.model.0.bias" in error_of(without)
+    assert "unknown: decoder.model.9.bias" in error_of(
+        state | {"decoder.model.9.bias": torch.ones(1)}
+    )
+    assert f"of another shape: {bias} (5,) and not (12,)" in error_of(state | {bias: torch.ones(5)})
     usage = "quantizer.acoustic_vocab_usage"
-    assert f"{usage} (2, 4) and not (2, 16)" in said(state | {usage: torch.ones(2, 4)})
-    assert f"NaN or infinity: {bias}" in said(state | {bias: torch.full((12,), torch.inf)})
-    assert f"not floating-point: {bias}" in said(state | {bias: torch.ones(12).long()})
-    assert "missing: semantic_encoder.block.0.conv.bias" not in said({bias: state[bias]})
+    assert f"{usage} (2, 4) and not (2, 16)" in error_of(state | {usage: torch.ones(2, 4)})
+    assert f"NaN or infinity: {bias}" in error_of(state | {bias: torch.full((12,), torch.inf)})
+    assert f"not floating-point: {bias}" in error_of(state | {bias: torch.ones(12).long()})
+    assert "missing: semantic_encoder.block.0.conv.bias" not in error_of({bias: state[bias]})
 
 
 def test_a_checkpoint_without_auxiliary_decoder(
@@ -226,8 +228,8 @@ def test_the_commands(
     main(["export", "lmspt", str(ours), str(theirs)])
     assert sorted(path.name for path in theirs.iterdir()) == sorted([CONFIG, CHECKPOINT])
     assert same(load_file(theirs / CHECKPOINT), state_of(TINY))
-    said = failure(capsys, "export", "lmspt", ours, theirs)
-    assert "exists already (and 1 more); choose another folder or use --overwrite" in said
+    message = failure(capsys, "export", "lmspt", ours, theirs)
+    assert "exists already (and 1 more); choose another folder or use --overwrite" in message
     main(["export", "lmspt", str(ours), str(theirs), "--overwrite"])
     assert "only codecs of the family lmspt" in failure(
         capsys, "export", "lmspt", tiny_codec_folder, tmp_path / "none"
@@ -243,5 +245,5 @@ def test_the_commands(
     main(["reconstruct", "--codec", str(ours), str(wave), "--out", str(tmp_path / "out")])
     assert (tmp_path / "out" / "x.wav").exists()
     published[1].write_bytes(published[1].read_bytes()[:100])
-    said = failure(capsys, *command, "--overwrite")
-    assert "c.safetensors: not a complete checkpoint" in said
+    message = failure(capsys, *command, "--overwrite")
+    assert "c.safetensors: not a complete checkpoint" in message

@@ -46,14 +46,14 @@ def test_the_originals_defaults() -> None:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_there_and_back(name: str) -> None:
+def test_round_trip_of_configurations(name: str) -> None:
     ours = config_from_lmspt(other(name))
     theirs = config_to_lmspt(ours)
     assert config_from_lmspt(theirs) == ours
     assert theirs.keys() <= DEFAULTS.keys()
 
 
-def test_what_falls_back_on_what() -> None:
+def test_defaults_that_depend_on_other_keys() -> None:
     ours = config_from_lmspt(other("lists"))
     assert ours.quantizer.sizes == (32, 16, 8)
     assert ours.quantizer.dimensions == (3, 4, 2)
@@ -76,7 +76,7 @@ def test_what_falls_back_on_what() -> None:
     assert not config_from_lmspt(other("causal")).lmspt.auxiliary.causal
 
 
-def test_hydras_keys_are_passed_over() -> None:
+def test_keys_of_hydra_are_ignored() -> None:
     auxiliary = AUXILIARY | {"_target_": "lmspt.model_codec.dac_model.Decoder"}
     model = TINY | {"_target_": "lmspt.model_codec.lmspt_model.LMSPT", "aux_decoder": auxiliary}
     model |= {"_partial_": False, "_convert_": "all", "_recursive_": True}
@@ -153,7 +153,7 @@ def test_numbers_as_the_original_takes_them() -> None:
         ({"aux_decoder": AUXILIARY | {"rate": 1}}, r"rate; is aux_decoder\.rates meant"),
         (
             {"aux_decoder": AUXILIARY | {"d_out": 2}},
-            "aux_decoder.d_out is 2: speech of ours",
+            "aux_decoder.d_out is 2: our codecs",
         ),
         ({"aux_decoder": AUXILIARY | {"input_channel": 9}}, "input_channel is 9, latent_dim is 8"),
         ({"aux_decoder": AUXILIARY | {"sample_rate": 8000}}, "3 samples a frame at 8000 Hz"),
@@ -181,29 +181,29 @@ def test_a_configuration_alone_takes_no_memory(changed: dict[str, Any], message:
         from_lmspt(Original(TINY | changed, state_of(TINY)))
 
 
-def test_what_the_original_has_no_place_for() -> None:
+def test_options_that_the_original_does_not_support() -> None:
     ours = config_from_lmspt(TINY)
 
-    def said(**changed: Any) -> str:
+    def error_of(**changed: Any) -> str:
         with pytest.raises(ValueError, match="the released LM-SPT does not support ") as caught:
             config_to_lmspt(replace(ours, **changed))
         return str(caught.value).removeprefix("the released LM-SPT does not support ")
 
     lmspt, quantizer = ours.lmspt, ours.quantizer
     conv = replace(lmspt.conv, dilations=(1, 3))
-    assert said(lmspt=replace(lmspt, conv=conv)) == "lmspt.conv.dilations other than 3"
+    assert error_of(lmspt=replace(lmspt, conv=conv)) == "lmspt.conv.dilations other than 3"
     layers = replace(lmspt.transformer, num_layers=1, num_heads=1)
-    assert said(lmspt=replace(lmspt, transformer=layers)) == "lmspt.transformer"
+    assert error_of(lmspt=replace(lmspt, transformer=layers)) == "lmspt.transformer"
     none = replace(ours, lmspt=replace(lmspt, auxiliary=replace(lmspt.auxiliary, kind="none")))
     with pytest.raises(ValueError, match="export the folder of the training run, which has it"):
         config_to_lmspt(none)
-    assert said(quantizer=replace(quantizer, learning="ema")) == "quantizer.learning ema"
+    assert error_of(quantizer=replace(quantizer, learning="ema")) == "quantizer.learning ema"
     plain = replace(quantizer, normalize=False, codebook_dimensions=())
-    assert "quantizer.normalize false, codebooks without projections" in said(quantizer=plain)
-    assert "lmspt.encoder spectral, lmspt.decoder spectral" in said(
+    assert "quantizer.normalize false, codebooks without projections" in error_of(quantizer=plain)
+    assert "lmspt.encoder spectral, lmspt.decoder spectral" in error_of(
         lmspt=LMSPTConfig(), sample_rate=16_000
     )
     whisper = LMSPTConfig(semantic="whisper")
-    assert "lmspt.semantic whisper" in said(lmspt=whisper, sample_rate=16_000)
+    assert "lmspt.semantic whisper" in error_of(lmspt=whisper, sample_rate=16_000)
     with pytest.raises(ValueError, match="only codecs of the family lmspt can be exported, not"):
         config_to_lmspt(CodecConfig())

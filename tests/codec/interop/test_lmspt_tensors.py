@@ -39,7 +39,7 @@ def codec(golden: dict[str, Any]) -> Codec:
 
 
 def latents(codec: Codec, wave: Tensor) -> Tensor:
-    """Without our padding to whole frames: as many as the original makes."""
+    """Without our padding to full frames: the same number of frames as the original."""
     networks = codec.encoder.semantic.network, codec.encoder.acoustic.network
     return torch.cat([network(wave) for network in networks], dim=1)
 
@@ -78,7 +78,7 @@ def to_shapes(codec: Codec) -> dict[str, tuple[int, ...]]:
     return shapes | {"quantizer.acoustic_vocab_usage": (len(sizes) - 1, max(sizes[1:]))}
 
 
-def test_every_bit_goes_there_and_back(golden: dict[str, Any], codec: Codec) -> None:
+def test_round_trip_is_bit_exact(golden: dict[str, Any], codec: Codec) -> None:
     assert not codec.training
     assert (codec.sample_rate, codec.hop_length, codec.latent_dimension) == (24_000, HOP, 32)
     back = to_lmspt(codec)
@@ -117,7 +117,7 @@ def test_codes_and_waves_are_the_originals(
         torch.testing.assert_close(semantic, golden["quantized_semantic"], atol=1e-5, rtol=0)
 
 
-def test_parts_of_the_streams(golden: dict[str, Any], codec: Codec) -> None:
+def test_decoding_of_some_codebooks(golden: dict[str, Any], codec: Codec) -> None:
     codes = golden["codes"].transpose(0, 1)
     close(codec.decode(codes[:, :1]), golden["output_semantic_only_main"])
     close(codec.decode(codes[:, :3]), golden["output_first3_streams"])
@@ -125,7 +125,7 @@ def test_parts_of_the_streams(golden: dict[str, Any], codec: Codec) -> None:
 
 
 def test_no_sample_is_lost(golden: dict[str, Any], codec: Codec) -> None:
-    """The original drops the last frame, if not whole; its reach is 26 frames, and so is ours."""
+    """The original drops an incomplete last frame; the receptive field is 26 frames."""
     wave = torch.cat([golden["input"].repeat(1, 1, 4), golden["input"][..., :777]], dim=-1)
     codes = codec.encode(wave).codes
     assert codes.shape[-1] == -(-wave.shape[-1] // HOP) == 51
@@ -222,7 +222,7 @@ def test_a_training_step_is_the_originals(
     torch.testing.assert_close(ours, train["grad_norm"], atol=1e-7, rtol=1e-4)
 
 
-def test_what_every_term_reaches(
+def test_gradients_of_each_loss_term(
     golden: dict[str, Any], trained: tuple[Codec, dict[str, Tensor]]
 ) -> None:
     for name, expected in golden["train"]["grad_norm_by_term"].items():
@@ -284,7 +284,7 @@ def test_a_padded_batch_is_coded_as_its_items(name: str) -> None:
     codes = codec.encode(wave, lengths)
     assert codes.lengths.tolist() == [18, 20, 1]
     together = codec.decode(codes.codes, codes.lengths)
-    spoken = codec.resynthesize(codes.codes, codes.lengths)
+    auxiliary = codec.resynthesize(codes.codes, codes.lengths)
     for item, (length, frames) in enumerate(zip(lengths, codes.lengths, strict=True)):
         alone = codec.encode(wave[item : item + 1, :, :length]).codes
         assert torch.equal(codes.codes[item : item + 1, :, :frames], alone)
@@ -292,12 +292,12 @@ def test_a_padded_batch_is_coded_as_its_items(name: str) -> None:
         assert decoded.shape[-1] == frames * hop >= length
         ours = together[item : item + 1, :, : decoded.shape[-1]]
         torch.testing.assert_close(ours, decoded, atol=1e-5, rtol=0)
-        ours = spoken[item : item + 1, :, : resynthesized.shape[-1]]
+        ours = auxiliary[item : item + 1, :, : resynthesized.shape[-1]]
         torch.testing.assert_close(ours, resynthesized, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_causal_codecs_never_look_ahead(name: str) -> None:
+def test_causal_codecs_have_no_lookahead(name: str) -> None:
     codec = from_lmspt(Original(other(name), state_of(other(name))))
     causal, causal_too = codec.config.lmspt.causal, codec.config.lmspt.auxiliary.causal
     assert (causal, causal_too) == {
@@ -322,7 +322,7 @@ def test_causal_codecs_never_look_ahead(name: str) -> None:
             assert not torch.equal(one[..., before:], two[..., before:])
 
 
-def test_fine_tuning_goes_on_from_the_codebooks(golden: dict[str, Any]) -> None:
+def test_fine_tuning_starts_from_the_imported_codebooks(golden: dict[str, Any]) -> None:
     """No k-means, no revival: entries move with their gradient alone."""
     codec = from_lmspt(Original(golden["config"], golden["state_dict"])).train()
     codec(golden["train"]["input"])
@@ -332,7 +332,7 @@ def test_fine_tuning_goes_on_from_the_codebooks(golden: dict[str, Any]) -> None:
             assert codec.state_dict()[name.replace("entries", "num_updates")] == 2
 
 
-def test_a_round_trip_changes_what_is_said() -> None:
+def test_a_round_trip_changes_only_what_is_documented() -> None:
     """The docstring of to_lmspt says it: update counts, so the digest, and training's keys."""
     config = config_from_lmspt(TINY)
     quantizer = replace(config.quantizer, decay=0.9, kmeans_iterations=3, revival_ratio=0.1)

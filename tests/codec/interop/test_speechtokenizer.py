@@ -119,7 +119,7 @@ def test_every_form_gives_the_same_codec(
     assert import_speechtokenizer(published[0], checkpoint).stamp == expected
 
 
-def test_export_brings_back_every_bit(
+def test_export_is_bit_exact(
     golden: dict[str, Any], published: tuple[Path, Path], tmp_path: Path
 ) -> None:
     codec = import_speechtokenizer(*published)
@@ -162,7 +162,7 @@ def test_other_configurations(config: dict[str, Any], shapes: Shapes, tmp_path: 
             residual = residual - embed[row]
 
 
-def test_a_codec_of_ours_goes_there_and_back(golden: dict[str, Any], tmp_path: Path) -> None:
+def test_round_trip_of_our_codec(golden: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = from_original(Original(SNAKE, random_state(SNAKE_SHAPES))).config
     codec = Codec(config).train()
@@ -182,7 +182,7 @@ def test_a_codec_of_ours_goes_there_and_back(golden: dict[str, Any], tmp_path: P
 def test_misfits_are_named(published: tuple[Path, Path], golden: dict[str, Any]) -> None:
     state = dict(golden["state_dict"])
 
-    def said(changed: Any) -> str:
+    def error_of(changed: Any) -> str:
         torch.save(changed, published[1])
         with pytest.raises(ValueError, match=r"SpeechTokenizer\.pt: ") as caught:
             import_speechtokenizer(*published)
@@ -190,20 +190,20 @@ def test_misfits_are_named(published: tuple[Path, Path], golden: dict[str, Any])
         return str(caught.value)
 
     lstm = {name: tensor for name, tensor in state.items() if ".lstm." not in name}
-    assert "missing: decoder.model.1.lstm.bias_hh_l0" in said(lstm)
-    assert "and 21 more" in said(lstm)
-    assert "unknown: transform.scale" in said({**state, "transform.scale": torch.ones(1)})
+    assert "missing: decoder.model.1.lstm.bias_hh_l0" in error_of(lstm)
+    assert "and 21 more" in error_of(lstm)
+    assert "unknown: transform.scale" in error_of({**state, "transform.scale": torch.ones(1)})
     name = "decoder.model.3.convtr.convtr.weight_g"
-    wrong = said({**state, name: torch.ones(32, 1, 1)})
+    wrong = error_of({**state, name: torch.ones(32, 1, 1)})
     assert f"of another shape: {name} (32, 1, 1) and not (64, 1, 1)" in wrong
-    assert "with NaN or infinity: decoder" in said(
+    assert "with NaN or infinity: decoder" in error_of(
         {**state, name: torch.full((64, 1, 1), torch.nan)}
     )
-    assert "neither a state_dict nor" in said([1, 2])
-    assert "neither a state_dict nor" in said({"model": state})
-    assert "neither a state_dict nor" in said({})
+    assert "neither a state_dict nor" in error_of([1, 2])
+    assert "neither a state_dict nor" in error_of({"model": state})
+    assert "neither a state_dict nor" in error_of({})
     # A tensor of that name is no trainer's generator.
-    assert "unknown: generator" in said({**state, "generator": torch.ones(1)})
+    assert "unknown: generator" in error_of({**state, "generator": torch.ones(1)})
 
 
 def test_damaged_files_are_named(published: tuple[Path, Path], tmp_path: Path) -> None:
@@ -235,14 +235,14 @@ def test_a_checkpoint_with_more_than_tensors(
     torch.save(whole, published[1], _use_new_zipfile_serialization=is_zip)
     with pytest.raises(ValueError, match="has more than tensors") as caught:
         import_speechtokenizer(*published)
-    said = str(caught.value)
-    assert "save the state_dict of its generator alone" in said
-    assert said.isprintable()
-    assert "weights_only" not in said
+    message = str(caught.value)
+    assert "save the state_dict of its generator alone" in message
+    assert message.isprintable()
+    assert "weights_only" not in message
 
 
 def test_bad_configurations_are_named(published: tuple[Path, Path], golden: dict[str, Any]) -> None:
-    def said(text: str) -> str:
+    def error_of(text: str) -> str:
         published[0].write_text(text)
         with pytest.raises(ValueError, match=r"config\.json: ") as caught:
             import_speechtokenizer(*published)
@@ -250,29 +250,29 @@ def test_bad_configurations_are_named(published: tuple[Path, Path], golden: dict
 
     config = golden["config"]
     without = {key: value for key, value in config.items() if key not in ("n_q", "dimension")}
-    assert "lacks dimension, n_q" in said(json.dumps(without))
-    assert "got 'ReLU'" in said(json.dumps(config | {"activation": "ReLU"}))
-    assert "activation" in said(json.dumps(config | {"activation": ["ELU"]}))
-    assert "strides must be a list" in said(json.dumps(config | {"strides": 320}))
-    assert "strides must be a list" in said(json.dumps(config | {"strides": []}))
-    assert "strides must be an integer" in said(json.dumps(config | {"strides": [8, 2.5]}))
-    assert "bidirectional must be true" in said(json.dumps(config | {"bidirectional": "yes"}))
-    assert "not a complete JSON object" in said('{"n_q": 8')
-    assert "not a complete JSON object" in said("[8]")
-    assert "is the configuration of a codec" in said('{"family": "seanet", "quantizer": {}}')
+    assert "lacks dimension, n_q" in error_of(json.dumps(without))
+    assert "got 'ReLU'" in error_of(json.dumps(config | {"activation": "ReLU"}))
+    assert "activation" in error_of(json.dumps(config | {"activation": ["ELU"]}))
+    assert "strides must be a list" in error_of(json.dumps(config | {"strides": 320}))
+    assert "strides must be a list" in error_of(json.dumps(config | {"strides": []}))
+    assert "strides must be an integer" in error_of(json.dumps(config | {"strides": [8, 2.5]}))
+    assert "bidirectional must be true" in error_of(json.dumps(config | {"bidirectional": "yes"}))
+    assert "not a complete JSON object" in error_of('{"n_q": 8')
+    assert "not a complete JSON object" in error_of("[8]")
+    assert "is the configuration of a codec" in error_of('{"family": "seanet", "quantizer": {}}')
     for value in ("4", True, 0, 4.5, float("inf"), float("nan"), [4]):
-        wrong = said(json.dumps(config | {"n_filters": value}))
+        wrong = error_of(json.dumps(config | {"n_filters": value}))
         assert (
             f"config.json: n_filters must be an integer from 1 to 2147483647, got {value!r}"
             in wrong
         )
     for key in ("n_q", "n_residual_layers", "dimension", "sample_rate", "dilation_base"):
-        assert f"{key} must be an integer" in said(json.dumps(config | {key: 0}))
-    assert "lstm_layers must be an integer from 0 to 1000" in said(
+        assert f"{key} must be an integer" in error_of(json.dumps(config | {key: 0}))
+    assert "lstm_layers must be an integer from 0 to 1000" in error_of(
         json.dumps(config | {"lstm_layers": -1})
     )
     for size in (1, 65_537):
-        assert "codebook_size must be an integer from 2 to 65536" in said(
+        assert "codebook_size must be an integer from 2 to 65536" in error_of(
             json.dumps(config | {"codebook_size": size})
         )
     (published[0].parent / "c.yaml").write_text("model: {}")

@@ -42,7 +42,7 @@ def test_the_published_size() -> None:
     assert round(sum(buffer.numel() for buffer in codec.buffers()) / 1e6, 2) == 16.79
 
 
-def test_fine_tuning_goes_on_from_the_codebooks(golden: dict[str, Any]) -> None:
+def test_fine_tuning_starts_from_the_imported_codebooks(golden: dict[str, Any]) -> None:
     """k-means would throw the imported entries away; one step moves used ones a little."""
     codec = from_original(Original(golden["config"], golden["state_dict"])).train()
     codec(golden["input"])
@@ -96,7 +96,7 @@ def test_numbers_as_the_original_takes_them(golden: dict[str, Any]) -> None:
     assert codec.config.seanet.bidirectional is True
 
 
-def test_a_round_trip_changes_what_is_said(golden: dict[str, Any]) -> None:
+def test_a_round_trip_changes_only_what_is_documented(golden: dict[str, Any]) -> None:
     """The docstring of to_original says it: update counts, so the digest, and training's keys."""
     config = from_original(Original(SNAKE, random_state(SNAKE_SHAPES))).config
     quantizer = replace(config.quantizer, decay=0.9, kmeans_iterations=3, dropout=0.5)
@@ -116,20 +116,20 @@ def test_a_round_trip_changes_what_is_said(golden: dict[str, Any]) -> None:
 def test_tensors_that_cannot_be_used(golden: dict[str, Any]) -> None:
     state, bias = golden["state_dict"], "encoder.model.0.conv.conv.bias"
 
-    def said(**changed: Any) -> str:
+    def error_of(**changed: Any) -> str:
         with pytest.raises(ValueError, match="does not match its configuration") as caught:
             from_original(Original(golden["config"], state | changed))
         return str(caught.value)
 
     unusable = f"not dense or not floating-point: {bias}"
-    assert unusable in said(**{bias: state[bias].to_sparse()})
-    assert unusable in said(**{bias: state[bias].long()})
-    assert unusable in said(**{bias: state[bias].to("meta")})
+    assert unusable in error_of(**{bias: state[bias].to_sparse()})
+    assert unusable in error_of(**{bias: state[bias].long()})
+    assert unusable in error_of(**{bias: state[bias].to("meta")})
     name = "encoder.model.0.conv.conv.weight_g"
     new = name.replace("weight_g", "parametrizations.weight.original0")
-    twice = said(**{new: torch.ones_like(state[name])})
+    twice = error_of(**{new: torch.ones_like(state[name])})
     assert f"under their old and their new name: {name}" in twice
-    # The original's flag is a float, and a bool to whoever mended that.
+    # The original's flag is a float; corrected versions have a bool.
     flag = "quantizer.vq.layers.0._codebook.inited"
     codec = from_original(Original(golden["config"], state | {flag: torch.tensor([True])}))
     assert int(codec.quantizer.codebooks[0].num_updates) == 1

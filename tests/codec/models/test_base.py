@@ -36,7 +36,7 @@ def test_each_codebook_has_its_size() -> None:
         codec.decode(codes[:, :1] - 1)
 
 
-def test_a_codec_brings_its_networks() -> None:
+def test_abstract_properties_raise() -> None:
     for name in ("sample_rate", "hop_length", "codebook_sizes", "stamp"):
         with pytest.raises(NotImplementedError):
             getattr(SpeechCodec(), name)

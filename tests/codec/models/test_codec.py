@@ -105,9 +105,9 @@ def test_any_stretch_of_codebooks(codec: Codec, speech) -> None:
 
 def test_the_decoder_input_is_the_sum_of_entries(codec: Codec, speech) -> None:
     codes = codec.encode(speech).codes
-    told = zip(codec.entries(), codes[0], strict=True)
+    pairs = zip(codec.entries(), codes[0], strict=True)
     with torch.inference_mode():
-        wave = codec.decoder(sum(entries[row] for entries, row in told).T[None])
+        wave = codec.decoder(sum(entries[row] for entries, row in pairs).T[None])
     torch.testing.assert_close(codec.decode(codes), wave, atol=1e-6, rtol=0)
 
 
@@ -139,13 +139,13 @@ def test_long_recordings_in_chunks(codec: Codec, write_wav, tmp_path) -> None:
     SEANet's LSTM has a larger one, and less than 2 % of its codes change."""
     speech = long_speech(write_wav, tmp_path, 75.3)
     with torch.inference_mode():
-        whole = codec.quantizer.encode(codec.encoder(speech))
-        wave = codec.decoder(codec.quantizer.decode(whole))
+        full = codec.quantizer.encode(codec.encoder(speech))
+        wave = codec.decoder(codec.quantizer.decode(full))
     chunks = codec.encode(speech).codes
-    assert chunks.shape == whole.shape
-    mismatch = (chunks != whole).float().mean()
+    assert chunks.shape == full.shape
+    mismatch = (chunks != full).float().mean()
     assert mismatch <= (0.0 if codec.config.family == "spectral" else 0.02)
-    error = (codec.decode(whole) - wave).abs().max() / wave.abs().max()
+    error = (codec.decode(full) - wave).abs().max() / wave.abs().max()
     assert error <= (1e-4 if codec.config.family == "spectral" else 0.05)
 
 
@@ -210,14 +210,14 @@ def test_a_saved_codec_is_loaded_unchanged(codec: Codec, speech, tmp_path, capfd
 
 def test_loaded_codecs_are_folded_and_keep_their_stamp(codec: Codec, speech, tmp_path) -> None:
     codec.save_pretrained(tmp_path / "codec")
-    whole, folded = Codec.from_pretrained(str(tmp_path / "codec")), load_codec(tmp_path / "codec")
+    full, folded = Codec.from_pretrained(str(tmp_path / "codec")), load_codec(tmp_path / "codec")
     normed = codec.config.family == "seanet"
-    assert any("parametrizations" in name for name in whole.state_dict()) == normed
+    assert any("parametrizations" in name for name in full.state_dict()) == normed
     assert not any("parametrizations" in name for name in folded.state_dict())
-    assert folded.stamp == whole.stamp
-    codes = whole.encode(speech).codes
+    assert folded.stamp == full.stamp
+    codes = full.encode(speech).codes
     assert torch.equal(folded.encode(speech).codes, codes)
-    torch.testing.assert_close(folded.decode(codes), whole.decode(codes), atol=1e-5, rtol=0)
+    torch.testing.assert_close(folded.decode(codes), full.decode(codes), atol=1e-5, rtol=0)
 
     if normed:
         with pytest.raises(ValueError, match=r"load_codec\(\.\.\., fold=False\) to train it"):
@@ -269,9 +269,9 @@ def test_broken_folders_are_named(codec: Codec, tmp_path) -> None:
         if "config" in change:
             config = json.loads((folder / "config.json").read_text())
             (folder / "config.json").write_text(json.dumps({**config, **change["config"]}))
-        if "cut" in change:
-            whole = (folder / "model.safetensors").read_bytes()
-            (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+        if "truncate" in change:
+            full = (folder / "model.safetensors").read_bytes()
+            (folder / "model.safetensors").write_bytes(full[: len(full) // 2])
         for gone in change.get("without", ()):
             (folder / gone).unlink()
         with pytest.raises(ValueError, match="bad") as caught:
@@ -283,12 +283,12 @@ def test_broken_folders_are_named(codec: Codec, tmp_path) -> None:
     )
     assert "has shape (99,)" in damaged(weights={**weights, name: torch.zeros(99)})
     assert "unknown tensor extra" in damaged(weights={**weights, "extra": torch.zeros(1)})
-    assert "not a whole safetensors file" in damaged(cut=True)
+    assert "not a complete safetensors file" in damaged(truncate=True)
     assert "unknown key 'colour'" in damaged(config={"colour": "red"})
     assert "family" in damaged(config={"family": "organ"})
     assert "sample_rate" in damaged(config={"sample_rate": "fast"})
     not_a_number = torch.full_like(weights[name], float("nan"))
-    assert f"{name} holds NaN" in damaged(weights={**weights, name: not_a_number})
+    assert f"{name} has NaN" in damaged(weights={**weights, name: not_a_number})
     assert "no such file" in damaged(without=["model.safetensors"])
     assert "no config.json" in damaged(without=["config.json"])
     (tmp_path / "bad" / "config.json").write_text('{"family": "spec')
@@ -297,7 +297,7 @@ def test_broken_folders_are_named(codec: Codec, tmp_path) -> None:
 
 
 def test_digests_of_codecs_stay_what_they_were() -> None:
-    """Shards on disk are known by them. Without chance: every machine makes the same tensors."""
+    """Token shards on disk store them. The tensors do not depend on a random generator."""
     codec = Codec(SPECTRAL)
     for tensor in codec.state_dict().values():
         values = torch.arange(tensor.numel()).reshape(tensor.shape) % 17

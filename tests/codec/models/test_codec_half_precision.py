@@ -19,19 +19,19 @@ def noise() -> torch.Tensor:
 
 def test_a_rounded_codec_survives_saving(tmp_path: Path) -> None:
     codec = made(SPECTRAL)
-    codec.save_pretrained(tmp_path / "whole")
+    codec.save_pretrained(tmp_path / "full")
     assert not is_half_precision(codec)
-    halved = to_half_precision(Codec.from_pretrained(tmp_path / "whole"))
-    assert is_half_precision(halved)
-    assert halved.stamp.digest != codec.stamp.digest
-    save_half_precision(halved, tmp_path / "half")
+    rounded = to_half_precision(Codec.from_pretrained(tmp_path / "full"))
+    assert is_half_precision(rounded)
+    assert rounded.stamp.digest != codec.stamp.digest
+    save_half_precision(rounded, tmp_path / "half")
     read = Codec.from_pretrained(tmp_path / "half")
-    assert read.stamp.digest == halved.stamp.digest
+    assert read.stamp.digest == rounded.stamp.digest
     assert is_half_precision(read)
     assert read.decoder.head.weight.dtype == torch.float32
-    for name, tensor in halved.state_dict().items():
+    for name, tensor in rounded.state_dict().items():
         assert torch.equal(tensor, read.state_dict()[name]), name
-    assert torch.equal(read.encode(noise()).codes, halved.encode(noise()).codes)
+    assert torch.equal(read.encode(noise()).codes, rounded.encode(noise()).codes)
     stored = load_file(tmp_path / "half" / "model.safetensors")
     assert not any(name.endswith("entry_sum") for name in stored)
     assert stored["decoder.head.weight"].dtype == torch.float16
@@ -64,14 +64,14 @@ def test_a_folded_codec_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    made(SPECTRAL).save_pretrained(tmp_path / "whole")
-    main(["halve", str(tmp_path / "whole"), str(tmp_path / "half")])
-    told = json.loads(capsys.readouterr().out)
+    made(SPECTRAL).save_pretrained(tmp_path / "full")
+    main(["halve", str(tmp_path / "full"), str(tmp_path / "half")])
+    printed = json.loads(capsys.readouterr().out)
     codec = load_codec(tmp_path / "half")
-    assert told["codec"]["digest"] == codec.stamp.digest
+    assert printed["codec"]["digest"] == codec.stamp.digest
     assert codec.auxiliary is None
     with pytest.raises(SystemExit):
-        main(["halve", str(tmp_path / "whole"), str(tmp_path / "half")])
+        main(["halve", str(tmp_path / "full"), str(tmp_path / "half")])
     assert "--overwrite" in capsys.readouterr().err
-    sizes = [(tmp_path / one / "model.safetensors").stat().st_size for one in ("whole", "half")]
+    sizes = [(tmp_path / one / "model.safetensors").stat().st_size for one in ("full", "half")]
     assert sizes[1] < 0.55 * sizes[0]

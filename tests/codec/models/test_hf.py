@@ -1,4 +1,4 @@
-"""EnCodec, DAC, Mimi, X-Codec2: transformers' own codes and waves, by the contract of ours."""
+"""EnCodec, DAC, Mimi, X-Codec2: codes and waves of transformers behind SpeechCodec."""
 
 import json
 from pathlib import Path
@@ -100,7 +100,7 @@ def encoded_by_transformers(codec: Baseline, kind: str, wave: torch.Tensor) -> t
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_and_waves_are_those_of_transformers(codec: Baseline, kind: str) -> None:
     wave = speech(codec, 1.0)[..., :15_001]
-    for size in (15_001, 14_720):  # The latter is whole frames.
+    for size in (15_001, 14_720):  # The latter is a multiple of the hop.
         expected = encoded_by_transformers(codec, kind, wave[..., :size])
         codes, lengths = codec.encode(wave[..., :size])
         assert torch.equal(codes, expected)
@@ -163,7 +163,7 @@ def test_any_number_of_first_codebooks(codec: Baseline, kind: str) -> None:
     # An item's wave from the codebooks after the first alone.
     rest = codec.encode(wave, first_codebook=1).codes
     assert rest.shape[1] == codec.num_codebooks - 1
-    # Mimi's acoustic codebooks stand beside the semantic one, the others' behind the first.
+    # Mimi's acoustic codebooks are parallel to the semantic one, the others quantize residuals.
     assert torch.equal(rest, codes[:, 1:]) == (kind == "mimi")
     decoded = codec.decode(rest, first_codebook=1)
     assert decoded.shape == waves[0].shape
@@ -201,14 +201,14 @@ def test_long_recordings_in_chunks(
     """
     wave = speech(codec, 7.3)
     with torch.inference_mode():
-        whole = codec._encode_chunk(wave, None, range(codec.num_codebooks))
-        decoded = codec._decode_chunk(whole, None, 0)
+        full = codec._encode_chunk(wave, None, range(codec.num_codebooks))
+        decoded = codec._decode_chunk(full, None, 0)
     in_chunks(monkeypatch, 3.0)
     chunks = codec.encode(wave).codes
-    assert chunks.shape == whole.shape
-    mismatch = (chunks != whole).float().mean()
+    assert chunks.shape == full.shape
+    mismatch = (chunks != full).float().mean()
     assert mismatch <= {"dac": 0.0, "xcodec2": 0.25}.get(kind, 0.005)
-    error = (codec.decode(whole) - decoded).pow(2).mean().sqrt() / decoded.pow(2).mean().sqrt()
+    error = (codec.decode(full) - decoded).pow(2).mean().sqrt() / decoded.pow(2).mean().sqrt()
     assert error <= (0.25 if kind == "xcodec2" else 1e-4)
     # A batch in chunks is equal to its items alone.
     sizes = torch.tensor([wave.shape[-1], 4 * codec.sample_rate + 7])
@@ -219,9 +219,7 @@ def test_long_recordings_in_chunks(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_streams_equal_the_whole(
-    codec: Baseline, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_streams_equal_batches(codec: Baseline, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     in_chunks(monkeypatch, 1.0, 0.5)
     wave = speech(codec, 2.7)
     codes = codec.encode(wave).codes
@@ -346,7 +344,7 @@ def test_they_cannot_be_trained(folders: dict[str, Path]) -> None:
         build_models(TrainCodecConfig(start_from=str(folders["mimi"])), "cpu")
 
 
-def test_a_voice_speaks_with_one(tmp_path: Path) -> None:
+def test_a_voice_synthesizes_with_one(tmp_path: Path) -> None:
     codec = save_baseline(tmp_path / "mimi", "mimi", num_quantizers=3)
     voice = Voice.from_pretrained(save_voice(tmp_path, codec))
     voice.sampling = SamplingConfig(frames_per_token=(0.5, 1.0), spare_seconds=0.0, max_attempts=1)

@@ -50,7 +50,7 @@ def noise(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
-def test_nothing_of_an_odd_recording_is_lost(config: CodecConfig) -> None:
+def test_lengths_of_any_input(config: CodecConfig) -> None:
     codec, hop = made(config), config.hop_length
     for samples in (1, hop - 1, hop, 7 * hop + 1):
         wave = noise(1, 1, samples)
@@ -59,21 +59,21 @@ def test_nothing_of_an_odd_recording_is_lost(config: CodecConfig) -> None:
         assert codes.shape == (1, 3, frames)
         decoded, changed = codec.decode(codes), wave.clone()
         assert decoded.shape == (1, 1, frames * hop)
-        # The last frame hears its samples, however few, and they sound.
+        # The latent and the wave depend on the samples of the last frame.
         last = slice((frames - 1) * hop, samples)
         changed[..., last] += 0.5
         with torch.no_grad():
             latents = [codec.encoder(each)[..., -1] for each in (wave, changed)]
         assert not torch.allclose(*latents, atol=1e-5)
         assert decoded[..., last].any()
-        spoken = codec.resynthesize(codes[:, :1])
+        resynthesized = codec.resynthesize(codes[:, :1])
         auxiliary = config.lmspt.auxiliary
-        assert spoken.shape == (1, 1, frames * auxiliary.hop_length)
-        assert spoken.shape[-1] / auxiliary.sample_rate == frames / codec.frame_rate
+        assert resynthesized.shape == (1, 1, frames * auxiliary.hop_length)
+        assert resynthesized.shape[-1] / auxiliary.sample_rate == frames / codec.frame_rate
 
 
 @pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
-def test_an_item_of_a_padded_batch_comes_out_as_alone(config: CodecConfig) -> None:
+def test_padded_batch_equals_single_items(config: CodecConfig) -> None:
     codec, hop = made(config), config.hop_length
     wave = noise(3, 1, 30 * hop + 7)
     lengths = torch.tensor([30 * hop + 7, 17 * hop - 3, 5])
@@ -86,13 +86,13 @@ def test_an_item_of_a_padded_batch_comes_out_as_alone(config: CodecConfig) -> No
             torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-4)
             for network in (codec.decoder, codec.auxiliary):
                 value = noise(3, config.dimension, 31)
-                whole = network(value, -(-lengths // hop))
+                full = network(value, -(-lengths // hop))
                 single = network(value[item : item + 1, :, :frames])
-                found = whole[item : item + 1, :, : single.shape[-1]]
+                found = full[item : item + 1, :, : single.shape[-1]]
                 torch.testing.assert_close(found, single, atol=1e-5, rtol=1e-4)
 
 
-def test_a_causal_codec_never_looks_ahead() -> None:
+def test_a_causal_codec_has_no_lookahead() -> None:
     codec = made(FORMS["causal"])
     hop = codec.hop_length
     wave = noise(1, 1, 20 * hop)
@@ -110,7 +110,7 @@ def test_a_causal_codec_never_looks_ahead() -> None:
         assert not torch.allclose(waves[0][..., 12 * hop :], waves[1][..., 12 * hop :])
 
 
-def test_a_frame_hears_no_further_than_the_context() -> None:
+def test_attention_is_limited_to_the_context() -> None:
     """What chunked coding relies on: two layers of 6 frames reach 12."""
     torch.manual_seed(0)
     bottleneck = made(FIRST).encoder.semantic.bottleneck
@@ -127,17 +127,17 @@ def test_a_frame_hears_no_further_than_the_context() -> None:
 
 
 @pytest.mark.parametrize("name", ["conv", "spectral", "first"])
-def test_pieces_of_a_long_recording_join(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Defect 9: nothing changes, but for a Transformer, whose frames look further."""
+def test_chunks_of_a_long_recording_join(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Defect 9: nothing changes, except for a Transformer with its larger receptive field."""
     codec = made(FORMS[name])
     wave = noise(1, 1, 200 * codec.hop_length)
-    whole = codec.encode(wave).codes
-    spoken, decoded = codec.resynthesize(whole), codec.decode(whole)
+    full = codec.encode(wave).codes
+    resynthesized, decoded = codec.resynthesize(full), codec.decode(full)
     monkeypatch.setattr(type(codec), "_chunk_frames", property(lambda self: (60, CONTEXT_FRAMES)))
-    same = (codec.encode(wave).codes == whole).float().mean()
+    same = (codec.encode(wave).codes == full).float().mean()
     assert same > 0.99 if name == "first" else same == 1
-    torch.testing.assert_close(codec.resynthesize(whole), spoken, atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(codec.decode(whole), decoded, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(codec.resynthesize(full), resynthesized, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(codec.decode(full), decoded, atol=1e-4, rtol=1e-3)
 
 
 def test_a_shared_encoder_is_one() -> None:
@@ -147,7 +147,7 @@ def test_a_shared_encoder_is_one() -> None:
     assert not any(name.startswith("encoder.acoustic") for name in codec.state_dict())
 
 
-def test_what_ships_has_no_auxiliary_decoder_and_the_same_digest(tmp_path) -> None:
+def test_a_shipped_codec_has_no_auxiliary_decoder_and_the_same_digest(tmp_path) -> None:
     codec = made(SPECTRAL)
     codec.save_pretrained(tmp_path / "trained")
     finish_voice(tmp_path, str(tmp_path / "trained"), "A card.", {})
@@ -164,7 +164,7 @@ def test_what_ships_has_no_auxiliary_decoder_and_the_same_digest(tmp_path) -> No
 
 
 @pytest.mark.parametrize("name", ["conv", "spectral"])
-def test_the_codec_travels(name: str, tmp_path) -> None:
+def test_a_saved_lmspt_codec_is_loaded_unchanged(name: str, tmp_path) -> None:
     codec = made(FORMS[name])
     codec.save_pretrained(tmp_path / "codec")
     again = Codec.from_pretrained(str(tmp_path / "codec"))

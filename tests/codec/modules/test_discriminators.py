@@ -36,7 +36,7 @@ def test_published_sizes() -> None:
     assert [each.shape[3] for each in features] == [513, 257, 129, 65, 65, 65]
 
 
-def test_every_sub_discriminator_speaks_and_keeps_items_apart() -> None:
+def test_every_sub_discriminator_keeps_items_apart() -> None:
     torch.manual_seed(0)
     discriminators = Discriminators(TINY).eval()
     wave = torch.randn(2, 1, 4001)
@@ -65,16 +65,16 @@ def test_they_learn_to_tell_noise_from_a_tone() -> None:
 
 
 @pytest.mark.parametrize(("samples", "rows"), [(998, 333), (999, 334), (1000, 334)])
-def test_a_whole_period_more_where_none_is_missing(samples: int, rows: int) -> None:
+def test_extra_period_for_complete_rows(samples: int, rows: int) -> None:
     """As Descript's code does; 999 samples are 333 rows of 3 without."""
     torch.manual_seed(0)
     wave = torch.randn(1, 1, samples)
     for extra, expected in ((True, rows), (False, -(-samples // 3))):
-        discriminator, heard = PeriodDiscriminator(3, 32, extra=extra), []
-        discriminator.convs[0].register_forward_pre_hook(lambda _, x, heard=heard: heard.append(*x))
+        discriminator, seen = PeriodDiscriminator(3, 32, extra=extra), []
+        discriminator.convs[0].register_forward_pre_hook(lambda _, x, seen=seen: seen.append(*x))
         discriminator(wave)
-        assert heard[0].shape == (1, 1, expected, 3)
-        filled = heard[0].flatten()
+        assert seen[0].shape == (1, 1, expected, 3)
+        filled = seen[0].flatten()
         assert torch.equal(filled[samples:], wave.flatten().flip(0)[1:][: len(filled) - samples])
 
 
@@ -129,7 +129,7 @@ def test_what_no_discriminator_can_be_made_of_is_refused(name: str, least: int, 
 
 
 @pytest.mark.parametrize(("samples", "frames"), [(640, 40), (641, 41), (655, 41), (656, 41)])
-def test_bands_see_every_sample_of_any_length(samples: int, frames: int) -> None:
+def test_bands_cover_every_sample_of_any_length(samples: int, frames: int) -> None:
     torch.manual_seed(0)
     discriminator = BandDiscriminator(64, 16)
     wave = torch.randn(2, 1, samples, requires_grad=True)
@@ -149,13 +149,13 @@ def test_normalized_input_hides_gain_and_offset() -> None:
         discriminators = Discriminators(replace(TINY, normalize_input=normalize)).eval()
         for a, b in zip(discriminators(wave), discriminators(moved), strict=True):
             assert torch.allclose(a.features[0], b.features[0], atol=1e-4) is close
-    heard = []
+    seen = []
     discriminators = Discriminators(replace(BANDS, normalize_input=True))
-    discriminators.others[0].register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
+    discriminators.others[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     silent = torch.zeros(1, 1, 2001, requires_grad=True)
     discriminators(torch.cat([wave, silent]))[0].logits.sum().backward()
-    torch.testing.assert_close(heard[0].abs().amax(-1).squeeze(), torch.tensor([0.8, 0.8, 0.0]))
-    torch.testing.assert_close(heard[0].mean(-1), torch.zeros(3, 1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(seen[0].abs().amax(-1).squeeze(), torch.tensor([0.8, 0.8, 0.0]))
+    torch.testing.assert_close(seen[0].mean(-1), torch.zeros(3, 1), atol=1e-6, rtol=0)
     assert bool(silent.grad.isfinite().all())
 
 
@@ -183,7 +183,7 @@ def golden() -> dict:
 
 
 @pytest.fixture(scope="module")
-def heard(
+def released(
     golden: dict,
 ) -> tuple[Discriminators, list[DiscriminatorOutput], list[DiscriminatorOutput]]:
     """The released discriminators as lmspt_losses.yaml has them, of the real and the fake wave."""
@@ -218,8 +218,8 @@ def fill(discriminators: Discriminators) -> None:
         parameter.copy_(value.view_as(parameter))
 
 
-def test_released_parameters(golden: dict, heard) -> None:
-    discriminators, _, _ = heard
+def test_released_parameters(golden: dict, released) -> None:
+    discriminators, _, _ = released
     names = sorted(original_name(name) for name, _ in discriminators.named_parameters())
     assert names == golden["param_names_sorted"]
     counts = [sum(part.numel() for part in each.parameters()) for each in discriminators.others]
@@ -227,8 +227,8 @@ def test_released_parameters(golden: dict, heard) -> None:
     assert sum(counts) == golden["n_params_total"] == 46_698_544
 
 
-def test_released_maps(golden: dict, heard) -> None:
-    _, real, fake = heard
+def test_released_maps(golden: dict, released) -> None:
+    _, real, fake = released
     shapes = [[list(each.shape) for each in verdict.features] for verdict in real]
     assert shapes == golden["fmap_shapes_real"]
     for verdict, means in zip(real, golden["fmap_mean_abs_real"], strict=True):
@@ -239,8 +239,8 @@ def test_released_maps(golden: dict, heard) -> None:
         assert found == pytest.approx(golden[name], rel=1e-4)
 
 
-def test_released_losses(golden: dict, heard) -> None:
-    _, real, fake = heard
+def test_released_losses(golden: dict, released) -> None:
+    _, real, fake = released
     found = float(discriminator_loss(real, fake, "least_squares"))
     assert found == pytest.approx(golden["disc_loss"], rel=1e-4)
     found = float(adversarial_loss(fake, "least_squares"))

@@ -128,7 +128,7 @@ def test_padded_batch_equals_single_items(codec: Codec, golden: dict) -> None:
     for size in (wave.shape[-1], 4001, 977, 100, 1):
         lengths = torch.tensor([wave.shape[-1], size])
         noisy = wave.clone()
-        noisy[1, :, size:] = 0.5  # Padding holds anything; it must not be heard.
+        noisy[1, :, size:] = 0.5  # Arbitrary values in padding must not change the codes.
         batch = codec.encode(noisy, lengths)
         alone = codec.encode(wave[1:, :, :size])
         frames = alone.codes.shape[-1]

@@ -15,7 +15,7 @@ from codec.distillation.teachers import load_speech_teacher
 from codec.modules.ssl_encoders import WhisperEncoder, config_for_whisper, load_whisper
 
 
-def test_features_are_whispers_those_of_a_frame_side_by_side(tmp_path: Path) -> None:
+def test_features_are_whispers_stacked_per_frame(tmp_path: Path) -> None:
     codec, whisper = tiny_semantic(tmp_path)
     encoder, wave = codec.encoder.semantic, noise(1, 1, 5 * 640)
     assert isinstance(encoder, WhisperEncoder)
@@ -28,9 +28,7 @@ def test_features_are_whispers_those_of_a_frame_side_by_side(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("samples", [1, 639, 640, 641, 7 * 640 + 5])
-def test_an_item_of_a_padded_batch_gets_the_codes_that_it_gets_alone(
-    tmp_path: Path, samples: int
-) -> None:
+def test_padded_batch_equals_single_items(tmp_path: Path, samples: int) -> None:
     codec, _ = tiny_semantic(tmp_path)
     wave = noise(2, 1, 9 * 640 + 3)
     alone = codec.encode(wave[:1, :, :samples])
@@ -40,7 +38,7 @@ def test_an_item_of_a_padded_batch_gets_the_codes_that_it_gets_alone(
     assert torch.equal(both.codes[:1, :, :count], alone.codes)
 
 
-def test_items_may_all_be_shorter_than_the_batch_is_wide(tmp_path: Path) -> None:
+def test_items_may_all_be_shorter_than_the_batch(tmp_path: Path) -> None:
     codec, _ = tiny_semantic(tmp_path)
     wave = noise(2, 1, 9 * 640)
     both = codec.encode(wave, torch.tensor([5 * 640, 3 * 640]))
@@ -49,7 +47,7 @@ def test_items_may_all_be_shorter_than_the_batch_is_wide(tmp_path: Path) -> None
     assert torch.equal(both.codes[:1, :, :5], alone.codes)
 
 
-def test_a_piece_of_a_long_recording_fits_into_whispers_window(tmp_path: Path) -> None:
+def test_a_chunk_fits_into_whispers_window(tmp_path: Path) -> None:
     codec, _ = tiny_semantic(tmp_path)
     kept, context = codec._chunk_frames
     assert (kept + 2 * context) / codec.frame_rate <= 30
@@ -81,7 +79,7 @@ def test_offsets_change_the_positions_only(tmp_path: Path) -> None:
     assert not torch.allclose(plain, moved)
 
 
-def test_it_is_saved_whole_and_its_whisper_does_not_learn(tmp_path: Path) -> None:
+def test_whisper_is_saved_with_the_codec_and_not_trained(tmp_path: Path) -> None:
     codec, _ = tiny_semantic(tmp_path)
     codec.save_pretrained(tmp_path / "codec")
     loaded, wave = load_codec(str(tmp_path / "codec")), noise(1, 1, 6400)
@@ -108,7 +106,7 @@ def test_another_whisper_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda c: replace(c, sample_rate=24_000), "needs sample_rate 16000"),
         (
@@ -124,8 +122,8 @@ def test_another_whisper_is_refused_by_name(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_configurations_that_cannot_be(change: Callable, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_invalid_configurations_are_refused(change: Callable, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         change(LM_SPT)
 
 
