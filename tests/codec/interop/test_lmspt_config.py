@@ -126,7 +126,7 @@ def test_numbers_as_the_original_takes_them() -> None:
         ({"encoder_rates": 6}, "encoder_rates must be a list"),
         ({"encoder_rates": []}, "encoder_rates must be a list"),
         ({"encoder_rates": [6, 1]}, "encoder_rates must be an integer from 2 to .*, got 1"),
-        ({"encoder_rates": [2, 4]}, "frames have 8 samples, the decoder's 6"),
+        ({"encoder_rates": [2, 4]}, "8 samples per frame, the decoder 6"),
         ({"decoder_rates": [2, 2.5]}, "decoder_rates must be an integer"),
         ({"dilation": [1, 3]}, "dilation needs 3 numbers"),
         ({"residual_kernel_size": 4}, "residual_kernel_size must be odd"),
@@ -147,8 +147,8 @@ def test_numbers_as_the_original_takes_them() -> None:
         ({"encoder_dim": 2**31}, "encoder_dim must be an integer"),
         ({"encoder_dim": 2**30, "latent_dim": None}, "latent_dim must be an integer"),
         ({"encoder_rates": [2] * 99, "latent_dim": None}, "latent_dim must be an integer"),
-        ({"model": [1]}, "model must hold keys and values"),
-        ({"aux_decoder": "Decoder"}, "aux_decoder must hold keys and values, got 'Decoder'"),
+        ({"model": [1]}, "model must have keys and values"),
+        ({"aux_decoder": "Decoder"}, "aux_decoder must have keys and values, got 'Decoder'"),
         ({"aux_decoder": {}}, "lacks aux_decoder.input_channel, aux_decoder.channels, aux_dec"),
         ({"aux_decoder": AUXILIARY | {"rate": 1}}, r"rate; is aux_decoder\.rates meant"),
         (
@@ -156,7 +156,7 @@ def test_numbers_as_the_original_takes_them() -> None:
             "aux_decoder.d_out is 2: our codecs",
         ),
         ({"aux_decoder": AUXILIARY | {"input_channel": 9}}, "input_channel is 9, latent_dim is 8"),
-        ({"aux_decoder": AUXILIARY | {"sample_rate": 8000}}, "3 samples a frame at 8000 Hz"),
+        ({"aux_decoder": AUXILIARY | {"sample_rate": 8000}}, "3 samples at 8000 Hz"),
         ({"aux_decoder": AUXILIARY | {"rates": ["${x}"]}}, "aux_decoder.rates: refer to"),
     ],
 )
@@ -169,7 +169,7 @@ def test_bad_configurations_are_named(changed: dict[Any, Any], message: str) -> 
     ("changed", "message"),
     [
         ({"latent_dim": 2**31 - 1, "aux_decoder": None}, "of another shape"),
-        ({"n_codebooks": 1000}, "n_codebooks asks for 1000 of a kind"),
+        ({"n_codebooks": 1000}, "n_codebooks asks for 1000, and there"),
         (
             {"encoder_rates": [2] * 99, "decoder_rates": [2] * 99, "decoder_dim": 2**31 - 1},
             "decoder_width must be at least",
