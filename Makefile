@@ -6,6 +6,7 @@
 # make smoke    the recipes in miniature: codec, tokens, then a voice under ZeRO-2 on two processes
 # make test     the tests: no network, no models
 # make lint     ruff, pyright, codespell
+# make docs-check  parses every command and example of README.md and docs/, and checks keys, paths and links
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= python3
@@ -25,7 +26,7 @@ export CAN_BUILD_PESQ
 # What the demo and the miniature recipes use of `make models`.
 DEMO_MODELS := smollm2-135m-instruct whisper-base speaker-encoder
 
-.PHONY: setup models demo demo-train train-small smoke test lint
+.PHONY: setup models demo demo-train train-small smoke test lint docs-check
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -78,3 +79,6 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/codespell
+
+docs-check: setup
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/test_docs.py

@@ -39,6 +39,7 @@ OTHER_PROGRAMS = {
     *("export", "ruff", "pyright"),
 }
 """Programs that are not ours; their arguments are not checked."""
+PACKAGES = ("codec", "slm", "eval")
 OURS = "codec|slm|eval|recipes|docs|tests|pictures"
 PROGRAMS = sorted(
     path.relative_to(ROOT).as_posix()
@@ -50,6 +51,15 @@ PROGRAMS = sorted(
 
 class Parsed(Exception):
     """Raised in place of running a program: its command line was accepted."""
+
+
+class Mismatch(Exception):
+    """What a page shows is not what the program has."""
+
+
+def require(condition: object, message: str) -> None:
+    if not condition:
+        raise Mismatch(message)
 
 
 def name(path: Path) -> str:
@@ -89,14 +99,14 @@ def commands(script: str) -> Iterator[list[str]]:
             skip = False
         elif word in (";", "|", "&&", "||", "&"):
             simple.append([])
-        elif word in ("<", ">", ">>", "2"):
-            skip = word != "2"
+        elif word in ("<", ">", ">>"):
+            skip = True
         else:
             simple[-1].append(word)
     loop: tuple[str, list[str]] | None = None
     for command in simple:
         if command and command[0] == "for":
-            assert command[2] == "in", command
+            require(command[2] == "in", f"{command}")
             loop, command = (command[1], command[3:]), []
         elif command == ["done"]:
             loop, command = None, []
@@ -114,13 +124,15 @@ def commands(script: str) -> Iterator[list[str]]:
 
 def check_command(words: Sequence[str]) -> None:
     """Raises for a command that the program it names would not accept."""
+    for word in words:
+        check_models(word)
     program, *arguments = words
     if program in ("codec", "slm"):
         run_until_parsed(importlib.import_module(f"{program}.__main__"), arguments)
     elif program == "python" and arguments[0].endswith(".py"):
         check_recipe(arguments[0], arguments[1:])
     elif program == "python":
-        assert arguments[0] in ("-m", "-c"), f"unknown form: {shlex.join(words)}"
+        require(arguments[0] in ("-m", "-c"), f"unknown form: {shlex.join(words)}")
         if arguments[0] == "-m":
             check_command(arguments[1:])
     elif program == "accelerate":
@@ -132,19 +144,28 @@ def check_command(words: Sequence[str]) -> None:
     elif program == "pytest":
         for argument in arguments:
             if not argument.startswith("-"):
-                assert (ROOT / argument).exists(), f"no {argument}"
+                require((ROOT / argument).exists(), f"no {argument}")
     else:
-        assert program in OTHER_PROGRAMS, f"{program}: no program of ours, nor of OTHER_PROGRAMS"
+        require(program in OTHER_PROGRAMS, f"{program}: no program of ours, nor of OTHER_PROGRAMS")
+
+
+def check_models(text: str) -> None:
+    """Raises where a text names a folder of models/ that nothing makes."""
+    from recipes.offline_models import MODELS
+
+    for folder in re.findall(r"\bmodels/([\w.-]+)", text):
+        made = {model.name for model in MODELS} | {"small"}
+        require(folder in made, f"nothing makes models/{folder}")
 
 
 def check_recipe(script: str, arguments: Sequence[str]) -> None:
-    assert script in PROGRAMS, f"no program {script}"
+    require(script in PROGRAMS, f"no program {script}")
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     source = (ROOT / script).read_text()
     if "load_config" in source or "ArgumentParser" in source:
         run_until_parsed(module, arguments)
     else:
-        assert not arguments, f"{script} takes no arguments"
+        require(not arguments, f"{script} takes no arguments")
 
 
 def run_until_parsed(module: ModuleType, arguments: Sequence[str]) -> Any:
@@ -165,8 +186,8 @@ def run_until_parsed(module: ModuleType, arguments: Sequence[str]) -> Any:
         except SystemExit as stopped:
             if stopped.code == 0:  # --help
                 return None
-            raise AssertionError(f"{module.__name__}: {shlex.join(arguments)}") from stopped
-    raise AssertionError(f"{module.__name__} was run without parsing {shlex.join(arguments)}")
+            raise Mismatch(f"{module.__name__}: {shlex.join(arguments)}") from stopped
+    raise Mismatch(f"{module.__name__} was run without parsing {shlex.join(arguments)}")
 
 
 class intercepted:
@@ -175,9 +196,8 @@ class intercepted:
     def __init__(self, parse: Callable[..., Any], load: Callable[..., Any]):
         self.patches = [patch.object(argparse.ArgumentParser, "parse_args", parse)]
         for module in list(sys.modules.values()):
-            if getattr(module, "__name__", "").startswith("recipes"):
-                if getattr(module, "load_config", None) is config_library.load_config:
-                    self.patches.append(patch.object(module, "load_config", load))
+            if getattr(module, "load_config", None) is config_library.load_config:
+                self.patches.append(patch.object(module, "load_config", load))
 
     def __enter__(self) -> None:
         for each in self.patches:
@@ -196,13 +216,13 @@ def launcher() -> argparse.ArgumentParser:
 
 
 def check_launch(arguments: Sequence[str]) -> None:
-    assert arguments[0] == "launch", f"accelerate {arguments[0]} is not used here"
+    require(arguments[0] == "launch", f"accelerate {arguments[0]} is not used here")
     try:
         given = launcher().parse_args(arguments[1:])
     except SystemExit as stopped:
-        raise AssertionError(shlex.join(arguments)) from stopped
+        raise Mismatch(shlex.join(arguments)) from stopped
     if given.config_file is not None:
-        assert (ROOT / given.config_file).is_file(), f"no {given.config_file}"
+        require((ROOT / given.config_file).is_file(), f"no {given.config_file}")
     check_recipe(given.training_script, given.training_script_args)
 
 
@@ -212,20 +232,19 @@ def check_make(arguments: Sequence[str]) -> None:
     for argument in arguments:
         variable, equals, _ = argument.partition("=")
         if equals:
-            assert f"$({variable})" in makefile or f"$({variable}:" in makefile or re.search(
-                rf"\b{variable} \?=|value {variable}\b", makefile
-            ), f"Makefile has no variable {variable}"
+            used = re.search(rf"\$\({variable}\)|value {variable}\b", makefile)
+            require(used, f"Makefile has no variable {variable}")
         else:
-            assert argument in targets, f"Makefile has no target {argument}"
+            require(argument in targets, f"Makefile has no target {argument}")
 
 
 def check_pip(arguments: Sequence[str]) -> None:
-    assert arguments[0] == "install", arguments
+    require(arguments[0] == "install", f"{arguments}")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for argument in arguments[1:]:
         for extras in re.findall(r"^(?:\.|parlance.*)\[(.*)\]", argument):
             for extra in extras.split(","):
-                assert extra in project["optional-dependencies"], f"no extra {extra}"
+                require(extra in project["optional-dependencies"], f"no extra {extra}")
 
 
 @cache
@@ -265,26 +284,40 @@ def known() -> tuple[set[str], set[str]]:
     return keys | prefixes, flags
 
 
-def check_inline(code: str) -> None:
-    """Raises for an inline code span that names a key, a flag or a path that does not exist."""
+def check_inline(code: str, folder: Path = ROOT) -> None:
+    """Raises for an inline code span that names a key, a flag or a path that does not exist.
+
+    Paths start at the repository's top, or in `folder`.
+    """
     keys, flags = known()
     for text in braces(code) if " " not in code else [code]:
+        if not re.match(OURS, text):
+            check_models(text)
         flag = re.match(r"--[a-z][\w-]*", text)
         if flag:
-            assert flag[0] in flags, f"no flag {flag[0]}"
+            require(flag[0] in flags, f"no flag {flag[0]}")
         path = re.fullmatch(rf"(?:{OURS}|models/small)/[\w./*-]*", text)
         if path:
-            assert list(ROOT.glob(text.rstrip("/"))), f"no file {text}"
+            pattern = text.rstrip("/")
+            require([*ROOT.glob(pattern), *folder.glob(pattern)], f"no file {text}")
+        if re.fullmatch(r"[\w.-]+\.yaml", text) and text != "config.yaml":
+            require(list((ROOT / "recipes").rglob(text)), f"no configuration {text}")
         key = re.fullmatch(r"([a-z_]+)((?:\.[a-z_0-9]+)+)(?:=.*)?", text)
-        if key and key[1] in {one.partition(".")[0] for one in keys if "." in one}:
+        if (
+            key
+            and not text.endswith((".json", ".yaml"))
+            and key[1] in {one.partition(".")[0] for one in keys if "." in one}
+        ):
             dotted = key[1] + key[2]
-            assert dotted in keys or resolves(dotted), f"no key {dotted}"
+            require(dotted in keys or resolves(dotted), f"no key {dotted}")
 
 
 def resolves(dotted: str) -> bool:
     """Whether it names an object of ours (`codec.io`), or what a codec has (`codec.encode`)."""
     from codec import Codec
 
+    if dotted.startswith("codec.config."):
+        return dotted.replace("codec.config.", "codec.", 1) in known()[0]
     first, *rest = dotted.split(".")
     if first == "codec" and len(rest) == 1 and hasattr(Codec, rest[0]):
         return True
@@ -309,10 +342,10 @@ def check_link(page: Path, target: str) -> None:
         return
     file, _, anchor = target.partition("#")
     linked = (page.parent / file).resolve() if file else page
-    assert linked.exists(), f"no {target}"
+    require(linked.exists(), f"no {target}")
     if anchor:
         headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
-        assert anchor in map(slug, headings), f"no heading for {target}"
+        require(anchor in map(slug, headings), f"no heading for {target}")
 
 
 class Example:
@@ -355,11 +388,12 @@ class Example:
                 return None
             given = [None] * len(node.args)
             keywords = dict.fromkeys([each.arg for each in node.keywords if each.arg])
-            bound = isinstance(node.func, ast.Attribute) and isinstance(
-                self.value_of(node.func.value), Instance
-            )
-            signature = inspect.signature(called)
-            signature.bind(*([None] if bound else []), *given, **keywords)
+            if getattr(called, "__module__", "").split(".")[0] in PACKAGES:
+                owner = (
+                    self.type_of(node.func.value) if isinstance(node.func, ast.Attribute) else None
+                )
+                plain = owner and inspect.isfunction(inspect.getattr_static(owner, called.__name__))
+                inspect.signature(called).bind(*([None] if plain else []), *given, **keywords)
             return Instance(returned(called))
         return None
 
@@ -381,7 +415,7 @@ def member(cls: type, attribute: str) -> Any:
     if hasattr(cls, attribute):
         return getattr(cls, attribute)
     source = "".join(inspect.getsource(base) for base in cls.__mro__ if "__init__" in vars(base)
-                     and base.__module__.split(".")[0] in ("codec", "slm", "eval"))  # fmt: skip
+                     and base.__module__.split(".")[0] in PACKAGES)  # fmt: skip
     if re.search(rf"self\.{attribute}\b.*=", source):
         return None
     raise AttributeError(f"{cls.__name__} has no {attribute}")
@@ -397,7 +431,7 @@ def returned(called: Any) -> type | None:
         hint = None
     if hint is typing.Self:
         return owner
-    if isinstance(hint, type) and hint.__module__.split(".")[0] in ("codec", "slm", "eval"):
+    if isinstance(hint, type) and hint.__module__.split(".")[0] in PACKAGES:
         return hint
     return None
 
@@ -411,7 +445,8 @@ def test_every_command_parses(page: Path, capsys: pytest.CaptureFixture[str]) ->
                 check_command(words)
             except Exception as error:
                 wrong.append(f"{shlex.join(words)}: {error} {capsys.readouterr().err[-300:]}")
-    assert not wrong, "\n".join([f"{name(page)}:", *wrong])
+    if wrong:
+        pytest.fail("\n".join([f"{name(page)}:", *wrong]), pytrace=False)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -419,15 +454,16 @@ def test_keys_flags_paths_and_links_exist(page: Path) -> None:
     text, wrong = prose(page), []
     for code in re.findall(r"`([^`]+)`", text):
         try:
-            check_inline(" ".join(code.split()))
-        except AssertionError as error:
+            check_inline(" ".join(code.split()), page.parent)
+        except Mismatch as error:
             wrong.append(f"`{code}`: {error}")
     for target in re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", text):
         try:
             check_link(page, target[0] or target[1])
-        except AssertionError as error:
+        except Mismatch as error:
             wrong.append(str(error))
-    assert not wrong, "\n".join([f"{name(page)}:", *wrong])
+    if wrong:
+        pytest.fail("\n".join([f"{name(page)}:", *wrong]), pytrace=False)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -472,19 +508,28 @@ def test_every_page_is_linked_from_the_readme() -> None:
         "pip install -e .[evil]",
         "pytest tests/test_none.py",
         "slmm tts",
+        "slm asr --voice models/smal a.wav",
     ],
 )
 def test_a_misspelt_command_is_found(command: str) -> None:
     (words, *_) = commands(command)
-    with pytest.raises((AssertionError, ValueError)):
+    with pytest.raises((Mismatch, ValueError)):
         check_command(words)
 
 
 @pytest.mark.parametrize(
-    "code", ["--candidate", "ar.tasks.tss", "optim.learning", "recipes/none.py", "ar.{lora,lara}"]
+    "code",
+    [
+        "--candidate",
+        "ar.tasks.tss",
+        "optim.learning",
+        "recipes/none.py",
+        "ar.{lora,lara}",
+        "none.yaml",
+    ],
 )
 def test_a_misspelt_name_is_found(code: str) -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises(Mismatch):
         check_inline(code)
 
 
@@ -505,5 +550,5 @@ def test_a_wrong_example_is_found(source: str) -> None:
 
 def test_a_dead_link_is_found() -> None:
     for target in ("docs/none.md", "README.md#no-such-heading"):
-        with pytest.raises(AssertionError):
+        with pytest.raises(Mismatch):
             check_link(ROOT / "README.md", target)

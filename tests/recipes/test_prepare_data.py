@@ -233,11 +233,11 @@ def test_speakers_are_held_out_of_the_training_parts(tmp_path: Path, write_wav: 
 def test_the_paper_settings_follow_on_libritts(
     tmp_path: Path, write_wav: Write, tiny_codec_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The README's lines in their order, with a tiny codec in place of the trained one."""
+    """The guide's lines in their order, with a tiny codec in place of the trained one."""
     from recipes import export_tokens
 
-    readme = (ROOT / "README.md").read_text().replace("\\\n", "")
-    lines = readme.partition("### LibriTTS")[2].partition("## The tree")[0].splitlines()
+    guide = (ROOT / "docs" / "train_your_own.md").read_text().replace("\\\n", "")
+    lines = guide.partition("## 3. The big path")[2].partition("\n## ")[0].splitlines()
     prepare, *_ = (shlex.split(line) for line in lines if "prepare_data.py" in line)
     exports = [line.partition("export_tokens.py")[2] for line in lines if "export_tokens" in line]
     corpus = libritts(tmp_path / "LibriTTS", write_wav)

@@ -134,9 +134,10 @@ def test_a_name_in_a_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.Mon
         architecture("start_from=models/empty")
 
 
-def test_the_readmes_command_trains_what_is_published(tmp_path: Path) -> None:
+def test_the_guides_command_trains_what_is_published(tmp_path: Path) -> None:
     """The import spells out what the file leaves to other keys; that is no difference."""
-    section = (ROOT / "README.md").read_text().split("### Coming from LM-SPT")[1].split("\n##")[0]
+    guide = (ROOT / "docs" / "coming_from.md").read_text()
+    section = guide.split("## LM-SPT")[1].split("\n##")[0]
     command = re.search(r"recipes/train_codec\.py (--config \S+ start_from=DIR)$", section, re.M)
     assert command is not None
     published = config_from_lmspt(RELEASED)
@@ -172,7 +173,7 @@ def test_another_architecture_is_refused_with_the_keys_that_differ(tmp_path: Pat
 def test_what_was_imported_is_trained_further_with_its_configuration(
     tmp_path: Path, cuts: list[str]
 ) -> None:
-    """The README's commands, with a miniature of the released form and of Whisper."""
+    """The guide's commands, with a miniature of the released form and of Whisper."""
     started = tmp_path / "started"
     (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(ORIGINAL))
     save_file(state_of(ORIGINAL), tmp_path / "theirs.safetensors")

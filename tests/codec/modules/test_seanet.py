@@ -64,10 +64,10 @@ def test_features_equal_the_originals(codec: Codec, golden: dict) -> None:
 
 
 @torch.no_grad()
-def test_the_readme_says_how_to_get_what_the_original_gives(codec: Codec, golden: dict) -> None:
+def test_the_guide_says_how_to_get_what_the_original_gives(codec: Codec, golden: dict) -> None:
     """Runs the right-hand column of the table for those who come from SpeechTokenizer."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = readme.split("### Coming from SpeechTokenizer")[1].split("\n## ")[0]
+    guide = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8")
+    table = guide.split("## SpeechTokenizer and DM-Codec")[1].split("\n## ")[0]
     wave, lengths, codes = golden["input"], torch.tensor([16_000]), golden["codes"].transpose(0, 1)
     scope = {"codec": codec, "wave": wave, "lengths": lengths, "codes": codes}
 
