@@ -20,7 +20,7 @@ from slm.config import OptimConfig
 from slm.data.ar import ARBatch, Data, Share
 from slm.data.nar import NARBatch
 from slm.models.ar import Scores, SpeechLM
-from slm.models.lm_head import Asked, Rows, logits_of
+from slm.models.lm_head import IdRange, PositionGroup, group_logits
 from slm.tokenization.tokenizer import SpeechTextTokenizer
 from slm.tokenization.vocabulary import encode_texts
 
@@ -338,7 +338,7 @@ def text_perplexity(
     model = lm.lm if isinstance(lm, SpeechLM) else lm
     window = min(window, getattr(model.config, "max_position_embeddings", window))
     table = model.get_output_embeddings().weight.shape[0]
-    asked = Rows(0, min(len(tokenizer), table) if rows == "text" else table, None)
+    asked = IdRange(0, min(len(tokenizer), table) if rows == "text" else table, None)
     windows = [
         ids[start : start + window]
         for ids in encode_texts(tokenizer, texts)
@@ -367,7 +367,7 @@ def _batches(windows: Sequence[list[int]], positions: int) -> Iterator[list[list
     yield batch
 
 
-def _sum(model: Any, batch: Sequence[list[int]], rows: Rows) -> float:
+def _sum(model: Any, batch: Sequence[list[int]], rows: IdRange) -> float:
     """Negative log-likelihood of all tokens but the first ones."""
     device = next(model.parameters()).device
     longest = max(len(ids) for ids in batch)
@@ -377,7 +377,7 @@ def _sum(model: Any, batch: Sequence[list[int]], rows: Rows) -> float:
     lengths = torch.tensor([len(ids) for ids in batch], device=device)
     known = torch.arange(1, longest + 1, device=device) < lengths[:, None]
     where = known.flatten().nonzero()[:, 0]
-    (logits,) = logits_of(model, [Asked(where, rows)], input_ids=tokens)
+    (logits,) = group_logits(model, [PositionGroup(where, rows)], input_ids=tokens)
     following: Tensor = tokens.flatten()[where + 1]
     return (
         functional.cross_entropy(logits.float(), following, reduction="none").double().sum().item()

@@ -10,7 +10,7 @@ from torchaudio.functional import edit_distance
 from slm.data.sequences import asr_context
 from slm.generation.asr import hear, num_given
 from slm.models.ar import SpeechLM
-from slm.models.lm_head import Asked, logits_of, text_rows
+from slm.models.lm_head import PositionGroup, group_logits, text_ids
 
 POSITIONS = 8192
 """Padded positions that are scored at once: bounds the memory."""
@@ -96,9 +96,9 @@ def _scores(lm: SpeechLM, rows: Sequence[Sequence[int]], num_targets: Sequence[i
         where += range(first, first + count)
         labels += row[-count:]
     device = next(lm.parameters()).device
-    chosen = text_rows(lm.tokenizer, "asr")
-    asked = Asked(torch.tensor(where, device=device), chosen)
-    (logits,) = logits_of(lm.lm, [asked], input_ids=tokens.to(device))
+    chosen = text_ids(lm.tokenizer, "asr")
+    group = PositionGroup(torch.tensor(where, device=device), chosen)
+    (logits,) = group_logits(lm.lm, [group], input_ids=tokens.to(device))
     columns = chosen.columns(torch.tensor(labels, device=device))
     told = logits.float().log_softmax(-1).gather(1, columns[:, None])[:, 0]
     return [float(part.mean()) for part in told.split(list(num_targets))]

@@ -23,7 +23,7 @@ from slm.generation.checks import (
     severity,
 )
 from slm.generation.rerank import can_transcribe, text_scores, transcripts
-from slm.generation.sampling import Request, again, first_codes, generate, speech_only
+from slm.generation.sampling import Request, first_codes, generate, retry, speech_only
 from slm.models.ar import SpeechLM
 from slm.models.nar import NAR
 
@@ -181,7 +181,7 @@ def candidates(
     Cost: the AR's work as many times, and one pass of ASR over all (no generation).
     """
     requests = [
-        again(
+        retry(
             Request(
                 context=one.context,
                 min_tokens=one.bounds[0],

@@ -1,21 +1,13 @@
-"""The AR: a pretrained causal LM whose vocabulary has gained codebook 1.
+"""The AR: a pretrained causal LM whose vocabulary is extended by codebook 1.
 
 Its folder, `ar/` of a voice:
 
-    base.json          which LLM it grew from: name, digest, layers kept, adapter or whole weights
+    base.json          the base LLM: name, digest, number of layers; LoRA adapters or all weights
     vocabulary.json    the id map
     alphabet.json      the forms of text and speech (slm/tokenization/tokenizer.py)
-    coverage.json      what the training texts held (slm/data/sequences.py)
-    adapter_*          peft's own files, the rows of the new tokens included; or the whole model
-    tokenizer*         the LLM's tokenizer, so that whole weights need no base
-
-Pretrained text LLMs, as they come.
-
-New rows that begin as the letters that their codes say.
-
-A code of a semantic codebook often says one letter or two. Rows drawn at random tell the LLM
-nothing of that; rows that begin as a mixture of the letters' own let it follow a text in its speech
-with what it can already do: find the place where the same stood before.
+    coverage.json      characters and lengths of the training data (slm/data/sequences.py)
+    adapter_*          peft's files, with the embedding rows of new tokens; or the full model
+    tokenizer*         the LLM's tokenizer, so that full weights need no base
 """
 
 import hashlib
@@ -41,30 +33,248 @@ from codec.tokens import CodecStamp
 from slm.config import ARConfig, LoRAConfig
 from slm.data.ar import IGNORE, ARBatch
 from slm.data.sequences import ASR, CONTINUATION, TASKS, TEXT, TTS
-from slm.models.attention import attention_of, kept_apart
-from slm.models.lm_head import Asked, logits_of, speech_rows, text_rows
+from slm.models.attention import packed_inputs, use_training_attention
+from slm.models.lm_head import PositionGroup, check_head, group_logits, speech_ids, text_ids
 from slm.tokenization.tokenizer import SpeechTextTokenizer
 from slm.tokenization.vocabulary import Vocabulary, extend, row_parameters
 
 logger = logging.getLogger(__name__)
 
-
+BASE_FILE = "base.json"
 SAMPLES_PER_TENSOR = 4096
 
 
+class Scores(NamedTuple):
+    """Sums over targets, one entry for each of the model's `groups`."""
+
+    nll: Float[Tensor, " G"]
+    correct: Float[Tensor, " G"]
+    """Targets with the highest logit."""
+    targets: Float[Tensor, " G"]
+    """Number of targets."""
+
+
+class SpeechLM(nn.Module):
+    """A causal LM over text and codebook 1; built by `create` or `load`."""
+
+    groups = TASKS
+
+    def __init__(self, lm: Any, tokenizer: SpeechTextTokenizer, origin: dict[str, Any]):
+        super().__init__()
+        self.lm = lm
+        self.tokenizer = tokenizer
+        self.origin = origin
+        self.config = lm.config
+
+    @classmethod
+    def create(cls, config: ARConfig, codec: CodecStamp, seed: int) -> "SpeechLM":
+        """A pretrained LLM with new embedding rows for `codec`'s codebook 1, ready to be trained;
+        with LoRA adapters if configured."""
+        base = load_base(config.base, config.num_layers)
+        tokenizer = SpeechTextTokenizer.create(
+            base.lm, base.tokenizer, codec, config.text, config.speech
+        )
+        vocabulary = tokenizer.vocabulary
+        extend(base.lm, vocabulary, seed, config.init_scale)
+        if config.letter_init is not None:
+            init_from_letters(base.lm, tokenizer, Letters.load(config.letter_init))
+        lm = base.lm
+        use_training_attention(lm)
+        if config.start_from is not None:
+            cls._start_from(lm, vocabulary, base.digest, config)
+        if config.gradient_checkpointing:
+            with warnings.catch_warnings():  # Its later name is not in every release.
+                warnings.simplefilter("ignore", FutureWarning)
+                lm.gradient_checkpointing_enable({"use_reentrant": False})
+            lm.enable_input_require_grads()
+        if config.lora is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                lm = add_adapters(lm, config.lora, vocabulary.new_ids)
+        origin = {
+            "name": config.base,
+            "digest": base.digest,
+            "num_layers": config.num_layers,
+            "adapter": config.lora is not None,
+            "tasks": asdict(config.tasks),
+        }
+        return cls(lm, tokenizer, origin)
+
+    @classmethod
+    def _start_from(cls, lm: Any, vocabulary: Vocabulary, digest: str, config: ARConfig) -> None:
+        """Copies the weights of `config.start_from` into `lm`.
+
+        Raises:
+            ValueError: where they do not fit, or are LoRA adapters.
+        """
+        folder, source = config.start_from, cls.load(str(config.start_from))
+        if source.origin["adapter"]:
+            raise ValueError(f"{folder}: has LoRA adapters; only fully trained weights can be used")
+        for what, found, wanted in (
+            ("number of layers", source.origin["num_layers"], config.num_layers),
+            ("text LLM", source.origin["digest"], digest),
+            ("number of rows", source.vocabulary.size, vocabulary.size),
+            ("frame rate", source.vocabulary.codec.frame_rate, vocabulary.codec.frame_rate),
+        ):
+            if found != wanted:
+                raise ValueError(f"{folder}: another {what} ({found}, here {wanted})")
+        if source.vocabulary.codec.digest != vocabulary.codec.digest:
+            logger.warning(
+                "%s was trained on another codec's codes: it must have the same codebook 1", folder
+            )
+        lm.load_state_dict(source.lm.state_dict())
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.tokenizer.vocabulary
+
+    def check_task(self, task: str) -> None:
+        """Raises ValueError for a task that the model was not trained on."""
+        weights = self.origin.get("tasks", {})  # Not in older voices.
+        if weights.get(task, 1.0) == 0:
+            does, fails = {"tts": ("transcribes", "speak"), "asr": ("speaks", "transcribe")}[task]
+            raise ValueError(
+                f"this voice {does}, but cannot {fails}: it was trained without {task}"
+            )
+
+    @property
+    def max_positions(self) -> int:
+        """Context length of the LLM, in tokens."""
+        return int(getattr(self.config, "max_position_embeddings", 1 << 20))
+
+    def forward(self, batch: ARBatch) -> Scores:
+        """Losses at target positions, each over the ids that its target may have: codes and their
+        end for speech, the form of transcripts for asr, all text ids for text."""
+        labels, tasks = batch.labels.flatten(), batch.tasks.flatten()
+        is_target, is_speech = labels != IGNORE, (tasks == TTS) | (tasks == CONTINUATION)
+        groups = [
+            PositionGroup((is_target & chosen).nonzero()[:, 0], ids)
+            for chosen, ids in [
+                (is_speech, speech_ids(self.tokenizer)),
+                (tasks == ASR, text_ids(self.tokenizer, "asr")),
+                (tasks == TEXT, text_ids(self.tokenizer, "text")),
+            ]
+        ]
+        # Costly rows, and of the same table as the others': no rank lacks a gradient without them.
+        groups = groups[: 2 + bool(len(groups[2].positions))]
+        inputs = {"input_ids": batch.tokens}
+        if batch.documents is not None:
+            inputs |= packed_inputs(self.lm, batch.documents)
+        logits = group_logits(self.lm, groups, owner=self, **inputs)
+        scores = [
+            score(each, ids.columns(labels[positions]), tasks[positions], len(TASKS))
+            for each, (positions, ids) in zip(logits, groups, strict=True)
+        ]
+        return Scores(*(torch.stack(parts).sum(0) for parts in zip(*scores, strict=True)))
+
+    def save(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Writes the folder described above.
+
+        Args:
+            folder: is created.
+            state: the trained parameters by name, where an engine has partitioned them
+                (slm/train.py gathers them); None: the model's own.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = dict(self.state_dict()) if state is None else dict(state)
+        weights = {name.removeprefix("lm."): value for name, value in weights.items()}
+        if self.origin["adapter"]:
+            # `auto` would look for the base on the hub, and would copy the whole table.
+            self.lm.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+            (folder / "README.md").unlink(missing_ok=True)
+        else:
+            self.lm.save_pretrained(folder, state_dict=weights)
+        self.tokenizer.text_tokenizer.save_pretrained(folder)
+        self.tokenizer.save(folder)
+        self.save_origin(folder)
+
+    def save_origin(self, folder: str | Path, beside: str | Path | None = None) -> None:
+        """Writes base.json. The path of a local LLM is stored relative to the folder as well, so
+        that both can be moved together.
+
+        Args:
+            folder: `ar/` of the voice.
+            beside: the folder that this AR was loaded from, if it was.
+        """
+        folder, origin = Path(folder), dict(self.origin)
+        if beside is not None and "relative" in origin:
+            origin["relative"] = os.path.relpath(Path(beside) / origin["relative"], folder)
+        elif Path(origin["name"]).exists():
+            origin["relative"] = os.path.relpath(origin["name"], folder)
+        with atomic_file(folder / BASE_FILE) as temporary:
+            temporary.write_text(json.dumps(origin, indent=1))
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, base: str | Path | None = None, dtype: torch.dtype = torch.float32
+    ) -> "SpeechLM":
+        """The AR of a folder, for inference: adapters are merged.
+
+        Args:
+            folder: `ar/` of a voice.
+            base: the LLM's path or hub id, if it has moved.
+            dtype: of the weights.
+
+        Raises:
+            ValueError: for a folder that is incomplete, or whose LLM is not found.
+        """
+        folder = Path(folder)
+        vocabulary = Vocabulary.load(folder)
+        origin = _read_object(folder / BASE_FILE, ("name", "digest", "num_layers", "adapter"))
+        if origin["adapter"]:
+            lm, text_tokenizer = _load_adapted(folder, origin, vocabulary, base, dtype)
+        else:
+            lm, text_tokenizer, _ = load_base(folder, None, dtype)
+        if lm.get_input_embeddings().weight.shape[0] != vocabulary.size:
+            raise ValueError(f"{folder}: its table of tokens does not fit its vocabulary.json")
+        tokenizer = SpeechTextTokenizer.load(folder, text_tokenizer)
+        return cls(lm, tokenizer, origin).eval().requires_grad_(False)
+
+
+def score(
+    logits: Float[Tensor, "N V"], labels: Tensor, groups: Tensor, num_groups: int,
+    shares: Float[Tensor, "V V"] | None = None,
+) -> Scores:  # fmt: skip
+    """Sums over targets by group, in float32.
+
+    Args:
+        shares: target distribution of each label, a row each; None: one-hot.
+    """
+    logits = logits.float()
+    wanted = labels if shares is None else shares[labels]
+    nll = functional.cross_entropy(logits, wanted, reduction="none")
+    correct = (logits.detach().argmax(-1) == labels).float()
+    zeros = torch.zeros(num_groups, device=logits.device)
+    return Scores(
+        nll=zeros.index_add(0, groups, nll),
+        correct=zeros.index_add(0, groups, correct),
+        targets=zeros.index_add(0, groups, torch.ones_like(nll)),
+    )
+
+
 class Base(NamedTuple):
-    """A text LLM as it was loaded, before anything was added."""
+    """A text LLM as loaded, before it is extended."""
 
     lm: Any
     tokenizer: Any
     digest: str
-    """Over names, shapes and samples of its parameters, whatever precision they are loaded in."""
+    """`digest_of` its parameters; the same in any precision."""
 
 
 def load_base(
     name: str | Path, num_layers: int | None = None, dtype: torch.dtype = torch.float32
 ) -> Base:
-    """Loads a causal LM by hub id, folder or .gguf file. Raises ValueError when it cannot."""
+    """Loads a causal LM and its tokenizer.
+
+    Args:
+        name: hub id, folder or .gguf file.
+        num_layers: keeps the first layers only; None: all.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: where it cannot be loaded, or its logits are not supported.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     path = Path(name)
@@ -76,11 +286,11 @@ def load_base(
         source, where = str(path.parent), {"gguf_file": path.name}
     elif not path.is_dir() and (path.is_absolute() or str(name).count("/") != 1):
         raise ValueError(f"{name}: no such folder of a text LLM, nor a hub id (owner/name)")
-    with _told(name):
+    with _named_errors(name):
         config = AutoConfig.from_pretrained(source, **where)
     if num_layers is not None:
         _keep_layers(config, num_layers, str(name))
-    with _told(name), _quiet():
+    with _named_errors(name), _quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, attn_implementation="sdpa",
             output_loading_info=True, **where,
@@ -89,12 +299,13 @@ def load_base(
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
     if lacking := sorted(info["missing_keys"]):
         raise ValueError(f"{name}: its weights lack {', '.join(lacking[:3])}; fetch it again")
+    check_head(lm, str(name))
     return Base(lm, tokenizer, digest_of(lm))
 
 
 @contextmanager
-def _told(name: str | Path) -> Iterator[None]:
-    """Turns what transformers raises into one line that names the LLM."""
+def _named_errors(name: str | Path) -> Iterator[None]:
+    """Turns errors of transformers into one line that names the LLM."""
     try:
         yield
     except Exception as error:  # tokenizers raises bare ones
@@ -104,7 +315,7 @@ def _told(name: str | Path) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps transformers from listing the layers that a miniature leaves behind."""
+    """Without transformers' list of the layers that `num_layers` leaves out."""
     from transformers.utils import logging as transformers_logging
 
     level = transformers_logging.get_verbosity()
@@ -127,10 +338,8 @@ def _keep_layers(config: Any, num_layers: int, name: str) -> None:
 
 
 def digest_of(lm: nn.Module) -> str:
-    """16 hex digits over up to 4096 evenly spaced values of every parameter, in bfloat16.
-
-    It tells one LLM from another in well under a second; it is no proof against tampering.
-    """
+    """16 hex digits over names, shapes and up to 4096 evenly spaced values of every parameter, in
+    bfloat16: identifies an LLM in under a second, but is no proof against tampering."""
     digest = hashlib.sha256()
     for name, parameter in sorted(lm.named_parameters()):
         flat = parameter.detach().flatten()
@@ -140,269 +349,18 @@ def digest_of(lm: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-class Letters(NamedTuple):
-    """How much of each letter every code says; recipes/make_clips.py writes them."""
-
-    letters: str
-    shares: Float[np.ndarray, "K L"]
-    """Column 0 is a word's end, the others are the letters'."""
-
-    def save(self, path: str | Path) -> None:
-        record = {"letters": self.letters, "shares": np.round(self.shares, 4).tolist()}
-        with atomic_file(Path(path)) as temporary:
-            temporary.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Letters":
-        """Raises ValueError for a file that is missing or none of these."""
-        try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
-            letters, shares = record["letters"], np.array(record["shares"], dtype=np.float32)
-            if shares.ndim != 2 or shares.shape[1] != len(letters) + 1:
-                raise ValueError("a row must have a share for each letter and a word's end")
-            if not np.isfinite(shares).all() or shares.min() < 0 or shares.max() > 1:
-                raise ValueError("shares lie in [0, 1]")
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path}: no letters of codes ({error}); recipes/make_clips.py writes them"
-            ) from error
-        return cls(letters, shares)
-
-
-def spell_rows(lm: Any, tokenizer: SpeechTextTokenizer, path: str | Path | None) -> None:
-    """Adds to the new row of each code of codebook 1 what its letters' rows are apart from the mean
-    of the text rows, by the shares of a file of letters (None: nothing); in place, before any
-    adapter. A merge of several codes gets the mean of what they get.
-
-    Raises ValueError where the codebook has another size, or the LLM cannot spell a letter.
-    """
-    if path is None:
-        return
-    letters, vocabulary = Letters.load(path), tokenizer.vocabulary
-    if len(letters.shares) != vocabulary.codebook_size:
-        raise ValueError(
-            f"ar.letter_init is of {len(letters.shares)} codes, but codebook 1 has "
-            f"{vocabulary.codebook_size}; make the letters of these tokens"
-        )
-    if "characters" not in (tokenizer.text.tts_form, tokenizer.text.asr_form):
-        logger.warning(
-            "ar.letter_init helps little where neither text.tts_form nor .asr_form is characters"
-        )
-    try:
-        ids = tokenizer.spelling_ids([" ", *letters.letters])
-    except ValueError as error:
-        raise ValueError(f"ar.letter_init: {error}; or leave ar.letter_init out") from error
-    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
-    tables = [embedding] if head.weight is embedding.weight else [embedding, head]
-    pieces, units = np.arange(vocabulary.num_pieces), tokenizer.pieces
-    made_of = [row if units is None else units.decode(row) for row in pieces[:, None]]
-    shares = torch.from_numpy(np.stack([letters.shares[codes].mean(0) for codes in made_of]))
-    new_rows = torch.from_numpy(vocabulary.encode_pieces(pieces))
-    with torch.no_grad():
-        for table in tables:
-            rows = torch.stack([table.weight[one].float().mean(0) for one in ids])
-            apart = rows - table.weight[: vocabulary.num_text].float().mean(0)
-            said = shares.to(apart) @ apart
-            table.weight[new_rows] += said.to(table.weight.dtype)
-
-
-BASE_FILE = "base.json"
-
-
-class Scores(NamedTuple):
-    """Sums over targets, one entry per group of them (the model's `groups` names them)."""
-
-    nll: Float[Tensor, " G"]
-    correct: Float[Tensor, " G"]
-    """Targets that are the likeliest token."""
-    targets: Float[Tensor, " G"]
-    """Their number."""
-
-
-class SpeechLM(nn.Module):
-    """A causal LM over text and codebook 1. Make it by `create` or `load`."""
-
-    groups = TASKS
-
-    def __init__(self, lm: Any, tokenizer: SpeechTextTokenizer, origin: dict[str, Any]):
-        super().__init__()
-        self.lm = lm
-        self.tokenizer = tokenizer
-        self.origin = origin
-        self.config = lm.config
-
-    @classmethod
-    def create(cls, config: ARConfig, codec: CodecStamp, seed: int) -> "SpeechLM":
-        """The pretrained LLM with rows for `codec`'s codebook 1, and adapters if so configured."""
-        base = load_base(config.base, config.num_layers)
-        tokenizer = SpeechTextTokenizer.create(
-            base.lm, base.tokenizer, codec, config.text, config.speech
-        )
-        vocabulary = tokenizer.vocabulary
-        extend(base.lm, vocabulary, seed, config.init_scale)
-        spell_rows(base.lm, tokenizer, config.letter_init)
-        lm = base.lm
-        if config.start_from is not None:
-            cls._go_on(lm, vocabulary, base.digest, config)
-        if config.gradient_checkpointing:
-            with warnings.catch_warnings():  # Its later name is not in every release.
-                warnings.simplefilter("ignore", FutureWarning)
-                lm.gradient_checkpointing_enable({"use_reentrant": False})
-            lm.enable_input_require_grads()
-        if config.lora is not None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                lm = add_adapters(lm, config.lora, vocabulary.new_ids)
-        origin = {
-            "name": config.base,
-            "digest": base.digest,
-            "num_layers": config.num_layers,
-            "adapter": config.lora is not None,
-            "tasks": asdict(config.tasks),
-        }
-        return cls(lm, tokenizer, origin)
-
-    @classmethod
-    def _go_on(cls, lm: Any, vocabulary: Vocabulary, digest: str, config: ARConfig) -> None:
-        """Takes over the weights of `config.start_from`. ValueError where they do not fit."""
-        before = cls.load(str(config.start_from))
-        if before.origin["adapter"]:
-            raise ValueError(
-                f"{config.start_from}: has adapters; only whole weights are gone on from"
-            )
-        for what, one, other in (
-            ("number of layers", before.origin["num_layers"], config.num_layers),
-            ("text LLM", before.origin["digest"], digest),
-            ("number of rows", before.vocabulary.size, vocabulary.size),
-            ("frame rate", before.vocabulary.codec.frame_rate, vocabulary.codec.frame_rate),
-        ):
-            if one != other:
-                raise ValueError(f"{config.start_from}: another {what} ({one}, here {other})")
-        if before.vocabulary.codec.digest != vocabulary.codec.digest:
-            logger.warning(
-                "%s was trained on another codec's codes: it must have the same codebook 1",
-                config.start_from,
-            )
-        lm.load_state_dict(before.lm.state_dict())
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        return self.tokenizer.vocabulary
-
-    def check_task(self, task: str) -> None:
-        """Raises ValueError for a task that the model was not trained on."""
-        weights = self.origin.get("tasks", {})  # Older voices do not say.
-        if weights.get(task, 1.0) == 0:
-            does, fails = {"tts": ("transcribes", "speak"), "asr": ("speaks", "transcribe")}[task]
-            raise ValueError(
-                f"this voice {does}, but cannot {fails}: it was trained without {task}"
-            )
-
-    @property
-    def max_positions(self) -> int:
-        """Longest sequence that the LLM was made for."""
-        return int(getattr(self.config, "max_position_embeddings", 1 << 20))
-
-    def forward(self, batch: ARBatch) -> Scores:
-        """Losses at target positions only, each over what it may be: speech over codes and their
-        end, a transcript over what it is made of, text over text. Generation chooses alike."""
-        labels, tasks = batch.labels.flatten(), batch.tasks.flatten()
-        target, spoken = labels != IGNORE, (tasks == TTS) | (tasks == CONTINUATION)
-        asked = [
-            Asked((target & chosen).nonzero()[:, 0], rows)
-            for chosen, rows in [
-                (spoken, speech_rows(self.tokenizer)),
-                (tasks == ASR, text_rows(self.tokenizer, "asr")),
-                (tasks == TEXT, text_rows(self.tokenizer, "text")),
-            ]
-        ]
-        # Text's many rows cost, and are of the table that the others are of: no rank misses them.
-        asked = asked[: 2 + bool(len(asked[2].where))]
-        inputs = {"input_ids": batch.tokens}
-        with attention_of(self.lm, batch.tokens):
-            if batch.documents is not None:
-                inputs |= kept_apart(self.lm, batch.documents)
-            logits = logits_of(self.lm, asked, **inputs)
-        scores = [
-            score(each, rows.columns(labels[where]), tasks[where], len(TASKS))
-            for each, (where, rows) in zip(logits, asked, strict=True)
-        ]
-        return Scores(*(torch.stack(parts).sum(0) for parts in zip(*scores, strict=True)))
-
-    def save(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Writes the folder described above.
-
-        `state` holds the trained parameters by name, where an engine has them in pieces
-        (slm/train.py gathers them); without it they are the model's own.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = dict(self.state_dict()) if state is None else dict(state)
-        weights = {name.removeprefix("lm."): value for name, value in weights.items()}
-        if self.origin["adapter"]:
-            # `auto` would look for the base on the hub, and would copy the whole table.
-            self.lm.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
-            (folder / "README.md").unlink(missing_ok=True)
-        else:
-            self.lm.save_pretrained(folder, state_dict=weights)
-        self.tokenizer.text_tokenizer.save_pretrained(folder)
-        self.tokenizer.save(folder)
-        self.save_origin(folder)
-
-    def save_origin(self, folder: str | Path, beside: str | Path | None = None) -> None:
-        """Writes base.json. A local LLM is noted relative to the folder, so both can move together.
-
-        `beside` is the folder that this AR was loaded from, if it was.
-        """
-        folder, origin = Path(folder), dict(self.origin)
-        if beside is not None and "relative" in origin:
-            origin["relative"] = os.path.relpath(Path(beside) / origin["relative"], folder)
-        elif Path(origin["name"]).exists():
-            origin["relative"] = os.path.relpath(origin["name"], folder)
-        with atomic_file(folder / BASE_FILE) as temporary:
-            temporary.write_text(json.dumps(origin, indent=1))
-
-    @classmethod
-    def load(
-        cls, folder: str | Path, base: str | Path | None = None, dtype: torch.dtype = torch.float32
-    ) -> "SpeechLM":
-        """For generation: adapters are merged. `base` says where the LLM is, if it has moved."""
-        folder = Path(folder)
-        vocabulary = Vocabulary.load(folder)
-        origin = _read_object(folder / BASE_FILE, ("name", "digest", "num_layers", "adapter"))
-        if origin["adapter"]:
-            lm, text_tokenizer = _load_adapted(folder, origin, vocabulary, base, dtype)
-        else:
-            lm, text_tokenizer, _ = load_base(folder, None, dtype)
-        if lm.get_input_embeddings().weight.shape[0] != vocabulary.size:
-            raise ValueError(f"{folder}: its table of tokens does not fit its vocabulary.json")
-        tokenizer = SpeechTextTokenizer.load(folder, text_tokenizer)
-        return cls(lm, tokenizer, origin).eval().requires_grad_(False)
-
-
-def score(
-    logits: Float[Tensor, "N V"], labels: Tensor, groups: Tensor, num_groups: int,
-    shares: Float[Tensor, "V V"] | None = None,
-) -> Scores:  # fmt: skip
-    """Sums over targets by group; logits are raised to float32 first. `shares`: how much of a label
-    each class gets, a row for each label; None: all is its own."""
-    logits = logits.float()
-    wanted = labels if shares is None else shares[labels]
-    nll = functional.cross_entropy(logits, wanted, reduction="none")
-    correct = (logits.detach().argmax(-1) == labels).float()
-    zeros = torch.zeros(num_groups, device=logits.device)
-    return Scores(
-        nll=zeros.index_add(0, groups, nll),
-        correct=zeros.index_add(0, groups, correct),
-        targets=zeros.index_add(0, groups, torch.ones_like(nll)),
-    )
-
-
 def add_adapters(
     lm: Any, config: LoRAConfig, rows: Sequence[int], whole: Sequence[str] = ()
 ) -> Any:
-    """Adapters beside the linear layers of an LLM; `rows` of its table and the modules named
-    `whole` are trained as they are."""
+    """An LLM with LoRA adapters (peft).
+
+    Args:
+        rows: ids whose embedding rows are trained.
+        whole: names of modules that are trained in full.
+
+    Raises:
+        ValueError: for `config.targets` that name the embedding or the head.
+    """
     from peft import LoraConfig, get_peft_model
 
     tables = (lm.get_input_embeddings(), lm.get_output_embeddings())
@@ -410,8 +368,8 @@ def add_adapters(
     for target in config.targets:
         if any(f".{name}".endswith(f".{target}") for name in names):
             raise ValueError(
-                f"lora.targets: {target} is the table of tokens, whose new rows are trained whole "
-                "and whose old rows stay as they are; leave it out"
+                f"lora.targets: {target} is the table of tokens, whose new rows are trained and "
+                "whose old rows stay frozen; leave it out"
             )
     settings = LoraConfig(
         r=config.rank,
@@ -428,6 +386,73 @@ def add_adapters(
         return get_peft_model(lm, settings)
 
 
+class Letters(NamedTuple):
+    """Distribution of each code of codebook 1 over letters, written by recipes/make_clips.py.
+
+    A code of a semantic codebook often stands for a letter or two. New embedding rows that start as
+    a mixture of the letters' rows let the LLM match speech and text from the first step on.
+    """
+
+    letters: str
+    shares: Float[np.ndarray, "K L"]
+    """Column 0 is the end of a word, the others are the letters."""
+
+    def save(self, path: str | Path) -> None:
+        record = {"letters": self.letters, "shares": np.round(self.shares, 4).tolist()}
+        with atomic_file(Path(path)) as temporary:
+            temporary.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Letters":
+        """Raises ValueError for a file that is missing or of another kind."""
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            letters, shares = record["letters"], np.array(record["shares"], dtype=np.float32)
+            if shares.ndim != 2 or shares.shape[1] != len(letters) + 1:
+                raise ValueError("a row must have a share for each letter and a word's end")
+            if not np.isfinite(shares).all() or shares.min() < 0 or shares.max() > 1:
+                raise ValueError("shares lie in [0, 1]")
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: no letters of codes ({error}); recipes/make_clips.py writes them"
+            ) from error
+        return cls(letters, shares)
+
+
+def init_from_letters(lm: Any, tokenizer: SpeechTextTokenizer, letters: Letters) -> None:
+    """Adds to the embedding row of each code, in place, the mixture of its letters' rows minus the
+    mean row of text. A BPE piece gets the mean of its codes' mixtures.
+
+    Raises:
+        ValueError: for a codebook of another size, or an LLM without tokens of single letters.
+    """
+    vocabulary = tokenizer.vocabulary
+    if len(letters.shares) != vocabulary.codebook_size:
+        raise ValueError(
+            f"ar.letter_init is of {len(letters.shares)} codes, but codebook 1 has "
+            f"{vocabulary.codebook_size}; make the letters of these tokens"
+        )
+    if "characters" not in (tokenizer.text.tts_form, tokenizer.text.asr_form):
+        logger.warning(
+            "ar.letter_init helps little where neither text.tts_form nor .asr_form is characters"
+        )
+    try:
+        ids = tokenizer.spelling_ids([" ", *letters.letters])
+    except ValueError as error:
+        raise ValueError(f"ar.letter_init: {error}; or leave ar.letter_init out") from error
+    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    tables = [embedding] if head.weight is embedding.weight else [embedding, head]
+    pieces, units = np.arange(vocabulary.num_pieces), tokenizer.pieces
+    codes_of = [row if units is None else units.decode(row) for row in pieces[:, None]]
+    shares = torch.from_numpy(np.stack([letters.shares[codes].mean(0) for codes in codes_of]))
+    new_rows = torch.from_numpy(vocabulary.encode_pieces(pieces))
+    with torch.no_grad():
+        for table in tables:
+            rows = torch.stack([table.weight[one].float().mean(0) for one in ids])
+            rows -= table.weight[: vocabulary.num_text].float().mean(0)
+            table.weight[new_rows] += (shares.to(rows) @ rows).to(table.weight.dtype)
+
+
 def _read_object(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     """A JSON object that has `keys`. Raises ValueError when it is missing or damaged."""
     try:
@@ -442,7 +467,7 @@ def _read_object(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _find_base(folder: Path, origin: Mapping[str, Any], base: str | Path | None) -> str | Path:
-    """Where the LLM is: as told, beside the voice as when it was saved, as named, or on the hub."""
+    """Path or hub id of the LLM: `base`, else relative to the voice, else by name."""
     if base is not None:
         return base
     named, relative = origin["name"], origin.get("relative")
@@ -482,7 +507,7 @@ def _load_adapted(
         raise ValueError(f"{file} is missing; copy the voice again")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # What is missing is an error, below.
+            warnings.simplefilter("ignore")  # Missing tensors are an error, below.
             lm = PeftModel.from_pretrained(loaded.lm, str(folder))
         with safe_open(file, "pt") as stored:
             names = set(stored.keys())

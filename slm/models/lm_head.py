@@ -1,16 +1,14 @@
-"""The LLM's head at the positions and rows that are asked for, and nowhere else.
+"""Logits of selected vocabulary ids at selected positions.
 
-A table of 50,000 text tokens and 1,000 codes spends most of a training step's time and memory on
-logits that no one looks at: speech never chooses a text token, nor a transcript a code.
+Speech never competes with text ids, nor a transcript with codes, so only rows of the LM head that a
+target can have are multiplied. With 50,000 text tokens and 1,000 codes the full head would take
+most of a training step's time and memory.
 """
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -19,187 +17,160 @@ from torch.nn import functional
 
 from slm.tokenization.tokenizer import SpeechTextTokenizer
 
-Forward = Callable[..., Tensor]
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Config fields of Gemma, RecurrentGemma and xLSTM: logits become cap * tanh(logits / cap)."""
+CHECK_TOLERANCE = 0.02
+"""Maximum difference of `check_head`, relative to the largest logit: rounding in bfloat16."""
 
 
-class Rows(NamedTuple):
-    """Which ids may be chosen: first .. stop - 1, and the end token."""
+class IdRange(NamedTuple):
+    """Ids that a target may have: first .. stop - 1, and the end token."""
 
     first: int
     stop: int
     end: int | None
-    """It may be one of them; None: there is no other."""
-
-    def columns(self, ids: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
-        """Where ids that may be chosen stand in logits over these rows: the end, if it is not one
-        of the others, comes last."""
-        if self._end_apart is None:
-            return ids - self.first
-        return torch.where(ids == self.end, self.stop - self.first, ids - self.first)
+    """May lie within the range; None: no other id."""
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """Bounds of their stretches in the head, in the order of the columns."""
-        end = self._end_apart
-        return [(self.first, self.stop), *([(end, end + 1)] if end is not None else [])]
-
-    @property
-    def _end_apart(self) -> int | None:
+        """Bounds of the contiguous rows of the head, in the order of the logits' columns."""
         inside = self.end is None or self.first <= self.end < self.stop
-        return None if inside else self.end
+        end = [] if self.end is None or inside else [(self.end, self.end + 1)]
+        return [(self.first, self.stop), *end]
+
+    def columns(self, ids: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
+        """Columns of ids in logits of this range; an end token outside of it has the last one."""
+        if len(self.spans) == 1:
+            return ids - self.first
+        return torch.where(ids == self.end, self.stop - self.first, ids - self.first)
 
 
-def speech_rows(tokenizer: SpeechTextTokenizer) -> Rows:
-    """What a target of speech may be."""
-    made = tokenizer.speech_range("tts")  # Speech that goes on by itself is made of the same.
-    return Rows(made.start, made.stop, tokenizer.vocabulary.speech_end)
+class PositionGroup(NamedTuple):
+    """Positions whose targets have the same range."""
+
+    positions: Int[Tensor, " N"]
+    """Indices into the flattened batch (B * L)."""
+    ids: IdRange
 
 
-def text_rows(tokenizer: SpeechTextTokenizer, task: str) -> Rows:
-    """What a target of text may be: a transcript (asr), or text alone."""
-    made = tokenizer.text_range(task)
-    return Rows(made.start, made.stop, tokenizer.vocabulary.eos)
+def speech_ids(tokenizer: SpeechTextTokenizer) -> IdRange:
+    """Ids of speech targets (tts, continuation) and <|/speech|>."""
+    ids = tokenizer.speech_range("tts")
+    return IdRange(ids.start, ids.stop, tokenizer.vocabulary.speech_end)
 
 
-class Asked(NamedTuple):
-    """Positions that choose from the same rows."""
-
-    where: Int[Tensor, " N"]
-    """Indices of the positions, row after row of the batch."""
-    rows: Rows
+def text_ids(tokenizer: SpeechTextTokenizer, task: str) -> IdRange:
+    """Ids of text targets (asr, text) and their end token."""
+    ids = tokenizer.text_range(task)
+    return IdRange(ids.start, ids.stop, tokenizer.vocabulary.eos)
 
 
-def logits_of(lm: Any, asked: Sequence[Asked], **inputs: Tensor) -> list[Float[Tensor, "_ _"]]:
-    """One pass of a causal LM; logits (positions, rows) of every group of positions.
-
-    Every group's rows are in the graph, even where it has no position, so that all ranks that share
-    the gradients go back through the same parameters.
-    """
-    head = lm.get_output_embeddings()
-    shapes: list[torch.Size] = []
-
-    # The head is called by the LM, so that what the LM does to logits afterwards is done to ours,
-    # and what an engine does before and after a module's forward (ZeRO-3 gathers weights) happens.
-    def forward(whole: Forward, hidden: Float[Tensor, "B L D"]) -> Float[Tensor, "1 1 M"]:
-        flat = hidden.flatten(0, 1)
-        states = [flat.index_select(0, where) for where, _ in asked]
-        parts = _logits(head, whole, states, [rows for _, rows in asked])
-        shapes.extend(part.shape for part in parts)
-        return torch.cat([part.flatten() for part in parts])[None, None]
-
-    with _replaced(head, forward):
-        flat = lm(use_cache=False, **inputs).logits.flatten()
-    parts = flat.split([shape.numel() for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def next_logits(lm: Any, rows: Rows, **inputs: Any) -> Float[Tensor, "B _"]:
-    """One pass of a causal LM, which may have a cache; its last position's logits of `rows`."""
-    head = lm.get_output_embeddings()
-
-    def forward(whole: Forward, hidden: Float[Tensor, "B _ D"]) -> Float[Tensor, "B 1 _"]:
-        (logits,) = _logits(head, whole, [hidden[:, -1]], [rows])
-        return logits[:, None]
-
-    with _replaced(head, forward):
-        return lm(logits_to_keep=1, **inputs).logits[:, -1]
-
-
-_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-_making_a_lock = threading.Lock()
-
-
-def _lock_of(head: nn.Module) -> Any:
-    """Re-entrant. Kept apart from the module, which can be copied and pickled as it is."""
-    with _making_a_lock:
-        return _locks.setdefault(head, threading.RLock())
-
-
-@contextmanager
-def _replaced(head: nn.Module, forward: Callable[[Forward, Tensor], Tensor]) -> Iterator[None]:
-    """While it lasts, the head computes `forward`, which is given its own; its hooks stay.
-
-    Other threads wait: they share the head.
-    """
-    with _lock_of(head):
-        before, whole = vars(head).get("forward"), head.forward
-        head.forward = partial(forward, whole)
-        try:
-            yield
-        finally:
-            del head.forward
-            if before is not None:
-                head.forward = before
-
-
-def _logits(
-    head: nn.Module,
-    whole: Forward,
-    hidden: Sequence[Float[Tensor, "_ D"]],
-    chosen: Sequence[Rows],
+def group_logits(
+    lm: Any, groups: Sequence[PositionGroup], *, owner: nn.Module | None = None, **inputs: Tensor
 ) -> list[Float[Tensor, "_ _"]]:
-    taken = _taken(head, [span for rows in chosen for span in rows.spans])
-    logits = []
-    for states, rows in zip(hidden, chosen, strict=True):
-        if taken is None:
-            # A head of another kind, such as one with an adapter of its own: all of it is computed.
-            every = whole(states[None])[0]
-            logits.append(torch.cat([every[:, first:stop] for first, stop in rows.spans], dim=1))
-            continue
-        own = [taken[span] for span in rows.spans]
-        weight = _joined([weight.to(states) for weight, _ in own])
-        biases = [bias for _, bias in own if bias is not None]
-        logits.append(functional.linear(states, weight, _joined(biases) if biases else None))
+    """One pass of a causal LM; logits (positions, columns) of each group.
+
+    The rows of every group are in the graph, even where it has no position, so that the backward
+    pass reaches the same parameters on all ranks.
+
+    Args:
+        lm: a causal LM of transformers, with or without peft's adapters.
+        owner: the module whose `forward` makes this call. ZeRO-3 then gathers the head, whose own
+            `forward` is not called, for the owner's backward pass too.
+        inputs: of the LM, such as input_ids.
+    """
+    hidden = last_hidden_states(lm, use_cache=False, **inputs).flatten(0, 1)
+    states = [hidden.index_select(0, group.positions) for group in groups]
+    return _logits(lm, states, [group.ids for group in groups], owner)
+
+
+def next_logits(lm: Any, ids: IdRange, **inputs: Any) -> Float[Tensor, "B _"]:
+    """One pass of a causal LM, perhaps with a KV cache; logits of `ids` at the last position."""
+    (logits,) = _logits(lm, [last_hidden_states(lm, **inputs)[:, -1]], [ids])
     return logits
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """A single stretch is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+def last_hidden_states(lm: Any, **inputs: Any) -> Float[Tensor, "B L D"]:
+    """Output of a causal LM's last layer: the input of its head."""
+    return _causal_lm(lm).base_model(**inputs).last_hidden_state
 
 
-Span = tuple[int, int]
+def _causal_lm(lm: Any) -> Any:
+    """The model of transformers, without peft's wrapper; adapters within its layers stay active."""
+    return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
 
 
-def _taken(
-    head: nn.Module, spans: Sequence[Span]
-) -> dict[Span, tuple[Tensor, Tensor | None]] | None:
-    """Weight and bias of stretches of rows; None where the head does more than to multiply."""
-    if type(head) is nn.Linear:
-        weights = _stretches(head.weight, spans)
-        biases = [None] * len(spans) if head.bias is None else _stretches(head.bias, spans)
-        return dict(zip(spans, zip(weights, biases, strict=True), strict=True))
-    from peft.utils.other import TrainableTokensWrapper
-
-    if not isinstance(head, TrainableTokensWrapper):
-        return None
-    adapter = head.token_adapter
-    if type(adapter.base_layer) is not nn.Linear or adapter.base_layer.bias is not None:
-        return None
-    if adapter.disable_adapters or adapter.merged or len(adapter.active_adapters) != 1:
-        return None
-    (name,) = adapter.active_adapters
-    ids = adapter.token_indices[name]
-    start = ids[0]
-    if ids[-1] + 1 != start + len(ids) or any(a < start < b or b > ids[-1] + 1 for a, b in spans):
-        return None
-    weight, trained = adapter.base_layer.weight, adapter.trainable_tokens_delta[name]
-    return {
-        (first, stop): (
-            weight[first:stop] if stop <= start else trained[first - start : stop - start],
-            None,
-        )
-        for first, stop in spans
-    }
+def _logits(
+    lm: Any,
+    states: Sequence[Float[Tensor, "_ D"]],
+    ranges: Sequence[IdRange],
+    owner: nn.Module | None = None,
+) -> list[Float[Tensor, "_ _"]]:
+    head = lm.get_output_embeddings()
+    spans = [span for ids in ranges for span in ids.spans]
+    with _gathered(head, owner):
+        # Of peft's wrapper of trained rows too: `weight` is the merged table.
+        weights = _rows(head.weight, spans)
+        bias = getattr(head, "bias", None)
+        biases = None if bias is None else _rows(bias, spans)
+        found = []
+        for hidden, ids in zip(states, ranges, strict=True):
+            weight = _joined([weights[span].to(hidden) for span in ids.spans])
+            added = None if biases is None else _joined([biases[span] for span in ids.spans])
+            found.append(_scaled(functional.linear(hidden, weight, added), lm.config))
+    return found
 
 
-def _stretches(table: Tensor, spans: Sequence[Span]) -> list[Tensor]:
-    """Rows of a table that is trained whole: one split, whose gradient is written once, where
-    each slice would write one of the table's size."""
+def _gathered(head: nn.Module, owner: nn.Module | None) -> Any:
+    """The head's parameters, where ZeRO-3 has partitioned them."""
+    parameters = list(head.parameters())
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters(parameters, fwd_module=owner)
+
+
+def _rows(table: Tensor, spans: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Tensor]:
+    """Rows of a table by their bounds: one split, whose gradient is written once, where each slice
+    would write one of the table's size."""
     bounds = sorted({0, len(table), *(bound for span in spans for bound in span)})
     sizes = [stop - start for start, stop in pairwise(bounds)]
     parts = dict(zip(bounds, table.split(sizes), strict=False))
-    return [
-        _joined([parts[bound] for bound in bounds if first <= bound < stop])
-        for first, stop in spans
-    ]
+    return {
+        span: _joined([parts[bound] for bound in bounds if span[0] <= bound < span[1]])
+        for span in spans
+    }
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenated; a single part is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _scaled(logits: Float[Tensor, "_ _"], config: Any) -> Float[Tensor, "_ _"]:
+    """What the LM does to the logits of its head, by the fields of its configuration."""
+    if scale := getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * scale
+    if scale := getattr(config, "logits_scaling", None):  # Granite divides, HyperCLOVA X multiplies
+        logits = logits * scale if config.model_type == "hyperclovax" else logits / scale
+    for name in SOFT_CAPS:
+        if cap := getattr(config, name, None):
+            logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+@torch.no_grad()
+def check_head(lm: Any, name: str) -> None:
+    """Raises ValueError for a causal LM whose logits are not those of `group_logits`: it changes
+    them by a rule that is not known here."""
+    device = lm.get_input_embeddings().weight.device
+    tokens = torch.arange(2, device=device)[None]
+    expected = lm(input_ids=tokens, use_cache=False).logits[0].float()
+    every = PositionGroup(torch.arange(2, device=device), IdRange(0, expected.shape[1], None))
+    (found,) = group_logits(lm, [every], input_ids=tokens)
+    if not (found.float() - expected).abs().max() <= CHECK_TOLERANCE * expected.abs().max():
+        raise ValueError(
+            f"{name}: changes the logits of its head in a way that is not supported; use an LLM of "
+            "another architecture"
+        )

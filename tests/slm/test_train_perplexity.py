@@ -61,7 +61,7 @@ def test_no_batch_is_larger_than_allowed(tmp_path: Path, monkeypatch: pytest.Mon
         shapes.append(tuple(input_ids.shape))
         return plain(input_ids=input_ids, **kwargs)
 
-    monkeypatch.setattr(base.lm, "forward", forward)
+    monkeypatch.setattr(base.lm.base_model, "forward", forward)
     text_perplexity(base.lm, base.tokenizer, TEXTS * 3, window=16, positions=40)
     assert len(shapes) > 5
     assert all(rows * length <= 40 and length <= 16 for rows, length in shapes)

@@ -26,7 +26,14 @@ from slm.data.interleaving import (
 from slm.data.sequences import TTS, Coverage, Prompt, tts_context
 from slm.generation.asr import hear, num_given
 from slm.generation.rerank import transcripts
-from slm.generation.sampling import Generated, Request, generate, speech_only, stream_tokens
+from slm.generation.sampling import (
+    Generated,
+    RepetitionAwareSampler,
+    Request,
+    generate,
+    speech_only,
+    stream_tokens,
+)
 from slm.generation.tts import Models
 from slm.models.ar import SpeechLM
 from slm.tokenization.tokenizer import SpeechTextTokenizer
@@ -270,12 +277,9 @@ def test_generation_gives_each_word_when_the_one_before_is_over(lm: SpeechLM) ->
 
 
 def _drawn(logits, drawn, generator, config, first: int, end: int) -> int:
-    from slm.generation.sampling import draw
-
-    recent = [token - first for token in drawn[-config.repetition_window :]][
-        : config.repetition_window
-    ]
-    index = draw(logits, recent, generator, config)
+    recent = torch.tensor([token - first for token in drawn[-config.repetition_window :]])
+    sampler = RepetitionAwareSampler(config)
+    index = int(sampler(logits[None], recent[None].long(), [generator], torch.tensor([False])))
     return end if index == len(logits) - 1 else index + first
 
 
@@ -313,8 +317,11 @@ def test_words_that_do_not_end_are_cut(
     """Drawn are three codes for each word, then its end."""
     drawn = iter([0, 1, 2, -1] * 4)
     monkeypatch.setattr(
-        "slm.generation.sampling.draw",
-        lambda logits, *_: len(logits) - 1 if (one := next(drawn)) < 0 else one,
+        RepetitionAwareSampler,
+        "__call__",
+        lambda _, logits, *__: torch.tensor(
+            [one if (one := next(drawn)) >= 0 else logits.shape[1] - 1]
+        ),
     )
     asked = request(lm, ["the", "cat"])
     asked = replace(asked, script=asked.script._replace(most=most))

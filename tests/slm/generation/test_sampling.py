@@ -11,9 +11,9 @@ from torch.nn import functional
 from slm.config import ARConfig, SamplingConfig, TextConfig
 from slm.data.sequences import ForcedTokens, asr_context, tts_context
 from slm.generation.sampling import (
-    Allowed,
+    AllowedIds,
+    RepetitionAwareSampler,
     Request,
-    draw,
     generate,
     restrict_context,
     restrict_speech,
@@ -56,7 +56,7 @@ def requests(lm: SpeechLM, least: int = 3, most: int = 40) -> list[Request]:
     ]
 
 
-def uncached(lm: SpeechLM, request: Request, allowed: Allowed) -> tuple[int, ...]:
+def uncached(lm: SpeechLM, request: Request, allowed: AllowedIds) -> tuple[int, ...]:
     """The reference: the whole sequence again for every token, argmax over the allowed ids."""
     tokens = list(request.context)
     ids = torch.tensor([*range(allowed.first, allowed.stop), allowed.end])
@@ -200,7 +200,11 @@ class Script(torch.nn.Module):
         token = self.vocabulary.speech_end if code < 0 else self.vocabulary.first_speech + code
         logits[0, 0, token] = 30.0
         self.said += 1
-        return type("Output", (), {"logits": self.head(logits)})()
+        return type("Output", (), {"last_hidden_state": logits})()
+
+    @property
+    def base_model(self) -> torch.nn.Module:
+        return self
 
 
 def stub(real: SpeechLM, scripts: list[list[int]]) -> SpeechLM:
@@ -292,7 +296,7 @@ def test_what_the_model_holds_are_tokens_not_frames(lm: SpeechLM) -> None:
     )
     context = [0] * (told.max_positions - room)
     assert restrict_speech(told, context, 30, 300, "text") == 3 * room
-    with pytest.raises(ValueError, match="at least 21 go out"):
+    with pytest.raises(ValueError, match="at least 21 new tokens"):
         restrict_speech(told, context, 3 * room + 1, 300, "text")
     config = SamplingConfig(max_attempts=1, loop_seconds=100.0)
     request = Request(context=context, min_tokens=0, max_tokens=300, seed=0)
@@ -305,21 +309,26 @@ def test_nucleus_and_repetition() -> None:
     config = SamplingConfig(top_p=0.7, top_k=25)
 
     def drawn(recent: list[int], config: SamplingConfig) -> set[int]:
-        generator = torch.Generator().manual_seed(0)
-        return {draw(logits, recent, generator, config) for _ in range(300)}
+        generator, sampler = torch.Generator().manual_seed(0), RepetitionAwareSampler(config)
+        inputs = logits[None], torch.tensor([recent]).long(), [generator], torch.tensor([False])
+        return {int(sampler(*inputs)) for _ in range(300)}
 
     assert drawn([], config) == {0, 1}
     assert drawn([], SamplingConfig(top_p=1.0, top_k=3)) == {0, 1, 2}
     # What came just before is drawn again from the whole distribution.
     assert drawn([0, 1], config) == {0, 1, 2, 3}
-    assert drawn([0, 1], SamplingConfig(top_p=0.7, repetition_window=0)) == {0, 1}
+    assert drawn([], SamplingConfig(top_p=0.7, repetition_window=0)) == {0, 1}
 
 
 def test_the_greedy_option_takes_the_likeliest() -> None:
     logits = torch.tensor([0.0, 0.1, 0.05])
-    generator = torch.Generator().manual_seed(0)
-    config = SamplingConfig(greedy=True)
-    assert {draw(logits, [1] * 10, generator, config) for _ in range(20)} == {1}
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    sampler, recent = RepetitionAwareSampler(SamplingConfig()), torch.ones(2, 10).long()
+    for greedy in ([True, True], [True, False]):
+        inputs = logits.repeat(2, 1), recent, generators, torch.tensor(greedy)
+        drawn = torch.stack([sampler(*inputs) for _ in range(20)])
+        assert (drawn[:, 0] == 1).all()
+        assert bool((drawn[:, 1] == 1).all()) == greedy[1]
 
 
 def test_a_prompt_of_nothing_is_no_matter(lm: SpeechLM) -> None:
@@ -331,13 +340,13 @@ def test_forced_tokens_are_read_in_one_pass(lm: SpeechLM, monkeypatch: pytest.Mo
     parts = ((1, 2, 3), (4, 5))
     asked = replace(requests(lm)[0], script=ForcedTokens(parts, (3, 4, 5), least=1))
     lengths = []
-    forward = lm.lm.forward
+    forward = lm.lm.base_model.forward
 
     def counted(**inputs):
         lengths.append(inputs["input_ids"].shape[1])
         return forward(**inputs)
 
-    monkeypatch.setattr(lm.lm, "forward", counted)
+    monkeypatch.setattr(lm.lm.base_model, "forward", counted)
     (made,) = generate(lm, [asked], speech_only(lm, config), config)
     # An end brings all of the next part; the last end is not read.
     assert [length for length in lengths[1:] if length > 1] == [1 + len(part) for part in parts]

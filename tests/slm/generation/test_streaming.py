@@ -93,14 +93,14 @@ def test_the_first_sound_comes_before_the_ar_is_done(
     voice: Voice, utterance: Utterance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = 0
-    forward = voice.lm.lm.forward
+    forward = voice.lm.lm.base_model.forward
 
     def counted(*args: object, **inputs: object) -> object:
         nonlocal steps
         steps += 1
         return forward(*args, **inputs)
 
-    monkeypatch.setattr(voice.lm.lm, "forward", counted)
+    monkeypatch.setattr(voice.lm.lm.base_model, "forward", counted)
     chunks = stream(voice.models, utterance, voice.sampling, CHUNK_SECONDS)
     assert len(next(chunks).wave) > 0
     assert steps == CHUNK

@@ -59,7 +59,11 @@ class Chains(torch.nn.Module):
         first, end = self.vocabulary.first_speech, self.vocabulary.speech_end
         for row, code in enumerate(codes):
             logits[row, 0, end if code == END else first + code] = 30.0
-        return type("Output", (), {"logits": self.head(logits)})()
+        return type("Output", (), {"last_hidden_state": logits})()
+
+    @property
+    def base_model(self) -> torch.nn.Module:
+        return self
 
     def get_output_embeddings(self) -> torch.nn.Module:
         return self.head

@@ -12,6 +12,7 @@ from slm.config import ARConfig, BatchConfig, LoRAConfig, TaskConfig, TextConfig
 from slm.data.ar import IGNORE, ARBatch, ARData
 from slm.data.sequences import ASR, CONTINUATION, TEXT, TTS
 from slm.models.ar import SpeechLM
+from slm.models.attention import BACKEND
 from tests.slm.models.test_ar import batch_of, make
 
 pytestmark = quiet()
@@ -77,12 +78,14 @@ def packed_data(lm: SpeechLM, path: Path, packed: int | None = 160) -> ARData:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("lora", [LoRAConfig(rank=2), None])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", BACKEND])
 def test_packed_items_are_as_one_by_one(
     tmp_path: Path, kind: str, lora: LoRAConfig | None, attention: str
 ) -> None:
     lm = make(tmp_path, lora, kind=kind).eval()
-    lm.config._attn_implementation = attention
+    lm.lm.get_base_model().set_attn_implementation(
+        attention
+    ) if lora else lm.lm.set_attn_implementation(attention)
     data = packed_data(lm, tmp_path / "a.parquet")
     alone = packed_data(lm, tmp_path / "a.parquet", packed=None)
     rows = [np.array([0, 6, 12]), np.array([18, 1, 7]), np.array([13, 2])]

@@ -1,10 +1,9 @@
 """lm_head.py: the logits of what is asked for are the LLM's own, and nothing else is computed."""
 
-import copy
-import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +12,16 @@ from torch import nn
 from torch.nn import functional
 
 from slm.config import ARConfig, LoRAConfig
-from slm.models.ar import SpeechLM
-from slm.models.lm_head import Asked, Rows, logits_of, next_logits, speech_rows, text_rows
+from slm.models.ar import SpeechLM, load_base
+from slm.models.lm_head import (
+    IdRange,
+    PositionGroup,
+    check_head,
+    group_logits,
+    next_logits,
+    speech_ids,
+    text_ids,
+)
 
 pytestmark = quiet()
 
@@ -32,16 +39,16 @@ def make(folder: Path, lora: LoRAConfig | None = LORA, **kwargs) -> SpeechLM:
     return lm
 
 
-def ask(lm: SpeechLM) -> list[Asked]:
+def groups_of(lm: SpeechLM) -> list[PositionGroup]:
     where = torch.arange(14).reshape(2, 7)
     return [
-        Asked(where[:, 2:5].flatten(), speech_rows(lm.tokenizer)),
-        Asked(where[:, 5], text_rows(lm.tokenizer, "text")),
+        PositionGroup(where[:, 2:5].flatten(), speech_ids(lm.tokenizer)),
+        PositionGroup(where[:, 5], text_ids(lm.tokenizer, "text")),
     ]
 
 
-def ids_of(rows: Rows) -> torch.Tensor:
-    return torch.cat([torch.arange(*span) for span in rows.spans])
+def ids_of(ids: IdRange) -> torch.Tensor:
+    return torch.cat([torch.arange(*span) for span in ids.spans])
 
 
 TOKENS = torch.randint(0, 290, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -54,9 +61,9 @@ def test_logits_and_gradients_are_those_of_the_whole_head(
     tmp_path: Path, kind: str, tied: bool, lora: LoRAConfig | None, eos: bool
 ) -> None:
     lm = make(tmp_path, lora, kind=kind, tied=tied, eos=eos).eval()
-    asked = ask(lm)
+    asked = groups_of(lm)
     parameters = [p for p in lm.parameters() if p.requires_grad]
-    some = logits_of(lm.lm, asked, input_ids=TOKENS)
+    some = group_logits(lm.lm, asked, input_ids=TOKENS)
     whole = lm.lm(input_ids=TOKENS).logits.flatten(0, 1)
     expected = [whole[where][:, ids_of(rows)] for where, rows in asked]
     gradients = []
@@ -85,7 +92,7 @@ def test_no_other_row_is_multiplied(
         return plain(x, weight, bias)
 
     monkeypatch.setattr(functional, "linear", linear)
-    logits_of(lm.lm, ask(lm), input_ids=TOKENS)
+    group_logits(lm.lm, groups_of(lm), input_ids=TOKENS)
     assert products == [(6, STAMP.codebook_sizes[0] + 1), (2, lm.vocabulary.num_text)]
 
 
@@ -95,8 +102,8 @@ def test_what_no_target_needs_is_in_the_graph_all_the_same(
 ) -> None:
     """Ranks differ in their batches, but must go back through the same parameters."""
     lm = make(tmp_path, lora, tied=False)
-    nothing = [Asked(each.where[:0], each.rows) for each in ask(lm)]
-    sum(each.sum() for each in logits_of(lm.lm, nothing, input_ids=TOKENS)).backward()
+    nothing = [PositionGroup(each.positions[:0], each.ids) for each in groups_of(lm)]
+    sum(each.sum() for each in group_logits(lm.lm, nothing, input_ids=TOKENS)).backward()
     trained = [p for p in lm.parameters() if p.requires_grad]
     assert all(p.grad is not None and not p.grad.any() for p in trained)
 
@@ -104,27 +111,81 @@ def test_what_no_target_needs_is_in_the_graph_all_the_same(
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradients_reach_only_the_rows_in_use(tmp_path: Path, tied: bool) -> None:
     lm = make(tmp_path, None, tied=tied)
-    speech, _ = ask(lm)
-    nothing = Asked(torch.arange(0), text_rows(lm.tokenizer, "text"))
-    logits = logits_of(lm.lm, [speech, nothing], input_ids=TOKENS)
+    speech, _ = groups_of(lm)
+    nothing = PositionGroup(torch.arange(0), text_ids(lm.tokenizer, "text"))
+    logits = group_logits(lm.lm, [speech, nothing], input_ids=TOKENS)
     (logits[0].square().sum() + logits[1].sum()).backward()
     gradient = lm.lm.get_output_embeddings().weight.grad
     seen = TOKENS[:, :5].flatten().tolist() if tied else []
-    used = {*ids_of(speech.rows).tolist(), *seen}
+    used = {*ids_of(speech.ids).tolist(), *seen}
     assert set(gradient.abs().sum(1).nonzero()[:, 0].tolist()) == used
 
 
-def test_a_head_of_another_kind_is_computed_whole(tmp_path: Path) -> None:
+def test_a_head_with_a_rule_of_its_own_is_refused(tmp_path: Path) -> None:
     class Scaled(nn.Linear):
         def forward(self, hidden):
             return super().forward(hidden) * 3
 
-    lm = make(tmp_path, None).eval()
-    lm.lm.get_output_embeddings().__class__ = Scaled
-    asked = ask(lm)
-    whole = lm.lm(input_ids=TOKENS).logits.flatten(0, 1)
-    for logits, (where, rows) in zip(logits_of(lm.lm, asked, input_ids=TOKENS), asked, strict=True):
-        torch.testing.assert_close(logits, whole[where][:, ids_of(rows)], rtol=1e-5, atol=1e-5)
+    lm = load_base(save_base(tmp_path)).lm
+    check_head(lm, "LLM")
+    lm.get_output_embeddings().__class__ = Scaled
+    with pytest.raises(ValueError, match="LLM: changes the logits of its head"):
+        check_head(lm, "LLM")
+
+
+def test_a_bias_of_the_head_is_added(tmp_path: Path) -> None:
+    lm = make(tmp_path, None, tied=False).eval()
+    head = lm.lm.get_output_embeddings()
+    head.bias = nn.Parameter(torch.randn(len(head.weight)))
+    groups = groups_of(lm)
+    full = lm.lm(input_ids=TOKENS).logits.flatten(0, 1)
+    found = group_logits(lm.lm, groups, input_ids=TOKENS)
+    for logits, (positions, ids) in zip(found, groups, strict=True):
+        torch.testing.assert_close(logits, full[positions][:, ids_of(ids)], rtol=1e-5, atol=1e-5)
+
+
+def tiny(kind: str) -> Any:
+    import transformers
+
+    sizes = {
+        "vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+        "max_position_embeddings": 32, "pad_token_id": None, "bos_token_id": None,
+        "eos_token_id": None,
+    }  # fmt: skip
+    name, more = {
+        "gemma2": ("Gemma2", {"final_logit_softcapping": 0.5, "attn_logit_softcapping": None}),
+        "gemma3": ("Gemma3Text", {"final_logit_softcapping": 0.5}),
+        "cohere": ("Cohere", {"logit_scale": 3.0}),
+        "granite": ("Granite", {"logits_scaling": 3.0}),
+        "hyperclovax": ("HyperCLOVAX", {"logits_scaling": 3.0}),
+        "falcon_h1": ("FalconH1", {"lm_head_multiplier": 3.0}),
+    }[kind]
+    config = getattr(transformers, f"{name}Config")(**sizes, **more)
+    torch.manual_seed(0)
+    lm = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        lm.get_output_embeddings().weight.normal_()
+    return lm
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3", "cohere", "granite", "hyperclovax"])
+def test_known_rules_of_logits_are_applied(kind: str) -> None:
+    lm = tiny(kind)
+    check_head(lm, kind)
+    tokens = TOKENS % 40
+    full = lm(input_ids=tokens).logits
+    ids = IdRange(3, 17, 20)
+    rows = [*range(3, 17), 20]
+    group = PositionGroup(torch.arange(14), ids)
+    (found,) = group_logits(lm, [group], input_ids=tokens)
+    torch.testing.assert_close(found, full.flatten(0, 1)[:, rows])
+    torch.testing.assert_close(next_logits(lm, ids, input_ids=tokens), full[:, -1, rows])
+
+
+def test_an_unknown_rule_of_logits_is_refused() -> None:
+    with pytest.raises(ValueError, match="falcon: changes the logits of its head"):
+        check_head(tiny("falcon_h1"), "falcon")
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
@@ -133,36 +194,11 @@ def test_an_adapter_on_the_table_is_refused(tmp_path: Path, target: str) -> None
         make(tmp_path, LoRAConfig(rank=2, targets=("q_proj", target)))
 
 
-def test_what_the_llm_does_to_logits_is_done(tmp_path: Path, monkeypatch) -> None:
-    lm = make(tmp_path).eval()
-    plain = logits_of(lm.lm, ask(lm), input_ids=TOKENS)
-    inner = lm.lm.get_base_model()
-    before = inner.forward
-
-    def capped(*args, **kwargs):
-        out = before(*args, **kwargs)
-        out.logits = torch.tanh(out.logits / 5) * 5
-        return out
-
-    monkeypatch.setattr(inner, "forward", capped)
-    for one, other in zip(logits_of(lm.lm, ask(lm), input_ids=TOKENS), plain, strict=True):
-        torch.testing.assert_close(one, torch.tanh(other / 5) * 5)
-
-
-def test_the_head_is_itself_again(tmp_path: Path) -> None:
-    lm = make(tmp_path).eval()
-    before = lm.lm(input_ids=TOKENS).logits
-    logits_of(lm.lm, ask(lm), input_ids=TOKENS)
-    with pytest.raises(IndexError):
-        logits_of(lm.lm, ask(lm), input_ids=torch.full((1, 7), 10_000))
-    assert torch.equal(lm.lm(input_ids=TOKENS).logits, before)
-
-
 def test_threads_share_a_head(tmp_path: Path) -> None:
     lm = make(tmp_path).eval()
-    groups = ask(lm)
-    expected = [logits_of(lm.lm, [one], input_ids=TOKENS)[0] for one in groups]
-    last = [next_logits(lm.lm, one.rows, input_ids=TOKENS, use_cache=False) for one in groups]
+    groups = groups_of(lm)
+    expected = [group_logits(lm.lm, [one], input_ids=TOKENS)[0] for one in groups]
+    last = [next_logits(lm.lm, one.ids, input_ids=TOKENS, use_cache=False) for one in groups]
     start = threading.Barrier(4)
 
     @torch.no_grad()
@@ -171,41 +207,19 @@ def test_threads_share_a_head(tmp_path: Path) -> None:
         start.wait()
         for _ in range(25):
             if number < 2:
-                made, plain = next_logits(lm.lm, group.rows, input_ids=TOKENS), last[number]
+                made, plain = next_logits(lm.lm, group.ids, input_ids=TOKENS), last[number]
             else:
-                (made,) = logits_of(lm.lm, [group], input_ids=TOKENS)
+                (made,) = group_logits(lm.lm, [group], input_ids=TOKENS)
             if made.shape != plain.shape or not torch.equal(made, plain):
                 return False
         return True
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(4)))
-    # The lock belongs to the module, but is no part of it.
-    copied = copy.deepcopy(lm.lm)
-    assert torch.equal(logits_of(copied, groups[:1], input_ids=TOKENS)[0], expected[0])
-    pickle.dumps(lm.lm)
-    assert "forward" not in vars(lm.lm.get_output_embeddings())
-
-
-def test_a_pass_inside_a_pass_does_not_wait_for_itself(tmp_path: Path) -> None:
-    lm = make(tmp_path).eval()
-    (plain,) = logits_of(lm.lm, ask(lm)[:1], input_ids=TOKENS)
-    inner: list[torch.Tensor] = []
-
-    def look(*_: object) -> None:
-        if not inner:
-            inner.append(TOKENS)
-            inner[0] = logits_of(lm.lm, ask(lm)[:1], input_ids=TOKENS)[0]
-
-    handle = lm.lm.get_input_embeddings().register_forward_hook(look)
-    (outer,) = logits_of(lm.lm, ask(lm)[:1], input_ids=TOKENS)
-    handle.remove()
-    assert torch.equal(outer, plain)
-    assert torch.equal(inner[0], plain)
 
 
 def test_columns_put_an_end_apart_last() -> None:
-    assert Rows(4, 9, 2).columns(torch.tensor([4, 8, 2])).tolist() == [0, 4, 5]
-    assert Rows(4, 9, 6).columns(torch.tensor([4, 8, 6])).tolist() == [0, 4, 2]
-    assert Rows(4, 9, 2).spans == [(4, 9), (2, 3)]
-    assert Rows(4, 9, None).spans == Rows(4, 9, 6).spans == [(4, 9)]
+    assert IdRange(4, 9, 2).columns(torch.tensor([4, 8, 2])).tolist() == [0, 4, 5]
+    assert IdRange(4, 9, 6).columns(torch.tensor([4, 8, 6])).tolist() == [0, 4, 2]
+    assert IdRange(4, 9, 2).spans == [(4, 9), (2, 3)]
+    assert IdRange(4, 9, None).spans == IdRange(4, 9, 6).spans == [(4, 9)]

@@ -245,7 +245,7 @@ def test_earlier_configurations_load_but_for_masked_training(nar: NAR, tmp_path:
         file.write_text(json.dumps(config | masked))
         assert NAR.load(tmp_path).config == CONFIG
     file.write_text(json.dumps(config | {"masked": True}))
-    with pytest.raises(ValueError, match=r"nar\.masked is no longer supported"):
+    with pytest.raises(ValueError, match="masked is True: this feature was removed"):
         NAR.load(tmp_path)
 
 
