@@ -55,7 +55,7 @@ from slm.generation.long_form import Passage, Piece, join, joined, room_behind, 
 from slm.generation.rerank import can_transcribe, transcripts
 from slm.generation.sampling import restrict_speech, speech_bounds
 from slm.generation.streaming import stream
-from slm.generation.tts import Models, Speech, Utterance, decode, speak
+from slm.generation.tts import Models, Speech, Utterance, decode, synthesize
 from slm.models.ar import SpeechLM, digest_of
 from slm.models.nar import NAR
 from slm.tokenization.text_normalization import normalize
@@ -435,7 +435,7 @@ class Voice:
 
     def speak(self, utterances: Sequence[Utterance]) -> list[Speech]:
         """One batch through the AR, the NAR and the codec."""
-        return speak(self.models, utterances, self.sampling)
+        return synthesize(self.models, utterances, self.sampling)
 
     @staticmethod
     def save(speech: Speech, path: str | Path) -> None:

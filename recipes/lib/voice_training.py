@@ -311,7 +311,7 @@ def train_nar(
         torch.manual_seed(config.seed)
         nar = NAR(settings)
     if settings.from_codec:
-        nar.begin_with(entries_of(config), config.seed)
+        nar.init_from_codec(entries_of(config), config.seed)
 
     def data(shard: TokenShard, limit: int | None = None) -> NARData:
         return NARData.open(shard, tokenizer, settings, config.nar_batch, config.seed, limit=limit)

@@ -1,7 +1,7 @@
-"""What can be wrong with generated speech: pure functions, each with its reasons.
+"""Checks of generated speech: pure functions.
 
-Their figures were set on natural English speech, which should pass: the docstrings say how much of
-it, at 25 frames a second with 1,024 codes, does not. How many failures they find is another matter.
+Their thresholds were set on natural English speech at 25 Hz with 1,024 codes, which should pass;
+the docstrings state the false positives. The share of failures that they find was not measured.
 """
 
 import re
@@ -13,31 +13,31 @@ from jaxtyping import Float, Int
 
 Failure = Literal["silence", "leak", "early", "cut", "loop", "empty"]
 SEVERITY: tuple[Failure, ...] = ("silence", "leak", "early", "cut", "loop", "empty")
-"""The least bad first: a pause too long is still the whole text; nothing at all is worst."""
+"""Least severe first: speech with a long pause is complete; an empty wave is worst."""
 
 SILENCE_RMS = 1e-4
-"""A wave below is nothing at all."""
+"""A wave below this level is empty."""
 SILENCE_DECIBELS = 40.0
-"""Silence is so far below the loudness that speech itself has."""
+"""Level of silence, below the level of the wave's speech."""
 WINDOW_SECONDS = 0.02
-"""Loudness is measured over so long."""
+"""Window of the level measurement."""
 EARLY_SHARE = 0.4
-"""Speech of less than this share of the frames that the prompt's rate foretells is too short."""
+"""Minimum length, as a share of the frames that the prompt's speaking rate predicts."""
 MIN_LETTERS = 10
-"""Fewer letters of a prompt, or of a text, tell nothing of a speaking rate."""
+"""Minimum letters of prompt and text for an estimate of the speaking rate."""
 LEAK_SECONDS = 0.5
 MIN_LEAK = 12
-"""Changes of code within a stretch that the prompt has too: as many as LEAK_SECONDS has frames,
-but no fewer than this."""
-MISHEARD_SHARE = 0.35
-"""A transcript that differs in more of its letters from what it should be proves nothing."""
+"""Minimum code changes within a common substring of speech and prompt: the frames of LEAK_SECONDS,
+but at least MIN_LEAK."""
+MAX_ERROR_RATE = 0.35
+"""Maximum character error rate at which a transcript is trusted."""
 MISSING_SHARE = 0.2
 MIN_MISSING = 10
-"""Letters at the text's end that a transcript must lack: this share, but no fewer than this."""
+"""Letters missing at the text's end: MISSING_SHARE of the text, but at least MIN_MISSING."""
 
 
 def severity(failure: str | None) -> int:
-    """0 for none; the worse the higher."""
+    """Rank of a failure; 0: none."""
     return 0 if failure is None else 1 + SEVERITY.index(failure)  # type: ignore[arg-type]
 
 
@@ -63,23 +63,20 @@ def is_loop(tokens: Sequence[int] | Int[np.ndarray, " _"], loop_tokens: int) -> 
 
 
 def has_loop(tokens: Int[np.ndarray, " _"], loop_tokens: int, every: int) -> bool:
-    """Whether a finished sequence held a loop at any place where one is looked for while it grows:
-    behind each `every` tokens, and at its end.
-
-    A loop that generation got out of is a fault all the same.
-    """
+    """Whether a sequence has a loop at any place where generation checks for one, after each
+    `every` tokens and at its end; a loop that ended counts too."""
     ends = [*range(every, len(tokens), every), len(tokens)]
     return any(is_loop(tokens[:end], loop_tokens) for end in ends)
 
 
 def is_empty(wave: Float[np.ndarray, " _"]) -> bool:
-    """Whether a wave has no sound at all."""
+    """Whether a wave is silent throughout."""
     return wave.size == 0 or float(np.sqrt(np.mean(wave**2))) < SILENCE_RMS
 
 
 def longest_silence(wave: Float[np.ndarray, " _"], sample_rate: int) -> float:
-    """Seconds of the longest stretch that is SILENCE_DECIBELS below the wave's own loud parts (the
-    95th percentile of its windows' loudness), so that quiet recordings are judged like loud ones.
+    """Seconds of the longest stretch that is SILENCE_DECIBELS below the wave's own level (the 95th
+    percentile of its windows), which makes the check independent of the volume.
 
     Of 800 natural recordings one has more than 2 s, 7 more than 1 s.
     """
@@ -96,20 +93,19 @@ def longest_silence(wave: Float[np.ndarray, " _"], sample_rate: int) -> float:
 def is_early(
     num_frames: int, bounds: tuple[int, int], text: str, prompt_frames: int, prompt_text: str
 ) -> bool:
-    """Whether speech is far shorter than its text needs: fewer frames than the lower bound, or than
-    EARLY_SHARE of what the prompt took for as many letters (or of the upper bound, if that is
-    less).
+    """Whether speech is much shorter than its text: fewer frames than the lower bound, or than
+    EARLY_SHARE of what the prompt's letters per frame predict (at most the upper bound).
 
-    Of 5,652 pairs of natural recordings of one speaker none differs so much in its rate, and one in
-    a thousand by 0.475. Prompts without a text, and very few letters, tell nothing.
+    Of 5,652 pairs of natural recordings of one speaker no ratio is below EARLY_SHARE, and one in a
+    thousand is below 0.475. Not checked for prompts without a text, and for very few letters.
     """
     least, most = bounds
     if num_frames < least:
         return True
-    said, asked = num_letters(prompt_text), num_letters(text)
-    if min(said, asked) < MIN_LETTERS:
+    in_prompt, in_text = num_letters(prompt_text), num_letters(text)
+    if min(in_prompt, in_text) < MIN_LETTERS:
         return False
-    return num_frames < EARLY_SHARE * min(most, asked * prompt_frames / said)
+    return num_frames < EARLY_SHARE * min(most, in_text * prompt_frames / in_prompt)
 
 
 def num_letters(text: str) -> int:
@@ -119,15 +115,15 @@ def num_letters(text: str) -> int:
 def repeats_codes(
     codes: Int[np.ndarray, " _"], prompt: Int[np.ndarray, " _"], frame_rate: float
 ) -> bool:
-    """Whether a stretch of the codes is the prompt's own: it says the prompt's words again.
+    """Whether codes and prompt have a long common substring: the prompt is repeated.
 
-    Counted are its changes of code, because held codes (silence above all) are alike anywhere: in
-    1,412 pairs of natural recordings of one speaker the longest common stretch has 10 changes, but
-    36 frames.
+    Code changes are counted, not frames, because runs of one code (such as silence) occur anywhere:
+    in 1,412 pairs of natural recordings of one speaker the longest common substring has 10 changes,
+    but 36 frames.
     """
     needed = max(MIN_LEAK, round(LEAK_SECONDS * frame_rate))
     codes, prompt = np.asarray(codes), np.asarray(prompt)
-    # Changes of the common stretch that ends here and at each of the prompt's frames.
+    # Changes of the common substring that ends here and at each of the prompt's frames.
     ending = np.zeros(len(prompt) + 1, dtype=np.int64)
     for index, code in enumerate(codes):
         changed = int(index > 0 and code != codes[index - 1])
@@ -145,24 +141,23 @@ def words_of(text: str) -> list[str]:
 
 
 def lacks_end(transcript: str, text: str) -> bool:
-    """Whether a transcript is the text's beginning, and the rest of the text is missing.
+    """Whether a transcript covers only a prefix of the text.
 
-    The transcript is compared by letters with every beginning of the text; the likest is what was
-    said. Where it is not much like that either, it was misheard, and proves nothing: a weak model's
-    ASR must not refuse good speech.
+    The prefix is that with the smallest edit distance to the transcript. Where that distance is
+    large, the transcript is wrong, and the check passes: a weak ASR must not reject good speech.
     """
     heard, asked = " ".join(words_of(transcript)), " ".join(words_of(text))
     if not heard or not asked:
         return False
     errors = prefix_errors(heard, asked)
-    said = len(asked) - int(errors[::-1].argmin())  # Among equals the longest.
-    if errors[said] > MISHEARD_SHARE * len(heard):
+    prefix = len(asked) - int(errors[::-1].argmin())  # Of equals the longest.
+    if errors[prefix] > MAX_ERROR_RATE * len(heard):
         return False
-    return len(asked) - said >= max(MIN_MISSING, MISSING_SHARE * len(asked))
+    return len(asked) - prefix >= max(MIN_MISSING, MISSING_SHARE * len(asked))
 
 
 def prefix_errors(heard: str, asked: str) -> Int[np.ndarray, " _"]:
-    """Edits between `heard` and each beginning of `asked`, the empty one first."""
+    """Edit distance between `heard` and each prefix of `asked`, from the empty one on."""
     letters = np.array(list(asked))
     steps = np.arange(len(asked) + 1)
     errors = steps.copy()
@@ -170,15 +165,14 @@ def prefix_errors(heard: str, asked: str) -> Int[np.ndarray, " _"]:
         changed = np.concatenate(
             [[row], np.minimum(errors[1:] + 1, errors[:-1] + (letters != letter))]
         )
-        # What is left out of `asked` costs one each: a running minimum over costs less distance.
+        # Deletions cost one each: a running minimum over costs minus position.
         errors = np.minimum.accumulate(changed - steps) + steps
     return errors
 
 
 def begins_with_prompt(transcript: str, prompt_text: str, text: str) -> bool:
-    """Whether a transcript begins with words of the prompt: with its last two, or any three in a
-    row, one of which at least the text does not have, so that a text that takes up the prompt's
-    words may say them."""
+    """Whether a transcript begins with words of the prompt: its last two, or any three in a row.
+    At least one of them must not be in the text, which may repeat the prompt's words."""
     heard, prompt = words_of(transcript), words_of(prompt_text)
     known = set(words_of(text))
     for start in range(len(prompt)):

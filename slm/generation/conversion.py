@@ -16,7 +16,7 @@ from slm.config import SamplingConfig
 from slm.data.sequences import Prompt, continuation_context, join_texts
 from slm.generation.asr import cut_at_quiet
 from slm.generation.sampling import NEXT_TRY, restrict_speech
-from slm.generation.tts import Models, Speech, Utterance, speak
+from slm.generation.tts import Models, Speech, Utterance, synthesize
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def go_on(
     while True:
         # The likeliest token fails the same way twice: a retry samples.
         drawn = replace(once, greedy=once.greedy and attempt == 0)
-        (made,) = speak(models, [replace(begun, seed=seed + NEXT_TRY * attempt)], drawn)
+        (made,) = synthesize(models, [replace(begun, seed=seed + NEXT_TRY * attempt)], drawn)
         attempt += 1
         # As long as was asked for is no failure here.
         failure = None if made.failure == "cut" else made.failure

@@ -1,4 +1,4 @@
-"""What the model's own ASR makes of speech: transcripts, and how likely a text is given it."""
+"""Transcripts and text likelihoods by the model's own ASR, for checks and best-of-N."""
 
 from collections.abc import Sequence
 
@@ -13,11 +13,11 @@ from slm.models.ar import SpeechLM
 from slm.models.lm_head import PositionGroup, group_logits, text_ids
 
 POSITIONS = 8192
-"""Padded positions that are scored at once: bounds the memory."""
+"""Padded positions of a pass; bounds the memory."""
 
 
 def can_transcribe(lm: SpeechLM) -> bool:
-    """Whether the model was trained on ASR (older voices do not say, and were)."""
+    """Whether the model was trained on ASR; older voices all were."""
     try:
         lm.check_task("asr")
     except ValueError:
@@ -26,8 +26,8 @@ def can_transcribe(lm: SpeechLM) -> bool:
 
 
 def transcripts(lm: SpeechLM, codes: Sequence[Int[ndarray, " _"]]) -> list[str]:
-    """The likeliest transcript of each (codes of codebook 1), in one batch; of speech that is too
-    long for the model, or of none, nothing."""
+    """Greedy transcripts of codes of codebook 1, in one batch; empty for speech that is empty or
+    too long for the model."""
     texts = [""] * len(codes)
     fitting = [
         index
@@ -45,29 +45,32 @@ def transcripts(lm: SpeechLM, codes: Sequence[Int[ndarray, " _"]]) -> list[str]:
 def text_scores(
     lm: SpeechLM, texts: Sequence[str], codes: Sequence[Int[ndarray, " _"]]
 ) -> list[float]:
-    """How likely each text is given its speech (codes of codebook 1): the mean log-probability of
-    the transcript's tokens and its end among all that a transcript may have.
+    """Mean log-probability of each text's tokens and end token given its speech (codes of
+    codebook 1), over the ids that a transcript may have; -inf for speech that is too long.
 
-    The mean, so that texts of different lengths compare; 0 is certainty. Speech that is too long
-    for the model gets -inf. Cost: one pass over the speech and the text, of which the head sees the
-    text's positions and rows alone; no generation. A model that hears by stretches
-    (ar.text.interleaved) would have to be told which words are over when: of one it is, below 0,
-    the share of letters that its own transcript has otherwise, and that must be generated. Raises
-    ValueError for a model without ASR.
+    The mean makes texts of different lengths comparable. Cost: one pass over speech and text, with
+    the head at the text's positions only; no generation. An interleaved model would need the words'
+    ends: its score is minus the character error rate of its own transcript, which is generated.
+
+    Raises:
+        ValueError: for a model without ASR.
     """
     lm.check_task("asr")
     tokenizer = lm.tokenizer
     if tokenizer.text.interleaved:
         pairs = zip(texts, transcripts(lm, codes), strict=True)
-        return [-_share_wrong(tokenizer.in_words(text), heard) for text, heard in pairs]
-    written = tokenizer.text_ids("asr", texts)
-    spoken = [tokenizer.speech_ids("asr", one) for one in codes]
-    contexts = [asr_context(tokenizer.vocabulary, one) for one in spoken]
-    scores = [-float("inf")] * len(texts)
-    targets = [[*ids, tokenizer.vocabulary.eos] for ids in written]
+        return [
+            -_character_error_rate(tokenizer.in_words(text), transcript)
+            for text, transcript in pairs
+        ]
+    eos = tokenizer.vocabulary.eos
+    targets = [[*ids, eos] for ids in tokenizer.text_ids("asr", texts)]
+    speech = [tokenizer.speech_ids("asr", one) for one in codes]
+    contexts = [asr_context(tokenizer.vocabulary, one) for one in speech]
     rows = [[*c, *t] for c, t in zip(contexts, targets, strict=True)]
+    scores = [-float("inf")] * len(texts)
     fitting = [index for index, row in enumerate(rows) if len(row) <= lm.max_positions]
-    # The longest first, so that like lengths are padded together.
+    # By length, so that batches have little padding.
     fitting.sort(key=lambda index: -len(rows[index]))
     while fitting:
         count = max(1, POSITIONS // len(rows[fitting[0]]))
@@ -78,27 +81,27 @@ def text_scores(
     return scores
 
 
-def _share_wrong(text: str, heard: str) -> float:
-    return edit_distance(text.lower(), heard.lower()) / max(1, len(text))
+def _character_error_rate(text: str, transcript: str) -> float:
+    return edit_distance(text.lower(), transcript.lower()) / max(1, len(text))
 
 
 def _scores(lm: SpeechLM, rows: Sequence[Sequence[int]], num_targets: Sequence[int]) -> list[float]:
     """Means over the last `num_targets` tokens of each row."""
     vocabulary = lm.vocabulary
     longest = max(map(len, rows))
-    # Padded behind: what comes later is not seen, so that nothing needs a mask.
+    # Padded on the right: under causal attention no mask is needed.
     tokens = torch.full((len(rows), longest), vocabulary.eos)
-    where, labels = [], []
+    positions, labels = [], []
     for index, (row, count) in enumerate(zip(rows, num_targets, strict=True)):
         tokens[index, : len(row)] = torch.tensor(row)
-        # Each position foretells the next one.
+        # Position i predicts token i + 1.
         first = index * longest + len(row) - count - 1
-        where += range(first, first + count)
+        positions += range(first, first + count)
         labels += row[-count:]
     device = next(lm.parameters()).device
-    chosen = text_ids(lm.tokenizer, "asr")
-    group = PositionGroup(torch.tensor(where, device=device), chosen)
+    ids = text_ids(lm.tokenizer, "asr")
+    group = PositionGroup(torch.tensor(positions, device=device), ids)
     (logits,) = group_logits(lm.lm, [group], input_ids=tokens.to(device))
-    columns = chosen.columns(torch.tensor(labels, device=device))
-    told = logits.float().log_softmax(-1).gather(1, columns[:, None])[:, 0]
-    return [float(part.mean()) for part in told.split(list(num_targets))]
+    columns = ids.columns(torch.tensor(labels, device=device))
+    found = logits.float().log_softmax(-1).gather(1, columns[:, None])[:, 0]
+    return [float(part.mean()) for part in found.split(list(num_targets))]

@@ -1,4 +1,10 @@
-"""From what is to be said to a wave: the AR, the NAR and the codec's decoder, for a batch."""
+"""TTS of a batch: attempts by the AR, the NAR and the codec's decoder, and their evaluation.
+
+candidates   N sequences of codebook 1 for each utterance (AR, one batch)
+rerank       best-of-N: the order in which they are decoded
+finish       the other codebooks (NAR), and the wave (codec)
+evaluate     all checks; a failed attempt is repeated with another seed
+"""
 
 import logging
 from collections.abc import Sequence
@@ -7,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from slm.config import SamplingConfig
@@ -32,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class Decoder(Protocol):
-    """What speaking needs of a codec."""
+    """The part of a codec that generation needs."""
 
     sample_rate: int
     hop_length: int
@@ -44,7 +50,7 @@ class Decoder(Protocol):
 
 
 class Models(NamedTuple):
-    """What a voice is made of."""
+    """The parts of a voice."""
 
     codec: Any
     """`codec.SpeechCodec`."""
@@ -55,63 +61,76 @@ class Models(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Utterance:
-    """What is to be said, checked and encoded: `Voice.prepare` makes it."""
+    """A text and a prompt, checked and encoded by `Voice.prepare`."""
 
     text: str
     prompt: Prompt
     context: list[int]
-    """What the AR goes on from."""
+    """Prompt tokens of the AR."""
     bounds: tuple[int, int]
-    """Least and most frames."""
+    """Minimum and maximum frames."""
     seed: int
     script: ForcedTokens = NO_FORCED_TOKENS
-    """Where the AR goes word by word: the words behind the first."""
+    """For an interleaved AR: the words after the first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speech:
-    """What was said: the new part alone."""
+    """Generated speech, without the prompt."""
 
-    wave: np.ndarray
-    """(S,) float32 at the codec's sample rate."""
-    codes: np.ndarray
-    """(Q, T)."""
+    wave: Float[np.ndarray, " S"]
+    """float32 at the codec's sample rate."""
+    codes: Int[np.ndarray, "Q T"]
     text: str
     prompt_text: str
     failure: str | None
-    """None, or what is wrong with the least bad of all tries (slm/generation/checks.py names
-    it)."""
+    """None, or the first check that failed (slm/generation/checks.py) in the least bad attempt."""
     tries: int
-    """So many were made."""
+    """Number of attempts."""
     seed: int
-    """The one under which this was made."""
+    """Of the returned attempt."""
     sample_rate: int
     score: float | None = None
-    """Where candidates were compared: how well the model's own ASR finds that the speech says the
-    text (slm/generation/rerank.py)."""
+    """With best-of-N: mean log-likelihood of the text under the model's own ASR
+    (slm/generation/rerank.py)."""
 
 
-class Candidate(NamedTuple):
-    """What the AR made of an utterance under one seed."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """One generation of an utterance, under one seed."""
 
-    first: Int[np.ndarray, " _"]
+    utterance: Utterance
+    first: Int[np.ndarray, " T"]
     """Codebook 1 of the new part."""
     failure: Failure | None
+    """Of the AR's generation: empty, cut or loop."""
     seed: int
-    score: float | None
+    score: float | None = None
+    """With best-of-N; see `Speech`."""
+    codes: Int[np.ndarray, "Q T"] | None = None
+    """All codebooks; None: not decoded yet."""
+    wave: Float[np.ndarray, " S"] | None = None
+
+    @property
+    def transcribed(self) -> Int[np.ndarray, " _"]:
+        """Codebook 1 of the speech whose transcript is the text: the text of a continuation has
+        the prompt's words as well."""
+        prompt = self.utterance.prompt
+        return np.concatenate([prompt.codes[0], self.first]) if prompt.continuation else self.first
 
 
-def speak(
+def synthesize(
     models: Models, utterances: Sequence[Utterance], sampling: SamplingConfig
 ) -> list[Speech]:
-    """What was said of each utterance, as one batch.
+    """Speech of each utterance, as one batch.
 
-    What fails a check is made again under a new seed, until `sampling.max_attempts` were made; then
-    the least bad is returned with its failure's name. Where the model was trained on ASR, the
-    checks
-    `early` and `leak` also transcribe what passed all others: with a small voice a fifth (one) to a
-    half (a batch of four) of the AR's time again.
-    Raises ValueError for several candidates and a model without ASR.
+    An attempt that fails a check is repeated with another seed, up to `sampling.max_attempts`
+    times; then the least bad one is returned with its failure. Where the model was trained on ASR,
+    the checks `early` and `leak` also transcribe what passed all others, which takes a fifth (one
+    utterance) to a half (a batch of four) of the AR's time with a small voice.
+
+    Raises:
+        ValueError: for best-of-N with a model without ASR.
     """
     if sampling.num_candidates > 1 and not can_transcribe(models.lm):
         raise ValueError(
@@ -119,67 +138,34 @@ def speak(
             "model's own ASR, but this voice was trained without asr; set it to 1"
         )
     best: list[Speech | None] = [None] * len(utterances)
-    for attempt in range(sampling.max_attempts):
+    for number in range(sampling.max_attempts):
         waiting = [i for i, one in enumerate(best) if one is None or one.failure is not None]
         if not waiting:
             break
-        made = _try([utterances[i] for i in waiting], models, sampling, attempt)
+        groups = candidates(models.lm, [utterances[i] for i in waiting], sampling, number)
+        if sampling.num_candidates > 1:
+            groups = rerank(models, groups, sampling)
+        made = _first_without_failure(models, groups, sampling)
         for index, speech in zip(waiting, made, strict=True):
-            kept = _better(best[index], speech)
-            best[index] = replace(kept, tries=attempt + 1)
+            best[index] = replace(_less_severe(best[index], speech), tries=number + 1)
         failed = sum(one.failure is not None for one in made)
         if failed and sampling.max_attempts > 1:
             logger.info(
-                "try %d of %d failed for %d items", attempt + 1, sampling.max_attempts, failed
+                "attempt %d of %d failed for %d items", number + 1, sampling.max_attempts, failed
             )
     return [one for one in best if one is not None]
 
 
-def _better(before: Speech | None, new: Speech) -> Speech:
-    """Of two that may have failed the less bad, the earlier one where they are alike."""
-    if before is None or severity(new.failure) < severity(before.failure):
-        return new
-    return before
-
-
-def _try(
-    utterances: Sequence[Utterance], models: Models, sampling: SamplingConfig, attempt: int
-) -> list[Speech]:
-    """Every utterance once: its best candidate, or the next ones where only a wave tells that a
-    candidate failed."""
-    ranked = candidates(models.lm, utterances, sampling, attempt)
-    best: list[Speech | None] = [None] * len(utterances)
-    unsettled = list(range(len(utterances)))
-    for rank in range(sampling.num_candidates):
-        made = _finish(
-            models,
-            [utterances[i] for i in unsettled],
-            [ranked[i][rank] for i in unsettled],
-            sampling,
-        )
-        for index, speech in zip(unsettled, made, strict=True):
-            best[index] = _better(best[index], speech)
-        unsettled = [
-            index
-            for index, speech in zip(unsettled, made, strict=True)
-            if speech.failure is not None
-            and rank + 1 < len(ranked[index])
-            and ranked[index][rank + 1].failure is None
-        ]
-        if not unsettled:
-            break
-    return [one for one in best if one is not None]
-
-
 def candidates(
-    lm: SpeechLM, utterances: Sequence[Utterance], sampling: SamplingConfig, attempt: int = 0
-) -> list[list[Candidate]]:
-    """`sampling.num_candidates` for each utterance in one batch, the best first: those that did not
-    fail, and among them the one whose text the model's own ASR finds the likeliest given the
-    speech. The first one's seed is the utterance's own, so that one candidate is the plain call.
+    lm: SpeechLM, utterances: Sequence[Utterance], sampling: SamplingConfig, number: int = 0
+) -> list[list[Attempt]]:
+    """`sampling.num_candidates` generations of codebook 1 for each utterance, in one batch of the
+    AR. The first one has the utterance's own seed: best-of-1 is the plain call.
 
-    Cost: the AR's work as many times, and one pass of ASR over all (no generation).
+    Args:
+        number: of the attempt, from 0; selects the seeds.
     """
+    per_candidate = [one for one in utterances for _ in range(sampling.num_candidates)]
     requests = [
         retry(
             Request(
@@ -189,115 +175,146 @@ def candidates(
                 seed=one.seed,
                 script=one.script,
             ),
-            attempt,
             number,
+            index % sampling.num_candidates,
         )
-        for one in utterances
-        for number in range(sampling.num_candidates)
+        for index, one in enumerate(per_candidate)
     ]
-    made = generate(lm, requests, speech_only(lm, sampling), replace(sampling, max_attempts=1))
-    said = [one for one in utterances for _ in range(sampling.num_candidates)]
-    codes = [first_codes(lm, one) for one in made]
-    scores: Sequence[float | None] = [None] * len(made)
-    if sampling.num_candidates > 1:
-        scores = text_scores(lm, [one.text for one in said], _heard(said, codes))
-    found = [
-        Candidate(row, result.failure or _code_failure(lm, one, row, sampling), result.seed, score)
-        for one, result, row, score in zip(said, made, codes, scores, strict=True)
+    once = replace(sampling, max_attempts=1)
+    made = [
+        Attempt(utterance=one, first=first_codes(lm, found), failure=found.failure, seed=found.seed)
+        for one, found in zip(
+            per_candidate, generate(lm, requests, speech_only(lm, once), once), strict=True
+        )
     ]
-    count = sampling.num_candidates
-    groups = [found[start : start + count] for start in range(0, len(found), count)]
-    return [sorted(group, key=_rank) for group in groups]
+    size = sampling.num_candidates
+    return [made[start : start + size] for start in range(0, len(made), size)]
 
 
-def _rank(one: Candidate) -> tuple[int, float]:
-    return severity(one.failure), 0.0 if one.score is None else -one.score
+def rerank(
+    models: Models, groups: Sequence[Sequence[Attempt]], sampling: SamplingConfig
+) -> list[list[Attempt]]:
+    """Best-of-N: each utterance's candidates, best first, that are to be decoded.
+
+    Those that pass the checks of codebook 1 are ordered by the likelihood of the text under the
+    model's own ASR; where none does, the least bad one stays. Cost of best-of-N: N times the AR's
+    work, and one ASR pass over the candidates without generation.
+    """
+    flat = [one for group in groups for one in group]
+    scores = text_scores(
+        models.lm, [one.utterance.text for one in flat], [one.transcribed for one in flat]
+    )
+    failures = evaluate(models, flat, sampling)
+    ranked = iter(
+        [
+            (severity(failure), -score, replace(one, score=score))
+            for one, score, failure in zip(flat, scores, failures, strict=True)
+        ]
+    )
+    kept = []
+    for group in groups:
+        ordered = sorted((next(ranked) for _ in group), key=lambda one: one[:2])
+        kept.append([one for rank, (bad, _, one) in enumerate(ordered) if not (rank and bad)])
+    return kept
 
 
-def _heard(
-    utterances: Sequence[Utterance], first: Sequence[np.ndarray]
-) -> list[Int[np.ndarray, " _"]]:
-    """What the texts are the transcripts of: a continuation's text has its beginning's words."""
-    return [
-        np.concatenate([one.prompt.codes[0], row]) if one.prompt.continuation else row
-        for one, row in zip(utterances, first, strict=True)
-    ]
-
-
-def _code_failure(
-    lm: SpeechLM, one: Utterance, first: np.ndarray, sampling: SamplingConfig
-) -> Failure | None:
-    """What the codes themselves tell."""
-    prompt, num_prompt = one.prompt, one.prompt.codes.shape[1]
-    if "early" in sampling.checks:
-        text, before = lm.tokenizer.in_words(one.text), lm.tokenizer.in_words(prompt.text)
-        if is_early(len(first), one.bounds, text, num_prompt, before):
-            return "early"
-    if "leak" in sampling.checks:
-        rate = lm.vocabulary.codec.frame_rate
-        if repeats_codes(first, prompt.codes[0], rate):
-            return "leak"
-    return None
-
-
-def _finish(
-    models: Models, utterances: Sequence[Utterance], made: Sequence[Candidate],
-    sampling: SamplingConfig,
-) -> list[Speech]:  # fmt: skip
-    """Candidates to waves, and what these tell."""
-    codec = models.codec
-    first, seeds = [one.first for one in made], [one.seed for one in made]
-    codes = complete(models, utterances, first, seeds, sampling)
-    speeches = []
-    for one, candidate, new in zip(utterances, made, codes, strict=True):
-        wave = decode(codec, one.prompt.codes, new)
-        speeches.append(
-            Speech(
-                wave=wave,
-                codes=new,
-                text=one.text,
-                prompt_text=one.prompt.text,
-                failure=_wave_failure(wave, codec.sample_rate, candidate, sampling),
+def _first_without_failure(
+    models: Models, groups: Sequence[list[Attempt]], sampling: SamplingConfig
+) -> list[Speech]:
+    """Decodes the candidates of each utterance in their order until one passes all checks."""
+    best: list[Speech | None] = [None] * len(groups)
+    for rank in range(max(map(len, groups), default=0)):
+        pending = [
+            index
+            for index, (speech, group) in enumerate(zip(best, groups, strict=True))
+            if rank < len(group) and (speech is None or speech.failure is not None)
+        ]
+        made = finish(models, [groups[index][rank] for index in pending], sampling)
+        failures = evaluate(models, made, sampling)
+        for index, one, failure in zip(pending, made, failures, strict=True):
+            assert one.wave is not None
+            assert one.codes is not None
+            speech = Speech(
+                wave=one.wave,
+                codes=one.codes,
+                text=one.utterance.text,
+                prompt_text=one.utterance.prompt.text,
+                failure=failure,
                 tries=1,
-                seed=candidate.seed,
-                sample_rate=codec.sample_rate,
-                score=candidate.score,
+                seed=one.seed,
+                sample_rate=models.codec.sample_rate,
+                score=one.score,
             )
-        )
-    return _listened(models.lm, utterances, speeches, sampling)
+            best[index] = _less_severe(best[index], speech)
+    return [one for one in best if one is not None]
 
 
-def _wave_failure(
-    wave: np.ndarray, sample_rate: int, made: Candidate, sampling: SamplingConfig
-) -> Failure | None:
-    if is_empty(wave):
-        return "empty"
-    if made.failure is not None or "silence" not in sampling.checks:
-        return made.failure
-    return "silence" if longest_silence(wave, sample_rate) > sampling.silence_seconds else None
+def _less_severe(before: Speech | None, new: Speech) -> Speech:
+    """The one with the less severe failure; the earlier one of equals."""
+    worse = before is None or severity(new.failure) < severity(before.failure)
+    return new if worse or before is None else before
 
 
-def _listened(
-    lm: SpeechLM, utterances: Sequence[Utterance], speeches: Sequence[Speech],
-    sampling: SamplingConfig,
-) -> list[Speech]:  # fmt: skip
-    """The same, after the model's own ASR has heard those that had not failed."""
-    checked = list(speeches)
-    asked = {"early", "leak"} & set(sampling.checks)
-    rows = [row for row, one in enumerate(speeches) if one.failure is None]
-    if not asked or not rows or not can_transcribe(lm):
-        return checked
-    codes = _heard([utterances[row] for row in rows], [speeches[row].codes[0] for row in rows])
-    for row, heard in zip(rows, transcripts(lm, codes), strict=True):
-        one = utterances[row]
-        said, text, before = (
-            lm.tokenizer.in_words(each) for each in (heard, one.text, one.prompt.text)
-        )
-        if "leak" in asked and begins_with_prompt(said, before, text):
-            checked[row] = replace(speeches[row], failure="leak")
-        elif "early" in asked and lacks_end(said, text):
-            checked[row] = replace(speeches[row], failure="early")
-    return checked
+def finish(models: Models, attempts: Sequence[Attempt], sampling: SamplingConfig) -> list[Attempt]:
+    """The attempts with all codebooks and their waves."""
+    if not attempts:
+        return []
+    codes = complete(
+        models,
+        [one.utterance for one in attempts],
+        [one.first for one in attempts],
+        [one.seed for one in attempts],
+        sampling,
+    )
+    return [
+        replace(one, codes=new, wave=decode(models.codec, one.utterance.prompt.codes, new))
+        for one, new in zip(attempts, codes, strict=True)
+    ]
+
+
+def evaluate(
+    models: Models, attempts: Sequence[Attempt], sampling: SamplingConfig
+) -> list[Failure | None]:
+    """The first check that each attempt fails; None: it passes all of `sampling.checks`.
+
+    Checks of the codes come first, then those of the wave, then those of the transcript by the
+    model's own ASR, in one batch; an attempt that is not decoded yet has only the first.
+    """
+    lm, checks = models.lm, sampling.checks
+    in_words, rate = lm.tokenizer.in_words, lm.vocabulary.codec.frame_rate
+    failures: list[Failure | None] = []
+    for one in attempts:
+        text, prompt, failure = one.utterance.text, one.utterance.prompt, one.failure
+        if one.wave is not None and is_empty(one.wave):
+            failure = "empty"
+        elif failure is None and "early" in checks and is_early(
+            len(one.first), one.utterance.bounds, in_words(text), prompt.codes.shape[1],
+            in_words(prompt.text),
+        ):  # fmt: skip
+            failure = "early"
+        if failure is None and "leak" in checks and repeats_codes(one.first, prompt.codes[0], rate):
+            failure = "leak"
+        if failure is None and one.wave is not None and "silence" in checks:
+            silence = longest_silence(one.wave, models.codec.sample_rate)
+            failure = "silence" if silence > sampling.silence_seconds else None
+        failures.append(failure)
+
+    if not {"early", "leak"} & set(checks) or not can_transcribe(lm):
+        return failures
+    rows = [
+        row
+        for row, (one, failure) in enumerate(zip(attempts, failures, strict=True))
+        if failure is None and one.wave is not None
+    ]
+    heard = transcripts(lm, [attempts[row].transcribed for row in rows]) if rows else []
+    for row, transcript in zip(rows, map(in_words, heard), strict=True):
+        utterance = attempts[row].utterance
+        text, prompt_text = in_words(utterance.text), in_words(utterance.prompt.text)
+        if "leak" in checks and begins_with_prompt(transcript, prompt_text, text):
+            failures[row] = "leak"
+        elif "early" in checks and lacks_end(transcript, text):
+            failures[row] = "early"
+    return failures
 
 
 def complete(
@@ -307,7 +324,7 @@ def complete(
     seeds: Sequence[int],
     sampling: SamplingConfig,
 ) -> list[np.ndarray]:
-    """Codes (Q, T) of the new parts from their codebook 1."""
+    """Codes (Q, T) of new parts from their codebook 1."""
     if models.nar is None:
         return [row[None] for row in first]
     spelt = models.lm.tokenizer.spelt
@@ -323,7 +340,7 @@ def complete(
 
 @torch.inference_mode()
 def decode(codec: Decoder, prompt: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """The wave of the new part. The prompt is decoded before it, so that it starts clean."""
+    """The wave of the new part (S,); the prompt is decoded with it, as the codec's left context."""
     joined = np.concatenate([prompt, new], axis=1).astype(np.int64)
     if joined.shape[1] == 0:
         return np.zeros(0, np.float32)

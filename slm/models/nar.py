@@ -1,10 +1,8 @@
 """The NAR: codebooks 2 to Q, one after the other, by a bidirectional Transformer.
 
-A position of the speech part is the sum of the embeddings of the codebooks below the predicted one;
-of every codebook within the prompt. Each layer's norms are the stage's, which is the codebook
-predicted, counted from 0.
-
-What the NAR is made of, and how its labels are shared among codes that sound alike.
+The input is the text and the speech: at each frame the sum of the embeddings of the codebooks below
+the predicted one, within the prompt of all codebooks. The norms of each layer depend on the stage,
+which is the predicted codebook, counted from 0.
 """
 
 import json
@@ -28,12 +26,15 @@ from slm.data.nar import NUM_TEXT_SYMBOLS, NARBatch, nar_batch, text_bytes
 from slm.models.ar import Scores, score
 from slm.models.attention import attend
 
-HALVINGS = 40
-"""Steps of the search for a temperature."""
+FILES = ("config.json", "model.safetensors")
+EMBEDDING_STD = 0.5
+"""Like the sinusoids', so that contents and position have equal weight."""
+BISECTION_STEPS = 40
+"""Of the search for the bandwidth of label smoothing."""
 
 
 class StageHead(nn.Module):
-    """One table for the heads of all codebooks; a call computes the logits of some of its rows."""
+    """The output heads of all codebooks in one table."""
 
     def __init__(self, width: int, num_rows: int):
         super().__init__()
@@ -44,7 +45,7 @@ class StageHead(nn.Module):
 
 
 class AdaptiveNorm(nn.Module):
-    """Layer norm with a scale and a shift for each stage. Weight decay pulls to a plain one."""
+    """Layer norm with a scale and a shift for each stage, as offsets from 1 and 0."""
 
     def __init__(self, width: int, num_stages: int):
         super().__init__()
@@ -56,8 +57,8 @@ class AdaptiveNorm(nn.Module):
         return normed * (1 + self.scale[stage]) + self.shift[stage]
 
 
-class Nearby(nn.Module):
-    """A depthwise convolution over text and speech apart, which knows no padding."""
+class LocalConv(nn.Module):
+    """Depthwise convolution over text and speech separately; padding is masked."""
 
     def __init__(self, width: int, kernel: int, num_stages: int):
         super().__init__()
@@ -74,14 +75,15 @@ class Nearby(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm: a convolution if asked for, attention to valid positions, a feed-forward part."""
+    """Pre-norm Transformer layer: an optional convolution, attention to valid positions, and a
+    feed-forward block."""
 
     def __init__(
         self, *, width: int, num_heads: int, feedforward: int, dropout: float, num_stages: int,
         kernel: int = 0,
     ):  # fmt: skip
         super().__init__()
-        self.nearby = Nearby(width, kernel, num_stages) if kernel else None
+        self.nearby = LocalConv(width, kernel, num_stages) if kernel else None
         self.num_heads = num_heads
         self.attention_norm = AdaptiveNorm(width, num_stages)
         self.feedforward_norm = AdaptiveNorm(width, num_stages)
@@ -98,7 +100,7 @@ class Layer(nn.Module):
         stage: int,
         num_text: int,
     ) -> Float[Tensor, "B L D"]:
-        """`num_text`: positions of text, in front of those of speech."""
+        """`num_text`: text positions, before those of speech."""
         if self.nearby is not None:
             hidden = hidden + self.dropout(self.nearby(hidden, valid, stage, num_text))
         projected = self.query_key_value(self.attention_norm(hidden, stage))
@@ -111,26 +113,25 @@ class Layer(nn.Module):
         return hidden + self.dropout(self.contract(self.dropout(inner)))
 
 
-class Reference(nn.Module):
-    """What the prompt's frames have above that sound alike below.
+class PromptMatching(nn.Module):
+    """Adds to each frame the higher codebooks of similar prompt frames, by their lower codebooks.
 
-    Voice conversion by nearest neighbours (kNN-VC, arXiv 2305.18975) takes a speaker's own frames
-    for those that say the same; here by attention, whose query and key are one projection, so
-    that like finds like from the first step on.
+    After voice conversion by nearest neighbours (kNN-VC, arXiv 2305.18975), with attention, whose
+    query and key have one projection, so that similar frames match from the first step on.
     """
 
     def __init__(self, *, width: int, num_heads: int, kernel: int, num_stages: int):
         super().__init__()
         self.num_heads = num_heads
         self.norm = AdaptiveNorm(width, num_stages)
-        self.nearby = Nearby(width, kernel, num_stages) if kernel else None
+        self.nearby = LocalConv(width, kernel, num_stages) if kernel else None
         self.place = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
         self.output = nn.Linear(width, width)
 
     @torch.no_grad()
-    def begin(self) -> None:
-        """As strong as what comes in: an attention that tells frames apart, and is heard."""
+    def reset_parameters(self) -> None:
+        """Projections that keep the scale of their input, so that attention is selective."""
         for linear in (self.place, self.value, self.output):
             linear.weight.normal_(std=linear.in_features**-0.5)
 
@@ -138,11 +139,18 @@ class Reference(nn.Module):
         self, below: Float[Tensor, "B T D"], above: Float[Tensor, "B T D"],
         valid: Bool[Tensor, "B T"], prompt: Bool[Tensor, "B T"], stage: int,
     ) -> Float[Tensor, "B T D"]:  # fmt: skip
-        """From the embeddings of codebooks below the stage, of all `valid` frames, and of the other
-        codebooks, of the `prompt`'s; where that is empty, next to nothing."""
+        """What is added to each frame.
+
+        Args:
+            below: embeddings of the codebooks below the stage.
+            above: embeddings of the prompt's other codebooks.
+            valid: frames that are no padding.
+            prompt: frames of the prompt; without any, about 0 is added.
+            stage: the predicted codebook.
+        """
         if self.nearby is not None:
             below = below + self.nearby(below, valid, stage, 0)
-        # A frame in front, of zeros, for those that find nothing like them.
+        # A frame of zeros in front, for frames without a similar one.
         place, value, reached = (
             functional.pad(part, (0, 0, 1, 0), value=fill)
             for part, fill in (
@@ -159,24 +167,19 @@ class Reference(nn.Module):
 
 
 @torch.no_grad()
-def shares_of_neighbours(entries: Float[Tensor, "K E"], wanted: float) -> Float[Tensor, "K K"]:
-    """Row k: how the label k is shared among all entries, by a Gaussian of their distance whose
-    width is one for the codebook, so that the shares' perplexity is `wanted` on average."""
+def smoothed_labels(entries: Float[Tensor, "K E"], perplexity: float) -> Float[Tensor, "K K"]:
+    """Target distribution of each label over the codebook: a Gaussian of the entries' distance,
+    whose bandwidth gives the wanted perplexity on average."""
     distances = torch.cdist(entries, entries).square()
     scale = distances.mean().clamp(min=1e-12)
     low, high = 1e-6, 10.0
     shares = torch.eye(len(entries))
-    for _ in range(HALVINGS):
+    for _ in range(BISECTION_STEPS):
         middle = (low * high) ** 0.5
         shares = (-distances / (scale * middle)).softmax(dim=1)
         entropy = -(shares * shares.clamp(min=1e-12).log()).sum(1).mean()
-        low, high = (middle, high) if float(entropy.exp()) < wanted else (low, middle)
+        low, high = (middle, high) if float(entropy.exp()) < perplexity else (low, middle)
     return shares
-
-
-FILES = ("config.json", "model.safetensors")
-EMBEDDING_STD = 0.5
-"""As strong as the sinusoids, so that what is said counts beside where."""
 
 
 class NAR(
@@ -186,10 +189,10 @@ class NAR(
     tags=["text-to-speech"],
     license="apache-2.0",
 ):
-    """Predicts codebook `stage` from the text, the prompt and the codebooks below."""
+    """Predicts a codebook from the text, the prompt and the codebooks below."""
 
     def __init__(self, config: NARConfig | dict[str, Any]):
-        """`config`: a dict, when it comes from a config.json."""
+        """`config`: a dict if read from config.json."""
         super().__init__()
         if isinstance(config, dict):
             config = NARConfig.from_json(config)
@@ -198,8 +201,8 @@ class NAR(
             raise ValueError(f"a NAR needs two codebooks or more, got codebook_sizes={sizes}")
         self.config = config
         self.groups = tuple(f"codebook_{stage + 1}" for stage in range(1, len(sizes)))
-        # One table for all codebooks: then every step's gradient reaches every parameter. A bag
-        # sums a frame's codebooks without a tensor, and a gradient of the table, for each.
+        # One table for all codebooks, so that each step's gradient reaches every parameter. A bag
+        # sums a frame's codebooks without a tensor and a table gradient for each of them.
         self._starts = [sum(sizes[:index]) for index in range(len(sizes) + 1)]
         self.text = nn.Embedding(NUM_TEXT_SYMBOLS, config.width)
         self.codes = nn.EmbeddingBag(sum(sizes), config.width, mode="sum")
@@ -218,65 +221,65 @@ class NAR(
         self.norm = AdaptiveNorm(config.width, len(sizes))
         self.head = StageHead(config.width, sum(sizes))
         self.dropout = nn.Dropout(config.dropout)
-        self._shares: list[Float[Tensor, "K K"]] = []
+        self._smoothed: list[Float[Tensor, "K K"]] = []
         self.apply(_initialise)
-        # The last to draw, so that the others begin alike with and without it.
+        # Initialised last, so that the other parameters are the same with and without it.
         self.reference = None
         if config.prompt_matching:
-            self.reference = Reference(
+            self.reference = PromptMatching(
                 width=config.width,
                 num_heads=config.num_heads,
                 kernel=config.conv_kernel,
                 num_stages=len(sizes),
             ).apply(_initialise)
-            self.reference.begin()
+            self.reference.reset_parameters()
 
     @property
     def takes_texts(self) -> bool:
-        """Not if it was trained without any (text_dropout 1)."""
+        """False for a NAR that was trained without texts (text_dropout 1)."""
         return self.config.text_dropout < 1
 
     @torch.no_grad()
-    def begin_with(self, entries: Sequence[Float[Tensor, "_ E"]], seed: int) -> None:
-        """Puts a codec's entries, (K, E) of every codebook, in place of the codes' embeddings and
-        heads: projected at random, as strong as those. So what sounds alike begins alike."""
+    def init_from_codec(self, entries: Sequence[Float[Tensor, "_ E"]], seed: int) -> None:
+        """Initialises code embeddings and heads from the codec's entries, (K, E) of each codebook,
+        projected at random and scaled to the usual spread: similar codes start alike."""
         generator = torch.Generator().manual_seed(seed)
         width = self.config.width
         tables = ((self.codes.weight, EMBEDDING_STD), (self.head.weight, width**-0.5))
-        for table, strength in tables:
+        for table, std in tables:
             projection = torch.randn(entries[0].shape[1], width, generator=generator)
             for start, book in zip(self._starts[:-1], entries, strict=True):
                 rows = (book - book.mean(0)).cpu().float() @ projection
-                table[start : start + len(book)] = rows * (strength / rows.std().clamp(min=1e-6))
+                table[start : start + len(book)] = rows * (std / rows.std().clamp(min=1e-6))
         if self.config.label_smoothing_neighbors:
-            wanted = self.config.label_smoothing_neighbors
-            self._shares = [shares_of_neighbours(book.cpu().float(), wanted) for book in entries]
+            perplexity = self.config.label_smoothing_neighbors
+            self._smoothed = [smoothed_labels(book.cpu().float(), perplexity) for book in entries]
 
     def forward(self, batch: NARBatch) -> Scores:
-        """Losses over the frames that are asked for, summed over the batch's stages."""
-        asked = _asked(batch)
+        """Losses over the frames after the prompt, for each of the batch's stages."""
+        targets = _target_frames(batch)
         parts = []
         for stage in batch.stages.tolist():
-            logits = self._logits(self._hidden(batch, stage)[asked], stage)
-            labels = batch.codes[:, stage][asked]
+            logits = self._logits(self._hidden(batch, stage)[targets], stage)
+            labels = batch.codes[:, stage][targets]
             groups = torch.full_like(labels, stage - 1)
-            parts.append(score(logits, labels, groups, len(self.groups), self._shared(stage)))
+            parts.append(score(logits, labels, groups, len(self.groups), self._label_shares(stage)))
         return Scores(*(torch.stack(sums).sum(0) for sums in zip(*parts, strict=True)))
 
-    def _shared(self, stage: int) -> Float[Tensor, "K K"] | None:
-        """Among which codes a code's label is shared; None: it is not."""
-        if not self.training or not self._shares:
+    def _label_shares(self, stage: int) -> Float[Tensor, "K K"] | None:
+        """Smoothed labels in training; None: one-hot."""
+        if not self.training or not self._smoothed:
             return None
-        # Moved once: it is no part of the state, as it follows from the codec.
-        self._shares[stage] = self._shares[stage].to(self.head.weight.device)
-        return self._shares[stage]
+        # Moved once. Not a buffer, since it follows from the codec.
+        self._smoothed[stage] = self._smoothed[stage].to(self.head.weight.device)
+        return self._smoothed[stage]
 
     def _hidden(self, batch: NARBatch, stage: int) -> Float[Tensor, "B T D"]:
-        """Features of the speech part."""
+        """Output features of the speech positions."""
         kinds = self.kinds(torch.arange(2, device=batch.text.device))
         text = self.text(batch.text) + kinds[0]
         speech = self._speech(batch, stage) + kinds[1]
-        joined = torch.cat([self._place(text), self._place(speech)], dim=1)
+        joined = torch.cat([self._positioned(text), self._positioned(speech)], dim=1)
         frames = torch.arange(speech.shape[1], device=speech.device)
         valid = torch.cat([batch.text_mask, frames < batch.lengths[:, None]], dim=1)
         hidden = self.dropout(joined)
@@ -285,8 +288,8 @@ class NAR(
         return self.norm(hidden[:, text.shape[1] :], stage)
 
     def _speech(self, batch: NARBatch, stage: int) -> Float[Tensor, "B T D"]:
-        """The sum of the embeddings of the codes that a stage may see, and of what the prompt has
-        in like places."""
+        """Input of the speech positions: the sum of their visible codes' embeddings, and the output
+        of prompt matching."""
         device = batch.codes.device
         frames = torch.arange(batch.codes.shape[2], device=device)
         codebooks = torch.arange(batch.codes.shape[1], device=device)[:, None]
@@ -300,21 +303,21 @@ class NAR(
         return below + above + self.reference(below, above, valid, prompt, stage)
 
     def _embedded(
-        self, codes: Int[Tensor, "B Q T"], wanted: Bool[Tensor, "B Q T"]
+        self, codes: Int[Tensor, "B Q T"], selected: Bool[Tensor, "B Q T"]
     ) -> Float[Tensor, "B T D"]:
-        """The sum of the embeddings of each frame's wanted codes."""
+        """The sum of the embeddings of each frame's selected codes."""
         rows = codes + torch.tensor(self._starts[:-1], device=codes.device)[:, None]
         summed = self.codes(
             rearrange(rows, "b q t -> (b t) q"),
-            per_sample_weights=rearrange(wanted, "b q t -> (b t) q").to(self.codes.weight.dtype),
+            per_sample_weights=rearrange(selected, "b q t -> (b t) q").to(self.codes.weight.dtype),
         )
         return rearrange(summed, "(b t) d -> b t d", b=len(codes))
 
     def _logits(self, hidden: Float[Tensor, "N D"], stage: int) -> Float[Tensor, "N K"]:
         return self.head(hidden, slice(self._starts[stage], self._starts[stage + 1]))
 
-    def _place(self, features: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
-        """Adds sinusoids; text and speech each count from 0: padding between them is no matter."""
+    def _positioned(self, features: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        """Adds sinusoidal positions; text and speech each count from 0."""
         half = self.config.width // 2
         positions = torch.arange(features.shape[1], device=features.device, dtype=torch.float32)
         rates = torch.exp(torch.arange(half, device=features.device) * (-math.log(1e4) / half))
@@ -331,14 +334,16 @@ class NAR(
         temperature: float = 0.0,
         seeds: Sequence[int] | None = None,
     ) -> list[Int[np.ndarray, "Q _"]]:
-        """Codes (Q, T) of the new part from its codebook 1.
+        """Codes (Q, T) of new parts from their codebook 1.
 
-        `texts` hold the prompt's transcript and the new text, or are empty; `prompts` the prompts'
-        codes (Q, P), also of no frames; `first` codebook 1 of the new part (T,). A NAR that takes
-        no texts is given none. What of the new part is finished belongs behind the prompt, with
-        all its codebooks: it is context then, and a part that grows is completed piece by piece.
-
-        Temperature 0 takes the likeliest code; above it, each item draws under its own seed.
+        Args:
+            texts: the prompt's transcript and the new text, or empty; ignored by a NAR without
+                texts.
+            prompts: codes (Q, P) of the prompts, also of no frames. Finished frames of a new part
+                belong here too: it can be decoded in chunks.
+            first: codebook 1 (T,) of the new parts.
+            temperature: of the softmax; 0: greedy.
+            seeds: one for each item.
         """
         assert not self.training
         if not self.takes_texts:
@@ -357,13 +362,13 @@ class NAR(
         batch = NARBatch(*(part.to(device) for part in batch))
         seeds = list(seeds) if seeds is not None else [0] * len(texts)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        asked = _asked(batch)
-        num_asked = asked.sum(1).tolist()
+        targets = _target_frames(batch)
+        num_targets = targets.sum(1).tolist()
         for stage in range(1, len(self.config.codebook_sizes)):
-            logits = self._logits(self._hidden(batch, stage)[asked], stage).float()
-            items = zip(logits.split(num_asked), generators, strict=True)
+            logits = self._logits(self._hidden(batch, stage)[targets], stage).float()
+            items = zip(logits.split(num_targets), generators, strict=True)
             chosen = [_choose(one, temperature, generator) for one, generator in items]
-            batch.codes[:, stage][asked] = torch.cat(chosen)
+            batch.codes[:, stage][targets] = torch.cat(chosen)
         codes = batch.codes.cpu().numpy()
         return [
             codes[row, :, start : one.shape[1]]
@@ -374,7 +379,7 @@ class NAR(
     def _from_pretrained(
         cls, *, model_id: str, map_location: str = "cpu", **download: Any
     ) -> "NAR":
-        """Part of `from_pretrained`: every tensor is loaded, strictly."""
+        """Hook of `from_pretrained`; loads all tensors, strictly."""
         folder = Path(model_id)
         if not folder.is_dir():
             keys = ("revision", "cache_dir", "force_download", "local_files_only", "token")
@@ -385,7 +390,7 @@ class NAR(
 
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "NAR":
-        """For generation. Raises ValueError when the folder is not whole."""
+        """For inference. Raises ValueError for a folder that is incomplete or damaged."""
         return cls._read(Path(folder)).to(dtype).eval().requires_grad_(False)
 
     @classmethod
@@ -404,12 +409,12 @@ class NAR(
             nar.load_state_dict(tensors)
         except (RuntimeError, TypeError, ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"{folder}: not a whole NAR: {reason[:300]}") from error
+            raise ValueError(f"{folder}: incomplete or damaged NAR: {reason[:300]}") from error
         return nar
 
 
-def _asked(batch: NARBatch) -> Bool[Tensor, "B T"]:
-    """Frames behind the prompt."""
+def _target_frames(batch: NARBatch) -> Bool[Tensor, "B T"]:
+    """Frames after the prompt."""
     frames = torch.arange(batch.codes.shape[2], device=batch.codes.device)
     return (frames >= batch.prompt_lengths[:, None]) & (frames < batch.lengths[:, None])
 
@@ -417,7 +422,7 @@ def _asked(batch: NARBatch) -> Bool[Tensor, "B T"]:
 def _choose(logits: Float[Tensor, "T K"], temperature: float, generator: torch.Generator) -> Tensor:
     if temperature == 0:
         return logits.argmax(-1)
-    # On the CPU: a seed means the same on every machine.
+    # On the CPU, so that a seed gives the same codes on every machine.
     probabilities = torch.softmax(logits.cpu() / temperature, dim=-1)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
 

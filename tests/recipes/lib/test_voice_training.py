@@ -89,7 +89,7 @@ def test_a_nar_begins_with_the_codecs_entries(kind: str, base: Path, tmp_path: P
     assert entries is not None
     nar = NAR.load(tmp_path / "run" / "voice" / "nar")
     expected = NAR(nar.config)
-    expected.begin_with(entries, seed=0)
+    expected.init_from_codec(entries, seed=0)
     torch.testing.assert_close(nar.codes.weight, expected.codes.weight.detach())
     torch.testing.assert_close(nar.head.weight, expected.head.weight.detach())
 

@@ -15,7 +15,7 @@ from slm.config import ARConfig, SamplingConfig
 from slm.data.sequences import Coverage, Prompt
 from slm.generation import tts as speaking
 from slm.generation.sampling import NEXT_CANDIDATE, NEXT_TRY
-from slm.generation.tts import Models, Speech, Utterance, candidates, speak
+from slm.generation.tts import Models, Speech, Utterance, candidates, rerank, synthesize
 from slm.models.ar import SpeechLM
 from slm.tokenization.tokenizer import SpeechTextTokenizer
 
@@ -128,7 +128,7 @@ def said(made: Speech) -> list[int]:
 
 def test_only_what_failed_is_made_again(tokenizer: SpeechTextTokenizer) -> None:
     voice = models(tokenizer, ann=[PAUSE, GOOD], ben=[OTHER])
-    ann, ben = speak(voice, asked(voice.lm, utterance(ANN), utterance(BEN)), SHORT)
+    ann, ben = synthesize(voice, asked(voice.lm, utterance(ANN), utterance(BEN)), SHORT)
     assert (said(ann), ann.failure, ann.tries, ann.seed) == (GOOD, None, 2, 5 + NEXT_TRY)
     assert (said(ben), ben.failure, ben.tries, ben.seed) == (OTHER, None, 1, 5)
     assert voice.lm.lm.batches == [2, 1]
@@ -140,26 +140,26 @@ def test_each_failed_try_is_told_of_once(
 ) -> None:
     caplog.set_level(logging.INFO)
     voice = models(tokenizer, ann=[PAUSE, GOOD])
-    speak(voice, asked(voice.lm, utterance(ANN)), SHORT)
+    synthesize(voice, asked(voice.lm, utterance(ANN)), SHORT)
     assert [record.getMessage() for record in caplog.records] == [
-        f"try 1 of {SHORT.max_attempts} failed for 1 items"
+        f"attempt 1 of {SHORT.max_attempts} failed for 1 items"
     ]
 
 
 def test_the_least_bad_of_all_tries_is_kept(tokenizer: SpeechTextTokenizer) -> None:
     voice = models(tokenizer, ann=[NOTHING, PAUSE, []])
-    (made,) = speak(voice, asked(voice.lm, utterance(ANN)), SHORT)
+    (made,) = synthesize(voice, asked(voice.lm, utterance(ANN)), SHORT)
     assert (said(made), made.failure, made.tries, made.seed) == (PAUSE, "silence", 3, 5 + NEXT_TRY)
     # Switched off, a pause is no failure; what is empty always is.
     voice = models(tokenizer, ann=[NOTHING, PAUSE, []])
-    (made,) = speak(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, checks=()))
+    (made,) = synthesize(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, checks=()))
     assert (said(made), made.failure, made.tries) == (PAUSE, None, 2)
 
 
 @pytest.mark.parametrize("chain", [NOTHING, []])
 def test_a_silent_wave_is_a_failure(tokenizer: SpeechTextTokenizer, chain: list[int]) -> None:
     voice = models(tokenizer, ann=[chain])
-    (made,) = speak(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, max_attempts=2))
+    (made,) = synthesize(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, max_attempts=2))
     assert (made.failure, made.tries, made.seed) == ("empty", 2, 5)
 
 
@@ -168,7 +168,7 @@ def test_the_prompts_words_said_again_are_a_leak(tokenizer: SpeechTextTokenizer)
     voice = models(tokenizer, ann=[words, [1, 0]])
     one = utterance(ANN)
     one = replace(one, prompt=Prompt(codes=np.array([[*words, 23, ANN]]), text="a dog"))
-    (made,) = speak(voice, asked(voice.lm, one), SamplingConfig())
+    (made,) = synthesize(voice, asked(voice.lm, one), SamplingConfig())
     assert (said(made), made.tries) == ([1, 0], 2)
 
 
@@ -176,9 +176,11 @@ def test_speech_far_too_short_for_the_prompts_rate_is_early(tokenizer: SpeechTex
     voice = models(tokenizer, ann=[GOOD])
     slow = Prompt(codes=np.array([[23] * 20 + [ANN]]), text="a dog and a cat")
     one = replace(utterance(ANN), prompt=slow)
-    (made,) = speak(voice, asked(voice.lm, one), replace(SHORT, max_attempts=1))
+    (made,) = synthesize(voice, asked(voice.lm, one), replace(SHORT, max_attempts=1))
     assert made.failure == "early"
-    (made,) = speak(voice, asked(voice.lm, one), replace(SHORT, max_attempts=1, checks=("leak",)))
+    (made,) = synthesize(
+        voice, asked(voice.lm, one), replace(SHORT, max_attempts=1, checks=("leak",))
+    )
     assert made.failure is None
 
 
@@ -194,17 +196,17 @@ def test_the_models_own_asr_hears_what_passed(
 
     monkeypatch.setattr(speaking, "transcripts", transcripts)
     voice = models(tokenizer, asr=1.0, ann=[OTHER, GOOD], ben=[PAUSE, GOOD])
-    ann, ben = speak(voice, asked(voice.lm, utterance(ANN), utterance(BEN)), SHORT)
+    ann, ben = synthesize(voice, asked(voice.lm, utterance(ANN), utterance(BEN)), SHORT)
     assert (said(ann), ann.tries, said(ben), ben.tries) == (GOOD, 2, GOOD, 2)
     assert asked_for == [[OTHER], [GOOD, GOOD]]  # What had failed already is not transcribed.
     heard[tuple(GOOD)] = "the cat"
-    (made,) = speak(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, max_attempts=1))
+    (made,) = synthesize(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, max_attempts=1))
     assert made.failure == "early"
     # Without ASR, or without the checks that need it, no one is asked.
     asked_for.clear()
     deaf = models(tokenizer, ann=[OTHER])
-    assert speak(deaf, asked(deaf.lm, utterance(ANN)), SHORT)[0].failure is None
-    speak(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, checks=("loop", "silence")))
+    assert synthesize(deaf, asked(deaf.lm, utterance(ANN)), SHORT)[0].failure is None
+    synthesize(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, checks=("loop", "silence")))
     assert asked_for == []
 
 
@@ -224,18 +226,18 @@ def test_the_likeliest_candidate_is_kept(
     scored(monkeypatch, {GOOD[0]: -2.0, OTHER[0]: -1.0, NOTHING[0]: -0.1, PAUSE[0]: -0.5})
     config = replace(SHORT, num_candidates=2)
     voice = models(tokenizer, asr=1.0, ann=[GOOD, OTHER], ben=[OTHER, GOOD])
-    ann, ben = speak(voice, asked(voice.lm, utterance(ANN), utterance(BEN)), config)
+    ann, ben = synthesize(voice, asked(voice.lm, utterance(ANN), utterance(BEN)), config)
     assert (said(ann), ann.score, ann.seed, ann.tries) == (OTHER, -1.0, 5 + NEXT_CANDIDATE, 1)
     assert (said(ben), ben.score, ben.seed, ben.tries) == (OTHER, -1.0, 5, 1)
     assert voice.lm.lm.batches == [4]
     # What failed loses, also where only its wave tells.
     for bad in ([], NOTHING, PAUSE):
         voice = models(tokenizer, asr=1.0, ann=[bad, GOOD])
-        (made,) = speak(voice, asked(voice.lm, utterance(ANN)), config)
+        (made,) = synthesize(voice, asked(voice.lm, utterance(ANN)), config)
         assert (said(made), made.failure, made.score, made.tries) == (GOOD, None, -2.0, 1)
     # All of them failed: all are made again.
     voice = models(tokenizer, asr=1.0, ann=[NOTHING, PAUSE, GOOD, OTHER])
-    (made,) = speak(voice, asked(voice.lm, utterance(ANN)), config)
+    (made,) = synthesize(voice, asked(voice.lm, utterance(ANN)), config)
     assert (said(made), made.tries) == (OTHER, 2)
     assert made.seed == 5 + NEXT_TRY + NEXT_CANDIDATE
 
@@ -247,20 +249,24 @@ def test_the_plain_call_is_the_first_candidate(
     lm = SpeechLM(real.lm.double(), tokenizer, {})
     said = asked(lm, utterance(ANN, seed=3), utterance(BEN, seed=4))
     plain = candidates(lm, said, replace(SHORT, checks=()))
-    several = candidates(lm, said, replace(SHORT, checks=(), num_candidates=3))
-    for (alone,), group in zip(plain, several, strict=True):
+    config = replace(SHORT, checks=(), num_candidates=3)
+    several = candidates(lm, said, config)
+    ranked = rerank(models(tokenizer)._replace(lm=lm), several, config)
+    for (alone,), group, best in zip(plain, several, ranked, strict=True):
         assert alone.score is None
         assert len({one.seed for one in group}) == 3
-        (same,) = [one for one in group if one.seed == alone.seed]
-        assert same.first.tolist() == alone.first.tolist()
-        ranks = [(one.failure is not None, -one.score) for one in group]
-        assert ranks == sorted(ranks)
+        assert group[0].seed == alone.seed
+        assert group[0].first.tolist() == alone.first.tolist()
+        scores = [one.score for one in best]
+        assert scores == sorted(scores, reverse=True)
+        passed = [one.seed for one in group if one.failure is None]
+        assert sorted(one.seed for one in best) == (sorted(passed) or [best[0].seed])
 
 
 def test_candidates_need_asr(tokenizer: SpeechTextTokenizer) -> None:
     voice = models(tokenizer, ann=[GOOD])
     with pytest.raises(ValueError, match="trained without asr; set it to 1"):
-        speak(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, num_candidates=2))
+        synthesize(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, num_candidates=2))
 
 
 def test_what_the_nar_is_given(tokenizer: SpeechTextTokenizer) -> None:
@@ -270,7 +276,7 @@ def test_what_the_nar_is_given(tokenizer: SpeechTextTokenizer) -> None:
     config = replace(SHORT, nar_temperature=0.5)
     prompt = Prompt(codes=np.array([[23, ANN], [0, 0]]), text="a dog")
     one = replace(utterance(ANN), text="2 cats", prompt=prompt)
-    (made,) = speak(voice, asked(voice.lm, one), config)
+    (made,) = synthesize(voice, asked(voice.lm, one), config)
     assert made.codes.shape == (2, len(GOOD))
     assert nar.options == {"temperature": 0.5, "seeds": [5 + NEXT_TRY]}
     assert nar.texts == [spelling.spelt("a dog 2 cats")]
@@ -278,4 +284,4 @@ def test_what_the_nar_is_given(tokenizer: SpeechTextTokenizer) -> None:
 
 def test_nothing_to_say_is_said(tokenizer: SpeechTextTokenizer) -> None:
     voice = models(tokenizer, ann=[GOOD])
-    assert speak(voice, [], SHORT) == []
+    assert synthesize(voice, [], SHORT) == []

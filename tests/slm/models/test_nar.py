@@ -53,7 +53,7 @@ def test_codes_that_sound_alike_begin_alike() -> None:
     entries = [torch.randn(size, 6, generator=random) * 40 + 7 for size in SIZES]
     for book in entries:
         book[1] = book[0] + 0.01
-    nar.begin_with(entries, seed=0)
+    nar.init_from_codec(entries, seed=0)
     nar.requires_grad_(False)
     # Strong as before, though the codec's entries are not; no codebook's mean is left.
     assert float(nar.codes.weight.std()) == pytest.approx(0.5, rel=0.1)
@@ -64,7 +64,7 @@ def test_codes_that_sound_alike_begin_alike() -> None:
             apart = (rows - rows[0]).norm(dim=1)
             assert float(apart[1]) < 0.01 * float(apart[2:].min())
     again = NAR(CONFIG)
-    again.begin_with(entries, seed=0)
+    again.init_from_codec(entries, seed=0)
     assert torch.equal(again.codes.weight, nar.codes.weight)
 
 
@@ -272,7 +272,7 @@ def test_damaged_folders_are_named(nar: NAR, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"head\.weight"):
         NAR.load(tmp_path)
     file.write_bytes(b"cut")
-    with pytest.raises(ValueError, match="not a whole NAR"):
+    with pytest.raises(ValueError, match="incomplete or damaged NAR"):
         NAR.load(tmp_path)
 
 

@@ -9,7 +9,7 @@ from tiny_slm import SIZES
 
 from slm.config import NARConfig
 from slm.data.nar import nar_batch, text_bytes
-from slm.models.nar import NAR, Nearby, Reference, shares_of_neighbours
+from slm.models.nar import NAR, LocalConv, PromptMatching, smoothed_labels
 from tests.slm.models.test_nar import CONFIG, TEXTS, batch, make_nar, random_codes
 
 WITH = replace(CONFIG, conv_kernel=5, prompt_matching=True)
@@ -36,8 +36,8 @@ def test_they_make_no_difference_to_padded_batches(tmp_path: Path) -> None:
 
 def test_a_frame_is_shown_what_its_like_has_in_the_prompt() -> None:
     torch.manual_seed(0)
-    reference = Reference(width=64, num_heads=2, kernel=0, num_stages=3)
-    reference.requires_grad_(False).begin()
+    reference = PromptMatching(width=64, num_heads=2, kernel=0, num_stages=3)
+    reference.requires_grad_(False).reset_parameters()
     below, above = torch.randn(1, 8, 64), torch.randn(1, 8, 64)
     below[0, 6] = below[0, 1]  # Behind the prompt, like its second frame.
     prompt = (torch.arange(8) < 4)[None]
@@ -54,8 +54,8 @@ def test_a_frame_is_shown_what_its_like_has_in_the_prompt() -> None:
 
 def test_without_a_prompt_nothing_is_shown() -> None:
     torch.manual_seed(0)
-    reference = Reference(width=64, num_heads=2, kernel=3, num_stages=3)
-    reference.begin()
+    reference = PromptMatching(width=64, num_heads=2, kernel=3, num_stages=3)
+    reference.reset_parameters()
     below, valid = torch.randn(1, 8, 64), torch.ones(1, 8, dtype=torch.bool)
     shown = reference(below, torch.randn(1, 8, 64), valid, ~valid, 1)
     torch.testing.assert_close(shown, reference.output.bias.expand(1, 8, 64))
@@ -74,7 +74,7 @@ def test_the_reference_follows_what_the_stage_may_see() -> None:
 
 def test_it_sees_its_neighbours_in_its_own_part_alone() -> None:
     torch.manual_seed(0)
-    nearby = Nearby(8, 3, 2)
+    nearby = LocalConv(8, 3, 2)
     hidden, valid = torch.randn(1, 10, 8), torch.ones(1, 10, dtype=torch.bool)
     before = nearby(hidden, valid, 1, 4)
     for changed, seen in ((3, {2, 3}), (4, {4, 5}), (7, {6, 7, 8})):
@@ -88,7 +88,7 @@ def test_it_sees_its_neighbours_in_its_own_part_alone() -> None:
 @pytest.mark.parametrize("wanted", [1.5, 4.0, 20.0])
 def test_labels_are_shared_with_what_is_near(wanted: float) -> None:
     entries = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * 7 + 3
-    shares = shares_of_neighbours(entries, wanted)
+    shares = smoothed_labels(entries, wanted)
     torch.testing.assert_close(shares.sum(1), torch.ones(200))
     entropy = -(shares * shares.clamp(min=1e-12).log()).sum(1).mean()
     assert float(entropy.exp()) == pytest.approx(wanted, rel=0.01)
@@ -105,7 +105,7 @@ def test_shared_labels_are_of_training_alone() -> None:
         for neighbours in (0.0, 3.0)
     )
     for nar in (plain, shared):
-        nar.begin_with(entries, seed=0)
+        nar.init_from_codec(entries, seed=0)
     one = batch([1, 2])
     assert torch.equal(plain(one).nll, shared(one).nll)
     losses = [nar.train()(one).nll for nar in (plain, shared)]
@@ -115,7 +115,7 @@ def test_shared_labels_are_of_training_alone() -> None:
     logits = torch.stack([shared._logits(row, 1) for row in hidden]).log_softmax(-1)
     frames = torch.arange(one.codes.shape[2])
     asked = (frames >= one.prompt_lengths[:, None]) & (frames < one.lengths[:, None])
-    shares = shares_of_neighbours(entries[1], 3.0)[one.codes[:, 1]]
+    shares = smoothed_labels(entries[1], 3.0)[one.codes[:, 1]]
     expected = -(shares * logits).sum(-1)[asked].sum()
     torch.testing.assert_close(losses[1][0], expected)
 
