@@ -8,25 +8,25 @@ from typing import Any
 
 from codec.io import atomic_folder
 from slm.data.sequences import asr_context, tts_context
-from slm.export.voice_folder import export_card, short_path
+from slm.export.voice_folder import short_path
 from slm.models.ar import SpeechLM
 from slm.tokenization.vocabulary import Vocabulary, encode_texts
 
 logger = logging.getLogger(__name__)
 
 MARK = "export.json"
-"""What tells an export from another folder."""
+"""Marks the folder as an export."""
 FORMAT_VERSION = 1
 SAMPLES = ("Good morning.", "It is 5 o'clock, isn't it?", " two  spaces ", "caf\u00e9")
-"""Texts whose tokens in a prompt are compared with those of the layouts."""
+"""Texts of `as_layouts`."""
 
 
 def export(lm: SpeechLM, folder: str | Path) -> None:
-    """Writes weights (adapters merged, a tied head tied), a tokenizer that has a token for every
-    row of the table, and a card. The folder is whole, or as it was.
+    """Writes the AR as a causal LM, atomically: weights (adapters merged, a tied head tied), a
+    tokenizer with a token for every row of the table, and a card.
 
-    Raises ValueError for a folder that holds something else, and for a tokenizer that cannot be
-    extended so.
+    Raises:
+        ValueError: for a folder with other contents, and a tokenizer that cannot be extended.
     """
     from transformers import GenerationConfig
 
@@ -58,49 +58,48 @@ def _base(lm: SpeechLM) -> dict[str, Any]:
 
 
 def check_free(folder: Path) -> None:
-    """Raises ValueError for a place that an export must not take."""
+    """Raises ValueError for a folder that an export must not replace."""
     if folder.is_file():
         raise ValueError(f"{folder}: is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file():
-        raise ValueError(f"{folder}: holds something else than an export; name a new folder")
+        raise ValueError(f"{folder}: contains other files than an export; name a new folder")
 
 
 def token_names(vocabulary: Vocabulary) -> list[str]:
-    """The names of all ids that the LLM's tokenizer does not know, in their order: rows that only
-    pad its table, the specials, and speech: <|s_0|>, <|s_1|>, ... codes of codebook 1 first, merges
-    behind them."""
+    """Names of all ids that the LLM's tokenizer lacks, in their order: padding rows of its table,
+    special tokens, then <|s_0|>, <|s_1|>, ...: codes of codebook 1 and BPE merges."""
     padding = [f"<|unused_{row}|>" for row in range(vocabulary.num_text, vocabulary.text_size)]
     speech = [f"<|s_{number}|>" for number in range(vocabulary.size - vocabulary.first_speech)]
     return [*padding, *vocabulary.specials, *speech]
 
 
 def extended(tokenizer: Any, vocabulary: Vocabulary) -> Any:
-    """A copy of the tokenizer that knows every id. Old text has its old tokens."""
+    """A copy of the tokenizer with tokens for all ids; texts are encoded as before."""
     from copy import deepcopy
 
     from transformers import AddedToken
 
-    made, names = deepcopy(tokenizer), token_names(vocabulary)
-    known = made.get_vocab()
+    copy, names = deepcopy(tokenizer), token_names(vocabulary)
+    known = copy.get_vocab()
     if taken := [name for name in names if name in known]:
         raise ValueError(
             f"the LLM's tokenizer has a token {taken[0]} of its own; export a voice of another LLM"
         )
     # Speech stays visible when special tokens are skipped in decoding, as servers do by default.
-    made.add_tokens(
+    copy.add_tokens(
         [
             AddedToken(name, normalized=False, special=re.match(r"<\|s_", name) is None)
             for name in names
         ]
     )
-    ids = made.convert_tokens_to_ids(names)
+    ids = copy.convert_tokens_to_ids(names)
     if ids != list(range(vocabulary.num_text, vocabulary.size)):
-        raise ValueError("the LLM's tokenizer numbers new tokens otherwise than its table")
-    return made
+        raise ValueError("the LLM's tokenizer numbers new tokens in another way than its table")
+    return copy
 
 
 def as_layouts(exported: Any, lm: SpeechLM) -> bool:
-    """Whether a prompt's string has the very tokens of our layouts; logs where it has not."""
+    """Whether the tokenizer encodes a prompt's string as our layouts have it; warns if not."""
     vocabulary, tokenizer = lm.vocabulary, lm.tokenizer
     if tokenizer.text.tts_form == "characters":
         return False
@@ -115,9 +114,187 @@ def as_layouts(exported: Any, lm: SpeechLM) -> bool:
         for written, layout in pairs:
             if exported(written, add_special_tokens=False)["input_ids"] != layout:
                 logger.warning(
-                    "this tokenizer reads %r otherwise behind <|text|> than alone; the card says "
-                    "how to make prompts of ids",
+                    "this tokenizer encodes %r in another way after <|text|> than alone; the card "
+                    "shows how to build prompts from ids",
                     text,
                 )
                 return False
     return True
+
+
+def export_card(lm: SpeechLM, exact: bool) -> str:
+    """README.md of an exported LLM: token ids, layouts and examples.
+
+    Args:
+        exact: the tokenizer encodes a prompt's string as our layouts have it.
+    """
+    vocabulary, text = lm.vocabulary, lm.tokenizer.text
+    end = vocabulary.specials[-1]
+    if vocabulary.text_eos is not None:
+        end = lm.tokenizer.text_tokenizer.convert_ids_to_tokens(vocabulary.eos)
+    notes = []
+    if text.normalize:
+        notes.append("Numbers and abbreviations of a TTS text are expanded.")
+    if text.tts_form == "phonemes":
+        notes.append("A TTS text is IPA, as written by espeak.")
+    if text.tts_form == "characters":
+        notes.append("A TTS text has the tokens of its single characters.")
+    if lm.tokenizer.writes_bytes:
+        notes.append("A transcript has the tokens of its characters' bytes.")
+    if vocabulary.num_merges:
+        notes.append(
+            f"`<|s_{vocabulary.codebook_size}|>` and later ids stand for several codes each: see "
+            "`units.model` (SentencePiece)."
+        )
+    parts = 'list("red hen the cat")' if text.tts_form == "characters" else '["red hen the cat"]'
+    made = lm.tokenizer.speech_range("tts")
+    values = {
+        "name": short_path(lm.origin["name"]),
+        "codec": f"`{short_path(vocabulary.codec.id)}` (digest {vocabulary.codec.digest})",
+        "text": vocabulary.text,
+        "speech": vocabulary.speech,
+        "speech_end": vocabulary.speech_end,
+        "first": vocabulary.first_speech,
+        "stop": made.stop,
+        "written": lm.tokenizer.text_range("asr").start,
+        "written_stop": lm.tokenizer.text_range("asr").stop,
+        "eos": vocabulary.eos,
+        "end": end,
+        "parts": parts,
+    }
+    rows = [
+        (f"0 .. {vocabulary.num_text - 1}", "text, as before"),
+        *((str(vocabulary.text_size + i), f"`{n}`") for i, n in enumerate(vocabulary.specials)),
+        (
+            f"{vocabulary.first_speech} .. {vocabulary.size - 1}",
+            f"speech, `<|s_0|>` .. `<|s_{vocabulary.num_pieces - 1}|>`",
+        ),
+    ]
+    values |= {
+        "rows": "\n".join(f"| {ids} | {what} |" for ids, what in rows),
+        "notes": "".join(f" {note}" for note in notes),
+    }
+    if text.interleaved:
+        spelled = "list(text)" if text.tts_form == "characters" else "[text]"
+        return _EXPORT_HEAD.format(**values) + _INTERLEAVED_CARD.format(**values, spelled=spelled)
+    prompt = (_TTS_AS_STRING if exact else _TTS_AS_IDS).format(**values)
+    recording = (_ASR_AS_STRING if exact else _ASR_AS_IDS).format(**values)
+    rest = _EXPORT_CARD.format(**values, prompt=prompt, recording=recording)
+    return _EXPORT_HEAD.format(**values) + rest
+
+
+_TTS_AS_STRING = """\
+# prompt: "red hen" with the codes 3 1 4; target: "the cat"
+prompt = "<|text|>red hen the cat<|speech|><|s_3|><|s_1|><|s_4|>"
+ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+"""
+_TTS_AS_IDS = """\
+# prompt: "red hen" with the codes 3 1 4; target: "the cat"
+text = tokenizer({parts}, add_special_tokens=False).input_ids
+ids = [{text}, *sum(text, []), {speech}, *({first} + code for code in (3, 1, 4))]
+ids = torch.tensor([ids])
+"""
+_ASR_AS_STRING = """\
+prompt = "<|speech|><|s_3|><|s_1|><|s_4|><|/speech|><|text|>"
+ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+"""
+_ASR_AS_IDS = """\
+ids = [{speech}, *({first} + code for code in (3, 1, 4)), {speech_end}, {text}]
+ids = torch.tensor([ids])
+"""
+_EXPORT_HEAD = """\
+---
+library_name: transformers
+tags: [text-to-speech, automatic-speech-recognition]
+---
+# {name} with speech
+
+A causal LM trained on text and on codebook 1 of the codec {codec}.
+The other codebooks and waves need the Parlance voice that this was exported from.
+
+| ids | |
+|---|---|
+{rows}
+"""
+_EXPORT_CARD = """
+    tts            <|text|>PROMPT'S TEXT AND NEW TEXT<|speech|>PROMPT'S CODES   up to <|/speech|>
+    asr            <|speech|>CODES<|/speech|><|text|>                           up to {end}
+    continuation   <|speech|>CODES                                              up to <|/speech|>
+
+Encode strings with `add_special_tokens=False`.{notes}
+
+Text ids and speech ids never competed in training, so restrict sampling to speech ids and
+`<|/speech|>` in TTS and continuation, and to text ids and their end in ASR: with `suppress_tokens`
+of `generate`, as below, or with `allowed_token_ids` of vLLM.
+
+```python
+import re
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+lm, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+speech = {{*range({first}, {stop}), {speech_end}}}
+others = [token for token in range(len(tokenizer)) if token not in speech]
+{prompt}options = dict(min_new_tokens=10, max_new_tokens=50, do_sample=True, top_p=0.8, top_k=25)
+made = lm.generate(ids, suppress_tokens=others, **options)
+string = tokenizer.decode(made[0, ids.shape[1] :])
+codes = [int(code) for code in re.findall(r"<\\|s_(\\d+)\\|>", string)]
+```
+
+ASR:
+
+```python
+text = {{*range({written}, {written_stop}), {eos}}}
+others = [token for token in range(len(tokenizer)) if token not in text]
+{recording}made = lm.generate(ids, suppress_tokens=others, max_new_tokens=50, do_sample=False)
+transcript = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+```
+"""
+_INTERLEAVED_CARD = """
+    tts            <|text|>PROMPT'S TEXT AND NEW TEXT<|speech|>PROMPT'S CODES
+                   then for each new word <|/speech|>WORD<|speech|>          up to <|/speech|>
+    asr            for each 0.8 s <|speech|>CODES<|text|>, of the last one
+                   <|speech|>CODES<|/speech|><|text|>                        up to {end}
+    continuation   <|speech|>CODES                                           up to <|/speech|>
+{notes}
+
+Text ids and speech ids never competed in training, so restrict sampling to speech ids and
+`<|/speech|>` in TTS and continuation, and to text ids and their end in ASR.
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+lm, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+def spell(text):
+    return sum(tokenizer({spelled}, add_special_tokens=False).input_ids, [])
+speech = {{*range({first}, {stop}), {speech_end}}}
+others = [token for token in range(len(tokenizer)) if token not in speech]
+# prompt: "red hen" with the codes 3 1 4; target: "the cat"
+ids = [{text}, *spell("red hen the cat"), {speech}, *({first} + code for code in (3, 1, 4))]
+options = dict(suppress_tokens=others, eos_token_id={speech_end}, do_sample=True, top_p=0.8)
+codes = []
+for word in ("the", "cat"):
+    ids += [{speech_end}, *spell(word), {speech}]
+    made = lm.generate(torch.tensor([ids]), min_new_tokens=2, max_new_tokens=25, **options)
+    new = [token for token in made[0, len(ids) :].tolist() if token != {speech_end}]
+    ids += new
+    codes += [token - {first} for token in new]
+```
+
+ASR, two segments of speech:
+
+```python
+text = {{*range({written}, {written_stop}), {eos}}}
+others = [token for token in range(len(tokenizer)) if token not in text]
+ids, transcript = [], []
+for segment, end in (((3, 1, 4), []), ((1, 5), [{speech_end}])):
+    ids += [{speech}, *({first} + code for code in segment), *end, {text}]
+    options = dict(suppress_tokens=others, eos_token_id={eos}, do_sample=False)
+    made = lm.generate(torch.tensor([ids]), max_new_tokens=50, **options)
+    written = [token for token in made[0, len(ids) :].tolist() if token != {eos}]
+    ids += [*written, {eos}]
+    transcript += written
+transcript = tokenizer.decode(transcript)
+```
+"""

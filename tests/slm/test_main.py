@@ -131,7 +131,7 @@ def test_a_named_pipe_is_written_to_and_stays(folder: Path, tmp_path: Path) -> N
         (["continue", "--out", "shut/o.wav"], "shut may not be written to"),
         (["vc", "--out", "file/o.wav"], "file is no folder"),
         (["export", "file/o"], "file is no folder"),
-        (["export", "full"], "holds something else than an export"),
+        (["export", "full"], "contains other files than an export"),
     ],
 )
 def test_what_can_be_told_early_is_told_before_a_voice_is_loaded(

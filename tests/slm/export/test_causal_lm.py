@@ -141,7 +141,7 @@ def test_the_example_of_the_card_runs(
     asked = range(256 if spoken == "characters" else vocabulary.num_text)
     assert f"text = {{*range({asked.start}, {asked.stop}), {vocabulary.eos}}}" in hear
     assert set(made) <= {*asked, vocabulary.eos}
-    assert isinstance(names["heard"], str)
+    assert isinstance(names["transcript"], str)
 
 
 @pytest.mark.parametrize("spoken", ["tokens", "characters"])
@@ -174,14 +174,14 @@ def test_the_examples_of_a_model_that_goes_word_by_word_run(
     assert ids[-1] == v.eos
     second = [v.eos, v.speech, *v.encode_speech(np.array([1, 5])).tolist(), v.speech_end, v.text]
     assert any(ids[at : at + len(second)] == second for at in range(len(ids)))
-    assert isinstance(names["heard"], str)
+    assert isinstance(names["transcript"], str)
 
 
 def test_it_replaces_an_earlier_export_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = trained(tmp_path)
-    with pytest.raises(ValueError, match="holds something else than an export"):
+    with pytest.raises(ValueError, match="contains other files than an export"):
         export(lm, tmp_path / "base")
     with pytest.raises(ValueError, match="is a file"):
         export(lm, tmp_path / "base" / "config.json")
@@ -230,5 +230,5 @@ def test_nothing_in_it_tells_where_files_lie(tmp_path: Path) -> None:
     name = f"{tmp_path.name}/base"
     assert f"# {name} with speech" in (tmp_path / "out" / "README.md").read_text()
     card = voice_card(lm.origin, STAMP, Coverage.of(["a cat"], longest_frames=9), {})
-    assert f"# A voice grown from {name}" in card
+    assert f"# A voice trained from {name}" in card
     assert str(tmp_path) not in card

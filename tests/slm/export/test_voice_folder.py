@@ -63,7 +63,7 @@ def test_folders_of_other_things_stay(voice: Voice, tmp_path: Path) -> None:
     assert files(tmp_path) == {"mine/thesis"}
     assert voice.folder is not None
     for apart in (voice.folder.parent, voice.folder / "ar" / "copy"):
-        with pytest.raises(ValueError, match="is in the other; save apart"):
+        with pytest.raises(ValueError, match="or around it; name another folder"):
             voice.save_pretrained(apart)
     (tmp_path / "empty").mkdir()
     voice.save_pretrained(tmp_path / "empty")
@@ -115,4 +115,4 @@ def test_the_card_follows_the_prompts_unless_it_was_edited(
     with caplog.at_level(logging.WARNING):
         loaded.save_pretrained(tmp_path / "copy")
     assert card.read_text() == edited
-    assert "it was edited and stays" in caplog.text
+    assert "was edited and is kept" in caplog.text
