@@ -1,8 +1,7 @@
-"""Whole weights as adapters: what training changed in an LLM, in matrices of low rank.
+"""LoRA adapters (arXiv 2106.09685) of a fully fine-tuned AR, by truncated SVD.
 
-The best approximation of a change by a matrix of rank r is that of its r largest singular values
-(Eckart and Young 1936). So an AR whose every weight was trained ships as LoRA (arXiv 2106.09685)
-beside an LLM that everybody has.
+The best approximation of a weight update by a matrix of rank r keeps its r largest singular values
+(Eckart and Young 1936). So a fully fine-tuned AR can be shipped as adapters of its base LLM.
 """
 
 from pathlib import Path
@@ -19,19 +18,19 @@ from slm.models.ar import SpeechLM, add_adapters, load_base
 from slm.tokenization.vocabulary import extend
 
 PREFIX, ADAPTER = "base_model.model.", "default"
-"""peft's names: before those of the LLM's modules, and of its only adapter."""
+"""peft's prefix of the LLM's modules, and its name of the only adapter."""
 
 
 class Factors(NamedTuple):
-    """A matrix of low rank: `b @ a`."""
+    """A matrix `b @ a` of rank R."""
 
     a: Float[Tensor, "R I"]
     b: Float[Tensor, "O R"]
 
 
 def factorise(change: Float[Tensor, "O I"], rank: int) -> Factors:
-    """The nearest matrix of that rank in the Frobenius norm, both factors of equal strength; zeros
-    fill up what has no such rank."""
+    """The nearest matrix of this rank in the Frobenius norm (truncated SVD), with factors of equal
+    norm; padded with zeros where the matrix has a lower rank."""
     u, values, v = torch.linalg.svd(change, full_matrices=False)
     root = values[:rank].sqrt()
     spare = rank - len(root)
@@ -40,17 +39,25 @@ def factorise(change: Float[Tensor, "O I"], rank: int) -> Factors:
 
 
 def as_adapters(lm: SpeechLM, base: str | Path, rank: int, coverage: Coverage) -> SpeechLM:
-    """`lm`, whose every weight was trained, as adapters of `base`, the LLM that it grew from.
+    """A fully fine-tuned AR as LoRA adapters of its base LLM.
 
-    Norms, the rows of new tokens and those of the tokens that its texts are made of are kept whole;
-    what no text can have is the LLM's own again. Raises ValueError for another LLM, and for a model
-    that has adapters.
+    Norms and the embedding rows of `used_rows` are stored in full; other rows are the base LLM's.
+
+    Args:
+        lm: the AR.
+        base: path or hub id of the LLM that it was trained from.
+        rank: of the adapters.
+        coverage: of the training data.
+
+    Raises:
+        ValueError: for another LLM, an AR with adapters, and trained parameters that adapters
+            cannot represent.
     """
     if lm.origin["adapter"]:
-        raise ValueError("this AR was trained as adapters already: copy it as it is")
+        raise ValueError("this AR was trained with LoRA adapters: copy it as it is")
     loaded = load_base(base, lm.origin["num_layers"])
     if loaded.digest != lm.origin["digest"]:
-        raise ValueError(f"{base}: not the LLM that the AR grew from, {lm.origin['name']}")
+        raise ValueError(f"{base}: not the LLM that the AR was trained from, {lm.origin['name']}")
     extend(loaded.lm, lm.vocabulary, seed=0)
     trained = dict(lm.lm.named_modules())
     tables = (lm.lm.get_input_embeddings(), lm.lm.get_output_embeddings())
@@ -82,8 +89,8 @@ def as_adapters(lm: SpeechLM, base: str | Path, rank: int, coverage: Coverage) -
 
 
 def used_rows(lm: SpeechLM, coverage: Coverage) -> list[int]:
-    """Ids of new tokens, and of those that texts of the training's characters are made of; of all,
-    where texts are made of more than characters."""
+    """Ids of new tokens and of the tokens that texts of the training's characters can have; all ids
+    where texts are not encoded by characters."""
     tokenizer = lm.tokenizer
     found = set(lm.vocabulary.new_ids)
     forms = {tokenizer.text.tts_form, tokenizer.text.asr_form}
@@ -97,25 +104,25 @@ def used_rows(lm: SpeechLM, coverage: Coverage) -> list[int]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """A module with a vector of weights alone, such as RMSNorm."""
+    """A module whose parameters are vectors, such as RMSNorm."""
     own = dict(module.named_parameters(recurse=False))
     return bool(own) and all(each.ndim == 1 for each in own.values())
 
 
 def _check_covered(lm: SpeechLM, base: nn.Module, covered: set[str]) -> None:
-    """Raises ValueError where training changed what neither adapters nor whole parts can hold."""
+    """Raises ValueError for a trained parameter that is neither covered nor in a table."""
     tables = {
         id(module) for module in (lm.lm.get_input_embeddings(), lm.lm.get_output_embeddings())
     }
     old, modules = dict(base.named_parameters()), dict(lm.lm.named_modules())
     for name, parameter in lm.lm.named_parameters():
         module, _, kind = name.rpartition(".")
-        held = module in covered and (kind == "weight" or _is_norm(modules[module]))
-        if held or id(modules[module]) in tables or torch.equal(parameter, old[name]):
+        is_covered = module in covered and (kind == "weight" or _is_norm(modules[module]))
+        if is_covered or id(modules[module]) in tables or torch.equal(parameter, old[name]):
             continue
         raise ValueError(
-            f"{name} of {lm.origin['name']} was trained, and adapters cannot hold it: ship the AR "
-            "as it is"
+            f"{name} of {lm.origin['name']} was trained, and adapters cannot represent it: "
+            "ship the AR as it is"
         )
 
 

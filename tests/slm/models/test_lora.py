@@ -79,12 +79,12 @@ def test_rows_are_those_of_the_texts_characters(tmp_path: Path) -> None:
 
 def test_what_cannot_be_made_adapters_of(tmp_path: Path) -> None:
     adapted = trained(tmp_path / "a")
-    with pytest.raises(ValueError, match="was trained as adapters already"):
+    with pytest.raises(ValueError, match="was trained with LoRA adapters"):
         as_adapters(adapted, tmp_path / "a" / "base", 4, COVERAGE)
     lm = trained(tmp_path / "b", lora=False)
     other = save_base(tmp_path / "other", seed=3)
-    with pytest.raises(ValueError, match="not the LLM that the AR grew from"):
+    with pytest.raises(ValueError, match="not the LLM that the AR was trained from"):
         as_adapters(lm, other, 4, COVERAGE)
     transposed = trained(tmp_path / "c", lora=False, kind="gpt2")
-    with pytest.raises(ValueError, match="adapters cannot hold it"):
+    with pytest.raises(ValueError, match="adapters cannot represent it"):
         as_adapters(transposed, tmp_path / "c" / "base", 4, COVERAGE)
