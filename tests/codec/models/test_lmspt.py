@@ -1,14 +1,24 @@
 """LM-SPT's forms: both encoders and decoders, shared, causal, with a Transformer, any strides."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from tiny_lmspt import QUANTIZER, SPECTRAL, made
 
 from codec import Codec, CodecConfig
-from codec.config import AuxiliaryConfig, ConvConfig, LMSPTConfig, SpectralConfig, TransformerConfig
+from codec.config import (
+    AuxiliaryConfig,
+    ConvConfig,
+    LMSPTConfig,
+    SpectralConfig,
+    TransformerConfig,
+    codec_config_from_dict,
+)
 from codec.models.base import CONTEXT_FRAMES
+from codec.models.lmspt import build_quantizer
+from codec.modules.quantize import SemanticPath
 from recipes.lib.voice_training import finish_voice
 
 TRANSFORMER = TransformerConfig(num_layers=2, num_heads=2, context=6)
@@ -138,6 +148,24 @@ def test_chunks_of_a_long_recording_join(name: str, monkeypatch: pytest.MonkeyPa
     assert same > 0.99 if name == "first" else same == 1
     torch.testing.assert_close(codec.resynthesize(full), resynthesized, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(codec.decode(full), decoded, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "dimension", "path"),
+    [
+        ({"semantic_subtraction": False}, 0, SemanticPath.PARALLEL),
+        ({"semantic_subtraction": False, "shared_encoder": True}, 4, SemanticPath.PARALLEL),
+        ({}, 4, SemanticPath.RESIDUAL),
+        ({"shared_encoder": True}, 4, SemanticPath.RESIDUAL),
+        ({}, 0, SemanticPath.DETACHED_RESIDUAL),
+        ({"shared_encoder": True}, 0, SemanticPath.DETACHED),
+    ],
+)
+def test_the_keys_of_config_json_determine_the_semantic_path(flags, dimension, path) -> None:
+    quantizer = replace(QUANTIZER, codebook_dimension=dimension)
+    config = replace(CONV, lmspt=replace(CONV.lmspt, **flags), quantizer=quantizer)
+    data = json.loads(json.dumps(asdict(config)))  # As in a saved codec's config.json.
+    assert build_quantizer(codec_config_from_dict(data)).path is path
 
 
 def test_a_shared_encoder_is_one() -> None:
