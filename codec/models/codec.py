@@ -60,7 +60,7 @@ class Codec(PyTorchModelHubMixin, SpeechCodec, library_name="parlance", tags=["s
         if isinstance(config, dict):
             config = codec_config_from_dict(config)
         self.config = config
-        self._unfolded_digest: str | None = None
+        self._folded: dict[str, str] = {}  # Digest of the folded weights: of the original ones.
         self._frozen: list[nn.Module] = []
         dimension = config.dimension
         self.auxiliary: nn.Module | None = None
@@ -102,14 +102,15 @@ class Codec(PyTorchModelHubMixin, SpeechCodec, library_name="parlance", tags=["s
     @property
     def is_folded(self) -> bool:
         """Whether weight norm is folded: such a codec is for inference only."""
-        return self._unfolded_digest is not None
+        return bool(self._folded)
 
     @property
     def stamp(self) -> CodecStamp:
         """Identifies the codec and its weights in token shards; folding does not change it."""
+        digest = _digest(self)
         return CodecStamp(
             id=self.source,
-            digest=self._unfolded_digest or _digest(self),
+            digest=self._folded.get(digest, digest),
             sample_rate=self.sample_rate,
             frame_rate=self.frame_rate,
             num_codebooks=self.num_codebooks,
@@ -179,9 +180,10 @@ class Codec(PyTorchModelHubMixin, SpeechCodec, library_name="parlance", tags=["s
         """
         normed = [module for module in self.modules() if is_parametrized(module, "weight")]
         if normed:
-            self._unfolded_digest = _digest(self)
+            digest = _digest(self)
             for module in normed:
                 remove_parametrizations(module, "weight", leave_parametrized=True)
+            self._folded[_digest(self)] = digest
             self.requires_grad_(False)
         return self.eval()
 
