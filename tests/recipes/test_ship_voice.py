@@ -32,7 +32,7 @@ MOST_PARAMETERS = 20_000_000
 
 @pytest.fixture
 def folder(tmp_path: Path, tiny_codec_folder: Path) -> Path:
-    """A voice around a halved codec, whose AR has trained every weight."""
+    """A voice around a codec in half precision, whose AR has trained every weight."""
     save_half_precision(
         to_half_precision(Codec.from_pretrained(tiny_codec_folder)), tmp_path / "codec"
     )
