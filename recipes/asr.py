@@ -5,7 +5,7 @@
 
 from dataclasses import dataclass, field
 
-from recipes.lib.run import load_config, run_program
+from recipes.lib.run import PROFILE_HELP, load_config, run_program, split_profile
 from recipes.lib.voice_training import VoiceConfig, train_voice
 from slm.config import ARConfig, NARConfig, TaskConfig
 
@@ -25,7 +25,9 @@ class ASRConfig(VoiceConfig):
 
 
 def main(argv: list[str]) -> None:
-    train_voice(load_config(ASRConfig, argv, "Train a text LLM to transcribe."))
+    profile_steps, argv = split_profile(argv)
+    config = load_config(ASRConfig, argv, f"Train a text LLM to transcribe. {PROFILE_HELP}")
+    train_voice(config, profile_steps)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from codec.audio import read_audio, resample, write_audio
 from codec.io import sha256_of
 from codec.program import ArgumentParser
 from codec.tokenize import text_of
+from codec.training.run import git_revision
 from eval.benchmark import (
     ASR_PREFIX,
     Provenance,
@@ -38,7 +39,7 @@ from eval.benchmark import (
     score_tts,
     table,
 )
-from recipes.lib.run import finished, git_revision, run_program
+from recipes.lib.run import finished, run_program
 from recipes.scoring.judges import (
     Judges,
     Task,

@@ -20,8 +20,9 @@ from codec.distillation.feature_cache import complete_cache, write_cache
 from codec.distillation.teachers import load_speech_teacher, load_text_teacher
 from codec.distillation.word_alignment import load_transcriber
 from codec.training.data import read_cuts
+from codec.training.run import make_accelerator
 from recipes.export_tokens import lock_folder
-from recipes.lib.run import finished, load_config, make_accelerator, run_program
+from recipes.lib.run import finished, load_config, run_program
 
 logger = logging.getLogger(__name__)
 

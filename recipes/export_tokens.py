@@ -13,14 +13,13 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from codec import load_codec
-from codec.io import FileLock
 from codec.tokenize import export, num_parts, summarize
 from codec.training.data import read_cuts
-from recipes.lib.run import _share, load_config, make_accelerator, run_program
+from codec.training.run import lock_folder, make_accelerator
+from recipes.lib.run import finished, load_config, run_program
 
 logger = logging.getLogger(__name__)
 
@@ -80,21 +79,14 @@ def main(argv: list[str]) -> None:
         if summary.skipped:
             results["note"] = "once they are mended, start again with retry_skipped=true"
         print(json.dumps(results))
+        finished(
+            f"tokens of {summary.num_utterances} utterances, {summary.hours:.2f} hours",
+            config.out,
+            f"accelerate launch recipes/tts.py codec={config.codec} train={config.out}",
+        )
     if lock is not None:
         lock.close()
     accelerator.end_training()
-
-
-def lock_folder(folder: Path, accelerator: Accelerator) -> FileLock | None:
-    """Locks the folder, on the main process; ValueError on all when another program runs in it."""
-    lock, failure = None, [None]
-    if accelerator.is_main_process:
-        try:
-            lock = FileLock(folder)
-        except (ValueError, OSError) as error:
-            failure = [error]
-    _share(failure, accelerator)
-    return lock
 
 
 if __name__ == "__main__":

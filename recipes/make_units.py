@@ -31,7 +31,8 @@ from codec.distillation.objectives import average_over_frames
 from codec.distillation.teachers import load_speech_teacher
 from codec.io import atomic_file, sha256_of
 from codec.training.data import load_cut, read_cuts
-from recipes.lib.run import finished, git_revision, load_config, run_program
+from codec.training.run import git_revision
+from recipes.lib.run import finished, load_config, run_program
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut

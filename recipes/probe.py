@@ -25,6 +25,7 @@ from codec.io import sha256_of
 from codec.models.codec import check_device
 from codec.program import ArgumentParser
 from codec.tokens import CodecStamp, TokenShard
+from codec.training.run import git_revision
 from eval.benchmark import (
     ASR_PREFIX,
     Provenance,
@@ -36,7 +37,6 @@ from eval.benchmark import (
 )
 from eval.text import LIBRARIES
 from eval.tokens import Corpus, Probe, ProbeConfig, ProbeResult, train_probe
-from recipes.lib.run import git_revision
 
 SETTINGS = {
     "small": ProbeConfig(

@@ -29,18 +29,19 @@ from codec.distillation.targets import Teachers
 from codec.io import check_config_file, check_source, check_trainable
 from codec.modules.discriminators import Discriminators
 from codec.tokens import TokenShard
+from codec.training.codec_fit import fit
+from codec.training.codec_step import Models
 from codec.training.config import (
+    CodecOptimConfig,
     CropConfig,
     DiscriminatorConfig,
     DistillConfig,
     LossConfig,
-    OptimConfig,
     ResynthesisConfig,
 )
 from codec.training.data import load_cut, read_cuts
-from codec.training.loop import Models, fit
-from recipes.lib.config import leaves, resolved
-from recipes.lib.run import load_config, make_accelerator, run_program, start_run
+from codec.training.run import leaves, make_accelerator, resolved, start_run
+from recipes.lib.run import PROFILE_HELP, finished, load_config, run_program, split_profile
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
@@ -146,7 +147,7 @@ class TrainCodecConfig:
     """Distillation of what is made of the semantic codes (losses.weights.resynthesis)."""
     data: CropConfig = field(default_factory=CropConfig)
     """Crops and batches."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: CodecOptimConfig = field(default_factory=CodecOptimConfig)
     """Optimiser and schedule."""
 
     def __post_init__(self) -> None:
@@ -204,7 +205,8 @@ def check_codec(
 
 
 def main(argv: list[str]) -> None:
-    config = load_config(TrainCodecConfig, argv, "Train a speech codec.")
+    profile_steps, argv = split_profile(argv)
+    config = load_config(TrainCodecConfig, argv, f"Train a speech codec. {PROFILE_HELP}")
     codec = starting_architecture(config.codec, config.start_from)
     check_codec(codec, config.losses, config.resynthesis, config.start_from)
     if config.freeze_semantic:
@@ -219,7 +221,9 @@ def main(argv: list[str]) -> None:
     codes = None
     if config.semantic_codes:
         codes = known_codes(config, list(train), quiet=not accelerator.is_main_process)
-    run = start_run(config, config.out, seed=config.seed, accelerator=accelerator)
+    run = start_run(
+        config, config.out, seed=config.seed, accelerator=accelerator, profile_steps=profile_steps
+    )
     models = replace(build_models(config, accelerator.device), codes=codes)
     if models.teachers is not None:
         train, dev = models.teachers.known(list(train)), models.teachers.known(list(dev))
@@ -232,6 +236,12 @@ def main(argv: list[str]) -> None:
         models, list(train), list(dev), run,
         crops=config.data, losses=config.losses, optim=config.optim,
     )  # fmt: skip
+    trained = run.folder / "codec"
+    finished(
+        f"codec at {codec.frame_rate:g} Hz, {_books(codec)}, {config.optim.steps} steps",
+        trained,
+        f"python recipes/export_tokens.py cuts={config.train} codec={trained} out=out/tokens/train",
+    )
 
 
 def build_models(config: TrainCodecConfig, device: str | torch.device) -> Models:
@@ -287,10 +297,10 @@ def _check_codes(
     equal = total = 0
     for cut in sorted(cuts, key=lambda cut: abs(cut.duration - CHECKED_SECONDS))[:NUM_CHECKED]:
         wave = torch.from_numpy(load_cut(cut, codec.sample_rate))[None, None]
-        codes, told = codec.encode(wave, num_codebooks=1).codes[0, 0].numpy(), known[cut.id]
-        size = min(len(codes), len(told))
-        equal += int(np.sum(codes[:size] == told[:size]))
-        total += max(len(codes), len(told))
+        codes, given = codec.encode(wave, num_codebooks=1).codes[0, 0].numpy(), known[cut.id]
+        size = min(len(codes), len(given))
+        equal += int(np.sum(codes[:size] == given[:size]))
+        total += max(len(codes), len(given))
     if equal < LEAST_EQUAL * total:
         raise ValueError(
             f"{config.semantic_codes}: codebook 1 is not that of start_from {config.start_from} "

@@ -35,14 +35,15 @@ from codec.distillation.word_alignment import min_ctc_steps
 from codec.modules.quantize import codebook_usage, count_codes
 from codec.modules.ssl_encoders import config_for_whisper, load_whisper
 from codec.tokenize import text_of
+from codec.training.codec_fit import list_bad, save_codec
+from codec.training.config import SupervisedOptimConfig
 from codec.training.data import load_cut, read_cuts
-from codec.training.loop import list_bad, save_codec
-from recipes.lib.run import load_config, make_accelerator, run_program, start_run
-from slm.config import BatchConfig, OptimConfig
-from slm.data.ar import Share
+from codec.training.loop import Losses
+from codec.training.run import make_accelerator, start_run
+from codec.training.supervised import Share, evaluate, fit
+from recipes.lib.run import PROFILE_HELP, finished, load_config, run_program, split_profile
+from slm.config import BatchConfig
 from slm.data.batching import Plan
-from slm.models.ar import Scores
-from slm.train import Losses, evaluate, fit
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
@@ -98,7 +99,7 @@ class TrainSemanticConfig:
     """Of the losses."""
     batch: BatchConfig = field(default_factory=lambda: BatchConfig(positions=2400, max_items=64))
     """Whole recordings; positions are the codec's frames."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: SupervisedOptimConfig = field(default_factory=SupervisedOptimConfig)
     """Optimiser and schedule."""
 
     def __post_init__(self) -> None:
@@ -114,7 +115,7 @@ class TrainSemanticConfig:
 
 
 class Recordings:
-    """Whole recordings in batches of like lengths: slm.train's Data."""
+    """Recordings in batches of similar lengths: `codec.training.supervised.Data`."""
 
     def __init__(
         self, cuts: Sequence["Cut"], letters: str, codec: CodecConfig, batch: BatchConfig,
@@ -209,16 +210,17 @@ def semantic_step(
     zero = spelling.new_zeros(())
     return Losses(
         total,
-        Scores(
-            nll=torch.stack([spelling, told.features * frames]),
-            correct=torch.stack([right.to(zero), zero]),
-            targets=torch.stack([letters.to(zero), zero + frames]),
-        ),
+        {
+            "nll": torch.stack([spelling, told.features * frames]),
+            "correct": torch.stack([right.to(zero), zero]),
+            "targets": torch.stack([letters.to(zero), zero + frames]),
+        },
     )
 
 
 def main(argv: list[str]) -> None:
-    config = load_config(TrainSemanticConfig, argv, __doc__ or "")
+    profile_steps, argv = split_profile(argv)
+    config = load_config(TrainSemanticConfig, argv, f"{__doc__}\n{PROFILE_HELP}")
     accelerator = make_accelerator(
         Path(config.out), handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
     )
@@ -235,22 +237,23 @@ def main(argv: list[str]) -> None:
         Recordings(cuts, letters, config.codec, config.batch, config.seed, bad_file)
         for cuts in (train, dev)
     )
-    run = start_run(config, config.out, seed=config.seed, accelerator=accelerator)
+    run = start_run(
+        config, config.out, seed=config.seed, accelerator=accelerator, profile_steps=profile_steps
+    )
     codec = Codec(config.codec)
     student = SemanticStudent(codec, letters)
     load_whisper(student.encoder, config.whisper)
     logger.info("letters: %s", letters)
     step = partial(semantic_step, weights=config.weights, hop=codec.hop_length)
     model = fit(student, step, data, held, run, config.optim)
-    whole = replace(config.optim, eval_batches=held.num_steps(1, 1))
-    scores = evaluate(model, step, held, accelerator, whole, SemanticStudent.groups)
+    scores = evaluate(model, step, held, accelerator, held.num_steps(1, 1), SemanticStudent.groups)
     use = _use(student, held, accelerator)
     if accelerator.is_main_process:
         list_bad(bad_file)
         # Only the semantic half has been where the training was.
         save_codec(codec.cpu().eval(), run.folder / "codec")
         CodeRecognizer(student.reader.cpu(), codec.entries()[0]).save(run.folder / "reader")
-        told = {
+        results = {
             "codec": str(run.folder / "codec"),
             "reader": str(run.folder / "reader"),
             "dev_cer": round(1 - scores["dev/letters_accuracy"], 4),
@@ -258,7 +261,16 @@ def main(argv: list[str]) -> None:
             "entries_used": round(float(use.share), 3),
             "perplexity": round(float(use.perplexity), 1),
         }
-        print(json.dumps(told))
+        print(json.dumps(results))
+        trained, tokens = run.folder / "codec", run.folder / "tokens"
+        finished(
+            f"codec with a trained semantic codebook, dev CER {results['dev_cer']:.1%}",
+            trained,
+            f"python recipes/export_tokens.py cuts={config.train} codec={trained} out={tokens} && "
+            "accelerate launch recipes/train_codec.py "
+            "--config recipes/configs/codec/lmspt_whisper.yaml "
+            f"train={config.train} dev={config.dev} start_from={trained} semantic_codes={tokens}",
+        )
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

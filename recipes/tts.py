@@ -6,7 +6,7 @@ defaults.
 
 from dataclasses import dataclass
 
-from recipes.lib.run import load_config, run_program
+from recipes.lib.run import PROFILE_HELP, load_config, run_program, split_profile
 from recipes.lib.voice_training import VoiceConfig, train_voice
 
 
@@ -16,7 +16,9 @@ class TTSConfig(VoiceConfig):
 
 
 def main(argv: list[str]) -> None:
-    train_voice(load_config(TTSConfig, argv, "Train a voice and let it speak."))
+    profile_steps, argv = split_profile(argv)
+    config = load_config(TTSConfig, argv, f"Train a voice and let it speak. {PROFILE_HELP}")
+    train_voice(config, profile_steps)
 
 
 if __name__ == "__main__":

@@ -298,46 +298,6 @@ class BatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OptimConfig:
-    """AdamW with linear warm-up and cosine decay; intervals of logs, evaluation and checkpoints."""
-
-    steps: int = 20
-    """Optimiser steps."""
-    lr: float = 1e-3
-    """Peak learning rate."""
-    warmup_steps: int = 5
-    """Steps of linear warm-up."""
-    final_lr_share: float = 0.1
-    """The cosine ends at this share of lr."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates of the moments."""
-    weight_decay: float = 0.01
-    """Applied to matrices only."""
-    clip_norm: float = 1.0
-    """Maximum gradient norm; 0: no clipping."""
-    accumulate: int = 1
-    """Gradient accumulation: micro-batches per step and rank."""
-    log_every: int = 5
-    """Interval of logs, in steps."""
-    eval_every: int = 10
-    """Interval of evaluations, in steps."""
-    eval_batches: int = 16
-    """Maximum micro-batches per evaluation and rank."""
-    save_every: int = 10
-    """Interval of checkpoints, in steps."""
-
-    def __post_init__(self) -> None:
-        for name in ("accumulate", "log_every", "eval_every", "eval_batches", "save_every"):
-            _positive(**{f"optim.{name}": getattr(self, name)})
-        _positive(**{"optim.lr": self.lr})
-        _share(**{"optim.final_lr_share": self.final_lr_share})
-        if min(self.steps, self.warmup_steps, self.weight_decay, self.clip_norm) < 0:
-            raise ValueError(
-                "optim: steps, warmup_steps, weight_decay and clip_norm must not be negative"
-            )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
     """Generation settings: sampling, length bounds, checks, retries and best-of-N.
 

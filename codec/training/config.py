@@ -293,46 +293,40 @@ class CropConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """Optimiser, schedule and rhythm of a codec run."""
+    """AdamW, its schedule, and when to log, evaluate and save."""
 
-    steps: int = 200
-    """Optimiser steps in all."""
+    steps: int = 20
+    """Optimiser steps."""
     lr: float = 1e-3
-    """Peak learning rate of the generator."""
-    discriminator_lr: float = 1e-4
-    """Peak learning rate of the discriminators."""
-    betas: tuple[float, float] = (0.9, 0.99)
-    """Of AdamW, generator and discriminators alike."""
-    weight_decay: float = 0.0
-    """Of AdamW, on matrices alone: neither on biases, gains, Snake's slopes nor on the entries of
-    codebooks that learn by gradient."""
-    warmup_steps: int = 20
+    """Peak learning rate."""
+    warmup_steps: int = 5
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "decay"] = "cosine"
     """After the warm-up: a cosine to `final_lr_share`, or `decay` once every `decay_steps`."""
-    final_lr_share: float = 0.05
+    final_lr_share: float = 0.1
     """Learning rate at the last step over the peak, at the end of the cosine."""
     decay: float = 0.98
-    """Factor of the schedule decay (the papers': an epoch)."""
+    """Factor of the schedule decay."""
     decay_steps: int = 1000
     """Steps between two decays."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW."""
+    weight_decay: float = 0.01
+    """Of AdamW, on matrices, not on vectors."""
     clip_norm: float = 1.0
     """Gradients are clipped to this norm; 0: never."""
     accumulate: int = 1
-    """Batches per optimiser step."""
-    discriminator_start: int = 0
-    """First step at which the discriminators train and count."""
-    log_every: int = 10
-    """Steps between logged scalars."""
-    eval_every: int = 500
-    """Steps between validations."""
-    save_every: int = 500
+    """Micro-batches of a step on each rank."""
+    log_every: int = 5
+    """Steps between logged metrics."""
+    eval_every: int = 10
+    """Steps between evaluations."""
+    save_every: int = 10
     """Steps between checkpoints."""
 
     def __post_init__(self) -> None:
         at_least(
             1,
-            optim__steps=self.steps,
             optim__accumulate=self.accumulate,
             optim__log_every=self.log_every,
             optim__eval_every=self.eval_every,
@@ -344,11 +338,58 @@ class OptimConfig:
             raise ValueError(f"optim.decay must lie in (0, 1], got {self.decay}")
         at_least(
             0,
+            optim__steps=self.steps,
             optim__lr=self.lr,
-            optim__discriminator_lr=self.discriminator_lr,
             optim__weight_decay=self.weight_decay,
             optim__warmup_steps=self.warmup_steps,
             optim__final_lr_share=self.final_lr_share,
             optim__clip_norm=self.clip_norm,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SupervisedOptimConfig(OptimConfig):
+    """Optimiser of one model on batches of targets (codec/training/supervised.py)."""
+
+    eval_batches: int = 16
+    """Maximum micro-batches of an evaluation on each rank."""
+
+    def __post_init__(self) -> None:
+        OptimConfig.__post_init__(self)
+        at_least(1, optim__eval_batches=self.eval_batches)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodecOptimConfig(OptimConfig):
+    """Optimisers of a codec and its discriminators."""
+
+    steps: int = 200
+    """Optimiser steps."""
+    discriminator_lr: float = 1e-4
+    """Peak learning rate of the discriminators."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Of AdamW, generator and discriminators alike."""
+    weight_decay: float = 0.0
+    """Of AdamW, on matrices alone: neither on biases, gains, Snake's slopes nor on the entries of
+    codebooks that are trained by gradient."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up."""
+    final_lr_share: float = 0.05
+    """Learning rate at the last step over the peak, at the end of the cosine."""
+    discriminator_start: int = 0
+    """First step at which the discriminators train and count."""
+    log_every: int = 10
+    """Steps between logged metrics."""
+    eval_every: int = 500
+    """Steps between validations."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        OptimConfig.__post_init__(self)
+        at_least(1, optim__steps=self.steps)
+        at_least(
+            0,
+            optim__discriminator_lr=self.discriminator_lr,
             optim__discriminator_start=self.discriminator_start,
         )

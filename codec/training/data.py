@@ -3,6 +3,7 @@ step needs no sampler state, and any number of loader processes yields the same 
 
 import json
 import logging
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -176,6 +177,10 @@ class _Indices(torch.utils.data.Sampler):
         return self.last - self.first
 
 
+def _ignore_interrupts(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def crop_batches(
     dataset: CropDataset, *, batch_size: int, first: int, last: int, rank: int, world: int,
     num_workers: int = 0,
@@ -191,6 +196,8 @@ def crop_batches(
         # Its own generator: a loader would draw a number from the global one that a run which
         # was not interrupted does not draw.
         generator=torch.Generator(),
+        # Ctrl-C is for the main process, which stops after its step.
+        worker_init_fn=_ignore_interrupts,
         # Forking after threads have started can hang; workers start afresh instead.
         multiprocessing_context="spawn" if num_workers else None,
     )

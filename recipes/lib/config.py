@@ -15,6 +15,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from codec.training.run import leaves, plain
+
 C = TypeVar("C")
 
 
@@ -75,11 +77,6 @@ def _element(kind: Any, value: Any) -> Any:
     return _built(kind, value)
 
 
-def resolved(config: Any) -> dict[str, Any]:
-    """A config dataclass as plain YAML types."""
-    return _plain(dataclasses.asdict(config))
-
-
 def describe(cls: type, description: str) -> str:
     """The text of --help."""
     lines = [
@@ -125,15 +122,6 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return typing.cast(dict[str, Any], content)
 
 
-def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and what stands at them. Merged one by one, so that an error has a key."""
-    if isinstance(value, dict) and value:
-        for key, child in value.items():
-            yield from leaves(child, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, value
-
-
 def _merged(config: DictConfig, key: str, value: Any, where: str) -> DictConfig:
     layer: Any = value
     for part in reversed(key.split(".")):
@@ -156,14 +144,6 @@ def _first_line(error: Exception) -> str:
     )
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(child) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(child) for child in value]
-    return str(value) if isinstance(value, Path) else value
-
-
 def _keys(cls: Any, prefix: str = "") -> Iterator[tuple[str, str, str | None, str]]:
     """(key, type, default, docstring) of every leaf."""
     docs = _field_docs(cls)
@@ -174,9 +154,9 @@ def _keys(cls: Any, prefix: str = "") -> Iterator[tuple[str, str, str | None, st
         nested: type | None = typing.cast(type, kinds[0]) if kinds else None
         default: str | None = None
         if field.default is not dataclasses.MISSING:
-            default = str(_plain(field.default))
+            default = str(plain(field.default))
         elif field.default_factory is not dataclasses.MISSING:
-            default = str(_plain(field.default_factory()))
+            default = str(plain(field.default_factory()))
         if nested is None:
             yield key, _type_name(hint), default, docs.get(field.name, "")
             continue

@@ -22,10 +22,12 @@ from accelerate import Accelerator
 from codec import Codec, load_codec
 from codec.io import atomic_file, atomic_folder, sha256_of
 from codec.tokens import TokenShard
-from recipes.lib.run import Run, make_accelerator, start_run
+from codec.training.config import SupervisedOptimConfig
+from codec.training.run import Run, make_accelerator, start_run
+from codec.training.supervised import fit
 from recipes.scoring.synthesis import TTSEvalConfig
 from recipes.scoring.voice import check_scores, score_voice, store_base_perplexity
-from slm.config import ARConfig, BatchConfig, NARConfig, OptimConfig
+from slm.config import ARConfig, BatchConfig, NARConfig
 from slm.data.ar import ARData, Start
 from slm.data.corpus import read_texts, usable
 from slm.data.interleaving import read_edges
@@ -36,7 +38,7 @@ from slm.export.voice_folder import voice_card
 from slm.models.ar import SpeechLM
 from slm.models.nar import NAR
 from slm.tokenization.tokenizer import SpeechTextTokenizer
-from slm.train import ar_step, fit, gather, nar_step
+from slm.train import ar_step, gather, nar_step
 
 logger = logging.getLogger(__name__)
 
@@ -92,9 +94,6 @@ def described(shard: TokenShard, path: str) -> str:
 
 SCORING_KEYS = ("num_items", "speak")
 """Nothing that is trained depends on these: they may change in a run folder, to score anew."""
-SEEN_FILE = "seen.json"
-"""In a stage's folder: hours of speech in the batches of a step, for
-recipes/tools/plot_curves.py."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,14 +131,14 @@ class VoiceConfig:
     """The model of codebook 1."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     """The AR's batches."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: SupervisedOptimConfig = field(default_factory=SupervisedOptimConfig)
     """The AR's optimiser."""
     nar: NARConfig | None = field(default_factory=NARConfig)
     """The model of the other codebooks; null: none, and the voice cannot speak unless its codec has
     but one codebook."""
     nar_batch: BatchConfig = field(default_factory=BatchConfig)
     """The NAR's batches."""
-    nar_optim: OptimConfig = field(default_factory=OptimConfig)
+    nar_optim: SupervisedOptimConfig = field(default_factory=SupervisedOptimConfig)
     """The NAR's optimiser."""
     num_items: int | None = None
     """Dev items to transcribe at the end, spread over the list; null: as many as are spoken."""
@@ -177,8 +176,8 @@ def read(config: VoiceConfig) -> Texts:
     return Texts(*(read_texts(one) if one is not None else [] for one in (used, config.texts_dev)))
 
 
-def train_voice(config: VoiceConfig) -> None:
-    """All of it, in this process and the others of its launch."""
+def train_voice(config: VoiceConfig, profile_steps: int = 0) -> None:
+    """Trains and scores a voice, in this process and the others of its launch."""
     folder = Path(config.out)
     train, dev = open_tokens(config)
     nar = nar_settings(config, train)
@@ -191,7 +190,10 @@ def train_voice(config: VoiceConfig) -> None:
         lm.origin["data"] += f", and clips of them ({short_path(config.clips)})"
     accelerator = make_accelerator(folder, gradient_accumulation_steps=config.optim.accumulate)
     forget_zero3()
-    run = start_run(config, folder, seed=config.seed, accelerator=accelerator, free=SCORING_KEYS)
+    run = start_run(
+        config, folder, seed=config.seed, accelerator=accelerator, free=SCORING_KEYS,
+        profile_steps=profile_steps,
+    )  # fmt: skip
     if texts.dev and accelerator.is_main_process:
         store_base_perplexity(folder, lm.to(accelerator.device), texts.dev)
     train_ar(lm, train, dev, texts, run, config)
@@ -289,8 +291,8 @@ def train_ar(
     held_out = texts.dev if config.ar.tasks.text else []
     dev_data = data(dev, held_out) if dev is not None else None
     stage = run.stage("ar")
-    note_seen(stage, train_data, train_data.num_frames, config.optim)
-    engine = fit(lm, ar_step, train_data, dev_data, stage, config.optim)
+    hours = hours_per_step(train_data, train_data.num_frames, run, config.optim)
+    engine = fit(lm, ar_step, train_data, dev_data, stage, config.optim, hours_per_step=hours)
     state = gather(run.accelerator, engine)
     if run.accelerator.is_main_process:
         corpus = train_data.corpus
@@ -319,8 +321,9 @@ def train_nar(
     train_data = data(train, config.limit)
     dev_data = data(dev) if dev is not None else None
     stage = run.stage("nar")
-    note_seen(stage, train_data, int(train_data.corpus.num_frames.sum()), config.nar_optim)
-    engine = fit(nar, nar_step, train_data, dev_data, stage, config.nar_optim)
+    num_frames = int(train_data.corpus.num_frames.sum())
+    hours = hours_per_step(train_data, num_frames, run, config.nar_optim)
+    engine = fit(nar, nar_step, train_data, dev_data, stage, config.nar_optim, hours_per_step=hours)
     state = gather(run.accelerator, engine)
     if run.accelerator.is_main_process:
         whole = NAR(settings)
@@ -331,14 +334,12 @@ def train_nar(
     run.accelerator.free_memory(engine)
 
 
-def note_seen(stage: Run, data: ARData | NARData, num_frames: int, optim: OptimConfig) -> None:
-    """Writes how many hours of speech a step sees; `num_frames` are those of the first epoch."""
-    if not stage.accelerator.is_main_process:
-        return
-    rate = data.corpus.shard.stamp.frame_rate
-    steps = data.num_steps(stage.accelerator.num_processes, optim.accumulate)
-    with atomic_file(stage.folder / SEEN_FILE) as temporary:
-        temporary.write_text(json.dumps({"hours_per_step": num_frames / rate / 3600 / steps}))
+def hours_per_step(
+    data: ARData | NARData, num_frames: int, run: Run, optim: SupervisedOptimConfig
+) -> float:
+    """Hours of speech in the batches of a step; `num_frames` are those of the first epoch."""
+    steps = data.num_steps(run.accelerator.num_processes, optim.accumulate)
+    return num_frames / data.corpus.shard.stamp.frame_rate / 3600 / steps
 
 
 def leave_group(accelerator: Accelerator) -> None:

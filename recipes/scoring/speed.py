@@ -18,9 +18,10 @@ from codec.audio import read_audio
 from codec.io import sha256_of
 from codec.models.base import SpeechCodec
 from codec.models.codec import check_device
-from codec.training.validate import Stopwatch
+from codec.training.loop import Stopwatch
+from codec.training.run import git_revision
 from eval.benchmark import Row, machine
-from recipes.lib.run import git_revision, load_config
+from recipes.lib.run import load_config
 
 # Published architectures in transformers. The defaults of EncodecConfig and MimiConfig are those of
 # the models named; those of DacConfig match no published model, so they are stated.

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from codec import write_audio
 from codec.io import atomic_file, sha256_of
 from codec.tokens import TokenRow, TokenShard
+from codec.training.run import git_revision
 from eval.benchmark import (
     ASR_PREFIX,
     Provenance,
@@ -35,7 +36,6 @@ from eval.benchmark import (
     score_tts,
 )
 from eval.text import normalize
-from recipes.lib.run import git_revision
 from recipes.scoring.eval_items import EvalItem, codes_of, list_name
 from recipes.scoring.judges import (
     Judges,

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from codec.distillation.word_alignment import load_transcriber
 from codec.io import atomic_file, sha256_of
 from codec.tokens import TokenShard
+from codec.training.run import Run
 from eval.benchmark import Provenance, Row, append_rows, machine, rows_of, table
-from recipes.lib.run import Run
 from recipes.scoring.eval_items import (
     continuation_items,
     eval_lists,

@@ -4,7 +4,7 @@ which)."""
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from codec.tokens import TokenShard
+from codec.training.supervised import Share
 from slm.config import BatchConfig, TaskConfig
 from slm.data.batching import Batch, Draw, Plan
 from slm.data.corpus import Corpus, Ragged, name_of, pieces_of, usable, within
@@ -38,17 +39,6 @@ class ARBatch(NamedTuple):
     """Of packed rows: which item of its row a position belongs to, from 1; 0 is padding."""
 
 
-class Share(NamedTuple):
-    """What one rank does in one micro-step."""
-
-    batch: Any
-    num_targets: float
-    """Targets of the whole step, over ranks and micro-steps, divided by their number: the divisor
-    that makes the step's gradient the mean over its targets."""
-    weight: float
-    """0 for a batch that only fills up the last step of an evaluation."""
-
-
 Epochs = Callable[[int], np.ndarray]
 """The items of an epoch."""
 
@@ -60,17 +50,6 @@ class Start(NamedTuple):
     """Of the shard: the utterances that alone are spoken in them."""
     epochs: float
     """How many; of the last a share alone, where this is no whole number."""
-
-
-@runtime_checkable
-class Data(Protocol):
-    """What the training loop needs to know of data."""
-
-    padding_share: float
-
-    def share(self, step: int, micro: int, rank: int, world: int, accumulate: int) -> Share: ...
-
-    def num_steps(self, world: int, accumulate: int) -> int: ...
 
 
 class ARData:

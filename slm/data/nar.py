@@ -9,8 +9,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from codec.tokens import TokenShard
+from codec.training.supervised import Share
 from slm.config import BatchConfig, NARConfig
-from slm.data.ar import Share
 from slm.data.batching import Plan
 from slm.data.corpus import Corpus, name_of, usable, within
 from slm.tokenization.tokenizer import SpeechTextTokenizer

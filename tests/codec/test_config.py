@@ -15,7 +15,7 @@ from codec.config import (
     TransformerConfig,
     codec_config_from_dict,
 )
-from codec.training.config import CropConfig, OptimConfig
+from codec.training.config import CodecOptimConfig, CropConfig
 
 CONV = LMSPTConfig(encoder="conv", decoder="conv")
 
@@ -23,11 +23,11 @@ CONV = LMSPTConfig(encoder="conv", decoder="conv")
 @pytest.mark.parametrize(
     ("config", "values", "words"),
     [
-        (OptimConfig, {"steps": 0}, "optim.steps"),
-        (OptimConfig, {"accumulate": 0}, "optim.accumulate"),
-        (OptimConfig, {"clip_norm": -1.0}, "optim.clip_norm"),
-        (OptimConfig, {"warmup_steps": -5}, "optim.warmup_steps"),
-        (OptimConfig, {"lr": -1e-3}, "optim.lr"),
+        (CodecOptimConfig, {"steps": 0}, "optim.steps"),
+        (CodecOptimConfig, {"accumulate": 0}, "optim.accumulate"),
+        (CodecOptimConfig, {"clip_norm": -1.0}, "optim.clip_norm"),
+        (CodecOptimConfig, {"warmup_steps": -5}, "optim.warmup_steps"),
+        (CodecOptimConfig, {"lr": -1e-3}, "optim.lr"),
         (CropConfig, {"seconds": 0.03}, "data.seconds"),
         (CropConfig, {"batch_size": 0}, "data.batch_size"),
         (SpectralConfig, {"kernel_size": 4}, "spectral.kernel_size must be odd"),

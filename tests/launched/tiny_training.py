@@ -1,4 +1,4 @@
-"""Trains a tiny network in a run folder; test_common.py launches it, kills it and starts it again.
+"""Trains a tiny network in a run folder; test_run.py launches it, kills it and starts it again.
 
 usage: tiny_training.py FOLDER STEPS [DIE_AT]
 """
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from recipes.lib.run import run_program, start_run
+from codec.training.run import start_run
+from recipes.lib.run import run_program
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        run.log({"loss": loss.item(), "lr": schedule.get_last_lr()[0]}, step=step)
+        run.log({"loss": loss.item(), "lr": schedule.get_last_lr()[0]}, step=step + 1)
     weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         facts = {"engine": type(model).__name__, "world": accelerator.num_processes}

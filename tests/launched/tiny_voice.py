@@ -17,14 +17,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from codec.tokens import TokenShard
-from recipes.lib.run import make_accelerator, run_program, start_run
+from codec.training.config import SupervisedOptimConfig
+from codec.training.run import make_accelerator, start_run
+from codec.training.supervised import Data, StepFunction, fit
+from recipes.lib.run import run_program
 from recipes.lib.voice_training import forget_zero3
-from slm.config import ARConfig, BatchConfig, LoRAConfig, NARConfig, OptimConfig, TaskConfig
-from slm.data.ar import ARData, Data
+from slm.config import ARConfig, BatchConfig, LoRAConfig, NARConfig, TaskConfig
+from slm.data.ar import ARData
 from slm.data.nar import NARData
 from slm.models.ar import SpeechLM
 from slm.models.nar import NAR
-from slm.train import Step, ar_step, fit, gather, nar_step
+from slm.train import ar_step, gather, nar_step
 
 KINDS = ("lora", "full-packed", "nar")
 
@@ -33,7 +36,7 @@ class Parts(NamedTuple):
     """A model, its step and its data, always the same."""
 
     model: Any
-    step: Step
+    step: StepFunction
     data: Data
 
 
@@ -73,7 +76,9 @@ class Seen:
     """Of the AR, at the targets of the first batch."""
 
 
-def train_seen(one: Parts, folder: Path, accelerator: Accelerator, optim: OptimConfig) -> Seen:
+def train_seen(
+    one: Parts, folder: Path, accelerator: Accelerator, optim: SupervisedOptimConfig
+) -> Seen:
     """Trains; writes metrics.jsonl and, of an AR, the folder ar/. All ranks call it."""
     before: dict[str, Tensor] = {}
 
@@ -124,10 +129,10 @@ def first_logits(engine: nn.Module, lm: SpeechLM, data: Data) -> Tensor:
     return logits
 
 
-def optim_of(kind: str, ranks: int) -> OptimConfig:
+def optim_of(kind: str, ranks: int) -> SupervisedOptimConfig:
     """One rank has the same batches in a step as two. The clip norm cuts some steps."""
     micros = 4 if kind == "full-packed" else 2
-    return OptimConfig(
+    return SupervisedOptimConfig(
         steps=8, warmup_steps=2, lr=1e-2, clip_norm=1.0, accumulate=micros // ranks, log_every=1,
         eval_every=1000, save_every=1000,
     )  # fmt: skip

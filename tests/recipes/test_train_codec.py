@@ -23,29 +23,26 @@ from codec.config import QuantizerConfig, SpectralConfig
 from codec.distillation.objectives import Student, Target
 from codec.modules.discriminators import Discriminators
 from codec.modules.quantize import Codebook
+from codec.training.codec_fit import prepare, save_codec
+from codec.training.codec_step import (
+    Models,
+    TeacherTargets,
+    discriminator_step,
+    generator_step,
+    train_step,
+)
 from codec.training.config import (
+    CodecOptimConfig,
     DiscriminatorConfig,
     DistillConfig,
     LossConfig,
     LossWeights,
     MelScaleConfig,
-    OptimConfig,
     SpeechTeacherConfig,
 )
 from codec.training.data import Crops
-from codec.training.loop import (
-    Lesson,
-    Models,
-    _Loop,
-    _prepare,
-    _train_step,
-    discriminator_step,
-    generator_step,
-    learning_rate,
-    save_codec,
-)
-from codec.training.validate import Window
-from recipes.lib.run import make_accelerator
+from codec.training.run import make_accelerator
+from codec.training.schedule import learning_rate
 
 TINY = CodecConfig(
     spectral=SpectralConfig(
@@ -121,7 +118,7 @@ def test_the_teachers_are_heard_by_the_generator() -> None:
     out = student(wave)
     frames = out.projections["speech"].shape[1]
     target = Target(target.values[:, :frames], target.mask[:, :frames])
-    lesson = Lesson({"speech": target}, config)
+    lesson = TeacherTargets({"speech": target}, config)
     untaught = generator_step(out, wave, None, losses, 16_000)
     taught = generator_step(out, wave, None, losses, 16_000, lesson)
     assert taught.parts["distill"] == 0.5 * taught.parts["distill_speech"]
@@ -135,17 +132,17 @@ def test_the_teachers_are_heard_by_the_generator() -> None:
 
 
 def test_learning_rate_decays_once_every_so_many_steps() -> None:
-    optim = OptimConfig(
+    optim = CodecOptimConfig(
         steps=100, warmup_steps=10, schedule="decay", decay=0.5, decay_steps=20
     )  # fmt: skip
-    rates = [learning_rate(step, 2.0, optim) for step in range(101)]
+    rates = [learning_rate(step, optim, 2.0) for step in range(101)]
     assert rates[4] == pytest.approx(1.0)
     assert [rates[step] for step in (10, 29, 30, 49, 50, 100)] == [2.0, 2.0, 1.0, 1.0, 0.5, 0.125]
 
 
 def test_learning_rate_warms_up_and_falls_to_its_floor() -> None:
-    optim = OptimConfig(steps=100, warmup_steps=10, final_lr_share=0.1)
-    rates = [learning_rate(step, 2.0, optim) for step in range(101)]
+    optim = CodecOptimConfig(steps=100, warmup_steps=10, final_lr_share=0.1)
+    rates = [learning_rate(step, optim, 2.0) for step in range(101)]
     assert rates[0] == pytest.approx(0.2)
     assert rates[9] == max(rates) == 2.0
     assert rates[9:] == sorted(rates[9:], reverse=True)
@@ -208,17 +205,15 @@ def _train_discriminators(
     # accelerate takes the process group that is there, but asks for a launcher's variables.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    accelerator, optim = make_accelerator(), OptimConfig(warmup_steps=0)
+    accelerator, optim = make_accelerator(), CodecOptimConfig(warmup_steps=0)
     torch.manual_seed(0)
     models = Models(Student(Codec(TINY), DistillConfig()), Discriminators(DISCRIMINATORS))
     before = [each.detach().clone() for each in models.discriminators.parameters()]
-    wrapped, optimizers = _prepare(models, accelerator, optim)
     losses = LossConfig(weights=LossWeights(adversarial=1.0, feature=1.0), mel_scales=SCALES)
-    window = Window(models.student.codec)
-    loop = _Loop(wrapped, optimizers, accelerator, losses, optim, window)
+    trainer = prepare(models, accelerator, losses, optim)
     for wave in waves.chunk(2)[rank][..., :4000].split(1)[:3]:
         mine = Crops(wave, torch.tensor([wave.shape[-1]]), ("one",), (0.0,))
-        _train_step(loop, mine, adversarial=True)
+        train_step(trainer, mine, adversarial=True)
     after = [each.detach() for each in models.discriminators.parameters()]
     return list(zip(before, after, strict=True))
 
@@ -323,7 +318,7 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(recipe, tmp_path
         [*recipe, f"out={broken}"], check=False, env=environment, capture_output=True, text=True
     )
     assert last.returncode == 0, last.stderr[-3000:]
-    assert "going on from" in last.stderr
+    assert "resuming from" in last.stderr
     expected, found = _weights(whole), _weights(broken)
     assert all(torch.equal(found[name], each) for name, each in expected.items())
     final = [

@@ -15,10 +15,13 @@ from conftest import ROOT
 from launched.tiny_voice import KINDS, Seen, first_logits, optim_of, parts, train_seen
 from tiny_slm import quiet, save_base, save_shard
 
-from recipes.lib.run import start_run
-from slm.config import OptimConfig
+from codec.training.config import SupervisedOptimConfig
+from codec.training.optim import adamw
+from codec.training.run import start_run
+from codec.training.schedule import learning_rate
+from codec.training.supervised import evaluate, fit
 from slm.models.ar import SpeechLM, load_base
-from slm.train import evaluate, fit, gather, learning_rate, make_optimizer
+from slm.train import gather
 
 pytestmark = [
     *quiet(),
@@ -66,7 +69,7 @@ def train(
 ) -> dict[str, torch.Tensor]:
     """Eight steps with a checkpoint every three; `die_at` stops before that step's update."""
     model, step, data = parts(kind, folder, dropout=0.1)
-    optim = OptimConfig(
+    optim = SupervisedOptimConfig(
         steps=8, warmup_steps=2, lr=1e-2, accumulate=2, save_every=3, eval_every=4, log_every=2
     )
     run = start_run(optim, folder / name, seed=0, accelerator=accelerator)
@@ -109,7 +112,9 @@ def test_a_resumed_run_ends_with_the_very_same_weights(
 def test_it_learns_by_heart(kind: str, folder: Path, accelerator: Accelerator) -> None:
     save_shard(folder / "tokens.parquet", 3, most_frames=14)
     model, step, data = parts(kind, folder, dropout=0.1)
-    optim = OptimConfig(steps=60, lr=3e-2 if kind == "lora" else 1e-2, log_every=5, save_every=1000)
+    optim = SupervisedOptimConfig(
+        steps=60, lr=3e-2 if kind == "lora" else 1e-2, log_every=5, save_every=1000
+    )
     run = start_run(optim, folder / "run", seed=0, accelerator=accelerator)
     fit(model, step, data, None, run, optim)
     accelerator.free_memory()
@@ -123,8 +128,7 @@ def test_it_learns_by_heart(kind: str, folder: Path, accelerator: Accelerator) -
 
 def test_evaluation_counts_every_target_once(folder: Path, accelerator: Accelerator) -> None:
     lm, step, data = parts("full", folder)
-    optim = OptimConfig(eval_batches=1000)
-    values = evaluate(lm, step, data, accelerator, optim, lm.groups)
+    values = evaluate(lm, step, data, accelerator, 1000, lm.groups)
     with torch.no_grad():
         scores = [lm(data.share(i, 0, 0, 1, 1).batch) for i in range(data.num_steps(1, 1))]
     nll, targets = (sum(float(getattr(s, k).sum()) for s in scores) for k in ("nll", "targets"))
@@ -144,8 +148,10 @@ def test_evaluating_and_saving_do_not_slow_training_down(
         now += 1.0 if torch.is_grad_enabled() else 10.0
         return step(*args)
 
-    monkeypatch.setattr("slm.train.time.monotonic", lambda: now)
-    optim = OptimConfig(steps=4, log_every=2, eval_every=1, eval_batches=1, save_every=1000)
+    monkeypatch.setattr("codec.training.loop.time.monotonic", lambda: now)
+    optim = SupervisedOptimConfig(
+        steps=4, log_every=2, eval_every=1, eval_batches=1, save_every=1000
+    )
     run = start_run(optim, folder / "timed", seed=0, accelerator=accelerator)
     fit(model, stepping, data, data, run, optim)
     accelerator.free_memory()
@@ -281,7 +287,7 @@ def test_each_target_weighs_the_same_whichever_rank_has_it(
 
 
 def test_learning_rate() -> None:
-    config = OptimConfig(steps=100, warmup_steps=10, lr=1.0, final_lr_share=0.1)
+    config = SupervisedOptimConfig(steps=100, warmup_steps=10, lr=1.0, final_lr_share=0.1)
     rates = [learning_rate(step, config) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[10] == pytest.approx(1.0)
@@ -290,15 +296,20 @@ def test_learning_rate() -> None:
 
 
 def test_a_clip_norm_of_zero_means_never_and_a_negative_one_nothing() -> None:
-    assert OptimConfig(clip_norm=0.0).clip_norm == 0
-    with pytest.raises(ValueError, match="clip_norm must not be negative"):
-        OptimConfig(clip_norm=-1.0)
+    assert SupervisedOptimConfig(clip_norm=0.0).clip_norm == 0
+    with pytest.raises(ValueError, match=r"optim\.clip_norm must be at least 0"):
+        SupervisedOptimConfig(clip_norm=-1.0)
 
 
 def test_matrices_alone_decay_and_the_step_is_fused() -> None:
-    matrices, vectors = make_optimizer(torch.nn.Linear(2, 3), OptimConfig()).param_groups
+    matrices, vectors = adamw(torch.nn.Linear(2, 3), SupervisedOptimConfig()).param_groups
     assert [p.shape for p in matrices["params"]] == [(3, 2)]
     assert [p.shape for p in vectors["params"]] == [(3,)]
-    assert matrices["weight_decay"] == OptimConfig().weight_decay > vectors["weight_decay"] == 0
+    assert (
+        matrices["weight_decay"]
+        == SupervisedOptimConfig().weight_decay
+        > vectors["weight_decay"]
+        == 0
+    )
     assert matrices["fused"]
     assert vectors["fused"]

@@ -14,16 +14,17 @@ from codec.config import AuxiliaryConfig
 from codec.distillation import teachers
 from codec.distillation.objectives import Student
 from codec.distillation.resynthesis import Resynthesis
+from codec.training.codec_fit import metrics
+from codec.training.codec_step import Models, Trainer, train_step
 from codec.training.config import (
+    CodecOptimConfig,
     CropConfig,
     LossWeights,
-    OptimConfig,
     ResynthesisConfig,
     SpeechTeacherConfig,
     TextTeacherConfig,
 )
-from codec.training.loop import Models, _Loop, _train_step
-from codec.training.validate import Window, validate
+from codec.training.validate import Validation, validate
 
 
 @pytest.fixture(scope="module")
@@ -230,28 +231,27 @@ def test_a_teacher_other_than_whisper_is_refused(tmp_path: Path) -> None:
         Resynthesis(ResynthesisConfig(model=other), TINY, "cpu")
 
 
-def trained(config: ResynthesisConfig | None, clip_norm: float) -> tuple[Models, Window]:
+def trained(config: ResynthesisConfig | None, clip_norm: float) -> Trainer:
     """Three steps on the same batches."""
     made = Student(Codec(TINY), resynthesis=config) if config is None else student(config)
     torch.manual_seed(0)
     made.codec.load_state_dict(Codec(TINY).state_dict())
     teacher = None if config is None else Resynthesis(config, TINY, "cpu")
-    models, window = Models(made.train(), resynthesis=teacher), Window(made.codec)
+    models = Models(made.train(), resynthesis=teacher)
     optimizer = torch.optim.AdamW([each for each in made.parameters() if each.requires_grad], 1e-3)
-    optim = OptimConfig(clip_norm=clip_norm)
+    optim = CodecOptimConfig(clip_norm=clip_norm)
     losses = LOSSES if config else replace(LOSSES, weights=LossWeights())
-    loop = _Loop(models, [optimizer], SingleProcess(), losses, optim, window)
+    trainer = Trainer(models, [optimizer], SingleProcess(), losses, optim)
     for step in range(3):
-        with window.steps:
-            _train_step(loop, crops(0.5, 0.5, seed=10 * step), adversarial=False)
-    return models, window
+        train_step(trainer, crops(0.5, 0.5, seed=10 * step), adversarial=False)
+    return trainer
 
 
 def test_without_gradient_the_codec_is_a_plain_one_to_the_bit(config) -> None:
     """Gradients are clipped here, and the auxiliary decoder's do not count for the codec's."""
-    plain, _ = trained(None, 0.1)
-    control, _ = trained(replace(config, stop_gradient=True), 0.1)
-    distilled, _ = trained(config, 0.1)
+    plain = trained(None, 0.1).models
+    control = trained(replace(config, stop_gradient=True), 0.1).models
+    distilled = trained(config, 0.1).models
     same, other = [], []
     weights = distilled.student.codec.state_dict()
     for name, each in plain.student.codec.state_dict().items():
@@ -268,17 +268,17 @@ def test_without_gradient_the_codec_is_a_plain_one_to_the_bit(config) -> None:
 def test_a_run_logs_the_distance_and_the_teachers_share_of_time(
     config, write_wav, tmp_path
 ) -> None:
-    models, window = trained(config, 1.0)
-    values = window.means(SingleProcess(), audio_seconds=1.0)
+    trainer = trained(config, 1.0)
+    models, reading = trainer.models, trainer.meter.read(SingleProcess())
+    values = metrics(trainer, reading, models.student.codec.codebook_sizes, seconds=1.0)
     assert values["resynthesis"] > 0
     assert 0 < values["teacher_share"] < 1
     cuts = [
         Recording.from_file(write_wav(tmp_path / f"{seed}.wav", 0.7, seed=seed)).to_cut()
         for seed in range(2)
     ]
-    metrics = validate(
-        models.student, None, models.resynthesis, cuts, SingleProcess(), CropConfig(), LOSSES, 0
-    )
-    assert metrics["dev/n"] == 2
-    assert metrics["dev/resynthesis"] > 0
-    assert 0 < metrics["dev/use_3"] <= 1
+    validation = Validation(models.student, None, models.resynthesis, cuts, CropConfig(), LOSSES)
+    logged = validate(validation, SingleProcess(), 0)
+    assert logged["dev/n"] == 2
+    assert logged["dev/resynthesis"] > 0
+    assert 0 < logged["dev/use_3"] <= 1

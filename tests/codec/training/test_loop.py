@@ -1,206 +1,141 @@
-"""Training of LM-SPT as released: ranks, low precision, weight decay, crops that are too short."""
+"""The loop: metrics of step N are those of N updates, whoever trains; an interrupt saves a step."""
 
-from dataclasses import replace
-from types import SimpleNamespace
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import free_port, voiced
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import ROOT
 
-from codec import Codec, CodecConfig
-from codec.config import AuxiliaryConfig, ConvConfig, LMSPTConfig, QuantizerConfig
-from codec.distillation.objectives import Student
-from codec.modules.discriminators import Discriminators
-from codec.training.config import (
-    CropConfig,
-    DiscriminatorConfig,
-    LossConfig,
-    LossWeights,
-    MelScaleConfig,
-    OptimConfig,
-)
-from codec.training.loop import Models, _adamw, _check, _prepare, _set_rates, generator_step
+from codec.training.config import OptimConfig
+from codec.training.loop import Interrupted, Meter, Phases, train_loop
+from codec.training.run import start_run
 
-TINY = CodecConfig(
-    family="lmspt",
-    lmspt=LMSPTConfig(
-        encoder="conv",
-        decoder="conv",
-        dimension=8,
-        conv=ConvConfig(width=2, strides=(4, 5, 8), decoder_width=16, dilations=(1,)),
-        auxiliary=AuxiliaryConfig(kind="conv", width=16, strides=(8, 5, 4), dilations=(1,)),
-    ),
-    quantizer=QuantizerConfig(
-        num_codebooks=3, codebook_sizes=(16, 8, 8), codebook_dimension=3, normalize=True,
-        learning="gradient", decay=0.8, kmeans_iterations=2,
-    ),
-)  # fmt: skip
-QUANTIZERS = {
-    "factorised": TINY.quantizer,
-    "factorised-ema": replace(TINY.quantizer, learning="ema", normalize=False),
-    "ema": replace(TINY.quantizer, codebook_dimension=0, learning="ema", normalize=False),
-}
-LOSSES = LossConfig(
-    weights=LossWeights(codebook=1.0),
-    mel_scales=(MelScaleConfig(window=512, hop=128, num_mels=40),),
-    magnitude_windows=(512,),
-)
+LAUNCHED = ROOT / "tests" / "launched" / "tiny_loop.py"
 
 
-def waves(count: int) -> torch.Tensor:
-    made = [torch.from_numpy(voiced(0.5, seed=seed)) for seed in range(count)]
-    return torch.stack(made).unsqueeze(1)
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    yield Accelerator(cpu=True)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
 
 
-def _train_on_rank(rank: int, world: int, port: int, quantizer: str, out: str) -> None:
-    """Four steps; writes the state after each."""
-    torch.set_num_threads(1)
-    if world > 1:
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
-        )
-    torch.manual_seed(0)
-    codec = Codec(replace(TINY, quantizer=QUANTIZERS[quantizer])).train()
-    codec.auxiliary.requires_grad_(False)
-    model = codec
-    if world > 1:
-        model = torch.nn.parallel.DistributedDataParallel(codec, broadcast_buffers=False)
-    optimizer, states = torch.optim.SGD(codec.parameters(), 1e-2), []
-    for batch in waves(16).chunk(4):
-        mine = batch.chunk(world)[rank]
-        generator_step(model(mine), mine, None, LOSSES, 16_000).total.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        states.append({name: each.clone() for name, each in codec.state_dict().items()})
-    torch.save(states, f"{out}.{rank}.pt")
-    if world > 1:
-        torch.distributed.destroy_process_group()
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("quantizer", ["factorised", "factorised-ema"])
-def test_two_ranks_train_lm_spt_as_one_process_on_the_joined_batch(
-    quantizer: str, tmp_path
+def train(
+    folder: Path, accelerator: Accelerator, interrupt_at: int | None = None, profile_steps: int = 0
+) -> list[int]:
+    """Seven steps; returns those that were trained."""
+    optim = OptimConfig(steps=7, log_every=2, eval_every=3, save_every=4, warmup_steps=0)
+    run = start_run(
+        optim, folder, seed=0, accelerator=accelerator, profile_steps=profile_steps
+    )  # fmt: skip
+    model = torch.nn.Linear(1, 1)
+    model = accelerator.prepare(model)
+    meter, trained = Meter(), []
+
+    def step(number: int) -> None:
+        trained.append(number)
+        meter.add({"number": torch.tensor(float(number)), "batches": torch.ones(())})
+        if number == interrupt_at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    phases = Phases(
+        train_step=step,
+        metrics=lambda reading: {"number": float(reading.sums["number"] / reading.sums["batches"])},
+        evaluate=lambda number: {"dev/x": number},
+        evaluate_first=True,
+    )
+    try:
+        train_loop(run, optim, phases, meter, "test")
+    finally:
+        run.close()
+        accelerator.free_memory()
+    return trained
+
+
+def test_metrics_of_step_n_are_of_the_updates_before_it(
+    tmp_path: Path, accelerator: Accelerator
 ) -> None:
-    """First centroids, use, sums and revival are the joined batch's."""
-    torch.multiprocessing.spawn(
-        _train_on_rank, (2, free_port(), quantizer, str(tmp_path / "two")), nprocs=2, join=True
-    )
-    _train_on_rank(0, 1, 0, quantizer, str(tmp_path / "one"))
-    first, second, joined = (
-        torch.load(tmp_path / name, weights_only=True)
-        for name in ("two.0.pt", "two.1.pt", "one.0.pt")
-    )
-    for step, state in enumerate(joined):
-        for name, expected in state.items():
-            found = first[step][name]
-            assert torch.equal(found, second[step][name]), (step, name)
-            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
-    entries = "quantizer.semantic.codebooks.0.codebook.entries"
-    assert not torch.equal(joined[0][entries], joined[-1][entries])
+    assert train(tmp_path, accelerator) == list(range(7))
+    found = lines(tmp_path)
+    assert [(line["step"], line["train/number"]) for line in found if "train/number" in line] == [
+        (2, 0.5), (4, 2.5), (6, 4.5), (7, 6.0),
+    ]  # fmt: skip
+    assert [line["step"] for line in found if "dev/x" in line] == [0, 3, 6, 7]
+    names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert sorted(names) == ["step-00000004", "step-00000007"]
 
 
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_under_autocast_the_quantiser_stays_exact_and_everything_learns(quantizer: str) -> None:
-    torch.manual_seed(0)
-    codec = Codec(replace(TINY, quantizer=QUANTIZERS[quantizer])).train()
-    wave = waves(2)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        latent = codec.encoder(wave)
-        out = codec(wave)
-        spoken = codec.auxiliary(out.quantized.part("first"))
-        total = generator_step(out, wave, None, LOSSES, 16_000).total + spoken.square().mean()
-    assert latent.dtype == torch.bfloat16
-    assert all(
-        each.dtype == torch.float32 for each in (out.quantized.latent, *out.quantized.entries)
-    )
-    assert out.quantized.commitment.dtype == torch.float32
-    total.backward()
-    for name, each in codec.named_parameters():
-        assert each.grad is not None, name
-        assert bool(each.grad.isfinite().all()), name
-        assert bool(each.grad.any()), name
-
-
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_a_trained_codec_comes_back_from_its_folder(quantizer: str, tmp_path) -> None:
-    """And trains on as if it had stayed: sums and use of the entries travel along."""
-    torch.manual_seed(0)
-    codec, wave = Codec(replace(TINY, quantizer=QUANTIZERS[quantizer])).train(), waves(2)
-    initial = {name: each.clone() for name, each in codec.state_dict().items()}
-    codec(wave)
-    codec.eval().save_pretrained(tmp_path / "codec")
-    again = Codec.from_pretrained(str(tmp_path / "codec"))
-    assert again.config == codec.config
-    assert again.stamp.digest == codec.stamp.digest
-    assert torch.equal(again.encode(wave).codes, codec.encode(wave).codes)
-    for each in (codec, again):
-        each.train()(wave + 0.01)
-    found = again.state_dict()
-    for name, expected in codec.state_dict().items():
-        assert torch.equal(found[name], expected), name
-    entries = [name for name in found if name.endswith(".entries")]
-    assert len(entries) == 3
-    assert not any(torch.equal(found[name], initial[name]) for name in entries)
-
-
-def test_each_optimiser_has_a_learning_rate_of_its_own() -> None:
-    discriminators = Discriminators(
-        DiscriminatorConfig(periods=(2,), num_scales=0, stft_windows=(), width_divisor=64)
-    )
-    accelerator = SimpleNamespace(prepare=lambda *given: given)
-    optim = OptimConfig(
-        lr=1e-3, discriminator_lr=3e-4, warmup_steps=2, steps=10, final_lr_share=0.1
-    )
-    student = Student(Codec(TINY))
-    trained, optimizers = _prepare(Models(student, discriminators), accelerator, optim)
-    assert trained.student is student
-    for optimizer, model in zip(optimizers, (student, discriminators), strict=True):
-        held = {id(each) for group in optimizer.param_groups for each in group["params"]}
-        assert held == {id(each) for each in model.parameters() if each.requires_grad}
-    for step, share in ((None, 1.0), (0, 0.5), (2, 1.0), (10, 0.1)):
-        if step is not None:
-            _set_rates(optimizers, step, optim)
-        found = [group["lr"] for each in optimizers for group in each.param_groups]
-        expected = [share * peak for peak in (1e-3, 1e-3, 3e-4, 3e-4)]
-        assert found == pytest.approx(expected), step
-
-
-def test_weight_decay_is_of_matrices_alone() -> None:
-    codec = Codec(TINY)
-    groups = _adamw(codec, 1e-3, OptimConfig(weight_decay=0.1)).param_groups
-    assert all(group["fused"] for group in groups)
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
-    decayed, others = ({id(each) for each in group["params"]} for group in groups)
-    kinds = {True: set(), False: set()}
-    for name, each in codec.named_parameters():
-        assert (id(each) in decayed) != (id(each) in others)
-        kinds[id(each) in decayed].add(name.rpartition(".")[2])
-    assert kinds == {True: {"original1"}, False: {"original0", "bias", "alpha", "entries"}}
-
-
-@pytest.mark.parametrize(
-    ("kind", "fits", "least", "too_few", "longer"),
-    [("band", 2048, 1280, 1025, 4096), ("stft", 1024, 1024, 1023, 2048)],
-)
-def test_crops_too_short_for_a_window_are_refused(
-    kind: str, fits: int, least: int, too_few: int, longer: int
+def test_an_interrupt_saves_the_step_and_the_same_command_continues(
+    tmp_path: Path, accelerator: Accelerator
 ) -> None:
-    """Of the multi-band ones, which reflect what is missing, and of those that do not."""
-    none = DiscriminatorConfig(periods=(), num_scales=0, stft_windows=(), width_divisor=64)
-    of = {
-        window: Discriminators(replace(none, stft_filters=2, **{f"{kind}_windows": (window, 128)}))
-        for window in (fits, longer)
-    }
-    models = Models(Student(Codec(TINY)), of[fits])
-    accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value="NO"))
-    short = CropConfig(seconds=0.1)
-    _check(models, short, LOSSES, accelerator)
-    assert of[fits].others[0].min_samples == least
-    of[fits](torch.randn(1, 1, least))
-    of[fits](torch.randn(1, 1, least + 1))
-    with pytest.raises(RuntimeError):
-        of[fits](torch.randn(1, 1, too_few))
-    models.discriminators = of[longer]
-    told = rf"data\.seconds 0\.1 is too short for a window of discriminators\.{kind}_windows"
-    with pytest.raises(ValueError, match=told):
-        _check(models, short, LOSSES, accelerator)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match="stopped at step 3; the same"):
+        train(tmp_path / "a", accelerator, interrupt_at=2)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert (tmp_path / "a" / "checkpoints" / "step-00000003" / "whole.json").is_file()
+    assert train(tmp_path / "a", accelerator) == [3, 4, 5, 6]
+    train(tmp_path / "b", accelerator)
+
+    def steps(folder: Path) -> list[int]:
+        return [line["step"] for line in lines(folder)]
+
+    assert steps(tmp_path / "a") == steps(tmp_path / "b")
+
+
+def test_a_profile_is_a_trace_and_a_table(tmp_path: Path, accelerator: Accelerator) -> None:
+    train(tmp_path, accelerator, profile_steps=2)
+    assert json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
+    assert "Self CPU" in (tmp_path / "profile" / "operators.txt").read_text()
+    train(tmp_path, accelerator)  # It is no part of the configuration.
+
+
+def wait_for_steps(folder: Path, process: subprocess.Popen, number: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").is_file() or len(lines(folder)) < number:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def start(*command: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, *command], stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def test_ctrl_c_ends_a_program_with_one_line_and_status_130(tmp_path: Path) -> None:
+    process = start(str(LAUNCHED), str(tmp_path))
+    wait_for_steps(tmp_path, process, 3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    step = int(saved.name.removeprefix("step-"))
+    assert err.count(f"stopped at step {step}; the same command continues") == 1
+
+
+def test_two_ranks_stop_at_the_same_step(tmp_path: Path, launch: Callable[..., Any]) -> None:
+    """One of them gets the signal."""
+    done = launch("ddp", LAUNCHED, str(tmp_path), "4")
+    assert done.stderr.count("; the same command continues") == 1, done.stderr
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert f"stopped at step {int(saved.name.removeprefix('step-'))};" in done.stderr
+    again = launch("ddp", LAUNCHED, str(tmp_path), "-1", "8")
+    assert again.returncode == 0, again.stderr
+    assert f"resuming from {saved}" in again.stderr

@@ -7,9 +7,9 @@ from tiny_codec_training import LOSSES, TINY, SingleProcess
 
 from codec import Codec
 from codec.distillation.objectives import Student
+from codec.training.codec_step import generator_step
 from codec.training.config import CropConfig, LossConfig, LossWeights
-from codec.training.loop import generator_step
-from codec.training.validate import validate
+from codec.training.validate import Validation, validate
 
 
 def test_the_mel_distance_is_the_one_that_is_trained(write_wav, tmp_path) -> None:
@@ -24,7 +24,9 @@ def test_the_mel_distance_is_the_one_that_is_trained(write_wav, tmp_path) -> Non
         {"mel_l2_weight": 1.0},
     ):
         losses = LossConfig(weights=LossWeights(), mel_scales=LOSSES.mel_scales, **changes)
-        told = validate(student, None, None, [cut], SingleProcess(), CropConfig(), losses, 1)
+        told = validate(
+            Validation(student, None, None, [cut], CropConfig(), losses), SingleProcess(), 1
+        )
         with torch.no_grad():
             out = student.eval()(wave)
             trained = generator_step(out, wave, None, losses, 16_000).parts["mel"]

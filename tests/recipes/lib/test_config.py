@@ -7,7 +7,8 @@ from typing import Literal
 import pytest
 import yaml
 
-from recipes.lib.config import describe, load_config, resolved
+from codec.training.run import resolved
+from recipes.lib.config import describe, load_config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

