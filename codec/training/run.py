@@ -360,7 +360,7 @@ class Run:
         schedule = profiler.schedule(
             wait=PROFILE_SKIPPED, warmup=1, active=self._profile_steps, repeat=1
         )
-        with profiler.profile(schedule=schedule, on_trace_ready=write) as profile:
+        with profiler.profile(schedule=schedule, on_trace_ready=write, acc_events=True) as profile:
             yield profile.step
 
     def _saved(self) -> list[Path]:
