@@ -104,6 +104,12 @@ def apply_umask(path: Path) -> None:
     path.chmod(0o666 & ~umask)
 
 
+def apply_umask_to_weights(folder: str | Path) -> None:
+    """`apply_umask` of the safetensors files that a library has written into a folder."""
+    for path in Path(folder).glob("*.safetensors"):
+        apply_umask(path)
+
+
 def fsync(path: Path) -> None:
     """Writes a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

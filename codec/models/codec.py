@@ -20,6 +20,7 @@ from codec.config import CodecConfig, codec_config_from_dict
 from codec.distillation.teachers import WINDOW_SECONDS
 from codec.io import (
     WEIGHTS_FILE,
+    apply_umask_to_weights,
     atomic_files,
     check_config_file,
     check_source,
@@ -225,7 +226,9 @@ class Codec(PyTorchModelHubMixin, SpeechCodec, library_name="parlance", tags=["s
         Raises `ValueError` if weight norm is folded, before it touches any file.
         """
         self.check_unfolded("to save it")
-        return PyTorchModelHubMixin.save_pretrained(self, save_directory, **options)
+        address = PyTorchModelHubMixin.save_pretrained(self, save_directory, **options)
+        apply_umask_to_weights(save_directory)
+        return address
 
     @property
     def _chunk_frames(self) -> tuple[int, int]:

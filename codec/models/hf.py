@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from codec.distillation.teachers import loading, quiet
+from codec.io import apply_umask_to_weights
 from codec.models.base import CHUNK_SECONDS, SpeechCodec
 from codec.modules.layers import Lengths, ceil_div
 from codec.tokens import CodecStamp
@@ -78,6 +79,7 @@ class Baseline(SpeechCodec):
         """Writes config.json and model.safetensors; `options` are those of transformers."""
         with quiet():
             self.network.save_pretrained(save_directory, **options)
+        apply_umask_to_weights(save_directory)
 
     @classmethod
     def from_pretrained(

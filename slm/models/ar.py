@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
-from codec.io import atomic_file
+from codec.io import apply_umask_to_weights, atomic_file
 from codec.tokens import CodecStamp
 from slm.config import ARConfig, LoRAConfig
 from slm.data.ar import IGNORE, ARBatch
@@ -185,6 +185,7 @@ class SpeechLM(nn.Module):
             (folder / "README.md").unlink(missing_ok=True)
         else:
             self.lm.save_pretrained(folder, state_dict=weights)
+        apply_umask_to_weights(folder)
         self.tokenizer.text_tokenizer.save_pretrained(folder)
         self.tokenizer.save(folder)
         self.save_origin(folder)

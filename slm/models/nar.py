@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from codec.io import apply_umask_to_weights
 from slm.config import NARConfig
 from slm.data.nar import NUM_TEXT_SYMBOLS, NARBatch, nar_batch, text_bytes
 from slm.models.ar import Scores, score
@@ -233,6 +234,10 @@ class NAR(
                 num_stages=len(sizes),
             ).apply(_initialise)
             self.reference.reset_parameters()
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        super()._save_pretrained(save_directory)
+        apply_umask_to_weights(save_directory)
 
     @property
     def takes_texts(self) -> bool:

@@ -5,11 +5,16 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from tiny_slm import quiet, save_base, save_shard
 
+from codec import load_codec, write_audio
 from codec.io import (
     FileLock,
     atomic_file,
@@ -18,6 +23,14 @@ from codec.io import (
     is_write_failure,
     sha256_of,
 )
+from codec.tokens import TokenShard
+from codec.training.config import OptimConfig
+from codec.training.run import start_run
+from slm.config import ARConfig, LoRAConfig, NARConfig
+from slm.models.ar import SpeechLM
+from slm.models.nar import NAR
+
+pytestmark = quiet()
 
 
 @pytest.fixture(params=[0o022, 0o027], ids=oct)
@@ -73,6 +86,39 @@ def test_a_folder_that_cannot_be_written_leaves_the_earlier_one(
     with atomic_folder(folder) as partial:
         (partial / "new").write_text("whole")
     assert [path.name for path in folder.iterdir()] == ["new"]
+
+
+def test_everything_that_is_written_obeys_the_umask(
+    tmp_path: Path, umask: int, tiny_codec_folder: Path
+) -> None:
+    """Codec, NAR, AR with its tokenizer, token shard, recording, checkpoint."""
+    codec = load_codec(tiny_codec_folder)
+    codec.save_pretrained(tmp_path / "codec")
+    save_shard(tmp_path / "tokens" / "train.parquet", 2)
+    stamp = TokenShard.open(tmp_path / "tokens").stamp
+    save_base(tmp_path / "base")
+    for name, lora in (("adapter", LoRAConfig(rank=2)), ("full", None)):
+        lm = SpeechLM.create(ARConfig(base=str(tmp_path / "base"), lora=lora), stamp, seed=0)
+        lm.save(tmp_path / name)
+    NAR(
+        NARConfig(codebook_sizes=(4, 4), num_layers=1, num_heads=2, width=8, feedforward=8)
+    ).save_pretrained(tmp_path / "nar")
+    write_audio(tmp_path / "audio" / "a.wav", np.zeros(100, dtype=np.float32), 16_000)
+    accelerator = Accelerator(cpu=True)
+    run = start_run(OptimConfig(), tmp_path / "run", seed=0, accelerator=accelerator)
+    accelerator.prepare(torch.nn.Linear(2, 2))
+    run.log({"loss": 1.0}, 1)
+    run.save(1)
+    run.close()
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    wrong = {
+        str(path.relative_to(tmp_path)): oct(path.stat().st_mode & 0o777)
+        for path in tmp_path.rglob("*")
+        if path.is_file() and "base" not in path.parts  # Written by the test's own helper.
+        if path.stat().st_mode & 0o777 != 0o666 & ~umask
+    }
+    assert not wrong
 
 
 def test_other_errors_are_no_full_disk() -> None:
