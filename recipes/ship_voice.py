@@ -1,16 +1,14 @@
-"""Makes a trained voice small enough to ship: adapters of low rank, half precision, few prompts.
+"""Compresses a trained voice: low-rank adapters, half precision, few prompts.
 
     python recipes/ship_voice.py voice=out/small/tts/voice prompts=my-prompts.jsonl out=models/small
 
-An AR whose every weight was trained becomes LoRA and rows of its LLM's table (slm/models/lora.py);
-the
-lower the rank, the smaller the folder and the larger the loss. The codec must have been halved
-(`codec halve`) before its tokens were exported: rounding makes another codec of it. Each line of
-`prompts` names a voice: name, audio, text, credit. Prints the sizes as one JSON line.
+A fully fine-tuned AR becomes LoRA adapters (truncated SVD) and embedding rows of its LLM
+(slm/models/lora.py); a lower rank makes a smaller folder and a larger error. The codec must have been
+rounded (`codec halve`) before its tokens were exported: rounding changes its codes. Each line of
+`prompts` is a JSON object with name, audio, text and credit. Prints the sizes as one JSON line.
 """
 
 import json
-import logging
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,34 +18,32 @@ from safetensors.torch import load_file, save_file
 
 from codec import Codec
 from codec.config import at_least
-from codec.io import atomic_folder
+from codec.io import apply_umask, atomic_folder
 from codec.models.codec import is_half_precision, save_half_precision
-from recipes.lib.run import load_config, run_program
+from recipes.lib.run import finished, load_config, run_program
 from slm.data.sequences import Coverage, Prompt
 from slm.export.voice_folder import is_voice, short_path, write_extras
 from slm.models.lora import as_adapters
 from slm.tokenization.vocabulary import Vocabulary
 from slm.voice import Voice
 
-logger = logging.getLogger(__name__)
-
 MEGABYTE = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShipConfig:
-    """One voice to ship."""
+    """A voice to ship."""
 
     voice: Path = Path("out/small/tts/voice")
-    """The trained voice."""
+    """Folder of the trained voice."""
     base: str = "models/smollm2-135m-instruct"
-    """The text LLM that it grew from: folder or hub id."""
+    """Its text LLM: folder or hub id."""
     out: Path = Path("out/small/shipped")
-    """The folder to make; of an earlier voice there the cards alone stay."""
+    """Folder to write; an earlier voice there is replaced, except for its cards."""
     rank: int = 128
-    """Of the adapters."""
+    """Rank of the adapters."""
     prompts: Path | None = None
-    """JSON Lines of the voices that go with it; null: those of the voice."""
+    """JSON Lines file of the prompts to ship; null: those of the voice."""
 
     def __post_init__(self) -> None:
         at_least(1, rank=self.rank)
@@ -56,12 +52,12 @@ class ShipConfig:
 def main(argv: list[str]) -> None:
     config = load_config(ShipConfig, argv, __doc__ or "")
     if config.out.exists() and not is_voice(config.out) and any(config.out.iterdir()):
-        raise ValueError(f"{config.out}: neither empty nor a voice; name a new folder")
+        raise ValueError(f"{config.out}: neither empty nor a voice; choose a new folder")
     codec = Codec.from_pretrained(config.voice / "codec")
     if not is_half_precision(codec):
         raise ValueError(
-            f"{config.voice / 'codec'}: holds more than half precision; `codec halve` it, export "
-            "the tokens with that, and train on them: rounding would make another codec of it"
+            f"{config.voice / 'codec'}: is not in half precision; run `codec halve`, export the "
+            "tokens with its result and train on them, because rounding changes the codes"
         )
     voice = Voice.from_pretrained(config.voice)
     prompts = voice.prompts if config.prompts is None else read_prompts(voice, config.prompts)
@@ -77,11 +73,11 @@ def main(argv: list[str]) -> None:
             lm.save(folder / "ar")
         for pattern in ("tokenizer*", "chat_template.jinja", "special_tokens_map.json"):
             for file in (folder / "ar").glob(pattern):
-                file.unlink()  # The LLM has its own.
+                file.unlink()  # The LLM's folder has them.
         halve_file(folder / "ar" / "adapter_model.safetensors")
         vocabulary = Vocabulary.load(folder / "ar")
         stamp = replace(vocabulary.codec, id=short_path(vocabulary.codec.id))
-        replace(vocabulary, codec=stamp).save(folder / "ar")  # Not where somebody's files lie.
+        replace(vocabulary, codec=stamp).save(folder / "ar")  # Without absolute paths.
         coverage.save(folder / "ar")
         if voice.nar is not None:
             voice.nar.save_pretrained(folder / "nar")
@@ -91,7 +87,7 @@ def main(argv: list[str]) -> None:
             if (config.out / card).is_file() and (folder / card).parent.is_dir():
                 shutil.copy(config.out / card, folder / card)
         write_extras(folder, lm, coverage, prompts, voice.sampling)
-        Voice.from_pretrained(folder)  # What cannot be loaded takes no voice's place.
+        Voice.from_pretrained(folder)  # An error here keeps the earlier voice.
     sizes = {
         str(file.relative_to(config.out)): round(file.stat().st_size / MEGABYTE, 2)
         for file in sorted(config.out.rglob("*"))
@@ -99,10 +95,19 @@ def main(argv: list[str]) -> None:
     }
     total = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
     print(json.dumps({"out": str(config.out), "mb": round(total / MEGABYTE, 2), "files": sizes}))
+    name = next(iter(prompts), "RECORDING.wav")
+    finished(
+        f"voice of {total / MEGABYTE:.0f} MB", config.out,
+        f"slm tts --voice {config.out} --text TEXT --prompt {name} --out OUT.wav",
+    )  # fmt: skip
 
 
 def read_prompts(voice: Voice, path: Path) -> dict[str, Prompt]:
-    """Recordings to prompts. Raises ValueError for a line that lacks something."""
+    """Returns the prompts of a JSON Lines file.
+
+    Raises:
+        ValueError: a line is invalid.
+    """
     prompts = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
@@ -118,14 +123,14 @@ def read_prompts(voice: Voice, path: Path) -> dict[str, Prompt]:
 
 
 def halve_file(path: Path) -> None:
-    """Rounds the tensors of a safetensors file to float16."""
+    """Rounds the tensors of a safetensors file to float16, in place."""
     tensors = load_file(path)
     save_file(
         {name: each.to(torch.float16).contiguous() for name, each in tensors.items()},
         path,
         metadata={"format": "pt"},
     )
-    path.chmod(0o644)
+    apply_umask(path)
 
 
 if __name__ == "__main__":

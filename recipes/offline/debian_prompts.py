@@ -1,8 +1,7 @@
-"""The Debian packages of recorded telephone prompts, as FLAC files and a list, without root.
+"""Recorded telephone prompts from Debian packages, as FLAC files and a list, without root.
 
-568 prompts, 25 minutes, one American woman (Allison Smith), 16 kHz G.722, CC BY-SA 3.0.
-
-Debian packages without root: fetched by apt-get, which checks them against its signed lists.
+568 prompts, 25 minutes, one American woman (Allison Smith), 16 kHz G.722, CC BY-SA 3.0. apt-get
+downloads the packages and checks their signatures.
 """
 
 import gzip
@@ -23,52 +22,6 @@ from codec.io import atomic_file
 
 logger = logging.getLogger(__name__)
 
-
-def fetch_packages(names: Sequence[str], folder: Path) -> list[Path]:
-    """Their .deb files in `folder`, in the order of the names."""
-    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
-        raise ValueError(
-            f"{' and '.join(names)} are Debian packages, but here is no apt-get; name a folder "
-            "with them, or data of your own"
-        )
-    folder = folder.resolve()  # apt-get runs inside it
-    try:
-        run_command(["apt-get", "download", *names], folder)
-    except ConnectionError:
-        # No package lists, or stale ones, and perhaps no right to renew them: use lists of our own.
-        logger.info("reading the package lists anew")
-        (folder / "lists" / "partial").mkdir(parents=True)
-        (folder / "cache" / "archives" / "partial").mkdir(parents=True)
-        own = [f"Dir::State::Lists={folder / 'lists'}", f"Dir::Cache={folder / 'cache'}"]
-        own.append("APT::Sandbox::User=")  # another user could not write here
-        options = [word for option in own for word in ("-o", option)]
-        run_command(["apt-get", *options, "update"], folder)
-        run_command(["apt-get", *options, "download", *names], folder)
-    return find_packages(names, folder)
-
-
-def find_packages(names: Sequence[str], folder: Path) -> list[Path]:
-    """The newest .deb file of each name. Raises ValueError where one is not there."""
-    found: list[Path] = []
-    for name in names:
-        matches = sorted(folder.glob(f"{name}_*.deb"))
-        if not matches:
-            raise ValueError(f"{folder}: holds no {name}_*.deb")
-        found.append(matches[-1])
-    return found
-
-
-def run_command(command: Sequence[str], folder: Path | None = None) -> None:
-    """Raises ConnectionError with what it says where it fails."""
-    result = subprocess.run(command, cwd=folder, stdout=2, stderr=subprocess.PIPE, text=True)
-    if result.returncode:
-        reasons = [line for line in result.stderr.splitlines() if line.startswith("E:")]
-        raise ConnectionError(
-            f"{' '.join(command[:1])} failed ({' '.join(reasons) or result.stderr.strip()}); check "
-            "the network and apt's sources"
-        )
-
-
 PACKAGES = ("asterisk-core-sounds-en-g722", "asterisk-core-sounds-en")
 SOUNDS = Path("usr/share/asterisk/sounds/en_US_f_Allison")
 TRANSCRIPTS = Path("usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz")
@@ -87,15 +40,15 @@ Decoded from G.722 to 16 kHz FLAC.
 
 
 def unpack_prompts(out: Path, packages: Path | None = None) -> Path:
-    """Makes OUT/prompts.jsonl and OUT/prompts/*.flac; returns the list.
+    """Writes OUT/prompts.jsonl and OUT/prompts/*.flac, unless they exist; returns the list.
 
-    `packages` is a folder that holds the .deb files; without it apt-get downloads them. What is
-    there already is kept.
+    Args:
+        packages: folder of the .deb files; None: apt-get downloads them.
     """
     out.mkdir(parents=True, exist_ok=True)
     listed, folder = out / "prompts.jsonl", out / "prompts"
     if listed.exists():
-        logger.info("%s is there already", listed)
+        logger.info("%s exists", listed)
         return listed
     with tempfile.TemporaryDirectory(dir=out, prefix=".packages-") as temporary:
         tree = Path(temporary) / "tree"
@@ -121,7 +74,7 @@ def unpack_prompts(out: Path, packages: Path | None = None) -> Path:
 
 
 def decode_g722(path: Path) -> np.ndarray:
-    """A raw 64 kbit/s G.722 file as float32 samples at 16 kHz."""
+    """Returns the float32 samples (S,) at 16 kHz of a raw 64 kbit/s G.722 file."""
     import av
     from av.error import FFmpegError
 
@@ -134,10 +87,64 @@ def decode_g722(path: Path) -> np.ndarray:
 
 
 def _transcripts(path: Path) -> Iterator[tuple[str, str]]:
-    """Name and words of every prompt that is speech and nothing else."""
+    """Yields name and text of every prompt without sound effects."""
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
             name, colon, text = line.strip().partition(": ")
-            spoken = colon and not line.startswith(";") and not re.search(r"[\[\]<>()]", text)
-            if spoken and re.search(r"\w", text):
+            is_speech = colon and not line.startswith(";") and not re.search(r"[\[\]<>()]", text)
+            if is_speech and re.search(r"\w", text):
                 yield name, " ".join(text.split())
+
+
+def fetch_packages(names: Sequence[str], folder: Path) -> list[Path]:
+    """Downloads .deb files to `folder`; returns them in the order of the names.
+
+    Raises:
+        ValueError: there is no apt-get.
+        ConnectionError: apt-get failed.
+    """
+    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
+        raise ValueError(
+            f"{' and '.join(names)} are Debian packages, but there is no apt-get; name a "
+            "folder with them, or use other data"
+        )
+    folder = folder.resolve()  # The working directory of apt-get.
+    try:
+        run_command(["apt-get", "download", *names], folder)
+    except ConnectionError:
+        # Package lists are missing or stale, and may need root to update: use private ones.
+        logger.info("updating the package lists")
+        (folder / "lists" / "partial").mkdir(parents=True)
+        (folder / "cache" / "archives" / "partial").mkdir(parents=True)
+        own = [f"Dir::State::Lists={folder / 'lists'}", f"Dir::Cache={folder / 'cache'}"]
+        own.append("APT::Sandbox::User=")  # apt's own user cannot write here.
+        options = [word for option in own for word in ("-o", option)]
+        run_command(["apt-get", *options, "update"], folder)
+        run_command(["apt-get", *options, "download", *names], folder)
+    return find_packages(names, folder)
+
+
+def find_packages(names: Sequence[str], folder: Path) -> list[Path]:
+    """Returns the newest .deb file of each name.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    found: list[Path] = []
+    for name in names:
+        matches = sorted(folder.glob(f"{name}_*.deb"))
+        if not matches:
+            raise ValueError(f"{folder}: holds no {name}_*.deb")
+        found.append(matches[-1])
+    return found
+
+
+def run_command(command: Sequence[str], folder: Path | None = None) -> None:
+    """Runs a command; raises ConnectionError with its error output if it fails."""
+    result = subprocess.run(command, cwd=folder, stdout=2, stderr=subprocess.PIPE, text=True)
+    if result.returncode:
+        reasons = [line for line in result.stderr.splitlines() if line.startswith("E:")]
+        raise ConnectionError(
+            f"{' '.join(command[:1])} failed ({' '.join(reasons) or result.stderr.strip()}); check "
+            "the network and apt's sources"
+        )

@@ -1,7 +1,7 @@
-"""Kokoro-82M: English speech of many voices from phonemes, on a CPU, without a hub.
+"""Kokoro-82M: synthetic English speech of many voices from phonemes, on a CPU.
 
-`recipes/offline_models.py kokoro-82m` makes its folder: model.onnx, config.json (the ids of its
-symbols) and styles.safetensors (a table of styles for each voice: row n for a text of n symbols).
+`recipes/offline_models.py kokoro-82m` makes its folder: model.onnx, config.json (symbol ids) and
+styles.safetensors (a table of style vectors for each voice, row n for a text of n symbols).
 """
 
 import json
@@ -14,13 +14,13 @@ from jaxtyping import Float
 from safetensors.numpy import load_file
 
 SAMPLE_RATE = 24_000
-LONGEST = 509
-"""Symbols of a text: its styles have no more rows."""
+MAX_SYMBOLS = 509
+"""Maximum length of a text; style tables have no more rows."""
 COMPONENTS = 20
-"""Of the voices' styles, in which new voices are drawn."""
+"""Number of principal components of new voices."""
 
-# espeak-ng's sounds, affricates and diphthongs tied by "^", as the model's own symbols: those of
-# misaki's fallback for American English, which the model was trained on.
+# espeak-ng's phonemes, with affricates and diphthongs tied by "^", to the symbols of the training
+# data: those of misaki's espeak fallback for American English.
 _SYMBOLS = {
     "a^\u026a": "I", "a^\u028a": "W", "e^\u026a": "A", "o^\u028a": "O", "\u0259^\u028a": "Q",
     "\u0254^\u026a": "Y", "d^\u0292": "\u02a4", "t^\u0283": "\u02a7", "\u0259^l": "\u1d4al",
@@ -32,24 +32,24 @@ _SYMBOLS = {
 
 
 def symbols_of(phonemes: str) -> str:
-    """espeak-ng's American English, tied by "^", in the model's symbols."""
+    """Returns espeak-ng's American English phonemes, tied by "^", in the model's symbols."""
     for sound in sorted(_SYMBOLS, key=len, reverse=True):
         phonemes = phonemes.replace(sound, _SYMBOLS[sound])
     return phonemes
 
 
 class Kokoro:
-    """Speaks one text after another; each instance is one thread."""
+    """Synthesizes texts one by one on one thread."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Raises ValueError for a folder that is not whole."""
+        """Raises ValueError if a file of the folder is missing or invalid."""
         self.folder = Path(folder)
         try:
             self._ids = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
             self.styles = load_file(self.folder / "styles.safetensors")
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{folder}: no whole Kokoro ({error}); python recipes/offline_models.py kokoro-82m "
+                f"{folder}: no valid Kokoro ({error}); python recipes/offline_models.py kokoro-82m "
                 "makes models/kokoro-82m"
             ) from error
 
@@ -63,13 +63,21 @@ class Kokoro:
             self.folder / "model.onnx", options, providers=["CPUExecutionProvider"]
         )
 
-    def speak(
+    def synthesize(
         self, phonemes: str, style: Float[np.ndarray, "N 256"], speed: float = 1.0
     ) -> Float[np.ndarray, " S"]:
-        """A wave at SAMPLE_RATE. Raises ValueError for a text of no symbol, or of too many."""
+        """Returns a wave at SAMPLE_RATE.
+
+        Args:
+            style: table of the voice.
+            speed: 1: normal; higher is faster.
+
+        Raises:
+            ValueError: the text has no symbols, or too many.
+        """
         ids = [self._ids[one] for one in symbols_of(phonemes) if one in self._ids]
-        if not 0 < len(ids) <= LONGEST:
-            raise ValueError(f"{len(ids)} symbols cannot be spoken at once, 1 to {LONGEST} can")
+        if not 0 < len(ids) <= MAX_SYMBOLS:
+            raise ValueError(f"{len(ids)} symbols cannot be synthesized, only 1 to {MAX_SYMBOLS}")
         inputs = {
             "tokens": np.array([[0, *ids, 0]], dtype=np.int64),
             "style": style[len(ids)][None].astype(np.float32),
@@ -82,7 +90,7 @@ class Kokoro:
 def draw_styles(
     styles: dict[str, Float[np.ndarray, "N 256"]], number: int, seed: int
 ) -> dict[str, Float[np.ndarray, "N 256"]]:
-    """New voices: normally distributed along the voices' principal components."""
+    """Returns new voices, normally distributed along the principal components of the given ones."""
     names, random = sorted(styles), np.random.default_rng((seed, 1))
     table = np.stack([styles[name].reshape(-1) for name in names]).astype(np.float64)
     mean = table.mean(0)

@@ -1,8 +1,8 @@
-"""Synthetic English speech of many voices, judged: what `prepare_data.py synthetic` makes.
+"""Synthesizes English speech of many voices and filters it by WER: `prepare_data.py synthetic`.
 
-Texts are WordNet's example sentences (from Debian's package wordnet-base, WordNet's licence) or
-those of a file; voices are Kokoro-82M's English ones and others drawn among them. Every recording
-is heard by the judge, and left out where it is not understood.
+Texts are WordNet's example sentences (Debian's package wordnet-base, WordNet's licence) or those of
+a file. Voices are Kokoro-82M's English ones and random ones of the same distribution. Whisper
+transcribes every recording; one with a high WER is left out.
 """
 
 import json
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from codec.audio import resample, write_audio
 from codec.io import atomic_file
+from eval.benchmark import append_lines, read_lines
 from recipes.offline.debian_prompts import fetch_packages, run_command
 from recipes.offline.kokoro import SAMPLE_RATE as KOKORO_RATE
 from recipes.offline.kokoro import Kokoro, draw_styles
@@ -32,43 +33,45 @@ logger = logging.getLogger(__name__)
 SAMPLE_RATE = 16_000
 WORDNET = "wordnet-base"
 WORDS = (4, 25)
-"""Of a text."""
+"""Minimum and maximum number of words of a text."""
 SPEEDS = (0.88, 1.18)
+"""Range of the speed, drawn uniformly."""
 ENGLISH = ("af_", "am_", "bf_", "bm_")
-"""How the names of Kokoro's English voices begin."""
+"""Prefixes of Kokoro's English voices."""
 CREDIT = """\
 # Synthetic English speech
 
 Made by `recipes/prepare_data.py synthetic` with Kokoro-82M (hexgrad, Apache-2.0) from espeak-ng's
-phonemes. Voices: Kokoro's English ones, and others drawn among all of its voices. Texts: {texts}
+phonemes. Voices: Kokoro's English ones, and random ones of the distribution of all its voices.
+Texts: {texts}
 """
 WORDNET_CREDIT = "example sentences of WordNet 3.0, Copyright 2006 by Princeton University."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SyntheticConfig:
-    """What is made. All of it is a function of this."""
+    """What is synthesized; the result is a function of this alone."""
 
     out: Path
-    """The folder for the list and the recordings."""
+    """Folder of the list and the recordings."""
     hours: float = 5.0
-    """Of speech that is kept."""
+    """Amount of speech that is kept."""
     voices: int = 200
-    """English ones of the model, the rest drawn."""
+    """Number of voices: the model's English ones, and random ones."""
     texts: Path | None = None
     """A .txt or .jsonl file, or a .gz of one; None: WordNet's example sentences."""
     without: Path | None = None
-    """A list of cuts whose texts are never spoken: those that are to test on."""
+    """List of cuts whose texts are excluded, such as the test set's."""
     kokoro: Path = Path("models/kokoro-82m")
-    """Who speaks."""
+    """Folder of the synthesizer."""
     judge: Path = Path("models/whisper-base")
-    """Who listens."""
+    """Folder of the Whisper model."""
     most_wer: float = 0.25
-    """A recording of which the judge gets more wrong is left out."""
+    """Maximum WER of a recording that is kept."""
     processes: int = 2
-    """Each one thread."""
+    """Number of processes, of one thread each."""
     seed: int = 0
-    """Of voices, texts and speeds."""
+    """Seed of voices, texts and speeds."""
 
     def __post_init__(self) -> None:
         if not self.hours > 0 or self.voices < 1 or self.processes < 1:
@@ -78,18 +81,22 @@ class SyntheticConfig:
 
 
 def make_speech(config: SyntheticConfig) -> Path:
-    """OUT/synthetic.jsonl and OUT/audio/*.flac; returns the list. Goes on where it was stopped."""
+    """Writes OUT/synthetic.jsonl and OUT/audio/*.flac; returns the list. Resumes.
+
+    Raises:
+        ValueError: OUT has other settings, a model is missing, or no text is usable.
+    """
     config.out.mkdir(parents=True, exist_ok=True)
     listed = config.out / "synthetic.jsonl"
     settings, file = _settings(config), config.out / "settings.json"
     if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != settings:
         raise ValueError(
-            f"{config.out}: begun with other settings ({file}); choose another folder for --out"
+            f"{config.out}: started with other settings ({file}); choose another --out"
         )
     if listed.is_file():
-        logger.info("%s is there already", listed)
+        logger.info("%s exists", listed)
         return listed
-    Kokoro(config.kokoro)  # What lacks is told before anything is fetched or started.
+    Kokoro(config.kokoro)  # Fails before anything is downloaded.
     texts = config.out / "texts.txt"
     if not texts.is_file():
         found = list(dict.fromkeys(_texts(config)))
@@ -108,13 +115,13 @@ def make_speech(config: SyntheticConfig) -> Path:
 
 
 def _settings(config: SyntheticConfig) -> dict[str, str | float]:
-    """What is made depends on all but the folders."""
+    """Everything that the result depends on."""
     values = asdict(config)
     return {key: str(values[key]) for key in values if key not in ("out", "kokoro", "judge")}
 
 
 def _run_all(config: SyntheticConfig) -> None:
-    """Every process makes its share; progress is what stands in their lists."""
+    """Runs `work` in processes; the progress bar shows the sum of their lists."""
     command = [
         sys.executable,
         "-m",
@@ -139,11 +146,15 @@ def _run_all(config: SyntheticConfig) -> None:
                 one.terminate()
         codes = [one.wait() for one in running]
     if any(codes):
-        raise ValueError("a process of the synthesis failed; what it says stands above")
+        raise ValueError("a process of the synthesis failed; see its error above")
 
 
 def work(config: SyntheticConfig, rank: int) -> None:
-    """One process: items rank, rank + processes, ... until its share of the hours is there."""
+    """Synthesizes the items rank, rank + processes, ... until they make the process's share.
+
+    Raises:
+        ValueError: there are too few texts.
+    """
     from eval.text import word_errors
     from eval.transcribe import Judge
     from slm.tokenization.text_normalization import phonemes
@@ -151,8 +162,6 @@ def work(config: SyntheticConfig, rank: int) -> None:
     texts = (config.out / "texts.txt").read_text(encoding="utf-8").splitlines()
     kokoro, judge = Kokoro(config.kokoro), Judge(config.judge, num_threads=1, device="cpu")
     voices = _voices(kokoro, config)
-    for kind in ("made", "rejected"):
-        _mend(config.out / f"{kind}-{rank}.jsonl")
     names = sorted(voices)
     done = {row["id"]: row for row in _made(config.out, rank)}
     rejected = {row["id"] for row in _read(config.out / f"rejected-{rank}.jsonl")}
@@ -167,7 +176,7 @@ def work(config: SyntheticConfig, rank: int) -> None:
         voice = names[int(random.integers(len(names)))]
         text = texts[int(random.permutation(len(texts))[0])]
         speed = float(random.uniform(*SPEEDS))
-        wave = kokoro.speak(phonemes(text, tied=True), voices[voice], speed)
+        wave = kokoro.synthesize(phonemes(text, tied=True), voices[voice], speed)
         wave = resample(np.clip(wave, -1, 1), KOKORO_RATE, SAMPLE_RATE)
         wer = word_errors(text, judge.transcribe(wave, SAMPLE_RATE)).rate
         row = {
@@ -180,7 +189,7 @@ def work(config: SyntheticConfig, rank: int) -> None:
         write_audio(config.out / row["audio"], wave, SAMPLE_RATE)
         _append(config.out / f"made-{rank}.jsonl", row)
         seconds += len(wave) / SAMPLE_RATE
-    raise ValueError(f"{config.out}: the texts do not last for {config.hours:g} hours")
+    raise ValueError(f"{config.out}: too few texts for {config.hours:g} hours; give more")
 
 
 def _voices(kokoro: Kokoro, config: SyntheticConfig) -> dict[str, np.ndarray]:
@@ -190,20 +199,20 @@ def _voices(kokoro: Kokoro, config: SyntheticConfig) -> dict[str, np.ndarray]:
 
 
 def _texts(config: SyntheticConfig) -> Iterator[str]:
-    """Sentences of a fitting length that are none of those to leave out."""
+    """Yields sentences of suitable length that are not excluded."""
     from slm.data.corpus import read_texts
 
-    known = set(_known(config.without)) if config.without is not None else set()
+    excluded = set(_texts_of_cuts(config.without)) if config.without is not None else set()
     found = _wordnet(config.out) if config.texts is None else read_texts(config.texts)
     for document in found:
         for text in re.split(r"(?<=[.!?])\s+", " ".join(document.split())):
             fits = WORDS[0] <= len(text.split()) <= WORDS[1]
-            if fits and re.fullmatch(r"[A-Za-z',.;:!? -]+", text) and _plain(text) not in known:
+            if fits and re.fullmatch(r"[A-Za-z',.;:!? -]+", text) and _plain(text) not in excluded:
                 yield text if text[-1] in ".!?" else f"{text}."
 
 
 def _wordnet(out: Path) -> Iterator[str]:
-    """The examples in the glosses of Debian's wordnet-base."""
+    """Yields the examples in the glosses of Debian's wordnet-base."""
     with tempfile.TemporaryDirectory(dir=out, prefix=".packages-") as temporary:
         (package,) = fetch_packages([WORDNET], Path(temporary))
         tree = Path(temporary) / "tree"
@@ -215,7 +224,7 @@ def _wordnet(out: Path) -> Iterator[str]:
                     yield text[:1].upper() + text[1:]
 
 
-def _known(path: Path) -> Iterator[str]:
+def _texts_of_cuts(path: Path) -> Iterator[str]:
     from codec.tokenize import text_of
     from codec.training.data import read_cuts
 
@@ -232,11 +241,7 @@ def _made(out: Path, rank: int | None = None) -> list[dict]:
 
 
 def _read(path: Path) -> list[dict]:
-    """Whole lines; a last one that was cut short counts as none."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    return [json.loads(line) for line in read_lines(path)]
 
 
 def _seconds(rows: Iterable[dict]) -> float:
@@ -244,15 +249,7 @@ def _seconds(rows: Iterable[dict]) -> float:
 
 
 def _append(path: Path, row: dict) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def _mend(path: Path) -> None:
-    """Removes a last line that a killed process has only begun."""
-    if path.is_file():
-        with open(path, "rb+") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
+    append_lines(path, [json.dumps(row, ensure_ascii=False)])
 
 
 def _write(path: Path, text: str) -> None:
@@ -261,7 +258,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def config_of(values: dict) -> SyntheticConfig:
-    """From JSON."""
+    """Returns the configuration of a parsed JSON object."""
     paths = ("out", "texts", "without", "kokoro", "judge")
     given: dict[str, Any] = {
         key: Path(value) if key in paths and value is not None else value

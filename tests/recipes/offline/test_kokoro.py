@@ -1,4 +1,4 @@
-"""Kokoro: its symbols, its voices, and what it refuses."""
+"""recipes/offline/kokoro.py."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from recipes.offline.kokoro import LONGEST, Kokoro, draw_styles, symbols_of
+from recipes.offline.kokoro import MAX_SYMBOLS, Kokoro, draw_styles, symbols_of
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from recipes.offline.kokoro import LONGEST, Kokoro, draw_styles, symbols_of
         ("n\u02c8a^\u026an, \u0261\u02c8e^\u026at!", "n\u02c8In, \u0261\u02c8At!"),
     ],
 )
-def test_sounds_become_symbols(phonemes: str, symbols: str) -> None:
+def test_phonemes_to_symbols(phonemes: str, symbols: str) -> None:
     assert symbols_of(phonemes) == symbols
 
 
@@ -34,7 +34,7 @@ def styles(number: int) -> dict[str, np.ndarray]:
     }
 
 
-def test_drawn_voices_lie_among_the_known_ones() -> None:
+def test_drawn_voices_are_distributed_like_the_given_ones() -> None:
     known = styles(12)
     drawn = draw_styles(known, 30, seed=1)
     assert sorted(drawn) == [f"drawn-{index:04d}" for index in range(30)]
@@ -56,7 +56,7 @@ def kokoro(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kokoro:
     return Kokoro(tmp_path)
 
 
-def test_it_is_given_ids_and_the_style_of_its_length(kokoro: Kokoro) -> None:
+def test_inputs_are_ids_and_the_style_of_their_number(kokoro: Kokoro) -> None:
     given: dict[str, Any] = {}
 
     class Session:
@@ -65,16 +65,16 @@ def test_it_is_given_ids_and_the_style_of_its_length(kokoro: Kokoro) -> None:
             return [np.zeros((1, 50), np.float32)]
 
     kokoro.__dict__["_session"] = Session()
-    wave = kokoro.speak("ab?b", kokoro.styles["af_one"], 1.1)
+    wave = kokoro.synthesize("ab?b", kokoro.styles["af_one"], 1.1)
     assert wave.shape == (50,)
     assert given["tokens"].tolist() == [[0, 7, 8, 8, 0]]
     assert given["style"].tolist() == [kokoro.styles["af_one"][3].tolist()]
     assert given["speed"].tolist() == pytest.approx([1.1])
-    for wrong in ("", "?", "a" * (LONGEST + 1)):
-        with pytest.raises(ValueError, match="cannot be spoken at once"):
-            kokoro.speak(wrong, kokoro.styles["af_one"])
+    for wrong in ("", "?", "a" * (MAX_SYMBOLS + 1)):
+        with pytest.raises(ValueError, match="cannot be synthesized"):
+            kokoro.synthesize(wrong, kokoro.styles["af_one"])
 
 
-def test_a_folder_that_is_not_whole_says_how_to_make_it(tmp_path: Path) -> None:
+def test_missing_model_is_an_error_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="makes models/kokoro-82m"):
         Kokoro(tmp_path / "none")

@@ -1,4 +1,4 @@
-"""Synthetic speech: planned, judged, resumable."""
+"""recipes/offline/synthetic.py."""
 
 import json
 from dataclasses import replace
@@ -24,29 +24,29 @@ KEPT = ["The dog ran far away.", "The hen sat in the sun!", "A red hen sat on th
 
 
 class Fake:
-    """Kokoro without a model; the judge hears what was said last."""
+    """Stands in for Kokoro; the judge transcribes the last text."""
 
     def __init__(self, folder: Path) -> None:
         self.styles = {name: np.zeros((4, 256), np.float32) for name in ("af_a", "bm_b", "ef_c")}
 
-    def speak(self, phonemes: str, style: np.ndarray, speed: float) -> np.ndarray:
-        said.append(phonemes)
+    def synthesize(self, phonemes: str, style: np.ndarray, speed: float) -> np.ndarray:
+        synthesized.append(phonemes)
         return 0.1 * np.sin(np.arange(24_000)).astype(np.float32)
 
 
-said: list[str] = []
+synthesized: list[str] = []
 
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SyntheticConfig:
-    said.clear()
+    synthesized.clear()
     (tmp_path / "judge").mkdir()
     (tmp_path / "judge" / "model.bin").touch()
     (tmp_path / "texts.txt").write_text("\n\n".join(TEXTS))
     monkeypatch.setattr(synthetic, "Kokoro", Fake)
     monkeypatch.setattr(spelling, "phonemes", lambda text, tied: text)
     monkeypatch.setattr(
-        Judge, "transcribe", lambda *_: "mumble" if "Nobody" in said[-1] else said[-1]
+        Judge, "transcribe", lambda *_: "mumble" if "Nobody" in synthesized[-1] else synthesized[-1]
     )
 
     def run_all(config: SyntheticConfig) -> None:
@@ -65,7 +65,7 @@ def rows(config: SyntheticConfig) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def test_speech_that_is_understood_is_kept(config: SyntheticConfig) -> None:
+def test_speech_with_a_low_wer_is_kept(config: SyntheticConfig) -> None:
     make_speech(config)
     made = rows(config)
     assert len(made) == 12
@@ -82,39 +82,39 @@ def test_speech_that_is_understood_is_kept(config: SyntheticConfig) -> None:
     assert "texts.txt" in (config.out / "audio" / "README.md").read_text()
 
 
-def test_stopped_and_started_again_it_makes_the_same(
+def test_resumed_synthesis_equals_an_uninterrupted_one(
     config: SyntheticConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_speech(config)
     other = replace(config, out=tmp_path / "other")
 
     def stop(*_: object) -> np.ndarray:
-        said.append(str(_[1]))
-        if len(said) == stopped:
+        synthesized.append(str(_[1]))
+        if len(synthesized) == stopped:
             raise KeyboardInterrupt
         return 0.1 * np.sin(np.arange(24_000)).astype(np.float32)
 
-    said.clear()
+    synthesized.clear()
     stopped = 5
-    monkeypatch.setattr(Fake, "speak", stop)
+    monkeypatch.setattr(Fake, "synthesize", stop)
     with pytest.raises(KeyboardInterrupt):
         make_speech(other)
-    before = len(said)
-    # A line that was cut short, and a recording that is not there, are made again.
+    before = len(synthesized)
+    # An incomplete line and a missing recording are made again.
     with open(tmp_path / "other" / "made-0.jsonl", "a") as file:
         file.write('{"id": "syn-0')
     stopped = -1
     make_speech(other)
     assert rows(other) == rows(config)
     assert before == 5
-    count = len(said)
+    count = len(synthesized)
     make_speech(other)  # It is done.
-    assert len(said) == count
-    with pytest.raises(ValueError, match="begun with other settings"):
+    assert len(synthesized) == count
+    with pytest.raises(ValueError, match="started with other settings"):
         make_speech(replace(other, seed=1))
 
 
-def test_texts_to_test_on_are_never_spoken(
+def test_excluded_texts_are_not_synthesized(
     config: SyntheticConfig, tmp_path: Path, write_wav
 ) -> None:
     write_wav(tmp_path / "a.wav", 1.0)
@@ -125,7 +125,7 @@ def test_texts_to_test_on_are_never_spoken(
     assert {row["text"] for row in rows(config)} == set(KEPT[1:])
 
 
-def test_the_recipe_makes_lists_of_cuts(
+def test_recipe_writes_lists_of_cuts(
     config: SyntheticConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -141,7 +141,7 @@ def test_the_recipe_makes_lists_of_cuts(
     assert not speakers[0] & speakers[1]
 
 
-def test_what_cannot_be_made(config: SyntheticConfig, tmp_path: Path, monkeypatch) -> None:
+def test_user_errors(config: SyntheticConfig, tmp_path: Path, monkeypatch) -> None:
     for wrong in ({"hours": 0.0}, {"voices": 0}, {"processes": 0}):
         with pytest.raises(ValueError, match="must be positive"):
             replace(config, **wrong)
@@ -149,14 +149,14 @@ def test_what_cannot_be_made(config: SyntheticConfig, tmp_path: Path, monkeypatc
         replace(config, judge=tmp_path / "none")
     with monkeypatch.context() as patch:
         patch.setattr(synthetic, "Kokoro", Kokoro)
-        with pytest.raises(ValueError, match="no whole Kokoro"):
+        with pytest.raises(ValueError, match="no valid Kokoro"):
             make_speech(replace(config, kokoro=tmp_path / "none"))
     (tmp_path / "texts.txt").write_text("Too short.")
     with pytest.raises(ValueError, match="no text of 4 to 25 words"):
         make_speech(config)
 
 
-def test_settings_survive_json(config: SyntheticConfig) -> None:
+def test_settings_round_trip_as_json(config: SyntheticConfig) -> None:
     from dataclasses import asdict
 
     assert config_of(json.loads(json.dumps(asdict(config), default=str))) == config
