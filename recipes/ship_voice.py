@@ -3,9 +3,9 @@
     python recipes/ship_voice.py voice=out/small/tts/voice prompts=my-prompts.jsonl out=models/small
 
 A fully fine-tuned AR becomes LoRA adapters (truncated SVD) and embedding rows of its LLM
-(slm/models/lora.py); a lower rank makes a smaller folder and a larger error. The codec must have been
-rounded (`codec halve`) before its tokens were exported: rounding changes its codes. Each line of
-`prompts` is a JSON object with name, audio, text and credit. Prints the sizes as one JSON line.
+(slm/models/lora.py); a lower rank makes a smaller folder and a larger error. The codec must have
+been rounded (`codec halve`) before its tokens were exported: rounding changes its codes. Each line
+of `prompts` is a JSON object with name, audio, text and credit. Prints the sizes as one JSON line.
 """
 
 import json
