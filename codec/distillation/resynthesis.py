@@ -43,7 +43,7 @@ class Resynthesis:
         if config.decoder == "auxiliary":
             self.sample_rate = codec.lmspt.auxiliary.sample_rate
         teacher = load_speech_teacher(
-            config.model, layer=config.layer, device=device, half=config.half
+            config.model, layer=config.layer, device=device, half=config.bfloat16
         )
         if not isinstance(teacher, WhisperTeacher):
             raise ValueError(f"resynthesis.model: {config.model} is not a Whisper; name one")

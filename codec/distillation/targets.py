@@ -93,7 +93,7 @@ class Teachers:
             from codec.distillation.teachers import load_speech_teacher
 
             self.speech = load_speech_teacher(
-                config.model, layer=config.layer, device=self.device, half=self.config.half
+                config.model, layer=config.layer, device=self.device, half=self.config.bfloat16
             )
         facts = self.cache.facts["speech"] if self.cache else vars(self.speech)
         self.widths["speech"], self.speech_rate = facts["dimension"], facts["frame_rate"]
@@ -110,7 +110,7 @@ class Teachers:
             from codec.distillation.teachers import load_text_teacher
 
             self.text = load_text_teacher(
-                config.model, layer=config.layer, device=self.device, half=self.config.half
+                config.model, layer=config.layer, device=self.device, half=self.config.bfloat16
             )
         if self.cache is None:
             from codec.distillation.word_alignment import load_transcriber
@@ -118,7 +118,7 @@ class Teachers:
             self.transcriber = load_transcriber(
                 config.transcriber,
                 device=self.device,
-                half=self.config.half,
+                half=self.config.bfloat16,
                 language=config.language,
             )
         facts = self.cache.facts["text"] if self.cache else vars(self.text)

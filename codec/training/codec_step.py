@@ -109,7 +109,7 @@ def generator_step(
         fake = discriminators(out.wave)
         parts["adversarial"] = adversarial_loss(fake, config.adversarial_form)
         parts["feature"] = feature_loss(
-            real, fake, normalize=config.normalize_features, scores=config.match_scores
+            real, fake, normalize=config.normalize_features, logits=config.match_scores
         )
     if targets is not None and targets.targets:
         assert isinstance(out, StudentOutput)

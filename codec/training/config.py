@@ -17,12 +17,12 @@ class MelScaleConfig:
     num_mels: int = 80
     """Mel bins."""
     weight: float = 1.0
-    """Of this resolution inside the mel loss."""
+    """Weight of this resolution in the mel loss."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossWeights:
-    """How much each loss counts; one of weight 0 is not computed."""
+    """Weights of the losses; one of weight 0 is not computed."""
 
     wave: float = 0.0
     """Absolute difference of samples."""
@@ -35,15 +35,15 @@ class LossWeights:
     commitment: float = 0.25
     """Distance of the latent to its codebook entries."""
     codebook: float = 0.0
-    """Distance of the entries to the latent, where codebooks learn by gradient."""
+    """Distance of the entries to the latent, where codebooks are trained by gradient."""
     adversarial: float = 0.0
     """Logits of the discriminators on generated waves."""
     feature: float = 0.0
     """Distance of the discriminators' features."""
     distill: float = 0.0
-    """Distance of codebooks to what teachers say of the speech (`distill` names the teachers)."""
+    """Distance of projected codebooks to teacher features (`distill` names the teachers)."""
     resynthesis: float = 0.0
-    """Distance that Whisper hears between the speech and what is made of its semantic codes."""
+    """Distance of Whisper's features of the speech and of its resynthesis from semantic codes."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -54,10 +54,10 @@ class LossWeights:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """Which losses train the generator, and their forms."""
+    """The generator's losses and their forms."""
 
     weights: LossWeights = field(default_factory=LossWeights)
-    """Weight by name."""
+    """Weights by name."""
     mel_scales: tuple[MelScaleConfig, ...] = (
         MelScaleConfig(window=2048, hop=512, num_mels=160),
         MelScaleConfig(window=1024, hop=256, num_mels=100),
@@ -68,9 +68,9 @@ class LossConfig:
     mel_form: Literal["speechtokenizer", "lmspt"] = "speechtokenizer"
     """Natural logs of HTK mels, or log10 of squared Slaney mels whose frames are centred."""
     mel_l2_weight: float = 0.0
-    """Weight of the squared log-mel difference beside the absolute one (the papers': 1)."""
+    """Weight of the squared log-mel difference, added to the absolute one (the papers': 1)."""
     mel_linear_weight: float = 0.0
-    """Weight of the absolute difference of the mels themselves beside their logs' (LM-SPT's: 1)."""
+    """Weight of the absolute difference of the mels before the logarithm (LM-SPT's: 1)."""
     magnitude_windows: tuple[int, ...] = (2048, 512, 128)
     """STFT windows of the relative magnitude loss; the hop is a quarter of each."""
     adversarial_form: Literal["least_squares", "hinge"] = "least_squares"
@@ -78,7 +78,7 @@ class LossConfig:
     normalize_features: bool = False
     """Divide each feature-matching term by the mean magnitude of the real features (the papers)."""
     match_scores: bool = True
-    """Feature matching counts the last layers too, which are the scores (LM-SPT's: false)."""
+    """Feature matching includes the last layers, which are the logits (LM-SPT's: false)."""
 
     def __post_init__(self) -> None:
         one_of(("speechtokenizer", "lmspt"), losses__mel_form=self.mel_form)
@@ -111,7 +111,7 @@ class DiscriminatorConfig:
     """Windows of the multi-band STFT discriminators, the hop a quarter of each and each at least
     128; empty: none."""
     normalize_input: bool = False
-    """They hear each wave without its mean and scaled to a peak of 0.8 (LM-SPT's)."""
+    """Remove each wave's mean and scale it to a peak of 0.8 (LM-SPT)."""
     width_divisor: int = 1
     """Divides the published channel counts of all but the STFT discriminators (miniatures)."""
 
@@ -132,20 +132,20 @@ class DiscriminatorConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpeechTeacherConfig:
-    """A self-supervised or recognition model that teaches content (2308.16692, section 3.3)."""
+    """A self-supervised or recognition model whose features are distilled (2308.16692, 3.3)."""
 
     model: str = ""
     """HuBERT, WavLM, wav2vec2 or Whisper by hub id or folder; empty: no speech teacher."""
     layer: str = "mean"
-    """Hidden states that are the target: mean of all, last, or one by its number."""
+    """Hidden states used as targets: mean of all, last, or one by its number."""
     weight: float = 1.0
-    """Of this teacher (lambda_SM of 2410.15017, equation 11)."""
+    """Weight of this teacher (lambda_SM of 2410.15017, equation 11)."""
     objective: Literal["d_axis", "t_axis", "units"] = "d_axis"
     """Cosine over time per feature, L1 and cosine per frame, or pseudo-labels' cross-entropy."""
     cosine_weight: float = 1.0
-    """Of the cosine beside the L1 of t_axis."""
+    """Weight of the cosine term of t_axis, added to its L1 term."""
     codebooks: Literal["first", "mean", "last"] = "first"
-    """What learns: codebook 1, the mean of all codebooks, or the last one."""
+    """What is projected to the teacher: codebook 1, the mean of all codebooks, or the last one."""
     units: str = ""
     """Centroids of recipes/make_units.py, for the objective units."""
 
@@ -162,27 +162,27 @@ class SpeechTeacherConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextTeacherConfig:
-    """A masked language model that reads what is said (2410.15017, section 3.2)."""
+    """A masked language model over the transcript (2410.15017, section 3.2)."""
 
     model: str = ""
     """BERT, ELECTRA or MiniLM-like by hub id or folder; empty: no text teacher."""
     layer: str = "mean"
-    """Hidden states that are the target: mean of all, last, or one by its number."""
+    """Hidden states used as targets: mean of all, last, or one by its number."""
     weight: float = 1.0
-    """Of this teacher (lambda_LM of 2410.15017, equation 11)."""
+    """Weight of this teacher (lambda_LM of 2410.15017, equation 11)."""
     objective: Literal["d_axis", "t_axis"] = "d_axis"
     """Cosine over time per feature, or L1 and cosine per frame."""
     cosine_weight: float = 1.0
-    """Of the cosine beside the L1 of t_axis."""
+    """Weight of the cosine term of t_axis, added to its L1 term."""
     codebooks: Literal["first", "mean", "last"] = "first"
-    """What learns: codebook 1, the mean of all codebooks, or the last one."""
+    """What is projected to the teacher: codebook 1, the mean of all codebooks, or the last one."""
     align: Literal["ctc", "global", "index"] = "ctc"
     """Each word's state over its own frames, the sentence's state on every frame, or word piece i
     on frame i (what DM-Codec's released code does, for comparison)."""
     transcriber: str = ""
-    """wav2vec2-CTC or Whisper by hub id or folder, which hears the words and their times."""
+    """wav2vec2-CTC or Whisper by hub id or folder, for the words and their times."""
     language: str = "en"
-    """What a multilingual Whisper hears."""
+    """Language of a multilingual Whisper."""
 
     def __post_init__(self) -> None:
         one_of(("d_axis", "t_axis"), distill__text__objective=self.objective)
@@ -194,22 +194,22 @@ class TextTeacherConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistillConfig:
-    """Teachers. With both, each counts half (2410.15017, equation 11)."""
+    """Teachers. With both, each has half the weight (2410.15017, equation 11)."""
 
     speech: SpeechTeacherConfig = field(default_factory=SpeechTeacherConfig)
-    """Teacher of sound."""
+    """Speech teacher."""
     text: TextTeacherConfig = field(default_factory=TextTeacherConfig)
-    """Teacher of meaning."""
+    """Text teacher."""
     shared_head: bool = False
-    """One projection for both teachers (DM-Codec's released code), which must be equally wide."""
+    """One projection for both teachers (DM-Codec's released code), which need the same width."""
     cache: str = ""
-    """Folder of recipes/cache_teachers.py; empty: the teachers run beside the codec.
+    """Folder of recipes/cache_teachers.py; empty: the teachers run during training.
 
-    A cache knows whole recordings and, as it is made by default, their own transcripts; beside the
-    codec the teachers hear no more than the crop, and the words are those recognised in it.
+    A cache has features of entire recordings and by default of their own transcripts; during
+    training the teachers get the crop alone, and the words are those recognised in it.
     """
-    half: bool = True
-    """Teachers compute in bfloat16 where the machine does so in hardware."""
+    bfloat16: bool = True
+    """Teachers compute in bfloat16 where the hardware does."""
 
     def __post_init__(self) -> None:
         if self.shared_head and not (self.speech.model and self.text.model):
@@ -218,8 +218,8 @@ class DistillConfig:
             raise ValueError("distill.cache holds teachers' features, but distill names no teacher")
         if self.text.model and not (self.text.transcriber or self.cache):
             raise ValueError(
-                "distill.text.transcriber names no model: the text teacher needs one that hears "
-                "the words, or distill.cache"
+                "distill.text.transcriber names no model: the text teacher needs one that "
+                "recognizes the words, or distill.cache"
             )
 
     @property
@@ -229,7 +229,6 @@ class DistillConfig:
 
 
 def _check_layer(name: str, layer: str) -> None:
-    """How many layers there are, the model knows."""
     if layer not in ("mean", "last") and not layer.isdecimal():
         raise ValueError(f"{name} must be mean, last, or a number from 0 up, got {layer!r}")
 
@@ -242,25 +241,26 @@ def _check_weights(name: str, teacher: SpeechTeacherConfig | TextTeacherConfig) 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResynthesisConfig:
-    """LM-SPT's distillation: Whisper hears what is made of the semantic codes (2506.16738, 3.2)."""
+    """LM-SPT's distillation: Whisper's features of a resynthesis from the semantic codes alone
+    (2506.16738, section 3.2)."""
 
     model: str = ""
     """Whisper by hub id or folder; empty: no resynthesis."""
     layer: str = "last"
-    """Hidden states that are compared: mean of all, last, or one by its number."""
+    """Hidden states to compare: mean of all, last, or one by its number."""
     decoder: Literal["auxiliary", "main"] = "auxiliary"
-    """What speaks the semantic codes: the family lmspt's own decoder for that, or the codec's."""
+    """Decoder of the semantic codes: the auxiliary one of the family lmspt, or the codec's own."""
     stop_gradient: bool = False
-    """The decoder learns to speak the semantic codes; encoder and codebook learn nothing of it.
-    The auxiliary decoder then listens in on a codec that is trained as if it were not there."""
+    """Only the decoder gets a gradient of this loss, not encoder and codebook: with the auxiliary
+    decoder the codec is trained as without resynthesis."""
     distance: Literal["mse", "l1"] = "mse"
     """Between the features of original and resynthesis."""
     mask: bool = True
-    """Frames of speech count alone; or all 1500 of 30 s, crops padded to that (released code)."""
+    """Compare the frames of speech alone; or all 1500 of 30 s (released code)."""
     per_item: bool = True
-    """The resynthesis' log-mels have floors of their own; or the batch's (released code)."""
-    half: bool = True
-    """Whisper computes in bfloat16 where the machine does so in hardware."""
+    """Floor the resynthesis' log-mels per item; or per batch (released code)."""
+    bfloat16: bool = True
+    """Whisper computes in bfloat16 where the hardware does."""
 
     def __post_init__(self) -> None:
         one_of(("auxiliary", "main"), resynthesis__decoder=self.decoder)
@@ -279,9 +279,9 @@ class CropConfig:
     num_workers: int = 0
     """Loader processes per rank."""
     max_validation_seconds: float = 10.0
-    """Validation recordings are cut to this length."""
+    """Validation recordings are truncated to this length."""
     num_validation: int = 32
-    """Recordings of the dev list that a validation looks at."""
+    """Recordings of the dev list that a validation uses."""
 
     def __post_init__(self) -> None:
         # A mel loss of 2048 samples needs more than half of them to reflect.

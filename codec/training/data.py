@@ -24,7 +24,11 @@ logger = logging.getLogger(__name__)
 
 
 def read_cuts(path: str | Path) -> "CutSet":
-    """A lhotse manifest (cuts.jsonl.gz), whole in memory. `ValueError` when missing or broken."""
+    """A lhotse manifest (cuts.jsonl.gz), in memory.
+
+    Raises:
+        ValueError: it is missing, corrupted or empty.
+    """
     from lhotse import CutSet
 
     if not Path(path).is_file():
@@ -33,7 +37,7 @@ def read_cuts(path: str | Path) -> "CutSet":
         cuts = CutSet.from_jsonl(path).to_eager()
     except Exception as error:
         raise ValueError(
-            f"{path}: not a whole list of cuts ({type(error).__name__}: {error}); make it again"
+            f"{path}: a corrupted list of cuts ({type(error).__name__}: {error}); make it again"
         ) from error
     if len(cuts) == 0:
         raise ValueError(f"{path}: the list of cuts is empty")
@@ -55,14 +59,14 @@ def load_cut(
     except ValueError:
         raise
     except Exception as error:
-        # lhotse raises many kinds for archives and streams; all say that this cut has no sound.
+        # lhotse raises many kinds for archives and streams: this cut cannot be read.
         raise ValueError(f"{cut.id}: cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _load(cut: "Cut", sample_rate: int, start: float, duration: float, allow_silence: bool):
     source = _single_file(cut)
     if source is not None:
-        # Up to the end of the file, whatever its header promised: a cut file is noticed there.
+        # To the end of the file, whatever its header states: a truncated file is detected there.
         end_of_file = abs(cut.start + start + duration - _recording(cut).duration) < 1e-6
         return read_audio(
             source, sample_rate, start=cut.start + start,
@@ -75,7 +79,7 @@ def _load(cut: "Cut", sample_rate: int, start: float, duration: float, allow_sil
 
 
 def _single_file(cut: Any) -> str | None:
-    """The file behind a plain cut, or None where lhotse has more to do (archives, mixtures)."""
+    """The file of a plain cut, or None where lhotse is needed (archives, mixtures)."""
     recording = _recording(cut)
     if recording is None or recording.transforms or len(recording.sources) != 1:
         return None
@@ -91,20 +95,20 @@ class Crops(NamedTuple):
 
     wave: Float[Tensor, "B 1 S"]
     lengths: Int[Tensor, " B"]
-    """Samples of each item that are no padding."""
+    """Samples of each item without padding."""
     ids: tuple[str, ...]
     """Cuts."""
     starts: tuple[float, ...]
     """Seconds into each cut."""
     codes: Int[Tensor, "B T"] | None = None
-    """Of codebook 1, where they are known already; the last one goes on in padding."""
+    """Of codebook 1, where it was encoded beforehand; the last one is repeated in padding."""
 
 
 class CropDataset(Dataset):
-    """Crop number i of an endless stream: epoch i // N, shuffled anew for every epoch.
+    """Crop number i of an endless stream: epoch i // N, shuffled for every epoch.
 
-    A recording that cannot be read costs itself: the crop comes from the next one of the epoch,
-    `bad` collects its id and why, and so does `bad_file`, which all loader processes share.
+    In place of a recording that cannot be read comes the next one of the epoch; its id and the
+    reason go to `bad` and to `bad_file`, which all loader processes share.
     """
 
     def __init__(
@@ -112,8 +116,8 @@ class CropDataset(Dataset):
         bad_file: Path | None = None,
         codes: Mapping[str, Integer[np.ndarray, " T"]] | None = None, hop_length: int = 1,
     ) -> None:  # fmt: skip
-        """With `codes` of whole cuts by their ids crops begin and end with frames of hop_length
-        samples, and bring theirs."""
+        """With `codes` of entire cuts by their ids, crops start and end at frames of `hop_length`
+        samples and have their codes."""
         self._codes, self._hop = codes, hop_length
         self.bad_file = bad_file
         self.cuts, self.sample_rate, self.seed = list(cuts), sample_rate, seed
@@ -147,7 +151,7 @@ class CropDataset(Dataset):
             known = self._codes[cut.id]
             codes = known[np.minimum(np.arange(first, first + count), len(known) - 1)]
             codes = torch.from_numpy(codes.astype(np.int64))[None]
-        # A crop may fall into a pause; whether the whole is silent, prepare_data.py has checked.
+        # A crop may fall into a pause; prepare_data.py has checked that the recording has speech.
         wave = load_cut(
             cut, self.sample_rate, start=start, duration=self.seconds, allow_silence=True
         )[: self.samples]
@@ -193,11 +197,11 @@ def crop_batches(
         collate_fn=_join,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        # Its own generator: a loader would draw a number from the global one that a run which
-        # was not interrupted does not draw.
+        # Its own generator: each new loader draws from the global one, and a resumed run has one
+        # loader more.
         generator=torch.Generator(),
         # Ctrl-C is for the main process, which stops after its step.
         worker_init_fn=_ignore_interrupts,
-        # Forking after threads have started can hang; workers start afresh instead.
+        # Forking after threads have started can hang.
         multiprocessing_context="spawn" if num_workers else None,
     )

@@ -1,10 +1,4 @@
-"""Pure loss functions of waves and of what discriminators say. Each is a mean over the batch.
-
-A loss that counts what an ear understands: STOI between two waves, with a gradient.
-
-Taal et al. 2011 (IEEE TASLP 19(7), 2125-2136), at the waves' own sample rate in place of 10 kHz and
-without cutting out silence first: stretches whose speech is far below the loudest do not count.
-"""
+"""Loss functions of waves and of the discriminators' outputs. Each is a mean over the batch."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -116,9 +110,9 @@ def discriminator_loss(
     total = real[0].logits.new_zeros(())
     for on_real, on_fake in zip(real, fake, strict=True):
         if form == "hinge":
-            on_both = functional.relu(1 - on_real.logits).mean()
-            on_both = on_both + functional.relu(1 + on_fake.logits).mean()
-            total = total + on_both / len(real)
+            terms_of_both = functional.relu(1 - on_real.logits).mean()
+            terms_of_both = terms_of_both + functional.relu(1 + on_fake.logits).mean()
+            total = total + terms_of_both / len(real)
         else:
             total = total + (1 - on_real.logits).square().mean() + on_fake.logits.square().mean()
     return total
@@ -140,16 +134,16 @@ def feature_loss(
     fake: Sequence[DiscriminatorOutput],
     *,
     normalize: bool,
-    scores: bool = True,
+    logits: bool = True,
 ) -> Float[Tensor, ""]:
-    """Feature matching: absolute difference of every discriminator layer, the last one, the score,
-    among them where `scores` says so.
+    """Feature matching: absolute difference of every discriminator layer; the last layer, the
+    logits, is included where `logits` is true.
 
     The released code sums them, twice over (HiFi-GAN's factor); the papers divide each by the real
     layer's mean magnitude and average (2210.13438, section 3.4). LM-SPT's released code sums all
-    but the scores and weighs the sum 2: the factor here, at weight 1.
+    but the logits and weighs the sum 2: the factor here, at weight 1.
     """
-    last = None if scores else -1
+    last = None if logits else -1
     terms = []
     for on_real, on_fake in zip(real, fake, strict=True):
         for a, b in zip(on_real.features[:last], on_fake.features[:last], strict=True):
@@ -165,14 +159,14 @@ def feature_loss(
 FRAME_SECONDS = 0.0256
 BANDS, LOWEST_HZ = 15, 150.0
 """One-third octave bands, and the centre of the lowest."""
-STRETCH = 30
-"""Frames that are compared at once: 384 ms."""
-STEP = 2
-"""Frames between two stretches (STOI's is 1; neighbours say nearly the same)."""
+SEGMENT_FRAMES = 30
+"""Frames of a segment: 384 ms."""
+SEGMENT_STEP = 2
+"""Frames between two segments (STOI's is 1; neighbors are nearly the same)."""
 CLIP = 1 + 10 ** (15 / 20)
 """No band may exceed the original by more: a signal-to-distortion ratio of -15 dB."""
 QUIET = 1e-2
-"""Stretches below this share of the loudest one's magnitude (-40 dB) do not count."""
+"""Segments below this share of the loudest one's magnitude (-40 dB) do not count."""
 SILENT = 0.05
 """Nor do those below this magnitude, some -80 dB of full scale."""
 TINY = 1e-8
@@ -181,46 +175,48 @@ TINY = 1e-8
 def stoi_loss(
     fake: Float[Tensor, "B 1 S"], real: Float[Tensor, "B 1 S"], sample_rate: int
 ) -> Float[Tensor, ""]:
-    """1 less the mean correlation of band magnitudes over 384 ms, 0 for what is fully understood.
+    """1 - STOI: 0 where the magnitudes of all bands correlate fully over 384 ms.
 
-    Items without speech, and of less than 384 ms, count nothing.
+    Taal et al. 2011 (IEEE TASLP 19(7), 2125-2136), at the waves' own sample rate in place of 10 kHz
+    and without removing silence first: segments far below the loudest one do not count, nor do
+    items without speech and items of less than 384 ms.
     """
     with torch.autocast(fake.device.type, enabled=False):
-        said, meant = (_stretches(wave.squeeze(1).float(), sample_rate) for wave in (fake, real))
-        strength = meant.norm(dim=-1, keepdim=True)
-        scaled = said * (strength / (said.norm(dim=-1, keepdim=True) + TINY))
-        clipped = torch.minimum(scaled, meant * CLIP)
-        likeness = (_centred(clipped) * _centred(meant)).sum(-1)  # (B, K, N)
+        degraded, clean = (_segments(wave.squeeze(1).float(), sample_rate) for wave in (fake, real))
+        strength = clean.norm(dim=-1, keepdim=True)
+        scaled = degraded * (strength / (degraded.norm(dim=-1, keepdim=True) + TINY))
+        clipped = torch.minimum(scaled, clean * CLIP)
+        correlation = (_centered(clipped) * _centered(clean)).sum(-1)  # (B, K, N)
         loudness = strength[..., 0].square().sum(1).sqrt()
         loudest = loudness.amax(dim=-1, keepdim=True) if loudness.shape[-1] else loudness
         counts = (loudness > (QUIET * loudest).clamp(min=SILENT)).float()[:, None]
         total = (counts.sum() * BANDS).clamp(min=1)
-        return (counts * (1 - likeness)).sum() / total
+        return (counts * (1 - correlation)).sum() / total
 
 
-def _centred(values: Float[Tensor, "B K N L"]) -> Float[Tensor, "B K N L"]:
-    """Of zero mean and unit length over a stretch."""
+def _centered(values: Float[Tensor, "B K N L"]) -> Float[Tensor, "B K N L"]:
+    """Of zero mean and unit norm over a segment."""
     values = values - values.mean(dim=-1, keepdim=True)
     return values / (values.norm(dim=-1, keepdim=True) + TINY)
 
 
-def _stretches(wave: Float[Tensor, "B S"], sample_rate: int) -> Float[Tensor, "B K N L"]:
-    """Magnitudes of the bands in overlapping stretches."""
+def _segments(wave: Float[Tensor, "B S"], sample_rate: int) -> Float[Tensor, "B K N L"]:
+    """Magnitudes of the bands in overlapping segments."""
     window = round(FRAME_SECONDS * sample_rate)
     window += window % 2
     magnitude = magnitude_spectrogram(wave, window=window, hop=window // 2)
     bands = _bands(sample_rate, window).to(wave.device)
     energy = bands @ magnitude.square()
     size = energy.shape[-1]
-    if size < STRETCH:
-        return energy.new_zeros(len(wave), BANDS, 0, STRETCH) + 0 * energy.sum()
-    return (energy + TINY).sqrt().unfold(-1, STRETCH, STEP)
+    if size < SEGMENT_FRAMES:
+        return energy.new_zeros(len(wave), BANDS, 0, SEGMENT_FRAMES) + 0 * energy.sum()
+    return (energy + TINY).sqrt().unfold(-1, SEGMENT_FRAMES, SEGMENT_STEP)
 
 
 @lru_cache
 def _bands(sample_rate: int, window: int) -> Float[Tensor, "K F"]:
-    """Which bins of a spectrum belong to a band: 1 or 0."""
-    centres = LOWEST_HZ * 2 ** (torch.arange(BANDS) / 3)
+    """1 where a bin of the spectrum belongs to a one-third octave band, else 0."""
+    centers = LOWEST_HZ * 2 ** (torch.arange(BANDS) / 3)
     bins = torch.arange(window // 2 + 1) * sample_rate / window
-    low, high = centres * 2 ** (-1 / 6), centres * 2 ** (1 / 6)
+    low, high = centers * 2 ** (-1 / 6), centers * 2 ** (1 / 6)
     return ((bins >= low[:, None]) & (bins < high[:, None])).float()

@@ -193,6 +193,6 @@ def test_what_was_imported_is_trained_further_with_its_configuration(
     scales = "losses.mel_scales=[{window: 256, hop: 64, num_mels: 20}]"
     train(
         *(RELEASED_FORM, f"--config={tmp_path / 'tiny.yaml'}", f"start_from={started}"),
-        *(*cuts, *SHORT, whisper, "resynthesis.half=false", scales),
+        *(*cuts, *SHORT, whisper, "resynthesis.bfloat16=false", scales),
     )
     unchanged(started, tmp_path / "run" / "codec")

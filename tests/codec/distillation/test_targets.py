@@ -44,7 +44,10 @@ def configured(tmp_path: Path, **changes: object) -> DistillConfig:
         "model": str(tmp_path / "bert"), "transcriber": "clock", **changes.pop("text", {})  # type: ignore
     }  # fmt: skip
     return DistillConfig(
-        speech=SpeechTeacherConfig(**speech), text=TextTeacherConfig(**text), half=False, **changes
+        speech=SpeechTeacherConfig(**speech),
+        text=TextTeacherConfig(**text),
+        bfloat16=False,
+        **changes,
     )
 
 
@@ -98,7 +101,7 @@ def test_frames_are_those_of_the_codec_whatever_the_length(
 ) -> None:
     """50, 25 and 12.5 Hz and one above the teachers' 50: 100 Hz."""
     model = save_speech_teacher(tmp_path / kind, kind)
-    config = DistillConfig(speech=SpeechTeacherConfig(model=model), half=False)
+    config = DistillConfig(speech=SpeechTeacherConfig(model=model), bfloat16=False)
     networks = SpectralConfig(hop=160, window=640, strides=strides)
     codec_config = CodecConfig(spectral=networks)
     teachers = Teachers(config, codec_config, "cpu")

@@ -246,10 +246,10 @@ def test_released_losses(golden: dict, released) -> None:
     found = float(adversarial_loss(fake, "least_squares"))
     assert found == pytest.approx(golden["adv_g_loss"], rel=1e-4)
     # The original weighs features 2; that factor is ours.
-    found = float(feature_loss(real, fake, normalize=False, scores=False))
+    found = float(feature_loss(real, fake, normalize=False, logits=False))
     assert found == pytest.approx(2 * golden["feat_loss"], rel=1e-4)
     each = [
-        float(feature_loss([a], [b], normalize=False, scores=False))
+        float(feature_loss([a], [b], normalize=False, logits=False))
         for a, b in zip(real, fake, strict=True)
     ]
     assert each == pytest.approx([2 * loss for loss in golden["feat_l1_per_disc"]], rel=1e-4)

@@ -33,7 +33,7 @@ def settings(tmp_path: Path, write_wav: Callable[..., Path]) -> list[str]:
     CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
     return [
         *TINY,
-        "distill.half=false",
+        "distill.bfloat16=false",
         *(f"{name}={tmp_path / 'cuts.jsonl.gz'}" for name in ("train", "dev")),
         f"out={tmp_path / 'run'}",
     ]
@@ -170,7 +170,7 @@ def test_the_released_resynthesis_is_a_file_on_top() -> None:
     config = check([f"--config={CONFIGS / file}" for file in released])
     settings = config.resynthesis
     assert config.losses.weights.resynthesis == 500
-    assert (settings.mask, settings.per_item, settings.half) == (False, False, False)
+    assert (settings.mask, settings.per_item, settings.bfloat16) == (False, False, False)
     assert settings.distance == "mse"
 
 

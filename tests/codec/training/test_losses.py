@@ -176,7 +176,7 @@ def test_feature_loss_without_scores_leaves_the_last_layer_out(normalize, expect
         return [DiscriminatorOutput(maps[-1], maps) for _ in range(2)]
 
     real, fake = heard(2.0, 1.0), heard(5.0, 9.0)
-    assert feature_loss(real, fake, normalize=normalize, scores=False) == expected
+    assert feature_loss(real, fake, normalize=normalize, logits=False) == expected
     assert feature_loss(real, fake, normalize=normalize) > expected
 
 
