@@ -255,25 +255,15 @@ def cluster(
         raise ValueError(f"{len(vectors)} vectors for {num_units} units; there must be as many")
     from sklearn.cluster import MiniBatchKMeans
 
-    frames = vectors.float().numpy()
     kmeans = MiniBatchKMeans(
-        num_units,
-        batch_size=BATCH_FRAMES,
-        max_iter=iterations,
-        n_init=3,
-        random_state=seed,
-        compute_labels=False,
-    ).fit(frames)
-    labels = kmeans.predict(frames)
-    centroids = kmeans.cluster_centers_
-    # Mini-batch updates leave the centroids near the means: one step of Lloyd's algorithm.
-    counts = np.bincount(labels, minlength=num_units)
-    sums = np.zeros_like(centroids)
-    np.add.at(sums, labels, frames)
-    filled = counts > 0
-    centroids[filled] = sums[filled] / counts[filled, None]
-    inertia = float(np.square(frames - centroids[labels]).sum(1).mean())
-    return Clusters(torch.from_numpy(centroids), torch.from_numpy(counts), inertia, kmeans.n_iter_)
+        num_units, batch_size=BATCH_FRAMES, max_iter=iterations, n_init=3, random_state=seed
+    ).fit(vectors.float().numpy())
+    return Clusters(
+        centroids=torch.from_numpy(kmeans.cluster_centers_),
+        counts=torch.from_numpy(np.bincount(kmeans.labels_, minlength=num_units)),
+        inertia=float(kmeans.inertia_) / len(vectors),
+        iterations=kmeans.n_iter_,
+    )
 
 
 if __name__ == "__main__":
