@@ -25,7 +25,7 @@ from eval.text import word_errors
 from eval.transcribe import Judge
 from recipes.lib.commands import Command, run
 from recipes.lib.run import finished, run_program
-from slm.data.sequences import load_prompts
+from slm.data.prompts import load_prompts
 
 SAMPLE_RATE = 16_000
 VOICE, OUT = Path("models/small"), Path("out/voice")

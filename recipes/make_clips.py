@@ -26,9 +26,9 @@ from codec.config import at_least
 from codec.distillation.ctc_reader import CodeRecognizer, normalize_transcript
 from codec.tokens import TokenRow, TokenShard, write_shard
 from recipes.lib.run import finished, load_config, run_program
-from slm.data.interleaving import write_edges
-from slm.data.sequences import has_words, in_small_letters
+from slm.data.interleaving import write_word_boundaries
 from slm.models.ar import Letters
+from slm.tokenization.text_normalization import has_words, lowercase_if_all_caps
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def main(argv: list[str]) -> None:
     codes = (shard[row].codes[0] for row in tqdm(range(len(shard)), desc="letters", unit="utt"))
     Letters(recognizer.letters, recognizer.letter_shares(codes)).save(config.out / "letters.json")
     write_shard(config.out / "clips" / "clips.parquet", clips.rows, shard.stamp)
-    write_edges(config.out / "edges.jsonl.gz", clips.boundaries.items())
+    write_word_boundaries(config.out / "edges.jsonl.gz", clips.boundaries.items())
     results = {
         "clips": str(config.out / "clips"),
         "letters": str(config.out / "letters.json"),
@@ -145,7 +145,7 @@ def make_clips(recognizer: CodeRecognizer, shard: TokenShard, config: ClipsConfi
     rate = shard.stamp.frame_rate
     for index in tqdm(range(len(shard)), desc="clips", unit="utt"):
         row = shard[index]
-        text = in_small_letters(row.text)
+        text = lowercase_if_all_caps(row.text)
         words = text.split()
         try:
             boundaries = recognizer.word_boundaries(row.codes[0], text)

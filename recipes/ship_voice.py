@@ -21,7 +21,8 @@ from codec.config import at_least
 from codec.io import apply_umask, atomic_folder
 from codec.models.codec import is_half_precision, save_half_precision
 from recipes.lib.run import finished, load_config, run_program
-from slm.data.sequences import Coverage, Prompt
+from slm.data.coverage import Coverage
+from slm.data.prompts import Prompt
 from slm.export.voice_folder import is_voice, short_path, write_extras
 from slm.models.lora import as_adapters
 from slm.tokenization.vocabulary import Vocabulary

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slm.config import SamplingConfig
-    from slm.data.sequences import Prompt
+    from slm.data.prompts import Prompt
     from slm.export.causal_lm import export
     from slm.models.ar import SpeechLM
     from slm.models.nar import NAR

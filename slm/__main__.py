@@ -196,7 +196,7 @@ def _tts(arguments: argparse.Namespace) -> None:
         entry["prompt_text"] = arguments.prompt_text
     passage = prepare(voice, entry, Path(), arguments.seed)
     if arguments.stream is not None:
-        waves = voice.stream_passage(passage, arguments.chunk_seconds)
+        waves = voice.stream_prepared(passage, arguments.chunk_seconds)
         _stream(arguments.stream, waves, voice.codec.sample_rate)
         return
     pace = Pace()
@@ -270,7 +270,7 @@ def _asr(arguments: argparse.Namespace) -> None:
     failed = []
     for path in arguments.recordings:
         try:
-            heard = voice.hear_file(path, arguments.batch)
+            heard = voice.transcribe_file(path, arguments.batch)
         except (ValueError, OSError) as error:
             if len(arguments.recordings) == 1:
                 raise

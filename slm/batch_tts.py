@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from codec.io import atomic_file, sha256_of
-from slm.generation.long_form import Passage
+from slm.generation.long_form import LongText
 from slm.generation.tts import Speech
 from slm.voice import Voice
 
@@ -71,7 +71,7 @@ def speak_list(
     settings = [voice.digest, seed, repr(voice.sampling)]
     done = _made(results, out)
     made: set[str] = set()
-    waiting: list[tuple[dict[str, str], Passage]] = []
+    waiting: list[tuple[dict[str, str], LongText]] = []
     skipped: list[str] = []
     seen: set[str] = set()
     pace = Pace()
@@ -107,16 +107,16 @@ def speak_list(
         raise ValueError(f"{listed}: no line could be used")
 
 
-def prepare(voice: Voice, entry: Mapping[str, str], folder: Path, seed: int) -> Passage:
+def prepare(voice: Voice, entry: Mapping[str, str], folder: Path, seed: int) -> LongText:
     """Reads and checks a line. A prompt's path counts from the current folder, then the list's."""
     for key in ("text", "prompt_text"):
         try:
             entry.get(key, "").encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"{key} is no text: {entry[key]!r} has half a character") from error
-    voice.check_text(entry["text"])
+    text = voice.normalize(entry["text"])
     where = prompt_of(voice, entry["prompt"], folder)
-    return voice.passage(entry["text"], voice.prompt(where, entry.get("prompt_text")), seed)
+    return voice.prepare_long(text, voice.prompt(where, entry.get("prompt_text")), seed)
 
 
 def _recording(name: str, folder: Path) -> Path:
@@ -138,10 +138,10 @@ class Pace:
     def __init__(self) -> None:
         self._speech = self._taken = 0.0
 
-    def say(self, voice: Voice, passages: list[Passage], batch: int) -> list[Speech]:
+    def say(self, voice: Voice, passages: list[LongText], batch: int) -> list[Speech]:
         """Voice.say, timed."""
         started = time.monotonic()
-        speeches = voice.say(passages, batch)
+        speeches = voice.synthesize(passages, batch)
         self._taken += time.monotonic() - started
         self._speech += sum(len(each.wave) for each in speeches) / voice.codec.sample_rate
         return speeches
@@ -154,7 +154,7 @@ class Pace:
 
 
 def _speak(
-    voice: Voice, waiting: list[tuple[dict[str, str], Passage]], out: Path, file: Any,
+    voice: Voice, waiting: list[tuple[dict[str, str], LongText]], out: Path, file: Any,
     batch: int, pace: Pace,
 ) -> None:  # fmt: skip
     speeches = pace.say(voice, [passage for _, passage in waiting], batch)

@@ -113,7 +113,8 @@ def save_voice(root: Path, codec_folder: Path) -> Path:
     """A voice whose models know nothing, with a shipped prompt named ann; its LLM is beside it."""
     from codec import load_codec
     from slm.config import ARConfig, LoRAConfig, NARConfig
-    from slm.data.sequences import Coverage, Prompt
+    from slm.data.coverage import Coverage
+    from slm.data.prompts import Prompt
     from slm.models.ar import SpeechLM
     from slm.models.nar import NAR
 

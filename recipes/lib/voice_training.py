@@ -30,13 +30,15 @@ from recipes.scoring.voice import check_scores, score_voice, store_base_perplexi
 from slm.config import ARConfig, BatchConfig, NARConfig
 from slm.data.ar import ARData, Start
 from slm.data.corpus import read_texts, usable
-from slm.data.interleaving import read_edges
+from slm.data.coverage import Coverage
+from slm.data.interleaving import read_word_boundaries
 from slm.data.nar import NARData
-from slm.data.sequences import Coverage, Prompt, has_words
+from slm.data.prompts import Prompt
 from slm.export.voice_folder import short_path as short_path
 from slm.export.voice_folder import voice_card
 from slm.models.ar import SpeechLM
 from slm.models.nar import NAR
+from slm.tokenization.text_normalization import has_words
 from slm.tokenization.tokenizer import SpeechTextTokenizer
 from slm.train import ar_step, gather, nar_step
 
@@ -267,7 +269,7 @@ def train_ar(
 ) -> None:  # fmt: skip
     """Trains the AR in the stage `ar` and writes voice/ar."""
 
-    edges = read_edges(config.edges)
+    edges = read_word_boundaries(config.edges)
 
     def data(
         shard: TokenShard,
@@ -277,7 +279,7 @@ def train_ar(
     ) -> ARData:
         # Without held-out texts, the dev losses are those of the other tasks.
         tasks = config.ar.tasks if plain else replace(config.ar.tasks, text=0.0)
-        corpus = replace(usable(shard, limit), edges=edges)
+        corpus = replace(usable(shard, limit), word_boundaries=edges)
         return ARData(
             corpus, lm.tokenizer, tasks, config.batch, config.seed,
             longest=lm.max_positions, texts=plain, start=start,

@@ -21,7 +21,8 @@ from codec.io import sha256_of
 from codec.tokens import TokenRow, TokenShard
 from eval.text import character_errors, normalize
 from recipes.scoring.judges import Judges
-from slm.data.sequences import Prompt, has_words
+from slm.data.prompts import Prompt
+from slm.tokenization.text_normalization import has_words
 from slm.voice import Voice
 
 logger = logging.getLogger(__name__)

@@ -225,7 +225,7 @@ def _generate(
         except ValueError as error:
             logger.warning("%s was not synthesized: %s", item.id, error)
     if prepared:
-        spoken = voice.speak([utterance for _, utterance in prepared])
+        spoken = voice.synthesize_batch([utterance for _, utterance in prepared])
         for (index, _), speech in zip(prepared, spoken, strict=True):
             speeches[index] = speech
     return speeches

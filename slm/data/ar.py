@@ -1,9 +1,7 @@
 """Token shards and texts to batches under a budget of positions (slm/data/batching.py says
 which)."""
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
-from copy import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -16,15 +14,21 @@ from codec.training.supervised import Share
 from slm.config import BatchConfig, TaskConfig
 from slm.data.batching import Batch, Draw, Plan
 from slm.data.corpus import Corpus, Ragged, name_of, pieces_of, usable, within
-from slm.data.interleaving import edges_fit, hearing_layout, speaking_layout
-from slm.data.sequences import ASR, CONTINUATION, TASKS, TEXT, TTS, Layout, layout
+from slm.data.interleaving import sequence_format
+from slm.data.sequences import (
+    ASR,
+    CONTINUATION,
+    TASKS,
+    TEXT,
+    TTS,
+    Layout,
+    PlainFormat,
+    encoded,
+    layout,
+)
 from slm.tokenization.tokenizer import SpeechTextTokenizer
 
-logger = logging.getLogger(__name__)
-
 IGNORE = -100
-TEXTS_AT_ONCE = 4096
-"""Texts that are turned into ids together: lists of them are large."""
 
 
 class ARBatch(NamedTuple):
@@ -73,18 +77,22 @@ class ARData:
         weights = {task: getattr(tasks, TASKS[task]) for task in (TTS, ASR, CONTINUATION)}
         weights = {task: weight for task, weight in weights.items() if weight}
         codes = Ragged((corpus.codes(row)[0] for row in range(len(corpus.items))), np.uint16)
-        forms = [_Form(task, corpus, codes, tokenizer, seed) for task in weights]
-        self.corpus = within(corpus, np.max([form.lengths for form in forms], axis=0), longest)
-        kept = np.flatnonzero(np.isin(corpus.items, self.corpus.items))
-        self._codes, self._forms = codes.at(kept), [form.at(kept) for form in forms]
+        plain, form = PlainFormat(tokenizer), sequence_format(tokenizer)
+        self._examples = [
+            (plain if task == CONTINUATION else form).examples(task, corpus, codes, seed)
+            for task in weights
+        ]
+        lengths = np.max([one.lengths for one in self._examples], axis=0)
+        self.corpus = within(corpus, lengths, longest)
+        self._kept = kept = np.flatnonzero(np.isin(corpus.items, self.corpus.items))
         self._pieces = Ragged(_pieces(tokenizer, texts, longest))
         if texts and not len(self._pieces):
             raise ValueError("the texts have no piece of two tokens; give longer ones")
         number = len(kept)
         self._tasks = np.repeat([*weights, TEXT], [number] * len(weights) + [len(self._pieces)])
         sizes = self._pieces.lengths
-        self._targets = np.concatenate([*(form.targets for form in self._forms), sizes - 1])
-        self.lengths = np.concatenate([*(form.lengths for form in self._forms), sizes])
+        self._targets = np.concatenate([*(one.targets[kept] for one in self._examples), sizes - 1])
+        self.lengths = np.concatenate([*(one.lengths[kept] for one in self._examples), sizes])
         """Positions of every item."""
         draw = self._draw(weights, tasks.text if texts else 0.0, seed)
         if start is not None and start.epochs:
@@ -119,7 +127,7 @@ class ARData:
         if not chosen.any():
             raise ValueError("clip_epochs: no clip is usable; set it to 0")
         inside = np.append(
-            np.tile(chosen, len(self._forms)), np.ones(len(self._pieces), dtype=bool)
+            np.tile(chosen, len(self._examples)), np.ones(len(self._pieces), dtype=bool)
         )
 
         def items(epoch: int) -> np.ndarray:
@@ -139,7 +147,7 @@ class ARData:
         """Of the utterances of the first epoch, each as often as it comes."""
         items = np.concatenate([row for rows in self._plan.epoch(0) for row in rows])
         number = len(self.corpus.items)
-        spoken = items[items < number * len(self._forms)]
+        spoken = items[items < number * len(self._examples)]
         return int(self.corpus.num_frames[spoken % number].sum())
 
     def num_steps(self, world: int, accumulate: int) -> int:
@@ -157,16 +165,9 @@ class ARData:
         task, number = int(self._tasks[item]), len(self.corpus.items)
         vocabulary = self.tokenizer.vocabulary
         if task == TEXT:
-            piece = self._pieces[int(item) - number * len(self._forms)]
+            piece = self._pieces[int(item) - number * len(self._examples)]
             return layout(task, vocabulary, piece.tolist(), [])
-        form, row = self._forms[int(item) // number], int(item) % number
-        if form.layouts is not None:
-            return form.layouts[row]
-        if form.pieces is not None:
-            speech = form.pieces[row]
-        else:
-            speech = self.tokenizer.speech_ids(TASKS[task], self._codes[row].astype(np.int64))
-        return layout(task, vocabulary, form.texts[row].tolist(), speech)
+        return self._examples[int(item) // number][int(self._kept[int(item) % number])]
 
     def collate(self, batch: Batch) -> ARBatch:
         """A batch from the items of its rows."""
@@ -183,8 +184,8 @@ class ARData:
                 tokens[index, start:end] = one.tokens
                 first = start + one.num_context
                 wanted = one.tokens[one.num_context :]
-                if one.given is not None:
-                    wanted = np.where(one.given, IGNORE, wanted)
+                if one.forced is not None:
+                    wanted = np.where(one.forced, IGNORE, wanted)
                 labels[index, first - 1 : end - 1] = wanted
                 tasks[index, start:end] = self._tasks[item]
                 documents[index, start:end] = number
@@ -194,95 +195,7 @@ class ARData:
         return ARBatch(*tensors, documents=held)
 
 
-class _Form:
-    """What the utterances of a corpus are in one task."""
-
-    def __init__(
-        self, task: int, corpus: Corpus, codes: Ragged, tokenizer: SpeechTextTokenizer, seed: int
-    ):
-        name, number = TASKS[task], len(codes)
-        self.layouts: _Layouts | None = None
-        """Their sequences, where these are no texts and speech side by side."""
-        if task in (TTS, ASR) and tokenizer.text.interleaved:
-            self.layouts = _Layouts(task, corpus, codes, tokenizer, seed)
-            self.lengths, self.targets = self.layouts.lengths, self.layouts.targets
-            return
-        spelt = _encoded(tokenizer, name, corpus.texts) if task != CONTINUATION else [[]] * number
-        self.texts = Ragged(spelt)
-        self.pieces: Ragged | None = None
-        """Ids of their speech, where it is not codes as they are."""
-        if tokenizer.has_pieces(name):
-            rows = (codes[row].astype(np.int64) for row in range(number))
-            self.pieces = Ragged(tokenizer.speech_ids(name, row) for row in rows)
-        num_speech = (codes if self.pieces is None else self.pieces).lengths
-        self.targets = (self.texts.lengths if task == ASR else num_speech) + 1
-        self.lengths = self.texts.lengths + num_speech + {TTS: 3, ASR: 4, CONTINUATION: 2}[task]
-
-    def at(self, rows: np.ndarray) -> "_Form":
-        """Of these utterances alone."""
-        part = copy(self)
-        if self.layouts is not None:
-            part.layouts = self.layouts.at(rows)
-            part.targets, part.lengths = self.targets[rows], self.lengths[rows]
-            return part
-        part.texts = self.texts.at(rows)
-        part.pieces = self.pieces and self.pieces.at(rows)
-        part.targets, part.lengths = self.targets[rows], self.lengths[rows]
-        return part
-
-
-class _Layouts:
-    """Sequences of words and their speech by turns."""
-
-    def __init__(
-        self, task: int, corpus: Corpus, codes: Ragged, tokenizer: SpeechTextTokenizer, seed: int
-    ):  # fmt: skip
-        made, known = [], 0
-        for row, text in enumerate(corpus.texts):
-            said, edges = codes[row].astype(np.int64), corpus.edges_of(row)
-            known += edges_fit(edges, len(text.split()), len(said))
-            if task == ASR:
-                made.append(hearing_layout(tokenizer, text, said, edges))
-            else:
-                random = np.random.default_rng((seed, row, 6))
-                made.append(speaking_layout(tokenizer, text, said, edges, random))
-        if not known:
-            raise ValueError(
-                f"edges: none are those of {name_of(corpus.shard)}; name the edges.jsonl.gz that "
-                "recipes/make_clips.py wrote of these tokens"
-            )
-        if known < len(made):
-            logger.warning(
-                "%s: %d of %d items have no edges that fit: each is learnt as one word (texts with "
-                "digits, and other tokens' edges)",
-                name_of(corpus.shard), len(made) - known, len(made),
-            )  # fmt: skip
-        self._tokens = Ragged(one.tokens for one in made)
-        self._given = Ragged((one.given for one in made if one.given is not None), np.bool_)
-        self.lengths = self._tokens.lengths
-        self.targets = np.array([int((~self._given[row]).sum()) for row in range(len(made))])
-
-    def __getitem__(self, row: int) -> Layout:
-        tokens, given = self._tokens[row].astype(np.int64), self._given[row]
-        return Layout(tokens, len(tokens) - len(given), given)
-
-    def at(self, rows: np.ndarray) -> "_Layouts":
-        """Of these utterances alone."""
-        part = copy(self)
-        part._tokens, part._given = self._tokens.at(rows), self._given.at(rows)
-        part.lengths, part.targets = self.lengths[rows], self.targets[rows]
-        return part
-
-
-def _encoded(
-    tokenizer: SpeechTextTokenizer, task: str, texts: Sequence[str]
-) -> Iterator[list[int]]:
-    """Ids of texts, some thousands at a time."""
-    for start in range(0, len(texts), TEXTS_AT_ONCE):
-        yield from tokenizer.text_ids(task, texts[start : start + TEXTS_AT_ONCE])
-
-
 def _pieces(
     tokenizer: SpeechTextTokenizer, texts: Sequence[str], longest: int
 ) -> Iterator[np.ndarray]:
-    return pieces_of(_encoded(tokenizer, TASKS[TEXT], texts), tokenizer.vocabulary.eos, longest)
+    return pieces_of(encoded(tokenizer, TASKS[TEXT], texts), tokenizer.vocabulary.eos, longest)

@@ -13,24 +13,24 @@ import numpy as np
 from jaxtyping import Int
 
 from codec.tokens import TokenShard
-from slm.data.sequences import has_words, in_small_letters
+from slm.tokenization.text_normalization import has_words, lowercase_if_all_caps
 
 logger = logging.getLogger(__name__)
 
 NUM_LISTED = 20
-"""Most skipped items that the log names."""
+"""Maximum number of skipped items that the log names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Usable utterances of a shard: those with something to say, and not too long."""
+    """Usable utterances of a shard: those with words and frames, and not too long."""
 
     shard: TokenShard
     items: Int[np.ndarray, " N"]
     """Their rows in the shard."""
-    edges: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    """Where their words are said, by their ids, as far as that is known
-    (slm/data/interleaving.py)."""
+    word_boundaries: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Frames between the words of `text.split()`, by utterance id: one more than words, from 0 to
+    the number of frames. Not of all utterances."""
 
     @property
     def num_frames(self) -> Int[np.ndarray, " N"]:
@@ -38,19 +38,19 @@ class Corpus:
 
     @property
     def texts(self) -> list[str]:
-        """Those in capitals in small letters."""
-        return [in_small_letters(self.shard.texts[i]) for i in self.items]
+        """Transcripts; those all in capitals in lower case."""
+        return [lowercase_if_all_caps(self.shard.texts[i]) for i in self.items]
 
-    def edges_of(self, item: int | np.integer) -> Sequence[int] | None:
-        """Frames between an item's words; None: not known."""
-        return self.edges.get(self.shard.ids[int(self.items[item])])
+    def boundaries_of(self, item: int | np.integer) -> Sequence[int] | None:
+        """Word boundaries of an item, in frames; None: not known."""
+        return self.word_boundaries.get(self.shard.ids[int(self.items[item])])
 
     def codes(self, item: int | np.integer) -> Int[np.ndarray, "Q T"]:
         return self.shard[int(self.items[item])].codes.astype(np.int64)
 
 
 class Ragged:
-    """Rows of whole numbers, not all of one length, in two arrays: small beside lists of lists."""
+    """Integer rows of different lengths in two arrays: less memory than lists of lists."""
 
     def __init__(self, rows: Iterable[Sequence[int] | np.ndarray], dtype: type = np.int32):
         parts = [np.asarray(row, dtype) for row in rows]
@@ -64,15 +64,15 @@ class Ragged:
     def __getitem__(self, row: int | np.integer) -> np.ndarray:
         return self._values[self._ends[row] - self.lengths[row] : self._ends[row]]
 
-    def at(self, rows: np.ndarray) -> "Ragged":
-        """The rows of these indices."""
-        return Ragged((self[row] for row in rows), self._values.dtype.type)
-
 
 def usable(shard: TokenShard, limit: int | None = None) -> Corpus:
-    """Drops what says nothing or has no frames; counts and lists it in the log.
+    """The items with words and frames; the others are counted and named in the log.
 
-    `limit` keeps the first usable items only.
+    Args:
+        limit: keep the first N usable items; None: all.
+
+    Raises:
+        ValueError: no usable item.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}; null takes all items")
@@ -81,7 +81,7 @@ def usable(shard: TokenShard, limit: int | None = None) -> Corpus:
     keep = np.ones(len(shard), dtype=bool)
     for reason, mask in reasons.items():
         keep &= ~mask
-        tell_skipped(shard, np.flatnonzero(mask), reason)
+        log_skipped(shard, np.flatnonzero(mask), reason)
     items = np.flatnonzero(keep)[:limit]
     if not items.size:
         raise ValueError(f"{name_of(shard)}: no item has words and frames; export other tokens")
@@ -89,19 +89,23 @@ def usable(shard: TokenShard, limit: int | None = None) -> Corpus:
 
 
 def within(corpus: Corpus, lengths: Int[np.ndarray, " N"], longest: int) -> Corpus:
-    """Drops items of more than `longest` positions; counts and lists them in the log."""
+    """The items of at most `longest` positions; the others are counted and named in the log.
+
+    Raises:
+        ValueError: no item is left.
+    """
     keep = lengths <= longest
-    tell_skipped(corpus.shard, corpus.items[~keep], f"longer than {longest} positions")
+    log_skipped(corpus.shard, corpus.items[~keep], f"longer than {longest} positions")
     if not keep.any():
         raise ValueError(
-            f"{name_of(corpus.shard)}: no item has as few as {longest} positions, the least of "
-            "batch.positions, batch.packed and what the LLM holds; raise that, or export other "
-            "tokens"
+            f"{name_of(corpus.shard)}: no item has at most {longest} positions, the minimum of "
+            "batch.positions, batch.packed and the LLM's context length; raise that, or export "
+            "other tokens"
         )
     return replace(corpus, items=corpus.items[keep])
 
 
-def tell_skipped(shard: TokenShard, rows: np.ndarray, reason: str) -> None:
+def log_skipped(shard: TokenShard, rows: np.ndarray, reason: str) -> None:
     if rows.size:
         ids = [shard.ids[i] for i in rows]
         tail = " ..." if len(ids) > NUM_LISTED else ""
@@ -112,15 +116,19 @@ def tell_skipped(shard: TokenShard, rows: np.ndarray, reason: str) -> None:
 
 
 def name_of(shard: TokenShard) -> str:
-    """For messages: its file, or the folders of its files."""
+    """Name for messages: its file, or the folders of its files."""
     if len(shard.files) == 1:
         return str(shard.files[0])
     return " and ".join(dict.fromkeys(str(file.parent) for file in shard.files))
 
 
 def read_texts(path: str | Path) -> list[str]:
-    """Documents of a .txt file (paragraphs, with blank lines between them) or a .jsonl file (`text`
-    of each line), either gzipped or not. Raises ValueError for what is neither or holds none."""
+    """Documents of a .txt (paragraphs between blank lines) or .jsonl file (`text` of each line),
+    gzipped or not.
+
+    Raises:
+        ValueError: another kind of file, a damaged one, or one without a text.
+    """
     path = Path(path)
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     if kind not in ("txt", "jsonl") or not path.is_file():
@@ -154,12 +162,12 @@ def _documents(path: Path, file: Iterator[str], kind: str) -> Iterator[str]:
 def pieces_of(
     documents: Iterable[Sequence[int]], end: int, longest: int
 ) -> Iterator[Int[np.ndarray, " _"]]:
-    """Ids of documents, each with its end, in pieces of at most `longest` and at least two."""
+    """Ids of documents, each with its end token, in pieces of 2 to `longest` ids."""
     if longest < 2:
         raise ValueError(f"pieces of texts need at least 2 positions, not {longest}")
     for ids in documents:
         array = np.array([*ids, end], dtype=np.int32)
-        # A rest of one id would have no target: the piece before it leaves it one more.
+        # A last piece of one id would have no target: it gets one more from the piece before it.
         bounds = list(range(0, len(array), longest))
         if len(array) - bounds[-1] == 1 and len(bounds) > 1 and longest > 2:
             bounds[-1] -= 1

@@ -57,7 +57,7 @@ class NARData:
                 f"{name_of(corpus.shard)}: its codebooks {stamp.codebook_sizes} are not the NAR's, "
                 f"{config.codebook_sizes}; set nar.codebook_sizes to them"
             )
-        texts = [text_bytes(tokenizer.spelt(text)) for text in corpus.texts]
+        texts = [text_bytes(tokenizer.tts_form(text)) for text in corpus.texts]
         lengths = np.array([len(text) for text in texts]) + corpus.num_frames
         self.corpus = within(corpus, lengths, batch.positions)
         kept = np.flatnonzero(np.isin(corpus.items, self.corpus.items))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from codec.io import atomic_folder
+from slm.data.interleaving import InterleavedFormat
 from slm.data.sequences import asr_context, tts_context
 from slm.export.voice_folder import short_path
 from slm.models.ar import SpeechLM
@@ -174,7 +175,7 @@ def export_card(lm: SpeechLM, exact: bool) -> str:
         "rows": "\n".join(f"| {ids} | {what} |" for ids, what in rows),
         "notes": "".join(f" {note}" for note in notes),
     }
-    if text.interleaved:
+    if isinstance(lm.format, InterleavedFormat):
         spelled = "list(text)" if text.tts_form == "characters" else "[text]"
         return _EXPORT_HEAD.format(**values) + _INTERLEAVED_CARD.format(**values, spelled=spelled)
     prompt = (_TTS_AS_STRING if exact else _TTS_AS_IDS).format(**values)

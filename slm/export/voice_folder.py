@@ -11,7 +11,8 @@ from typing import Any
 from codec.io import atomic_file, atomic_folder
 from codec.tokens import CodecStamp
 from slm.config import SamplingConfig, from_json
-from slm.data.sequences import Coverage, Prompt, load_prompts
+from slm.data.coverage import Coverage
+from slm.data.prompts import Prompt, load_prompts
 from slm.models.ar import SpeechLM
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,4 @@
-"""From recordings to codes, and from codebook 1 to what they say, for a batch.
-
-Long recordings in pieces that a model can take.
-"""
+"""ASR: recordings to codes, codebook 1 to transcripts; long recordings in pieces."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,24 +10,21 @@ import torch
 from jaxtyping import Float, Int
 
 from slm.config import SamplingConfig
-from slm.data.interleaving import stretches_of
-from slm.data.sequences import NO_FORCED_TOKENS, asr_context
 from slm.generation.checks import SILENCE_RMS
 from slm.generation.sampling import Request, generate, restrict_context, text_bound, text_only
 from slm.models.ar import SpeechLM
-from slm.tokenization.tokenizer import SpeechTextTokenizer
 
 logger = logging.getLogger(__name__)
 
 
 QUIET_SEARCH = 1 / 3
-"""A long recording is split at the quietest spot of this last share of a window."""
+"""A long recording is split at the quietest position of this last share of a piece."""
 
 
 def split_at_quiet(
     blocks: Iterable[Float[np.ndarray, " _"]], longest: int
 ) -> Iterator[Float[np.ndarray, " _"]]:
-    """Cuts a recording that comes in blocks into pieces of at most `longest` samples."""
+    """Splits a recording, given in blocks, at pauses into pieces of at most `longest` samples."""
     held = np.zeros(0, np.float32)
     window = max(1, longest // 100)
     for block in blocks:
@@ -47,7 +41,7 @@ def split_at_quiet(
 
 
 def cut_at_quiet(levels: Float[np.ndarray, " T"], longest: int) -> list[slice]:
-    """Cuts frames of these energies into stretches of at most `longest`, likewise."""
+    """Splits frames of these energies at pauses into spans of at most `longest` frames."""
     cuts, start = [], 0
     while len(levels) - start > longest:
         first = start + longest - int(longest * QUIET_SEARCH)
@@ -57,21 +51,21 @@ def cut_at_quiet(levels: Float[np.ndarray, " T"], longest: int) -> list[slice]:
     return [*cuts, slice(start, len(levels))]
 
 
-ONCE = SamplingConfig(greedy=True, max_attempts=1, checks=("loop",))
-"""A transcript is the likeliest one; another, drawn at random, would be no better for it."""
+GREEDY = SamplingConfig(greedy=True, max_attempts=1, checks=("loop",))
+"""ASR is greedy and not retried: a sampled transcript would be no better."""
 
 
 class Transcript(NamedTuple):
-    """What a recording says."""
+    """The transcript of a recording."""
 
     text: str
     failure: str | None
-    """None, or what is wrong with it: empty, loop or cut."""
+    """None, or a failed check: empty, loop or cut (truncated)."""
 
 
 @torch.inference_mode()
 def encode(codec: Any, waves: Sequence[Float[np.ndarray, " _"]]) -> list[Int[np.ndarray, "Q _"]]:
-    """Codes (Q, T) of each wave."""
+    """Codes (Q, T) of each wave (S,) at the codec's sample rate, in one batch."""
     lengths = torch.tensor([len(wave) for wave in waves])
     batch = torch.zeros(len(waves), 1, int(lengths.max()))
     for row, wave in enumerate(waves):
@@ -83,64 +77,56 @@ def encode(codec: Any, waves: Sequence[Float[np.ndarray, " _"]]) -> list[Int[np.
     ]
 
 
-def num_given(tokenizer: SpeechTextTokenizer, codes: Int[np.ndarray, " T"]) -> int:
-    """Positions that speech takes when it is transcribed, the transcript not counted."""
-    if tokenizer.text.interleaved:
-        lead, script = stretches_of(tokenizer, codes)
-        return len(lead) + len(script.ids)
-    return len(tokenizer.speech_ids("asr", codes)) + 3
+def transcribe(lm: SpeechLM, first: Sequence[Int[np.ndarray, " _"]]) -> list[Transcript]:
+    """Greedy transcripts of codes of codebook 1, each (T,), in one batch.
 
-
-def hear(lm: SpeechLM, first: Sequence[Int[np.ndarray, " _"]]) -> list[Transcript]:
-    """Transcripts of codes of codebook 1, each (T,), the likeliest token always taken."""
+    Raises:
+        ValueError: a model that was not trained on ASR, and codes beyond its context length.
+    """
     lm.check_task("asr")
     if not first:
         return []
-    tokenizer = lm.tokenizer
     requests = []
     for codes in first:
-        script = NO_FORCED_TOKENS
-        if tokenizer.text.interleaved:
-            context, script = stretches_of(tokenizer, codes)
-        else:
-            context = asr_context(tokenizer.vocabulary, tokenizer.speech_ids("asr", codes))
-        most = text_bound(len(codes), tokenizer)
-        whole = [*context, *script.ids]
-        most = restrict_context(lm.max_positions, whole, 1, most, "recording")
+        context = lm.format.asr_context(codes)
+        most = text_bound(len(codes), lm.tokenizer)
+        most = restrict_context(lm.max_positions, context.ids, 1, most, "recording")
         requests.append(
-            Request(context=context, min_tokens=0, max_tokens=most, seed=0, script=script)
+            Request(
+                context=context.tokens, min_tokens=0, max_tokens=most, seed=0, script=context.forced
+            )
         )
-    made = generate(lm, requests, text_only(lm), ONCE)
+    made = generate(lm, requests, text_only(lm), GREEDY)
     failed = [one.failure for one in made if one.failure is not None]
     if failed:
         logger.warning("%d of %d transcripts failed: %s", len(failed), len(made), ", ".join(failed))
-    return [Transcript(tokenizer.text_of(one.tokens).strip(), one.failure) for one in made]
+    return [Transcript(lm.tokenizer.text_of(one.tokens).strip(), one.failure) for one in made]
 
 
-def audible(
+def audible_pieces(
     blocks: Iterable[Float[np.ndarray, " _"]], longest: int
 ) -> Iterator[Float[np.ndarray, " _"]]:
-    """Pieces of at most `longest` samples of a recording that comes in blocks; silent ones are left
-    out, since a model makes words of them."""
+    """Pieces of at most `longest` samples of a recording given in blocks, without silent ones, for
+    which a model invents words."""
     for piece in split_at_quiet(blocks, longest):
         if float(np.abs(piece).max(initial=0.0)) >= SILENCE_RMS:
             yield piece
 
 
-def hear_pieces(
+def transcribe_pieces(
     codec: Any,
     pieces: Iterable[Float[np.ndarray, " _"]],
-    transcripts: Callable[[Sequence[np.ndarray]], Sequence[Transcript]],
+    transcribe: Callable[[Sequence[np.ndarray]], Sequence[Transcript]],
     batch: int = 8,
 ) -> Iterator[Transcript]:
-    """What each piece says, `batch` at a time; `transcripts` gives it from codebook 1."""
+    """The transcript of each piece, `batch` at a time; `transcribe` takes codes of codebook 1."""
     waiting = iter(pieces)
     while part := list(islice(waiting, batch)):
-        yield from transcripts([codes[0] for codes in encode(codec, part)])
+        yield from transcribe([codes[0] for codes in encode(codec, part)])
 
 
-def as_one(parts: Iterable[Transcript]) -> Transcript:
-    """The transcript of a recording from those of its pieces; the first failure is the whole's."""
+def join_transcripts(parts: Iterable[Transcript]) -> Transcript:
+    """The transcript of a recording from those of its pieces, with the first failure."""
     parts = list(parts)
     failures = [part.failure for part in parts if part.failure is not None]
     text = " ".join(part.text for part in parts if part.text)

@@ -1,10 +1,11 @@
-"""Voice conversion: codebook 1 of the source, the other codebooks from the NAR in another voice.
+"""Voice conversion and speech continuation.
 
-Speech that goes on from a recording without a text.
+Conversion keeps codebook 1 of the source; the NAR predicts the other codebooks with the target
+speaker's prompt. Continuation extends a recording without a text.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
@@ -13,27 +14,29 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from slm.config import SamplingConfig
-from slm.data.sequences import Prompt, continuation_context, join_texts
+from slm.data.prompts import Prompt
+from slm.data.sequences import continuation_context
 from slm.generation.asr import cut_at_quiet
 from slm.generation.sampling import NEXT_TRY, restrict_speech
 from slm.generation.tts import Models, Speech, Utterance, synthesize
+from slm.tokenization.text_normalization import NO_TEXT, join_texts
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """A recording, as far as conversion needs it."""
+    """Input of voice conversion."""
 
     first: Int[np.ndarray, " T"]
-    """Its codes of codebook 1."""
+    """Codes of codebook 1."""
     levels: Float[np.ndarray, " T"]
-    """The energy of each frame's samples."""
+    """Energy of each frame."""
     num_samples: int
 
 
-def listen(codec: Any, blocks: Iterable[Float[np.ndarray, " _"]]) -> Source:
-    """Reads a recording that comes in blocks; any length in bounded memory."""
+def encode_source(codec: Any, blocks: Iterable[Float[np.ndarray, " _"]]) -> Source:
+    """Encodes a recording of any length, given in blocks, in bounded memory."""
     levels: list[np.ndarray] = []
     held, num_samples = np.zeros(0, np.float32), 0
 
@@ -54,12 +57,12 @@ def listen(codec: Any, blocks: Iterable[Float[np.ndarray, " _"]]) -> Source:
     return Source(first=codes[0], levels=np.concatenate(levels), num_samples=num_samples)
 
 
-def warn_of_no_text(models: Models) -> None:
-    """Says so where the NAR gets no text, but never had to do without one."""
+def warn_without_text(models: Models) -> None:
+    """Logs a warning if the NAR gets no text, but always had one in training."""
     if models.nar is not None and models.nar.config.text_dropout == 0:
         logger.warning(
-            "the NAR has no text here, but was always given one in training (nar.text_dropout 0): "
-            "the voice may be off"
+            "the NAR gets no text, but always had one in training (nar.text_dropout 0): the voice "
+            "may differ"
         )
 
 
@@ -72,12 +75,14 @@ def convert(
     batch: int = 8,
     source_text: str | None = None,
 ) -> tuple[Int[np.ndarray, "Q T"], str]:
-    """The source's codes in the target's voice, and its text where that is known.
+    """Codes of the source with the target's voice, and the source's text if it is known.
 
-    A source that is longer than the training utterances left room for is completed in pieces, cut
-    where it is quiet, `batch` at a time. `transcribe` gives the pieces' texts, where there are
-    several or none is given; where one of them or the target's is empty, the NAR gets no text at
-    all: half of it would be put to the wrong half. Nor does one that takes none.
+    A source that is too long for one pass is converted in pieces, split at pauses, `batch` at a
+    time. If one of the texts is missing, the NAR gets none at all: a text must match its codes.
+
+    Args:
+        transcribe: transcripts of pieces (codes of codebook 1), used if the NAR takes texts and
+            `source_text` is not given or is of several pieces.
     """
     nar, lm = models.nar, models.lm
     assert nar is not None
@@ -86,72 +91,79 @@ def convert(
     pieces = [source.first[cut] for cut in cut_at_quiet(source.levels, room)]
     if source_text is not None and len(pieces) > 1 and nar.takes_texts:
         logger.warning(
-            "the source takes %d pieces; the text that was given is of all of it and is not used",
+            "the source is converted in %d pieces; its text is of all of them and is not used",
             len(pieces),
         )
         source_text = None
-    done, said, given = [], [], True
+    target_form = lm.tokenizer.tts_form(target.text) if nar.takes_texts else ""
+    done, known, complete = [], [], True
     for start in range(0, len(pieces), batch):
         part = pieces[start : start + batch]
-        heard = [source_text] if source_text is not None else None
-        used = nar.takes_texts and target.text
-        texts = (heard or transcribe(part)) if used else [""] * len(part)
-        said += texts
-        given &= all(texts)
+        texts = [""] * len(part)
+        if nar.takes_texts and target.text:
+            texts = transcribe(part) if source_text is None else [source_text]
+        known += texts
+        complete &= all(texts)
         done += nar.decode(
-            [lm.tokenizer.spelt(join_texts(target.text, one)) if one else "" for one in texts],
+            [join_texts(target_form, lm.tokenizer.tts_form(one)) if one else "" for one in texts],
             [target.codes] * len(part),
             part,
             temperature=sampling.nar_temperature,
             seeds=[0] * len(part),
         )
-    if not given:
-        warn_of_no_text(models)
-    text = source_text or " ".join(text for text in said if text)
+    if not complete:
+        warn_without_text(models)
+    text = source_text or " ".join(text for text in known if text)
     return np.concatenate(done, axis=1), text
 
 
-def go_on(
+def continue_speech(
     models: Models,
     codes: Int[np.ndarray, "Q _"],
     seconds: float,
     sampling: SamplingConfig,
     seed: int,
 ) -> Speech:
-    """What follows `codes`, for at most so many seconds: the model may find an end before.
+    """Speech that follows `codes`, for at most `seconds`; the model may end it before.
 
-    Of the checks only those count that need no text. Raises ValueError for a model that was not
-    trained for it, and for what does not fit into it.
+    Only the checks that need no text apply.
+
+    Raises:
+        ValueError: a model that was not trained on continuation, a length that is not positive and
+            finite, and a prompt beyond the context length.
     """
     lm = models.lm
-    if lm.origin.get("tasks", {}).get("continuation", 0.0) == 0:
-        raise ValueError(
-            "this voice cannot go on with a recording: it was trained without continuation"
-        )
+    check_continuation(lm.origin.get("tasks", {}))
     if not isfinite(seconds):
-        raise ValueError(f"{seconds} s are no length; say how many seconds at most")
+        raise ValueError(f"seconds must be finite, got {seconds}")
     most = round(seconds * lm.vocabulary.codec.frame_rate)
     if most < 1:
-        raise ValueError(f"{seconds:g} s are less than a frame of this codec; ask for more")
-    speech = lm.tokenizer.speech_ids("continuation", codes[0])
-    context = continuation_context(lm.vocabulary, speech)
-    begun = Utterance(
-        text="",
+        raise ValueError(f"{seconds:g} s are less than one frame of this codec; give more seconds")
+    context = continuation_context(lm.vocabulary, lm.tokenizer.speech_ids("continuation", codes[0]))
+    utterance = Utterance(
+        text=NO_TEXT,
         prompt=Prompt(codes=codes, text="", continuation=True),
+        prompt_text=NO_TEXT,
         context=context,
         bounds=(0, restrict_speech(lm, context, 1, most, "prompt")),
         seed=seed,
     )
-    warn_of_no_text(models)
+    warn_without_text(models)
     checks = tuple(check for check in sampling.checks if check in ("loop", "silence"))
     once = replace(sampling, max_attempts=1, num_candidates=1, checks=checks)
     attempt = 0
     while True:
-        # The likeliest token fails the same way twice: a retry samples.
-        drawn = replace(once, greedy=once.greedy and attempt == 0)
-        (made,) = synthesize(models, [replace(begun, seed=seed + NEXT_TRY * attempt)], drawn)
+        # Greedy decoding would fail the same way again: a retry samples.
+        config = replace(once, greedy=once.greedy and attempt == 0)
+        (made,) = synthesize(models, [replace(utterance, seed=seed + NEXT_TRY * attempt)], config)
         attempt += 1
-        # As long as was asked for is no failure here.
+        # The maximum length is no failure here.
         failure = None if made.failure == "cut" else made.failure
         if failure is None or attempt == sampling.max_attempts:
             return replace(made, tries=attempt, failure=failure)
+
+
+def check_continuation(tasks: Mapping[str, float]) -> None:
+    """Raises ValueError if the training tasks of a voice do not include continuation."""
+    if not tasks.get("continuation", 0.0):
+        raise ValueError("this voice was trained without continuation: it cannot continue speech")

@@ -1,12 +1,12 @@
-"""Long texts in pieces that a model can say, and the pieces' waves as one.
+"""Long texts: split into pieces that the model can generate at once, and their waves joined.
 
-A text is split at sentence ends; a sentence that is too long at those in its quotations, then at
-commas and the like, then between words.
+A text is split at sentence ends; a sentence that is too long at the sentence ends inside its
+quotations, then at commas and the like, then between words.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -14,22 +14,23 @@ import numpy as np
 from jaxtyping import Float
 
 from slm.config import SamplingConfig
-from slm.data.sequences import Prompt, has_words, join_texts
+from slm.data.prompts import Prompt
 from slm.generation.sampling import BOUNDS_FRAME_RATE
 from slm.generation.tts import Models, Speech, Utterance
+from slm.tokenization.text_normalization import NormalizedText, has_words
 
 SENTENCE_PAUSE, CLAUSE_PAUSE, WORD_PAUSE = 0.4, 0.2, 0.05
-"""Seconds between two pieces, by what ends the first one."""
+"""Pause between two pieces, in seconds, by what ends the first one."""
 LEAST_SECONDS = 2.0
-"""Speech that is never split."""
+"""Texts of this length are never split."""
 WINDOW_SECONDS = 0.01
-"""Stretch that is loud or quiet as a whole."""
+"""Window of the level measurement."""
 FADE_SECONDS = 0.005
 QUIET_SHARE = 0.05
-"""A window is quiet below this share of the loudest one's level so far: 26 dB."""
+"""A window is quiet below this share of the highest level so far: -26 dB."""
 
 LONGEST_ABBREVIATION = 24
-"""Letters that are looked at before a full stop."""
+"""Maximum characters that are searched before a full stop."""
 
 _EMPTY = np.zeros(0, np.float32)
 _OPENING, _CLOSING = "\"'([{\u201c\u2018\u00ab", "\"')]}\u201d\u2019\u00bb"
@@ -41,8 +42,8 @@ _CLAUSE = re.compile(rf"[,;:\u2014\u2013][{re.escape(_CLOSING)}]*(?=\s)|[\u3001\
 _NEXT = re.compile(rf"\s*[{re.escape(_OPENING)}]*(.)", re.DOTALL)
 _QUOTES = '"\u201c\u201d\u00ab\u00bb'
 _PARAGRAPH = re.compile(r"\n\s*\n")
-# What comes before a full stop that ends no sentence, whatever follows: titles, and words that lead
-# to a number or a name. Letters with stops between them are found by their form.
+# Words before a full stop that ends no sentence: titles, and words before a number or a name.
+# Letters with stops between them are found by a pattern.
 _TITLES = "mr mrs ms mx dr prof rev hon st ste mt ft gen col capt cmdr lt maj sgt gov sen rep"
 _REFERENCES = "no nos vol vols fig figs eq ch chap sec pp p ed eds vs cf approx ca al etc dept univ"
 _NAMES = "sr jr messrs mme mlle fr br supt assn bros co corp inc ltd ave blvd rd"
@@ -56,20 +57,24 @@ class Piece(NamedTuple):
 
     text: str
     pause: float
-    """Seconds of quiet behind it; 0 behind the last one."""
+    """Silence behind it, in seconds; 0 behind the last one."""
 
 
-class Passage(NamedTuple):
-    """A text of any length, checked and encoded: `Voice.passage` makes it."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LongText:
+    """A text of any length, checked, split and encoded: `Voice.prepare_long` makes it."""
 
-    text: str
+    text: NormalizedText
     utterances: list[Utterance]
     pauses: list[float]
-    """Seconds of quiet behind each."""
+    """Silence behind each utterance, in seconds."""
 
 
-def joined(passage: Passage, speeches: Sequence[Speech]) -> Speech:
-    """One speech of its pieces'; a failure says of which piece it is, the score is their mean."""
+def join_speeches(long_text: LongText, speeches: Sequence[Speech]) -> Speech:
+    """One speech from those of the pieces: waves joined with pauses, codes without them.
+
+    `failure` names the pieces that failed; `score` is the mean.
+    """
     if len(speeches) == 1:
         return speeches[0]
     failures = [
@@ -78,47 +83,45 @@ def joined(passage: Passage, speeches: Sequence[Speech]) -> Speech:
         if speech.failure is not None
     ]
     scores = [speech.score for speech in speeches if speech.score is not None]
-    waves = [([speech.wave], pause) for speech, pause in zip(speeches, passage.pauses, strict=True)]
+    pieces = zip(speeches, long_text.pauses, strict=True)
+    waves = [([speech.wave], pause) for speech, pause in pieces]
     return replace(
         speeches[0],
         wave=np.concatenate(list(join(waves, speeches[0].sample_rate)) or [_EMPTY]),
         codes=np.concatenate([speech.codes for speech in speeches], axis=1),
-        text=passage.text,
+        text=long_text.text.original,
         failure="; ".join(failures) or None,
         tries=max(speech.tries for speech in speeches),
         score=sum(scores) / len(scores) if scores else None,
     )
 
 
-def room_behind(prompt: Prompt, models: Models, sampling: SamplingConfig) -> Callable[[str], bool]:
-    """Whether a text, said at the prompt's pace, is no longer with it than what was trained on.
+def fits_behind(
+    prompt: Prompt, prompt_text: NormalizedText, models: Models, sampling: SamplingConfig
+) -> Callable[[NormalizedText], bool]:
+    """Whether a text, at the prompt's speaking rate, stays within the longest training utterance
+    and the context length.
 
-    Texts of LEAST_SECONDS count as short enough: a prompt that leaves less room is too long, and
-    whoever says the text will refuse it.
+    Texts of LEAST_SECONDS count as short enough: a prompt that leaves less room is refused later.
     """
-    tokenizer = models.lm.tokenizer
-    rate, spoken = tokenizer.vocabulary.codec.frame_rate, prompt.codes.shape[1]
+    lm = models.lm
+    rate, num_prompt = lm.vocabulary.codec.frame_rate, prompt.codes.shape[1]
     low, high = (bound * rate / BOUNDS_FRAME_RATE for bound in sampling.frames_per_token)
-    pace = min(max(spoken / max(1, tokenizer.num_tokens(prompt.text)), low), high)
-    room = max(models.coverage.longest_frames - spoken, LEAST_SECONDS * rate)
-    given = len(tokenizer.speech_ids("tts", prompt.codes[0])) + 2
+    frames_per_token = min(max(num_prompt / max(1, prompt_text.num_tokens), low), high)
+    room = max(models.coverage.longest_frames - num_prompt, LEAST_SECONDS * rate)
+    num_given = len(lm.tokenizer.speech_ids("tts", prompt.codes[0])) + 2
 
-    def fits(text: str) -> bool:
-        frames = pace * tokenizer.num_tokens(text)
-        (ids,) = tokenizer.text_ids("tts", [join_texts(prompt.text, text)])
-        again = 0
-        if tokenizer.text.interleaved:
-            words = tokenizer.text_ids("tts", tokenizer.spelt(text).split())
-            again = sum(len(one) + 2 for one in words)
-        needed = len(ids) + given + again + frames
-        return frames <= room and needed <= models.lm.max_positions
+    def fits(text: NormalizedText) -> bool:
+        frames = frames_per_token * text.num_tokens
+        num_text = len(lm.tokenizer.joined_ids(prompt_text, text))
+        needed = num_text + num_given + lm.format.num_forced(text) + frames
+        return frames <= room and needed <= lm.max_positions
 
     return fits
 
 
 def split_text(text: str, fits: Callable[[str], bool]) -> list[Piece]:
-    """Pieces that fit, as long as they can be. A single word that does not fit is a piece all the
-    same: whoever says it will refuse it."""
+    """Pieces that fit, as long as possible. A single word that does not fit is a piece, too."""
     pieces = [
         Piece(_SPACE.sub(" ", part).strip(), pause) for part, pause in _split(text.strip(), fits, 0)
     ]
@@ -126,7 +129,7 @@ def split_text(text: str, fits: Callable[[str], bool]) -> list[Piece]:
 
 
 def _split(text: str, fits: Callable[[str], bool], level: int) -> list[tuple[str, float]]:
-    """Parts of `text` and the pauses behind them, by the breaks of `level` and those below it."""
+    """Parts of `text` and the pauses behind them; breaks of `level` and below."""
     if level == len(_LEVELS) or fits(text.strip()):
         return [(text, 0.0)]
     breaks, pause = _LEVELS[level]
@@ -144,7 +147,7 @@ def _split(text: str, fits: Callable[[str], bool], level: int) -> list[tuple[str
 
 
 def _units(text: str, breaks: Iterable[int]) -> list[str]:
-    """The text cut at its breaks; what has no words stays with what is before it."""
+    """The text split at its breaks; a part without words stays with the part before it."""
     units: list[str] = []
     edges = [0, *breaks, len(text)]
     for start, stop in pairwise(edges):
@@ -157,7 +160,7 @@ def _units(text: str, breaks: Iterable[int]) -> list[str]:
 
 
 def _sentence_ends(text: str) -> Iterator[int]:
-    """Ends of sentences and paragraphs outside of quotations."""
+    """Ends of sentences and paragraphs outside quotations."""
     for start, stop in _paragraphs(text):
         if start:
             yield start
@@ -165,7 +168,7 @@ def _sentence_ends(text: str) -> Iterator[int]:
 
 
 def _quoted_ends(text: str) -> Iterator[int]:
-    """Ends of sentences, within quotations as well."""
+    """Ends of sentences, including those in quotations."""
     return _stops(text, 0, len(text), quoted=True)
 
 
@@ -200,7 +203,7 @@ def _stops(text: str, start: int, stop: int, *, quoted: bool) -> Iterator[int]:
         after = _NEXT.match(text, match.end(), stop)
         if after is None or (not quoted and _is_open(quotes)):
             continue
-        # `"Go!" he said.` goes on.
+        # As in `"Go!" he said.`
         if after[1].islower():
             continue
         before = text[max(start, match.start() - LONGEST_ABBREVIATION) : match.start()]
@@ -210,7 +213,7 @@ def _stops(text: str, start: int, stop: int, *, quoted: bool) -> Iterator[int]:
 
 
 def _is_open(quotes: dict[str, int]) -> bool:
-    """Whether a quotation is open where so many of each mark have come."""
+    """Whether a quotation is open after these numbers of quotation marks."""
     pairs = (("\u201c", "\u201d"), ("\u00ab", "\u00bb"))
     return quotes['"'] % 2 == 1 or any(quotes[left] > quotes[right] for left, right in pairs)
 
@@ -226,12 +229,11 @@ def _is_abbreviation(before: str) -> bool:
 def join(
     pieces: Sequence[tuple[Iterable[Float[np.ndarray, " _"]], float]], sample_rate: int
 ) -> Iterator[Float[np.ndarray, " _"]]:
-    """The waves of pieces, each in blocks and with the seconds of quiet behind it, as one.
+    """Joins waves: (blocks, seconds of pause behind them) of each piece.
 
-    Where two pieces meet, the quiet edge of each is cut to half the pause, faded, and filled up to
-    the pause with zeros. The outer edges stay as they are, and so does a single piece. Blocks come
-    out as soon as it is known that what they hold stays; how a piece was cut into blocks changes
-    nothing.
+    Where two pieces meet, the silence at each edge is trimmed to half the pause, faded, and padded
+    with zeros up to the pause. The outer edges, and a single piece, are unchanged. Yields blocks as
+    soon as they are final; the result does not depend on the input's block sizes.
     """
     joint = _Joint(sample_rate)
     for number, (blocks, pause) in enumerate(pieces):
@@ -245,23 +247,23 @@ def join(
 
 
 class _Joint:
-    """What of the pieces has not come out yet."""
+    """Buffer of samples that are not final yet."""
 
     def __init__(self, sample_rate: int):
         self._sample_rate = sample_rate
         self._window = max(1, round(WINDOW_SECONDS * sample_rate))
         self._loudest = 0.0
-        # The first piece begins with whatever it has.
+        # The start of the first piece is unchanged.
         self._begun, self._room = True, 0
         self._part = _EMPTY
-        """Less than a window."""
+        """An incomplete window."""
         self._loud = _EMPTY
-        """The last loud window: it may be the piece's last sound."""
+        """The last loud window, perhaps the last one of the piece."""
         self._quiet: list[np.ndarray] = []
-        """The quiet windows behind it."""
+        """Quiet windows behind it."""
 
     def add(self, block: np.ndarray) -> np.ndarray:
-        """What is certain to come out, now that this block of the piece is known."""
+        """Adds a block of the piece; returns the samples that are now final."""
         held = np.concatenate([self._part, block])
         count = len(held) // self._window
         windows = held[: count * self._window].reshape(count, self._window)
@@ -269,9 +271,9 @@ class _Joint:
         return np.concatenate([_EMPTY, *map(self._take, windows)])
 
     def end(self, pause: float, *, last: bool) -> np.ndarray:
-        """The rest of the piece, and half of the pause behind it."""
+        """Ends the piece; returns the rest of it and half of the pause behind it."""
         done = self._take(self._part) if self._part.size else _EMPTY
-        if not self._begun:  # Nothing of it was loud.
+        if not self._begun:  # It had no loud window.
             self._loud, self._quiet = np.zeros(self._room, np.float32), []
         quiet = np.concatenate([_EMPTY, *self._quiet])
         if last:
@@ -300,7 +302,7 @@ class _Joint:
         return np.zeros(self._room - len(kept), np.float32)
 
     def _faded(self, wave: np.ndarray) -> np.ndarray:
-        """Its beginning rises from nothing."""
+        """With a linear fade-in."""
         size = min(len(wave), round(FADE_SECONDS * self._sample_rate))
         rise = np.linspace(0.0, 1.0, size, endpoint=False, dtype=np.float32)
         return np.concatenate([wave[:size] * rise, wave[size:]])

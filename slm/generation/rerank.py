@@ -7,10 +7,10 @@ from jaxtyping import Int
 from numpy import ndarray
 from torchaudio.functional import edit_distance
 
-from slm.data.sequences import asr_context
-from slm.generation.asr import hear, num_given
+from slm.generation.asr import transcribe
 from slm.models.ar import SpeechLM
 from slm.models.lm_head import PositionGroup, group_logits, text_ids
+from slm.tokenization.text_normalization import NormalizedText
 
 POSITIONS = 8192
 """Padded positions of a pass; bounds the memory."""
@@ -32,10 +32,10 @@ def transcripts(lm: SpeechLM, codes: Sequence[Int[ndarray, " _"]]) -> list[str]:
     fitting = [
         index
         for index, one in enumerate(codes)
-        if len(one) > 0 and num_given(lm.tokenizer, one) < lm.max_positions
+        if len(one) > 0 and len(lm.format.asr_context(one).ids) < lm.max_positions
     ]
     if fitting:
-        made = hear(lm, [codes[index] for index in fitting])
+        made = transcribe(lm, [codes[index] for index in fitting])
         for index, one in zip(fitting, made, strict=True):
             texts[index] = one.text
     return texts
@@ -43,7 +43,7 @@ def transcripts(lm: SpeechLM, codes: Sequence[Int[ndarray, " _"]]) -> list[str]:
 
 @torch.inference_mode()
 def text_scores(
-    lm: SpeechLM, texts: Sequence[str], codes: Sequence[Int[ndarray, " _"]]
+    lm: SpeechLM, texts: Sequence[NormalizedText], codes: Sequence[Int[ndarray, " _"]]
 ) -> list[float]:
     """Mean log-probability of each text's tokens and end token given its speech (codes of
     codebook 1), over the ids that a transcript may have; -inf for speech that is too long.
@@ -56,17 +56,12 @@ def text_scores(
         ValueError: for a model without ASR.
     """
     lm.check_task("asr")
-    tokenizer = lm.tokenizer
-    if tokenizer.text.interleaved:
+    if not lm.format.scores_text:
         pairs = zip(texts, transcripts(lm, codes), strict=True)
-        return [
-            -_character_error_rate(tokenizer.in_words(text), transcript)
-            for text, transcript in pairs
-        ]
-    eos = tokenizer.vocabulary.eos
-    targets = [[*ids, eos] for ids in tokenizer.text_ids("asr", texts)]
-    speech = [tokenizer.speech_ids("asr", one) for one in codes]
-    contexts = [asr_context(tokenizer.vocabulary, one) for one in speech]
+        return [-_character_error_rate(text.text, transcript) for text, transcript in pairs]
+    ids = lm.tokenizer.text_ids("asr", [text.original for text in texts])
+    targets = [[*one, lm.vocabulary.eos] for one in ids]
+    contexts = [lm.format.asr_context(one).tokens for one in codes]
     rows = [[*c, *t] for c, t in zip(contexts, targets, strict=True)]
     scores = [-float("inf")] * len(texts)
     fitting = [index for index, row in enumerate(rows) if len(row) <= lm.max_positions]

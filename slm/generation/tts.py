@@ -17,7 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from slm.config import SamplingConfig
-from slm.data.sequences import NO_FORCED_TOKENS, Coverage, ForcedTokens, Prompt, join_texts
+from slm.data.coverage import Coverage
+from slm.data.prompts import Prompt
+from slm.data.sequences import NO_FORCED_TOKENS, ForcedTokens
 from slm.generation.checks import (
     Failure,
     begins_with_prompt,
@@ -32,6 +34,7 @@ from slm.generation.rerank import can_transcribe, text_scores, transcripts
 from slm.generation.sampling import Request, first_codes, generate, retry, speech_only
 from slm.models.ar import SpeechLM
 from slm.models.nar import NAR
+from slm.tokenization.text_normalization import NormalizedText, join_texts
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +66,9 @@ class Models(NamedTuple):
 class Utterance:
     """A text and a prompt, checked and encoded by `Voice.prepare`."""
 
-    text: str
+    text: NormalizedText
     prompt: Prompt
+    prompt_text: NormalizedText
     context: list[int]
     """Prompt tokens of the AR."""
     bounds: tuple[int, int]
@@ -237,7 +241,7 @@ def _first_without_failure(
             speech = Speech(
                 wave=one.wave,
                 codes=one.codes,
-                text=one.utterance.text,
+                text=one.utterance.text.original,
                 prompt_text=one.utterance.prompt.text,
                 failure=failure,
                 tries=1,
@@ -281,15 +285,15 @@ def evaluate(
     model's own ASR, in one batch; an attempt that is not decoded yet has only the first.
     """
     lm, checks = models.lm, sampling.checks
-    in_words, rate = lm.tokenizer.in_words, lm.vocabulary.codec.frame_rate
+    rate = lm.vocabulary.codec.frame_rate
     failures: list[Failure | None] = []
     for one in attempts:
-        text, prompt, failure = one.utterance.text, one.utterance.prompt, one.failure
+        utterance, prompt, failure = one.utterance, one.utterance.prompt, one.failure
         if one.wave is not None and is_empty(one.wave):
             failure = "empty"
         elif failure is None and "early" in checks and is_early(
-            len(one.first), one.utterance.bounds, in_words(text), prompt.codes.shape[1],
-            in_words(prompt.text),
+            len(one.first), utterance.bounds, utterance.text.text, prompt.codes.shape[1],
+            utterance.prompt_text.text,
         ):  # fmt: skip
             failure = "early"
         if failure is None and "leak" in checks and repeats_codes(one.first, prompt.codes[0], rate):
@@ -307,9 +311,9 @@ def evaluate(
         if failure is None and one.wave is not None
     ]
     heard = transcripts(lm, [attempts[row].transcribed for row in rows]) if rows else []
-    for row, transcript in zip(rows, map(in_words, heard), strict=True):
+    for row, transcript in zip(rows, map(lm.tokenizer.in_words, heard), strict=True):
         utterance = attempts[row].utterance
-        text, prompt_text = in_words(utterance.text), in_words(utterance.prompt.text)
+        text, prompt_text = utterance.text.text, utterance.prompt_text.text
         if "leak" in checks and begins_with_prompt(transcript, prompt_text, text):
             failures[row] = "leak"
         elif "early" in checks and lacks_end(transcript, text):
@@ -327,8 +331,7 @@ def complete(
     """Codes (Q, T) of new parts from their codebook 1."""
     if models.nar is None:
         return [row[None] for row in first]
-    spelt = models.lm.tokenizer.spelt
-    texts = [spelt(join_texts(one.prompt.text, one.text)) for one in utterances]
+    texts = [join_texts(one.prompt_text.tts_form, one.text.tts_form) for one in utterances]
     return models.nar.decode(
         texts,
         [one.prompt.codes for one in utterances],

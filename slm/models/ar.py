@@ -32,6 +32,7 @@ from codec.io import apply_umask_to_weights, atomic_file
 from codec.tokens import CodecStamp
 from slm.config import ARConfig, LoRAConfig
 from slm.data.ar import IGNORE, ARBatch
+from slm.data.interleaving import sequence_format
 from slm.data.sequences import ASR, CONTINUATION, TASKS, TEXT, TTS
 from slm.models.attention import packed_inputs, use_training_attention
 from slm.models.lm_head import PositionGroup, check_head, group_logits, speech_ids, text_ids
@@ -63,6 +64,7 @@ class SpeechLM(nn.Module):
         super().__init__()
         self.lm = lm
         self.tokenizer = tokenizer
+        self.format = sequence_format(tokenizer)
         self.origin = origin
         self.config = lm.config
 
@@ -438,12 +440,12 @@ def init_from_letters(lm: Any, tokenizer: SpeechTextTokenizer, letters: Letters)
             "ar.letter_init helps little where neither text.tts_form nor .asr_form is characters"
         )
     try:
-        ids = tokenizer.spelling_ids([" ", *letters.letters])
+        ids = tokenizer.character_ids([" ", *letters.letters])
     except ValueError as error:
         raise ValueError(f"ar.letter_init: {error}; or leave ar.letter_init out") from error
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     tables = [embedding] if head.weight is embedding.weight else [embedding, head]
-    pieces, units = np.arange(vocabulary.num_pieces), tokenizer.pieces
+    pieces, units = np.arange(vocabulary.num_pieces), tokenizer.bpe
     codes_of = [row if units is None else units.decode(row) for row in pieces[:, None]]
     shares = torch.from_numpy(np.stack([letters.shares[codes].mean(0) for codes in codes_of]))
     new_rows = torch.from_numpy(vocabulary.encode_pieces(pieces))

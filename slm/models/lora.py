@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slm.config import LoRAConfig
-from slm.data.sequences import Coverage
+from slm.data.coverage import Coverage
 from slm.models.ar import SpeechLM, add_adapters, load_base
 from slm.tokenization.vocabulary import extend
 
@@ -97,7 +97,7 @@ def used_rows(lm: SpeechLM, coverage: Coverage) -> list[int]:
     if forms != {"characters"} or lm.origin.get("tasks", {}).get("text"):
         return sorted(found | set(range(lm.vocabulary.num_text)))
     found.update(tokenizer.text_range("asr"))
-    for ids in tokenizer.spelling_ids([*coverage.characters, " "]):
+    for ids in tokenizer.character_ids([*coverage.characters, " "]):
         found.update(ids)
     found.add(lm.vocabulary.eos)
     return sorted(found)

@@ -1,14 +1,68 @@
-"""Text as it is spoken: numbers and abbreviations in words (English), and phonemes.
+"""Text normalization for TTS (English): numbers and abbreviations to words; and phonemes.
 
-Numbers, dates, times, money and units are read by wetext's offline rules (WeTextProcessing). It is
-given only the words that need it, after rules of ours for what it misreads; every other word stays
-as it was. Text with letters of other scripts is left alone.
+Numbers, dates, times, money and units are read by wetext's offline rules (WeTextProcessing). It
+gets only the words that need it, after rules for what it misreads; all other words are unchanged.
+Texts with letters of other scripts are returned unchanged.
 """
 
 import re
 import unicodedata
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NormalizedText:
+    """A text with its normalized form and ids. `SpeechTextTokenizer.normalize` makes it, once."""
+
+    original: str
+    """As it was given; of a piece of a longer text, as `text`."""
+    text: str
+    """Numbers and abbreviations in words, lower case if the original is all in capitals."""
+    tts_form: str
+    """Text input of TTS and of the NAR: `text`, or its phonemes."""
+    ids: tuple[int, ...]
+    """Vocabulary ids of `tts_form`."""
+    num_tokens: int
+    """Tokens of `text` in the LLM's own tokenizer: the unit of length bounds."""
+
+    @property
+    def words(self) -> list[str]:
+        """Words of `tts_form`; what has no letter or digit is no word."""
+        return [word for word in self.tts_form.split() if has_words(word)]
+
+
+NO_TEXT = NormalizedText(original="", text="", tts_form="", ids=(), num_tokens=0)
+
+
+def has_words(text: str) -> bool:
+    """Whether a text has a letter or a digit."""
+    return any(unicodedata.category(letter)[0] in "LN" for letter in text)
+
+
+def lowercase_if_all_caps(text: str) -> str:
+    """Lower case for a text all in capitals, as some corpora's transcripts are; else unchanged.
+
+    A single word is unchanged: it may be a name.
+    """
+    return text.lower() if text.isupper() and sum(map(has_words, text.split())) > 1 else text
+
+
+def script_of(letter: str) -> str:
+    """The script of a letter: LATIN, CYRILLIC, CJK, ... (first word of its Unicode name).
+
+    Compatibility forms, such as superscript and full-width letters, have their base letter's.
+    """
+    plain = unicodedata.normalize("NFKC", letter)
+    letter = plain if len(plain) == 1 else letter
+    return unicodedata.name(letter, "UNKNOWN").split()[0]
+
+
+def join_texts(prompt_text: str, text: str) -> str:
+    """The transcript of a prompt followed by a text."""
+    return " ".join(part for part in (prompt_text.strip(), text.strip()) if part)
+
 
 _TITLES = {
     **{"Mr": "Mister", "Mrs": "Missus", "Dr": "Doctor", "Prof": "Professor", "Capt": "Captain"},
@@ -46,7 +100,7 @@ def _names(words: dict[str, str]) -> str:
 
 
 def _any_case(words: dict[str, str], found: str) -> str:
-    """The full word, in the case that its abbreviation stands in."""
+    """The full word, in the case of its abbreviation."""
     full = next(full for short, full in words.items() if short.lower() == found.lower())
     if found.isupper() and len(found) > 1:
         return full.upper()
@@ -76,10 +130,10 @@ def _telephone(match: re.Match[str]) -> str:
 
 
 _ALONE = r"(?<![\w.,:/$\u00a3\u20ac-])"
-"""Before a number that stands by itself."""
+"""Before a separate number."""
 _ENDS = r"(?![\w%]|[.,:/-]\d)"
 _CLOSED = r"(?=[\"')\]]*$)"
-"""At the end of the text, where an abbreviation's full stop is the sentence's as well."""
+"""At the end of the text, where an abbreviation's full stop also ends the sentence."""
 _RULES = [
     (re.compile("[\u2018\u2019]"), lambda m: "'"),
     (re.compile("[\u201c\u201d]"), lambda m: '"'),
@@ -136,15 +190,15 @@ _RULES = [
 ]
 _AFTER = ".,;:!?)]\"'"
 MOST_PASSES = 4
-"""What one pass spells out may need another: a title before a number is before a word then."""
+"""One pass may enable another: a title before a number is then before a word."""
 _TRIGGER = re.compile(r"[0-9\u00bc-\u00be]|\w@\w|^www\.|^https?:")
 _COMPANION = re.compile(
     rf"(?:{_UNITS}|km/h|m/s|\u00b0[CF]|[AP]M|[x=+\u00d7\u00f7]|(?:m|b|tr)illion|{_MONTHS}|"
     r"(?:Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)\.)[.,;:!?)]*"
 )
-"""Words that wetext reads together with a number beside them."""
+"""Words that wetext reads together with an adjacent number."""
 _MONTH_OF_DATE = re.compile(rf"(?<=\bof )({_MONTHS.lower()})\b")
-"""wetext writes it in small letters."""
+"""wetext writes it in lower case."""
 
 
 def _is_foreign(letter: str) -> bool:
@@ -153,9 +207,10 @@ def _is_foreign(letter: str) -> bool:
 
 @lru_cache(maxsize=65_536)
 def normalize(text: str) -> str:
-    """English text with its numbers and abbreviations in words; no other word is changed.
+    """English text with numbers and abbreviations in words; no other word is changed. Idempotent.
 
-    What was normalised stays as it is. Raises ValueError where wetext is not installed.
+    Raises:
+        ValueError: wetext is not installed.
     """
     if not text.isascii() and any(map(_is_foreign, text)):
         return text
@@ -191,7 +246,7 @@ def _spell_out(text: str) -> str:
 
 
 def _read(words: list[str]) -> str:
-    """Words as wetext reads them; each alone, and at last its numbers alone, where it cannot."""
+    """Words as wetext reads them; where it fails, word by word, then the numbers alone."""
     text = " ".join(words)
     body = text.rstrip(_AFTER)  # Dates lose what follows them.
     made = _ask(body)
@@ -205,10 +260,10 @@ def _read(words: list[str]) -> str:
 def _ask(text: str) -> str | None:
     normalizer = _wetext()
     try:
-        # Quotes come back with a backslash, and a backslash is taken for one.
+        # wetext escapes quotes, and misreads a backslash as an escape.
         made = None if "\\" in text else normalizer.normalize(text).replace('\\"', '"')
     except (AssertionError, IndexError, KeyError, RuntimeError, ValueError):
-        return None  # Its grammar has no reading of some symbols, and says so by these.
+        return None  # It raises these for symbols that its grammar lacks.
     if not made:
         return None
     words = _MONTH_OF_DATE.sub(lambda m: m[0].capitalize(), made).split(" ")
@@ -231,16 +286,20 @@ def _wetext() -> Any:
 
 
 _IPA = frozenset("\u02c8\u02cc\u02d0\u0259\u026a\u028a\u025b\u0254\u028c\u0251\u0283\u0292\u014b")
-"""Stress, length and sounds that English letters do not show."""
+"""Stress and length marks, and IPA letters that English text does not have."""
 
 
 @lru_cache(maxsize=65_536)
 def phonemes(text: str, tied: bool = False) -> str:
-    """English text as IPA with stress, words apart and punctuation kept; `tied` puts "^" between
-    the letters of one sound.
+    """English text as IPA with stress, spaces between words and punctuation.
 
-    Text that is IPA already stays as it is, so words can be given as they sound. Raises ValueError
-    where the extra is not installed.
+    IPA input is returned unchanged, so that a pronunciation can be given.
+
+    Args:
+        tied: put "^" between the letters of one phoneme.
+
+    Raises:
+        ValueError: the extra `phonemes` is not installed.
     """
     if not _IPA.isdisjoint(text) or not any(letter.isalnum() for letter in text):
         return text

@@ -13,7 +13,7 @@ from eval.speaker import SpeakerEncoder
 from eval.transcribe import Judge
 from recipes import demo
 from recipes.lib.commands import Command
-from slm.data.sequences import Prompt
+from slm.data.prompts import Prompt
 
 pytestmark = quiet()
 

@@ -15,7 +15,7 @@ from eval.text import word_errors
 from recipes.judge_voice import JudgeVoiceConfig, _cell, differences, main, repeated, settings
 from recipes.lib.run import load_config
 from recipes.scoring.eval_items import EvalItem
-from slm.data.sequences import Prompt
+from slm.data.prompts import Prompt
 
 pytestmark = quiet()
 

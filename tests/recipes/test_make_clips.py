@@ -12,7 +12,7 @@ import recipes.make_clips as recipe
 from codec.distillation.ctc_reader import CodeRecognizer, RecognizerNetwork
 from codec.tokens import CodecStamp, TokenRow, TokenShard, write_shard
 from recipes.make_clips import cut, main
-from slm.data.interleaving import read_edges
+from slm.data.interleaving import read_word_boundaries
 from slm.models.ar import Letters
 
 STAMP = CodecStamp(
@@ -62,7 +62,7 @@ def test_clips_cover_an_utterance_word_by_word(
     assert all(any(map(str.isalpha, text)) for text in shard.texts)
     both = TokenShard.open([tmp_path / "tokens.parquet", results["clips"]])
     assert len(both) == len(whole) + len(shard)
-    edges = read_edges([tmp_path / "out" / "edges.jsonl.gz"])
+    edges = read_word_boundaries([tmp_path / "out" / "edges.jsonl.gz"])
     for index, name in enumerate([*whole.ids, *shard.ids]):
         row = [*whole, *shard][index]
         if name != "u2":  # It has a digit.

@@ -16,7 +16,8 @@ from codec import Codec, load_codec
 from codec.models.codec import is_half_precision, save_half_precision, to_half_precision
 from recipes.ship_voice import main
 from slm.config import ARConfig, SamplingConfig
-from slm.data.sequences import Coverage, load_prompts
+from slm.data.coverage import Coverage
+from slm.data.prompts import load_prompts
 from slm.export.voice_folder import load_sampling
 from slm.models.ar import SpeechLM
 from slm.models.nar import NAR

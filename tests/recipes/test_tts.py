@@ -21,7 +21,7 @@ from recipes.lib.run import load_config
 from recipes.tools.overfit_check import main as overfit_check
 from recipes.tts import TTSConfig
 from recipes.tts import main as tts
-from slm.data.sequences import Prompt
+from slm.data.prompts import Prompt
 from slm.voice import Voice
 
 pytestmark = quiet()

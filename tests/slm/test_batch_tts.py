@@ -122,13 +122,13 @@ def test_a_line_that_changed_is_made_again(
     recording = write_wav(tmp_path / "p.wav", 0.5)
     listed, out = tmp_path / "list.jsonl", tmp_path / "out"
     spoken: list[str] = []
-    original = Voice.speak
+    original = Voice.synthesize_batch
 
     def speak(voice: Voice, utterances: list) -> list:
-        spoken.extend(one.text for one in utterances)
+        spoken.extend(one.text.original for one in utterances)
         return original(voice, utterances)
 
-    monkeypatch.setattr(Voice, "speak", speak)
+    monkeypatch.setattr(Voice, "synthesize_batch", speak)
 
     def made(*arguments: str, voice: Path = folder, **line: str) -> list[str]:
         spoken.clear()

@@ -61,7 +61,9 @@ def test_outputs_and_devices_that_there_are_not(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Voice, "speak", lambda *_: pytest.fail("nothing should be spoken"))
+    monkeypatch.setattr(
+        Voice, "synthesize_batch", lambda *_: pytest.fail("nothing should be spoken")
+    )
     assert run_slm("tts", "--voice", folder, "--text", TEXT, "--prompt", "ann", *arguments) == 2
     assert message in capsys.readouterr().err
 
@@ -87,17 +89,17 @@ def test_a_stream_that_fails_leaves_an_earlier_file(
     out = tmp_path / "o.wav"
     out.write_bytes(b"an earlier one")
     arguments = ["--voice", folder, "--text", TEXT, "--prompt", "ann", "--stream", out]
-    original = Voice.stream_passage
+    original = Voice.stream_prepared
 
     def torn(voice: Voice, *given) -> Iterator[np.ndarray]:
         yield next(original(voice, *given))
         raise ValueError("the middle of it")
 
-    monkeypatch.setattr(Voice, "stream_passage", torn)
+    monkeypatch.setattr(Voice, "stream_prepared", torn)
     assert run_slm("tts", *arguments) == 2
     assert out.read_bytes() == b"an earlier one"
     assert [path.name for path in tmp_path.iterdir()] == ["o.wav"]
-    monkeypatch.setattr(Voice, "stream_passage", original)
+    monkeypatch.setattr(Voice, "stream_prepared", original)
     assert run_slm("tts", *arguments) == 0
     assert soundfile.info(out).samplerate == 16000
 
@@ -184,7 +186,7 @@ def test_options_are_the_sampling_configurations(
         seen.append(voice.sampling)
         raise ValueError("enough")
 
-    monkeypatch.setattr(Voice, "speak", speak)
+    monkeypatch.setattr(Voice, "synthesize_batch", speak)
     arguments = ["--voice", folder, "--text", TEXT, "--prompt", "ann", "--out", tmp_path / "o.wav"]
     options = "--candidates 4 --temperature 0.7 --top-p 0.9 --top-k 5 --checks loop,leak --tries 2"
     assert run_slm("tts", *arguments, *options.split()) == 2
@@ -298,7 +300,7 @@ def test_command_asr(
         (["--text", "hi"], "give --text and --prompt, or --list"),
         (["--text", "hi", "--list", "x"], "not both"),
         (["--list", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--text", "...", "--prompt", "ann"], "nothing to say"),
+        (["--text", "...", "--prompt", "ann"], "has no words"),
         (
             ["--text", "hi", "--prompt", "nobody"],
             "nobody: no such recording, nor a prompt of this voice",

@@ -13,7 +13,7 @@ from tiny_slm import TEXT, copy_of, quiet, save_voice
 
 from codec import load_codec, read_audio, write_audio
 from slm.config import SamplingConfig
-from slm.data.sequences import Prompt
+from slm.data.prompts import Prompt
 from slm.generation.asr import split_at_quiet
 from slm.voice import Transcript, Voice
 
@@ -137,13 +137,13 @@ def test_a_long_prompt_is_cut_where_it_is_quiet_and_transcribed_anew(
         prompt = voice.prompt(wave, "much more than that")
     assert prompt.codes.shape[1] == 21  # in the quiet of the 21st frame
     assert prompt.text == "red hen"
-    assert "2.0 s; its first 0.8 s are used; the text that was given" in caplog.text
+    assert "2.0 s; its first 0.8 s are used; its text is of all of it" in caplog.text
     caplog.clear()
     voice.prompt(wave)
     assert "0.8 s are used" in caplog.text
     assert "text" not in caplog.text
     monkeypatch.setitem(voice.lm.origin, "tasks", {"tts": 1.0, "asr": 0.0})
-    with pytest.raises(ValueError, match=r"what is left; give at most 1\.0 s with their text"):
+    with pytest.raises(ValueError, match=r"the rest of it; give at most 1\.0 s with their text"):
         voice.prompt(wave, "much more than that")
 
 
@@ -188,7 +188,7 @@ def test_a_batch_takes_whatever_one_call_takes(voice: Voice) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("...", "nothing to say"),
+        ("...", "has no words"),
         ("\u4f60\u597d", "CJK"),
         ("cat" * 200, "too long for the model"),
     ],
@@ -211,7 +211,7 @@ def test_a_recording_that_is_too_long_is_called_so(voice: Voice) -> None:
 
 
 def test_only_a_continuation_has_no_transcript(voice: Voice) -> None:
-    with pytest.raises(ValueError, match="the prompt's text '' has nothing to say"):
+    with pytest.raises(ValueError, match="the prompt's text '' has no words"):
         voice.prepare(TEXT, Prompt(codes=np.zeros((3, 5), np.int64), text=""))
 
 
@@ -237,7 +237,7 @@ def test_a_long_recording_is_transcribed_in_pieces(
 
     monkeypatch.setattr(voice, "transcripts", transcripts)
     blocks = [voiced(3.0, seed=seed) for seed in range(10)]
-    made = voice.hear_stream(blocks, batch=3)
+    made = voice.transcribe_stream(blocks, batch=3)
     assert made.text.split() == ["w"] * len(lengths)
     assert made.failure == "cut"  # the first failure of a piece is the whole's
     assert max(lengths) <= 60  # the longest training utterance
@@ -247,8 +247,10 @@ def test_a_long_recording_is_transcribed_in_pieces(
 
 def test_a_file_is_heard_with_what_is_wrong(voice: Voice, tmp_path: Path) -> None:
     write_audio(tmp_path / "a.wav", voiced(0.5), voice.codec.sample_rate)
-    made = voice.hear_file(tmp_path / "a.wav")
-    assert made == voice.hear_stream([read_audio(tmp_path / "a.wav", voice.codec.sample_rate)])
+    made = voice.transcribe_file(tmp_path / "a.wav")
+    assert made == voice.transcribe_stream(
+        [read_audio(tmp_path / "a.wav", voice.codec.sample_rate)]
+    )
     assert voice.asr_file(tmp_path / "a.wav") == made.text
 
 
@@ -267,7 +269,7 @@ def test_transcripts_do_not_depend_on_how_speech_is_drawn(
 def test_silence_says_nothing(voice: Voice, seconds: float) -> None:
     silence = np.zeros(round(seconds * voice.codec.sample_rate), np.float32)
     assert voice.asr([silence, voiced(0.5)]) == ["", *voice.asr([voiced(0.5)])]
-    assert voice.hear_stream([silence]) == Transcript("", None)
+    assert voice.transcribe_stream([silence]) == Transcript("", None)
     assert voice.asr([]) == []
 
 
@@ -301,19 +303,20 @@ def test_long_texts_are_said_in_pieces_by_the_same_voice(
     voice: Voice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = "The cat sat on a mat, Mr. Hen. It cost 3.50 in all! " * 3
-    passage = voice.passage(text, voice.prompt("ann"), seed=2)
+    passage = voice.prepare_long(text, voice.prompt("ann"), seed=2)
     assert len(passage.utterances) > 1
-    assert " ".join(one.text for one in passage.utterances) == text.strip()
+    assert " ".join(one.text.text for one in passage.utterances) == passage.text.text.strip()
+    assert passage.text.text != text
     assert {id(one.prompt) for one in passage.utterances} == {id(voice.prompts["ann"])}
     sizes: list[int] = []
-    original = voice.speak
+    original = voice.synthesize_batch
 
     def speak(utterances: list) -> list:
         sizes.append(len(utterances))
         made = original(utterances)
         return [*made[:-1], replace(made[-1], failure="loop", score=-1.0)]
 
-    monkeypatch.setattr(voice, "speak", speak)
+    monkeypatch.setattr(voice, "synthesize_batch", speak)
     speech = voice.tts(text, "ann", seed=2)
     count = len(passage.utterances)
     assert sizes == [count]
@@ -328,7 +331,7 @@ def test_numbers_are_words_by_the_time_that_they_are_checked(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         assert voice.tts("1 cat", "ann").text == "1 cat"
-    assert "1" not in caplog.text.partition("characters that no training text had")[2]
+    assert "1" not in caplog.text.partition("characters that no training text has")[2]
 
 
 def test_capitals_alone_are_small_letters_by_the_time_that_they_are_checked(
@@ -336,10 +339,10 @@ def test_capitals_alone_are_small_letters_by_the_time_that_they_are_checked(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         voice.prepare("THE CAT SAT", voice.prompts["ann"])
-    assert "characters that no training text had" not in caplog.text
+    assert "characters that no training text has" not in caplog.text
     with caplog.at_level(logging.WARNING):
         voice.prepare("the CAT sat", voice.prompts["ann"])
-    assert "characters that no training text had: A C T" in caplog.text
+    assert "characters that no training text has: A C T" in caplog.text
 
 
 def test_a_voice_is_saved_whole(voice: Voice, tmp_path: Path) -> None:
@@ -391,5 +394,5 @@ def test_without_nar_it_transcribes_but_does_not_speak(folder: Path, tmp_path: P
     shutil.rmtree(other / "nar")
     voice = Voice.from_pretrained(other)
     assert isinstance(voice.asr([voiced(0.5)])[0], str)
-    with pytest.raises(ValueError, match="cannot speak"):
+    with pytest.raises(ValueError, match="has no TTS"):
         voice.tts("a cat", "ann")

@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT, voiced
 
 from codec import load_codec
-from slm.data.sequences import load_prompts
+from slm.data.prompts import load_prompts
 from slm.models.nar import NAR
 from slm.voice import Voice
 

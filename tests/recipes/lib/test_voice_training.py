@@ -22,7 +22,7 @@ from recipes.scoring.synthesis import TTSEvalConfig
 from recipes.scoring.voice import check_scores
 from recipes.tts import main as tts
 from slm.config import ARConfig, TaskConfig
-from slm.data.interleaving import write_edges
+from slm.data.interleaving import write_word_boundaries
 from slm.models.ar import Letters
 from slm.models.nar import NAR
 from slm.voice import Voice
@@ -138,7 +138,9 @@ def test_a_voice_that_goes_word_by_word(
 ) -> None:
     shard = save_shard(tmp_path / "tokens.parquet", 6, load_codec(tiny_codec_folder).stamp)
     rows = TokenShard.open(shard)
-    write_edges(tmp_path / "e.jsonl.gz", [(row.id, [0, 3, 8, row.num_frames]) for row in rows])
+    write_word_boundaries(
+        tmp_path / "e.jsonl.gz", [(row.id, [0, 3, 8, row.num_frames]) for row in rows]
+    )
     given = [
         f"out={tmp_path / 'run'}", f"ar.base={base}", f"codec={tiny_codec_folder}",
         f"train={shard}", f"dev={shard}", "ar.text.interleaved=true",

@@ -11,7 +11,7 @@ from tiny_slm import STAMP
 from codec.tokens import TokenRow, TokenShard, write_shard
 from recipes.scoring.eval_items import EvalItem
 from recipes.scoring.speaker_similarity import SpeakerSimilarity
-from slm.data.sequences import Prompt
+from slm.data.prompts import Prompt
 
 SPEAKERS = {"a": 0, "b": 5, "c": 10}
 """Each one's code: a voice is an angle of a tenth of a right angle for each."""

@@ -29,7 +29,7 @@ from recipes.scoring.synthesis import (
 from recipes.scoring.voice import score_voice
 from recipes.tts import TTSConfig
 from slm.config import SamplingConfig
-from slm.data.sequences import Prompt
+from slm.data.prompts import Prompt
 from slm.voice import Speech
 
 HOP = 640
@@ -62,7 +62,7 @@ class FakeVoice:
         assert prompt.continuation == (prompt.text == "")
         return SimpleNamespace(text=text, prompt=prompt, seed=seed, bounds=(2, 1000))
 
-    def speak(self, utterances: list[SimpleNamespace]) -> list[Speech]:
+    def synthesize_batch(self, utterances: list[SimpleNamespace]) -> list[Speech]:
         self.batches.append([one.text for one in utterances])
         return [
             self._speech(one.prompt, np.full((3, 10), MUTE if "mute" in one.text else 9), one.seed)

@@ -259,7 +259,7 @@ def test_useless_items_are_skipped_counted_and_listed(
 
 def test_nothing_usable_is_an_error(tmp_path, base, vocabulary) -> None:
     path = save_shard(tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"as few as 5 positions, the least of batch\.positions"):
+    with pytest.raises(ValueError, match=r"at most 5 positions, the minimum of batch\.positions"):
         ar_data(path, base, vocabulary, batch=BatchConfig(positions=5))
 
 

@@ -47,7 +47,7 @@ def test_what_is_too_long_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureF
         kept = within(corpus, np.array([5, 9, 10, 11]), 10)
     assert kept.items.tolist() == [0, 3, 4]
     assert "skipped 1 items longer than 10 positions: item-5" in caplog.text
-    with pytest.raises(ValueError, match="no item has as few as 4 positions"):
+    with pytest.raises(ValueError, match="no item has at most 4 positions"):
         within(corpus, np.array([5, 9, 10, 11]), 4)
 
 
@@ -120,6 +120,4 @@ def test_ragged_rows_come_back() -> None:
     assert len(ragged) == 4
     assert [ragged[i].tolist() for i in range(4)] == [[3, 1], [], [70_000], [5, 6, 7]]
     assert ragged.lengths.tolist() == [2, 0, 1, 3]
-    part = ragged.at(np.array([3, 0]))
-    assert [part[i].tolist() for i in range(2)] == [[5, 6, 7], [3, 1]]
     assert len(Ragged([])) == 0

@@ -14,17 +14,16 @@ from slm import voice as preparing
 from slm.config import ARConfig, BatchConfig, SamplingConfig, TaskConfig, TextConfig
 from slm.data.ar import IGNORE, ARData
 from slm.data.corpus import usable
+from slm.data.coverage import Coverage
 from slm.data.interleaving import (
-    hearing_layout,
-    read_edges,
-    script_of,
-    speaking_layout,
-    spelt_words,
-    stretches_of,
-    write_edges,
+    InterleavedFormat,
+    read_word_boundaries,
+    spelled_words,
+    write_word_boundaries,
 )
-from slm.data.sequences import TTS, Coverage, Prompt, tts_context
-from slm.generation.asr import hear, num_given
+from slm.data.prompts import Prompt
+from slm.data.sequences import TTS, tts_context
+from slm.generation.asr import transcribe
 from slm.generation.rerank import transcripts
 from slm.generation.sampling import (
     Generated,
@@ -36,8 +35,9 @@ from slm.generation.sampling import (
 )
 from slm.generation.tts import Models
 from slm.models.ar import SpeechLM
+from slm.tokenization.text_normalization import NO_TEXT
 from slm.tokenization.tokenizer import SpeechTextTokenizer
-from slm.voice import num_said, passage, prepare
+from slm.voice import Voice, num_spoken_words
 
 pytestmark = quiet()
 
@@ -79,7 +79,9 @@ def parts(tokenizer: SpeechTextTokenizer, *texts: str) -> list[list[int]]:
 
 
 def test_a_word_stands_right_before_its_codes(tokenizer: SpeechTextTokenizer) -> None:
-    made = speaking_layout(tokenizer, "the cat sat", CODES, EDGES, Chance(0.0))
+    made = InterleavedFormat(tokenizer).tts_layout(
+        tokenizer.normalize("the cat sat"), CODES, EDGES, Chance(0.0)
+    )
     v, said = tokenizer.vocabulary, tokenizer.vocabulary.encode_speech(CODES).tolist()
     the, cat, sat = parts(tokenizer, "the", "cat", "sat")
     (whole,) = parts(tokenizer, "the cat sat")
@@ -89,8 +91,8 @@ def test_a_word_stands_right_before_its_codes(tokenizer: SpeechTextTokenizer) ->
         v.speech_end, *cat, v.speech, *said[2:5],
         v.speech_end, *sat, v.speech, *said[5:], v.speech_end,
     ]  # fmt: skip
-    assert made.given is not None
-    targets = made.tokens[made.num_context :][~made.given]
+    assert made.forced is not None
+    targets = made.tokens[made.num_context :][~made.forced]
     assert targets.tolist() == [
         *said[:2], v.speech_end, *said[2:5], v.speech_end, *said[5:], v.speech_end,
     ]  # fmt: skip
@@ -99,40 +101,44 @@ def test_a_word_stands_right_before_its_codes(tokenizer: SpeechTextTokenizer) ->
 def test_a_prompt_is_speech_of_the_first_words_and_no_target(
     tokenizer: SpeechTextTokenizer,
 ) -> None:
-    made = speaking_layout(tokenizer, "the cat sat", CODES, EDGES, Chance(0.9, 1))
+    made = InterleavedFormat(tokenizer).tts_layout(
+        tokenizer.normalize("the cat sat"), CODES, EDGES, Chance(0.9, 1)
+    )
     v, said = tokenizer.vocabulary, tokenizer.vocabulary.encode_speech(CODES).tolist()
     (whole,), (cat,) = parts(tokenizer, "the cat sat"), parts(tokenizer, "cat")
     context = tts_context(v, whole, said[:2])
     assert made.tokens[: made.num_context].tolist() == [*context, v.speech_end, *cat, v.speech]
-    assert made.given is not None
-    assert int((~made.given).sum()) == 7 + 2
-    assert made.tokens[made.num_context :][~made.given][-1] == v.speech_end
+    assert made.forced is not None
+    assert int((~made.forced).sum()) == 7 + 2
+    assert made.tokens[made.num_context :][~made.forced][-1] == v.speech_end
 
 
 @pytest.mark.parametrize("edges", [None, [0, 9], [0, 2, 5, 8]])
 def test_what_has_no_edges_is_one_word(
     tokenizer: SpeechTextTokenizer, edges: list[int] | None
 ) -> None:
-    made = speaking_layout(tokenizer, "the cat sat", CODES, edges, Chance(0.9))
+    made = InterleavedFormat(tokenizer).tts_layout(
+        tokenizer.normalize("the cat sat"), CODES, edges, Chance(0.9)
+    )
     (whole,), v = parts(tokenizer, "the cat sat"), tokenizer.vocabulary
     context = [*tts_context(v, whole, []), v.speech_end, *whole, v.speech]
     assert made.tokens[: made.num_context].tolist() == context
-    assert made.given is not None
-    assert not made.given.any()
+    assert made.forced is not None
+    assert not made.forced.any()
 
 
 def test_a_transcript_is_written_stretch_by_stretch(tokenizer: SpeechTextTokenizer) -> None:
     """0.8 s are 20 frames, 0.16 s are 4."""
     codes = np.arange(50) % 24
-    made = hearing_layout(tokenizer, "The cat sat on", codes, [0, 10, 17, 35, 50])
+    made = InterleavedFormat(tokenizer).asr_layout("The cat sat on", codes, [0, 10, 17, 35, 50])
     v, said = tokenizer.vocabulary, tokenizer.vocabulary.encode_speech(codes).tolist()
     first, second = tokenizer.text_ids("asr", ["The ", "cat sat on "])
     assert made.tokens.tolist() == [
         v.speech, *said[:20], v.text, *first, v.eos,
         v.speech, *said[20:], v.speech_end, v.text, *second, v.eos,
     ]  # fmt: skip
-    assert made.given is not None
-    targets = made.tokens[made.num_context :][~made.given]
+    assert made.forced is not None
+    targets = made.tokens[made.num_context :][~made.forced]
     assert targets.tolist() == [*first, v.eos, *second, v.eos]
     assert made.num_context == 22
 
@@ -141,13 +147,13 @@ def test_stretches_may_have_no_word_and_short_speech_has_one(
     tokenizer: SpeechTextTokenizer,
 ) -> None:
     v, codes = tokenizer.vocabulary, np.arange(60) % 24
-    made = hearing_layout(tokenizer, "THE CAT", codes, [0, 30, 60])
+    made = InterleavedFormat(tokenizer).asr_layout("THE CAT", codes, [0, 30, 60])
     assert made.tokens.tolist().count(v.eos) == 3
     assert made.tokens[21:23].tolist() == [v.text, v.eos]
     last = tokenizer.text_ids("asr", ["cat "])[0]
     assert made.tokens[-len(last) - 1 : -1].tolist() == last
     for edges, size in (([0, 8, 12], 12), (None, 60), ([0, 60], 60)):
-        made = hearing_layout(tokenizer, "the cat", codes[:size], edges)
+        made = InterleavedFormat(tokenizer).asr_layout("the cat", codes[:size], edges)
         said = v.encode_speech(codes[:size]).tolist()
         (text,) = tokenizer.text_ids("asr", ["the cat "])
         assert made.tokens.tolist() == [v.speech, *said, v.speech_end, v.text, *text, v.eos]
@@ -155,8 +161,8 @@ def test_stretches_may_have_no_word_and_short_speech_has_one(
 
 def test_what_is_heard_is_given_as_in_training(lm: SpeechLM, monkeypatch) -> None:
     tokenizer, codes = lm.tokenizer, np.arange(70) % 24
-    lead, script = stretches_of(tokenizer, codes)
-    made = hearing_layout(tokenizer, "the cat", codes, [0, 30, 70])
+    lead, script = InterleavedFormat(tokenizer).asr_context(codes)
+    made = InterleavedFormat(tokenizer).asr_layout("the cat", codes, [0, 30, 70])
     end = lm.vocabulary.eos
     parts = [lead, *script.parts]
     texts = tokenizer.text_ids("asr", ["", "the ", "", "cat "])
@@ -169,7 +175,7 @@ def test_what_is_heard_is_given_as_in_training(lm: SpeechLM, monkeypatch) -> Non
     )
     ids = tokenizer.text_ids("asr", ["the cat "])[0]
     answers = [Generated(tokens=tuple(ids), failure=None, tries=1, seed=0)]
-    assert hear(lm, [codes])[0].text == "the cat"
+    assert transcribe(lm, [codes])[0].text == "the cat"
     assert told[0].script == script
     assert list(told[0].context) == lead
 
@@ -177,31 +183,35 @@ def test_what_is_heard_is_given_as_in_training(lm: SpeechLM, monkeypatch) -> Non
 def test_hearing_a_batch_is_hearing_each_alone(lm: SpeechLM) -> None:
     random = np.random.default_rng(0)
     codes = [random.integers(0, 24, size) for size in (45, 12, 30)]
-    alone = [hear(lm, [one])[0] for one in codes]
-    assert hear(lm, codes) == alone
+    alone = [transcribe(lm, [one])[0] for one in codes]
+    assert transcribe(lm, codes) == alone
 
 
 def test_numbers_are_words_where_they_stand(tokenizer: SpeechTextTokenizer) -> None:
-    assert spelt_words(tokenizer, "the cat sat") == ["the", "cat", "sat"]
-    assert spelt_words(tokenizer, "sat 21 hens") == ["sat", "twenty one", "hens"]
-    assert spelt_words(tokenizer, "sat 121 hens") == [
-        "sat", tokenizer.spelt("121"), "hens",
+    assert spelled_words(tokenizer, tokenizer.normalize("the cat sat")) == ["the", "cat", "sat"]
+    assert spelled_words(tokenizer, tokenizer.normalize("sat 21 hens")) == [
+        "sat",
+        "twenty one",
+        "hens",
+    ]
+    assert spelled_words(tokenizer, tokenizer.normalize("sat 121 hens")) == [
+        "sat", tokenizer.tts_form("121"), "hens",
     ]  # fmt: skip
 
 
 def test_edges_are_kept_in_files(tmp_path: Path) -> None:
-    write_edges(tmp_path / "a.jsonl.gz", [("a", [0, 2]), ("b", [0, 1, 3])])
-    write_edges(tmp_path / "b.jsonl.gz", [("c", [0, 4])])
-    both = read_edges([tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl.gz"])
+    write_word_boundaries(tmp_path / "a.jsonl.gz", [("a", [0, 2]), ("b", [0, 1, 3])])
+    write_word_boundaries(tmp_path / "b.jsonl.gz", [("c", [0, 4])])
+    both = read_word_boundaries([tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl.gz"])
     assert both == {"a": [0, 2], "b": [0, 1, 3], "c": [0, 4]}
-    assert read_edges([]) == {}
+    assert read_word_boundaries([]) == {}
     cut = (tmp_path / "a.jsonl.gz").read_bytes()[:-12]
     (tmp_path / "cut.jsonl.gz").write_bytes(cut)
     with gzip.open(tmp_path / "other.jsonl.gz", "wt") as file:
         file.write('{"id": "a"}\n')
     for name in ("cut", "other", "none"):
         with pytest.raises(ValueError, match=rf"{name}.jsonl.gz: missing or damaged"):
-            read_edges([tmp_path / f"{name}.jsonl.gz"])
+            read_word_boundaries([tmp_path / f"{name}.jsonl.gz"])
 
 
 def test_batches_ask_for_codes_and_their_ends_alone(
@@ -211,7 +221,7 @@ def test_batches_ask_for_codes_and_their_ends_alone(
     write_shard(tmp_path / "a.parquet", rows, STAMP)
     shard = TokenShard.open(tmp_path / "a.parquet")
     edges = {row.id: [0, 3, 8, row.num_frames] for row in rows[:-1]}
-    corpus = replace(usable(shard), edges=edges)
+    corpus = replace(usable(shard), word_boundaries=edges)
     data = ARData(
         corpus, tokenizer, TaskConfig(asr=1.0), BatchConfig(positions=900), 0, longest=256
     )
@@ -225,7 +235,7 @@ def test_batches_ask_for_codes_and_their_ends_alone(
         assert int(labels[-1]) == v.speech_end
         prompts += len(codes) < len(said)
         assert len(labels) == data.layout(row).tokens.size - data.layout(row).num_context - int(
-            data.layout(row).given.sum()
+            data.layout(row).forced.sum()
         )
         # A label is the next token.
         at = (batch.labels[row] != IGNORE).nonzero()[:, 0]
@@ -237,10 +247,10 @@ def test_batches_ask_for_codes_and_their_ends_alone(
 
 
 def request(lm: SpeechLM, words: list[str], **bounds: int) -> Request:
-    lead, script = script_of(lm.tokenizer, words)
-    context = tts_context(lm.vocabulary, parts(lm.tokenizer, " ".join(words))[0], [])
+    text = lm.tokenizer.normalize(" ".join(words))
+    context, script = lm.format.tts_context(NO_TEXT, text, np.zeros(0, np.int64))
     limits = {"min_tokens": 0, "max_tokens": 60, "seed": 3} | bounds
-    return Request(context=[*context, *lead], script=script, **limits)
+    return Request(context=context, script=script, **limits)
 
 
 def test_generation_gives_each_word_when_the_one_before_is_over(lm: SpeechLM) -> None:
@@ -332,7 +342,7 @@ def test_words_that_do_not_end_are_cut(
 
 def test_marks_alone_are_no_words_to_say(lm: SpeechLM) -> None:
     prompt = Prompt(codes=np.array([[1, 2, 3]]), text="a mat")
-    made = prepare(models(lm), "the - cat !", prompt, 0, SamplingConfig())
+    made = Voice(models(lm)).prepare("the - cat !", prompt)
     assert len(made.script.parts) == 1
     (whole,) = parts(lm.tokenizer, "a mat the - cat !")
     assert made.context[1 : 1 + len(whole)] == whole
@@ -344,8 +354,8 @@ def test_a_voice_that_does_not_hear_goes_by_time(lm: SpeechLM, tmp_path: Path) -
     )
     deaf = SpeechLM.create(config, STAMP, seed=1).eval()
     words = ["the", "cat", "sat", "on", "a", "mat"]
-    assert num_said(deaf, words, np.zeros(25, np.int64)) == 3
-    assert num_said(deaf, words, np.zeros(2500, np.int64)) == 6
+    assert num_spoken_words(deaf, words, np.zeros(25, np.int64)) == 3
+    assert num_spoken_words(deaf, words, np.zeros(2500, np.int64)) == 6
 
 
 def test_edges_of_other_tokens_are_noticed(
@@ -356,20 +366,20 @@ def test_edges_of_other_tokens_are_noticed(
     corpus = usable(TokenShard.open(tmp_path / "a.parquet"))
     settings = (tokenizer, TaskConfig(asr=0.0), BatchConfig(positions=900), 0)
     for edges in ({}, {row.id: [0, 1, 2, row.num_frames + 1] for row in rows}):
-        with pytest.raises(ValueError, match=r"edges: none are those of .*a\.parquet"):
-            ARData(replace(corpus, edges=edges), *settings, longest=256)
+        with pytest.raises(ValueError, match=r"word_boundaries: none are those of .*a\.parquet"):
+            ARData(replace(corpus, word_boundaries=edges), *settings, longest=256)
     some = {rows[0].id: [0, 1, 2, rows[0].num_frames]}
-    ARData(replace(corpus, edges=some), *settings, longest=256)
-    assert "2 of 3 items have no edges that fit" in caplog.text
+    ARData(replace(corpus, word_boundaries=some), *settings, longest=256)
+    assert "2 of 3 items have no word boundaries that fit" in caplog.text
 
 
 def test_a_long_text_is_split_where_its_words_leave_no_room(lm: SpeechLM) -> None:
     """The model holds 256 positions; each word is read twice."""
     text = " ".join(["the cat sat on a mat"] * 6)
     prompt = Prompt(codes=np.array([[1, 2, 3]]), text="a mat")
-    made = passage(models(lm), text, prompt, 0, SamplingConfig())
+    made = Voice(models(lm)).prepare_long(text, prompt)
     assert len(made.utterances) > 1
-    assert " ".join(one.text for one in made.utterances) == text
+    assert " ".join(one.text.text for one in made.utterances) == text
     for one in made.utterances:
         assert len(one.context) + len(one.script.ids) < lm.max_positions
 
@@ -377,19 +387,19 @@ def test_a_long_text_is_split_where_its_words_leave_no_room(lm: SpeechLM) -> Non
 def test_speech_that_leaves_no_room_is_not_transcribed(lm: SpeechLM) -> None:
     """Stretches take more positions than their codes."""
     assert transcripts(lm, [np.zeros(240, np.int64), np.zeros(9, np.int64)])[0] == ""
-    assert num_given(lm.tokenizer, np.zeros(240, np.int64)) > 256
+    assert len(lm.format.asr_context(np.zeros(240, np.int64)).ids) > 256
 
 
 def models(lm: SpeechLM) -> Models:
     class Codec:
-        codebook_sizes, frame_rate, num_codebooks = (24,), 25.0, 1
+        codebook_sizes, frame_rate, num_codebooks, stamp = (24,), 25.0, 1, STAMP
 
     return Models(Codec(), lm, None, Coverage.of(["the cat sat on a mat"], 100))
 
 
 def test_an_utterance_is_prepared_word_by_word(lm: SpeechLM) -> None:
     prompt = Prompt(codes=np.array([[1, 2, 3]]), text="a mat")
-    made = prepare(models(lm), "The cat", prompt, 0, SamplingConfig())
+    made = Voice(models(lm)).prepare("The cat", prompt)
     v = lm.vocabulary
     the, cat = parts(lm.tokenizer, "The", "cat")
     assert made.context[-len(the) - 2 :] == [v.speech_end, *the, v.speech]
@@ -405,8 +415,8 @@ def test_a_continuation_goes_on_behind_the_words_it_has_said(
     words = ["the", "cat", "sat"]
     for said, count in heard.items():
         monkeypatch.setattr(preparing, "transcripts", lambda _, __, said=said: [said])
-        assert num_said(lm, words, np.array([1])) == count
+        assert num_spoken_words(lm, words, np.array([1])) == count
         prompt = Prompt(codes=np.array([[1, 2, 3]]), text="", continuation=True)
-        made = prepare(models(lm), "the cat sat", prompt, 0, SamplingConfig())
+        made = Voice(models(lm)).prepare("the cat sat", prompt)
         # Something is always left to say.
         assert len(made.script.most) == max(1, 3 - count)

@@ -10,7 +10,8 @@ import torch
 from tiny_slm import STAMP, quiet, save_base
 
 from slm.config import ARConfig, LoRAConfig, SpeechFormConfig, TextConfig
-from slm.data.sequences import Coverage, asr_context, tts_context
+from slm.data.coverage import Coverage
+from slm.data.sequences import asr_context, tts_context
 from slm.export.causal_lm import SAMPLES, export
 from slm.export.voice_folder import voice_card
 from slm.models.ar import SpeechLM

@@ -10,7 +10,7 @@ from conftest import voiced
 from tiny_slm import copy_of, quiet, save_voice
 
 from slm.generation.asr import Transcript, cut_at_quiet
-from slm.generation.conversion import listen
+from slm.generation.conversion import encode_source
 from slm.voice import Voice
 
 pytestmark = quiet()
@@ -44,7 +44,7 @@ def asked(voice: Voice, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]
 def test_codebook_1_is_the_sources(voice: Voice, asked: list[tuple[str, int]]) -> None:
     wave = voiced(1.01)
     speech = voice.convert(wave, "ann", source_text="red hen")
-    first = listen(voice.codec, [wave]).first
+    first = encode_source(voice.codec, [wave]).first
     assert np.array_equal(speech.codes[0], first)
     assert speech.codes.shape == (3, 26)
     assert len(speech.wave) == len(wave)
@@ -84,7 +84,7 @@ def test_a_long_source_comes_in_pieces(
 ) -> None:  # fmt: skip
     path = write_wav(tmp_path / "long.wav", 7.5)
     speech = voice.convert(path, "ann", source_text="too much for one piece")
-    assert "the text that was given is of all of it and is not used" in caplog.text
+    assert "its text is of all of them and is not used" in caplog.text
     assert len(speech.wave) == 7.5 * 16000
     assert sum(length for _, length in asked) == speech.codes.shape[1] == 188
     # The longest training utterance has 60 frames, the prompt 10.
@@ -110,8 +110,8 @@ def test_a_nar_that_never_lacked_a_text_is_told_of(
 
 def test_blocks_of_any_size_are_heard_alike(voice: Voice) -> None:
     wave = voiced(3.01)
-    whole = listen(voice.codec, [wave])
-    parts = listen(voice.codec, np.split(wave, range(1000, len(wave), 1000)))
+    whole = encode_source(voice.codec, [wave])
+    parts = encode_source(voice.codec, np.split(wave, range(1000, len(wave), 1000)))
     assert np.array_equal(whole.first, parts.first)
     assert np.allclose(whole.levels, parts.levels)
     assert len(whole.levels) == len(whole.first) == 76
@@ -133,5 +133,5 @@ def test_what_cannot_be_converted(voice: Voice, folder: Path, tmp_path: Path) ->
         voice.convert(tmp_path / "nowhere.wav", "ann")
     other = copy_of(folder, tmp_path)
     shutil.rmtree(other / "nar")
-    with pytest.raises(ValueError, match=r"no nar/.*two codebooks or more"):
+    with pytest.raises(ValueError, match=r"no nar/.*two or more codebooks"):
         Voice.from_pretrained(other).convert(voiced(0.5), "ann")

@@ -41,7 +41,7 @@ def test_it_lasts_as_long_as_was_asked_for(
 
 def test_what_does_not_fit(voice: Voice, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(voice.lm.origin, "tasks", {"tts": 1.0, "continuation": 1.0})
-    with pytest.raises(ValueError, match="less than a frame"):
+    with pytest.raises(ValueError, match="less than one frame"):
         voice.continue_speech("ann", 0.01)
     with pytest.raises(ValueError, match="the prompt is too long"):
         voice.continue_speech(voiced(11.0), 1.0)

@@ -12,6 +12,7 @@ from slm.data.sequences import asr_context
 from slm.generation import rerank as selfcheck
 from slm.generation.rerank import can_transcribe, text_scores, transcripts
 from slm.models.ar import SpeechLM
+from slm.tokenization.text_normalization import NormalizedText
 from slm.tokenization.tokenizer import SpeechTextTokenizer
 
 pytestmark = quiet()
@@ -24,6 +25,10 @@ CODES = [np.arange(10), np.arange(3), np.arange(20)]
 def lm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SpeechLM:
     base = save_base(tmp_path_factory.mktemp("base"), kind=request.param)
     return SpeechLM.create(ARConfig(base=str(base), lora=None), STAMP, seed=1).double().eval()
+
+
+def texts(lm: SpeechLM, *texts: str) -> list[NormalizedText]:
+    return [lm.tokenizer.normalize(text) for text in texts]
 
 
 @torch.inference_mode()
@@ -51,13 +56,13 @@ def test_scores_are_those_of_single_items(
     lm = SpeechLM(lm.lm, tokenizer, lm.origin)
     monkeypatch.setattr(selfcheck, "POSITIONS", positions)
     expected = [alone(lm, text, codes) for text, codes in zip(TEXTS, CODES, strict=True)]
-    assert text_scores(lm, TEXTS, CODES) == pytest.approx(expected, abs=1e-5)
+    assert text_scores(lm, texts(lm, *TEXTS), CODES) == pytest.approx(expected, abs=1e-5)
     assert len({round(score, 4) for score in expected}) == 3
 
 
 def test_what_does_not_fit_is_the_least_likely(lm: SpeechLM) -> None:
     long = np.arange(lm.max_positions) % 24
-    scores = text_scores(lm, ["a", "a"], [long, CODES[0]])
+    scores = text_scores(lm, texts(lm, "a", "a"), [long, CODES[0]])
     assert scores[0] == -np.inf
     assert np.isfinite(scores[1])
     assert transcripts(lm, [long, np.zeros(0, np.int64)]) == ["", ""]
@@ -73,7 +78,7 @@ def test_without_asr_there_is_nothing_to_score(lm: SpeechLM) -> None:
     deaf = SpeechLM(lm.lm, lm.tokenizer, {"tasks": {"tts": TaskConfig().tts, "asr": 0.0}})
     assert not can_transcribe(deaf)
     with pytest.raises(ValueError, match="cannot transcribe"):
-        text_scores(deaf, TEXTS, CODES)
+        text_scores(deaf, texts(lm, *TEXTS), CODES)
 
 
 def test_a_model_that_hears_by_stretches_compares_its_transcripts(
@@ -84,4 +89,4 @@ def test_a_model_that_hears_by_stretches_compares_its_transcripts(
     lm = SpeechLM.create(config, STAMP, seed=0).eval()
     monkeypatch.setattr(selfcheck, "transcripts", lambda *_: ["The cat", "a dgo", ""])
     codes = [np.arange(5)] * 3
-    assert text_scores(lm, ["the cat", "a dog", "sun"], codes) == [0.0, -2 / 5, -1.0]
+    assert text_scores(lm, texts(lm, "the cat", "a dog", "sun"), codes) == [0.0, -2 / 5, -1.0]

@@ -1,6 +1,7 @@
 """Streams: the same codes and waves as at once, the first of them early."""
 
 import io
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from tiny_slm import TEXT, quiet, save_voice
 
 from slm.config import SamplingConfig
-from slm.data.sequences import Prompt
+from slm.data.prompts import Prompt
 from slm.generation.sampling import Request, generate, speech_only
 from slm.generation.streaming import LOOK_AHEAD_SECONDS, WaveStream, stream, write_wav
 from slm.generation.tts import Utterance, complete, decode
@@ -49,7 +50,7 @@ def test_codes_are_those_of_the_same_chunks_made_at_once(
     decided = utterance.prompt.codes
     for chunk, start in zip(chunks, range(0, len(first) + 1, CHUNK), strict=True):
         prompt = Prompt(codes=decided, text="red hen")
-        one = Utterance(text=TEXT, prompt=prompt, context=[], bounds=(0, 0), seed=5)
+        one = replace(utterance, prompt=prompt)
         part = first[start : start + CHUNK]
         (expected,) = complete(voice.models, [one], [part], [5], voice.sampling)
         assert np.array_equal(chunk.codes, expected)
@@ -112,10 +113,10 @@ def test_a_voice_streams_long_texts(voice: Voice) -> None:
     text = " ".join(["The cat sat on a mat and ran."] * 2)
     waves = list(voice.stream(text, "ann", seed=1, chunk_seconds=CHUNK_SECONDS))
     assert len(waves) > 2
-    assert len(voice.passage(text, voice.prompt("ann"), seed=1).utterances) > 1
+    assert len(voice.prepare_long(text, voice.prompt("ann"), seed=1).utterances) > 1
     with pytest.raises(ValueError, match="chunk_seconds must be positive"):
         voice.stream(text, "ann", chunk_seconds=0.0)
-    with pytest.raises(ValueError, match="nothing to say"):
+    with pytest.raises(ValueError, match="has no words"):
         voice.stream("...", "ann")  # before the first wave is asked for
 
 

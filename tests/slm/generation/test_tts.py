@@ -12,11 +12,13 @@ import torch
 from tiny_slm import STAMP, quiet, save_base, tokenizer_of
 
 from slm.config import ARConfig, SamplingConfig
-from slm.data.sequences import Coverage, Prompt
+from slm.data.coverage import Coverage
+from slm.data.prompts import Prompt
 from slm.generation import tts as speaking
 from slm.generation.sampling import NEXT_CANDIDATE, NEXT_TRY
 from slm.generation.tts import Models, Speech, Utterance, candidates, rerank, synthesize
 from slm.models.ar import SpeechLM
+from slm.tokenization.text_normalization import NO_TEXT, NormalizedText
 from slm.tokenization.tokenizer import SpeechTextTokenizer
 
 pytestmark = quiet()
@@ -108,7 +110,14 @@ def models(
 def utterance(prompt: int, seed: int = 5, text: str = "the cat sat on a mat") -> Utterance:
     codes = np.array([[23, prompt]])
     begun = Prompt(codes=codes, text="a dog")
-    return Utterance(text=text, prompt=begun, context=[0], bounds=(0, 60), seed=seed)
+    return Utterance(
+        text=normalized(text), prompt=begun, prompt_text=normalized("a dog"), context=[0],
+        bounds=(0, 60), seed=seed,
+    )  # fmt: skip
+
+
+def normalized(text: str) -> NormalizedText:
+    return replace(NO_TEXT, original=text, text=text, tts_form=text)
 
 
 def asked(lm: SpeechLM, *utterances: Utterance) -> list[Utterance]:
@@ -175,7 +184,7 @@ def test_the_prompts_words_said_again_are_a_leak(tokenizer: SpeechTextTokenizer)
 def test_speech_far_too_short_for_the_prompts_rate_is_early(tokenizer: SpeechTextTokenizer) -> None:
     voice = models(tokenizer, ann=[GOOD])
     slow = Prompt(codes=np.array([[23] * 20 + [ANN]]), text="a dog and a cat")
-    one = replace(utterance(ANN), prompt=slow)
+    one = replace(utterance(ANN), prompt=slow, prompt_text=normalized(slow.text))
     (made,) = synthesize(voice, asked(voice.lm, one), replace(SHORT, max_attempts=1))
     assert made.failure == "early"
     (made,) = synthesize(
@@ -275,11 +284,11 @@ def test_what_the_nar_is_given(tokenizer: SpeechTextTokenizer) -> None:
     voice = models(spelling, nar=nar, ann=[PAUSE, GOOD])
     config = replace(SHORT, nar_temperature=0.5)
     prompt = Prompt(codes=np.array([[23, ANN], [0, 0]]), text="a dog")
-    one = replace(utterance(ANN), text="2 cats", prompt=prompt)
+    one = replace(utterance(ANN), text=spelling.normalize("2 cats"), prompt=prompt)
     (made,) = synthesize(voice, asked(voice.lm, one), config)
     assert made.codes.shape == (2, len(GOOD))
     assert nar.options == {"temperature": 0.5, "seeds": [5 + NEXT_TRY]}
-    assert nar.texts == [spelling.spelt("a dog 2 cats")]
+    assert nar.texts == ["a dog two cats"]
 
 
 def test_nothing_to_say_is_said(tokenizer: SpeechTextTokenizer) -> None:

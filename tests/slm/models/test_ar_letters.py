@@ -35,7 +35,7 @@ def test_rows_begin_as_their_letters(tmp_path: Path, tied: bool) -> None:
                  letter_init=str(tmp_path / "letters.json")), STAMP, seed=0,
     )  # fmt: skip
     first = spelt.vocabulary.first_speech
-    ids = dict(zip(" ab", (row[0] for row in spelt.tokenizer.spelling_ids(" ab")), strict=True))
+    ids = dict(zip(" ab", (row[0] for row in spelt.tokenizer.character_ids(" ab")), strict=True))
     for table in ("get_input_embeddings", "get_output_embeddings"):
         before = getattr(plain.lm, table)().weight
         after = getattr(spelt.lm, table)().weight
@@ -61,7 +61,7 @@ def test_a_merge_says_what_its_codes_say(tmp_path: Path) -> None:
         replace(config, letter_init=str(tmp_path / "letters.json")), STAMP, seed=0
     )
     before, after = (lm.lm.get_input_embeddings().weight for lm in (plain, spelt))
-    a, space = (before[ids[0]] for ids in spelt.tokenizer.spelling_ids("a "))
+    a, space = (before[ids[0]] for ids in spelt.tokenizer.character_ids("a "))
     mean = before[: spelt.vocabulary.num_text].mean(0)
     merge = spelt.vocabulary.first_speech + NUM_CODES
     assert units.decode([NUM_CODES]).tolist() == [1, 3]

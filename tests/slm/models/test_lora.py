@@ -8,7 +8,7 @@ import torch
 from tiny_slm import quiet, save_base
 
 from slm.config import TextConfig
-from slm.data.sequences import Coverage
+from slm.data.coverage import Coverage
 from slm.models.ar import SpeechLM
 from slm.models.lora import as_adapters, factorise, used_rows
 from tests.slm.export.test_causal_lm import trained

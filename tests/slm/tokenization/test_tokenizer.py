@@ -16,7 +16,7 @@ from slm.config import ARConfig, LoRAConfig, SpeechFormConfig, TextConfig
 from slm.models.ar import Base, SpeechLM, load_base
 from slm.tokenization import tokenizer as alphabet_module
 from slm.tokenization.acoustic_bpe import AcousticBPE
-from slm.tokenization.tokenizer import FILE_NAME, UNITS_FILE, SpeechTextTokenizer
+from slm.tokenization.tokenizer import BPE_FILE, FILE_NAME, SpeechTextTokenizer
 from slm.tokenization.vocabulary import Vocabulary
 
 pytestmark = quiet()
@@ -41,10 +41,10 @@ def save_units(path: Path, remove_runs: bool = False, digest: str = STAMP.digest
 
 
 def make(
-    base: Base, text: TextConfig | None = None, units: SpeechFormConfig | None = None
+    base: Base, text: TextConfig | None = None, speech: SpeechFormConfig | None = None
 ) -> SpeechTextTokenizer:
-    text, units = text or TextConfig(), units or SpeechFormConfig()
-    return SpeechTextTokenizer.create(base.lm, base.tokenizer, STAMP, text, units)
+    text, speech = text or TextConfig(), speech or SpeechFormConfig()
+    return SpeechTextTokenizer.create(base.lm, base.tokenizer, STAMP, text, speech)
 
 
 TEXTS = ["The cat. ", "at a mat", "Zoe\u0308 \u4f60\u597d \U0001f600 a . b  c\n", "<|end|>", ""]
@@ -164,8 +164,8 @@ def test_tokenizers_that_put_a_space_before_words(base: Base) -> None:
 
 def test_only_what_is_spoken_is_normalised(base: Base) -> None:
     tokenizer, plain = make(base), make(base, TextConfig(normalize=False))
-    assert tokenizer.spelt("5 cats") == "five cats"
-    assert plain.spelt("5 cats") == "5 cats"
+    assert tokenizer.tts_form("5 cats") == "five cats"
+    assert plain.tts_form("5 cats") == "5 cats"
     assert tokenizer.text_ids("tts", ["5 cats"]) == plain.text_ids("tts", ["five cats"])
     for task in ("asr", "text"):
         assert tokenizer.text_ids(task, ["5 cats"]) == plain.text_ids(task, ["5 cats"])
@@ -173,8 +173,8 @@ def test_only_what_is_spoken_is_normalised(base: Base) -> None:
 
 def test_what_is_all_in_capitals_is_lowered_but_in_text_alone(base: Base) -> None:
     tokenizer = make(base)
-    assert tokenizer.spelt("5 RED CATS") == "five red cats"
-    assert tokenizer.num_tokens("RED CATS") == tokenizer.num_tokens("red cats")
+    assert tokenizer.tts_form("5 RED CATS") == "five red cats"
+    assert tokenizer.normalize("RED CATS").num_tokens == tokenizer.normalize("red cats").num_tokens
     for task in ("tts", "asr"):
         assert tokenizer.text_ids(task, ["RED CATS"]) == tokenizer.text_ids(task, ["red cats"])
     assert tokenizer.text_ids("text", ["RED CATS"]) != tokenizer.text_ids("text", ["red cats"])
@@ -183,7 +183,7 @@ def test_what_is_all_in_capitals_is_lowered_but_in_text_alone(base: Base) -> Non
 def test_phonemes_are_spelt_as_characters(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alphabet_module, "phonemes", lambda text: text.replace("a", "\u00e6"))
     tokenizer = make(base, TextConfig(tts_form="phonemes"))
-    assert tokenizer.spelt("5 cats") == "five c\u00e6ts"
+    assert tokenizer.tts_form("5 cats") == "five c\u00e6ts"
     (ids,) = tokenizer.text_ids("tts", ["5 cats"])
     assert base.tokenizer.decode(ids) == "five c\u00e6ts"
     assert tokenizer.text_ids("asr", ["cats"]) == make(base).text_ids("asr", ["cats"])
@@ -192,7 +192,7 @@ def test_phonemes_are_spelt_as_characters(base: Base, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("form", ["tokens", "characters"])
 def test_how_much_there_is_to_say_does_not_depend_on_the_form(base: Base, form: str) -> None:
     tokenizer = make(base, TextConfig(tts_form=form))
-    assert tokenizer.num_tokens("at 5") == len(make(base).text_ids("tts", ["at five"])[0])
+    assert tokenizer.normalize("at 5").num_tokens == len(make(base).text_ids("tts", ["at five"])[0])
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,9 @@ def test_how_much_there_is_to_say_does_not_depend_on_the_form(base: Base, form: 
 )
 def test_each_task_has_its_units(base: Base, tmp_path: Path, spoken: str, heard: str) -> None:
     model = save_units(tmp_path / "units.model")
-    tokenizer = make(base, units=SpeechFormConfig(bpe_model=model, tts_form=spoken, asr_form=heard))
+    tokenizer = make(
+        base, speech=SpeechFormConfig(bpe_model=model, tts_form=spoken, asr_form=heard)
+    )
     first = tokenizer.vocabulary.first_speech
     merges = 2 if "bpe" in (spoken, heard) else 0
     assert tokenizer.vocabulary.size == first + SIZE + merges
@@ -209,7 +211,7 @@ def test_each_task_has_its_units(base: Base, tmp_path: Path, spoken: str, heard:
         assert len(ids) == (6 if form == "bpe" else len(CODES))
         assert tokenizer.codes_of(ids).tolist() == CODES.tolist()
         assert tokenizer.frames(ids).sum() == len(CODES)
-        assert tokenizer.has_pieces(task) == (form == "bpe")
+        assert tokenizer.uses_bpe(task) == (form == "bpe")
         allowed = tokenizer.speech_range(task)
         assert set(ids) <= set(allowed)
         assert len(allowed) == SIZE + (2 if form == "bpe" else 0)
@@ -219,17 +221,17 @@ def test_each_task_has_its_units(base: Base, tmp_path: Path, spoken: str, heard:
 
 def test_units_without_runs_are_for_hearing(base: Base, tmp_path: Path) -> None:
     model = save_units(tmp_path / "units.model", remove_runs=True)
-    tokenizer = make(base, units=SpeechFormConfig(bpe_model=model, asr_form="bpe"))
+    tokenizer = make(base, speech=SpeechFormConfig(bpe_model=model, asr_form="bpe"))
     ids = tokenizer.speech_ids("asr", np.array([4, 4, 1, 2, 3]))
     assert tokenizer.codes_of(ids).tolist() == [4, 1, 2, 3]
     with pytest.raises(ValueError, match=r"speech\.tts_form=bpe: .*removes runs"):
-        make(base, units=SpeechFormConfig(bpe_model=model, tts_form="bpe"))
+        make(base, speech=SpeechFormConfig(bpe_model=model, tts_form="bpe"))
 
 
 def test_units_of_another_codec_are_refused(base: Base, tmp_path: Path) -> None:
     model = save_units(tmp_path / "units.model", digest="f" * 16)
     with pytest.raises(ValueError, match="train units on them"):
-        make(base, units=SpeechFormConfig(bpe_model=model, asr_form="bpe"))
+        make(base, speech=SpeechFormConfig(bpe_model=model, asr_form="bpe"))
 
 
 def test_a_voice_keeps_its_units(folder: Path, base: Base, tmp_path: Path) -> None:
@@ -254,16 +256,16 @@ def test_a_voice_keeps_its_units(folder: Path, base: Base, tmp_path: Path) -> No
     )
     # What was loaded can be saved again.
     loaded.save(tmp_path / "again")
-    assert SpeechTextTokenizer.load(tmp_path / "again", base.tokenizer).units == loaded.units
-    (tmp_path / "ar" / UNITS_FILE).unlink()
+    assert SpeechTextTokenizer.load(tmp_path / "again", base.tokenizer).speech == loaded.speech
+    (tmp_path / "ar" / BPE_FILE).unlink()
     with pytest.raises(ValueError, match="no such units model"):
         SpeechTextTokenizer.load(tmp_path / "ar", base.tokenizer)
 
 
 def test_units_that_do_not_fit_the_vocabulary_are_refused(base: Base, tmp_path: Path) -> None:
     model = save_units(tmp_path / "units.model")
-    make(base, units=SpeechFormConfig(bpe_model=model, asr_form="bpe")).save(tmp_path / "ar")
-    AcousticBPE.train([np.array([1, 2])], STAMP, 1).save(tmp_path / "ar" / UNITS_FILE)
+    make(base, speech=SpeechFormConfig(bpe_model=model, asr_form="bpe")).save(tmp_path / "ar")
+    AcousticBPE.train([np.array([1, 2])], STAMP, 1).save(tmp_path / "ar" / BPE_FILE)
     with pytest.raises(ValueError, match="has 1 merges, the vocabulary 2"):
         SpeechTextTokenizer.load(tmp_path / "ar", base.tokenizer)
     with pytest.raises(ValueError, match=r"use SpeechTextTokenizer\.create"):
@@ -277,7 +279,7 @@ def test_units_that_do_not_fit_the_vocabulary_are_refused(base: Base, tmp_path: 
 
 @pytest.mark.parametrize("heard", ["codes", "bpe"])
 def test_units_that_nothing_uses_are_told(base: Base, tmp_path: Path, caplog, heard: str) -> None:
-    make(base, units=SpeechFormConfig(bpe_model=save_units(tmp_path / "my.units"), asr_form=heard))
+    make(base, speech=SpeechFormConfig(bpe_model=save_units(tmp_path / "my.units"), asr_form=heard))
     assert ("my.units is not used" in caplog.text) == (heard == "codes")
 
 

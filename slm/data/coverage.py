@@ -1,0 +1,77 @@
+"""What the training texts contained: which scripts and characters a model can be used with."""
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from codec.io import atomic_file
+from slm.tokenization.text_normalization import has_words, script_of
+
+logger = logging.getLogger(__name__)
+
+COVERAGE_FILE = "coverage.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Coverage:
+    """Scripts and characters of the training texts, and the longest training utterance."""
+
+    scripts: tuple[str, ...]
+    characters: str
+    """All characters that occur, sorted."""
+    longest_frames: int
+    """Frames of the longest training utterance."""
+
+    @classmethod
+    def of(cls, texts: Iterable[str], longest_frames: int) -> "Coverage":
+        """Of training texts."""
+        characters = sorted(set().union(*map(set, texts)))
+        scripts = sorted({script_of(letter) for letter in characters if letter.isalpha()})
+        return cls(
+            scripts=tuple(scripts), characters="".join(characters), longest_frames=longest_frames
+        )
+
+    def check(self, text: str, what: str = "the text") -> None:
+        """Raises ValueError for a text without a letter or digit, or with an unknown script."""
+        if not has_words(text):
+            raise ValueError(f"{what} {text!r} has no words; give it a letter or a digit")
+        for letter in text:
+            if letter.isalpha() and script_of(letter) not in self.scripts:
+                raise ValueError(
+                    f"{what} has {letter!r} of the script {script_of(letter)}; this model was "
+                    f"trained on {', '.join(self.scripts)}"
+                )
+
+    def log_unseen(self, text: str) -> None:
+        """Logs the characters that no training text has."""
+        unseen = sorted({c for c in text if not c.isspace()} - set(self.characters))
+        if unseen:
+            logger.warning("characters that no training text has: %s", " ".join(unseen))
+
+    def check_length(self, prompt: int, least: int, frame_rate: float) -> None:
+        """Raises ValueError if `prompt` frames and at least `least` more exceed all training."""
+        if prompt + least > self.longest_frames:
+            raise ValueError(
+                f"the text is too long for the model: {prompt / frame_rate:.1f} s of prompt and at "
+                f"least {least / frame_rate:.1f} s of speech, but it was trained on no more than "
+                f"{self.longest_frames / frame_rate:.1f} s; split the text or shorten the prompt"
+            )
+
+    def save(self, folder: str | Path) -> None:
+        """Writes coverage.json."""
+        with atomic_file(Path(folder) / COVERAGE_FILE) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=1))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Coverage":
+        """Raises ValueError for a missing or damaged file."""
+        path = Path(folder) / COVERAGE_FILE
+        try:
+            record = json.loads(path.read_text())
+            return cls(**{**record, "scripts": tuple(record["scripts"])})
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: missing or damaged ({error}); save the voice again"
+            ) from error
