@@ -2,7 +2,7 @@
 
 usage: help_of_programs.py PROGRAM.py...    prints a JSON object: status and errors of each
 
-Each one runs in a fork, which ends as an interpreter ends; what they import is loaded before.
+What the programs import is loaded once; each one runs in a fork.
 """
 
 import importlib
@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 
 
-def run(program: str) -> tuple[int, str] | None:
-    """Status and errors of the fork; None in the fork itself, where `program` is to run."""
+def run(program: str) -> tuple[int, str]:
+    """Status and errors of one program."""
     reader, writer = os.pipe()
     with tempfile.TemporaryFile() as errors:
         child = os.fork()
@@ -23,7 +23,14 @@ def run(program: str) -> tuple[int, str] | None:
         if not child:
             os.dup2(writer, 1)
             os.dup2(errors.fileno(), 2)
-            return None
+            sys.argv = [program, "--help"]
+            try:
+                runpy.run_path(program, run_name="__main__")
+            except SystemExit as end:
+                sys.stdout.flush()  # As the interpreter does when it ends, which takes longer.
+                os._exit(int(end.code or 0))
+            finally:
+                os._exit(1)
         os.close(writer)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         errors.seek(0)
@@ -34,12 +41,4 @@ if __name__ == "__main__":
     for given in sys.argv[1:]:
         if Path(given).stem != "__main__":
             importlib.import_module(".".join(Path(given).with_suffix("").parts))
-    done = {}
-    for given in sys.argv[1:]:
-        if (result := run(given)) is None:
-            sys.argv = [given, "--help"]
-            sys.path[0] = str(Path(given).parent)
-            runpy.run_path(given, run_name="__main__")
-            sys.exit(0)
-        done[given] = result
-    sys.stdout.write(json.dumps(done))
+    sys.stdout.write(json.dumps({given: run(given) for given in sys.argv[1:]}))
