@@ -41,6 +41,7 @@ from codec.training.config import (
 )
 from codec.training.data import load_cut, read_cuts
 from codec.training.run import leaves, make_accelerator, resolved, start_run
+from recipes.lib.config import current_keys
 from recipes.lib.run import PROFILE_HELP, finished, load_config, run_program, split_profile
 
 if TYPE_CHECKING:
@@ -222,7 +223,12 @@ def main(argv: list[str]) -> None:
     if config.semantic_codes:
         codes = known_codes(config, list(train), quiet=not accelerator.is_main_process)
     run = start_run(
-        config, config.out, seed=config.seed, accelerator=accelerator, profile_steps=profile_steps
+        config,
+        config.out,
+        seed=config.seed,
+        accelerator=accelerator,
+        current_keys=current_keys,
+        profile_steps=profile_steps,
     )
     models = replace(build_models(config, accelerator.device), codes=codes)
     if models.teachers is not None:

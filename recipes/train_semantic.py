@@ -41,6 +41,7 @@ from codec.training.data import load_cut, read_cuts
 from codec.training.loop import Losses
 from codec.training.run import make_accelerator, start_run
 from codec.training.supervised import Share, evaluate, fit
+from recipes.lib.config import current_keys
 from recipes.lib.run import PROFILE_HELP, finished, load_config, run_program, split_profile
 from slm.config import BatchConfig
 from slm.data.batching import Plan
@@ -238,7 +239,12 @@ def main(argv: list[str]) -> None:
         for cuts in (train, dev)
     )
     run = start_run(
-        config, config.out, seed=config.seed, accelerator=accelerator, profile_steps=profile_steps
+        config,
+        config.out,
+        seed=config.seed,
+        accelerator=accelerator,
+        current_keys=current_keys,
+        profile_steps=profile_steps,
     )
     codec = Codec(config.codec)
     student = SemanticStudent(codec, letters)

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def start_run(
     accelerator: Accelerator | None = None,
     keep: int = 2,
     free: Sequence[str] = (),
-    renamed: Mapping[str, str] | None = None,
+    current_keys: Callable[[Mapping[str, Any], Collection[str]], dict[str, Any]] | None = None,
     profile_steps: int = 0,
 ) -> "Run":
     """Opens a run folder, new or to resume in, and seeds every generator. All ranks call it.
@@ -130,7 +130,8 @@ def start_run(
         config: a dataclass.
         keep: the number of checkpoints that stay.
         free: keys that may differ from those of an earlier start, and all below them.
-        renamed: old key -> new key, for folders of earlier versions.
+        current_keys: for folders of earlier versions: given {dotted key: value} of their
+            config.yaml and today's keys, returns it under today's keys.
         profile_steps: steps of each stage that torch.profiler records; 0: none.
 
     Raises:
@@ -144,7 +145,7 @@ def start_run(
     if accelerator.is_main_process:
         try:
             lock = FileLock(folder)
-            _claim(folder, config, free, renamed or {})
+            _claim(folder, config, free, current_keys)
             _note_start(folder, seed, accelerator.mixed_precision, _world(accelerator))
         except (ValueError, OSError) as error:
             failure = error
@@ -391,14 +392,18 @@ def lock_folder(folder: Path, accelerator: Accelerator) -> FileLock | None:
     return lock
 
 
-def _claim(folder: Path, config: Any, free: Sequence[str], renamed: Mapping[str, str]) -> None:
+def _claim(
+    folder: Path,
+    config: Any,
+    free: Sequence[str],
+    current_keys: Callable[[Mapping[str, Any], Collection[str]], dict[str, Any]] | None,
+) -> None:
     """Writes config.yaml, or checks that the folder was begun with the same one but for `free`."""
     path, content = folder / "config.yaml", resolved(config)
     if path.exists():
         before, now = dict(leaves(yaml.safe_load(path.read_text()))), dict(leaves(content))
-        for old, new in renamed.items():
-            for key in [key for key in before if key == old or key.startswith(f"{old}.")]:
-                before.setdefault(new + key.removeprefix(old), before.pop(key))
+        if current_keys is not None:
+            before = current_keys(before, now)
         # An earlier version did what the defaults of keys say that it did not have.
         defaults = _defaults(type(config))
         for key in now.keys() - before.keys():

@@ -3,11 +3,12 @@
 import ast
 import dataclasses
 import inspect
+import logging
 import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,39 +16,140 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from codec.program import did_you_mean
 from codec.training.run import leaves, plain
+from slm.config import REMOVED_FIELDS, RENAMED_FIELDS
 
+logger = logging.getLogger(__name__)
 C = TypeVar("C")
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+RENAMED_KEYS = {
+    **{f"text.{old}": f"text.{new}" for old, new in RENAMED_FIELDS["TextConfig"].items()},
+    **{f"units.{old}": f"speech.{new}" for old, new in RENAMED_FIELDS["SpeechFormConfig"].items()},
+    **{f"nar.{old}": f"nar.{new}" for old, new in RENAMED_FIELDS["NARConfig"].items()},
+    **{
+        f"sampling.{old}": f"sampling.{new}"
+        for old, new in RENAMED_FIELDS["SamplingConfig"].items()
+    },
+    "ar.letters": "ar.letter_init",
+    "distill.half": "distill.bfloat16",
+    "resynthesis.half": "resynthesis.bfloat16",
+    "edges": "word_boundaries",
+    "num_items": "num_asr_items",
+    "speak": "tts_eval",
+}
+"""Parts of keys that older configurations have -> today's."""
+
+REMOVED_KEYS = {
+    **{f"nar.{key}": values for key, values in REMOVED_FIELDS["NARConfig"].items()},
+    **{f"sampling.{key}": values for key, values in REMOVED_FIELDS["SamplingConfig"].items()},
+}
+"""Parts of keys that older configurations have -> the values with which they are ignored."""
+
+RECIPES = {
+    "asr": "asr.py",
+    "codec": "train_codec.py",
+    "export": "export_tokens.py",
+    "semantic": "train_semantic.py",
+    "tts": "tts.py",
+}
+"""Folders of recipes/configs and the recipes that read them."""
 
 
 def load_config(cls: type[C], argv: Sequence[str], description: str = "") -> C:
-    """The dataclass `cls` with its defaults, then each `--config FILE`, then each `key=value`.
+    """Returns the dataclass `cls`: its defaults, then each `--config FILE`, then each `key=value`.
 
-    `--help` prints every key with its type, default and docstring, and exits. Raises ValueError
-    for a missing file, an unknown key (with the nearest right one) and an ill-typed value.
+    `--help` prints every key with its type, default and docstring, and exits. Keys of older
+    versions are read, with a warning.
+
+    Raises:
+        ValueError: for a missing file, an unknown key (with the key that was meant) or a value of
+            the wrong type; a file that looks like another recipe's names that recipe.
     """
     if "--help" in argv or "-h" in argv:
         print(describe(cls, description))
         sys.exit(0)
     files, overrides = _split(argv)
+    kinds = {key: kind for key, kind, _, _ in _keys(cls)}
     config = OmegaConf.structured(cls)
     for file in files:
-        for key, value in leaves(_read_yaml(file)):
-            config = _merged(config, key, value, where=f"{file}: ")
+        settings = dict(leaves(_read_yaml(file)))
+        try:
+            for key, value in current_keys(settings, kinds, f"{file}: ").items():
+                config = _merged(config, key, value, kinds)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}{_looks_like(settings, kinds)}") from None
     for override in overrides:
         key, _, text = override.partition("=")
         try:
             parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
         except yaml.YAMLError:
             raise ValueError(f"{override}: the value is not valid YAML; quote it") from None
-        for tail, leaf in leaves(parsed["value"]):
-            config = _merged(config, f"{key}.{tail}" if tail else key, leaf, where="")
+        settings = dict(leaves(parsed["value"], key))
+        for name, value in current_keys(settings, kinds).items():
+            config = _merged(config, name, value, kinds)
     try:
         return _built(cls, OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
     except MissingMandatoryValue as error:
         raise ValueError(f"{error.full_key} has no default: give {error.full_key}=VALUE") from None
     except OmegaConfBaseException as error:
         raise ValueError(_first_line(error)) from None
+
+
+def current_keys(
+    settings: Mapping[str, Any], known: Collection[str], where: str = ""
+) -> dict[str, Any]:
+    """`settings` (dotted key: value) with the keys of older versions renamed, or left out.
+
+    Only where today's key is one of `known` and the old one is not; a warning names both. `where`
+    begins each warning.
+
+    Raises:
+        ValueError: for a removed key whose value has no counterpart.
+    """
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        for old, ignored in REMOVED_KEYS.items():
+            if not f".{key}".endswith(f".{old}") or _is_known(key, known):
+                continue
+            if value not in ignored:
+                raise ValueError(f"{key}={value}: this feature was removed; remove the key")
+            logger.warning("%s%s was removed, and is ignored", where, key)
+            break
+        else:
+            new = _renamed(key, known)
+            if new != key:
+                logger.warning("%s%s is called %s now", where, key, new)
+            found[new] = value
+    return found
+
+
+def _renamed(key: str, known: Collection[str]) -> str:
+    if _is_known(key, known):
+        return key
+    new = f".{key}."
+    for old, current in RENAMED_KEYS.items():
+        if "." in old or new.startswith(f".{old}."):
+            new = new.replace(f".{old}.", f".{current}.", 1)
+    return new.strip(".") if _is_known(new.strip("."), known) else key
+
+
+def _is_known(key: str, known: Collection[str]) -> bool:
+    """Whether `key` is one of `known`, or holds some, or is below one (of a dictionary)."""
+    return any(f"{each}.".startswith(f"{key}.") or key.startswith(f"{each}.") for each in known)
+
+
+def _looks_like(settings: Mapping[str, Any], kinds: Collection[str]) -> str:
+    """'; this looks like ...' where a file has the keys of another recipe's configurations."""
+    best, most = "", sum(key in kinds for key in settings)
+    for folder, recipe in RECIPES.items():
+        names: set[str] = set()
+        for shipped in sorted((CONFIGS / folder).glob("*.yaml")):
+            names.update(key for key, _ in leaves(_read_yaml(shipped)))
+        if (shared := len(names & settings.keys())) > most:
+            best, most = recipe, shared
+    return f"; this looks like a configuration of recipes/{best}" if best else ""
 
 
 def _built(hint: Any, value: Any) -> Any:
@@ -122,19 +224,28 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return typing.cast(dict[str, Any], content)
 
 
-def _merged(config: DictConfig, key: str, value: Any, where: str) -> DictConfig:
+def _merged(config: DictConfig, key: str, value: Any, kinds: Mapping[str, str]) -> DictConfig:
+    """`config` with `key`. `kinds` has the keys that there are, and what each one expects."""
     layer: Any = value
     for part in reversed(key.split(".")):
         layer = {part: layer}
     try:
         return typing.cast(DictConfig, OmegaConf.merge(config, layer))
-    except ConfigKeyError as error:
-        raise ValueError(f"{where}{key}: {_first_line(error)}") from None
     except OmegaConfBaseException as error:
-        reason = _first_line(error)
-        if "$VALUE" in reason:  # OmegaConf leaves its own placeholder in for a list's element.
-            reason = "a value of the wrong type"
-        raise ValueError(f"{where}{key}={value}: {reason}") from None
+        if key in kinds:
+            # Keys inside a list's element are OmegaConf's to name.
+            unknown = f": {_first_line(error)}" if isinstance(error, ConfigKeyError) else ""
+            raise ValueError(f"{key}={value}: expected {kinds[key]}{unknown}") from None
+        below = [each for each in kinds if each.startswith(f"{key}.")]
+        if below:
+            raise ValueError(f"{key}={value}: expected keys below it, such as {below[0]}") from None
+        stem = key.partition(".")[0]
+        if stem in kinds and not any(each.startswith(f"{stem}.") for each in kinds):
+            raise ValueError(
+                f"{key}: {stem} takes one value ({kinds[stem]}), no keys below it"
+            ) from None
+        meant = did_you_mean(key, kinds) or "; --help lists the keys"
+        raise ValueError(f"{key}: no such key{meant}") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -25,6 +25,7 @@ from codec.tokens import TokenShard
 from codec.training.config import SupervisedOptimConfig
 from codec.training.run import Run, make_accelerator, start_run
 from codec.training.supervised import fit
+from recipes.lib.config import current_keys
 from recipes.scoring.synthesis import TTSEvalConfig
 from recipes.scoring.voice import check_scores, score_voice, store_base_perplexity
 from slm.config import ARConfig, BatchConfig, NARConfig
@@ -193,7 +194,7 @@ def train_voice(config: VoiceConfig, profile_steps: int = 0) -> None:
     accelerator = make_accelerator(folder, gradient_accumulation_steps=config.optim.accumulate)
     forget_zero3()
     run = start_run(
-        config, folder, seed=config.seed, accelerator=accelerator, free=SCORING_KEYS,
+        config, folder, seed=config.seed, accelerator=accelerator, current_keys=current_keys, free=SCORING_KEYS,
         profile_steps=profile_steps,
     )  # fmt: skip
     if texts.dev and accelerator.is_main_process:

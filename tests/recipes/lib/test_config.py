@@ -1,4 +1,6 @@
 import dataclasses
+import importlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,9 +8,10 @@ from typing import Literal
 
 import pytest
 import yaml
+from conftest import ROOT
 
 from codec.training.run import resolved
-from recipes.lib.config import describe, load_config
+from recipes.lib.config import RECIPES, describe, load_config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,14 +81,19 @@ def test_nested_dataclasses_keep_their_types(file: Callable[[str], str]) -> None
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("optim.lrr=1", "optim.lrr: Key 'lrr' not in 'Optim'. Did you mean: 'lr'?"),
-        ("step=1", "step: Key 'step' not in 'Config'. Did you mean: 'steps'?"),
-        ("steps=many", "steps=many: Value 'many' of type 'str' could not be converted to Integer"),
-        ("family=dac", "family=dac: Invalid value 'dac', expected one of ['seanet', 'spectral']"),
-        ("optim.betas=[1]", "optim.betas=[1]: TupleConfig length 1 does not match"),
-        ("optim.betas=[a,b]", "optim.betas=['a', 'b']: a value of the wrong type"),
-        ("optim=3", "optim=3: "),
-        ("steps=null", "steps=None: "),
+        ("optim.lrr=1", "optim.lrr: no such key; did you mean optim.lr?"),
+        ("step=1", "step: no such key; did you mean steps?"),
+        ("optim.learning_rate=1", "optim.learning_rate: no such key; did you mean optim.lr?"),
+        ("output_dir=x", "output_dir: no such key; did you mean out?"),
+        ("zzz=1", "zzz: no such key; --help lists the keys"),
+        ("steps=many", "steps=many: expected int"),
+        ("family=dac", "family=dac: expected Literal['seanet', 'spectral']"),
+        ("optim.betas=[1]", "optim.betas=[1]: expected tuple[float, float]"),
+        ("optim.betas=[a,b]", "optim.betas=['a', 'b']: expected tuple[float, float]"),
+        ("optim=3", "optim=3: expected keys below it, such as optim.lr"),
+        ("steps.lr=3", "steps.lr: steps takes one value (int), no keys below it"),
+        ("extra.lrr=3", "extra.lrr: no such key; did you mean extra.lr"),
+        ("steps=null", "steps=None: expected int"),
         ("steps=[", "steps=[: the value is not valid YAML"),
         ("optim.lr=-1", "optim.lr must be positive, got -1"),
         ("scales=[{windw: 3}]", "Key 'windw' not in 'Scale'. Did you mean: 'window'?"),
@@ -105,7 +113,7 @@ def test_mistakes_are_one_line(setting: str, message: str) -> None:
 
 def test_mistakes_in_a_file_name_it(file: Callable[[str], str]) -> None:
     for text, message in [
-        ("optim:\n  lrr: 1\n", "optim.lrr: Key 'lrr'"),
+        ("optim:\n  lrr: 1\n", "optim.lrr: no such key; did you mean optim.lr"),
         ("- 1\n", "a configuration file holds `key: value`"),
         ("a: [\n", "not valid YAML"),
     ]:
@@ -139,3 +147,73 @@ def test_what_is_resolved_loads_again(tmp_path: Path) -> None:
     config = load_config(Config, ["out=x", "optim.lr=0.5", "scales=[{window: 8}]"])
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(resolved(config)))
     assert load_config(Config, ["--config", str(tmp_path / "c.yaml")]) == config
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    max_attempts: int = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    num_items: int = 8
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Current:
+    """Keys that had other names."""
+
+    num_asr_items: int = 1
+    tts_eval: Evaluation = field(default_factory=Evaluation)
+    half: bool = False
+
+
+def test_keys_of_older_versions_are_read_with_a_warning(
+    file: Callable[[str], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    old = file("num_items: 2\nspeak:\n  num_items: 4\n  sampling: {tries: 5, cache: static}\n")
+    config = load_config(Current, ["--config", old, "half=true", "speak.sampling.tries=6"])
+    sampling = Sampling(max_attempts=6)
+    evaluation = Evaluation(num_items=4, sampling=sampling)
+    assert config == Current(num_asr_items=2, tts_eval=evaluation, half=True)
+    assert caplog.messages == [
+        f"{old}: num_items is called num_asr_items now",
+        f"{old}: speak.num_items is called tts_eval.num_items now",
+        f"{old}: speak.sampling.tries is called tts_eval.sampling.max_attempts now",
+        f"{old}: speak.sampling.cache was removed, and is ignored",
+        "speak.sampling.tries is called tts_eval.sampling.max_attempts now",
+    ]
+    with pytest.raises(ValueError, match="nar_iterations=8: this feature was removed; remove the"):
+        load_config(Current, ["speak.sampling.nar_iterations=8"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "expected"),
+    [
+        (
+            "tts",
+            "codec/smoke",
+            "codec.spectral.encoder_width: codec takes one value (str)",
+        ),
+        ("tts", "export/smoke", "cuts: no such key"),
+        ("asr", "semantic/small", ""),
+        ("train_codec", "tts/smoke", ""),
+        ("export_tokens", "codec/smoke", ""),
+        ("train_semantic", "tts/paper", ""),
+    ],
+)
+def test_a_configuration_of_another_recipe_names_that_recipe(
+    recipe: str, given: str, expected: str
+) -> None:
+    source = (ROOT / "recipes" / f"{recipe}.py").read_text()
+    (loaded,) = set(re.findall(r"load_config\(\s*(\w+)", source))
+    cls = getattr(importlib.import_module(f"recipes.{recipe}"), loaded)
+    path = f"recipes/configs/{given}.yaml"
+    with pytest.raises(ValueError, match=r".") as caught:
+        load_config(cls, ["--config", str(ROOT / path)])
+    message = str(caught.value)
+    assert message.startswith(f"{ROOT / path}: {expected}")
+    right = RECIPES[given.partition("/")[0]]
+    assert message.endswith(f"; this looks like a configuration of recipes/{right}")
+    assert "\n" not in message
