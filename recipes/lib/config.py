@@ -70,8 +70,8 @@ def load_config(cls: type[C], argv: Sequence[str], description: str = "") -> C:
     if "--help" in argv or "-h" in argv:
         print(describe(cls, description))
         sys.exit(0)
-    files, overrides = _split(argv)
     kinds = {key: kind for key, kind, _, _ in _keys(cls)}
+    files, overrides = _split(argv, kinds)
     config = OmegaConf.structured(cls)
     for file in files:
         settings = dict(leaves(_read_yaml(file)))
@@ -136,8 +136,13 @@ def _renamed(key: str, known: Collection[str]) -> str:
 
 
 def _is_known(key: str, known: Collection[str]) -> bool:
-    """Whether `key` is one of `known`, or holds some, or is below one (of a dictionary)."""
-    return any(f"{each}.".startswith(f"{key}.") or key.startswith(f"{each}.") for each in known)
+    """Whether `key` is one of `known`, holds some of them, or is below a dictionary of them."""
+    holds = any(f"{each}.".startswith(f"{key}.") for each in known)
+    parts = key.split(".")
+    above = {".".join(parts[:depth]) for depth in range(1, len(parts))} & set(known)
+    return holds or any(
+        not any(each.startswith(f"{parent}.") for each in known) for parent in above
+    )
 
 
 def _looks_like(settings: Mapping[str, Any], kinds: Collection[str]) -> str:
@@ -193,7 +198,7 @@ def describe(cls: type, description: str) -> str:
     return "\n".join(lines)
 
 
-def _split(argv: Sequence[str]) -> tuple[list[Path], list[str]]:
+def _split(argv: Sequence[str], known: Collection[str]) -> tuple[list[Path], list[str]]:
     files, overrides = [], []
     rest = iter(argv)
     for argument in rest:
@@ -204,9 +209,8 @@ def _split(argv: Sequence[str]) -> tuple[list[Path], list[str]]:
         elif argument.startswith("--config="):
             files.append(Path(argument.removeprefix("--config=")))
         elif argument.startswith("-") or "=" not in argument:
-            raise ValueError(
-                f"{argument}: settings are key=value or --config FILE; --help lists the keys"
-            )
+            meant = did_you_mean(argument.partition("=")[0], known) or "; --help lists the keys"
+            raise ValueError(f"{argument}: settings are key=value or --config FILE{meant}")
         else:
             overrides.append(argument)
     return files, overrides

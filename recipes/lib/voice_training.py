@@ -194,8 +194,8 @@ def train_voice(config: VoiceConfig, profile_steps: int = 0) -> None:
     accelerator = make_accelerator(folder, gradient_accumulation_steps=config.optim.accumulate)
     forget_zero3()
     run = start_run(
-        config, folder, seed=config.seed, accelerator=accelerator, current_keys=current_keys, free=SCORING_KEYS,
-        profile_steps=profile_steps,
+        config, folder, seed=config.seed, accelerator=accelerator, free=SCORING_KEYS,
+        current_keys=current_keys, profile_steps=profile_steps,
     )  # fmt: skip
     if texts.dev and accelerator.is_main_process:
         store_base_perplexity(folder, lm.to(accelerator.device), texts.dev)

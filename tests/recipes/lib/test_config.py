@@ -97,7 +97,8 @@ def test_nested_dataclasses_keep_their_types(file: Callable[[str], str]) -> None
         ("steps=[", "steps=[: the value is not valid YAML"),
         ("optim.lr=-1", "optim.lr must be positive, got -1"),
         ("scales=[{windw: 3}]", "Key 'windw' not in 'Scale'. Did you mean: 'window'?"),
-        ("--lr", "--lr: settings are key=value or --config FILE"),
+        ("--output=x", "--output=x: settings are key=value or --config FILE; did you mean out?"),
+        ("--zzz", "--zzz: settings are key=value or --config FILE; --help lists the keys"),
         ("steps", "steps: settings are key=value or --config FILE"),
         ("--config", "--config needs a file name"),
         ("--config=nowhere.yaml", "nowhere.yaml: no such configuration file"),
@@ -161,28 +162,39 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Layers:
+    conv_kernel: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Current:
     """Keys that had other names."""
 
     num_asr_items: int = 1
     tts_eval: Evaluation = field(default_factory=Evaluation)
     half: bool = False
+    nar: Layers | None = field(default_factory=Layers)
 
 
 def test_keys_of_older_versions_are_read_with_a_warning(
     file: Callable[[str], str], caplog: pytest.LogCaptureFixture
 ) -> None:
     old = file("num_items: 2\nspeak:\n  num_items: 4\n  sampling: {tries: 5, cache: static}\n")
-    config = load_config(Current, ["--config", old, "half=true", "speak.sampling.tries=6"])
+    config = load_config(
+        Current, ["--config", old, "half=true", "speak.sampling.tries=6", "nar.kernel=9"]
+    )
     sampling = Sampling(max_attempts=6)
     evaluation = Evaluation(num_items=4, sampling=sampling)
-    assert config == Current(num_asr_items=2, tts_eval=evaluation, half=True)
+    assert config == Current(
+        num_asr_items=2, tts_eval=evaluation, half=True, nar=Layers(conv_kernel=9)
+    )
     assert caplog.messages == [
         f"{old}: num_items is called num_asr_items now",
         f"{old}: speak.num_items is called tts_eval.num_items now",
         f"{old}: speak.sampling.tries is called tts_eval.sampling.max_attempts now",
         f"{old}: speak.sampling.cache was removed, and is ignored",
         "speak.sampling.tries is called tts_eval.sampling.max_attempts now",
+        "nar.kernel is called nar.conv_kernel now",
     ]
     with pytest.raises(ValueError, match="nar_iterations=8: this feature was removed; remove the"):
         load_config(Current, ["speak.sampling.nar_iterations=8"])
