@@ -20,7 +20,7 @@ class ASRConfig(VoiceConfig):
     """The model."""
     nar: NARConfig | None = None
     """The model of the other codebooks, for a voice that speaks as well; null: none."""
-    num_items: int | None = 64
+    num_asr_items: int | None = 64
     """Dev items to transcribe at the end, spread over the list."""
 
 

@@ -95,7 +95,7 @@ def described(shard: TokenShard, path: str) -> str:
     return f"{short_path(path)}@{digest}, {len(shard)} utterances, {hours:.2f} hours"
 
 
-SCORING_KEYS = ("num_items", "speak")
+SCORING_KEYS = ("num_asr_items", "tts_eval")
 """Nothing that is trained depends on these: they may change in a run folder, to score anew."""
 
 
@@ -118,7 +118,7 @@ class VoiceConfig:
     clip_epochs: float = 1.0
     """The first epochs are of clips alone (0.5: half of the items of one); then come whole
     utterances and clips."""
-    edges: tuple[str, ...] = ()
+    word_boundaries: tuple[str, ...] = ()
     """Where words are said (edges.jsonl.gz of recipes/make_clips.py, of train, clips and dev), for
     ar.text.interleaved."""
     texts: str | None = None
@@ -143,25 +143,25 @@ class VoiceConfig:
     """The NAR's batches."""
     nar_optim: SupervisedOptimConfig = field(default_factory=SupervisedOptimConfig)
     """The NAR's optimiser."""
-    num_items: int | None = None
+    num_asr_items: int | None = None
     """Dev items to transcribe at the end, spread over the list; null: as many as are spoken."""
-    speak: TTSEvalConfig = field(default_factory=TTSEvalConfig)
+    tts_eval: TTSEvalConfig = field(default_factory=TTSEvalConfig)
     """What is spoken at the end, and who judges it."""
 
     def __post_init__(self) -> None:
         if self.ar.tasks.text and self.texts is None:
             raise ValueError("ar.tasks.text needs texts: name a .txt or .jsonl file of them")
-        if bool(self.edges) != self.ar.text.interleaved:
+        if bool(self.word_boundaries) != self.ar.text.interleaved:
             raise ValueError(
-                "ar.text.interleaved and edges belong together: set both, or neither; "
+                "ar.text.interleaved and word_boundaries belong together: set both, or neither; "
                 "recipes/make_clips.py writes edges.jsonl.gz"
             )
         if self.clips is not None and self.limit is not None:
             raise ValueError("limit is of whole utterances: leave it or clips out")
         if not 0 <= self.clip_epochs < math.inf:
             raise ValueError(f"clip_epochs must be 0 or more, got {self.clip_epochs}")
-        if self.num_items is not None and self.num_items < 0:
-            raise ValueError(f"num_items must not be negative, got {self.num_items}")
+        if self.num_asr_items is not None and self.num_asr_items < 0:
+            raise ValueError(f"num_asr_items must not be negative, got {self.num_asr_items}")
 
 
 class Texts(NamedTuple):
@@ -270,7 +270,7 @@ def train_ar(
 ) -> None:  # fmt: skip
     """Trains the AR in the stage `ar` and writes voice/ar."""
 
-    edges = read_word_boundaries(config.edges)
+    edges = read_word_boundaries(config.word_boundaries)
 
     def data(
         shard: TokenShard,

@@ -54,10 +54,10 @@ def item_counts(config: Any, train: TokenShard, dev: TokenShard | None) -> ItemC
     """Returns what `config`, a recipes.lib.voice_training.VoiceConfig, evaluates."""
     if dev is None:
         return ItemCounts(0, 0, 0)
-    tasks, count = config.ar.tasks, config.speak.num_items
+    tasks, count = config.ar.tasks, config.tts_eval.num_items
     synthesizes = config.nar is not None or train.stamp.num_codebooks == 1
     return ItemCounts(
-        asr=(count if config.num_items is None else config.num_items) if tasks.asr else 0,
+        asr=(count if config.num_asr_items is None else config.num_asr_items) if tasks.asr else 0,
         tts=count if tasks.tts and synthesizes else 0,
         textless=count if tasks.continuation and synthesizes else 0,
     )
@@ -69,7 +69,7 @@ def check_scores(config: Any, train: TokenShard, dev: TokenShard | None) -> None
     Raises:
         ValueError: a model or file is missing, or settings do not fit the tasks.
     """
-    evaluation, tasks, counts = config.speak, config.ar.tasks, item_counts(config, train, dev)
+    evaluation, tasks, counts = config.tts_eval, config.ar.tasks, item_counts(config, train, dev)
     if dev is None or not any(counts):
         return
     select_items(dev, 1)
@@ -77,7 +77,7 @@ def check_scores(config: Any, train: TokenShard, dev: TokenShard | None) -> None
         return
     if evaluation.sampling.num_candidates > 1 and counts.tts and not tasks.asr:
         raise ValueError(
-            f"speak.sampling.num_candidates is {evaluation.sampling.num_candidates}, and the "
+            f"tts_eval.sampling.num_candidates is {evaluation.sampling.num_candidates}, and the "
             "voice's own ASR reranks candidates; set it to 1, or train with ar.tasks.asr"
         )
     load_judges(evaluation.judge, evaluation.speaker)
@@ -109,7 +109,7 @@ def score_voice(
     if dev is not None and counts.asr:
         rows += transcribe_items(voice, select_items(dev, counts.asr, known), origin)
     if dev is not None and (counts.tts or counts.textless):
-        evaluation, out = config.speak, folder / "speak"
+        evaluation, out = config.tts_eval, folder / "speak"
         rate, seconds = voice.codec.frame_rate, evaluation.prompt_seconds
         voice.sampling = evaluation.sampling
         scorers = load_scorers(evaluation, voice, dev)

@@ -32,7 +32,10 @@ def test_inputs_of_each_command_are_outputs_of_earlier_ones() -> None:
         f"out={voice.dev}",
         f"reader={semantic.out}/reader",
         f"voice={voice.out}/voice",
-        *(f"out={Path(one).parent}" for one in (*voice.edges, voice.clips, voice.ar.letter_init)),
+        *(
+            f"out={Path(one).parent}"
+            for one in (*voice.word_boundaries, voice.clips, voice.ar.letter_init)
+        ),
     ):
         assert argument in words
     for command in training_commands():

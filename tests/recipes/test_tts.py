@@ -69,8 +69,8 @@ def test_one_process_trains_speaks_and_scores(
 ) -> None:
     out = tmp_path / "run"
     small = [
-        *(*inputs, *SMALL, "speak.num_items=3", "speak.prompt_seconds=0.5"),
-        "speak.sampling.frames_per_token=[0.2,1.0]",
+        *(*inputs, *SMALL, "tts_eval.num_items=3", "tts_eval.prompt_seconds=0.5"),
+        "tts_eval.sampling.frames_per_token=[0.2,1.0]",
     ]
     tts([f"out={out}", *small])
     assert "dev-continuation" in capsys.readouterr().out
@@ -107,7 +107,7 @@ def test_asr_says_its_dev_wer(
     inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     small = [key for key in SMALL if not key.startswith("nar")]
-    asr([f"out={tmp_path / 'run'}", *inputs, *small, "num_items=2"])
+    asr([f"out={tmp_path / 'run'}", *inputs, *small, "num_asr_items=2"])
     assert "dev-asr" in capsys.readouterr().out
     rows = [json.loads(s) for s in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()]
     assert any(row["metric"] == "asr_wer" and row["utterance"] is None for row in rows)
@@ -158,7 +158,7 @@ def start(config: str, out: Path, inputs: list[str]) -> tuple[list[str], dict[st
         *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"),
         *("--config_file", str(ROOT / "recipes" / "accelerate" / f"{config}.yaml")),
         *("--main_process_port", str(free_port()), str(ROOT / "recipes" / "tts.py")),
-        *(f"out={out}", *inputs, *SMALL, "speak.num_items=0"),
+        *(f"out={out}", *inputs, *SMALL, "tts_eval.num_items=0"),
     ]
     return command, {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 

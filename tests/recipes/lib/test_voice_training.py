@@ -37,8 +37,8 @@ STEP = [
     "nar.num_layers=1", "nar.num_heads=2", "nar.width=16", "nar.feedforward=16",
     *(f"{optim}.{key}" for optim in ("optim", "nar_optim")
       for key in ("steps=1", "eval_batches=1", "log_every=1")),
-    "speak.num_items=1", "speak.prompt_seconds=0.2", "speak.sampling.max_attempts=1",
-    "speak.sampling.frames_per_token=[0.1,0.3]", "speak.sampling.spare_seconds=0.1",
+    "tts_eval.num_items=1", "tts_eval.prompt_seconds=0.2", "tts_eval.sampling.max_attempts=1",
+    "tts_eval.sampling.frames_per_token=[0.1,0.3]", "tts_eval.sampling.spare_seconds=0.1",
 ]  # fmt: skip
 BASELINES = ("encodec", "dac", "mimi")
 # SpeechTokenizer's and DM-Codec's architecture differs in its sizes alone.
@@ -74,9 +74,9 @@ def test_a_nar_begins_with_the_codecs_entries(kind: str, base: Path, tmp_path: P
     shard = save_shard(tmp_path / "tokens.parquet", 6, codec.stamp)
     given = [
         f"out={tmp_path / 'run'}", f"ar.base={base}", f"codec={tmp_path / 'codec'}",
-        f"train={shard}", "dev=null", "speak.num_items=0", "nar.from_codec=true",
+        f"train={shard}", "dev=null", "tts_eval.num_items=0", "nar.from_codec=true",
         # Steps that change nothing.
-        *(key for key in STEP if key != "speak.num_items=1"), "nar_optim.lr=1e-12",
+        *(key for key in STEP if key != "tts_eval.num_items=1"), "nar_optim.lr=1e-12",
         "nar_optim.weight_decay=0.0",
     ]  # fmt: skip
     if kind == "encodec":
@@ -145,10 +145,13 @@ def test_a_voice_that_goes_word_by_word(
         f"out={tmp_path / 'run'}", f"ar.base={base}", f"codec={tiny_codec_folder}",
         f"train={shard}", f"dev={shard}", "ar.text.interleaved=true",
     ]  # fmt: skip
-    for wrong in ([], [f"edges=[{tmp_path / 'e.jsonl.gz'}]", "ar.text.interleaved=false"]):
+    for wrong in (
+        [],
+        [f"word_boundaries=[{tmp_path / 'e.jsonl.gz'}]", "ar.text.interleaved=false"],
+    ):
         with pytest.raises(ValueError, match="interleaved and edges belong together"):
             tts([*given, *wrong])
-    tts([*given, f"edges=[{tmp_path / 'e.jsonl.gz'}]", *STEP])
+    tts([*given, f"word_boundaries=[{tmp_path / 'e.jsonl.gz'}]", *STEP])
     voice = Voice.from_pretrained(tmp_path / "run" / "voice")
     assert voice.lm.tokenizer.text.interleaved
     utterance = voice.prepare("the cat sat", next(iter(voice.prompts.values())))
@@ -192,7 +195,7 @@ def test_text_is_mixed_in_and_its_perplexity_told(
     given = [
         f"ar.base={base}", f"codec={tiny_codec_folder}", f"train={shard}", f"dev={shard}",
         f"texts={tmp_path / 'train.txt'}", f"texts_dev={tmp_path / 'dev.txt'}",
-        *(key for key in STEP if not key.startswith("nar")), "num_items=1",
+        *(key for key in STEP if not key.startswith("nar")), "num_asr_items=1",
     ]  # fmt: skip
     out = tmp_path / "run"
     asr([f"out={out}", *given, "ar.tasks.text=0.5", "ar.tasks.continuation=0.5"])
@@ -226,7 +229,7 @@ def test_a_voice_without_texts_goes_on_and_is_scored(
     tts([
         f"out={out}", f"ar.base={base}", f"codec={tiny_codec_folder}", f"train={shard}",
         f"dev={shard}", "ar.tasks.tts=0", "ar.tasks.asr=0", "ar.tasks.continuation=1", *STEP,
-        "speak.num_items=2", "speak.sampling.checks=[]",
+        "tts_eval.num_items=2", "tts_eval.sampling.checks=[]",
     ])  # fmt: skip
     assert "nar.text_dropout=0.1 is a good share" in caplog.text
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
@@ -264,7 +267,7 @@ def test_a_finished_voice_is_scored_anew_with_other_settings(
 
     before = trained()
     assert len(before) > 4
-    tts([*given, "speak.num_items=2", "num_items=3", "speak.sampling.temperature=0.5"])
+    tts([*given, "tts_eval.num_items=2", "num_asr_items=3", "tts_eval.sampling.temperature=0.5"])
     assert trained() == before
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     numbers = {row["list"].partition("@")[0]: row["n"] for row in rows if row["utterance"] is None}
@@ -277,11 +280,11 @@ def test_a_finished_voice_is_scored_anew_with_other_settings(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("speak.sampling.num_candidates=2 ar.tasks.asr=0", "own ASR reranks"),
-        ("speak.judge=/no/judge", "/no/judge holds no"),
-        ("speak.speaker=/no/encoder", "/no/encoder/config.json is missing"),
-        ("speak.sexes=/no/sexes.json", "/no/sexes.json: cannot be read"),
-        ("speak.aligner=/no/aligner", "/no/aligner"),
+        ("tts_eval.sampling.num_candidates=2 ar.tasks.asr=0", "own ASR reranks"),
+        ("tts_eval.judge=/no/judge", "/no/judge holds no"),
+        ("tts_eval.speaker=/no/encoder", "/no/encoder/config.json is missing"),
+        ("tts_eval.sexes=/no/sexes.json", "/no/sexes.json: cannot be read"),
+        ("tts_eval.aligner=/no/aligner", "/no/aligner"),
     ],
 )
 def test_scores_that_cannot_be_had_are_told_before_training(
@@ -318,5 +321,5 @@ def test_texts_without_a_weight_are_told(tmp_path: Path, caplog: pytest.LogCaptu
 def test_what_people_get_wrong(base: Path) -> None:
     with pytest.raises(ValueError, match=r"ar\.tasks\.text needs texts"):
         tts([f"ar.base={base}", "ar.tasks.text=1"])
-    with pytest.raises(ValueError, match="num_items must not be negative"):
-        asr(["num_items=-1"])
+    with pytest.raises(ValueError, match="num_asr_items must not be negative"):
+        asr(["num_asr_items=-1"])
