@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,17 @@ from codec.program import ArgumentParser, run_program
 from slm.config import CHECKS, SamplingConfig
 
 if TYPE_CHECKING:
+    from slm.export.voice_folder import VoiceSummary
     from slm.voice import Voice
 
 logger = logging.getLogger("slm")
 
-DRAWING = ("greedy", "temperature", "top_p", "top_k")
-SAMPLING = (*DRAWING, "num_candidates", "max_attempts", "checks")
-"""Options of `slm tts` that are fields of SamplingConfig; those that are not given stay."""
+SAMPLING = (
+    "greedy", "temperature", "top_p", "top_k", "num_candidates", "max_attempts", "checks",
+)  # fmt: skip
+"""Options that are fields of SamplingConfig; the others stay as the voice has them."""
+MAX_SEED = 2**62
+"""Retries and candidates add to a seed, which torch holds in 64 bits."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,124 +46,146 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="slm", description="Speak and transcribe with a voice.")
+    parser = ArgumentParser(prog="slm", description="TTS, ASR and voice conversion with a voice.")
     commands = parser.add_subparsers(required=True, metavar="tts|asr|vc|continue|export")
-    tts = commands.add_parser("tts", help="text and a prompt recording to speech")
-    asr = commands.add_parser("asr", help="recordings to text, one JSON line each")
-    vc = commands.add_parser("vc", help="a recording to the same words in another voice")
-    goes_on = commands.add_parser("continue", help="a recording to what may follow it")
-    export = commands.add_parser("export", help="a plain causal LM of transformers")
-    runs = ((tts, _tts), (asr, _asr), (vc, _vc), (goes_on, _continue), (export, _export))
+    tts = commands.add_parser("tts", help="zero-shot TTS: a text and a prompt to speech")
+    asr = commands.add_parser("asr", help="recordings to transcripts, one JSON line each")
+    vc = commands.add_parser("vc", help="voice conversion: a recording with another speaker")
+    continuation = commands.add_parser("continue", help="continue a recording without a text")
+    export = commands.add_parser("export", help="write the LLM as a causal LM of transformers")
+    runs = (
+        (tts, _tts), (asr, _asr), (vc, _vc), (continuation, _continue), (export, _export),
+    )  # fmt: skip
     for command, run in runs:
         command.set_defaults(run=run)
-        command.add_argument("--voice", required=True, help="folder or hub id of a voice")
-        command.add_argument("--base", help="where the voice's text LLM is, if it has moved")
-        command.add_argument("--device", default="cpu", help="cpu or cuda")
-        command.add_argument(
+        add = command.add_argument
+        add("--voice", required=True, help="voice: folder or hub id")
+        add("--base", help="folder or hub id of the voice's text LLM, if it has moved")
+        add("--device", default="cpu", help="cpu or cuda")
+        add(
             "--dtype", choices=("float32", "bfloat16"), default="float32",
-            help="of the LLM's and the NAR's weights; bfloat16 takes half the memory",
+            help="dtype of the weights of LLM and NAR",
         )  # fmt: skip
-    for command in (tts, asr):
-        command.add_argument("--batch", type=int, default=8, help="items generated together")
-    _add_tts(tts)
-    for command in (tts, goes_on):
-        _add_drawing(command)
-    _add_making(tts)
-    asr.add_argument("recordings", nargs="+", metavar="REC")
-    _add_vc(vc)
-    goes_on.add_argument("--prompt", required=True, help="recording, or a shipped prompt's name")
-    goes_on.add_argument("--seconds", type=float, required=True, help="most of what is added")
-    goes_on.add_argument("--seed", type=int, default=0)
-    goes_on.add_argument("--out", required=True, help="a .wav of what is added")
-    export.add_argument("out", metavar="OUT", help="a new folder, or an earlier export's")
-    return parser
+    prompt_help = "prompt: a recording, or the name of a shipped prompt"
 
-
-def _add_vc(vc: argparse.ArgumentParser) -> None:
-    vc.add_argument("--source", required=True, help="recording whose words are kept, of any length")
-    vc.add_argument(
-        "--target", required=True, help="recording of the other voice, or a shipped prompt's name"
-    )
-    vc.add_argument(
-        "--source-text", help="what the source says; else, and where the source is so long that "
-        "it takes several pieces, the model transcribes it, if the voice's NAR takes texts",
+    add = tts.add_argument
+    add("--text", help="text, of any length")
+    add("--prompt", help=prompt_help)
+    add(
+        "--prompt-text", metavar="TEXT",
+        help="transcript of the prompt; default: by the voice's own ASR, which also transcribes a "
+        "prompt that is truncated",
     )  # fmt: skip
-    vc.add_argument("--target-text", help="what the target says; else as above")
-    vc.add_argument("--out", required=True, help="a .wav")
-
-
-def _add_tts(tts: argparse.ArgumentParser) -> None:
-    tts.add_argument("--text", help="what to say, of any length")
-    tts.add_argument(
-        "--prompt", help="recording whose voice to take on, or a shipped prompt's name"
-    )
-    tts.add_argument(
-        "--prompt-text", help="what the prompt says; else, and where the prompt is so long that "
-        "only its beginning is used, the model transcribes it",
+    add("--list", metavar="JSONL", help="lines with id, text, prompt and optional prompt_text")
+    add("--out", help="output file, such as .wav; with --list a folder")
+    add(
+        "--stream", metavar="WAV",
+        help="stream to this .wav file or named pipe instead of --out; -: standard output",
     )  # fmt: skip
-    tts.add_argument("--list", help="JSON lines: id, text, prompt, and prompt_text if known")
-    tts.add_argument("--out", help="a .wav; with --list a folder")
-    tts.add_argument(
-        "--stream", metavar="WAV", help="instead of --out: - for standard output, or a pipe named "
-        ".wav, is written to while the speech is made; a file named .wav is there when it is whole",
+    add(
+        "--chunk-seconds", type=float, default=0.5, metavar="S",
+        help="length of a chunk of --stream, in seconds (default 0.5)",
     )  # fmt: skip
-    tts.add_argument(
-        "--chunk-seconds", type=float, default=0.5, help="speech that --stream makes at a time"
-    )
-    tts.add_argument("--seed", type=int, default=0)
-
-
-def _add_drawing(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--greedy", action="store_true", default=None,
-        help="take the likeliest token; what is made again is drawn all the same",
-    )  # fmt: skip
-    command.add_argument("--temperature", type=float, help="1: as trained; lower is more even")
-    command.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this share")
-    command.add_argument("--top-k", type=int, help="and from no more than so many")
-
-
-def _add_making(tts: argparse.ArgumentParser) -> None:
-    tts.add_argument(
+    add(
         "--candidates", type=int, metavar="N", dest="num_candidates",
         help="best-of-N: generate N candidates per text and keep the one whose text has the "
         "highest likelihood under the model's own ASR; N times the work",
     )  # fmt: skip
-    tts.add_argument("--max-attempts", type=int, metavar="N", help="maximum attempts per item")
-    tts.add_argument("--tries", type=int, dest="max_attempts", help=argparse.SUPPRESS)
-    tts.add_argument(
+    add("--max-attempts", type=int, metavar="N", help="maximum attempts per item")
+    add("--tries", type=int, dest="max_attempts", help=argparse.SUPPRESS)
+    add(
         "--checks", type=_checks, metavar="NAMES",
-        help=f"what is a failure: some of {','.join(CHECKS)}, or none; where the voice can "
-        "transcribe, early and leak make it transcribe its own speech, up to half of codebook 1's "
-        "time again",
+        help=f"checks that trigger a retry: some of {','.join(CHECKS)}, or none; early and leak "
+        "transcribe the result if the voice has ASR, for up to half of the AR's time",
     )  # fmt: skip
+
+    for command in (tts, asr):
+        command.add_argument(
+            "--batch", type=int, default=8, metavar="N", help="batch size (default 8)"
+        )
+    asr.add_argument("recordings", nargs="+", metavar="REC", help="recordings of any length")
+
+    add = vc.add_argument
+    add("--source", required=True, help="recording to convert, of any length")
+    add("--target", required=True, help="target speaker: a recording, or a shipped prompt's name")
+    add(
+        "--source-text", metavar="TEXT",
+        help="transcript of the source, for a NAR that takes texts; default: by the voice's own "
+        "ASR, which also transcribes a long source",
+    )  # fmt: skip
+    add("--target-text", metavar="TEXT", help="transcript of the target; default: as above")
+    add("--out", required=True, help="output file, such as .wav")
+
+    add = continuation.add_argument
+    add("--prompt", required=True, help=prompt_help)
+    add(
+        "--seconds", type=float, required=True, metavar="S",
+        help="maximum length of the continuation, in seconds",
+    )  # fmt: skip
+    add("--out", required=True, help="output file of the continuation, such as .wav")
+
+    for command in (tts, continuation):
+        add = command.add_argument
+        add("--seed", type=int, default=0, help="random seed (default 0)")
+        add(
+            "--greedy", action="store_true", default=None,
+            help="greedy decoding; retries sample all the same",
+        )  # fmt: skip
+        add(
+            "--temperature", type=float, metavar="T",
+            help="softmax temperature (default: the voice's); lower is less random",
+        )  # fmt: skip
+        add(
+            "--top-p", type=float, metavar="P",
+            help="nucleus sampling: smallest set of tokens with total probability P",
+        )  # fmt: skip
+        add("--top-k", type=int, metavar="K", help="maximum size of the nucleus")
+
+    export.add_argument("out", metavar="OUT", help="a new folder, or that of an earlier export")
+    return parser
 
 
 def _checks(names: str) -> tuple[str, ...]:
     return () if names == "none" else tuple(names.split(","))
 
 
-def _load(arguments: argparse.Namespace) -> "Voice":
+def _load(arguments: argparse.Namespace, **sampling: Any) -> "Voice":
+    """The voice, with these fields of its sampling configuration changed."""
     import torch
 
     from slm.voice import Voice
 
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[arguments.dtype]
-    return Voice.from_pretrained(
+    voice = Voice.from_pretrained(
         arguments.voice, base=arguments.base, device=arguments.device, dtype=dtype
     )
+    voice.sampling = replace(voice.sampling, **sampling)
+    return voice
 
 
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields of SamplingConfig that were given, checked before a voice is loaded."""
+    """The fields of SamplingConfig that were given. Raises ValueError for a bad value."""
     values = {name: getattr(arguments, name, None) for name in SAMPLING}
     given = {name: value for name, value in values.items() if value is not None}
     SamplingConfig(**given)
     return given
 
 
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    if getattr(arguments, "batch", 1) < 1:
+        raise ValueError(f"--batch must be at least 1, got {arguments.batch}")
+    if abs(getattr(arguments, "seed", 0)) > MAX_SEED:
+        raise ValueError(f"--seed must be within -2**62 .. 2**62, got {arguments.seed}")
+    for name in ("chunk_seconds", "seconds"):
+        if not 0 < getattr(arguments, name, 1.0) < inf:
+            flag = name.replace("_", "-")
+            raise ValueError(
+                f"--{flag} must be positive and finite, got {getattr(arguments, name)}"
+            )
+
+
 def _check_place(target: str, *, is_folder: bool = False) -> None:
-    """Raises ValueError where nothing can be written; folders that are missing are made later."""
+    """Raises ValueError where nothing can be written; missing folders are created later."""
     place = Path(target) if is_folder else Path(target).parent
     if is_folder and place.is_file():
         raise ValueError(f"{target}: is a file; name a folder")
@@ -170,12 +197,33 @@ def _check_place(target: str, *, is_folder: bool = False) -> None:
         raise ValueError(f"{target}: {place} may not be written to; choose another place")
 
 
+def _check_text(summary: "VoiceSummary", text: str | None, flag: str) -> None:
+    """Raises ValueError for a text that the voice cannot use; None passes."""
+    from slm.batch_tts import check_unicode
+
+    if text is not None:
+        check_unicode(**{flag: text})
+        summary.coverage.check(text, f"--{flag.replace('_', '-')}")
+
+
+def _check_prompt(summary: "VoiceSummary", name: str) -> None:
+    """Raises ValueError for a name that is neither a recording nor a shipped prompt."""
+    from slm.batch_tts import prompt_source
+
+    prompt_source(summary.prompts, name, Path())
+
+
+def _check_recording(path: str) -> None:
+    if not Path(path).exists():
+        raise ValueError(f"{path}: no such recording")
+
+
 def _tts(arguments: argparse.Namespace) -> None:
     from codec.io import FileLock
-    from slm.batch_tts import Pace, prepare, read_list, result, speak_list
+    from slm.batch_tts import Throughput, prepare, read_list, result, synthesize_list
     from slm.voice import check_name
 
-    _check_tts(arguments)
+    _check_tts_flags(arguments)
     target = arguments.stream if arguments.out is None else arguments.out
     listed = Path(arguments.list) if arguments.list else None
     entries = read_list(listed) if listed is not None else []
@@ -183,30 +231,31 @@ def _tts(arguments: argparse.Namespace) -> None:
         _check_place(target, is_folder=listed is not None)
     if listed is None and target != "-":
         check_name(target)
-    given = _sampling(arguments)
-    voice = _load(arguments)
-    voice.sampling = replace(voice.sampling, **given)
+    sampling = _sampling(arguments)
+    _check_tts_of(arguments)
+    voice = _load(arguments, **sampling)
     if listed is not None:
         out = Path(target)
         with FileLock(out):
-            speak_list(voice, entries, listed, out, seed=arguments.seed, batch=arguments.batch)
+            synthesize_list(voice, entries, listed, out, seed=arguments.seed, batch=arguments.batch)
         return
-    entry = {"text": arguments.text, "prompt": arguments.prompt}
+    line = {"text": arguments.text, "prompt": arguments.prompt}
     if arguments.prompt_text is not None:
-        entry["prompt_text"] = arguments.prompt_text
-    passage = prepare(voice, entry, Path(), arguments.seed)
+        line["prompt_text"] = arguments.prompt_text
+    text = prepare(voice, line, Path(), arguments.seed)
     if arguments.stream is not None:
-        waves = voice.stream_prepared(passage, arguments.chunk_seconds)
+        waves = voice.stream_prepared(text, arguments.chunk_seconds)
         _stream(arguments.stream, waves, voice.codec.sample_rate)
         return
-    pace = Pace()
-    (speech,) = pace.say(voice, [passage], arguments.batch)
+    throughput = Throughput()
+    (speech,) = throughput.synthesize(voice, [text], arguments.batch)
     voice.save(speech, target)
-    logger.info("%s", pace)
-    _tell(result(target, arguments.prompt, speech))
+    logger.info("%s", throughput)
+    _print(result(target, arguments.prompt, speech))
 
 
-def _check_tts(arguments: argparse.Namespace) -> None:
+def _check_tts_flags(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for flags that do not go together."""
     if arguments.list is None and None in (arguments.text, arguments.prompt):
         raise ValueError("give --text and --prompt, or --list")
     if arguments.list is not None and (arguments.text or arguments.prompt):
@@ -216,27 +265,49 @@ def _check_tts(arguments: argparse.Namespace) -> None:
     if arguments.stream is not None and arguments.list is not None:
         raise ValueError("--stream is for --text; a list goes to a folder (--out)")
     if arguments.stream is not None and arguments.num_candidates not in (None, 1):
-        raise ValueError("--stream has no --candidates: what has been heard cannot be exchanged")
+        raise ValueError("--stream has no --candidates: a chunk that was sent cannot be replaced")
     if arguments.stream not in (None, "-") and Path(arguments.stream).suffix.lower() != ".wav":
         raise ValueError(f"--stream {arguments.stream}: only WAV is streamed; call it .wav, or -")
     if arguments.stream == "-" and sys.stdout.isatty():
         raise ValueError("--stream - writes sound; pipe it to a player, such as `| aplay`")
-    if arguments.batch < 1:
-        raise ValueError(f"--batch must be at least 1, got {arguments.batch}")
+    _check_numbers(arguments)
+
+
+def _check_tts_of(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for a request that the voice cannot fulfil, before it is loaded."""
+    from slm.export.voice_folder import VoiceSummary
+    from slm.models.ar import check_task
+
+    summary = VoiceSummary.read(arguments.voice)
+    summary.check_task("tts")
+    if (arguments.num_candidates or 1) > 1 and summary.tasks.get("asr", 1.0) == 0:
+        raise ValueError(
+            "--candidates: they are compared by the voice's own ASR, but it was trained without asr"
+        )
+    if arguments.list is not None:
+        return
+    _check_text(summary, arguments.text, "text")
+    _check_text(summary, arguments.prompt_text, "prompt_text")
+    _check_prompt(summary, arguments.prompt)
+    if arguments.prompt not in summary.prompts and arguments.prompt_text is None:
+        try:
+            check_task(summary.tasks, "asr")
+        except ValueError as error:
+            raise ValueError(f"{error}; give --prompt-text") from None
 
 
 def _stream(target: str, waves: Iterable[np.ndarray], sample_rate: int) -> None:
-    """Writes a WAV file while it is made; to standard output nothing else goes then."""
+    """Writes a WAV file, a named pipe or standard output while the waves are generated."""
     from codec.io import atomic_file
     from slm.generation.streaming import write_wav
 
     started, count = time.monotonic(), 0
 
-    def told() -> Iterator[np.ndarray]:
+    def counted() -> Iterator[np.ndarray]:
         nonlocal count
         for wave in waves:
             if not count and len(wave):
-                logger.info("first sound after %.2f s", time.monotonic() - started)
+                logger.info("first chunk after %.2f s", time.monotonic() - started)
             count += len(wave)
             yield wave
         seconds = time.monotonic() - started
@@ -245,39 +316,44 @@ def _stream(target: str, waves: Iterable[np.ndarray], sample_rate: int) -> None:
     if target != "-":
         path = Path(target)
         is_pipe = path.exists() and not path.is_file()
-        # What fails on the way leaves an earlier file as it was.
-        kept = nullcontext(path) if is_pipe else atomic_file(path)
-        with kept as place, open(place, "wb") as file:
-            write_wav(file, told(), sample_rate)
+        # After an error an earlier file is unchanged.
+        opened = nullcontext(path) if is_pipe else atomic_file(path)
+        with opened as place, open(place, "wb") as file:
+            write_wav(file, counted(), sample_rate)
         return
     try:
-        write_wav(sys.stdout.buffer, told(), sample_rate)
+        write_wav(sys.stdout.buffer, counted(), sample_rate)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Or the interpreter complains once more when it closes standard output.
+        # The interpreter flushes standard output once more when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise ValueError("the player has gone before the end") from None
+        raise ValueError("the player ended before the stream") from None
 
 
-def _tell(record: object) -> None:
+def _print(record: object) -> None:
     print(json.dumps(record, ensure_ascii=False), flush=True)
 
 
 def _asr(arguments: argparse.Namespace) -> None:
-    if arguments.batch < 1:
-        raise ValueError(f"--batch must be at least 1, got {arguments.batch}")
+    from slm.export.voice_folder import VoiceSummary
+
+    _check_numbers(arguments)
+    VoiceSummary.read(arguments.voice).check_task("asr")
+    missing = [path for path in arguments.recordings if not Path(path).exists()]
+    if len(missing) == len(arguments.recordings):
+        _check_recording(missing[0])
     voice = _load(arguments)
     failed = []
     for path in arguments.recordings:
         try:
-            heard = voice.transcribe_file(path, arguments.batch)
+            made = voice.transcribe_file(path, arguments.batch)
         except (ValueError, OSError) as error:
             if len(arguments.recordings) == 1:
                 raise
             failed.append(path)
             logger.warning("skipped: %s", error)
             continue
-        _tell({"audio": path, "text": heard.text, "failure": heard.failure})
+        _print({"audio": path, "text": made.text, "failure": made.failure})
     if failed:
         logger.info("%d of %d recordings skipped", len(failed), len(arguments.recordings))
     if len(failed) == len(arguments.recordings):
@@ -285,35 +361,48 @@ def _asr(arguments: argparse.Namespace) -> None:
 
 
 def _vc(arguments: argparse.Namespace) -> None:
-    from slm.batch_tts import prompt_of
+    from slm.batch_tts import prompt_source
+    from slm.export.voice_folder import VoiceSummary
+    from slm.tokenization.text_normalization import has_words
     from slm.voice import check_name
 
     check_name(arguments.out)
     _check_place(arguments.out)
+    summary = VoiceSummary.read(arguments.voice)
+    summary.check_task("conversion")
+    _check_recording(arguments.source)
+    _check_prompt(summary, arguments.target)
+    if arguments.target_text is not None and not has_words(arguments.target_text):
+        raise ValueError(f"--target-text {arguments.target_text!r} has no words")
     voice = _load(arguments)
-    target = prompt_of(voice, arguments.target, Path())
+    target = prompt_source(voice.prompts, arguments.target, Path())
     speech = voice.convert(
         Path(arguments.source), target, arguments.source_text, arguments.target_text
     )
     voice.save(speech, arguments.out)
-    told = {"audio": arguments.out, "source": arguments.source, "target": arguments.target}
+    files = {"audio": arguments.out, "source": arguments.source, "target": arguments.target}
     texts = {"text": speech.text, "target_text": speech.prompt_text}
-    _tell({**told, **texts, "failure": speech.failure})
+    _print({**files, **texts, "failure": speech.failure})
 
 
 def _continue(arguments: argparse.Namespace) -> None:
-    from slm.batch_tts import prompt_of, result
+    from slm.batch_tts import prompt_source, result
+    from slm.export.voice_folder import VoiceSummary
+    from slm.generation.conversion import check_continuation
     from slm.voice import check_name
 
     check_name(arguments.out)
     _check_place(arguments.out)
-    given = _sampling(arguments)
-    voice = _load(arguments)
-    voice.sampling = replace(voice.sampling, **given)
-    prompt = prompt_of(voice, arguments.prompt, Path())
+    _check_numbers(arguments)
+    sampling = _sampling(arguments)
+    summary = VoiceSummary.read(arguments.voice)
+    check_continuation(summary.tasks)
+    _check_prompt(summary, arguments.prompt)
+    voice = _load(arguments, **sampling)
+    prompt = prompt_source(voice.prompts, arguments.prompt, Path())
     speech = voice.continue_speech(prompt, arguments.seconds, arguments.seed)
     voice.save(speech, arguments.out)
-    _tell(result(arguments.out, arguments.prompt, speech))
+    _print(result(arguments.out, arguments.prompt, speech))
 
 
 def _export(arguments: argparse.Namespace) -> None:

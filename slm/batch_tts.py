@@ -1,11 +1,12 @@
-"""A list of texts to speak, which goes on where it stopped: `slm tts --list`."""
+"""TTS of a list of texts, resumable: `slm tts --list`."""
 
 import json
 import logging
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -18,10 +19,16 @@ logger = logging.getLogger("slm")
 
 RESULTS = "results.jsonl"
 
+Line = dict[str, str]
+"""id, text, prompt and perhaps prompt_text."""
+
 
 def read_list(path: Path) -> list[tuple[int, Any]]:
-    """Numbered lines of a list as JSON, None where they are none; whether they say enough is
-    checked later."""
+    """The lines of a JSONL file with their numbers; None for a line that is not JSON.
+
+    Raises:
+        ValueError: no such file.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such list")
     entries: list[tuple[int, Any]] = []
@@ -34,7 +41,7 @@ def read_list(path: Path) -> list[tuple[int, Any]]:
     return entries
 
 
-def _check_entry(entry: Any, seen: set[str]) -> dict[str, str]:
+def _check_entry(entry: Any, seen: set[str]) -> Line:
     if not isinstance(entry, dict):
         raise ValueError("not a JSON object")
     for key in ("id", "text", "prompt"):
@@ -53,7 +60,33 @@ def _check_entry(entry: Any, seen: set[str]) -> dict[str, str]:
     return known
 
 
-def speak_list(
+@dataclass
+class Throughput:
+    """How much speech was generated in how much time."""
+
+    speech_seconds: float = 0.0
+    elapsed_seconds: float = 0.0
+
+    def synthesize(self, voice: Voice, texts: list[LongText], batch: int) -> list[Speech]:
+        """`Voice.synthesize`, timed."""
+        started = time.monotonic()
+        speeches = voice.synthesize(texts, batch)
+        self.elapsed_seconds += time.monotonic() - started
+        num_samples = sum(len(speech.wave) for speech in speeches)
+        self.speech_seconds += num_samples / voice.codec.sample_rate
+        return speeches
+
+    def __str__(self) -> str:
+        if not self.elapsed_seconds:
+            return "nothing was generated"
+        factor = self.speech_seconds / self.elapsed_seconds
+        return (
+            f"{self.speech_seconds:.1f} s of speech in {self.elapsed_seconds:.1f} s: "
+            f"{factor:.2f} times real time"
+        )
+
+
+def synthesize_list(
     voice: Voice,
     entries: list[tuple[int, Any]],
     listed: Path,
@@ -62,122 +95,116 @@ def speak_list(
     seed: int,
     batch: int,
 ) -> None:
-    """Speaks the lines of `listed` into `out`. A list costs only its bad lines, and what an earlier
-    start has made is not made again.
+    """Generates the lines of the file `listed` into `out`: ID.wav of each line, and results.jsonl.
 
-    A line that is whole but was refused is in results.jsonl as well, without a wave.
+    Lines that an earlier run has generated with the same settings are skipped; so are bad lines.
+    A bad line with an id is in results.jsonl, without audio.
+
+    Raises:
+        ValueError: all lines are bad.
     """
     results, folder = out / RESULTS, listed.parent
     settings = [voice.digest, seed, repr(voice.sampling)]
-    done = _made(results, out)
-    made: set[str] = set()
-    waiting: list[tuple[dict[str, str], LongText]] = []
+    done = _finished(results, out)
+    waiting: list[tuple[Line, LongText]] = []
     skipped: list[str] = []
     seen: set[str] = set()
-    pace = Pace()
-    # Half of a character, which JSON may have, is its escape again.
+    throughput, num_done = Throughput(), 0
+
+    def generate(file: IO[str]) -> None:
+        speeches = throughput.synthesize(voice, [text for _, text in waiting], batch)
+        for (line, _), speech in zip(waiting, speeches, strict=True):
+            name = f"{line['id']}.wav"
+            voice.save(speech, out / name)
+            record = {"id": line["id"], **result(name, line["prompt"], speech)}
+            _append(file, {**record, "request": line["request"]})
+        waiting.clear()
+
+    # Lone surrogates, which JSON may contain, are written as escapes.
     with open(results, "a", encoding="utf-8", errors="backslashreplace") as file:
         for number, entry in tqdm(entries, desc="tts", unit="line"):
-            known: dict[str, str] = {}
+            line: Line = {}
             try:
-                known = _check_entry(entry, seen)
-                known["request"] = _request(voice, known, folder, settings)
-                if done.get(known["id"]) == known["request"]:
-                    made.add(known["id"])
+                line = _check_entry(entry, seen)
+                line["request"] = _request(voice, line, folder, settings)
+                if done.get(line["id"]) == line["request"]:
+                    num_done += 1
                     continue
-                waiting.append((known, prepare(voice, known, folder, seed)))
+                waiting.append((line, prepare(voice, line, folder, seed)))
             except (ValueError, OSError) as error:
                 skipped.append(f"line {number}: {error}")
-                if known:
-                    _write(file, _refused(known, error, seed))
+                if line:
+                    _append(file, _refused(line, error, seed))
                 continue
-            if sum(len(passage.utterances) for _, passage in waiting) >= batch:
-                _speak(voice, waiting, out, file, batch, pace)
-                waiting = []
+            if sum(len(text.utterances) for _, text in waiting) >= batch:
+                generate(file)
         if waiting:
-            _speak(voice, waiting, out, file, batch, pace)
+            generate(file)
     _keep_newest(results)
     for reason in skipped:
         logger.warning("skipped %s", reason)
     logger.info(
-        "%d lines: %d skipped, %d were there already; %s",
-        len(entries), len(skipped), len(made), pace,
+        "%d lines: %d skipped, %d done before; %s",
+        len(entries), len(skipped), num_done, throughput,
     )  # fmt: skip
     if entries and len(skipped) == len(entries):
         raise ValueError(f"{listed}: no line could be used")
 
 
-def prepare(voice: Voice, entry: Mapping[str, str], folder: Path, seed: int) -> LongText:
-    """Reads and checks a line. A prompt's path counts from the current folder, then the list's."""
-    for key in ("text", "prompt_text"):
+def check_unicode(**texts: str | None) -> None:
+    """Raises ValueError for a text with a lone surrogate."""
+    for name, text in texts.items():
         try:
-            entry.get(key, "").encode()
+            (text or "").encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"{key} is no text: {entry[key]!r} has half a character") from error
-    text = voice.normalize(entry["text"])
-    where = prompt_of(voice, entry["prompt"], folder)
-    return voice.prepare_long(text, voice.prompt(where, entry.get("prompt_text")), seed)
+            raise ValueError(f"{name} is no text: {text!r} has half a character") from error
+
+
+def prepare(voice: Voice, line: Mapping[str, str], folder: Path, seed: int) -> LongText:
+    """Checks and encodes a line; a prompt's path is relative to the current folder, or `folder`.
+
+    Raises:
+        ValueError: a text, prompt or prompt text that the voice cannot use.
+    """
+    check_unicode(text=line["text"], prompt_text=line.get("prompt_text"))
+    text = voice.normalize(line["text"])
+    prompt = prompt_source(voice.prompts, line["prompt"], folder)
+    return voice.prepare_long(text, voice.prompt(prompt, line.get("prompt_text")), seed)
 
 
 def _recording(name: str, folder: Path) -> Path:
     return next((p for p in (Path(name), folder / name) if p.exists()), Path(name))
 
 
-def prompt_of(voice: Voice, name: str, folder: Path) -> Path | str:
-    """A shipped prompt's name, or where a recording is."""
-    found = name if name in voice.prompts else _recording(name, folder)
-    if isinstance(found, Path) and voice.prompts and not found.exists():
-        known = ", ".join(sorted(voice.prompts))
-        raise ValueError(f"{name}: no such recording, nor a prompt of this voice ({known})")
+def prompt_source(prompts: Iterable[str], name: str, folder: Path) -> Path | str:
+    """The name of a shipped prompt, or the path of a recording.
+
+    Raises:
+        ValueError: neither.
+    """
+    names = sorted(prompts)
+    if name in names:
+        return name
+    found = _recording(name, folder)
+    if not found.exists():
+        known = f" ({', '.join(names)})" if names else ", which has none"
+        raise ValueError(f"{name}: no such recording, nor a prompt of this voice{known}")
     return found
 
 
-class Pace:
-    """Speaks, and tells how much speech was made in how long."""
-
-    def __init__(self) -> None:
-        self._speech = self._taken = 0.0
-
-    def say(self, voice: Voice, passages: list[LongText], batch: int) -> list[Speech]:
-        """Voice.say, timed."""
-        started = time.monotonic()
-        speeches = voice.synthesize(passages, batch)
-        self._taken += time.monotonic() - started
-        self._speech += sum(len(each.wave) for each in speeches) / voice.codec.sample_rate
-        return speeches
-
-    def __str__(self) -> str:
-        times = self._speech / self._taken
-        if not self._taken:
-            return "nothing was spoken"
-        return f"{self._speech:.1f} s of speech in {self._taken:.1f} s: {times:.2f} times real time"
-
-
-def _speak(
-    voice: Voice, waiting: list[tuple[dict[str, str], LongText]], out: Path, file: Any,
-    batch: int, pace: Pace,
-) -> None:  # fmt: skip
-    speeches = pace.say(voice, [passage for _, passage in waiting], batch)
-    for (entry, _), speech in zip(waiting, speeches, strict=True):
-        name = f"{entry['id']}.wav"
-        voice.save(speech, out / name)
-        record = {"id": entry["id"], **result(name, entry["prompt"], speech)}
-        _write(file, {**record, "request": entry["request"]})
-
-
-def _write(file: Any, record: Mapping[str, Any]) -> None:
+def _append(file: IO[str], record: Mapping[str, Any]) -> None:
     file.write(json.dumps(record, ensure_ascii=False) + "\n")
     file.flush()
 
 
-def _refused(entry: Mapping[str, str], error: Exception, seed: int) -> dict[str, Any]:
-    """A line that was not spoken: whoever scores the list must know of it."""
+def _refused(line: Line, error: Exception, seed: int) -> dict[str, Any]:
+    """The record of a bad line."""
     return {
-        "id": entry["id"],
+        "id": line["id"],
         "audio": None,
-        "text": entry["text"],
-        "prompt": entry["prompt"],
-        "prompt_text": entry.get("prompt_text", ""),
+        "text": line["text"],
+        "prompt": line["prompt"],
+        "prompt_text": line.get("prompt_text", ""),
         "failure": "refused",
         "reason": str(error),
         "tries": 0,
@@ -186,7 +213,7 @@ def _refused(entry: Mapping[str, str], error: Exception, seed: int) -> dict[str,
 
 
 def _keep_newest(results: Path) -> None:
-    """Leaves one line of each id."""
+    """Keeps the last record of each id."""
     lines = results.read_text(encoding="utf-8").splitlines()
     _replace(results, {json.loads(line)["id"]: line for line in lines}.values())
 
@@ -197,9 +224,9 @@ def _replace(results: Path, lines: Iterable[str]) -> None:
 
 
 def result(audio: str, prompt: str, speech: Speech) -> dict[str, Any]:
-    """What is told of a speech, as results.jsonl and standard output have it."""
+    """The record of a speech, for results.jsonl and standard output. Logs a failure."""
     if speech.failure is not None:
-        logger.warning("%s: %s after %d tries", audio, speech.failure, speech.tries)
+        logger.warning("%s: %s after %d attempts", audio, speech.failure, speech.tries)
     return {
         "audio": audio,
         "text": speech.text,
@@ -212,21 +239,20 @@ def result(audio: str, prompt: str, speech: Speech) -> dict[str, Any]:
     }
 
 
-def _request(voice: "Voice", entry: Mapping[str, str], folder: Path, settings: list[Any]) -> str:
-    """16 hex digits over all that decides what a line becomes; another id counts as well."""
-    name = entry["prompt"]
+def _request(voice: Voice, line: Line, folder: Path, settings: list[Any]) -> str:
+    """16 hex digits over everything that a line's speech depends on."""
+    name = line["prompt"]
     if name in voice.prompts:
         prompt = [voice.prompts[name].codes.tolist(), voice.prompts[name].text]
     else:
         found = _recording(name, folder).stat()
         prompt = [found.st_size, found.st_mtime_ns]
-    whole = json.dumps([dict(entry), prompt, settings], sort_keys=True)
-    return sha256_of(whole, 16)
+    return sha256_of(json.dumps([dict(line), prompt, settings], sort_keys=True), 16)
 
 
-def _made(results: Path, out: Path) -> dict[str, str | None]:
-    """What is there, as requests by id. Results without a wave, a torn last line and all but the
-    newest line of an id are taken out."""
+def _finished(results: Path, out: Path) -> dict[str, str | None]:
+    """Requests of finished lines, by id. Removes records without audio, a truncated last line, and
+    all but the last record of an id from the file."""
     if not results.exists():
         return {}
     kept: dict[str, tuple[str, str | None]] = {}

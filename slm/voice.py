@@ -28,7 +28,14 @@ from codec.io import sha256_of
 from slm.config import SamplingConfig
 from slm.data.coverage import Coverage
 from slm.data.prompts import Prompt, load_prompts
-from slm.export.voice_folder import load_sampling, ship, write_extras
+from slm.export.voice_folder import (
+    NO_CONVERSION,
+    load_sampling,
+    local_folder,
+    ship,
+    unknown_prompt,
+    write_extras,
+)
 from slm.generation.asr import (
     Transcript,
     audible_pieces,
@@ -498,19 +505,6 @@ class Voice:
         return int(seconds * self.codec.sample_rate)
 
 
-NO_CONVERSION = (
-    "this voice has no nar/, so it cannot convert voices; conversion takes a codec of two or more "
-    "codebooks, the first of which holds the words and the others the speaker"
-)
-
-
-def unknown_prompt(name: str, known: Iterable[str]) -> str:
-    """The error for a name that is no shipped prompt."""
-    also = f"; a recording is given as Path({name!r})" if Path(name).suffix else ""
-    names = ", ".join(sorted(known)) or "none"
-    return f"no prompt is named {name!r}; this voice has: {names}{also}"
-
-
 def truncate_at_pause(wave: Float[np.ndarray, " S"], most: int) -> Float[np.ndarray, " s"]:
     """The first samples, at most `most`, up to a pause: half a word would match no word."""
     return wave if len(wave) <= most else next(split_at_quiet([wave], most))
@@ -545,28 +539,3 @@ def _check_samples(wave: Any, name: str, *, also: str = "", allow_silence: bool 
     if wave.ndim != 1:
         raise ValueError(f"{name}: give samples of one channel (S,), not shape {wave.shape}")
     check_wave(wave, name, allow_silence=allow_silence)
-
-
-def local_folder(path_or_hub_id: str | Path) -> Path:
-    """The folder of a voice; downloads a hub id.
-
-    Raises:
-        ValueError: neither a voice's folder nor a hub id that can be downloaded.
-    """
-    folder = Path(path_or_hub_id)
-    if not folder.is_dir():
-        if folder.is_absolute() or str(path_or_hub_id).count("/") != 1:
-            raise ValueError(f"{path_or_hub_id}: no such voice folder, nor a hub id (owner/name)")
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(str(path_or_hub_id)))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{path_or_hub_id}: no such voice folder, and it cannot be downloaded from the hub "
-                f"({type(error).__name__}); check the name"
-            ) from error
-    for part in ("codec", "ar"):
-        if not (folder / part).is_dir():
-            raise ValueError(f"{folder}: not a voice folder, {part}/ is missing")
-    return folder

@@ -3,8 +3,8 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from codec.tokens import CodecStamp
 from slm.config import SamplingConfig, from_json
 from slm.data.coverage import Coverage
 from slm.data.prompts import Prompt, load_prompts
-from slm.models.ar import SpeechLM
+from slm.models.ar import BASE_FILE, SpeechLM, check_task
+from slm.tokenization.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,85 @@ SAMPLING_FILE = "sampling.json"
 def is_voice(folder: Path) -> bool:
     """Whether the folder has a codec and an AR."""
     return (folder / "codec").is_dir() and (folder / "ar").is_dir()
+
+
+def local_folder(path_or_hub_id: str | Path) -> Path:
+    """The folder of a voice; downloads a hub id.
+
+    Raises:
+        ValueError: neither a voice's folder nor a hub id that can be downloaded.
+    """
+    folder = Path(path_or_hub_id)
+    if not folder.is_dir():
+        if folder.is_absolute() or str(path_or_hub_id).count("/") != 1:
+            raise ValueError(f"{path_or_hub_id}: no such voice folder, nor a hub id (owner/name)")
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(str(path_or_hub_id)))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{path_or_hub_id}: no such voice folder, and it cannot be downloaded from the hub "
+                f"({type(error).__name__}); check the name"
+            ) from error
+    for part in ("codec", "ar"):
+        if not (folder / part).is_dir():
+            raise ValueError(f"{folder}: not a voice folder, {part}/ is missing")
+    return folder
+
+
+NO_CONVERSION = (
+    "this voice has no nar/, so it cannot convert voices; conversion takes a codec of two or more "
+    "codebooks, the first of which holds the words and the others the speaker"
+)
+
+
+def unknown_prompt(name: str, known: Iterable[str]) -> str:
+    """The error for a name that is no shipped prompt."""
+    also = f"; a recording is given as Path({name!r})" if Path(name).suffix else ""
+    names = ", ".join(sorted(known)) or "none"
+    return f"no prompt is named {name!r}; this voice has: {names}{also}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VoiceSummary:
+    """What the files of a voice say without its models: enough to refuse most bad requests."""
+
+    folder: Path
+    prompts: frozenset[str]
+    """Names of the shipped prompts."""
+    coverage: Coverage
+    tasks: Mapping[str, float]
+    """Weights of the training tasks; empty: an older voice, trained on TTS and ASR."""
+    num_codebooks: int
+    has_nar: bool
+
+    @classmethod
+    def read(cls, path_or_hub_id: str | Path) -> "VoiceSummary":
+        """Of a voice's folder or hub id. Raises ValueError if it is none."""
+        folder = local_folder(path_or_hub_id)
+        try:
+            tasks = json.loads((folder / "ar" / BASE_FILE).read_text()).get("tasks", {})
+        except (OSError, AttributeError, ValueError) as error:
+            raise ValueError(f"{folder}/ar/{BASE_FILE}: missing or damaged ({error})") from error
+        return cls(
+            folder=folder,
+            prompts=frozenset(path.stem for path in (folder / "prompts").glob("*.json")),
+            coverage=Coverage.load(folder / "ar"),
+            tasks=tasks,
+            num_codebooks=Vocabulary.load(folder / "ar").codec.num_codebooks,
+            has_nar=(folder / "nar").is_dir(),
+        )
+
+    def check_task(self, task: str) -> None:
+        """Raises ValueError for tts, asr or conversion if the voice does not have it."""
+        if task == "conversion":
+            if not self.has_nar:
+                raise ValueError(NO_CONVERSION)
+            return
+        check_task(self.tasks, task)
+        if task == "tts" and not self.has_nar and self.num_codebooks > 1:
+            raise ValueError("this voice has no nar/: it transcribes, but has no TTS")
 
 
 def load_sampling(folder: Path) -> SamplingConfig | None:

@@ -55,6 +55,14 @@ class Scores(NamedTuple):
     """Number of targets."""
 
 
+def check_task(tasks: Mapping[str, float], task: str) -> None:
+    """Raises ValueError if `task`, tts or asr, is not among the training tasks of a voice (by
+    weight; older voices have no record of them and were trained on both)."""
+    if tasks.get(task, 1.0) == 0:
+        does, fails = {"tts": ("transcribes", "speak"), "asr": ("speaks", "transcribe")}[task]
+        raise ValueError(f"this voice {does}, but cannot {fails}: it was trained without {task}")
+
+
 class SpeechLM(nn.Module):
     """A causal LM over text and codebook 1; built by `create` or `load`."""
 
@@ -132,12 +140,7 @@ class SpeechLM(nn.Module):
 
     def check_task(self, task: str) -> None:
         """Raises ValueError for a task that the model was not trained on."""
-        weights = self.origin.get("tasks", {})  # Not in older voices.
-        if weights.get(task, 1.0) == 0:
-            does, fails = {"tts": ("transcribes", "speak"), "asr": ("speaks", "transcribe")}[task]
-            raise ValueError(
-                f"this voice {does}, but cannot {fails}: it was trained without {task}"
-            )
+        check_task(self.origin.get("tasks", {}), task)
 
     @property
     def max_positions(self) -> int:

@@ -75,6 +75,25 @@ def test_a_list_costs_only_its_bad_lines(
 
 
 @pytest.mark.usefixtures("brief")
+def test_lists_with_nothing_to_generate(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
+) -> None:
+    listed, out = tmp_path / "list.jsonl", tmp_path / "out"
+    arguments = ["--voice", folder, "--list", listed, "--out", out]
+    listed.write_text('{"id": "x"}\nnot json\n')
+    with caplog.at_level(logging.INFO):
+        assert run_slm("tts", *arguments) == 2
+    assert "nothing was generated" in caplog.text
+    assert capsys.readouterr().err.strip().endswith("list.jsonl: no line could be used")
+    listed.write_text(json.dumps({"id": "x", "text": TEXT, "prompt": "ann"}))
+    assert run_slm("tts", *arguments) == 0
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert run_slm("tts", *arguments) == 0
+    assert "1 lines: 0 skipped, 1 done before; nothing was generated" in caplog.text
+
+
+@pytest.mark.usefixtures("brief")
 def test_a_list_goes_on_where_it_stopped(folder: Path, tmp_path: Path) -> None:
     listed, out = tmp_path / "list.jsonl", tmp_path / "out"
     lines = [json.dumps({"id": str(i), "text": TEXT, "prompt": "ann"}) for i in range(3)]

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -177,6 +178,69 @@ def test_streams_that_cannot_be(
     assert not list(tmp_path.glob("o.*"))
 
 
+def without(folder: Path, root: Path, part: str) -> Path:
+    """A copy of the voice without a task, its nar/ or its prompts/."""
+    other = copy_of(folder, root)
+    if (other / part).is_dir():
+        shutil.rmtree(other / part)
+    else:
+        record = json.loads((other / "ar" / "base.json").read_text())
+        record["tasks"][part] = 0.0
+        (other / "ar" / "base.json").write_text(json.dumps(record))
+    return other
+
+
+TTS = "tts --out o.wav"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lacks", "message"),
+    [
+        (f"{TTS} --text hi --prompt nobody", "", "nor a prompt of this voice (ann)"),
+        (f"{TTS} --text hi --prompt nobody", "prompts", "nor a prompt of this voice"),
+        (f"{TTS} --text hi --prompt nowhere.wav", "", "nowhere.wav: no such recording"),
+        (f"{TTS} --text ... --prompt ann", "", "--text '...' has no words"),
+        (f"{TTS} --text= --prompt ann", "", "--text '' has no words"),
+        (f"{TTS} --text \u043f --prompt ann", "", "of the script CYRILLIC"),
+        (f"{TTS} --text hi --prompt ann --prompt-text ..", "", "--prompt-text '..' has no words"),
+        (f"{TTS} --text hi --prompt ann --prompt-text \u043f", "", "of the script CYRILLIC"),
+        (f"{TTS} --text hi --prompt ann", "tts", "trained without tts"),
+        (f"{TTS} --text hi --prompt ann", "nar", "has no TTS"),
+        (f"{TTS} --text hi --prompt ann --candidates 2", "asr", "trained without asr"),
+        (f"{TTS} --text hi --prompt a.wav", "asr", "give --prompt-text"),
+        (f"{TTS} --text hi --prompt ann --seed 99999999999999999999", "", "--seed must be"),
+        ("tts --text hi --prompt ann --stream o.wav --chunk-seconds 0", "", "--chunk-seconds"),
+        ("tts --list list.jsonl --out out --candidates 2", "asr", "trained without asr"),
+        ("tts --list list.jsonl --out out", "tts", "trained without tts"),
+        ("asr a.wav", "asr", "trained without asr"),
+        ("asr nowhere.wav", "", "nowhere.wav: no such recording"),
+        ("asr nowhere.wav neither.wav", "", "nowhere.wav: no such recording"),
+        ("asr a.wav --batch 0", "", "--batch must be at least 1"),
+        ("vc --source a.wav --target ann --out o.wav", "nar", "no nar/"),
+        ("vc --source nowhere.wav --target ann --out o.wav", "", "nowhere.wav: no such recording"),
+        ("vc --source a.wav --target nobody --out o.wav", "", "nor a prompt of this voice (ann)"),
+        ("vc --source a.wav --target ann --target-text . --out o.wav", "", "has no words"),
+        ("continue --prompt ann --seconds 1 --out o.wav", "", "trained without continuation"),
+        ("continue --prompt ann --seconds 0 --out o.wav", "", "--seconds must be positive"),
+        ("continue --prompt ann --seconds nan --out o.wav", "", "--seconds must be positive"),
+    ],
+)
+def test_requests_that_the_voice_cannot_fulfil_are_refused_before_it_is_loaded(
+    folder: Path, tmp_path: Path, arguments: str, lacks: str, message: str,
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, write_wav: Callable[..., Path],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Voice, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    write_wav(tmp_path / "a.wav", 0.2)
+    (tmp_path / "list.jsonl").write_text("{}")
+    voice = without(folder, tmp_path, lacks) if lacks else folder
+    command, *rest = arguments.split(" ")
+    assert run_slm(command, "--voice", voice, *rest) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+
+
 def test_options_are_the_sampling_configurations(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +277,7 @@ def test_what_is_not_given_stays_as_the_voice_has_it(
         raise ValueError("enough")
 
     monkeypatch.setattr(Voice, "continue_speech", go_on)
+    monkeypatch.setattr("slm.generation.conversion.check_continuation", lambda _: None)
     arguments = [
         "--voice",
         folder,
