@@ -19,7 +19,7 @@ __all__ = ["NAR", "Prompt", "SamplingConfig", "SpeechLM", "Voice", "export"]
 
 _HOMES = {
     "NAR": "slm.models.nar",
-    "Prompt": "slm.data.sequences",
+    "Prompt": "slm.data.prompts",
     "SamplingConfig": "slm.config",
     "SpeechLM": "slm.models.ar",
     "Voice": "slm.voice",
