@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +26,7 @@ from recipes.lib.voice_training import forget_zero3
 from slm.config import ARConfig, BatchConfig, LoRAConfig, NARConfig, TaskConfig
 from slm.data.ar import ARData
 from slm.data.nar import NARData
+from slm.models import ar
 from slm.models.ar import SpeechLM
 from slm.models.nar import NAR
 from slm.train import ar_step, gather, nar_step
@@ -96,7 +98,7 @@ def train_seen(
     share = held / sum(parameter.numel() for parameter in after.values())
     seen = Seen(engine=type(engine).__name__, share_held=share, before=before, after=after)
     if isinstance(one.model, SpeechLM):
-        seen.logits = first_logits(engine, one.model, one.data)
+        seen.logits = first_logits(engine, one.data)
         state = gather(accelerator, engine)
         if accelerator.is_main_process:
             one.model.save(folder / "ar", state)
@@ -116,17 +118,20 @@ def whole_parameters(accelerator: Accelerator, engine: nn.Module) -> dict[str, T
 
 
 @torch.no_grad()
-def first_logits(engine: nn.Module, lm: SpeechLM, data: Data) -> Tensor:
-    """What the head of `lm` says at the targets of the first batch, through what is around it."""
-    heard: list[Tensor] = []
-    handle = lm.lm.get_output_embeddings().register_forward_hook(
-        lambda module, inputs, output: heard.append(output.detach().clone())
-    )
+def first_logits(engine: nn.Module, data: Data) -> Tensor:
+    """Logits at the targets of the first batch, through what is around the model."""
+    found: list[Tensor] = []
+    plain = ar.group_logits
+
+    def group_logits(*args: Any, **options: Any) -> list[Tensor]:
+        logits = plain(*args, **options)
+        found.extend(logits)
+        return logits
+
     engine.eval()
-    engine(data.share(0, 0, 0, 1, 1).batch)
-    handle.remove()
-    (logits,) = heard
-    return logits
+    with patch.object(ar, "group_logits", group_logits):
+        engine(data.share(0, 0, 0, 1, 1).batch)
+    return torch.cat([logits.flatten() for logits in found])
 
 
 def optim_of(kind: str, ranks: int) -> SupervisedOptimConfig:

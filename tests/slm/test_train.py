@@ -260,7 +260,7 @@ def check_table(seen: Seen, base: Path, saved: Path) -> None:
     assert (table[vocabulary.text_size :] != before).any(dim=1).all()
     assert seen.logits is not None
     batch = parts("full-packed" if "packed" in str(saved) else "full", base.parent).data
-    logits = first_logits(loaded, loaded, batch)
+    logits = first_logits(loaded, batch)
     torch.testing.assert_close(logits, seen.logits, rtol=0, atol=1e-4)
 
 
