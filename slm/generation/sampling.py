@@ -200,7 +200,10 @@ def generate(
 
 
 class TokenStream(Iterator[int]):
-    """Sampled ids, one by one; after the last one `failure` is known."""
+    """The ids that `generate` gives in its first attempt, as they are sampled.
+
+    A failure ends the stream and is not retried, since earlier ids have been used.
+    """
 
     def __init__(self, lm: SpeechLM, request: Request, allowed: AllowedIds, config: SamplingConfig):
         self._batch = Batch(lm, [request], allowed, config)
@@ -215,16 +218,8 @@ class TokenStream(Iterator[int]):
 
     @property
     def failure(self) -> Failure | None:
-        """None, empty, loop or cut."""
+        """None, empty, loop or cut; known after the last id."""
         return self._batch.failures.get(0)
-
-
-def stream_tokens(
-    lm: SpeechLM, request: Request, allowed: AllowedIds, config: SamplingConfig
-) -> TokenStream:
-    """The ids that `generate` gives in its first attempt. A failure ends the stream and is not
-    retried, since earlier ids have been used."""
-    return TokenStream(lm, request, allowed, config)
 
 
 @dataclass(slots=True)
@@ -244,8 +239,8 @@ class Sequences:
     """Forced tokens of all segments."""
     forced_bounds: Int[Tensor, "B P"]
     """Bounds of the segments' forced tokens: those before segment p end at p."""
-    num_forced: Int[Tensor, " B"]
-    """Segments with forced tokens before them; the others are one more."""
+    last_segment: Int[Tensor, " B"]
+    """Index of the last segment."""
     segment_min: Int[Tensor, " B"]
     """Minimum frames of a segment."""
     segment_max: Int[Tensor, "B P"]
@@ -288,7 +283,7 @@ class Sequences:
             greedy=filled([greedy and not request.sampled for request in requests]).bool(),
             forced=padded([[token for part in one.parts for token in part] for one in scripts]),
             forced_bounds=padded(bounds),
-            num_forced=filled([len(script.parts) for script in scripts]),
+            last_segment=filled([len(script.parts) for script in scripts]),
             segment_min=filled([script.least for script in scripts]),
             segment_max=padded([s.most or (UNLIMITED,) * (len(s.parts) + 1) for s in scripts]),
             sampled=zeros[:, None].repeat(1, max(0, *room)),
@@ -362,7 +357,7 @@ class MinimumLength:
     def __call__(
         self, logits: Float[Tensor, "B N"], sequences: Sequences
     ) -> Float[Tensor, "B N"]:  # fmt: skip
-        last = sequences.segment == sequences.num_forced
+        last = sequences.segment == sequences.last_segment
         early = last & (sequences.num_frames < sequences.min_frames)
         early |= sequences.segment_frames < sequences.segment_min
         logits[:, -1] = logits[:, -1].masked_fill(early.to(logits.device), -torch.inf)
@@ -498,7 +493,7 @@ class Batch:
         tokens = self._next_tokens()
         ended = ~forced & (tokens == end)
         new = ~forced & ~ended
-        is_last = state.segment == state.num_forced
+        is_last = state.segment == state.last_segment
         frames = self._frames[(tokens - self._allowed.first).clamp(0, len(self._frames) - 1)]
         state.add(tokens, frames, new)
         finished = self._stopping_criteria(state, ended & is_last, new)

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 
 from slm.config import SamplingConfig
-from slm.generation.sampling import Request, speech_only, stream_tokens
+from slm.generation.sampling import Request, TokenStream, speech_only
 from slm.generation.tts import Decoder, Models, Utterance, complete
 
 CONTEXT_SECONDS = 2.0
@@ -59,7 +59,7 @@ def stream(
         seed=utterance.seed,
         script=utterance.script,
     )
-    tokens = stream_tokens(lm, request, speech_only(lm, sampling), sampling)
+    tokens = TokenStream(lm, request, speech_only(lm, sampling), sampling)
     waves = WaveStream(codec, utterance.prompt.codes)
     context, waiting = utterance.prompt.codes, np.zeros(0, np.int64)
     for token in tokens:

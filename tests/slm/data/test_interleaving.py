@@ -29,9 +29,9 @@ from slm.generation.sampling import (
     Generated,
     RepetitionAwareSampler,
     Request,
+    TokenStream,
     generate,
     speech_only,
-    stream_tokens,
 )
 from slm.generation.tts import Models
 from slm.models.ar import SpeechLM
@@ -304,7 +304,7 @@ def test_batches_and_streams_say_what_one_alone_says(lm: SpeechLM) -> None:
     alone = [generate(lm, [one], allowed, config)[0].tokens for one in asked]
     assert [one.tokens for one in generate(lm, asked, allowed, config)] == alone
     for one, tokens in zip(asked, alone, strict=True):
-        assert tuple(stream_tokens(lm, one, allowed, config)) == tokens
+        assert tuple(TokenStream(lm, one, allowed, config)) == tokens
 
 
 def test_the_last_word_does_not_end_before_the_least(lm: SpeechLM) -> None:

@@ -14,12 +14,12 @@ from slm.generation.sampling import (
     AllowedIds,
     RepetitionAwareSampler,
     Request,
+    TokenStream,
     generate,
     restrict_context,
     restrict_speech,
     speech_bounds,
     speech_only,
-    stream_tokens,
     text_bound,
     text_only,
 )
@@ -99,7 +99,7 @@ def test_a_stream_is_what_one_try_gives(lm: SpeechLM) -> None:
     allowed = speech_only(lm, config)
     for request in requests(lm):
         (whole,) = generate(lm, [request], allowed, config)
-        stream = stream_tokens(lm, request, allowed, config)
+        stream = TokenStream(lm, request, allowed, config)
         first = next(stream)
         assert (first, *stream) == whole.tokens
         assert stream.failure == whole.failure
@@ -250,7 +250,7 @@ def test_loops_may_be_left_alone(lm: SpeechLM) -> None:
 def test_a_stream_ends_with_its_failure(lm: SpeechLM, script: list[int], failure: str) -> None:
     config = SamplingConfig(loop_seconds=0.8)
     request = Request(context=[0, 1], min_tokens=0, max_tokens=50, seed=0)
-    stream = stream_tokens(stub(lm, [script, GOOD]), request, speech_only(lm, config), config)
+    stream = TokenStream(stub(lm, [script, GOOD]), request, speech_only(lm, config), config)
     num_told = len(list(stream))
     assert (num_told == 0) == (failure == "empty")
     assert num_told < 50
