@@ -146,7 +146,7 @@ def test_the_example_of_the_card_runs(
 
 
 @pytest.mark.parametrize("spoken", ["tokens", "characters"])
-def test_the_examples_of_a_model_that_goes_word_by_word_run(
+def test_the_examples_of_an_interleaved_model_run(
     tmp_path: Path, spoken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = TextConfig(normalize=False, tts_form=spoken, asr_form=spoken, interleaved=True)
@@ -201,7 +201,7 @@ def test_it_replaces_an_earlier_export_and_nothing_else(
     assert (out / "model.safetensors").is_file()
 
 
-def test_an_earlier_export_outlives_a_new_one_that_cannot_take_its_place(
+def test_an_earlier_export_survives_a_failed_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm, out = trained(tmp_path), tmp_path / "deep" / "out"
@@ -221,7 +221,7 @@ def test_an_earlier_export_outlives_a_new_one_that_cannot_take_its_place(
     assert (out / "mine").exists()
 
 
-def test_nothing_in_it_tells_where_files_lie(tmp_path: Path) -> None:
+def test_an_export_has_no_absolute_paths(tmp_path: Path) -> None:
     lm = trained(tmp_path, text=TextConfig(normalize=False))
     assert lm.origin["name"].startswith(str(tmp_path))
     export(lm, tmp_path / "out")

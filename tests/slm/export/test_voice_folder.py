@@ -1,4 +1,4 @@
-"""slm/export/voice_folder.py: a voice is saved whole, and nothing of a person's is lost."""
+"""slm/export/voice_folder.py: a voice is saved completely or not at all."""
 
 import logging
 from dataclasses import replace
@@ -42,7 +42,9 @@ def test_damaged_sampling_is_named(tmp_path: Path, text: str) -> None:
         load_sampling(tmp_path)
 
 
-def test_nothing_of_an_earlier_voice_is_left(voice: Voice, folder: Path, tmp_path: Path) -> None:
+def test_an_earlier_voice_is_replaced_completely(
+    voice: Voice, folder: Path, tmp_path: Path
+) -> None:
     other = copy_of(folder, tmp_path)
     (other / "ar" / "model.safetensors").write_bytes(b"whole weights beside adapters")
     voice.prompts["ann"].save(other / "prompts", "stale")
@@ -53,7 +55,7 @@ def test_nothing_of_an_earlier_voice_is_left(voice: Voice, folder: Path, tmp_pat
     assert Voice.from_pretrained(other).digest == voice.digest
 
 
-def test_folders_of_other_things_stay(voice: Voice, tmp_path: Path) -> None:
+def test_folders_with_other_contents_are_refused(voice: Voice, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis").write_text("all of it")
     with pytest.raises(ValueError, match="neither empty nor a voice; name a new folder"):

@@ -1,4 +1,4 @@
-"""slm/generation/checks.py: what is wrong is found, and what only looks like it is not."""
+"""slm/generation/checks.py: failures are found, and similar good speech passes."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_loops() -> None:
     assert is_loop([*random, *range(10), *range(10), *range(10)], 20)
 
 
-def test_a_loop_that_was_left_again_is_found() -> None:
+def test_a_loop_that_ended_is_found() -> None:
     random = np.random.default_rng(0).integers(0, 1000, 100)
     held = np.full(40, 7)
     left = np.concatenate([random, held, random])
@@ -51,7 +51,7 @@ def noise(seconds: float, level: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("level", [0.3, 0.003])
-def test_silence_is_measured_against_the_speech_itself(level: float) -> None:
+def test_silence_is_relative_to_the_level_of_speech(level: float) -> None:
     wave = np.concatenate([noise(1, level), noise(1.5, level / 1000), noise(1, level)])
     assert longest_silence(wave, RATE) == pytest.approx(1.5, abs=0.05)
     # Soft speech is no silence.
@@ -60,7 +60,7 @@ def test_silence_is_measured_against_the_speech_itself(level: float) -> None:
     assert longest_silence(np.concatenate([wave, noise(3, 0)]), RATE) == pytest.approx(3, abs=0.05)
 
 
-def test_nothing_at_all_is_empty() -> None:
+def test_silent_waves_are_empty() -> None:
     assert is_empty(np.zeros(0, np.float32))
     assert is_empty(noise(1, 1e-5))
     assert not is_empty(noise(1, 1e-3))
@@ -81,7 +81,7 @@ def test_early_is_far_below_the_prompts_rate() -> None:
     assert is_early(5, (6, 999), "oh", 30, "")
 
 
-def test_the_prompts_codes_said_again_are_a_leak() -> None:
+def test_repeated_prompt_codes_are_a_leak() -> None:
     random = np.random.default_rng(0)
     prompt, other = random.integers(0, 1000, 75), random.integers(0, 1000, 75)
     assert not repeats_codes(other, prompt, 25.0)
@@ -115,7 +115,7 @@ def test_a_transcript_that_lacks_the_end(transcript: str, missing: bool) -> None
     assert lacks_end(transcript, TEXT) == missing
 
 
-def test_edits_to_every_beginning() -> None:
+def test_edit_distance_to_every_prefix() -> None:
     assert prefix_errors("abc", "abcd").tolist() == [3, 2, 1, 0, 1]
     assert prefix_errors("xbc", "abc").tolist() == [3, 3, 2, 1]
     assert prefix_errors("", "abc").tolist() == [0, 1, 2, 3]
@@ -133,6 +133,6 @@ def test_a_transcript_that_begins_with_the_prompt() -> None:
     assert not begins_with_prompt("the cat", "", TEXT)
 
 
-def test_every_failure_has_its_place() -> None:
+def test_every_failure_has_a_severity() -> None:
     assert {*CHECKS, "cut", "empty"} == set(SEVERITY)
     assert severity(None) < severity("silence") < severity("empty")

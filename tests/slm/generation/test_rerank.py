@@ -1,4 +1,4 @@
-"""slm/generation/rerank.py: scores are what one pass per item over the text's rows gives."""
+"""slm/generation/rerank.py: scores of a batch equal those of single passes."""
 
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def test_scores_are_those_of_single_items(
     assert len({round(score, 4) for score in expected}) == 3
 
 
-def test_what_does_not_fit_is_the_least_likely(lm: SpeechLM) -> None:
+def test_speech_that_is_too_long_has_the_lowest_score(lm: SpeechLM) -> None:
     long = np.arange(lm.max_positions) % 24
     scores = text_scores(lm, texts(lm, "a", "a"), [long, CODES[0]])
     assert scores[0] == -np.inf
@@ -73,7 +73,7 @@ def test_transcripts_do_not_depend_on_the_batch(lm: SpeechLM) -> None:
     assert together == [transcripts(lm, [one])[0] for one in CODES]
 
 
-def test_without_asr_there_is_nothing_to_score(lm: SpeechLM) -> None:
+def test_scores_need_asr(lm: SpeechLM) -> None:
     assert can_transcribe(lm)
     deaf = SpeechLM(lm.lm, lm.tokenizer, {"tasks": {"tts": TaskConfig().tts, "asr": 0.0}})
     assert not can_transcribe(deaf)
@@ -81,7 +81,7 @@ def test_without_asr_there_is_nothing_to_score(lm: SpeechLM) -> None:
         text_scores(deaf, texts(lm, *TEXTS), CODES)
 
 
-def test_a_model_that_hears_by_stretches_compares_its_transcripts(
+def test_an_interleaved_model_compares_its_transcripts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = TextConfig(interleaved=True, normalize=False)

@@ -57,7 +57,7 @@ def requests(lm: SpeechLM, least: int = 3, most: int = 40) -> list[Request]:
 
 
 def uncached(lm: SpeechLM, request: Request, allowed: AllowedIds) -> tuple[int, ...]:
-    """The reference: the whole sequence again for every token, argmax over the allowed ids."""
+    """The reference: a full pass for every token, argmax over the allowed ids."""
     tokens = list(request.context)
     ids = torch.tensor([*range(allowed.first, allowed.stop), allowed.end])
     while len(tokens) - len(request.context) < request.max_tokens:
@@ -94,7 +94,7 @@ def test_batched_equals_single_under_the_same_seeds(lm: SpeechLM, greedy: bool) 
     assert together == [generate(lm, [one], allowed, config)[0] for one in asked]
 
 
-def test_a_stream_is_what_one_try_gives(lm: SpeechLM) -> None:
+def test_a_stream_equals_one_attempt(lm: SpeechLM) -> None:
     config = SamplingConfig(max_attempts=1)
     allowed = speech_only(lm, config)
     for request in requests(lm):
@@ -135,7 +135,7 @@ def test_seeds_matter(lm: SpeechLM) -> None:
     assert first.tokens != second.tokens
 
 
-def test_only_allowed_ids_come_out(lm: SpeechLM) -> None:
+def test_only_allowed_ids_are_sampled(lm: SpeechLM) -> None:
     vocabulary, config = lm.vocabulary, SamplingConfig(top_p=1.0, top_k=10_000)
     for made in generate(lm, requests(lm), speech_only(lm, config), config):
         vocabulary.decode_speech(np.array(made.tokens))
@@ -158,7 +158,7 @@ def test_a_transcript_in_characters_has_bytes_alone(lm: SpeechLM) -> None:
     assert text_bound(50, tokenizer) == 188
 
 
-def test_bounds_are_kept_and_the_end_ignored_below(lm: SpeechLM) -> None:
+def test_length_bounds_are_kept(lm: SpeechLM) -> None:
     config = SamplingConfig(loop_seconds=1000.0)
     for least, most in ((0, 5), (30, 32)):
         for made in generate(lm, requests(lm, least, most), speech_only(lm, config), config):
@@ -178,7 +178,7 @@ def test_a_text_that_cannot_fit_is_refused() -> None:
 
 
 class Script(torch.nn.Module):
-    """A language model that says what it is told, one script per try."""
+    """A language model that generates scripts of codes, one for each attempt."""
 
     def __init__(self, real: SpeechLM, scripts: list[list[int]]):
         super().__init__()
@@ -218,7 +218,7 @@ END = [-1]
 @pytest.mark.parametrize(
     ("bad", "failure"), [([3], "loop"), ([1, 2, 3, 4], "loop"), (END, "empty")]
 )
-def test_a_failure_is_found_and_tried_again(lm: SpeechLM, bad: list[int], failure: str) -> None:
+def test_a_failure_is_found_and_retried(lm: SpeechLM, bad: list[int], failure: str) -> None:
     config = SamplingConfig(loop_seconds=0.8)
     request = Request(context=[0, 1, 2], min_tokens=0, max_tokens=200, seed=5)
     (made,) = generate(stub(lm, [bad, GOOD]), [request], speech_only(lm, config), config)
@@ -239,7 +239,7 @@ def test_a_sequence_without_end_is_cut(lm: SpeechLM) -> None:
     assert len(made.tokens) == 30
 
 
-def test_loops_may_be_left_alone(lm: SpeechLM) -> None:
+def test_the_loop_check_can_be_disabled(lm: SpeechLM) -> None:
     config = SamplingConfig(max_attempts=1, loop_seconds=0.8, checks=("silence",))
     request = Request(context=[0, 1], min_tokens=0, max_tokens=50, seed=0)
     (made,) = generate(stub(lm, [[3]]), [request], speech_only(lm, config), config)
@@ -288,7 +288,7 @@ def test_bounds_and_loops_of_speech_count_frames(lm: SpeechLM) -> None:
     assert (loop.failure, len(loop.tokens)) == ("loop", 16)
 
 
-def test_what_the_model_holds_are_tokens_not_frames(lm: SpeechLM) -> None:
+def test_the_context_length_counts_tokens_not_frames(lm: SpeechLM) -> None:
     threes = Threes(lm.vocabulary, lm.tokenizer.text_tokenizer)
     room = 20
     told = SpeechLM(
@@ -320,7 +320,7 @@ def test_nucleus_and_repetition() -> None:
     assert drawn([], SamplingConfig(top_p=0.7, repetition_window=0)) == {0, 1}
 
 
-def test_the_greedy_option_takes_the_likeliest() -> None:
+def test_greedy_rows_take_the_most_likely_token() -> None:
     logits = torch.tensor([0.0, 0.1, 0.05])
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
     sampler, recent = RepetitionAwareSampler(SamplingConfig()), torch.ones(2, 10).long()
@@ -331,7 +331,7 @@ def test_the_greedy_option_takes_the_likeliest() -> None:
         assert bool((drawn[:, 1] == 1).all()) == greedy[1]
 
 
-def test_a_prompt_of_nothing_is_no_matter(lm: SpeechLM) -> None:
+def test_an_empty_batch(lm: SpeechLM) -> None:
     assert generate(lm, [], speech_only(lm, NO_LOOPS), NO_LOOPS) == []
 
 

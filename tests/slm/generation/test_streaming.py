@@ -1,4 +1,4 @@
-"""Streams: the same codes and waves as at once, the first of them early."""
+"""slm/generation/streaming.py: codes and waves equal the offline ones."""
 
 import io
 from dataclasses import replace
@@ -37,9 +37,7 @@ def utterance(voice: Voice) -> Utterance:
     return voice.prepare(TEXT, Prompt(codes=codes, text="red hen"), seed=5)
 
 
-def test_codes_are_those_of_the_same_chunks_made_at_once(
-    voice: Voice, utterance: Utterance
-) -> None:
+def test_codes_equal_those_of_the_same_chunks_offline(voice: Voice, utterance: Utterance) -> None:
     chunks = list(stream(voice.models, utterance, voice.sampling, CHUNK_SECONDS))
     low, high = utterance.bounds
     request = Request(context=utterance.context, min_tokens=low, max_tokens=high, seed=5)
@@ -58,7 +56,7 @@ def test_codes_are_those_of_the_same_chunks_made_at_once(
     assert [chunk.failure for chunk in chunks] == [None] * (len(chunks) - 1) + [made.failure]
 
 
-def test_waves_are_those_of_the_whole_away_from_chunk_edges(
+def test_waves_equal_the_offline_wave_away_from_chunk_edges(
     voice: Voice, utterance: Utterance
 ) -> None:
     chunks = list(stream(voice.models, utterance, voice.sampling, CHUNK_SECONDS))
@@ -77,7 +75,7 @@ def test_waves_are_those_of_the_whole_away_from_chunk_edges(
     assert error.max() < 0.1 * np.abs(whole).max()
 
 
-def test_chunks_of_codes_of_any_length_join_to_the_whole(voice: Voice) -> None:
+def test_chunks_of_any_length_join_to_the_offline_wave(voice: Voice) -> None:
     codes = np.random.default_rng(1).integers(0, 32, (3, 150))
     for size in (7, 150):
         made = WaveStream(voice.codec, codes[:, :4])
@@ -90,7 +88,7 @@ def test_chunks_of_codes_of_any_length_join_to_the_whole(voice: Voice) -> None:
         assert np.abs(wave - whole).max() < 0.1 * np.abs(whole).max()
 
 
-def test_the_first_sound_comes_before_the_ar_is_done(
+def test_the_first_chunk_comes_before_the_ar_is_done(
     voice: Voice, utterance: Utterance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = 0

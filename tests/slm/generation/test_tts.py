@@ -1,4 +1,4 @@
-"""tts.py: what fails is made again, the least bad is kept, candidates are compared."""
+"""slm/generation/tts.py: attempts, evaluation and best-of-N."""
 
 import logging
 from collections import Counter
@@ -26,7 +26,7 @@ pytestmark = quiet()
 END, SILENT = -1, 14
 """Codes from SILENT on are silence."""
 ANN, BEN = 0, 1
-"""Codes of the prompts, after which the LLM begins one of its chains."""
+"""Codes of the prompts, after which the LM starts one of its chains."""
 GOOD = [2, 3, 4, 5, 6, 7]
 OTHER = [8, 9, 10, 11, 12]
 PAUSE = [13, *range(14, 22), 12]
@@ -34,7 +34,7 @@ NOTHING = [22, 23]
 
 
 class Chains(torch.nn.Module):
-    """An LM that says whole chains of codes: one for each try of each prompt, in this order."""
+    """An LM that generates chains of codes: one for each attempt of each prompt, in order."""
 
     def __init__(self, tokenizer: SpeechTextTokenizer, chains: dict[int, list[list[int]]]):
         super().__init__()
@@ -87,7 +87,7 @@ class Codec:
 
 
 class Nar:
-    """Its second codebook tells what it was given."""
+    """Its second codebook depends on the first."""
 
     def decode(self, texts: Any, prompts: Any, first: Any, **options: Any) -> list[np.ndarray]:
         self.texts, self.options = texts, options
@@ -135,7 +135,7 @@ def said(made: Speech) -> list[int]:
     return made.codes[0].tolist()
 
 
-def test_only_what_failed_is_made_again(tokenizer: SpeechTextTokenizer) -> None:
+def test_only_failed_attempts_are_repeated(tokenizer: SpeechTextTokenizer) -> None:
     voice = models(tokenizer, ann=[PAUSE, GOOD], ben=[OTHER])
     ann, ben = synthesize(voice, asked(voice.lm, utterance(ANN), utterance(BEN)), SHORT)
     assert (said(ann), ann.failure, ann.tries, ann.seed) == (GOOD, None, 2, 5 + NEXT_TRY)
@@ -144,7 +144,7 @@ def test_only_what_failed_is_made_again(tokenizer: SpeechTextTokenizer) -> None:
     assert ann.score is None
 
 
-def test_each_failed_try_is_told_of_once(
+def test_each_failed_attempt_is_logged_once(
     tokenizer: SpeechTextTokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -155,7 +155,7 @@ def test_each_failed_try_is_told_of_once(
     ]
 
 
-def test_the_least_bad_of_all_tries_is_kept(tokenizer: SpeechTextTokenizer) -> None:
+def test_the_least_severe_failure_is_kept(tokenizer: SpeechTextTokenizer) -> None:
     voice = models(tokenizer, ann=[NOTHING, PAUSE, []])
     (made,) = synthesize(voice, asked(voice.lm, utterance(ANN)), SHORT)
     assert (said(made), made.failure, made.tries, made.seed) == (PAUSE, "silence", 3, 5 + NEXT_TRY)
@@ -172,7 +172,7 @@ def test_a_silent_wave_is_a_failure(tokenizer: SpeechTextTokenizer, chain: list[
     assert (made.failure, made.tries, made.seed) == ("empty", 2, 5)
 
 
-def test_the_prompts_words_said_again_are_a_leak(tokenizer: SpeechTextTokenizer) -> None:
+def test_repeating_the_prompt_is_a_leak(tokenizer: SpeechTextTokenizer) -> None:
     words = list(range(2, 16))
     voice = models(tokenizer, ann=[words, [1, 0]])
     one = utterance(ANN)
@@ -193,7 +193,7 @@ def test_speech_far_too_short_for_the_prompts_rate_is_early(tokenizer: SpeechTex
     assert made.failure is None
 
 
-def test_the_models_own_asr_hears_what_passed(
+def test_the_models_own_asr_checks_what_passed(
     tokenizer: SpeechTextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard = {tuple(GOOD): "the cat sat on a mat", tuple(OTHER): "a dog the cat sat"}
@@ -220,7 +220,7 @@ def test_the_models_own_asr_hears_what_passed(
 
 
 def scored(monkeypatch: pytest.MonkeyPatch, scores: dict[int, float]) -> None:
-    """Scores by the first code; what is not transcribed says the text."""
+    """Scores by the first code; transcripts are empty."""
     monkeypatch.setattr(
         speaking, "text_scores", lambda _lm, _texts, codes: [
             scores[int(one[0])] if len(one) else -9.0 for one in codes
@@ -229,7 +229,7 @@ def scored(monkeypatch: pytest.MonkeyPatch, scores: dict[int, float]) -> None:
     monkeypatch.setattr(speaking, "transcripts", lambda _lm, codes: [""] * len(codes))
 
 
-def test_the_likeliest_candidate_is_kept(
+def test_best_of_n_keeps_the_highest_score(
     tokenizer: SpeechTextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored(monkeypatch, {GOOD[0]: -2.0, OTHER[0]: -1.0, NOTHING[0]: -0.1, PAUSE[0]: -0.5})
@@ -251,9 +251,7 @@ def test_the_likeliest_candidate_is_kept(
     assert made.seed == 5 + NEXT_TRY + NEXT_CANDIDATE
 
 
-def test_the_plain_call_is_the_first_candidate(
-    tokenizer: SpeechTextTokenizer, tmp_path: Path
-) -> None:
+def test_best_of_one_is_the_first_candidate(tokenizer: SpeechTextTokenizer, tmp_path: Path) -> None:
     real = SpeechLM.create(ARConfig(base=str(save_base(tmp_path)), lora=None), STAMP, seed=1)
     lm = SpeechLM(real.lm.double(), tokenizer, {})
     said = asked(lm, utterance(ANN, seed=3), utterance(BEN, seed=4))
@@ -272,13 +270,13 @@ def test_the_plain_call_is_the_first_candidate(
         assert sorted(one.seed for one in best) == (sorted(passed) or [best[0].seed])
 
 
-def test_candidates_need_asr(tokenizer: SpeechTextTokenizer) -> None:
+def test_best_of_n_needs_asr(tokenizer: SpeechTextTokenizer) -> None:
     voice = models(tokenizer, ann=[GOOD])
     with pytest.raises(ValueError, match="trained without asr; set it to 1"):
         synthesize(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, num_candidates=2))
 
 
-def test_what_the_nar_is_given(tokenizer: SpeechTextTokenizer) -> None:
+def test_inputs_of_the_nar(tokenizer: SpeechTextTokenizer) -> None:
     nar = Nar()
     spelling = SpeechTextTokenizer(tokenizer.vocabulary, tokenizer.text_tokenizer)
     voice = models(spelling, nar=nar, ann=[PAUSE, GOOD])
@@ -291,6 +289,6 @@ def test_what_the_nar_is_given(tokenizer: SpeechTextTokenizer) -> None:
     assert nar.texts == ["a dog two cats"]
 
 
-def test_nothing_to_say_is_said(tokenizer: SpeechTextTokenizer) -> None:
+def test_no_utterances(tokenizer: SpeechTextTokenizer) -> None:
     voice = models(tokenizer, ann=[GOOD])
     assert synthesize(voice, [], SHORT) == []

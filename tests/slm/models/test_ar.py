@@ -1,4 +1,4 @@
-"""slm/models/ar.py: any LLM, adapters that train only what is new, folders that come back."""
+"""slm/models/ar.py: base LLMs, adapters that train only new rows, saving and loading."""
 
 import json
 import shutil
@@ -79,7 +79,7 @@ def test_a_saved_folder_gives_the_same_losses(
     assert (embedding.weight is head.weight) == tied
 
 
-def test_whole_weights_are_gone_on_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_start_from_fully_trained_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lm = make(tmp_path, None)
     batch = batch_of(lm, tmp_path / "a.parquet")
     train(lm, batch)
@@ -111,7 +111,7 @@ def test_whole_weights_are_gone_on_from(tmp_path: Path, caplog: pytest.LogCaptur
 
 @pytest.mark.parametrize(("kind", "tied"), BASES)
 @pytest.mark.parametrize("lora", [LoRAConfig(rank=2), None])
-def test_merged_weights_are_a_plain_llm_of_the_same_logits(
+def test_merged_weights_give_the_same_logits(
     tmp_path: Path, kind: str, tied: bool, lora: LoRAConfig | None
 ) -> None:
     from transformers import AutoModelForCausalLM
@@ -148,7 +148,7 @@ def test_first_layers_only(tmp_path: Path) -> None:
         load_base(tmp_path, num_layers=3)
 
 
-def test_digest_tells_llms_apart_whatever_the_precision(tmp_path: Path) -> None:
+def test_digest_identifies_an_llm_in_any_precision(tmp_path: Path) -> None:
     one, other = (save_base(tmp_path / str(seed), seed=seed) for seed in range(2))
     digests = {digest_of(load_base(one).lm), load_base(one, dtype=torch.bfloat16).digest}
     assert len(digests) == 1
@@ -171,7 +171,7 @@ def test_voice_and_base_move_together(tmp_path: Path) -> None:
     SpeechLM.load(tmp_path / "there" / "voice" / "ar")
 
 
-def test_a_base_that_is_gone_is_named_and_can_be_put_right(tmp_path: Path) -> None:
+def test_a_missing_base_is_named_and_can_be_replaced(tmp_path: Path) -> None:
     lm = make(tmp_path)
     folder = tmp_path / "voice" / "ar"
     lm.save(folder)

@@ -1,4 +1,4 @@
-"""New rows that begin as their codes' letters."""
+"""slm/models/ar.py: embedding rows initialised from letters."""
 
 import json
 from dataclasses import replace
@@ -17,14 +17,14 @@ NUM_CODES = STAMP.codebook_sizes[0]
 
 
 def shares() -> np.ndarray:
-    """Code 1 says a, code 2 b and a little of a, code 3 the end of a word, the others nothing."""
+    """Code 1 is a, code 2 b and a little of a, code 3 the end of a word, the others nothing."""
     found = np.zeros((NUM_CODES, 3), dtype=np.float32)
     found[1], found[2], found[3] = (0, 1, 0), (0, 0.25, 0.75), (0.5, 0, 0)
     return found
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_rows_begin_as_their_letters(tmp_path: Path, tied: bool) -> None:
+def test_rows_start_as_their_letters(tmp_path: Path, tied: bool) -> None:
     base = save_base(tmp_path / "base", tied=tied)
     Letters("ab", shares()).save(tmp_path / "letters.json")
     text = TextConfig(tts_form="characters", asr_form="characters")
@@ -49,7 +49,7 @@ def test_rows_begin_as_their_letters(tmp_path: Path, tied: bool) -> None:
         assert torch.equal(after[:first], before[:first])
 
 
-def test_a_merge_says_what_its_codes_say(tmp_path: Path) -> None:
+def test_a_merge_has_the_mean_of_its_codes(tmp_path: Path) -> None:
     base = str(save_base(tmp_path / "base"))
     Letters("ab", shares()).save(tmp_path / "letters.json")
     units = AcousticBPE.train([np.tile([1, 3], 50)], STAMP, size=1)
@@ -69,7 +69,7 @@ def test_a_merge_says_what_its_codes_say(tmp_path: Path) -> None:
     torch.testing.assert_close(after[merge], before[merge] + said)
 
 
-def test_adapters_keep_the_rows_as_they_began(tmp_path: Path) -> None:
+def test_adapters_keep_the_initialised_rows(tmp_path: Path) -> None:
     base = str(save_base(tmp_path / "base"))
     Letters("ab", shares()).save(tmp_path / "letters.json")
     letters = str(tmp_path / "letters.json")
@@ -92,7 +92,7 @@ def test_letters_of_another_codebook_are_refused(tmp_path: Path) -> None:
         SpeechLM.create(config, STAMP, seed=0)
 
 
-def test_the_file_holds_what_was_saved(tmp_path: Path) -> None:
+def test_letters_are_saved_and_loaded(tmp_path: Path) -> None:
     Letters("ab", shares()).save(tmp_path / "letters.json")
     again = Letters.load(tmp_path / "letters.json")
     assert again.letters == "ab"

@@ -1,4 +1,4 @@
-"""ar.py: losses and gradients are what they are said to be, padded, packed or saved on."""
+"""slm/models/ar.py: losses and gradients, padded, packed or with gradient checkpointing."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def restricted(lm: SpeechLM, logits: torch.Tensor, batch: ARBatch) -> torch.Tens
 @pytest.mark.parametrize("eos", [True, False])
 @pytest.mark.parametrize("written", ["tokens", "characters"])
 @pytest.mark.parametrize("items", [(0, 8, 13, 18), (0, 8)])
-def test_loss_is_that_of_plain_logits_at_targets_over_what_they_may_be(
+def test_loss_is_that_of_full_logits_over_the_allowed_ids(
     tmp_path: Path, lora: LoRAConfig | None, eos: bool, written: str, items: tuple[int, ...]
 ) -> None:
     base = save_base(tmp_path / "base", eos=eos)
@@ -79,7 +79,7 @@ def packed_data(lm: SpeechLM, path: Path, packed: int | None = 160) -> ARData:
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("lora", [LoRAConfig(rank=2), None])
 @pytest.mark.parametrize("attention", ["sdpa", BACKEND])
-def test_packed_items_are_as_one_by_one(
+def test_packed_items_equal_single_items(
     tmp_path: Path, kind: str, lora: LoRAConfig | None, attention: str
 ) -> None:
     lm = make(tmp_path, lora, kind=kind).eval()
@@ -102,7 +102,7 @@ def test_packed_items_are_as_one_by_one(
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_no_packed_item_sees_another(tmp_path: Path, kind: str) -> None:
+def test_packed_items_are_masked_from_each_other(tmp_path: Path, kind: str) -> None:
     lm = make(tmp_path, kind=kind).eval()
     batch = packed_data(lm, tmp_path / "a.parquet").collate([np.array([0, 12, 1])])
     assert batch.documents is not None
@@ -118,8 +118,8 @@ def test_no_packed_item_sees_another(tmp_path: Path, kind: str) -> None:
     assert not torch.equal(*nlls)
 
 
-def test_a_padding_longer_than_what_the_llm_holds(tmp_path: Path) -> None:
-    """A packed row may be; where another row of its batch is short, its padding is as long."""
+def test_padding_longer_than_the_context_length(tmp_path: Path) -> None:
+    """A packed row may be longer, and so may be the padding of a short row of its batch."""
     lm = make(tmp_path, kind="gpt2").eval()
     data = packed_data(lm, tmp_path / "a.parquet", packed=480)
     rows = [np.arange(10), np.array([10])]

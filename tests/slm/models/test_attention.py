@@ -53,7 +53,7 @@ def test_losses_and_gradients_are_those_of_fused_attention(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_inference_and_saved_models_know_no_back_end_of_training(
+def test_the_training_back_end_is_neither_saved_nor_used_in_inference(
     tmp_path: Path, fused: list[int]
 ) -> None:
     lm = make(tmp_path, None)
@@ -68,7 +68,7 @@ def test_inference_and_saved_models_know_no_back_end_of_training(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_nars_attention_is_the_fused_one(dtype: torch.dtype) -> None:
+def test_attend_equals_fused_attention(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     parts = [torch.randn(3, 2, 17, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
     valid = torch.arange(17) < torch.tensor([17, 5, 1])[:, None, None, None]
@@ -85,7 +85,7 @@ def test_the_nars_attention_is_the_fused_one(dtype: torch.dtype) -> None:
         torch.testing.assert_close(one, other, **tolerance)
 
 
-def test_the_nar_takes_plain_products_in_training_of_short_rows(fused: list[int]) -> None:
+def test_attend_uses_plain_products_for_short_rows_in_training(fused: list[int]) -> None:
     for length in (512, 513):
         rows = torch.randn(1, 1, length, 2)
         valid = torch.ones(1, 1, 1, length, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""lm_head.py: the logits of what is asked for are the LLM's own, and nothing else is computed."""
+"""slm/models/lm_head.py: logits equal the LLM's own, and no other rows are multiplied."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -57,7 +57,7 @@ TOKENS = torch.randint(0, 290, (2, 7), generator=torch.Generator().manual_seed(0
 @pytest.mark.parametrize(("kind", "tied"), KINDS)
 @pytest.mark.parametrize("lora", [LORA, None])
 @pytest.mark.parametrize("eos", [True, False])
-def test_logits_and_gradients_are_those_of_the_whole_head(
+def test_logits_and_gradients_equal_those_of_the_full_head(
     tmp_path: Path, kind: str, tied: bool, lora: LoRAConfig | None, eos: bool
 ) -> None:
     lm = make(tmp_path, lora, kind=kind, tied=tied, eos=eos).eval()
@@ -97,10 +97,8 @@ def test_no_other_row_is_multiplied(
 
 
 @pytest.mark.parametrize("lora", [LORA, None])
-def test_what_no_target_needs_is_in_the_graph_all_the_same(
-    tmp_path: Path, lora: LoRAConfig | None
-) -> None:
-    """Ranks differ in their batches, but must go back through the same parameters."""
+def test_rows_without_targets_are_in_the_graph(tmp_path: Path, lora: LoRAConfig | None) -> None:
+    """Ranks differ in their batches, but must have gradients of the same parameters."""
     lm = make(tmp_path, lora, tied=False)
     nothing = [PositionGroup(each.positions[:0], each.ids) for each in groups_of(lm)]
     sum(each.sum() for each in group_logits(lm.lm, nothing, input_ids=TOKENS)).backward()
@@ -218,7 +216,7 @@ def test_threads_share_a_head(tmp_path: Path) -> None:
         assert all(pool.map(work, range(4)))
 
 
-def test_columns_put_an_end_apart_last() -> None:
+def test_an_end_token_outside_the_range_has_the_last_column() -> None:
     assert IdRange(4, 9, 2).columns(torch.tensor([4, 8, 2])).tolist() == [0, 4, 5]
     assert IdRange(4, 9, 6).columns(torch.tensor([4, 8, 6])).tolist() == [0, 4, 2]
     assert IdRange(4, 9, 2).spans == [(4, 9), (2, 3)]

@@ -1,4 +1,4 @@
-"""Whole weights as adapters: exact at full rank, the nearest of all below."""
+"""slm/models/lora.py: exact at full rank, the best approximation below."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +20,12 @@ COVERAGE = Coverage.of(["the cat", "a dog"], 50)
 
 
 def ids_of(lm: SpeechLM) -> torch.Tensor:
-    """What a text of the coverage and speech are made of."""
+    """Ids of texts of the coverage, and of speech."""
     (text,) = lm.tokenizer.text_ids("tts", ["the cat a dog"])
     return torch.tensor([[*text, *lm.vocabulary.new_ids]])
 
 
-def test_factors_are_the_nearest_of_their_rank() -> None:
+def test_factors_are_the_best_approximation_of_their_rank() -> None:
     torch.manual_seed(0)
     change = torch.randn(6, 9)
     values = torch.linalg.svdvals(change)
@@ -51,7 +51,7 @@ def test_at_full_rank_the_logits_are_the_same(tmp_path: Path, tied: bool) -> Non
     torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-4)
 
 
-def test_a_lower_rank_is_further_off(tmp_path: Path) -> None:
+def test_a_lower_rank_has_a_larger_error(tmp_path: Path) -> None:
     lm = trained(tmp_path, lora=False, text=SPELT)
     ids, distances = ids_of(lm), []
     for rank in (1, 4, 16):
@@ -77,7 +77,7 @@ def test_rows_are_those_of_the_texts_characters(tmp_path: Path) -> None:
     )
 
 
-def test_what_cannot_be_made_adapters_of(tmp_path: Path) -> None:
+def test_models_that_adapters_cannot_represent_are_refused(tmp_path: Path) -> None:
     adapted = trained(tmp_path / "a")
     with pytest.raises(ValueError, match="was trained with LoRA adapters"):
         as_adapters(adapted, tmp_path / "a" / "base", 4, COVERAGE)

@@ -1,4 +1,4 @@
-"""slm/models/nar.py: what a stage sees, what it is judged on, and that padding is no matter."""
+"""slm/models/nar.py: inputs and losses of a stage, decoding, saving and loading."""
 
 import json
 from dataclasses import replace
@@ -47,7 +47,7 @@ def batch(stages: list[int], lengths: tuple[int, ...] = (9, 14, 5)) -> NARBatch:
     return nar_batch([text_bytes(text) for text in TEXTS[: len(lengths)]], codes, prompts, stages)
 
 
-def test_codes_that_sound_alike_begin_alike() -> None:
+def test_similar_codes_start_alike() -> None:
     nar = NAR(CONFIG)
     random = torch.Generator().manual_seed(0)
     entries = [torch.randn(size, 6, generator=random) * 40 + 7 for size in SIZES]
@@ -79,7 +79,7 @@ def with_codes(one: NARBatch, codebook: int, frames: slice) -> NARBatch:
     return one._replace(codes=codes)
 
 
-def test_a_stage_sees_lower_codebooks_and_the_whole_prompt(nar: NAR) -> None:
+def test_a_stage_depends_on_lower_codebooks_and_the_full_prompt(nar: NAR) -> None:
     one = batch([1])
     behind = slice(8, 9)  # behind every prompt
     assert changed(nar, one, with_codes(one, 0, behind)) > 1e-3
@@ -89,14 +89,14 @@ def test_a_stage_sees_lower_codebooks_and_the_whole_prompt(nar: NAR) -> None:
     assert changed(nar, two, with_codes(two, 1, behind)) > 1e-3
 
 
-def test_the_target_itself_is_not_seen(nar: NAR) -> None:
+def test_the_target_is_no_input(nar: NAR) -> None:
     one = batch([1])
     hidden = nar._hidden(one, 1)
     moved = nar._hidden(with_codes(one, 1, slice(5, None)), 1)
     assert torch.equal(hidden, moved)
 
 
-def test_loss_counts_the_frames_behind_the_prompt(nar: NAR) -> None:
+def test_loss_counts_the_frames_after_the_prompt(nar: NAR) -> None:
     one = batch([1, 2])
     expected = float((one.lengths - one.prompt_lengths).sum())
     assert nar(one).targets.tolist() == [expected, expected]
@@ -164,7 +164,7 @@ def test_decoding_a_batch_equals_single_items(nar: NAR, temperature: float) -> N
     assert same == (temperature == 0)
 
 
-def test_a_nar_without_texts_is_given_none() -> None:
+def test_a_nar_without_texts_ignores_them() -> None:
     prompts, first = [random_codes(3)], [random_codes(60)[0]]
     made = {}
     for dropout in (0.5, 1.0):
@@ -190,7 +190,7 @@ def test_greedy_decoding_goes_codebook_by_codebook(nar: NAR) -> None:
         assert scores.correct[stage - 1] == scores.targets[stage - 1]
 
 
-def test_what_is_finished_goes_behind_the_prompt(nar: NAR) -> None:
+def test_decoding_in_chunks_with_finished_frames_as_prompt(nar: NAR) -> None:
     prompt, first = random_codes(3, 7), random_codes(9, 1)[0]
     (made,) = nar.decode(["a cat"], [prompt], [first[:4]])
     done = np.concatenate([prompt, made], axis=1)
@@ -218,7 +218,7 @@ def test_any_number_of_codebooks_of_any_size(sizes: tuple[int, ...]) -> None:
     assert len(calls) == len(sizes) - 1
 
 
-def test_nothing_to_fill_in(nar: NAR) -> None:
+def test_no_frames_to_decode(nar: NAR) -> None:
     (made,) = nar.decode(["a"], [random_codes(3)], [np.zeros(0, np.int64)])
     assert made.shape == (len(SIZES), 0)
 
@@ -249,7 +249,7 @@ def test_earlier_configurations_load_but_for_masked_training(nar: NAR, tmp_path:
         NAR.load(tmp_path)
 
 
-def test_a_nar_of_before_the_tables_of_stages_is_told_of(nar: NAR, tmp_path: Path) -> None:
+def test_a_nar_of_the_first_revision_is_refused(nar: NAR, tmp_path: Path) -> None:
     nar.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     save_file({**load_file(file), "stages.weight": torch.zeros(3, 16)}, file)

@@ -1,4 +1,4 @@
-"""slm/models/nar.py: convolutions know their parts and no padding; labels shared by distance."""
+"""slm/models/nar.py: convolution, prompt matching and label smoothing."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.slm.models.test_nar import CONFIG, TEXTS, batch, make_nar, random_cod
 WITH = replace(CONFIG, conv_kernel=5, prompt_matching=True)
 
 
-def test_they_make_no_difference_to_padded_batches(tmp_path: Path) -> None:
+def test_padded_batches_with_convolution_and_prompt_matching(tmp_path: Path) -> None:
     nar = make_nar(WITH).double()
     codes = [random_codes(length, seed) for seed, length in enumerate((9, 14, 5))]
     text = [text_bytes(text) for text in TEXTS]
@@ -34,7 +34,7 @@ def test_they_make_no_difference_to_padded_batches(tmp_path: Path) -> None:
     assert torch.equal(again.reference.place.weight, nar.reference.place.weight)
 
 
-def test_a_frame_is_shown_what_its_like_has_in_the_prompt() -> None:
+def test_prompt_matching_finds_similar_frames() -> None:
     torch.manual_seed(0)
     reference = PromptMatching(width=64, num_heads=2, kernel=0, num_stages=3)
     reference.requires_grad_(False).reset_parameters()
@@ -52,7 +52,7 @@ def test_a_frame_is_shown_what_its_like_has_in_the_prompt() -> None:
         assert moved == reached
 
 
-def test_without_a_prompt_nothing_is_shown() -> None:
+def test_prompt_matching_without_a_prompt_adds_nothing() -> None:
     torch.manual_seed(0)
     reference = PromptMatching(width=64, num_heads=2, kernel=3, num_stages=3)
     reference.reset_parameters()
@@ -61,7 +61,7 @@ def test_without_a_prompt_nothing_is_shown() -> None:
     torch.testing.assert_close(shown, reference.output.bias.expand(1, 8, 64))
 
 
-def test_the_reference_follows_what_the_stage_may_see() -> None:
+def test_prompt_matching_uses_only_visible_codebooks() -> None:
     nar = make_nar(WITH)
     one = batch([1])
     hidden = nar._hidden(one, 1)
@@ -72,7 +72,7 @@ def test_the_reference_follows_what_the_stage_may_see() -> None:
         assert moved == seen
 
 
-def test_it_sees_its_neighbours_in_its_own_part_alone() -> None:
+def test_convolution_does_not_cross_text_and_speech() -> None:
     torch.manual_seed(0)
     nearby = LocalConv(8, 3, 2)
     hidden, valid = torch.randn(1, 10, 8), torch.ones(1, 10, dtype=torch.bool)
@@ -86,7 +86,7 @@ def test_it_sees_its_neighbours_in_its_own_part_alone() -> None:
 
 
 @pytest.mark.parametrize("wanted", [1.5, 4.0, 20.0])
-def test_labels_are_shared_with_what_is_near(wanted: float) -> None:
+def test_smoothed_labels_follow_distance(wanted: float) -> None:
     entries = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * 7 + 3
     shares = smoothed_labels(entries, wanted)
     torch.testing.assert_close(shares.sum(1), torch.ones(200))
@@ -98,7 +98,7 @@ def test_labels_are_shared_with_what_is_near(wanted: float) -> None:
     assert bool((sorted_shares[:, 1:] <= sorted_shares[:, :-1] + 1e-6).all())
 
 
-def test_shared_labels_are_of_training_alone() -> None:
+def test_label_smoothing_only_in_training() -> None:
     entries = [torch.randn(size, 6, generator=torch.Generator().manual_seed(1)) for size in SIZES]
     plain, shared = (
         make_nar(replace(CONFIG, from_codec=True, label_smoothing_neighbors=neighbours))
@@ -129,6 +129,6 @@ def test_shared_labels_are_of_training_alone() -> None:
         ({"label_smoothing_neighbors": 0.5, "from_codec": True}, "must be 0, or more than 1"),
     ],
 )
-def test_settings_that_make_no_sense(values: dict, told: str) -> None:
+def test_invalid_settings_are_refused(values: dict, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         NARConfig(**values)
