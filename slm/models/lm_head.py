@@ -122,13 +122,16 @@ def _logits(
 
 
 def _gathered(head: nn.Module, owner: nn.Module | None) -> Any:
-    """The head's parameters, where ZeRO-3 has partitioned them."""
-    parameters = list(head.parameters())
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+    """Gathers the head's parameters that ZeRO-3 has partitioned. Once they are known as external
+    parameters of the owner, DeepSpeed gathers them before the owner's passes."""
+    partitioned = [each for each in head.parameters() if hasattr(each, "ds_id")]
+    if not partitioned:
         return nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    return GatheredParameters(parameters, fwd_module=owner)
+    lacking = [each for each in partitioned if each.ds_status != ZeroParamStatus.AVAILABLE]
+    return GatheredParameters(lacking, fwd_module=owner, enabled=bool(lacking))
 
 
 def _rows(table: Tensor, spans: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Tensor]:
