@@ -1,7 +1,7 @@
 """Cuts to token shards: batched, split over ranks, and resumable after a kill at any moment.
 
-The cuts are split into numbered parts, and part i belongs to rank i % world. A part is written
-whole or not at all, so a restart goes on at the first part that is not there.
+The cuts are split into numbered parts, and part i belongs to rank i % world. Parts are written
+atomically, so a restart continues at the first part that is missing.
 """
 
 import json
@@ -125,7 +125,7 @@ def _split(cuts: Sequence["Cut"], cuts_per_part: int) -> list[list["Cut"]]:
     seen: set[str] = set()
     for cut in cuts:
         if cut.id in seen:
-            raise ValueError(f"the cut id {cut.id!r} comes twice in the list; ids must be unique")
+            raise ValueError(f"the cut id {cut.id!r} occurs twice in the list; ids must be unique")
         seen.add(cut.id)
     total = num_parts(len(cuts), cuts_per_part)
     return [list(cuts[part * cuts_per_part :][:cuts_per_part]) for part in range(total)]

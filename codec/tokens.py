@@ -1,7 +1,7 @@
 """The token shard: Parquet files of codes, which any Parquet reader opens as they are.
 
 Columns: id, text, speaker, language, duration, num_frames, codes (row-major Q x T). The schema's
-metadata says which codec the codes belong to. This file is all that `slm` knows of `codec`.
+metadata names the codec that the codes belong to. It imports no torch.
 """
 
 import json
@@ -27,12 +27,12 @@ ROWS_PER_GROUP = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodecStamp:
-    """Which codec made, or can decode, some codes."""
+    """The codec that made some codes, and that decodes them."""
 
     id: str
-    """The folder or hub id that the codec was loaded from: for people."""
+    """The folder or hub id that the codec was loaded from, for messages."""
     digest: str
-    """The first 16 hex digits of its weights' SHA-256: what is compared."""
+    """The first 16 hex digits of its weights' SHA-256: two codecs are the same if it is."""
     sample_rate: int
     frame_rate: float
     num_codebooks: int
@@ -40,7 +40,7 @@ class CodecStamp:
 
 
 class DamagedShard(ValueError):
-    """The file was whole once, and is no more; exporting it again mends it."""
+    """Corrupted shard; export it again."""
 
 
 class TokenRow(NamedTuple):
@@ -66,10 +66,13 @@ def write_shard(
     stamp: CodecStamp,
     notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes one shard, whole or not at all.
+    """Writes one shard, atomically.
 
-    `notes` are further strings for the metadata. Raises ValueError for codes that `stamp`'s codec
-    cannot have made, and for an id that comes twice.
+    Args:
+        notes: further strings for the metadata.
+
+    Raises:
+        ValueError: codes that `stamp`'s codec cannot have made, or an id that occurs twice.
     """
     import pyarrow.parquet as pq
 
@@ -84,15 +87,15 @@ def write_shard(
             for row in group:
                 _check_row(row, stamp)
                 if row.id in seen:
-                    raise ValueError(f"{path}: the id {row.id!r} comes twice; ids must be unique")
+                    raise ValueError(f"{path}: the id {row.id!r} occurs twice; ids must be unique")
                 seen.add(row.id)
             writer.write_batch(_record_batch(group, schema))
 
 
 class TokenShard:
-    """One shard, or a folder of them opened as one. Codes are read as they are asked for.
+    """One shard, or a folder of them opened as one. Codes are read on access.
 
-    Safe to hand to data-loading processes: files are opened by the process that reads them.
+    It may be passed to data-loading processes: files are opened by the process that reads them.
     """
 
     def __init__(self, files: Sequence[Path], tables: Sequence["pa.Table"], stamp: CodecStamp):
@@ -114,8 +117,9 @@ class TokenShard:
     ) -> "TokenShard":
         """Opens a .parquet file or a folder of them, sorted by name; or several such as one.
 
-        Raises ValueError when it is missing, cut, of a later format or of mixed codecs, when an id
-        comes twice, and when `expect` is given and another codec made the codes.
+        Raises:
+            ValueError: it is missing, corrupted, of a later format or of mixed codecs, an id occurs
+                twice, or another codec than `expect` made the codes.
         """
         paths = [path] if isinstance(path, str | Path) else list(path)
         files = [file for each in paths for file in _shard_files(Path(each))]
@@ -139,7 +143,7 @@ class TokenShard:
         if len(set(shard.ids)) < len(shard):
             seen: set[str] = set()
             twice = next(name for name in shard.ids if name in seen or seen.add(name))
-            raise ValueError(f"{path}: the id {twice!r} comes twice; ids must be unique")
+            raise ValueError(f"{path}: the id {twice!r} occurs twice; ids must be unique")
         return shard
 
     def __len__(self) -> int:
@@ -169,7 +173,7 @@ class TokenShard:
         return [read_notes(file) for file in self.files]
 
     def _check_codes(self, file: int, index: int, flat: np.ndarray) -> None:
-        """Damage that no checksum found: the file was written without, or by another program."""
+        """Finds what no checksum finds: the file may have none."""
         path, books = self.files[file], self.stamp.num_codebooks
         if flat.size != books * self.num_frames[index]:
             raise DamagedShard(
@@ -182,7 +186,7 @@ class TokenShard:
             )
 
     def _codes(self, file: int, row: int) -> np.ndarray:
-        # A handle must not cross a fork: two processes would move one file position.
+        # Two processes must not share a handle after a fork: they would move one file position.
         key = (os.getpid(), file)
         with _damage_named(self.files[file]):
             if key not in self._readers:
@@ -200,7 +204,7 @@ class TokenShard:
 
 
 def read_notes(path: str | Path) -> dict[str, str]:
-    """The metadata of one shard file that its writer added to the codec's stamp."""
+    """The metadata of one shard file, apart from the codec's stamp."""
     metadata = _read_metadata(Path(path))
     with _damage_named(Path(path)):
         return json.loads(metadata["notes"])
@@ -276,7 +280,7 @@ def _shard_files(path: Path) -> list[Path]:
 
 
 def _read_metadata(path: Path) -> dict[str, str]:
-    """A shard file's own metadata, checked to be of a format that we know."""
+    """A shard file's metadata. Raises ValueError for an unknown format."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

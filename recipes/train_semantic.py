@@ -37,10 +37,10 @@ from codec.modules.ssl_encoders import config_for_whisper, load_whisper
 from codec.tokenize import text_of
 from codec.training.codec_fit import list_bad, save_codec
 from codec.training.config import SupervisedOptimConfig
-from codec.training.data import load_cut, read_cuts
+from codec.training.data import Share, load_cut, read_cuts
 from codec.training.loop import Losses
 from codec.training.run import make_accelerator, start_run
-from codec.training.supervised import Share, evaluate, fit
+from codec.training.supervised import evaluate, fit
 from recipes.lib.config import current_keys
 from recipes.lib.run import PROFILE_HELP, finished, load_config, run_program, split_profile
 from slm.config import BatchConfig

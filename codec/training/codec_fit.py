@@ -16,13 +16,12 @@ from codec.training.config import CodecOptimConfig, CropConfig, LossConfig
 from codec.training.data import CropDataset, crop_batches
 from codec.training.loop import Phases, Reading, train_loop
 from codec.training.optim import adamw, is_codec_matrix, set_learning_rate
+from codec.training.run import Run
 from codec.training.schedule import learning_rate
 from codec.training.validate import Validation, validate
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
-
-    from codec.training.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ def fit(
     models: Models,
     train: Sequence["Cut"],
     dev: Sequence["Cut"],
-    run: "Run",
+    run: Run,
     *,
     crops: CropConfig,
     losses: LossConfig,

@@ -6,7 +6,7 @@ import logging
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -205,3 +205,26 @@ def crop_batches(
         # Forking after threads have started can hang.
         multiprocessing_context="spawn" if num_workers else None,
     )
+
+
+class Share(NamedTuple):
+    """One rank's micro-batch of a step."""
+
+    batch: Any
+    """A NamedTuple of tensors."""
+    num_targets: float
+    """Targets of the step over ranks and micro-batches, divided by their number: the divisor that
+    makes the step's gradient the mean over its targets."""
+    weight: float
+    """0 for a batch that only fills up the last step of an evaluation."""
+
+
+@runtime_checkable
+class Data(Protocol):
+    """Batches as a function of the step."""
+
+    padding_share: float
+
+    def share(self, step: int, micro: int, rank: int, world: int, accumulate: int) -> Share: ...
+
+    def num_steps(self, world: int, accumulate: int) -> int: ...

@@ -8,17 +8,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from codec.training.config import OptimConfig
+from codec.training.run import Run
 from codec.training.schedule import learning_rate
-
-if TYPE_CHECKING:
-    from codec.training.run import Run
 
 NUM_SHOWN = 5
 """Values beside the progress bar."""
@@ -137,7 +135,7 @@ def due(step: int, every: int, last: bool) -> bool:
     return last or (step > 0 and step % every == 0)
 
 
-def train_loop(run: "Run", config: OptimConfig, phases: Phases, meter: Meter, label: str) -> None:
+def train_loop(run: Run, config: OptimConfig, phases: Phases, meter: Meter, label: str) -> None:
     """Trains to `config.steps`, from the newest checkpoint of `run` where there is one.
 
     Call it after `accelerator.prepare`. Each step: evaluate, save, train, log.

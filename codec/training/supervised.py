@@ -8,43 +8,19 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from codec.training.config import OptimConfig, SupervisedOptimConfig
+from codec.training.data import Data, Share
 from codec.training.loop import Losses, Meter, Phases, Reading, train_loop
 from codec.training.optim import adamw, set_learning_rate
+from codec.training.run import Run
 from codec.training.schedule import learning_rate
 
-if TYPE_CHECKING:
-    from codec.training.run import Run
-
 logger = logging.getLogger(__name__)
-
-
-class Share(NamedTuple):
-    """One rank's micro-batch of a step."""
-
-    batch: Any
-    """A NamedTuple of tensors."""
-    num_targets: float
-    """Targets of the step over ranks and micro-batches, divided by their number: the divisor that
-    makes the step's gradient the mean over its targets."""
-    weight: float
-    """0 for a batch that only fills up the last step of an evaluation."""
-
-
-@runtime_checkable
-class Data(Protocol):
-    """Batches as a function of the step."""
-
-    padding_share: float
-
-    def share(self, step: int, micro: int, rank: int, world: int, accumulate: int) -> Share: ...
-
-    def num_steps(self, world: int, accumulate: int) -> int: ...
 
 
 StepFunction = Callable[[nn.Module, Any, float], Losses]
@@ -57,7 +33,7 @@ def fit(
     step_function: StepFunction,
     train: Data,
     dev: Data | None,
-    run: "Run",
+    run: Run,
     config: SupervisedOptimConfig,
     *,
     hours_per_step: float = 0.0,
@@ -122,7 +98,7 @@ def fit(
     return model
 
 
-def _prefetched(data: Data, run: "Run", config: OptimConfig) -> Generator[list[Share], int, None]:
+def _prefetched(data: Data, run: Run, config: OptimConfig) -> Generator[list[Share], int, None]:
     """Sent a step, yields this rank's micro-batches of it; a thread makes those of the next step
     meanwhile."""
     rank, world = run.accelerator.process_index, run.accelerator.num_processes

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from codec.tokens import TokenShard
-from codec.training.supervised import Share
+from codec.training.data import Share
 from slm.config import BatchConfig, TaskConfig
 from slm.data.batching import Batch, Draw, Plan
 from slm.data.corpus import Corpus, Ragged, name_of, pieces_of, usable, within

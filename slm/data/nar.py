@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from codec.tokens import TokenShard
-from codec.training.supervised import Share
+from codec.training.data import Share
 from slm.config import BatchConfig, NARConfig
 from slm.data.batching import Plan
 from slm.data.corpus import Corpus, name_of, usable, within

@@ -228,7 +228,7 @@ def test_other_codecs_lists_and_part_sizes_are_refused(
     next(codec.parameters()).data.add_(1)
     with pytest.raises(ValueError, match="made by codec"):
         export(cuts, codec, tmp_path, cuts_per_part=4)
-    with pytest.raises(ValueError, match="'cut-0' comes twice"):
+    with pytest.raises(ValueError, match="'cut-0' occurs twice"):
         export([cuts[0], cuts[0]], codec, tmp_path / "twice")
 
 

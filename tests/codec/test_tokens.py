@@ -93,7 +93,7 @@ def test_several_paths_are_one_shard(shard: Path, tmp_path: Path) -> None:
     opened = TokenShard.open([shard, tmp_path / "more"], expect=STAMP)
     assert opened.ids == ["a", "b", "c"]
     np.testing.assert_array_equal(opened[2].codes, row("c", 3, 3).codes)
-    with pytest.raises(ValueError, match="the id 'a' comes twice"):
+    with pytest.raises(ValueError, match="the id 'a' occurs twice"):
         TokenShard.open([shard, shard])
 
 
@@ -119,7 +119,7 @@ def test_processes_may_share_an_opened_shard(shard: Path) -> None:
         (row("x")._replace(codes=np.zeros((2, 0), np.uint16)), "x: no frames"),
         (row("x")._replace(codes=np.full((2, 5), 8)), "x: codebook 1 has 8 entries"),
         (row("x")._replace(codes=np.full((2, 5), -1)), "x: codebook 1 has 8 entries"),
-        (row("a"), "the id 'a' comes twice"),
+        (row("a"), "the id 'a' occurs twice"),
     ],
 )
 def test_impossible_rows_are_refused_and_leave_the_old_file(
@@ -205,7 +205,7 @@ def test_mixed_codecs_in_a_folder_are_refused(shard: Path) -> None:
 
 def test_one_id_in_two_files_is_refused(shard: Path) -> None:
     write_shard(shard.with_name("b.parquet"), [row("b")], STAMP)
-    with pytest.raises(ValueError, match="the id 'b' comes twice"):
+    with pytest.raises(ValueError, match="the id 'b' occurs twice"):
         TokenShard.open(shard.parent)
 
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from codec.tokens import TokenShard
 from codec.training.config import SupervisedOptimConfig
+from codec.training.data import Data
 from codec.training.run import make_accelerator, start_run
-from codec.training.supervised import Data, StepFunction, fit
+from codec.training.supervised import StepFunction, fit
 from recipes.lib.run import run_program
 from recipes.lib.voice_training import forget_zero3
 from slm.config import ARConfig, BatchConfig, LoRAConfig, NARConfig, TaskConfig

@@ -55,7 +55,7 @@ def train(
     phases = Phases(
         train_step=step,
         metrics=lambda reading: {"number": float(reading.sums["number"] / reading.sums["batches"])},
-        evaluate=lambda number: {"dev/x": number},
+        evaluate=lambda number: {"dev/x": float(number)},
         evaluate_first=True,
     )
     try:
