@@ -25,7 +25,6 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import (
-    InitProcessGroupKwargs,
     KwargsHandler,
     ProjectConfiguration,
     broadcast_object_list,
@@ -36,6 +35,7 @@ from tqdm import tqdm
 from codec.distillation.teachers import has_bf16
 from codec.io import FileLock, apply_umask, atomic_file, fsync, is_write_failure
 from codec.program import ReportedElsewhere
+from codec.training.workarounds import accelerator_options, default_deepspeed_device
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +48,7 @@ PROFILE_SKIPPED = 2
 """Steps before the profiled ones: the first ones build caches."""
 PROFILE_ROWS = 40
 
-# DeepSpeed picks its device when it is first imported, which the Accelerator does.
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+default_deepspeed_device()
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -88,28 +86,16 @@ def make_accelerator(
     World size, precision and ZeRO come from accelerate's file. Where the machine lacks bf16 it is
     replaced by float32, so that one file serves both. `folder` gets the tracker's events.
     """
-    cpu = not torch.cuda.is_available()
-    lacks_bf16 = not has_bf16("cpu" if cpu else "cuda")
-    if lacks_bf16 and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not has_bf16(device) and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
         logger.info("no bf16 on this machine: training in float32")
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
-    # DeepSpeed launches set this to 1, and it would win over the argument below.
-    os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(gradient_accumulation_steps)
-    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    gloo = cpu and (zero or int(os.environ.get("WORLD_SIZE", "1")) > 1)
-    if cpu and zero:
-        import deepspeed.ops
-
-        # A kernel for inference alone, which would be compiled now: minutes on a busy machine.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    options = accelerator_options(gradient_accumulation_steps)
+    options["kwargs_handlers"] += handlers
     return Accelerator(
-        # With cpu=True accelerate forgets DeepSpeed; without it, it forgets to wrap in DDP.
-        cpu=cpu and not zero,
-        gradient_accumulation_steps=gradient_accumulation_steps,
         log_with=tracker if folder is not None else None,
         project_config=ProjectConfiguration(str(folder), str(folder)) if folder else None,
-        # Without a backend each process of a CPU-only DeepSpeed launch believes that it is alone.
-        kwargs_handlers=[*handlers, *([InitProcessGroupKwargs(backend="gloo")] if gloo else [])],
+        **options,
     )
 
 

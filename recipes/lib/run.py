@@ -1,17 +1,15 @@
 """What every recipe shares: its exit status, its last lines, `--profile`."""
 
-import ctypes
-import gc
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 from codec import program
+from codec.training.workarounds import end_rank, keep_freed_memory
 from recipes.lib.config import load_config
 
 __all__ = ["finished", "load_config", "run_program", "split_profile"]
@@ -20,7 +18,7 @@ __all__ = ["finished", "load_config", "run_program", "split_profile"]
 def run_program(main: Callable[[list[str]], None]) -> None:
     """Runs a recipe's `main(argv)` with logs on standard error; ends as codec/program.py states."""
     if not torch.cuda.is_available():
-        keep_memory()
+        keep_freed_memory()
     alone = int(os.environ.get("RANK", 0)) == 0
     logging.basicConfig(
         stream=sys.stderr,
@@ -31,37 +29,7 @@ def run_program(main: Callable[[list[str]], None]) -> None:
     for name in ("accelerate", "faster_whisper"):  # Ten lines a checkpoint, one a recording.
         logging.getLogger(name).setLevel(logging.WARNING)
     program.run_program(lambda: main(sys.argv[1:]))
-    if torch.distributed.is_initialized():
-        gc.collect()  # An engine that is still there when its group goes aborts the process.
-        torch.distributed.destroy_process_group()
-        _leave()
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # Of malloc.h.
-
-
-def keep_memory() -> None:
-    """From now on the process keeps what its main thread frees, for its own next use.
-
-    Each step on a CPU asks for the same gigabytes; glibc returns pieces of 32 MB and more to the
-    kernel at once, and to be handed them again takes time (LOG.md). No other C library is told.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)
-
-
-def _leave() -> NoReturn:
-    """Ends a rank whose work is done, without the interpreter's own end.
-
-    There, one process in some dozens on a busy machine is aborted by a thread that ZeRO-3 or gloo
-    has left (LOG.md), and the launcher reports a run that is whole as failed.
-    """
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    end_rank()
 
 
 def finished(what: str, path: str | Path, next_command: str) -> None:

@@ -1,6 +1,5 @@
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -348,34 +347,10 @@ def test_a_mistake_under_two_ranks_is_said_once(tmp_path: Path, launch: Callable
     assert "width (7 -> 8)" in done.stderr
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
-def test_freed_memory_is_used_again() -> None:
-    """Page faults of allocations of 48 MB, each made after the last was freed."""
-    code = """
-import resource, torch
-from recipes.lib.run import keep_memory
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(5):
-        torch.zeros(12_000_000)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-plain = faults()
-keep_memory()
-faults()
-print(plain, faults())
-"""
-    root = ROOT
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True
-    )
-    plain, kept = map(int, done.stdout.split())
-    assert kept < plain / 50
-
-
 @pytest.mark.parametrize("gpu", [True, False])
 def test_programs_keep_memory_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
     kept = []
-    monkeypatch.setattr("recipes.lib.run.keep_memory", lambda: kept.append(True))
+    monkeypatch.setattr("recipes.lib.run.keep_freed_memory", lambda: kept.append(True))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(sys, "argv", ["program"])
     run_program(lambda argv: None)

@@ -1,0 +1,87 @@
+"""What other projects' defects make necessary, each with the thread that follows it upstream.
+
+Remove an entry when its thread is closed and the versions of pyproject.toml have the fix. Two more
+stand beside the code that they limit: `DiscriminatorConfig` (codec/training/config.py) refuses
+windows at which bfloat16 convolutions on CPUs return wrong weight gradients (related:
+https://github.com/pytorch/pytorch/issues/169688 and
+https://github.com/uxlfoundation/oneDNN/issues/6035), and recipes/lib/voice_training.py adds peft's
+adapters before the Accelerator exists (under ZeRO-3 on a CPU, `trainable_token_indices` asks for
+CUDA afterwards).
+"""
+
+import ctypes
+import gc
+import logging
+import os
+import sys
+from typing import Any
+
+import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # Of malloc.h.
+
+
+def default_deepspeed_device() -> None:
+    """DeepSpeed chooses its device when it is first imported, which accelerate does, and without
+    CUDA looks for other accelerators (https://github.com/deepspeedai/DeepSpeed/pull/5206)."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def accelerator_options(gradient_accumulation_steps: int) -> dict[str, Any]:
+    """Arguments of `Accelerator` for this launch, and the environment variables that they need.
+
+    - DeepSpeed launches set ACCELERATE_GRADIENT_ACCUMULATION_STEPS to 1, which wins over the
+      argument (https://github.com/huggingface/accelerate/issues/3369).
+    - `cpu=True` ignores a DeepSpeed launch, and without it a CPU launch is not wrapped in DDP.
+    - A DeepSpeed launch on CPUs needs the gloo backend by name: without it, each process has a
+      world of its own.
+    - DeepSpeed on CPUs compiles a communication kernel for inference at the first collective:
+      minutes of a compiler, or an error where there is none
+      (https://github.com/deepspeedai/DeepSpeed/issues/7108).
+    """
+    from accelerate.utils import InitProcessGroupKwargs
+
+    os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(gradient_accumulation_steps)
+    cpu = not torch.cuda.is_available()
+    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if cpu and zero:
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    gloo = cpu and (zero or int(os.environ.get("WORLD_SIZE", "1")) > 1)
+    return {
+        "cpu": cpu and not zero,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "kwargs_handlers": [InitProcessGroupKwargs(backend="gloo")] if gloo else [],
+    }
+
+
+def keep_freed_memory() -> None:
+    """Keeps freed memory in the process, where the C library is glibc.
+
+    glibc returns freed blocks of 32 MB and more to the kernel at once, and each training step on a
+    CPU pays for the page faults of the same gigabytes again (LOG.md). torch's CPU allocator has no
+    cache (https://github.com/pytorch/pytorch/pull/55675).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def end_rank() -> None:
+    """Ends a rank of a launch whose work is done; returns where there is no process group.
+
+    A thread of gloo or ZeRO-3 that outlives its process group aborts one process in some dozens
+    while the interpreter is finalised, and the launcher reports a finished run as failed
+    (https://github.com/pytorch/pytorch/pull/179291, https://github.com/pytorch/pytorch/pull/157193).
+    """
+    if not torch.distributed.is_initialized():
+        return
+    gc.collect()  # A DeepSpeed engine that still exists when its group is destroyed aborts, too.
+    torch.distributed.destroy_process_group()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
