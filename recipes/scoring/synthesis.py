@@ -195,15 +195,9 @@ def synthesize_items(
             for place, item, speech in zip(places, part, speeches, strict=True):
                 progress.update(place not in results)
                 results[place] = _score(voice, item, speech, scorers, folder, textless=textless)
+            records = [{"key": key, "place": i, **results[i].to_record()} for i in places]
             append_lines(
-                folder / RESULTS_FILE,
-                [
-                    json.dumps(
-                        {"key": key, "place": place, **results[place].to_record()},
-                        ensure_ascii=False,
-                    )
-                    for place in places
-                ],
+                folder / RESULTS_FILE, [json.dumps(one, ensure_ascii=False) for one in records]
             )
     return ScoredList(name, list(items), [results[place] for place in range(len(items))])
 
@@ -225,8 +219,8 @@ def _generate(
         except ValueError as error:
             logger.warning("%s was not synthesized: %s", item.id, error)
     if prepared:
-        spoken = voice.synthesize_batch([utterance for _, utterance in prepared])
-        for (index, _), speech in zip(prepared, spoken, strict=True):
+        made = voice.synthesize_batch([utterance for _, utterance in prepared])
+        for (index, _), speech in zip(prepared, made, strict=True):
             speeches[index] = speech
     return speeches
 
@@ -320,7 +314,7 @@ def score_codes(
     if textless:
         return dataclasses.replace(scored, values=values, words=None, characters=None), []
     transcript = scored.transcript if judges.judge_name else None
-    # A generation that hit its maximum length: only the voice knows.
+    # Maximum length reached: only the voice reports that.
     failed = ["cut"] * (failure == "cut") + failed_checks(voice, item, codes, wave, transcript)
     values["fault"] = float(bool(failed))
     if not judges.judge_name:

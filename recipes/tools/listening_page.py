@@ -121,11 +121,11 @@ def read_records(config: ListeningPageConfig) -> Sequence[Mapping[str, Any]]:
 def row_of(line: Mapping[str, Any], config: ListeningPageConfig) -> str:
     """Returns a sentence as a row of the table."""
     audio = config.judged / "audio"
-    spoken = audio / config.setting / config.list / (line["audio"] or "refused")
+    wave = audio / config.setting / config.list / (line["audio"] or "refused")
     prompt = audio / "prompts" / config.list / f"{safe_name(line['id'])}.wav"
     similarity = line.get("similarity")
     cells = [
-        html.escape(line["text"]), sound(prompt), sound(spoken), html.escape(line["heard"]),
+        html.escape(line["text"]), sound(prompt), sound(wave), html.escape(line["heard"]),
         f"{100 * line['wer']:.0f} %", "" if similarity is None else f"{similarity:.2f}",
     ]  # fmt: skip
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
