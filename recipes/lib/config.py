@@ -36,6 +36,7 @@ RENAMED_KEYS = {
     "distill.half": "distill.bfloat16",
     "resynthesis.half": "resynthesis.bfloat16",
     "edges": "word_boundaries",
+    "lines": "list",
     "num_items": "num_asr_items",
     "speak": "tts_eval",
 }
