@@ -49,7 +49,7 @@ PROGRAMS = sorted(
 )
 
 
-class Parsed(Exception):
+class Parsed(BaseException):
     """Raised in place of running a program: its command line was accepted."""
 
 
