@@ -250,7 +250,9 @@ def check_pip(arguments: Sequence[str]) -> None:
 @cache
 def known() -> tuple[set[str], set[str]]:
     """Every key of every recipe's configuration, and every flag of every program."""
-    keys, flags = set[str](), {"--config", "--help"}
+    from recipes.lib.run import PROFILE_HELP
+
+    keys, flags = set[str](), {"--config", "--help", *re.findall(r"--[a-z-]+", PROFILE_HELP)}
 
     def parse(self: argparse.ArgumentParser, *given: Any, **more: Any) -> None:
         raise Parsed(self)
