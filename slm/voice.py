@@ -280,7 +280,7 @@ class Voice:
         self.coverage.check_length(num_prompt, least, frame_rate)
         return Utterance(
             text=text, prompt=prompt, prompt_text=prompt_text, context=context.tokens,
-            bounds=(least, most), seed=seed, script=context.forced,
+            bounds=(least, most), seed=seed, forced=context.forced,
         )  # fmt: skip
 
     def synthesize(self, texts: Sequence[LongText], batch: int = 8) -> list[Speech]:

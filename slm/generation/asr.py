@@ -93,7 +93,7 @@ def transcribe(lm: SpeechLM, first: Sequence[Int[np.ndarray, " _"]]) -> list[Tra
         most = restrict_context(lm.max_positions, context.ids, 1, most, "recording")
         requests.append(
             Request(
-                context=context.tokens, min_tokens=0, max_tokens=most, seed=0, script=context.forced
+                context=context.tokens, min_tokens=0, max_tokens=most, seed=0, forced=context.forced
             )
         )
     made = generate(lm, requests, text_only(lm), GREEDY)

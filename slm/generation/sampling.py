@@ -50,7 +50,7 @@ class Request:
     max_tokens: int
     """A sequence without an end token by then is cut."""
     seed: int
-    script: ForcedTokens = NO_FORCED_TOKENS
+    forced: ForcedTokens = NO_FORCED_TOKENS
     """Inserted after the end tokens of segments; not sampled."""
     sampled: bool = False
     """Sampled even where the configuration is greedy, which would give the same again."""
@@ -265,8 +265,8 @@ class Sequences:
         cls, requests: Sequence[Request], room: Sequence[int], greedy: bool, device: torch.device
     ) -> "Sequences":
         """Before the first token. `room`: maximum sampled tokens of each."""
-        scripts = [request.script for request in requests]
-        bounds = [[0, *accumulate(map(len, script.parts))] for script in scripts]
+        forced = [request.forced for request in requests]
+        bounds = [[0, *accumulate(map(len, one.parts))] for one in forced]
 
         def filled(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.long, device=device)
@@ -281,11 +281,11 @@ class Sequences:
             max_frames=filled([request.max_tokens for request in requests]),
             max_tokens=filled(room),
             greedy=filled([greedy and not request.sampled for request in requests]).bool(),
-            forced=padded([[token for part in one.parts for token in part] for one in scripts]),
+            forced=padded([[token for part in one.parts for token in part] for one in forced]),
             forced_bounds=padded(bounds),
-            last_segment=filled([len(script.parts) for script in scripts]),
-            segment_min=filled([script.least for script in scripts]),
-            segment_max=padded([s.most or (UNLIMITED,) * (len(s.parts) + 1) for s in scripts]),
+            last_segment=filled([len(one.parts) for one in forced]),
+            segment_min=filled([one.least for one in forced]),
+            segment_max=padded([s.most or (UNLIMITED,) * (len(s.parts) + 1) for s in forced]),
             sampled=zeros[:, None].repeat(1, max(0, *room)),
             num_tokens=zeros.clone(),
             num_frames=zeros.clone(),
@@ -468,7 +468,7 @@ class Batch:
         self._frames = allowed.num_frames().to(device)
         # However many frames a token stands for, the model holds no more tokens.
         room = [
-            min(one.max_tokens, lm.max_positions - len(one.context) - len(one.script.ids))
+            min(one.max_tokens, lm.max_positions - len(one.context) - len(one.forced.ids))
             for one in requests
         ]
         self._state = Sequences.start(requests, room, config.greedy, device)

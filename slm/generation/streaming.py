@@ -57,7 +57,7 @@ def stream(
         min_tokens=utterance.bounds[0],
         max_tokens=utterance.bounds[1],
         seed=utterance.seed,
-        script=utterance.script,
+        forced=utterance.forced,
     )
     tokens = TokenStream(lm, request, speech_only(lm, sampling), sampling)
     waves = WaveStream(codec, utterance.prompt.codes)

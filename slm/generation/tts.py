@@ -74,7 +74,7 @@ class Utterance:
     bounds: tuple[int, int]
     """Minimum and maximum frames."""
     seed: int
-    script: ForcedTokens = NO_FORCED_TOKENS
+    forced: ForcedTokens = NO_FORCED_TOKENS
     """For an interleaved AR: the words after the first."""
 
 
@@ -177,7 +177,7 @@ def candidates(
                 min_tokens=one.bounds[0],
                 max_tokens=one.bounds[1],
                 seed=one.seed,
-                script=one.script,
+                forced=one.forced,
             ),
             number,
             index % sampling.num_candidates,

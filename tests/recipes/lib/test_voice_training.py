@@ -155,7 +155,7 @@ def test_a_voice_that_goes_word_by_word(
     voice = Voice.from_pretrained(tmp_path / "run" / "voice")
     assert voice.lm.tokenizer.text.interleaved
     utterance = voice.prepare("the cat sat", next(iter(voice.prompts.values())))
-    assert len(utterance.script.parts) == 2
+    assert len(utterance.forced.parts) == 2
     for listed in ("cross", "continuation"):
         assert list((tmp_path / "run" / "speak" / listed).glob("*.wav"))
 

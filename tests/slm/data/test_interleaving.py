@@ -176,7 +176,7 @@ def test_what_is_heard_is_given_as_in_training(lm: SpeechLM, monkeypatch) -> Non
     ids = tokenizer.text_ids("asr", ["the cat "])[0]
     answers = [Generated(tokens=tuple(ids), failure=None, tries=1, seed=0)]
     assert transcribe(lm, [codes])[0].text == "the cat"
-    assert told[0].script == script
+    assert told[0].forced == script
     assert list(told[0].context) == lead
 
 
@@ -250,13 +250,13 @@ def request(lm: SpeechLM, words: list[str], **bounds: int) -> Request:
     text = lm.tokenizer.normalize(" ".join(words))
     context, script = lm.format.tts_context(NO_TEXT, text, np.zeros(0, np.int64))
     limits = {"min_tokens": 0, "max_tokens": 60, "seed": 3} | bounds
-    return Request(context=context, script=script, **limits)
+    return Request(context=context, forced=script, **limits)
 
 
 def test_generation_gives_each_word_when_the_one_before_is_over(lm: SpeechLM) -> None:
     words = ["the", "cat", "sat"]
     asked = request(lm, words)
-    asked = replace(asked, script=asked.script._replace(most=(3, 4, 5)))
+    asked = replace(asked, forced=asked.forced._replace(most=(3, 4, 5)))
     config = SamplingConfig(max_attempts=1, checks=())
     allowed = speech_only(lm, config)
     (made,) = generate(lm, [asked], allowed, config)
@@ -266,14 +266,14 @@ def test_generation_gives_each_word_when_the_one_before_is_over(lm: SpeechLM) ->
     end, heard = v.speech_end, list(asked.context)
     generator = torch.Generator().manual_seed(3)
     drawn: list[int] = []
-    for number, part in enumerate([*asked.script.parts, None]):
+    for number, part in enumerate([*asked.forced.parts, None]):
         since = 0
         while True:
             with torch.no_grad():
                 logits = lm.lm(torch.tensor([heard])).logits[0, -1].float()
             kept = torch.cat([logits[allowed.first : allowed.stop], logits[end : end + 1]])
             token = end
-            if since < asked.script.most[number]:
+            if since < asked.forced.most[number]:
                 if since == 0:
                     kept[-1] = -torch.inf
                 token = _drawn(kept, drawn, generator, config, allowed.first, end)
@@ -299,7 +299,7 @@ def test_batches_and_streams_say_what_one_alone_says(lm: SpeechLM) -> None:
     texts = (["the", "cat"], ["a"], ["far", "away", "now"])
     asked = [request(lm, words, seed=seed) for seed, words in enumerate(texts)]
     asked = [
-        replace(one, script=one.script._replace(most=(4,) * len(one.script.most))) for one in asked
+        replace(one, forced=one.forced._replace(most=(4,) * len(one.forced.most))) for one in asked
     ]
     alone = [generate(lm, [one], allowed, config)[0].tokens for one in asked]
     assert [one.tokens for one in generate(lm, asked, allowed, config)] == alone
@@ -312,7 +312,7 @@ def test_the_last_word_does_not_end_before_the_least(lm: SpeechLM) -> None:
     lengths = []
     for least in (0, 30):
         asked = request(lm, ["the", "cat"], min_tokens=least)
-        asked = replace(asked, script=asked.script._replace(most=(2, 50)))
+        asked = replace(asked, forced=asked.forced._replace(most=(2, 50)))
         (made,) = generate(lm, [asked], speech_only(lm, config), config)
         lengths.append(len(made.tokens))
     assert lengths[0] < 30 <= lengths[1]
@@ -334,7 +334,7 @@ def test_words_that_do_not_end_are_cut(
         ),
     )
     asked = request(lm, ["the", "cat"])
-    asked = replace(asked, script=asked.script._replace(most=most))
+    asked = replace(asked, forced=asked.forced._replace(most=most))
     config = SamplingConfig(max_attempts=1, checks=())
     (made,) = generate(lm, [asked], speech_only(lm, config), config)
     assert made.failure == failure
@@ -343,7 +343,7 @@ def test_words_that_do_not_end_are_cut(
 def test_marks_alone_are_no_words_to_say(lm: SpeechLM) -> None:
     prompt = Prompt(codes=np.array([[1, 2, 3]]), text="a mat")
     made = Voice(models(lm)).prepare("the - cat !", prompt)
-    assert len(made.script.parts) == 1
+    assert len(made.forced.parts) == 1
     (whole,) = parts(lm.tokenizer, "a mat the - cat !")
     assert made.context[1 : 1 + len(whole)] == whole
 
@@ -381,7 +381,7 @@ def test_a_long_text_is_split_where_its_words_leave_no_room(lm: SpeechLM) -> Non
     assert len(made.utterances) > 1
     assert " ".join(one.text.text for one in made.utterances) == text
     for one in made.utterances:
-        assert len(one.context) + len(one.script.ids) < lm.max_positions
+        assert len(one.context) + len(one.forced.ids) < lm.max_positions
 
 
 def test_speech_that_leaves_no_room_is_not_transcribed(lm: SpeechLM) -> None:
@@ -403,9 +403,9 @@ def test_an_utterance_is_prepared_word_by_word(lm: SpeechLM) -> None:
     v = lm.vocabulary
     the, cat = parts(lm.tokenizer, "The", "cat")
     assert made.context[-len(the) - 2 :] == [v.speech_end, *the, v.speech]
-    assert [list(part) for part in made.script.parts] == [[*cat, v.speech]]
-    assert len(made.script.most) == 2
-    assert min(made.script.most) > 20
+    assert [list(part) for part in made.forced.parts] == [[*cat, v.speech]]
+    assert len(made.forced.most) == 2
+    assert min(made.forced.most) > 20
 
 
 def test_a_continuation_goes_on_behind_the_words_it_has_said(
@@ -419,4 +419,4 @@ def test_a_continuation_goes_on_behind_the_words_it_has_said(
         prompt = Prompt(codes=np.array([[1, 2, 3]]), text="", continuation=True)
         made = Voice(models(lm)).prepare("the cat sat", prompt)
         # Something is always left to say.
-        assert len(made.script.most) == max(1, 3 - count)
+        assert len(made.forced.most) == max(1, 3 - count)

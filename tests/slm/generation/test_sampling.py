@@ -338,7 +338,7 @@ def test_an_empty_batch(lm: SpeechLM) -> None:
 def test_forced_tokens_are_read_in_one_pass(lm: SpeechLM, monkeypatch: pytest.MonkeyPatch) -> None:
     config = SamplingConfig(max_attempts=1, checks=())
     parts = ((1, 2, 3), (4, 5))
-    asked = replace(requests(lm)[0], script=ForcedTokens(parts, (3, 4, 5), least=1))
+    asked = replace(requests(lm)[0], forced=ForcedTokens(parts, (3, 4, 5), least=1))
     lengths = []
     forward = lm.lm.base_model.forward
 
