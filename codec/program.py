@@ -69,7 +69,8 @@ def run_program(program: Callable[[], None]) -> None:
         sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # A second one ends the process at once.
-        _finish(130, f"{interrupt}" or "interrupted")
+        # All ranks are interrupted: one line is enough.
+        _finish(130, (f"{interrupt}" or "interrupted") if _is_first_rank() else "")
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _is_reader_gone():
             _close_output()
