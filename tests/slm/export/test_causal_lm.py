@@ -210,7 +210,7 @@ def test_an_earlier_export_survives_a_failed_rename(
     rename = Path.rename
 
     def fail(path: Path, target: Path) -> Path:
-        if path.name.endswith(".new"):
+        if path.name.endswith(".partial"):
             raise PermissionError("not today")
         return rename(path, target)
 
