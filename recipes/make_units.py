@@ -256,7 +256,11 @@ def cluster(
     from sklearn.cluster import MiniBatchKMeans
 
     kmeans = MiniBatchKMeans(
-        num_units, batch_size=BATCH_FRAMES, max_iter=iterations, n_init=3, random_state=seed
+        num_units,
+        batch_size=BATCH_FRAMES,
+        max_iter=iterations,
+        n_init=3,  # pyright: ignore[reportArgumentType]  # Its type is inferred from "auto".
+        random_state=seed,
     ).fit(vectors.float().numpy())
     return Clusters(
         centroids=torch.from_numpy(kmeans.cluster_centers_),
