@@ -81,7 +81,7 @@ def test_a_failure_leaves_the_earlier_voice(
     before, rename = files(other), Path.rename
 
     def fail(path: Path, target: Path) -> Path:
-        if path.name.endswith(".new"):
+        if path.name.endswith(".partial"):
             raise OSError("no")
         return rename(path, target)
 
