@@ -38,6 +38,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo 'error: pesq is built from source: install gcc and python3-dev' >&2; exit 2; }
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt \
 	  -e '.[eval,demo,deepspeed,dev]'
+	$(BIN)/python -m recipes.lib.launcher
 	touch $@
 
 models: setup

@@ -1,13 +1,17 @@
 """Trains a text LLM to transcribe token shards: recipes/lib/voice_training.py with these defaults.
 
+`accelerate launch recipes/asr.py` trains the smoke configuration on recorded prompts.
 `accelerate launch --config_file recipes/accelerate/zero2.yaml recipes/asr.py --config FILE k=v`
 """
 
 from dataclasses import dataclass, field
 
-from recipes.lib.run import PROFILE_HELP, load_config, run_program, split_profile
+from recipes.lib.recorded_prompts import load_voice_config
+from recipes.lib.run import PROFILE_HELP, run_program, split_profile
 from recipes.lib.voice_training import VoiceConfig, train_voice
 from slm.config import ARConfig, NARConfig, TaskConfig
+
+ABOUT = f"Train a text LLM to transcribe. {PROFILE_HELP}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +30,7 @@ class ASRConfig(VoiceConfig):
 
 def main(argv: list[str]) -> None:
     profile_steps, argv = split_profile(argv)
-    config = load_config(ASRConfig, argv, f"Train a text LLM to transcribe. {PROFILE_HELP}")
+    config = load_voice_config(ASRConfig, argv, "asr", ABOUT)
     train_voice(config, profile_steps)
 
 

@@ -1,23 +1,27 @@
-"""Trains a voice on token shards, and lets it speak: recipes/lib/voice_training.py with these
+"""Trains a voice for TTS and ASR on token shards: recipes/lib/voice_training.py with these
 defaults.
 
+`accelerate launch recipes/tts.py` trains the smoke configuration on recorded prompts.
 `accelerate launch --config_file recipes/accelerate/zero2.yaml recipes/tts.py --config FILE k=v`
 """
 
 from dataclasses import dataclass
 
-from recipes.lib.run import PROFILE_HELP, load_config, run_program, split_profile
+from recipes.lib.recorded_prompts import load_voice_config
+from recipes.lib.run import PROFILE_HELP, run_program, split_profile
 from recipes.lib.voice_training import VoiceConfig, train_voice
+
+ABOUT = f"Train a voice that synthesizes and transcribes. {PROFILE_HELP}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TTSConfig(VoiceConfig):
-    """A voice that speaks and transcribes."""
+    """A voice that synthesizes and transcribes."""
 
 
 def main(argv: list[str]) -> None:
     profile_steps, argv = split_profile(argv)
-    config = load_config(TTSConfig, argv, f"Train a voice and let it speak. {PROFILE_HELP}")
+    config = load_voice_config(TTSConfig, argv, "tts", ABOUT)
     train_voice(config, profile_steps)
 
 

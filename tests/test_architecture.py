@@ -171,7 +171,7 @@ def config_class(path: Path) -> type:
     stems = {"codec": "train_codec", "export": "export_tokens", "semantic": "train_semantic"}
     module = importlib.import_module(f"recipes.{stems.get(folder, folder)}")
     source = (ROOT / "recipes" / f"{stems.get(folder, folder)}.py").read_text()
-    (loaded,) = set(re.findall(r"load_config\(\s*(\w+)", source))
+    (loaded,) = set(re.findall(r"load_(?:voice_)?config\(\s*(\w+)", source))
     return getattr(module, loaded)
 
 

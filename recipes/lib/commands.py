@@ -1,6 +1,7 @@
 """Runs command lines in sequence; each is printed before it runs."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -9,6 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parents[1]
+
+
+LAUNCHED = re.compile(
+    r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|(MASTER|TORCHELASTIC|ACCELERATE)_.*"
+)
+"""Environment variables that a launcher sets for its ranks."""
 
 
 class Command(NamedTuple):
@@ -35,24 +42,33 @@ def launch(accelerate: str, processes: int, recipe: str, *arguments: str) -> lis
     ]  # fmt: skip
 
 
-def run(command: Command, number: int, total: int) -> str:
-    """Runs a command as number `number` of `total`; prints and returns its standard output.
+def run(command: Command, number: int, total: int, *, quiet: bool = False) -> str:
+    """Runs a command as number `number` of `total`; returns its standard output.
+
+    Args:
+        quiet: for a command inside a program that prints its own result: standard output stays
+            empty, and the command's line goes to standard error.
 
     Raises:
         ValueError: the command's exit status is not 0.
     """
-    print(f"\n[{number}/{total}] {command.what}\n    {shown(command.arguments)}", flush=True)
+    place = sys.stderr if quiet else sys.stdout
+    line = f"\n[{number}/{total}] {command.what}\n    {shown(command.arguments)}"
+    print(line, file=place, flush=True)
     began = time.monotonic()
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
+    # A program that a launcher runs may run commands: they are no ranks of the launch.
+    environment = {key: value for key, value in os.environ.items() if not LAUNCHED.fullmatch(key)}
+    environment |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         command.arguments, stdout=subprocess.PIPE, text=True, check=False, env=environment
     )
-    print(done.stdout, end="", flush=True)
+    if not quiet:
+        print(done.stdout, end="", flush=True)
     if done.returncode:
         raise ValueError(
             f"the step '{command.what}' failed; fix the error above, then run this program again"
         )
-    print(f"    done in {time.monotonic() - began:.0f} s", flush=True)
+    print(f"    done in {time.monotonic() - began:.0f} s", file=place, flush=True)
     return done.stdout
 
 

@@ -26,6 +26,7 @@ from codec.training.config import SupervisedOptimConfig
 from codec.training.run import Run, make_accelerator, start_run
 from codec.training.supervised import fit
 from recipes.lib.config import current_keys
+from recipes.lib.run import finished
 from recipes.scoring.synthesis import TTSEvalConfig
 from recipes.scoring.voice import check_scores, score_voice, store_base_perplexity
 from slm.config import ARConfig, BatchConfig, NARConfig
@@ -106,11 +107,12 @@ class VoiceConfig:
     out: str = "out/smoke/tts"
     """Run folder: goes on where an earlier start with the same configuration stopped; `num_items`
     and `speak` may differ."""
-    codec: str = "out/smoke/codec/codec"
+    codec: str = "models/small/codec"
     """Folder or hub id of the codec that made the tokens."""
-    train: str = "out/smoke/tokens/train"
-    """Token shards to train on (recipes/export_tokens.py makes them)."""
-    dev: str | None = "out/smoke/tokens/dev"
+    train: str | None = None
+    """Token shards to train on (recipes/export_tokens.py makes them); null: the smoke configuration
+    is trained on recorded prompts, which are downloaded (out/first/)."""
+    dev: str | None = None
     """Token shards of other speakers; null: none."""
     clips: str | None = None
     """Token shards of a few words each (recipes/make_clips.py) that the AR learns from as well:
@@ -188,7 +190,7 @@ def train_voice(config: VoiceConfig, profile_steps: int = 0) -> None:
     texts = read(config)
     # The adapters are put in before the Accelerator exists: under ZeRO-3 peft asks for a GPU then.
     lm = SpeechLM.create(config.ar, train.stamp, config.seed)
-    lm.origin["data"] = described(train, config.train)
+    lm.origin["data"] = described(train, str(config.train))
     if config.clips is not None:
         lm.origin["data"] += f", and clips of them ({short_path(config.clips)})"
     accelerator = make_accelerator(folder, gradient_accumulation_steps=config.optim.accumulate)
@@ -204,8 +206,8 @@ def train_voice(config: VoiceConfig, profile_steps: int = 0) -> None:
     del lm
     if nar is not None:
         train_nar(nar, tokenizer, train, dev, run, config)
+    prompts: dict[str, Prompt] = {}
     if accelerator.is_main_process:
-        prompts: dict[str, Prompt] = {}
         coverage = Coverage.load(folder / "voice" / "ar")
         if dev is not None and config.ar.tasks.tts and (nar or train.stamp.num_codebooks == 1):
             longest = coverage.longest_frames / train.stamp.frame_rate
@@ -215,14 +217,20 @@ def train_voice(config: VoiceConfig, profile_steps: int = 0) -> None:
     leave_group(accelerator)
     if accelerator.is_main_process:
         score_voice(folder, train, dev, texts.dev, config, run.stage("speak"))
+        command = f"slm asr --voice {folder}/voice RECORDING"
+        if prompts:
+            prompt = next(iter(prompts))
+            command = f"slm tts --voice {folder}/voice --text TEXT --prompt {prompt} --out OUT.wav"
+        tasks = [name.upper() for name in ("tts", "asr") if getattr(config.ar.tasks, name)]
+        finished(f"a voice for {' and '.join(tasks) or 'continuation'}", folder / "voice", command)
 
 
 def open_tokens(config: VoiceConfig) -> tuple[TokenShard, TokenShard | None]:
     """The shards, checked to be the codec's own."""
     stamp = load_codec(config.codec).stamp
-    shards = TokenShard.open(config.train, expect=stamp)
+    shards = TokenShard.open(str(config.train), expect=stamp)
     if config.clips is not None:
-        TokenShard.open([config.train, config.clips])  # What is wrong with them is told now.
+        TokenShard.open([str(config.train), config.clips])  # What is wrong with them is told now.
     return shards, TokenShard.open(config.dev, expect=stamp) if config.dev is not None else None
 
 
@@ -288,7 +296,7 @@ def train_ar(
 
     spoken, start = train, None
     if config.clips is not None:
-        spoken = TokenShard.open([config.train, config.clips], expect=train.stamp)
+        spoken = TokenShard.open([str(config.train), config.clips], expect=train.stamp)
         start = Start(np.arange(len(spoken)) >= len(train), config.clip_epochs)
     train_data = data(spoken, texts.train, config.limit, start)
     held_out = texts.dev if config.ar.tasks.text else []

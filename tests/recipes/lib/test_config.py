@@ -219,7 +219,7 @@ def test_a_configuration_of_another_recipe_names_that_recipe(
     recipe: str, given: str, expected: str
 ) -> None:
     source = (ROOT / "recipes" / f"{recipe}.py").read_text()
-    (loaded,) = set(re.findall(r"load_config\(\s*(\w+)", source))
+    (loaded,) = set(re.findall(r"load_(?:voice_)?config\(\s*(\w+)", source))
     cls = getattr(importlib.import_module(f"recipes.{recipe}"), loaded)
     path = f"recipes/configs/{given}.yaml"
     with pytest.raises(ValueError, match=r".") as caught:

@@ -1,0 +1,87 @@
+"""`accelerate launch` of a recipe ends with the recipe's exit status and adds no traceback.
+
+Accelerate and torchrun print the traceback of their own exception below what a failed process has
+printed, and accelerate does not wait for a process that saves a checkpoint after Ctrl-C. Neither
+has a setting for that. `make setup` therefore writes a .pth file into .venv (`install`), by which
+the launcher, and no other program, loads this file when it starts.
+"""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+RECIPES = Path(__file__).resolve().parents[1]
+PTH_FILE = "parlance_launcher.pth"
+CODE = (
+    'import sys; any("accelerate" in word for word in sys.orig_argv[:3]) and '
+    r'exec("try:\n from recipes.lib.launcher import adapt\n adapt(sys.orig_argv)\n'
+    r'except ImportError: pass")'
+)
+"""A .pth file is one line."""
+
+
+def install(folder: Path | None = None) -> Path:
+    """Writes the .pth file into `folder` (default: this environment's site-packages)."""
+    path = (folder or Path(sysconfig.get_path("purelib"))) / PTH_FILE
+    path.write_text(f"{CODE}\n")
+    return path
+
+
+def adapt(words: list[str]) -> None:
+    """Adapts this process, if `words` are an `accelerate launch` of a recipe."""
+    programs = [Path(word).resolve() for word in words if word.endswith(".py")]
+    if not any(RECIPES in program.parents for program in programs[:1]):
+        return
+    logging.disable(logging.ERROR)  # Which defaults it uses, and that a process has failed.
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        status = status_of(error)
+        if status is None:
+            before(kind, error, trace)
+            return
+        sys.stdout.flush()
+        os._exit(status)
+
+    sys.excepthook = hook
+    signal.signal(signal.SIGINT, _pass_on)
+
+
+def status_of(error: BaseException) -> int | None:
+    """Returns the exit status of the process that failed; None where nothing of it explains why: a
+    signal has ended it, or the launcher itself has failed."""
+    status = 0
+    failures: dict[int, Any] = getattr(error, "failures", {})  # torchrun's ChildFailedError.
+    if failures:
+        status = min(failures.values(), key=lambda failure: failure.timestamp).exitcode
+    elif isinstance(error, subprocess.CalledProcessError):
+        status = error.returncode
+    elif getattr(error, "sigval", None) == signal.SIGINT:  # torchrun's SignalException.
+        status = 130
+    return 130 if status == -signal.SIGINT else status if status > 0 else None
+
+
+def _pass_on(number: int, frame: Any) -> None:
+    """Waits on for the process, which ends by itself. A terminal interrupts it as well; a signal
+    from elsewhere goes to the launcher alone."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY)
+        interactive = os.tcgetpgrp(terminal) == os.getpgrp()
+        os.close(terminal)
+    except OSError:
+        interactive = False
+    if not interactive:
+        import psutil
+
+        for child in psutil.Process().children():
+            child.send_signal(number)
+
+
+if __name__ == "__main__":
+    install()

@@ -1,0 +1,105 @@
+"""What recipes/tts.py and recipes/asr.py train on where no tokens are named: Debian's recorded
+prompts (25 minutes of one speaker), with the shipped codec and the smoke configuration."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from codec import load_codec
+from recipes.lib.commands import HERE, Command, run
+from recipes.lib.config import CONFIGS, load_config
+from recipes.lib.voice_training import VoiceConfig
+from recipes.offline_models import MODELS
+
+V = TypeVar("V", bound=VoiceConfig)
+
+OUT = Path("out/first")
+DONE_FILE = "complete"
+"""In the folder of the tokens, once they are exported."""
+
+
+def load_voice_config(cls: type[V], argv: Sequence[str], recipe: str, description: str) -> V:
+    """Returns the configuration of `argv`; where it names no `train`, the smoke configuration of
+    `recipe` with the changes of `argv`, and tokens of the recorded prompts.
+
+    The main process makes what is missing: models, the list of recordings, tokens. The others wait.
+
+    Raises:
+        ValueError: a key or value is wrong, or something cannot be downloaded.
+    """
+    config = load_config(cls, argv, description)
+    if config.train is not None:
+        return config
+    layers = (f"{recipe}/smoke.yaml", f"{recipe}/recorded_prompts.yaml")
+    files = [word for layer in layers for word in ("--config", str(CONFIGS / layer))]
+    config = load_config(cls, [*files, *argv])
+    models = [config.ar.base, *filter(None, (config.tts_eval.judge, config.tts_eval.speaker))]
+    commands = model_commands(models)
+    if commands and not _is_main():
+        _wait(lambda: not model_commands(models))
+    _run(commands, "run `make models` where packages can be downloaded, then this command again")
+    # One folder of tokens for each codec.
+    tokens = OUT / f"tokens-{load_codec(config.codec).stamp.digest[:8]}"
+    done = tokens / DONE_FILE
+    if not done.exists() and not _is_main():
+        _wait(done.exists)
+    if not done.exists():
+        remedy = "or name token shards of your own: train=FOLDER codec=CODEC"
+        _run(token_commands(config.codec, tokens), remedy)
+        done.touch()
+    if not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        torch.set_num_threads(os.cpu_count() or 1)  # A launch without a file allows one.
+    return replace(config, train=str(tokens / "train"), dev=str(tokens / "dev"))
+
+
+def model_commands(paths: Sequence[str]) -> list[Command]:
+    """Returns the command that makes those of `paths` that `make models` makes and that are not
+    there."""
+    known = {f"models/{model.name}": model.name for model in MODELS}
+    missing = [known[path] for path in paths if path in known and not Path(path).exists()]
+    program = str(HERE / "offline_models.py")
+    return [Command("download models", [sys.executable, program, *missing])] if missing else []
+
+
+def token_commands(codec: str, tokens: Path) -> list[Command]:
+    """Returns the commands from Debian's packages to `tokens`/train and `tokens`/dev."""
+    cuts, python = OUT / "cuts", sys.executable
+    prepare = [python, str(HERE / "prepare_data.py"), "prompts", "--out", str(cuts)]
+    export = [python, str(HERE / "export_tokens.py"), f"codec={codec}"]
+    listed = [] if (cuts / "dev.jsonl.gz").exists() else [
+        Command("download 568 recorded prompts of one speaker", [*prepare, "--dev-cuts", "40"])
+    ]  # fmt: skip
+    return [
+        *listed,
+        *(
+            Command(
+                f"export the {split} tokens",
+                [*export, f"cuts={cuts / split}.jsonl.gz", f"out={tokens / split}"],
+            )
+            for split in ("train", "dev")
+        ),
+    ]
+
+
+def _run(commands: Sequence[Command], remedy: str) -> None:
+    for number, command in enumerate(commands, start=1):
+        try:
+            run(command, number, len(commands), quiet=True)
+        except ValueError as error:
+            raise ValueError(f"{error}; {remedy}") from None
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _wait(is_done: Callable[[], bool]) -> None:
+    """There is no process group yet; if the main process fails, the launcher ends this one."""
+    while not is_done():
+        time.sleep(1)

@@ -1,0 +1,88 @@
+"""Exit status and errors of `accelerate launch`."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, free_port
+
+from recipes.lib.launcher import adapt, install, status_of
+
+LAUNCH = """
+import runpy, site, sys
+from pathlib import Path
+import recipes.lib.launcher as launcher
+folder, *arguments = sys.argv[1:]
+launcher.RECIPES = Path(folder)
+sys.argv = ["accelerate-launch", *arguments]
+sys.orig_argv = [sys.executable, "accelerate", "launch", *arguments]
+site.addsitedir(folder)
+runpy.run_module("accelerate.commands.launch", run_name="__main__")
+"""
+PROGRAM = """
+import os, time
+from codec.program import run_program
+
+def program():
+    {body}
+
+run_program(program)
+"""
+
+
+def start(folder: Path, body: str, *options: str) -> "subprocess.Popen[str]":
+    """Launches a program as a shell does in an environment that `make setup` has made."""
+    program = folder / "program.py"
+    program.write_text(PROGRAM.format(body=body))
+    install(folder)
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCH, str(folder), *options, str(program)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        start_new_session=True,  # Without a terminal.
+    )
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_user_error_under_a_launcher_is_one_line(tmp_path: Path, processes: int) -> None:
+    options = ["--num_processes", str(processes)]
+    if processes > 1:
+        config = ROOT / "recipes" / "accelerate" / "ddp.yaml"
+        options += ["--config_file", str(config), "--main_process_port", str(free_port())]
+    process = start(tmp_path, "raise ValueError('a: no such key')", *options)
+    output, errors = process.communicate(timeout=120)
+    assert (process.returncode, output, errors) == (2, "", "error: a: no such key\n")
+
+
+def test_the_launcher_waits_for_an_interrupted_program(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    body = f"""
+    try:
+        open({str(fifo)!r}).read()
+    except KeyboardInterrupt:
+        time.sleep(1)  # A checkpoint.
+        raise KeyboardInterrupt("stopped at step 3") from None"""
+    process = start(tmp_path, body)
+    with open(fifo, "w"):
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output, errors) == (130, "", "stopped at step 3\n")
+
+
+def test_only_launches_of_recipes_are_adapted() -> None:
+    hook = sys.excepthook
+    adapt(["python", "accelerate", "launch", "train.py", str(ROOT / "recipes" / "tts.py")])
+    adapt(["python", "accelerate", "env"])
+    assert sys.excepthook is hook
+
+
+def test_what_explains_nothing_keeps_the_launchers_traceback() -> None:
+    assert status_of(subprocess.CalledProcessError(-9, "recipe")) is None
+    assert status_of(subprocess.CalledProcessError(-2, "recipe")) == 130
+    assert status_of(ValueError("of the launcher")) is None
