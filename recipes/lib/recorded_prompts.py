@@ -71,7 +71,7 @@ def token_commands(codec: str, tokens: Path) -> list[Command]:
     """Returns the commands from Debian's packages to `tokens`/train and `tokens`/dev."""
     cuts, python = OUT / "cuts", sys.executable
     prepare = [python, str(HERE / "prepare_data.py"), "prompts", "--out", str(cuts)]
-    export = [python, str(HERE / "export_tokens.py"), f"codec={codec}"]
+    export = [python, str(HERE / "export_tokens.py"), f"codec={codec}", "cuts_per_part=50"]
     listed = [] if (cuts / "dev.jsonl.gz").exists() else [
         Command("download 568 recorded prompts of one speaker", [*prepare, "--dev-cuts", "40"])
     ]  # fmt: skip
