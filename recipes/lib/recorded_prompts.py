@@ -40,19 +40,13 @@ def load_voice_config(cls: type[V], argv: Sequence[str], recipe: str, descriptio
     files = [word for layer in layers for word in ("--config", str(CONFIGS / layer))]
     config = load_config(cls, [*files, *argv])
     models = [config.ar.base, *filter(None, (config.tts_eval.judge, config.tts_eval.speaker))]
-    commands = model_commands(models)
-    if commands and not _is_main():
-        _wait(lambda: not model_commands(models))
-    _run(commands, "run `make models` where packages can be downloaded, then this command again")
+    make = "run `make models` where packages can be downloaded, then this command again"
+    _make(lambda: model_commands(models), make)
     # One folder of tokens for each codec.
     tokens = OUT / f"tokens-{load_codec(config.codec).stamp.digest[:8]}"
-    done = tokens / DONE_FILE
-    if not done.exists() and not _is_main():
-        _wait(done.exists)
-    if not done.exists():
-        remedy = "or name token shards of your own: train=FOLDER codec=CODEC"
-        _run(token_commands(config.codec, tokens), remedy)
-        done.touch()
+    name = "or name token shards of your own: train=FOLDER codec=CODEC"
+    _make(lambda: token_commands(config.codec, tokens), name)
+    (tokens / DONE_FILE).touch()
     if not torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         torch.set_num_threads(os.cpu_count() or 1)  # A launch without a file allows one.
     return replace(config, train=str(tokens / "train"), dev=str(tokens / "dev"))
@@ -68,7 +62,10 @@ def model_commands(paths: Sequence[str]) -> list[Command]:
 
 
 def token_commands(codec: str, tokens: Path) -> list[Command]:
-    """Returns the commands from Debian's packages to `tokens`/train and `tokens`/dev."""
+    """Returns the commands from Debian's packages to `tokens`/train and `tokens`/dev; none where
+    DONE_FILE is there."""
+    if (tokens / DONE_FILE).exists():
+        return []
     cuts, python = OUT / "cuts", sys.executable
     prepare = [python, str(HERE / "prepare_data.py"), "prompts", "--out", str(cuts)]
     export = [python, str(HERE / "export_tokens.py"), f"codec={codec}", "cuts_per_part=50"]
@@ -87,19 +84,16 @@ def token_commands(codec: str, tokens: Path) -> list[Command]:
     ]
 
 
-def _run(commands: Sequence[Command], remedy: str) -> None:
+def _make(missing: Callable[[], list[Command]], remedy: str) -> None:
+    """The main process runs the commands. The others wait until none is missing: there is no
+    process group yet, and if the main process fails, the launcher ends them."""
+    if int(os.environ.get("RANK", "0")):
+        while missing():
+            time.sleep(1)
+        return
+    commands = missing()
     for number, command in enumerate(commands, start=1):
         try:
             run(command, number, len(commands), quiet=True)
         except ValueError as error:
             raise ValueError(f"{error}; {remedy}") from None
-
-
-def _is_main() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _wait(is_done: Callable[[], bool]) -> None:
-    """There is no process group yet; if the main process fails, the launcher ends this one."""
-    while not is_done():
-        time.sleep(1)
