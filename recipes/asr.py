@@ -19,11 +19,11 @@ class ASRConfig(VoiceConfig):
     """A voice that transcribes."""
 
     out: str = "out/smoke/asr"
-    """Run folder: goes on where an earlier start with the same configuration stopped."""
+    """Run folder; resumes an earlier start with the same configuration."""
     ar: ARConfig = field(default_factory=lambda: ARConfig(tasks=TaskConfig(tts=0.0, asr=1.0)))
     """The model."""
     nar: NARConfig | None = None
-    """The model of the other codebooks, for a voice that speaks as well; null: none."""
+    """The model of the other codebooks, for TTS as well; null: none."""
     num_asr_items: int | None = 64
     """Dev items to transcribe at the end, spread over the list."""
 

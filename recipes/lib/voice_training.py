@@ -1,10 +1,8 @@
-"""Trains a voice on token shards: the AR (it speaks and transcribes), then the NAR; scores it.
+"""Trains a voice on token shards: the AR (codebook 1, TTS and ASR), then the NAR; evaluates it.
 
 The one program behind recipes/tts.py and recipes/asr.py, which differ in their defaults. Any
-mixture of tasks makes one model. The run folder ends with voice/ (which `slm` takes), speak/ (dev
-prompts and what was made of them) and rows.jsonl (the scores).
-
-A voice's folder as training leaves it: models, codec, card and prompts, each whole or absent.
+mixture of tasks makes one model. At the end the run folder has voice/ (which `slm` reads), speak/
+(dev prompts and the speech synthesized from them) and rows.jsonl (the scores).
 """
 
 import json
@@ -46,58 +44,8 @@ from slm.train import ar_step, gather, nar_step
 
 logger = logging.getLogger(__name__)
 
-
-NUM_PROMPTS = 3
-PROMPT_SECONDS = 4.0
-"""Long enough to tell a voice."""
-
-
-def finish_voice(voice: Path, codec: str, card: str, prompts: Mapping[str, Prompt]) -> None:
-    """Puts the codec, the card and some prompts beside the models."""
-    with atomic_folder(voice / "codec") as partial:
-        shipped = load_codec(codec, fold=False)
-        if isinstance(shipped, Codec) and shipped.auxiliary is not None:
-            shipped = shipped.without_auxiliary()
-        shipped.save_pretrained(partial)
-    if prompts:
-        with atomic_folder(voice / "prompts") as partial:
-            for name, prompt in prompts.items():
-                prompt.save(partial, name)
-    with atomic_file(voice / "README.md") as temporary:
-        temporary.write_text(card, encoding="utf-8")
-
-
-def pick_prompts(dev: TokenShard, source: str, longest: float) -> dict[str, Prompt]:
-    """Up to three dev recordings to take voices from, of different speakers where there are such.
-
-    They last the nearest to PROMPT_SECONDS, or to a third of the `longest` training recording, in
-    seconds: prompt and text together must not be longer than that.
-    """
-    aim = min(PROMPT_SECONDS, longest / 3)
-    usable = [i for i, text in enumerate(dev.texts) if has_words(text) and dev.num_frames[i] > 0]
-    usable.sort(key=lambda i: abs(float(dev.durations[i]) - aim))
-    first_of: dict[str, int] = {}
-    for index in usable:
-        first_of.setdefault(dev.speakers[index], index)
-    chosen = list(dict.fromkeys([*first_of.values(), *usable]))[:NUM_PROMPTS]
-    prompts = {}
-    for number, row in enumerate((dev[index] for index in chosen), start=1):
-        credit = f"{row.id} of {source}" + (f", speaker {row.speaker}" if row.speaker else "")
-        prompts[f"dev-{number}"] = Prompt(
-            codes=row.codes.astype(np.int64), text=row.text, credit=credit
-        )
-    return prompts
-
-
-def described(shard: TokenShard, path: str) -> str:
-    """What shards hold, so that others can tell whether theirs are the same."""
-    hours = float(np.sum(shard.durations)) / 3600
-    digest = sha256_of(json.dumps([list(shard.ids), list(shard.texts)]), 8)
-    return f"{short_path(path)}@{digest}, {len(shard)} utterances, {hours:.2f} hours"
-
-
 SCORING_KEYS = ("num_asr_items", "tts_eval")
-"""Nothing that is trained depends on these: they may change in a run folder, to score anew."""
+"""Training does not depend on these keys: they may change in a run folder, to evaluate again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,8 +53,8 @@ class VoiceConfig:
     """One voice."""
 
     out: str = "out/smoke/tts"
-    """Run folder: goes on where an earlier start with the same configuration stopped; `num_items`
-    and `speak` may differ."""
+    """Run folder; resumes an earlier start with the same configuration (`num_asr_items` and
+    `tts_eval` may differ)."""
     codec: str = "models/small/codec"
     """Folder or hub id of the codec that made the tokens."""
     train: str | None = None
@@ -115,40 +63,39 @@ class VoiceConfig:
     dev: str | None = None
     """Token shards of other speakers; null: none."""
     clips: str | None = None
-    """Token shards of a few words each (recipes/make_clips.py) that the AR learns from as well:
-    short texts teach it to read long before long ones do."""
+    """Additional token shards of a few words each (recipes/make_clips.py) for the AR, which learns
+    the alignment of text and speech faster from short items."""
     clip_epochs: float = 1.0
-    """The first epochs are of clips alone (0.5: half of the items of one); then come whole
-    utterances and clips."""
+    """Epochs on clips alone at the start (0.5: half of their items); then utterances and clips."""
     word_boundaries: tuple[str, ...] = ()
-    """Where words are said (edges.jsonl.gz of recipes/make_clips.py, of train, clips and dev), for
+    """Frames between words (edges.jsonl.gz of recipes/make_clips.py, of train, clips and dev), for
     ar.text.interleaved."""
     texts: str | None = None
     """Plain texts that ar.tasks.text mixes in: a .txt (paragraphs) or .jsonl file (`text` of each
     line), either gzipped or not."""
     texts_dev: str | None = None
-    """Held-out texts of the same form: their perplexity is told before and after training."""
+    """Held-out texts of the same form: their perplexity is reported before and after training."""
     limit: int | None = None
-    """Use only so many of the training items."""
+    """Maximum number of training items."""
     seed: int = 0
-    """Of new weights, batches and what is spoken."""
+    """Of new weights, batches and the speech of the evaluation."""
     ar: ARConfig = field(default_factory=ARConfig)
     """The model of codebook 1."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     """The AR's batches."""
     optim: SupervisedOptimConfig = field(default_factory=SupervisedOptimConfig)
-    """The AR's optimiser."""
+    """The AR's optimizer."""
     nar: NARConfig | None = field(default_factory=NARConfig)
-    """The model of the other codebooks; null: none, and the voice cannot speak unless its codec has
-    but one codebook."""
+    """The model of the other codebooks; null: none, and the voice has no TTS unless its codec has
+    one codebook."""
     nar_batch: BatchConfig = field(default_factory=BatchConfig)
     """The NAR's batches."""
     nar_optim: SupervisedOptimConfig = field(default_factory=SupervisedOptimConfig)
-    """The NAR's optimiser."""
+    """The NAR's optimizer."""
     num_asr_items: int | None = None
-    """Dev items to transcribe at the end, spread over the list; null: as many as are spoken."""
+    """Dev items to transcribe at the end, spread over the list; null: tts_eval.num_items."""
     tts_eval: TTSEvalConfig = field(default_factory=TTSEvalConfig)
-    """What is spoken at the end, and who judges it."""
+    """Dev items to synthesize at the end, and their scores."""
 
     def __post_init__(self) -> None:
         if self.ar.tasks.text and self.texts is None:
@@ -159,7 +106,7 @@ class VoiceConfig:
                 "recipes/make_clips.py writes edges.jsonl.gz"
             )
         if self.clips is not None and self.limit is not None:
-            raise ValueError("limit is of whole utterances: leave it or clips out")
+            raise ValueError("limit is for utterances: remove limit or clips")
         if not 0 <= self.clip_epochs < math.inf:
             raise ValueError(f"clip_epochs must be 0 or more, got {self.clip_epochs}")
         if self.num_asr_items is not None and self.num_asr_items < 0:
@@ -167,14 +114,18 @@ class VoiceConfig:
 
 
 class Texts(NamedTuple):
-    """Plain texts, none where none are given."""
+    """Plain texts; empty lists where the configuration names no file."""
 
     train: list[str]
     dev: list[str]
 
 
 def read(config: VoiceConfig) -> Texts:
-    """The plain texts that are named. Raises ValueError for files that hold none."""
+    """Returns the texts of `texts` and `texts_dev`.
+
+    Raises:
+        ValueError: a file holds no text.
+    """
     if config.texts is not None and not config.ar.tasks.text:
         logger.warning("texts %s is not used: ar.tasks.text is 0", config.texts)
     used = config.texts if config.ar.tasks.text else None
@@ -182,7 +133,14 @@ def read(config: VoiceConfig) -> Texts:
 
 
 def train_voice(config: VoiceConfig, profile_steps: int = 0) -> None:
-    """Trains and scores a voice, in this process and the others of its launch."""
+    """Trains and evaluates a voice. All ranks of a launch call it.
+
+    Args:
+        profile_steps: steps of each stage that torch.profiler records.
+
+    Raises:
+        ValueError: tokens, codec, models or configuration do not fit; before training starts.
+    """
     folder = Path(config.out)
     train, dev = open_tokens(config)
     nar = nar_settings(config, train)
@@ -226,19 +184,23 @@ def train_voice(config: VoiceConfig, profile_steps: int = 0) -> None:
 
 
 def open_tokens(config: VoiceConfig) -> tuple[TokenShard, TokenShard | None]:
-    """The shards, checked to be the codec's own."""
+    """Returns the training and dev shards.
+
+    Raises:
+        ValueError: another codec than `config.codec` made them.
+    """
     stamp = load_codec(config.codec).stamp
     shards = TokenShard.open(str(config.train), expect=stamp)
     if config.clips is not None:
-        TokenShard.open([str(config.train), config.clips])  # What is wrong with them is told now.
+        TokenShard.open([str(config.train), config.clips])  # Raises here what is wrong with them.
     return shards, TokenShard.open(config.dev, expect=stamp) if config.dev is not None else None
 
 
 def forget_zero3() -> None:
-    """Accelerate tells transformers of ZeRO-3, which then builds every model in pieces.
+    """Unsets the ZeRO-3 configuration that accelerate gives to transformers.
 
-    The AR is whole before its engine is made, and the voice that speaks in the end is in one
-    process: transformers had better not know.
+    With it, transformers partitions every model that it builds. The AR is built in one piece
+    before its engine is, and the voice of the evaluation runs in one process.
     """
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -246,7 +208,12 @@ def forget_zero3() -> None:
 
 
 def nar_settings(config: VoiceConfig, train: TokenShard) -> NARConfig | None:
-    """Of the tokens' codebooks; None where no NAR is trained."""
+    """Returns the NAR's configuration with the tokens' codebook sizes; None where no NAR is
+    trained.
+
+    Raises:
+        ValueError: the configuration has other sizes, or the codec has no entries to start from.
+    """
     sizes = train.stamp.codebook_sizes
     if config.nar is None or len(sizes) == 1:
         return None
@@ -255,20 +222,24 @@ def nar_settings(config: VoiceConfig, train: TokenShard) -> NARConfig | None:
             f"nar.codebook_sizes {config.nar.codebook_sizes} are not those of the tokens, {sizes}"
         )
     if config.nar.from_codec:
-        entries_of(config)  # What they lack is told before the AR is trained.
+        entries_of(config)  # Raises before the AR is trained.
     if config.ar.tasks.continuation and not config.nar.text_dropout:
         logger.warning(
-            "ar.tasks.continuation is not 0, but nar.text_dropout is: the NAR will go on without a "
-            "text, which it was never trained to do; nar.text_dropout=0.1 is a good share"
+            "ar.tasks.continuation is not 0, but nar.text_dropout is: continuation needs a NAR that "
+            "was trained without texts too; nar.text_dropout=0.1 is a good share"
         )
     return replace(config.nar, codebook_sizes=sizes)
 
 
 def entries_of(config: VoiceConfig) -> list[torch.Tensor]:
-    """Of the codec's codebooks. Raises ValueError for a codec that does not tell them."""
+    """Returns the entries of the codec's codebooks, one (K, D) tensor each.
+
+    Raises:
+        ValueError: the codec has none of that form.
+    """
     entries = load_codec(config.codec).entries()
     if entries is None:
-        raise ValueError(f"nar.from_codec: {config.codec} tells no entries; set it to false")
+        raise ValueError(f"nar.from_codec: {config.codec} has no codebook entries; set it to false")
     return entries
 
 
@@ -277,8 +248,7 @@ def train_ar(
     config: VoiceConfig,
 ) -> None:  # fmt: skip
     """Trains the AR in the stage `ar` and writes voice/ar."""
-
-    edges = read_word_boundaries(config.word_boundaries)
+    boundaries = read_word_boundaries(config.word_boundaries)
 
     def data(
         shard: TokenShard,
@@ -288,17 +258,17 @@ def train_ar(
     ) -> ARData:
         # Without held-out texts, the dev losses are those of the other tasks.
         tasks = config.ar.tasks if plain else replace(config.ar.tasks, text=0.0)
-        corpus = replace(usable(shard, limit), word_boundaries=edges)
+        corpus = replace(usable(shard, limit), word_boundaries=boundaries)
         return ARData(
             corpus, lm.tokenizer, tasks, config.batch, config.seed,
             longest=lm.max_positions, texts=plain, start=start,
         )  # fmt: skip
 
-    spoken, start = train, None
+    shards, start = train, None
     if config.clips is not None:
-        spoken = TokenShard.open([str(config.train), config.clips], expect=train.stamp)
-        start = Start(np.arange(len(spoken)) >= len(train), config.clip_epochs)
-    train_data = data(spoken, texts.train, config.limit, start)
+        shards = TokenShard.open([str(config.train), config.clips], expect=train.stamp)
+        start = Start(np.arange(len(shards)) >= len(train), config.clip_epochs)
+    train_data = data(shards, texts.train, config.limit, start)
     held_out = texts.dev if config.ar.tasks.text else []
     dev_data = data(dev, held_out) if dev is not None else None
     stage = run.stage("ar")
@@ -319,7 +289,7 @@ def train_nar(
     dev: TokenShard | None, run: Run, config: VoiceConfig,
 ) -> None:  # fmt: skip
     """Trains the NAR in the stage `nar` and writes voice/nar."""
-    # All ranks build the same model; what they drew while training the AR differs.
+    # All ranks build the same model; their generators differ after the training of the AR.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         nar = NAR(settings)
@@ -337,10 +307,10 @@ def train_nar(
     engine = fit(nar, nar_step, train_data, dev_data, stage, config.nar_optim, hours_per_step=hours)
     state = gather(run.accelerator, engine)
     if run.accelerator.is_main_process:
-        whole = NAR(settings)
-        whole.load_state_dict(state)
+        complete = NAR(settings)
+        complete.load_state_dict(state)
         with atomic_folder(run.folder / "voice" / "nar") as partial:
-            whole.save_pretrained(partial)
+            complete.save_pretrained(partial)
             (partial / "README.md").unlink(missing_ok=True)
     run.accelerator.free_memory(engine)
 
@@ -354,7 +324,60 @@ def hours_per_step(
 
 
 def leave_group(accelerator: Accelerator) -> None:
-    """Training is over: the main process goes on alone, however long it takes."""
+    """Ends the process group after training: the evaluation runs on the main process alone."""
     accelerator.wait_for_everyone()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+NUM_PROMPTS = 3
+PROMPT_SECONDS = 4.0
+"""Target length of a shipped prompt."""
+
+
+def finish_voice(voice: Path, codec: str, card: str, prompts: Mapping[str, Prompt]) -> None:
+    """Writes the codec, the card and `prompts` into the folder of the models."""
+    with atomic_folder(voice / "codec") as partial:
+        shipped = load_codec(codec, fold=False)
+        if isinstance(shipped, Codec) and shipped.auxiliary is not None:
+            shipped = shipped.without_auxiliary()
+        shipped.save_pretrained(partial)
+    if prompts:
+        with atomic_folder(voice / "prompts") as partial:
+            for name, prompt in prompts.items():
+                prompt.save(partial, name)
+    with atomic_file(voice / "README.md") as temporary:
+        temporary.write_text(card, encoding="utf-8")
+
+
+def pick_prompts(dev: TokenShard, source: str, longest: float) -> dict[str, Prompt]:
+    """Returns up to NUM_PROMPTS dev recordings as prompts, of different speakers if possible.
+
+    Their length is nearest to PROMPT_SECONDS, or to a third of `longest` if that is less: prompt and
+    target together should not be longer than the training recordings.
+
+    Args:
+        source: where the recordings are from, for the credit.
+        longest: length of the longest training recording in seconds.
+    """
+    aim = min(PROMPT_SECONDS, longest / 3)
+    usable = [i for i, text in enumerate(dev.texts) if has_words(text) and dev.num_frames[i] > 0]
+    usable.sort(key=lambda i: abs(float(dev.durations[i]) - aim))
+    first_of: dict[str, int] = {}
+    for index in usable:
+        first_of.setdefault(dev.speakers[index], index)
+    chosen = list(dict.fromkeys([*first_of.values(), *usable]))[:NUM_PROMPTS]
+    prompts = {}
+    for number, row in enumerate((dev[index] for index in chosen), start=1):
+        credit = f"{row.id} of {source}" + (f", speaker {row.speaker}" if row.speaker else "")
+        prompts[f"dev-{number}"] = Prompt(
+            codes=row.codes.astype(np.int64), text=row.text, credit=credit
+        )
+    return prompts
+
+
+def described(shard: TokenShard, path: str) -> str:
+    """Returns path, digest, number of utterances and hours of token shards, for a voice's card."""
+    hours = float(np.sum(shard.durations)) / 3600
+    digest = sha256_of(json.dumps([list(shard.ids), list(shard.texts)]), 8)
+    return f"{short_path(path)}@{digest}, {len(shard)} utterances, {hours:.2f} hours"
