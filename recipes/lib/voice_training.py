@@ -225,8 +225,8 @@ def nar_settings(config: VoiceConfig, train: TokenShard) -> NARConfig | None:
         entries_of(config)  # Raises before the AR is trained.
     if config.ar.tasks.continuation and not config.nar.text_dropout:
         logger.warning(
-            "ar.tasks.continuation is not 0, but nar.text_dropout is: continuation needs a NAR that "
-            "was trained without texts too; nar.text_dropout=0.1 is a good share"
+            "ar.tasks.continuation is not 0, but nar.text_dropout is: continuation needs a NAR "
+            "trained without texts too; nar.text_dropout=0.1 is a good share"
         )
     return replace(config.nar, codebook_sizes=sizes)
 
@@ -353,8 +353,8 @@ def finish_voice(voice: Path, codec: str, card: str, prompts: Mapping[str, Promp
 def pick_prompts(dev: TokenShard, source: str, longest: float) -> dict[str, Prompt]:
     """Returns up to NUM_PROMPTS dev recordings as prompts, of different speakers if possible.
 
-    Their length is nearest to PROMPT_SECONDS, or to a third of `longest` if that is less: prompt and
-    target together should not be longer than the training recordings.
+    Their length is nearest to PROMPT_SECONDS, or to a third of `longest` if that is less: prompt
+    and target together should not be longer than the training recordings.
 
     Args:
         source: where the recordings are from, for the credit.

@@ -80,7 +80,7 @@ def test_a_nar_begins_with_the_codecs_entries(kind: str, base: Path, tmp_path: P
         "nar_optim.weight_decay=0.0",
     ]  # fmt: skip
     if kind == "encodec":
-        with pytest.raises(ValueError, match="tells no entries"):
+        with pytest.raises(ValueError, match="has no codebook entries"):
             tts(given)
         assert not (tmp_path / "run").exists()
         return
@@ -175,7 +175,7 @@ def test_clips_that_cannot_be_used_are_told_before_the_run(
     ):
         with pytest.raises(ValueError, match=told):
             tts([*given, f"clips={clips}"])
-    with pytest.raises(ValueError, match="limit is of whole utterances"):
+    with pytest.raises(ValueError, match="limit is for utterances"):
         tts([*given, f"clips={shard}", "limit=2"])
     with pytest.raises(ValueError, match="clip_epochs must be 0 or more"):
         tts([*given, "clip_epochs=-1"])
