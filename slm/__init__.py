@@ -1,4 +1,4 @@
-"""The speech language model: a pretrained text LLM that gains speech, and the NAR that fills it in.
+"""The speech language model: a pretrained text LLM with speech tokens (AR), and a NAR.
 
 `SpeechLM` (codebook 1, autoregressive), `NAR` (codebooks 2..Q), `Voice` (both and the codec) with
 `Prompt` and `SamplingConfig`, and `export` (to a plain causal LM) are loaded on first use, so that

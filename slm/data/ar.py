@@ -1,5 +1,4 @@
-"""Token shards and texts to batches under a budget of positions (slm/data/batching.py says
-which)."""
+"""Batches for the AR from token shards and texts, with the loss mask of each task."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -32,15 +31,15 @@ IGNORE = -100
 
 
 class ARBatch(NamedTuple):
-    """Rows padded on the right: what is causal never sees the padding."""
+    """Rows padded on the right, which causal attention never reads."""
 
     tokens: Int[Tensor, "B L"]
     labels: Int[Tensor, "B L"]
-    """The next token where it is a target, else IGNORE."""
+    """The next token where it is a target, else IGNORE: the loss mask."""
     tasks: Int[Tensor, "B L"]
     """Indices into TASKS."""
     documents: Int[Tensor, "B L"] | None
-    """Of packed rows: which item of its row a position belongs to, from 1; 0 is padding."""
+    """For packed rows: number of the item within its row, from 1; 0 is padding."""
 
 
 Epochs = Callable[[int], np.ndarray]
@@ -48,27 +47,35 @@ Epochs = Callable[[int], np.ndarray]
 
 
 class Start(NamedTuple):
-    """What the first epochs are made of."""
+    """Utterances of the first epochs."""
 
     rows: Bool[np.ndarray, " N"]
-    """Of the shard: the utterances that alone are spoken in them."""
+    """Mask over the shard: the utterances of these epochs."""
     epochs: float
-    """How many; of the last a share alone, where this is no whole number."""
+    """Number of epochs; of a fractional one only a share of the items is used."""
 
 
 class ARData:
     """Batches for the AR. An item is an utterance in one task's layout, or a piece of a text.
 
-    An epoch has every utterance in the layout of the heaviest task, and of the other tasks the
-    share that their weights say, the rest of it in the epochs after. Pieces of texts are longer
-    than utterances: their weight is in positions.
+    An epoch has each utterance once in the task of the highest weight; of another task it has the
+    share w / max(w) of the utterances, and the next epochs have the others. Texts are weighted by
+    positions, because their pieces are longer than utterances.
     """
 
     def __init__(
         self, corpus: Corpus, tokenizer: SpeechTextTokenizer, tasks: TaskConfig, batch: BatchConfig,
         seed: int, *, longest: int, texts: Sequence[str] = (), start: Start | None = None,
     ):  # fmt: skip
-        """`longest` in positions; `start` says what the first epochs are made of."""
+        """
+        Args:
+            longest: the LLM's context length, in positions; longer items are dropped.
+            texts: documents for the task `text`.
+            start: restricts the utterances of the first epochs.
+
+        Raises:
+            ValueError: shards of another codec, no usable item, or texts without a weight.
+        """
         tokenizer.vocabulary.check_codec(corpus.shard.stamp, name_of(corpus.shard))
         if bool(texts) != bool(tasks.text):
             raise ValueError("ar.tasks.text and texts belong together: give both, or neither")
@@ -101,7 +108,7 @@ class ARData:
         self.padding_share = self._plan.padding_share
 
     def _draw(self, weights: dict[int, float], text: float, seed: int) -> Epochs:
-        """Which items an epoch has, by the weights of their tasks."""
+        """The items of an epoch, by task weights."""
         number, sizes = len(self.corpus.items), self._pieces.lengths
         heaviest = max(weights, key=lambda task: weights[task])
         pools = [np.arange(number) + number * index for index in range(len(weights))]
@@ -122,7 +129,7 @@ class ARData:
         return cls(corpus, tokenizer, tasks, batch, seed, longest=longest, texts=texts)
 
     def _beginning(self, draw: Epochs, start: Start, seed: int) -> Epochs:
-        """`draw`, but in the first epochs of `start`'s utterances and the texts alone."""
+        """`draw` restricted, in the first epochs, to the utterances of `start` and the texts."""
         chosen = start.rows[self.corpus.items]
         if not chosen.any():
             raise ValueError("clip_epochs: no clip is usable; set it to 0")
@@ -144,7 +151,7 @@ class ARData:
 
     @property
     def num_frames(self) -> int:
-        """Of the utterances of the first epoch, each as often as it comes."""
+        """Frames of the first epoch's utterances."""
         items = np.concatenate([row for rows in self._plan.epoch(0) for row in rows])
         number = len(self.corpus.items)
         spoken = items[items < number * len(self._examples)]
@@ -161,7 +168,7 @@ class ARData:
         return Share(self.collate(group[slot]), targets / size, weight)
 
     def layout(self, item: int | np.integer) -> Layout:
-        """The sequence of an item."""
+        """The training sequence of an item."""
         task, number = int(self._tasks[item]), len(self.corpus.items)
         vocabulary = self.tokenizer.vocabulary
         if task == TEXT:
@@ -170,10 +177,10 @@ class ARData:
         return self._examples[int(item) // number][int(self._kept[int(item) % number])]
 
     def collate(self, batch: Batch) -> ARBatch:
-        """A batch from the items of its rows."""
+        """A batch of rows of items."""
         rows = [[self.layout(item) for item in row] for row in batch]
         longest = max(sum(len(one.tokens) for one in row) for row in rows)
-        # The padding is any valid id: causal attention keeps it from the tokens before it.
+        # Any valid id pads: causal attention never reads it.
         tokens = np.full((len(rows), longest), self.tokenizer.vocabulary.eos, dtype=np.int64)
         labels = np.full((len(rows), longest), IGNORE, dtype=np.int64)
         tasks, documents = np.zeros((2, len(rows), longest), dtype=np.int64)

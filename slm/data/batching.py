@@ -1,7 +1,7 @@
-"""Which items stand in which batch: a pure function of (seed, step, rank, world).
+"""Length-bucketed and packed batches, as a function of (seed, step, rank, world).
 
-So a run resumes without any sampler state, and one rank that accumulates two batches sees what two
-ranks see. A batch is rows; a row is one item, or several that are packed.
+A run resumes without sampler state, and one rank that accumulates two batches gets what two ranks
+get. A batch is a list of rows; a row is one item, or several packed ones.
 """
 
 from bisect import bisect_left, insort
@@ -13,16 +13,16 @@ from jaxtyping import Int
 from slm.config import BatchConfig
 
 BUCKET_GROWTH = 1.04
-"""Lengths within one bucket differ by at most this factor: the price of shuffling, in padding."""
+"""Ratio of the longest to the shortest length in a bucket: bounds padding."""
 OPEN_ROWS = 256
-"""Rows that still take items while the next ones are packed; of more, the fullest is closed."""
+"""Maximum number of rows that still take items; beyond it, the fullest is closed."""
 
 Batch = list[np.ndarray]
 """Rows, each the indices of its items."""
 
 
 class Plan:
-    """Batches of an epoch after the other."""
+    """The batches of all epochs."""
 
     def __init__(
         self,
@@ -31,7 +31,11 @@ class Plan:
         seed: int,
         draw: Callable[[int], Int[np.ndarray, " _"]] | None = None,
     ):
-        """`lengths` of all items in positions; `draw` tells the items of an epoch (all if None)."""
+        """
+        Args:
+            lengths: of all items, in positions.
+            draw: the items of an epoch; None: all.
+        """
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
         self._lengths, self._config, self._seed = lengths, config, seed
@@ -41,7 +45,7 @@ class Plan:
         self.epoch(0)
 
     def __len__(self) -> int:
-        """Batches of the first epoch."""
+        """Number of batches in the first epoch."""
         return self._counts[0]
 
     def epoch(self, epoch: int) -> list[Batch]:
@@ -60,10 +64,10 @@ class Plan:
 
     def group(self, step: int, size: int) -> tuple[list[Batch], int]:
         """The `size` batches of a step, and how many of them only fill it up: an epoch's last step
-        begins the epoch again.
+        is filled with the epoch's first batches.
 
-        Epochs differ in their number of batches, so the first call for a late step makes the plans
-        of all epochs before it, once: about a second for each million items that came before.
+        Epochs differ in their number of batches, so the first call for a late step plans all
+        epochs before it once: about a second per million items.
         """
         epoch, index = 0, step
         while index >= (groups := self._num_groups(epoch, size)):
@@ -74,7 +78,7 @@ class Plan:
         return chosen, max(0, first + size - len(batches))
 
     def num_groups(self, size: int) -> int:
-        """Steps of the first epoch."""
+        """Number of steps in the first epoch."""
         return self._num_groups(0, size)
 
     def _num_groups(self, epoch: int, size: int) -> int:
@@ -83,13 +87,13 @@ class Plan:
         return -(-self._counts[epoch] // size)
 
     def _sums(self, batch: Batch) -> Int[np.ndarray, " _"]:
-        """Positions that each row holds."""
+        """Positions of each row, without padding."""
         starts = np.cumsum([0, *map(len, batch[:-1])])
         return np.add.reduceat(self._lengths[np.concatenate(batch)], starts)
 
     @property
     def padding_share(self) -> float:
-        """Share of the positions of the first epoch's rows that hold nothing."""
+        """Share of padding in the first epoch's positions."""
         held = positions = 0
         for batch in self.epoch(0):
             rows = self._sums(batch)
@@ -102,14 +106,14 @@ def bucketed(
     items: np.ndarray, lengths: np.ndarray, config: BatchConfig, random: np.random.Generator,
     growth: float = BUCKET_GROWTH,
 ) -> list[Batch]:  # fmt: skip
-    """Batches of items of like lengths, one a row, shuffled within their bucket.
+    """Batches of items of similar lengths, one per row, shuffled within their bucket.
 
-    With infinite `growth` all lengths are alike: batches at random.
+    With infinite `growth` there is one bucket: random batches.
     """
     bucket = np.ceil(np.log(np.maximum(lengths, 1)) / np.log(growth)).astype(int)
     order = np.lexsort((random.random(len(items)), bucket))
     rows, lengths = items[order][:, None], lengths[order]
-    # A batch at a time: a loop over a million items would take seconds in each epoch.
+    # Vectorized per batch: a loop over a million items would take seconds per epoch.
     numbers = np.arange(1, config.max_items + 1)
     batches: list[Batch] = []
     start = 0
@@ -125,8 +129,8 @@ def bucketed(
 def packed(
     items: np.ndarray, lengths: np.ndarray, config: BatchConfig, random: np.random.Generator
 ) -> list[Batch]:
-    """Batches of rows of at most `config.packed` positions: each item, in random order, goes to the
-    fullest open row that still takes it. `max_items` does not count here: it is about rows."""
+    """Batches of rows of at most `config.packed` positions: best-fit packing of the items in random
+    order into the open rows. `max_items` limits rows, and does not apply here."""
     assert config.packed is not None
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # of open rows, and which; sorted
@@ -150,10 +154,14 @@ def packed(
 
 
 class Draw:
-    """Items of an epoch by task: each task's share of all epochs is its weight's."""
+    """The items of each epoch by task, in proportion to the task weights over all epochs."""
 
     def __init__(self, pools: list[np.ndarray], counts: list[int], seed: int):
-        """`pools` of item indices; an epoch takes `counts` of each, in turn."""
+        """
+        Args:
+            pools: item indices of each task.
+            counts: items that an epoch takes of each pool, in turn.
+        """
         self._pools, self._counts, self._seed = pools, counts, seed
 
     def __call__(self, epoch: int) -> Int[np.ndarray, " _"]:
@@ -161,7 +169,7 @@ class Draw:
         for number, (pool, count) in enumerate(zip(self._pools, self._counts, strict=True)):
             taken: list[np.ndarray] = []
             start = epoch * count
-            while count:  # A weight beyond the others' goes through its pool more than once.
+            while count:  # A count larger than the pool uses it more than once.
                 turn, offset = divmod(start, len(pool))
                 random = np.random.default_rng((self._seed, number, turn, 1))
                 part = random.permutation(pool)[offset : offset + count]

@@ -1,4 +1,4 @@
-"""Token shards to batches for the NAR (slm/data/batching.py says which)."""
+"""Batches for the NAR from token shards."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -25,9 +25,9 @@ class NARBatch(NamedTuple):
     lengths: Int[Tensor, " B"]
     """Frames, the prompt included."""
     prompt_lengths: Int[Tensor, " B"]
-    """Frames whose every codebook is given."""
+    """Frames of the prompt, whose codebooks are all input."""
     stages: Int[Tensor, " S"]
-    """Codebooks to predict, counted from 0."""
+    """Codebooks to predict, from 0."""
 
 
 class NARData:
@@ -51,7 +51,7 @@ class NARData:
         stamp = corpus.shard.stamp
         tokenizer.vocabulary.check_codec(stamp, name_of(corpus.shard))
         if len(stamp.codebook_sizes) < 2:
-            raise ValueError(f"{name_of(corpus.shard)}: its codec has one codebook: leave out nar")
+            raise ValueError(f"{name_of(corpus.shard)}: its codec has one codebook: set nar=null")
         if config.codebook_sizes != stamp.codebook_sizes:
             raise ValueError(
                 f"{name_of(corpus.shard)}: its codebooks {stamp.codebook_sizes} are not the NAR's, "
@@ -102,7 +102,7 @@ class NARData:
         return [1, 2 + int(random.choice(len(weights), p=weights / weights.sum()))]
 
     def _draw_prompts(self, items: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """Frames of each item's prompt; at least one frame is left to predict."""
+        """Frames of each item's prompt; at least one frame remains to predict."""
         frames = self._frames[items]
         share = random.uniform(*self._config.prompt_share, size=len(items))
         return np.minimum(
@@ -125,7 +125,7 @@ NUM_TEXT_SYMBOLS = 257
 
 
 def text_bytes(text: str) -> list[int]:
-    """The NAR's text: UTF-8 bytes and an end, so that it knows nothing of the LLM."""
+    """The NAR's text input: UTF-8 bytes and an end symbol, independent of the LLM's tokenizer."""
     return [*text.encode(), END_OF_TEXT]
 
 

@@ -1,7 +1,7 @@
-"""Acoustic BPE: SentencePiece over codebook 1, so that frequent runs of codes become one piece.
+"""Acoustic BPE: SentencePiece BPE over codes of codebook 1.
 
-Pieces 0 .. K-1 are the codec's own codes; K .. K+M-1 are merges of several. To SentencePiece a code
-is a character of Unicode's private planes, so nothing is normalised, split or unknown.
+Pieces 0 .. K-1 are the codes; K .. K+M-1 are merges of several. For SentencePiece a code is a
+character of Unicode's private planes, which it does not normalize or split.
 """
 
 import base64
@@ -24,25 +24,25 @@ FORMAT_VERSION = 1
 MAX_CODEBOOK_SIZE = 65_536
 FIRST_CHARACTER = 0xF0000
 PLANE_SIZE = 0xFFFE
-"""The last two numbers of a plane are no characters."""
+"""The last two code points of a plane are no characters."""
 TRAINING_CODES = 512
-"""Utterances are cut to so many codes for training, and no merge crosses a cut."""
+"""Maximum codes of a training sequence; longer utterances are split."""
 ENCODING_CODES = 8192
-"""Longer sequences are encoded in stretches: bounds the memory."""
+"""Longer sequences are encoded in parts, which bounds the memory."""
 PIECE_CODES = 32
-"""Most codes of a merge."""
+"""Maximum codes of a merge."""
 
 
 class Trained(NamedTuple):
-    """What a units model was made from and for; it travels in its file."""
+    """Provenance of a model, in its file."""
 
     codec: CodecStamp
     remove_runs: bool
-    """Codes that repeat the one before are left out: durations are lost."""
+    """Repetitions of a code are removed before encoding: durations are lost."""
 
 
 class AcousticBPE:
-    """Pieces of one or more codes of codebook 1. Make it by `train` or `load`."""
+    """A BPE model over codes of codebook 1. Make it by `train` or `load`."""
 
     def __init__(self, model: bytes, trained: Trained):
         import sentencepiece
@@ -73,9 +73,10 @@ class AcousticBPE:
         size: int,
         remove_runs: bool = False,
     ) -> "AcousticBPE":
-        """Finds the `size` most useful merges (fewer where there are no more) in codes of `codec`.
+        """Trains up to `size` merges on codes of `codec`; every code of the codebook is a piece.
 
-        Every code of the codebook is a piece, whether the sequences have it or not.
+        Raises:
+            ValueError: no codes, codes out of range, or a codebook that is too large.
         """
         import sentencepiece
 
@@ -87,10 +88,10 @@ class AcousticBPE:
         texts = _sentences(sequences, codebook_size, remove_runs)
         first = next(texts, None)
         if first is None:
-            raise ValueError("there are no codes to train units on")
+            raise ValueError("there are no codes to train acoustic BPE on")
         written = io.BytesIO()
         sentencepiece.SentencePieceTrainer.Train(
-            # A sentence of one code has no pair: it only makes the code known.
+            # Sentences of one code add all codes to the vocabulary.
             sentence_iterator=chain(_text(np.arange(codebook_size)), [first], texts),
             model_writer=written,
             model_type="bpe",
@@ -122,17 +123,17 @@ class AcousticBPE:
 
     @cached_property
     def digest(self) -> str:
-        """16 hex digits that tell one units model from another."""
+        """16 hex digits over the model and its provenance."""
         about = json.dumps([self.trained.codec.digest, self.remove_runs])
         return sha256_of(about.encode() + self._model, 16)
 
     @cached_property
     def lengths(self) -> Int[np.ndarray, " P"]:
-        """Codes of each piece."""
+        """Number of codes of each piece."""
         return np.array([len(codes) for codes in self._expanded], dtype=np.int64)
 
     def encode(self, codes: Integer[np.ndarray, " T"]) -> Int[np.ndarray, " N"]:
-        """Codes of codebook 1 to pieces. Raises ValueError for a code outside the codebook."""
+        """Codes of codebook 1 to pieces. Raises ValueError for a code out of range."""
         codes = np.asarray(codes, dtype=np.int64)
         _check_codes(codes, self.codebook_size)
         if self.remove_runs:
@@ -144,7 +145,7 @@ class AcousticBPE:
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
     def decode(self, pieces: Sequence[int] | Int[np.ndarray, " N"]) -> Int[np.ndarray, " T"]:
-        """Pieces back to codes; where runs were removed they stay so."""
+        """Pieces to codes, without removed repetitions. Raises ValueError for an unknown piece."""
         pieces = np.asarray(pieces, dtype=np.int64)
         outside = pieces[(pieces < 0) | (pieces >= len(self._expanded))]
         if outside.size:
@@ -153,17 +154,17 @@ class AcousticBPE:
             return np.zeros(0, dtype=np.int64)
         return np.concatenate([self._expanded[piece] for piece in pieces])
 
-    def check_codec(self, codec: CodecStamp, what: str = "the units model") -> None:
-        """Raises ValueError unless the units were trained on this codec's codes."""
+    def check_codec(self, codec: CodecStamp, what: str = "the acoustic BPE model") -> None:
+        """Raises ValueError unless the model was trained on this codec's codes."""
         known = self.trained.codec
         if codec.digest != known.digest:
             raise ValueError(
                 f"{what}: trained on codes of {known.id} ({known.digest}), but these are of "
-                f"{codec.id} ({codec.digest}); train units on them (recipes/train_units.py)"
+                f"{codec.id} ({codec.digest}); train a model on them (recipes/train_units.py)"
             )
 
     def save(self, path: str | Path) -> None:
-        """One JSON file, whole or absent."""
+        """Writes one JSON file, atomically."""
         record = {
             "format": FORMAT_VERSION,
             "codec": asdict(self.trained.codec),
@@ -178,7 +179,9 @@ class AcousticBPE:
     def load(cls, path: str | Path) -> "AcousticBPE":
         path = Path(path)
         if not path.is_file():
-            raise ValueError(f"{path}: no such units model; recipes/train_units.py makes one")
+            raise ValueError(
+                f"{path}: no such acoustic BPE model; recipes/train_units.py makes one"
+            )
         try:
             record = json.loads(path.read_text())
             if record["format"] != FORMAT_VERSION:
@@ -188,11 +191,13 @@ class AcousticBPE:
             trained = Trained(CodecStamp(**stamp), bool(record["remove_runs"]))
             return cls(base64.b64decode(record["sentencepiece"], validate=True), trained)
         except (IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path}: not a whole units model ({error})") from error
+            raise ValueError(
+                f"{path}: not an acoustic BPE model (or a damaged one) ({error})"
+            ) from error
 
 
 def without_runs(codes: Int[np.ndarray, " T"]) -> Int[np.ndarray, " N"]:
-    """Each code that differs from the one before it."""
+    """Codes without repetitions of the one before."""
     return codes[np.diff(codes, prepend=-1) != 0]
 
 

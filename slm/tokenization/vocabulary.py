@@ -1,7 +1,7 @@
-"""The only place where text ids, special ids and speech ids meet.
+"""The id map of the extended vocabulary: text, special tokens and speech.
 
-0 .. text_size - 1     the LLM's own rows: text, and rows that pad its table; never touched
-then the specials      <|text|> <|speech|> <|/speech|>, and <|/text|> if the LLM has no end token
+0 .. text_size - 1     the LLM's own rows: text, and padding rows of its table; unchanged
+then special tokens     <|text|> <|speech|> <|/speech|>, and <|/text|> if the LLM has no end token
 then codebook 1        one id per entry
 then merges            one id per piece of several codes (slm/tokenization/acoustic_bpe.py); often
 none
@@ -31,19 +31,19 @@ OWN_EOS = "<|/text|>"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Vocabulary:
-    """Which ids are text, which are special, which are speech, and of which codec."""
+    """The id ranges of text, special tokens and speech, and the codec of the latter."""
 
     num_text: int
-    """Ids that the tokenizer knows; a transcript has no others."""
+    """Ids of the LLM's tokenizer; transcripts use only these."""
     text_size: int
-    """Rows of the LLM's table before it was extended: the first new id."""
+    """Rows of the LLM's table before it was extended; the first new id."""
     text_eos: int | None
-    """The LLM's own end token; None if it has none."""
+    """The LLM's end token; None if it has none."""
     codebook_size: int
     """Entries of codebook 1."""
     codec: CodecStamp
     num_merges: int = 0
-    """Pieces of several codes."""
+    """Merges of acoustic BPE."""
 
     def __post_init__(self) -> None:
         if not 0 < self.num_text <= self.text_size:
@@ -60,11 +60,11 @@ class Vocabulary:
 
     @classmethod
     def of(cls, lm: Any, tokenizer: Any, codec: CodecStamp, num_merges: int = 0) -> "Vocabulary":
-        """The map for a causal LM as it was loaded, and its tokenizer."""
+        """For a causal LM before it is extended, and its tokenizer."""
         num_rows = lm.get_input_embeddings().weight.shape[0]
         return cls(
             num_text=len(tokenizer),
-            # Tables are often padded beyond the tokenizer: those rows stay what they are.
+            # Tables are often padded beyond the tokenizer; those rows are kept.
             text_size=max(num_rows, len(tokenizer)),
             text_eos=tokenizer.eos_token_id,
             codebook_size=codec.codebook_sizes[0],
@@ -93,7 +93,7 @@ class Vocabulary:
 
     @property
     def eos(self) -> int:
-        """Id that ends a transcript."""
+        """Id of the end token of transcripts."""
         return self.text_eos if self.text_eos is not None else self.text_size + 3
 
     @property
@@ -108,16 +108,16 @@ class Vocabulary:
 
     @property
     def num_pieces(self) -> int:
-        """Ids of speech: codes, and merges of several."""
+        """Number of speech ids: codes and merges."""
         return self.codebook_size + self.num_merges
 
     @property
     def new_ids(self) -> range:
-        """Every id that the LLM did not have."""
+        """Ids that the LLM did not have."""
         return range(self.text_size, self.size)
 
     def encode_speech(self, codes: np.ndarray) -> np.ndarray:
-        """Codes of codebook 1, (T,), to ids (T,)."""
+        """Codes of codebook 1, (T,), to ids (T,). Raises ValueError for a code out of range."""
         codes = np.asarray(codes, dtype=np.int64)
         outside = codes[(codes < 0) | (codes >= self.codebook_size)]
         if outside.size:
@@ -128,11 +128,11 @@ class Vocabulary:
         return codes + self.first_speech
 
     def decode_speech(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Ids (T,) of single codes back to codes of codebook 1, (T,)."""
+        """Ids (T,) to codes of codebook 1, (T,). Raises ValueError for other ids."""
         return self._offsets(ids, self.codebook_size, "the id of a code")
 
     def encode_pieces(self, pieces: np.ndarray) -> np.ndarray:
-        """Pieces of `slm.units`, (N,), to ids (N,): those of single codes are the codes' own."""
+        """Acoustic BPE pieces (N,) to ids (N,). Raises ValueError for a piece out of range."""
         pieces = np.asarray(pieces, dtype=np.int64)
         outside = pieces[(pieces < 0) | (pieces >= self.num_pieces)]
         if outside.size:
@@ -140,7 +140,7 @@ class Vocabulary:
         return pieces + self.first_speech
 
     def decode_pieces(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Ids (N,) of speech back to pieces, (N,)."""
+        """Ids (N,) to acoustic BPE pieces (N,). Raises ValueError for other ids."""
         return self._offsets(ids, self.num_pieces, "a speech id")
 
     def _offsets(self, ids: Sequence[int] | np.ndarray, stop: int, what: str) -> np.ndarray:
@@ -151,11 +151,11 @@ class Vocabulary:
         return offsets
 
     def encode_text(self, tokenizer: Any, text: str) -> list[int]:
-        """Text to ids. What looks like a special token in it is spelt out as text."""
+        """Ids of a text. Names of special tokens in it are encoded as plain text."""
         return encode_texts(tokenizer, [text])[0]
 
     def decode_text(self, tokenizer: Any, ids: Sequence[int]) -> str:
-        """Ids of a transcript, without its end token, back to text."""
+        """The text of a transcript's ids (no end token). Raises ValueError for other ids."""
         outside = [token for token in ids if not 0 <= token < self.num_text]
         if outside:
             raise ValueError(f"id {outside[0]} is not a text id")
@@ -165,7 +165,7 @@ class Vocabulary:
         return written.strip()
 
     def check_codec(self, stamp: CodecStamp, what: str) -> None:
-        """Raises ValueError if `what` belongs to another codec."""
+        """Raises ValueError if `what` is of another codec."""
         if stamp.digest != self.codec.digest:
             raise ValueError(
                 f"{what}: codec {stamp.id} ({stamp.digest}) is not the one that the model was "
@@ -199,7 +199,7 @@ class Vocabulary:
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """A list of texts to ids, with no token that is not in the text."""
+    """Ids of texts, without special tokens."""
     if not texts:
         return []
     encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)
@@ -207,11 +207,11 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def extend(lm: Any, vocabulary: Vocabulary, seed: int, scale: float = 1.0) -> None:
-    """Gives a causal LM the vocabulary's new rows, in place. Call it before any engine wraps `lm`.
+    """Adds the vocabulary's new rows to a causal LM, in place, before any engine wraps it.
 
-    The new rows are drawn from a normal distribution with the mean of the LLM's text rows and
-    scale**2 times their covariance, seeded. Old rows keep their ids and values to the bit. A tied
-    head stays tied; an untied one is extended from its own rows.
+    New rows are drawn from a normal distribution with the mean of the LLM's text rows and scale**2
+    times their covariance, seeded. Old rows keep ids and values bit for bit. A tied head stays
+    tied; an untied one is extended from its own rows.
     """
     embedding = lm.get_input_embeddings()
     head = lm.get_output_embeddings()
@@ -234,7 +234,7 @@ def extend(lm: Any, vocabulary: Vocabulary, seed: int, scale: float = 1.0) -> No
 def _draw_rows(
     old: Float[Tensor, "V D"], count: int, scale: float, generator: torch.Generator
 ) -> Float[Tensor, "N D"]:
-    """Normal rows with the mean and covariance of `old`, which is read in chunks: no copy."""
+    """Normal rows with the mean and covariance of `old`, which is read in chunks."""
     num_rows, width = old.shape
     mean = torch.zeros(width, dtype=torch.float64)
     for chunk in old.split(8192):
@@ -243,8 +243,8 @@ def _draw_rows(
     for chunk in old.split(8192):
         centred = chunk.double().cpu() - mean
         covariance += centred.T @ centred / num_rows
-    # Fewer rows than features, or features that never vary, leave it singular: a millionth of its
-    # average variance on the diagonal makes the factor exist.
+    # With fewer rows than features, or constant features, the covariance is singular: a millionth
+    # of the mean variance on the diagonal makes it positive definite.
     covariance.diagonal().add_(1e-6 * covariance.diagonal().mean() + 1e-30)
     factor = torch.linalg.cholesky(covariance)
     noise = torch.randn(count, width, dtype=torch.float64, generator=generator)
@@ -252,9 +252,9 @@ def _draw_rows(
 
 
 def row_parameters(lm: nn.Module, rows: Sequence[int]) -> dict[str, list[int]]:
-    """For peft's `trainable_token_indices`: `rows` of the tables that have them, by module name.
+    """For peft's `trainable_token_indices`: `rows` of embedding and LM head, by module name.
 
-    A tied head follows the embeddings by itself and is left out.
+    A tied head is left out. Raises ValueError for a head with a bias.
     """
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()  # type: ignore[operator]
     tables = [embedding] if head.weight is embedding.weight else [embedding, head]

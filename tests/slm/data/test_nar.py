@@ -98,7 +98,7 @@ def test_tokens_that_are_not_the_models_are_refused(tmp_path: Path, shard, token
             nar_data(shard, tokenizer, codebook_sizes=sizes)
     alone = dataclasses.replace(STAMP, codebook_sizes=(24,), num_codebooks=1)
     path = save_shard(tmp_path / "b.parquet", stamp=alone)
-    with pytest.raises(ValueError, match="one codebook: leave out nar"):
+    with pytest.raises(ValueError, match="one codebook: set nar=null"):
         nar_data(TokenShard.open(path), tokenizer, codebook_sizes=(24,))
 
 

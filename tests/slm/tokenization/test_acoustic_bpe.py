@@ -134,7 +134,7 @@ def test_units_of_another_codec_are_refused(units: AcousticBPE) -> None:
 
 def test_damaged_files_are_named(units: AcousticBPE, tmp_path: Path) -> None:
     path = tmp_path / "units.model"
-    with pytest.raises(ValueError, match="no such units model"):
+    with pytest.raises(ValueError, match="no such acoustic BPE model"):
         AcousticBPE.load(path)
     units.save(path)
     whole = json.loads(path.read_text())
@@ -148,5 +148,5 @@ def test_damaged_files_are_named(units: AcousticBPE, tmp_path: Path) -> None:
     ]
     for record in broken:
         path.write_text(json.dumps(record))
-        with pytest.raises(ValueError, match=r"units\.model: not a whole units model"):
+        with pytest.raises(ValueError, match=r"units\.model: not an acoustic BPE model"):
             AcousticBPE.load(path)

@@ -258,7 +258,7 @@ def test_a_voice_keeps_its_units(folder: Path, base: Base, tmp_path: Path) -> No
     loaded.save(tmp_path / "again")
     assert SpeechTextTokenizer.load(tmp_path / "again", base.tokenizer).speech == loaded.speech
     (tmp_path / "ar" / BPE_FILE).unlink()
-    with pytest.raises(ValueError, match="no such units model"):
+    with pytest.raises(ValueError, match="no such acoustic BPE model"):
         SpeechTextTokenizer.load(tmp_path / "ar", base.tokenizer)
 
 
