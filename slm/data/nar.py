@@ -31,11 +31,10 @@ class NARBatch(NamedTuple):
 
 
 class NARData:
-    """Batches for the NAR: codebook 2 always, and one codebook of the rest (USLM), the upper ones
-    seldomer if asked for.
+    """Batches for the NAR: each step predicts codebook 2 and one codebook above it (USLM).
 
-    Everything is a pure function of (seed, step), in streams of random numbers of their own: which
-    texts are dropped changes neither the codebooks nor the prompts.
+    Batches are a function of (seed, step). Dropped texts have their own random numbers: they change
+    neither codebooks nor prompts.
     """
 
     def __init__(
