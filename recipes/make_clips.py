@@ -25,10 +25,10 @@ from tqdm import tqdm
 from codec.config import at_least
 from codec.distillation.ctc_reader import CodeRecognizer, normalize_transcript
 from codec.tokens import TokenRow, TokenShard, write_shard
+from codec.transcripts import has_words, lowercase_if_all_caps
 from recipes.lib.run import finished, load_config, run_program
 from slm.data.interleaving import write_word_boundaries
 from slm.models.ar import Letters
-from slm.tokenization.text_normalization import has_words, lowercase_if_all_caps
 
 logger = logging.getLogger(__name__)
 

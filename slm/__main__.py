@@ -361,9 +361,9 @@ def _asr(arguments: argparse.Namespace) -> None:
 
 
 def _vc(arguments: argparse.Namespace) -> None:
+    from codec.transcripts import has_words
     from slm.batch_tts import prompt_source
     from slm.export.voice_folder import VoiceSummary
-    from slm.tokenization.text_normalization import has_words
     from slm.voice import check_name
 
     check_name(arguments.out)

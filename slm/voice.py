@@ -25,6 +25,7 @@ from codec import load_codec, read_audio, write_audio
 from codec.audio import check_name as check_name
 from codec.audio import check_wave, stream_audio
 from codec.io import sha256_of
+from codec.transcripts import has_words
 from slm.config import SamplingConfig
 from slm.data.coverage import Coverage
 from slm.data.prompts import Prompt, load_prompts
@@ -54,7 +55,7 @@ from slm.generation.streaming import stream
 from slm.generation.tts import Models, Speech, Utterance, decode, synthesize
 from slm.models.ar import SpeechLM, digest_of
 from slm.models.nar import NAR
-from slm.tokenization.text_normalization import NO_TEXT, NormalizedText, has_words
+from slm.tokenization.text_normalization import NO_TEXT, NormalizedText
 
 logger = logging.getLogger(__name__)
 

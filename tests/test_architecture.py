@@ -27,7 +27,7 @@ TEXTS = sorted(
     and ".egg-info" not in str(path)
 )
 # What `slm` may know of `codec`, and what only a voice, made of both, may.
-SHARED = ("codec.tokens", "codec.io", "codec.program", "codec.training")
+SHARED = ("codec.tokens", "codec.io", "codec.program", "codec.training", "codec.transcripts")
 VOICE = "slm/voice.py"
 # Imports that cost seconds or need more than codec's own five libraries.
 HEAVY = (

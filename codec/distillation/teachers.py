@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from codec.audio import mel_filterbank
 from codec.io import check_source
+from codec.transcripts import lowercase_if_all_caps, lowercase_words
 
 logger = logging.getLogger(__name__)
 
@@ -323,7 +324,7 @@ class TextTeacher(FrozenTeacher):
     Texts of more word pieces than the model has positions are split into windows at words; the
     sentence's state is the mean over windows. Words longer than a window are truncated, words
     without a piece become the unknown token. Texts all in capitals are lower-cased, see
-    `lowercase_if_all_caps`.
+    codec/transcripts.py.
     """
 
     def __init__(self, network: nn.Module, tokenizer: Any, *, name: str, layer: str) -> None:
@@ -335,7 +336,7 @@ class TextTeacher(FrozenTeacher):
 
     def forward(self, texts: Sequence[Sequence[str]]) -> list[TextStates]:
         """States of each text: of a word, the mean over its pieces; of the sentence, [CLS]'s."""
-        texts = [lowercase_if_all_caps(words) for words in texts]
+        texts = [lowercase_words(words) for words in texts]
         windows = [
             (row, *window) for row, words in enumerate(texts) for window in self._split(words)
         ]
@@ -360,7 +361,7 @@ class TextTeacher(FrozenTeacher):
         """
         positions = min(num_frames, self.max_pieces)
         encoded = self.tokenizer(
-            [lowercase_if_all_caps([text])[0] for text in texts], padding="max_length",
+            [lowercase_if_all_caps(text, min_words=1) for text in texts], padding="max_length",
             max_length=positions, truncation=True, return_tensors="pt",
         )  # fmt: skip
         states = self._hidden(encoded["input_ids"], encoded["attention_mask"])
@@ -471,15 +472,6 @@ def network_dtype(device: str | torch.device, half: bool = True) -> torch.dtype:
     if has_bf16(device):
         return torch.bfloat16
     return torch.float16 if torch.device(device).type == "cuda" else torch.float32
-
-
-def lowercase_if_all_caps(words: Sequence[str]) -> list[str]:
-    """The words of a text, in lower case if all of it is in capitals, as in LibriSpeech.
-
-    Cased models have few words in capitals in their vocabularies.
-    """
-    all_caps = " ".join(words).isupper()
-    return [word.lower() if all_caps else word for word in words]
 
 
 def _check_layer(layer: str, num_layers: int, model: str) -> None:

@@ -21,10 +21,10 @@ from codec.distillation.teachers import (
     WaveTeacher,
     WhisperTeacher,
     loading,
-    lowercase_if_all_caps,
     network_dtype,
     quiet,
 )
+from codec.transcripts import lowercase_words
 
 CTC_KINDS = ("wav2vec2", "hubert", "wavlm")
 PAD_SECONDS = 1.0
@@ -304,7 +304,7 @@ class WhisperTranscriber(_BatchedTranscriber):
 
     def _tokenize(self, words: list[str]) -> tuple[list[str], list[list[int]]]:
         """The words of a text, unchanged, and the tokens of each."""
-        spaced = [f" {word}" for word in lowercase_if_all_caps(words)]
+        spaced = [f" {word}" for word in lowercase_words(words)]
         tokens = self.tokenizer(spaced, add_special_tokens=False)["input_ids"]
         if (count := sum(map(len, tokens))) > self.max_tokens:
             raise ValueError(

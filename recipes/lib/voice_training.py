@@ -23,6 +23,7 @@ from codec.tokens import TokenShard
 from codec.training.config import SupervisedOptimConfig
 from codec.training.run import Run, make_accelerator, start_run
 from codec.training.supervised import fit
+from codec.transcripts import has_words
 from recipes.lib.config import current_keys
 from recipes.lib.run import finished
 from recipes.scoring.synthesis import TTSEvalConfig
@@ -38,7 +39,6 @@ from slm.export.voice_folder import short_path as short_path
 from slm.export.voice_folder import voice_card
 from slm.models.ar import SpeechLM
 from slm.models.nar import NAR
-from slm.tokenization.text_normalization import has_words
 from slm.tokenization.tokenizer import SpeechTextTokenizer
 from slm.train import ar_step, gather, nar_step
 

@@ -19,10 +19,10 @@ from codec.audio import resample
 from codec.distillation.word_alignment import Transcriber, load_transcriber
 from codec.io import sha256_of
 from codec.tokens import TokenRow, TokenShard
+from codec.transcripts import has_words
 from eval.text import character_errors, normalize
 from recipes.scoring.judges import Judges
 from slm.data.prompts import Prompt
-from slm.tokenization.text_normalization import has_words
 from slm.voice import Voice
 
 logger = logging.getLogger(__name__)

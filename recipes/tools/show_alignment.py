@@ -19,10 +19,11 @@ import torch
 
 from codec.audio import read_audio
 from codec.distillation.objectives import word_per_frame
-from codec.distillation.teachers import TextTeacher, load_text_teacher, lowercase_if_all_caps
+from codec.distillation.teachers import TextTeacher, load_text_teacher
 from codec.distillation.word_alignment import Word, label_runs, load_transcriber
 from codec.modules.layers import ceil_div
 from codec.program import ArgumentParser
+from codec.transcripts import lowercase_words
 
 NO_WORD = -1
 """Of frames in pauses, or with a piece that belongs to no word ([CLS], [SEP], [PAD])."""
@@ -91,7 +92,7 @@ def align(
 def index_words(words: Sequence[str], teacher: TextTeacher, num_frames: int) -> list[int]:
     """The word whose piece is at each frame in `TextTeacher.padded`."""
     encoded = teacher.tokenizer(
-        lowercase_if_all_caps(words),
+        lowercase_words(words),
         is_split_into_words=True,
         truncation=True,
         max_length=min(num_frames, teacher.max_pieces),

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from codec.tokens import TokenShard
-from slm.tokenization.text_normalization import has_words, lowercase_if_all_caps
+from codec.transcripts import has_words, lowercase_if_all_caps
 
 logger = logging.getLogger(__name__)
 

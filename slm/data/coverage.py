@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from codec.io import atomic_file
-from slm.tokenization.text_normalization import has_words, script_of
+from codec.transcripts import has_words
+from slm.tokenization.text_normalization import script_of
 
 logger = logging.getLogger(__name__)
 

@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Int
 
 from codec.io import atomic_file
+from codec.transcripts import lowercase_if_all_caps
 from slm.data.corpus import Corpus, Ragged, name_of
 from slm.data.sequences import (
     ASR,
@@ -38,7 +39,7 @@ from slm.data.sequences import (
     SequenceFormat,
     tts_context,
 )
-from slm.tokenization.text_normalization import NormalizedText, lowercase_if_all_caps
+from slm.tokenization.text_normalization import NormalizedText
 from slm.tokenization.tokenizer import SpeechTextTokenizer
 
 logger = logging.getLogger(__name__)

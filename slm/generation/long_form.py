@@ -13,11 +13,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from codec.transcripts import has_words
 from slm.config import SamplingConfig
 from slm.data.prompts import Prompt
 from slm.generation.sampling import BOUNDS_FRAME_RATE
 from slm.generation.tts import Models, Speech, Utterance
-from slm.tokenization.text_normalization import NormalizedText, has_words
+from slm.tokenization.text_normalization import NormalizedText
 
 SENTENCE_PAUSE, CLAUSE_PAUSE, WORD_PAUSE = 0.4, 0.2, 0.05
 """Pause between two pieces, in seconds, by what ends the first one."""

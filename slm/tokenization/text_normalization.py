@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
+from codec.transcripts import has_words
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NormalizedText:
@@ -34,19 +36,6 @@ class NormalizedText:
 
 
 NO_TEXT = NormalizedText(original="", text="", tts_form="", ids=(), num_tokens=0)
-
-
-def has_words(text: str) -> bool:
-    """Whether a text has a letter or a digit."""
-    return any(unicodedata.category(letter)[0] in "LN" for letter in text)
-
-
-def lowercase_if_all_caps(text: str) -> str:
-    """Lower case for a text all in capitals, as some corpora's transcripts are; else unchanged.
-
-    A single word is unchanged: it may be a name.
-    """
-    return text.lower() if text.isupper() and sum(map(has_words, text.split())) > 1 else text
 
 
 def script_of(letter: str) -> str:

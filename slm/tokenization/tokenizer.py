@@ -20,15 +20,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from codec.io import atomic_file
 from codec.tokens import CodecStamp
+from codec.transcripts import lowercase_if_all_caps
 from slm.config import SpeechFormConfig, TextConfig, from_json
 from slm.tokenization.acoustic_bpe import AcousticBPE
-from slm.tokenization.text_normalization import (
-    NormalizedText,
-    join_texts,
-    lowercase_if_all_caps,
-    normalize,
-    phonemes,
-)
+from slm.tokenization.text_normalization import NormalizedText, join_texts, normalize, phonemes
 from slm.tokenization.vocabulary import Vocabulary, encode_texts
 
 logger = logging.getLogger(__name__)

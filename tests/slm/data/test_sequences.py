@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from tiny_slm import STAMP, quiet, save_base
 
+from codec.transcripts import lowercase_if_all_caps
 from slm.data.coverage import Coverage
 from slm.data.prompts import Prompt, load_prompts
 from slm.data.sequences import ASR, CONTINUATION, TEXT, TTS, layout, tts_context
 from slm.models.ar import load_base
-from slm.tokenization.text_normalization import join_texts, lowercase_if_all_caps, script_of
+from slm.tokenization.text_normalization import join_texts, script_of
 from slm.tokenization.vocabulary import Vocabulary
 
 pytestmark = quiet()
