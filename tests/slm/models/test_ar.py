@@ -93,7 +93,7 @@ def test_start_from_fully_trained_weights(tmp_path: Path, caplog: pytest.LogCapt
     adapted.save(tmp_path / "adapters")
     other = save_base(tmp_path / "stranger", seed=5)
     for changes, stamp, told in (
-        ({"start_from": str(tmp_path / "adapters")}, STAMP, "has adapters"),
+        ({"start_from": str(tmp_path / "adapters")}, STAMP, "has LoRA adapters"),
         ({"base": str(other)}, STAMP, "another text LLM"),
         ({"num_layers": 1}, STAMP, "another number of layers"),
         ({}, replace(STAMP, codebook_sizes=(9, 16, 16)), "another number of rows"),
@@ -105,7 +105,7 @@ def test_start_from_fully_trained_weights(tmp_path: Path, caplog: pytest.LogCapt
         SpeechLM.create(config, slower, seed=0)
     SpeechLM.create(config, replace(STAMP, digest="f" * 16), seed=0)
     assert "it must have the same codebook 1" in caplog.text
-    with pytest.raises(ValueError, match=r"ar\.start_from goes on with every weight"):
+    with pytest.raises(ValueError, match=r"ar\.start_from continues full fine-tuning"):
         ARConfig(base=base, start_from="x")
 
 
