@@ -169,7 +169,13 @@ def check_recipe(script: str, arguments: Sequence[str]) -> None:
 
 
 def run_until_parsed(module: ModuleType, arguments: Sequence[str]) -> Any:
-    """Calls the module's main up to the point where its command line is parsed; what came of it."""
+    """Calls the module's main up to the point where its command line is parsed; what came of it.
+
+    Abbreviated and hidden flags, and keys of older versions, are refused.
+    """
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        require(not re.match("--[a-z]", flag) or flag in known()[1], f"no flag {flag}")
     parse_args, load_config = argparse.ArgumentParser.parse_args, config_library.load_config
 
     def parse(self: argparse.ArgumentParser, *given: Any, **more: Any) -> None:
@@ -190,11 +196,19 @@ def run_until_parsed(module: ModuleType, arguments: Sequence[str]) -> Any:
     raise Mismatch(f"{module.__name__} was run without parsing {shlex.join(arguments)}")
 
 
+def refuse(message: str, *values: object) -> None:
+    """In place of a warning about a key of an older version."""
+    raise Mismatch(message % values)
+
+
 class intercepted:
     """Replaces argparse's and our own parsing, the latter in every module that has imported it."""
 
     def __init__(self, parse: Callable[..., Any], load: Callable[..., Any]):
-        self.patches = [patch.object(argparse.ArgumentParser, "parse_args", parse)]
+        self.patches = [
+            patch.object(argparse.ArgumentParser, "parse_args", parse),
+            patch.object(config_library.logger, "warning", refuse),
+        ]
         for module in list(sys.modules.values()):
             if getattr(module, "load_config", None) is config_library.load_config:
                 self.patches.append(patch.object(module, "load_config", load))
@@ -278,7 +292,8 @@ def known() -> tuple[set[str], set[str]]:
             keys.update(re.findall(r"^  ([a-z_0-9.]+):", text, re.MULTILINE))
     while parsers:
         parser = parsers.pop()
-        flags.update(parser._option_string_actions)
+        actions = parser._option_string_actions.items()
+        flags.update(flag for flag, action in actions if action.help != argparse.SUPPRESS)
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
                 parsers.extend(action.choices.values())
@@ -510,6 +525,9 @@ def test_every_page_is_linked_from_the_readme() -> None:
         "pip install -e .[evil]",
         "pytest tests/test_none.py",
         "slmm tts",
+        "slm tts --voice DIR --tries 3",
+        "slm tts --voi DIR",
+        "python recipes/tts.py edges=[]",
         "slm asr --voice models/smal a.wav",
     ],
 )
