@@ -55,7 +55,7 @@ def test_it_is_that_of_plain_logits_whatever_the_batches(tmp_path: Path) -> None
 def test_no_batch_is_larger_than_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = load_base(save_base(tmp_path))
     shapes = []
-    plain = base.lm.forward
+    plain = base.lm.base_model.forward
 
     def forward(input_ids, **kwargs):
         shapes.append(tuple(input_ids.shape))

@@ -91,7 +91,7 @@ def test_a_failure_leaves_the_earlier_voice(
     if broken == "rename":
         monkeypatch.setattr(Path, "rename", fail)
     else:
-        monkeypatch.setattr("slm.data.sequences.Prompt.save", full)
+        monkeypatch.setattr("slm.data.prompts.Prompt.save", full)
     with pytest.raises(OSError, match="no"):
         voice.save_pretrained(other)
     assert files(other) == before
