@@ -63,8 +63,8 @@ def export(
 
     `share` is this process's rank and their number; only one export may run in a folder. Cuts that
     cannot be read are noted in their part and cost only themselves; with `retry_skipped` parts that
-    note such cuts are made again. A batch holds up to `batch_seconds` of audio, padding included; a
-    longer recording is read in blocks, but a longer stretch of one whole. `on_part` is told of each
+    note such cuts are exported again. A batch has up to `batch_seconds` of audio with padding; a
+    longer recording is read in blocks, but a longer stretch of one whole. `on_part` receives each
     part's number of cuts, also of those that were there. Raises ValueError when the folder has
     parts of another codec, another list of cuts or another `cuts_per_part`.
     """
@@ -263,5 +263,5 @@ def _row(cut: "Cut", codes: np.ndarray, seconds: float) -> TokenRow:
 
 
 def text_of(cut: "Cut") -> str:
-    """What is said in a cut, by its supervisions; "" where they have no text."""
+    """Returns the transcript of a cut from its supervisions; "" where they have no text."""
     return " ".join(part.text for part in cut.supervisions if part.text)

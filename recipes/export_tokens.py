@@ -37,7 +37,7 @@ class ExportConfig:
     batch_seconds: float = 120.0
     """Seconds of audio, padding included, that are encoded at once: bounds the memory."""
     retry_skipped: bool = False
-    """Make parts again in which recordings were skipped: they may have been mended."""
+    """Export parts again in which recordings were skipped: they may be readable now."""
 
     def __post_init__(self) -> None:
         if self.cuts_per_part < 1:
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
             "skipped": len(summary.skipped),
         }
         if summary.skipped:
-            results["note"] = "once they are mended, start again with retry_skipped=true"
+            results["note"] = "once they are readable, start again with retry_skipped=true"
         print(json.dumps(results))
         finished(
             f"tokens of {summary.num_utterances} utterances, {summary.hours:.2f} hours",

@@ -133,9 +133,9 @@ class TrainCodecConfig:
     """LM-SPT's semantic encoder and codebook stay what start_from brings (recipes/train_semantic.py
     trains them apart); the rest learns."""
     semantic_codes: str = ""
-    """Token shards of `train` by start_from (recipes/export_tokens.py), with freeze_semantic: what
-    codebook 1 hears in whole recordings, for crops of any length, and without hearing them again.
-    Empty: the semantic encoder hears each crop."""
+    """Token shards of `train` by start_from (recipes/export_tokens.py), with freeze_semantic:
+    codebook 1 of recordings, for crops of any length, without encoding them again. Empty: the
+    semantic encoder encodes each crop."""
     codec: CodecConfig = field(default_factory=CodecConfig)
     """Architecture."""
     discriminators: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)

@@ -126,19 +126,19 @@ class Recordings:
         spelt = [ctc_labels(text_of(cut), letters) for cut in cuts]
         frame_rate = codec.sample_rate / codec.hop_length
         frames = [int(np.ceil(cut.duration * frame_rate)) for cut in cuts]
-        spoken, longest = np.array([bool(labels) for labels in spelt]), batch.positions
+        transcribed, longest = np.array([bool(labels) for labels in spelt]), batch.positions
         short = np.array(frames) <= longest
         fits = np.array([
             not labels or min_ctc_steps(labels) <= STEPS * count
             for labels, count in zip(spelt, frames, strict=True)
         ])  # fmt: skip
         for keep, why in (
-            (spoken, "without a transcript in letters"),
+            (transcribed, "without a transcript in letters"),
             (short, f"longer than batch.positions ({longest} frames)"),
             (fits, "with more letters than can be said in them"),
         ):
-            _tell([cuts[i].id for i in np.flatnonzero(~keep).tolist()], why)
-        kept = np.flatnonzero(spoken & short & fits).tolist()
+            _warn_skipped([cuts[i].id for i in np.flatnonzero(~keep).tolist()], why)
+        kept = np.flatnonzero(transcribed & short & fits).tolist()
         if not kept:
             raise ValueError(
                 "no recording is left: each needs a transcript in letters, at most batch.positions "
@@ -199,20 +199,20 @@ def semantic_step(
 ) -> Losses:
     """CTC in nats a letter, and the means over the batch's frames. Right letters (all less the edit
     distance) are counted in evaluation alone: "accuracy" is 1 - CER there."""
-    told = model(batch)
-    spelling = ctc_loss(told, batch, hop).sum()
+    output = model(batch)
+    spelling = ctc_loss(output, batch, hop).sum()
     total = (
         weights.letters * spelling / num_targets
-        + weights.features * told.features
-        + weights.commitment * told.commitment
+        + weights.features * output.features
+        + weights.commitment * output.commitment
     )
-    letters, frames = (batch.labels != 0).sum(), told.codes.numel()
-    right = letters.new_zeros(()) if model.training else letters - _distance(told, batch, hop)
+    letters, frames = (batch.labels != 0).sum(), output.codes.numel()
+    right = letters.new_zeros(()) if model.training else letters - _distance(output, batch, hop)
     zero = spelling.new_zeros(())
     return Losses(
         total,
         {
-            "nll": torch.stack([spelling, told.features * frames]),
+            "nll": torch.stack([spelling, output.features * frames]),
             "correct": torch.stack([right.to(zero), zero]),
             "targets": torch.stack([letters.to(zero), zero + frames]),
         },
@@ -289,20 +289,20 @@ def _use(student: SemanticStudent, held: Recordings, accelerator: Any) -> Any:
     with torch.inference_mode():
         for index in range(held.num_steps(1, 1)):
             batch = held.share(index, 0, 0, 1, 1).batch
-            told = student(TranscribedBatch(*(part.to(accelerator.device) for part in batch)))
-            counts += count_codes(told.codes[None, None].cpu(), size)
+            output = student(TranscribedBatch(*(part.to(accelerator.device) for part in batch)))
+            counts += count_codes(output.codes[None, None].cpu(), size)
     return codebook_usage(counts, [size])
 
 
-def _distance(told: Any, batch: TranscribedBatch, hop: int) -> torch.Tensor:
+def _distance(output: Any, batch: TranscribedBatch, hop: int) -> torch.Tensor:
     from torchaudio.functional import edit_distance
 
-    heard = greedy_labels(told, batch.lengths, hop)
+    labels_found = greedy_labels(output, batch.lengths, hop)
     rows = (row[row != 0].tolist() for row in batch.labels)
-    return torch.tensor(sum(edit_distance(a, b) for a, b in zip(heard, rows, strict=True)))
+    return torch.tensor(sum(edit_distance(a, b) for a, b in zip(labels_found, rows, strict=True)))
 
 
-def _tell(ids: Sequence[str], why: str) -> None:
+def _warn_skipped(ids: Sequence[str], why: str) -> None:
     if ids:
         named = ", ".join(ids[:NUM_LISTED]) + (" ..." if len(ids) > NUM_LISTED else "")
         logger.warning("%d recordings left out, %s: %s", len(ids), why, named)

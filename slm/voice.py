@@ -270,13 +270,13 @@ class Voice:
     def _utterance(self, text: NormalizedText, prompt: Prompt, seed: int) -> Utterance:
         lm, frame_rate = self.lm, self.codec.frame_rate
         least, most = speech_bounds(text.num_tokens, frame_rate, self.sampling)
-        num_prompt, prompt_text, num_spoken = prompt.codes.shape[1], NO_TEXT, None
+        num_prompt, prompt_text, num_prompt_words = prompt.codes.shape[1], NO_TEXT, None
         if prompt.continuation:
             least, most = max(0, least - num_prompt), max(1, most - num_prompt)
-            num_spoken = lambda: num_spoken_words(lm, text.text.split(), prompt.codes[0])  # noqa: E731
+            num_prompt_words = lambda: num_words_in_prompt(lm, text.text.split(), prompt.codes[0])  # noqa: E731
         else:
             prompt_text = self._normalize_prompt(prompt.text)
-        context = lm.format.tts_context(prompt_text, text, prompt.codes[0], num_spoken)
+        context = lm.format.tts_context(prompt_text, text, prompt.codes[0], num_prompt_words)
         most = restrict_speech(lm, context.ids, least, most, "text")
         self.coverage.check_length(num_prompt, least, frame_rate)
         return Utterance(
@@ -511,8 +511,8 @@ def truncate_at_pause(wave: Float[np.ndarray, " S"], most: int) -> Float[np.ndar
     return wave if len(wave) <= most else next(split_at_quiet([wave], most))
 
 
-def num_spoken_words(lm: SpeechLM, words: Sequence[str], codes: Int[np.ndarray, " T"]) -> int:
-    """How many of the words are spoken in codes of codebook 1 that are the text's beginning.
+def num_words_in_prompt(lm: SpeechLM, words: Sequence[str], codes: Int[np.ndarray, " T"]) -> int:
+    """Returns the number of `words` in `codes` of codebook 1, which are the first ones' speech.
 
     The number whose words are closest to the model's own transcript; without ASR, by their length.
     """

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tokenize
 import tomllib
 from collections.abc import Iterator
 from functools import cache
@@ -113,6 +114,38 @@ def test_text_is_ascii_and_names_no_machine(path: Path) -> None:
     hosts = "|".join(["pypi" + r"\.org", "python" + "hosted", "registry" + r"\.npmjs"])
     found = re.findall(rf"(?:/wor[k]/|/roo[t]/|/hom[e]/\w|file:/[/]/|{hosts})", text)
     assert not found, f"{name(path)} names {found}"
+
+
+WORDS = (
+    r"told|tells?|hears?|heard|spoken|speaks?|mend(?:s|ed|ing)?|foretells?|likeliest|so many|"
+    r"gone on with|go on with|by heart|made again|what is said"
+)
+"""Words with a plainer counterpart in the style guide: report, transcribe, synthesize, repair,
+predict, most probable, up to N, resume, retry."""
+FILE_FORMATS = {
+    "codec/distillation/asr_supervision.py": {"tell"},
+    "codec/distillation/feature_cache.py": {"spoken"},
+    "recipes/lib/config.py": {"speak"},
+    "recipes/lib/voice_training.py": {"speak"},
+    "recipes/offline/debian_prompts.py": {"spoken"},
+    "recipes/offline/kokoro.py": {"speak"},
+    "recipes/scoring/synthesis.py": {"heard", "speak"},
+    "recipes/scoring/voice.py": {"speak"},
+    "recipes/tools/listening_page.py": {"heard", "speak"},
+    "slm/config.py": {"spoken", "heard"},
+}
+"""Keys, tensors and folders of files that older versions have written, and a credit."""
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_names_and_texts_use_plain_terms(path: Path) -> None:
+    """Comments, texts and names; a name's parts are words."""
+    kinds = (tokenize.COMMENT, tokenize.STRING, tokenize.NAME)
+    with open(path, "rb") as file:
+        words = [each.string for each in tokenize.tokenize(file.readline) if each.type in kinds]
+    text = re.sub(r"_|(?<=[a-z])(?=[A-Z])", " ", "\n".join(words))
+    found = {word.lower() for word in re.findall(rf"\b(?:{WORDS})\b", text, re.IGNORECASE)}
+    assert not found - FILE_FORMATS.get(name(path), set()), f"{name(path)}: {sorted(found)}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)

@@ -131,7 +131,7 @@ class Phases:
 
 
 def due(step: int, every: int, last: bool) -> bool:
-    """Whether something that is done every so many steps is done at this one."""
+    """Returns whether an action of every `every` steps is due at `step`."""
     return last or (step > 0 and step % every == 0)
 
 

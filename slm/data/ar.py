@@ -154,8 +154,8 @@ class ARData:
         """Frames of the first epoch's utterances."""
         items = np.concatenate([row for rows in self._plan.epoch(0) for row in rows])
         number = len(self.corpus.items)
-        spoken = items[items < number * len(self._examples)]
-        return int(self.corpus.num_frames[spoken % number].sum())
+        speech = items[items < number * len(self._examples)]
+        return int(self.corpus.num_frames[speech % number].sum())
 
     def num_steps(self, world: int, accumulate: int) -> int:
         return self._plan.num_groups(world * accumulate)

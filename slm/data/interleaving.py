@@ -136,12 +136,12 @@ class InterleavedFormat:
         prompt_text: NormalizedText,
         text: NormalizedText,
         prompt: Int[np.ndarray, " T"],
-        num_spoken: Callable[[], int] | None = None,
+        num_prompt_words: Callable[[], int] | None = None,
     ) -> Context:
         tokenizer, vocabulary = self.tokenizer, self.tokenizer.vocabulary
         words = text.words
-        if num_spoken is not None:
-            words = words[min(num_spoken(), len(words) - 1) :]
+        if num_prompt_words is not None:
+            words = words[min(num_prompt_words(), len(words) - 1) :]
         ids = tokenizer.joined_ids(prompt_text, text)
         context = tts_context(vocabulary, ids, tokenizer.speech_ids("tts", prompt))
         leads = [[*word, vocabulary.speech] for word in tokenizer.tts_ids(words)]

@@ -99,13 +99,13 @@ class SequenceFormat(Protocol):
         prompt_text: NormalizedText,
         text: NormalizedText,
         prompt: Int[np.ndarray, " T"],
-        num_spoken: Callable[[], int] | None = None,
+        num_prompt_words: Callable[[], int] | None = None,
     ) -> Context:
         """The context of TTS.
 
         Args:
             prompt: its codes of codebook 1.
-            num_spoken: for a prompt that is the beginning of `text`: counts the words in it.
+            num_prompt_words: for a prompt that is the beginning of `text`: counts the words in it.
         """
         ...
 
@@ -201,7 +201,7 @@ class PlainFormat:
         prompt_text: NormalizedText,
         text: NormalizedText,
         prompt: Int[np.ndarray, " T"],
-        num_spoken: Callable[[], int] | None = None,
+        num_prompt_words: Callable[[], int] | None = None,
     ) -> Context:
         ids = self.tokenizer.joined_ids(prompt_text, text)
         speech = self.tokenizer.speech_ids("tts", prompt)

@@ -107,10 +107,10 @@ def as_layouts(exported: Any, lm: SpeechLM) -> bool:
     speech = [vocabulary.first_speech, vocabulary.size - 1]
     for text in SAMPLES:
         (ids,) = encode_texts(tokenizer.text_tokenizer, [text])
-        spoken = f"<|s_0|><|s_{speech[1] - speech[0]}|>"
+        codes = f"<|s_0|><|s_{speech[1] - speech[0]}|>"
         pairs = (
-            (f"<|text|>{text}<|speech|>{spoken}", tts_context(vocabulary, ids, speech)),
-            (f"<|speech|>{spoken}<|/speech|><|text|>", asr_context(vocabulary, speech)),
+            (f"<|text|>{text}<|speech|>{codes}", tts_context(vocabulary, ids, speech)),
+            (f"<|speech|>{codes}<|/speech|><|text|>", asr_context(vocabulary, speech)),
         )
         for written, layout in pairs:
             if exported(written, add_special_tokens=False)["input_ids"] != layout:

@@ -146,22 +146,22 @@ def lacks_end(transcript: str, text: str) -> bool:
     The prefix is that with the smallest edit distance to the transcript. Where that distance is
     large, the transcript is wrong, and the check passes: a weak ASR must not reject good speech.
     """
-    heard, asked = " ".join(words_of(transcript)), " ".join(words_of(text))
-    if not heard or not asked:
+    found, asked = " ".join(words_of(transcript)), " ".join(words_of(text))
+    if not found or not asked:
         return False
-    errors = prefix_errors(heard, asked)
+    errors = prefix_errors(found, asked)
     prefix = len(asked) - int(errors[::-1].argmin())  # Of equals the longest.
-    if errors[prefix] > MAX_ERROR_RATE * len(heard):
+    if errors[prefix] > MAX_ERROR_RATE * len(found):
         return False
     return len(asked) - prefix >= max(MIN_MISSING, MISSING_SHARE * len(asked))
 
 
-def prefix_errors(heard: str, asked: str) -> Int[np.ndarray, " _"]:
-    """Edit distance between `heard` and each prefix of `asked`, from the empty one on."""
+def prefix_errors(found: str, asked: str) -> Int[np.ndarray, " _"]:
+    """Edit distance between `found` and each prefix of `asked`, from the empty one on."""
     letters = np.array(list(asked))
     steps = np.arange(len(asked) + 1)
     errors = steps.copy()
-    for row, letter in enumerate(heard, start=1):
+    for row, letter in enumerate(found, start=1):
         changed = np.concatenate(
             [[row], np.minimum(errors[1:] + 1, errors[:-1] + (letters != letter))]
         )
@@ -173,18 +173,18 @@ def prefix_errors(heard: str, asked: str) -> Int[np.ndarray, " _"]:
 def begins_with_prompt(transcript: str, prompt_text: str, text: str) -> bool:
     """Whether a transcript begins with words of the prompt: its last two, or any three in a row.
     At least one of them must not be in the text, which may repeat the prompt's words."""
-    heard, prompt = words_of(transcript), words_of(prompt_text)
+    words, prompt = words_of(transcript), words_of(prompt_text)
     known = set(words_of(text))
     for start in range(len(prompt)):
         length = 0
         while (
             start + length < len(prompt)
-            and length < len(heard)
-            and prompt[start + length] == heard[length]
+            and length < len(words)
+            and prompt[start + length] == words[length]
         ):
             length += 1
         at_end = start + length == len(prompt)
         enough = length >= min(2 if at_end else 3, len(prompt))
-        if enough and not set(heard[:length]) <= known:
+        if enough and not set(words[:length]) <= known:
             return True
     return False

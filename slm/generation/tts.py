@@ -310,8 +310,8 @@ def evaluate(
         for row, (one, failure) in enumerate(zip(attempts, failures, strict=True))
         if failure is None and one.wave is not None
     ]
-    heard = transcripts(lm, [attempts[row].transcribed for row in rows]) if rows else []
-    for row, transcript in zip(rows, map(lm.tokenizer.in_words, heard), strict=True):
+    outputs = transcripts(lm, [attempts[row].transcribed for row in rows]) if rows else []
+    for row, transcript in zip(rows, map(lm.tokenizer.in_words, outputs), strict=True):
         utterance = attempts[row].utterance
         text, prompt_text = utterance.text.text, utterance.prompt_text.text
         if "leak" in checks and begins_with_prompt(transcript, prompt_text, text):

@@ -59,7 +59,9 @@ def check_task(tasks: Mapping[str, float], task: str) -> None:
     """Raises ValueError if `task`, tts or asr, is not among the training tasks of a voice (by
     weight; older voices have no record of them and were trained on both)."""
     if tasks.get(task, 1.0) == 0:
-        does, fails = {"tts": ("transcribes", "speak"), "asr": ("speaks", "transcribe")}[task]
+        does, fails = {"tts": ("transcribes", "synthesize"), "asr": ("synthesizes", "transcribe")}[
+            task
+        ]
         raise ValueError(f"this voice {does}, but cannot {fails}: it was trained without {task}")
 
 

@@ -78,8 +78,8 @@ _MONEY = {
 _LARGE = {"k": "thousand", "m": "million", "b": "billion"}
 _MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
 _UNITS = "lbs?|oz|ft|yds?|mi|mph|km|kg|mg|cm|mm|ml|hrs?|mins?|secs?|kph|rpm|[kMG]?Hz|[kMGT]B|kW"
-_SPOKEN_DIGITS = "oh one two three four five six seven eight nine"
-_NUMERALS = f"""{_SPOKEN_DIGITS} ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+_DIGIT_WORDS = "oh one two three four five six seven eight nine"
+_NUMERALS = f"""{_DIGIT_WORDS} ten eleven twelve thirteen fourteen fifteen sixteen seventeen
     eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred"""
 _BEFORE_THOUSAND = {*_NUMERALS.split(), "a", "the", "few", "several", "of", "per"}
 
@@ -113,9 +113,9 @@ def _version(match: re.Match[str]) -> str:
 
 
 def _telephone(match: re.Match[str]) -> str:
-    spoken = _SPOKEN_DIGITS.split()
+    names = _DIGIT_WORDS.split()
     groups = re.findall(r"\d+", match[0])
-    return ", ".join(" ".join(spoken[int(digit)] for digit in group) for group in groups)
+    return ", ".join(" ".join(names[int(digit)] for digit in group) for group in groups)
 
 
 _ALONE = r"(?<![\w.,:/$\u00a3\u20ac-])"

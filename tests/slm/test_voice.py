@@ -295,7 +295,7 @@ def test_what_it_was_not_trained_for_it_does_not_do(
     assert voice.tts("a cat", voiced(0.5), "red hen").codes.shape[0] == 3
     monkeypatch.setitem(voice.lm.origin, "tasks", {"tts": 0.0, "asr": 1.0})
     assert isinstance(voice.asr([voiced(0.5)])[0], str)
-    with pytest.raises(ValueError, match="cannot speak: it was trained without tts"):
+    with pytest.raises(ValueError, match="cannot synthesize: it was trained without tts"):
         voice.tts("a cat", "ann")
 
 

@@ -37,7 +37,7 @@ from slm.generation.tts import Models
 from slm.models.ar import SpeechLM
 from slm.tokenization.text_normalization import NO_TEXT
 from slm.tokenization.tokenizer import SpeechTextTokenizer
-from slm.voice import Voice, num_spoken_words
+from slm.voice import Voice, num_words_in_prompt
 
 pytestmark = quiet()
 
@@ -354,8 +354,8 @@ def test_a_voice_that_does_not_hear_goes_by_time(lm: SpeechLM, tmp_path: Path) -
     )
     deaf = SpeechLM.create(config, STAMP, seed=1).eval()
     words = ["the", "cat", "sat", "on", "a", "mat"]
-    assert num_spoken_words(deaf, words, np.zeros(25, np.int64)) == 3
-    assert num_spoken_words(deaf, words, np.zeros(2500, np.int64)) == 6
+    assert num_words_in_prompt(deaf, words, np.zeros(25, np.int64)) == 3
+    assert num_words_in_prompt(deaf, words, np.zeros(2500, np.int64)) == 6
 
 
 def test_edges_of_other_tokens_are_noticed(
@@ -415,7 +415,7 @@ def test_a_continuation_goes_on_behind_the_words_it_has_said(
     words = ["the", "cat", "sat"]
     for said, count in heard.items():
         monkeypatch.setattr(preparing, "transcripts", lambda _, __, said=said: [said])
-        assert num_spoken_words(lm, words, np.array([1])) == count
+        assert num_words_in_prompt(lm, words, np.array([1])) == count
         prompt = Prompt(codes=np.array([[1, 2, 3]]), text="", continuation=True)
         made = Voice(models(lm)).prepare("the cat sat", prompt)
         # Something is always left to say.
