@@ -174,7 +174,7 @@ def _train_on_rank(rank: int, world: int, port: int, waves: torch.Tensor, out: s
     result = {"books": books, "weights": codec.state_dict(), "revived": revived}
     if world > 1:
         result["discriminators"] = _train_discriminators(rank, waves.flatten(0, 1))
-    torch.save_speech_teacher(result, f"{out}.{rank}.pt")
+    torch.save(result, f"{out}.{rank}.pt")
     if world > 1:
         torch.distributed.destroy_process_group()
 
@@ -185,16 +185,16 @@ def _train_book_on_clusters(rank: int, world: int) -> torch.Tensor:
     centres = 10 * torch.randn(4, 8, generator=generator)
     # A decay at which entries that a batch does not use are dead at the next but one.
     book = Codebook(8, 64, QuantizerConfig(decay=0.3), seed=1).train()
-    drawn = []
-    draw = book._draw
-    book._draw = lambda vectors: drawn.append(1) or draw(vectors)
+    revived = []
+    sample = book._sample
+    book._sample = lambda vectors: revived.append(1) or sample(vectors)
     for _ in range(4):
         chosen = torch.randint(0, 4, (256,), generator=generator)
         vectors = centres[chosen] + 0.1 * torch.randn(256, 8, generator=generator)
         mine = vectors.chunk(world)[rank]
         book.initialize(mine)
         book.update(mine, book.nearest(mine))
-    assert drawn
+    assert revived
     return book.entries
 
 
