@@ -335,7 +335,7 @@ def test_command_export(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert run_slm("export", "--voice", folder, tmp_path / "out") == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert run_slm("export", "--voice", folder, folder) == 2
-    assert "holds something else" in capsys.readouterr().err
+    assert "contains other files than an export" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("brief")

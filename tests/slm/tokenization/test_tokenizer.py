@@ -230,7 +230,7 @@ def test_units_without_runs_are_for_hearing(base: Base, tmp_path: Path) -> None:
 
 def test_units_of_another_codec_are_refused(base: Base, tmp_path: Path) -> None:
     model = save_units(tmp_path / "units.model", digest="f" * 16)
-    with pytest.raises(ValueError, match="train units on them"):
+    with pytest.raises(ValueError, match="train a model on them"):
         make(base, speech=SpeechFormConfig(bpe_model=model, asr_form="bpe"))
 
 
