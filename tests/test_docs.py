@@ -48,6 +48,9 @@ PROGRAMS = sorted(
     if "__main__" in path.read_text()
 )
 
+PARSES = re.compile(r"\bload_\w*config\(|ArgumentParser\(")
+"""What a program calls that takes arguments."""
+
 
 class Parsed(BaseException):
     """Raised in place of running a program: its command line was accepted."""
@@ -161,8 +164,7 @@ def check_models(text: str) -> None:
 def check_recipe(script: str, arguments: Sequence[str]) -> None:
     require(script in PROGRAMS, f"no program {script}")
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    source = (ROOT / script).read_text()
-    if "load_config" in source or "ArgumentParser" in source:
+    if PARSES.search((ROOT / script).read_text()):
         run_until_parsed(module, arguments)
     else:
         require(not arguments, f"{script} takes no arguments")
@@ -277,8 +279,7 @@ def known() -> tuple[set[str], set[str]]:
     parsers = [launcher()]
     programs = [script.removesuffix(".py").replace("/", ".") for script in PROGRAMS]
     for module in map(importlib.import_module, ["codec.__main__", "slm.__main__", *programs]):
-        source = Path(inspect.getfile(module)).read_text()
-        if "load_config" not in source and "ArgumentParser" not in source:
+        if not PARSES.search(Path(inspect.getfile(module)).read_text()):
             continue
         with intercepted(parse, load):
             try:
