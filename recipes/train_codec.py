@@ -118,7 +118,7 @@ class TrainCodecConfig:
     """One codec run."""
 
     out: str = "out/smoke/codec"
-    """Run folder: goes on where an earlier start with the same configuration stopped."""
+    """Run folder: resumes an earlier start with the same configuration."""
     train: str = "out/smoke/cuts/train.jsonl.gz"
     """Cuts to train on (recipes/prepare_data.py makes them)."""
     dev: str = "out/smoke/cuts/dev.jsonl.gz"

@@ -79,7 +79,7 @@ class TrainSemanticConfig:
     """One run."""
 
     out: str = "out/smoke/semantic"
-    """Run folder: goes on where an earlier start with the same configuration stopped."""
+    """Run folder: resumes an earlier start with the same configuration."""
     train: str = "out/smoke/cuts/train.jsonl.gz"
     """Cuts with transcripts (recipes/prepare_data.py makes them)."""
     dev: str = "out/smoke/cuts/dev.jsonl.gz"
