@@ -149,7 +149,7 @@ def test_a_voice_that_goes_word_by_word(
         [],
         [f"word_boundaries=[{tmp_path / 'e.jsonl.gz'}]", "ar.text.interleaved=false"],
     ):
-        with pytest.raises(ValueError, match="interleaved and edges belong together"):
+        with pytest.raises(ValueError, match="interleaved and word_boundaries belong together"):
             tts([*given, *wrong])
     tts([*given, f"word_boundaries=[{tmp_path / 'e.jsonl.gz'}]", *STEP])
     voice = Voice.from_pretrained(tmp_path / "run" / "voice")
