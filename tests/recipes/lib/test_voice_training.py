@@ -297,7 +297,7 @@ def test_scores_that_cannot_be_had_are_told_before_training(
     assert not (tmp_path / "run").exists()
 
 
-def test_sexes_of_other_speakers_are_told_before_training(
+def test_wrong_sexes_are_reported_before_training(
     tmp_path: Path, tiny_codec_folder: Path
 ) -> None:
     stamp = load_codec(tiny_codec_folder).stamp
@@ -305,10 +305,10 @@ def test_sexes_of_other_speakers_are_told_before_training(
     (tmp_path / "sexes.json").write_text('{"nobody": "f"}')
     speak = TTSEvalConfig(sexes=str(tmp_path / "sexes.json"))
     with pytest.raises(ValueError, match="has no speaker of"):
-        check_scores(VoiceConfig(speak=speak), shard, shard)
+        check_scores(VoiceConfig(tts_eval=speak), shard, shard)
     # Where nothing is spoken nobody asks.
     check_scores(VoiceConfig(speak=speak, ar=ARConfig(tasks=TaskConfig(tts=0.0))), shard, shard)
-    check_scores(VoiceConfig(speak=speak), shard, None)
+    check_scores(VoiceConfig(tts_eval=speak), shard, None)
 
 
 def test_texts_without_a_weight_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
