@@ -297,9 +297,7 @@ def test_scores_that_cannot_be_had_are_told_before_training(
     assert not (tmp_path / "run").exists()
 
 
-def test_wrong_sexes_are_reported_before_training(
-    tmp_path: Path, tiny_codec_folder: Path
-) -> None:
+def test_wrong_sexes_are_reported_before_training(tmp_path: Path, tiny_codec_folder: Path) -> None:
     stamp = load_codec(tiny_codec_folder).stamp
     shard = TokenShard.open(save_shard(tmp_path / "tokens.parquet", 6, stamp))
     (tmp_path / "sexes.json").write_text('{"nobody": "f"}')
@@ -307,7 +305,7 @@ def test_wrong_sexes_are_reported_before_training(
     with pytest.raises(ValueError, match="has no speaker of"):
         check_scores(VoiceConfig(tts_eval=speak), shard, shard)
     # Where nothing is spoken nobody asks.
-    check_scores(VoiceConfig(speak=speak, ar=ARConfig(tasks=TaskConfig(tts=0.0))), shard, shard)
+    check_scores(VoiceConfig(tts_eval=speak, ar=ARConfig(tasks=TaskConfig(tts=0.0))), shard, shard)
     check_scores(VoiceConfig(tts_eval=speak), shard, None)
 
 

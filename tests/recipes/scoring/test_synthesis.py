@@ -155,7 +155,7 @@ def score(folder: Path, texts: dict[str, str], device: str = "cpu", batch: int =
     run = SimpleNamespace(
         accelerator=SimpleNamespace(device=SimpleNamespace(type=device)), log=lambda *_: None
     )
-    config = TTSConfig(seed=4, speak=settings)
+    config = TTSConfig(seed=4, tts_eval=settings)
     score_voice(
         folder, write_dev(folder, {"known": "something else"}, "train"), dev, [], config, run
     )
