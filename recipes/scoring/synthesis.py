@@ -126,10 +126,10 @@ class Result(NamedTuple):
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Result":
-        scored, *others = (
-            record[key] for key in ("scored", "faults", "audio", "reported", "tries")
-        )
-        return cls(Utterance.from_json(scored), *others, record["seed"])
+        return cls(
+            Utterance.from_json(record["scored"]), record["faults"], record["audio"],
+            record["reported"], record["tries"], record["seed"],
+        )  # fmt: skip
 
 
 class ScoredList(NamedTuple):
