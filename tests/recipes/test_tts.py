@@ -123,7 +123,7 @@ def test_asr_says_its_dev_wer(
         ("ar.num_layers=9", "ar.num_layers"),
         ("ar.lora.rank=0", "lora.rank must be positive"),
         ("nar.codebook_sizes=[4,4]", "nar.codebook_sizes"),
-        ("batch.positions=3", "least of batch.positions"),
+        ("batch.positions=3", "minimum of batch.positions"),
         ("optim.lr=fast", "lr"),
     ],
 )
@@ -194,7 +194,7 @@ def test_killed_under_deepspeed_it_ends_with_the_very_same_weights(
     run_killed(config, out, inputs, out / stage / "checkpoints" / "step-00000002")
     assert not (out / "voice" / stage).exists()
     log = run_whole(config, out, inputs)
-    assert "going on from" in log
+    assert "resuming from" in log
     for name in FILES:
         whole, resumed = (folder / "voice" / name for folder in (tmp_path / "whole", out))
         assert whole.read_bytes() == resumed.read_bytes(), name
