@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -92,19 +92,6 @@ def tiny_codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("codecs") / "tiny"
     codec.eval().save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def fresh_accelerate() -> Iterator[None]:
-    """Resets accelerate's global state before and after a recipe that runs in this process."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    states = (AcceleratorState, GradientState, PartialState)
-    for state in states:
-        state._reset_state()
-    yield
-    for state in states:
-        state._reset_state()
 
 
 @pytest.fixture
