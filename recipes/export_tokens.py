@@ -4,7 +4,7 @@ python recipes/export_tokens.py cuts=data/dev.jsonl.gz codec=out/codec out=out/t
 accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 8 \\
     recipes/export_tokens.py --config recipes/configs/export/paper.yaml
 
-Stopped or killed, it goes on where it was when it is started again. Recordings that cannot be read
+The same command resumes an export that was stopped. Recordings that cannot be read
 are skipped and listed in skipped.jsonl beside the shards; retry_skipped=true tries them again.
 """
 
