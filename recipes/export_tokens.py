@@ -82,7 +82,8 @@ def main(argv: list[str]) -> None:
         finished(
             f"tokens of {summary.num_utterances} utterances, {summary.hours:.2f} hours",
             config.out,
-            f"accelerate launch recipes/tts.py codec={config.codec} train={config.out}",
+            "recipes/tts.py or recipes/asr.py under accelerate launch, with "
+            f"codec={config.codec} and this folder as train= or dev=",
         )
     if lock is not None:
         lock.close()

@@ -241,11 +241,11 @@ def result(audio: str, prompt: str, speech: Speech) -> dict[str, Any]:
 
 def _request(voice: Voice, line: Line, folder: Path, settings: list[Any]) -> str:
     """16 hex digits over everything that a line's speech depends on."""
-    name = line["prompt"]
-    if name in voice.prompts:
-        prompt = [voice.prompts[name].codes.tolist(), voice.prompts[name].text]
+    source = prompt_source(voice.prompts, line["prompt"], folder)
+    if isinstance(source, str):
+        prompt = [voice.prompts[source].codes.tolist(), voice.prompts[source].text]
     else:
-        found = _recording(name, folder).stat()
+        found = source.stat()
         prompt = [found.st_size, found.st_mtime_ns]
     return sha256_of(json.dumps([dict(line), prompt, settings], sort_keys=True), 16)
 

@@ -57,7 +57,7 @@ def imports(path: Path) -> Iterator[str]:
             module = f"{package}.{node.module or ''}".rstrip(".") if node.level else node.module
             if module and module.split(".")[0] in OURS:
                 yield module
-                yield from (f"{module}.{alias.name}" for alias in node.names if module in OURS)
+                yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)

@@ -100,7 +100,7 @@ def transcribe(lm: SpeechLM, first: Sequence[Int[np.ndarray, " _"]]) -> list[Tra
     failed = [one.failure for one in made if one.failure is not None]
     if failed:
         logger.warning("%d of %d transcripts failed: %s", len(failed), len(made), ", ".join(failed))
-    return [Transcript(lm.tokenizer.text_of(one.tokens).strip(), one.failure) for one in made]
+    return [Transcript(lm.tokenizer.decode_text(one.tokens).strip(), one.failure) for one in made]
 
 
 def audible_pieces(

@@ -167,7 +167,7 @@ class SpeechTextTokenizer:
         """Whether transcripts consist of the tokens of their UTF-8 bytes."""
         return self.text.asr_form == "characters" and self._bytes is not None
 
-    def text_of(self, ids: Sequence[int]) -> str:
+    def decode_text(self, ids: Sequence[int]) -> str:
         """The text of a transcript's ids, without the end token."""
         return self.vocabulary.decode_text(self.text_tokenizer, ids)
 

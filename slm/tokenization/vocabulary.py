@@ -150,10 +150,6 @@ class Vocabulary:
             raise ValueError(f"id {outside[0] + self.first_speech} is not {what}")
         return offsets
 
-    def encode_text(self, tokenizer: Any, text: str) -> list[int]:
-        """Ids of a text. Names of special tokens in it are encoded as plain text."""
-        return encode_texts(tokenizer, [text])[0]
-
     def decode_text(self, tokenizer: Any, ids: Sequence[int]) -> str:
         """The text of a transcript's ids (no end token). Raises ValueError for other ids."""
         outside = [token for token in ids if not 0 <= token < self.num_text]

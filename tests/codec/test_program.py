@@ -14,7 +14,10 @@ PROGRAMS = sorted(
     str(path.relative_to(ROOT))
     for folder in ("codec", "slm", "recipes")
     for path in (ROOT / folder).rglob("*.py")
-    if '__name__ == "__main__"' in path.read_text() and "config_of(" not in path.read_text()
+    if '__name__ == "__main__"' in path.read_text()
+    and "config_of(" not in path.read_text()
+    # `make setup` runs this one, which has no options.
+    and path.name != "launcher.py"
 )
 LIGHT = "from codec.program import run_program\nclass Stopped(KeyboardInterrupt): ...\n"
 

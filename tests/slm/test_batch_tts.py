@@ -56,6 +56,7 @@ def test_a_list_costs_only_its_bad_lines(
         assert run_slm("tts", "--voice", folder, "--list", listed, "--out", out) == 0
     for number in range(3, 13):
         assert f"skipped line {number}:" in caplog.text
+    assert "skipped line 4: no.wav: no such recording, nor a prompt of this voice" in caplog.text
     assert "skipped line 8: id is missing" in caplog.text
     assert "skipped line 11: id must be a string, got 5" in caplog.text
     assert "12 lines: 10 skipped" in caplog.text

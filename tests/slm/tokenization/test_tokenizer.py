@@ -54,7 +54,7 @@ TEXTS = ["The cat. ", "at a mat", "Zoe\u0308 \u4f60\u597d \U0001f600 a . b  c\n"
 def test_transcripts_come_back(base: Base, form: str) -> None:
     tokenizer = make(base, TextConfig(asr_form=form))
     for ids, text in zip(tokenizer.text_ids("asr", TEXTS), TEXTS, strict=True):
-        came = tokenizer.text_of(ids)
+        came = tokenizer.decode_text(ids)
         composed = text.replace("e\u0308", "\u00eb")
         assert came == (composed if form == "characters" else text).strip()
 
@@ -89,7 +89,7 @@ def test_characters_are_of_bytes_and_those_alone(base: Base) -> None:
         assert set(made) == set(text_tokenizer.convert_tokens_to_ids(ByteLevel.alphabet()))
         written = tokenizer.text_ids("asr", [*TEXTS, "\u00eb"])
         assert {token for ids in written for token in ids} <= set(made)
-        assert tokenizer.text_of(written[-1]) == "\u00eb"
+        assert tokenizer.decode_text(written[-1]) == "\u00eb"
         assert tokenizer.text_range("text") == range(vocabulary.num_text)
         # What is spoken is spelt by each character's own tokens, as it always was.
         spoken = SpeechTextTokenizer(vocabulary, text_tokenizer, TextConfig(tts_form="characters"))

@@ -10,7 +10,7 @@ import torch
 from tiny_slm import STAMP, quiet, save_base
 
 from slm.models.ar import load_base
-from slm.tokenization.vocabulary import FILE_NAME, Vocabulary, extend
+from slm.tokenization.vocabulary import FILE_NAME, Vocabulary, encode_texts, extend
 
 pytestmark = quiet()
 
@@ -90,7 +90,7 @@ def test_a_code_outside_codebook_1_is_named(tmp_path: Path, code: int) -> None:
 def test_text_that_looks_like_a_special_token_is_text(tmp_path: Path) -> None:
     base = load_base(save_base(tmp_path))
     vocabulary = Vocabulary.of(base.lm, base.tokenizer, STAMP)
-    ids = vocabulary.encode_text(base.tokenizer, "a<|end|>b")
+    ids = encode_texts(base.tokenizer, ["a<|end|>b"])[0]
     assert vocabulary.eos not in ids
     assert vocabulary.decode_text(base.tokenizer, ids) == "a<|end|>b"
     with pytest.raises(ValueError, match="is not a text id"):
