@@ -33,15 +33,16 @@ def run_program(main: Callable[[list[str]], None]) -> None:
 
 
 def finished(what: str, path: str | Path, next_command: str) -> None:
-    """Prints the last lines of a recipe to standard output, on the main process: what was made,
-    where it is, and the command to run next.
+    """Prints the last lines of a recipe to standard error, on the main process: what was made,
+    where it is, and the command to run next. Standard output has results only.
 
     Args:
         what: e.g. "codec of 8 codebooks at 25 Hz, trained for 2000 steps".
         next_command: as one types it in the repository; `path` may be a part of it.
     """
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"Finished: {what}\n    in {path}\nNext: {next_command}", flush=True)
+        lines = f"Finished: {what}\n    in {path}\nNext: {next_command}"
+        print(lines, file=sys.stderr, flush=True)
 
 
 def split_profile(argv: Sequence[str]) -> tuple[int, list[str]]:

@@ -91,7 +91,7 @@ def test_recognised_words_and_speech_alone(
     cache_teachers.main([*settings, *more])
     words = FeatureCache.open(tmp_path / "other").text("dev-0").words
     assert [word.text for word in words] == ["the", "mat"]
-    assert json.loads(capsys.readouterr().out.splitlines()[4])["recordings"] == 4
+    assert json.loads(capsys.readouterr().out.splitlines()[1])["recordings"] == 4
     # Another language's words are others.
     with pytest.raises(ValueError, match="'language': 'de'"):
         cache_teachers.main([*settings, *more, "language=de"])

@@ -86,9 +86,9 @@ def test_evaluation_in_two_settings_resumes(
         "prompt_seconds=0.4", "sampling.frames_per_token=[0.1,0.3]", "sampling.spare_seconds=0.2",
     ]  # fmt: skip
     main([*given, "compare=[no-controls]"])
-    shown = capsys.readouterr().out
+    shown, messages = capsys.readouterr()
     assert shown.startswith((out / "table.md").read_text().strip())
-    assert "Finished: scores" in shown
+    assert "Finished: scores" in messages
     assert "Differences from `given`" in shown
     rows = read_rows(out / "rows.jsonl")
     whole = {(row.system, row.list.partition("@")[0]): row.n for row in rows if not row.utterance}

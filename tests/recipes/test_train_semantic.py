@@ -55,7 +55,7 @@ def test_both_stages_end_to_end_and_the_semantic_half_stays(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, caplog
 ) -> None:
     train_semantic([*settings, f"out={tmp_path / 'semantic'}"])
-    told = json.loads(capsys.readouterr().out.splitlines()[-4])
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told["codec"] == str(tmp_path / "semantic" / "codec")
     reader, codec = CodeRecognizer.load(told["reader"]), Codec.from_pretrained(told["codec"])
     assert torch.equal(reader.entries, codec.entries()[0])
@@ -197,7 +197,7 @@ def test_two_ranks_train_one_codebook(settings: list[str], tmp_path: Path, launc
     script = ROOT / "recipes" / "train_semantic.py"
     done = launch("ddp", script, *settings, f"out={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-4])
+    told = json.loads(done.stdout.splitlines()[-1])
     codec = Codec.from_pretrained(told["codec"])
     assert torch.equal(CodeRecognizer.load(told["reader"]).entries, codec.entries()[0])
     assert codec.quantizer.semantic.codebooks[0].num_updates == 6

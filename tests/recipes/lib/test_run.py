@@ -288,7 +288,8 @@ def test_a_finished_recipe_prints_result_place_and_next_command_once(
     ):
         monkeypatch.setenv("RANK", rank)
         finished("a codec", "out/x", "codec info out/x")
-        assert capsys.readouterr().out.splitlines() == expected
+        printed = capsys.readouterr()
+        assert (printed.out, printed.err.splitlines()) == ("", expected)
 
 
 # Launches
