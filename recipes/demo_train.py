@@ -119,7 +119,7 @@ def main(argv: list[str]) -> None:
     }
     draw(pictures, OUT / "spectrogram.png")
     transcript = json.loads(printed[-3].splitlines()[-1])["text"]
-    tables = [printed[place].partition("Finished:")[0] for place in (len(training) - 1, -1)]
+    tables = [printed[place] for place in (len(training) - 1, -1)]
     scores = [*tables, f"Transcript of original.wav: {transcript}", LIMITS]
     (OUT / "scores.md").write_text("\n".join(scores), encoding="utf-8")
     print(LIMITS)

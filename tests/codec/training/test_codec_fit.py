@@ -61,7 +61,7 @@ def _train_on_rank(rank: int, world: int, port: int, quantizer: str, out: str) -
         torch.distributed.init_process_group(
             "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
         )
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # At seed 0 one vector is equally near two entries, within rounding.
     codec = Codec(replace(TINY, quantizer=QUANTIZERS[quantizer])).train()
     codec.auxiliary.requires_grad_(False)
     model = codec
