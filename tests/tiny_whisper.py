@@ -26,7 +26,7 @@ def tiny_tokenizer() -> Any:
 
 
 def tiny_whisper(multilingual: bool = True, seed: int = 0) -> Any:
-    """Two layers of width 16 with two heads; the vocabulary's size tells whether it is English."""
+    """Two layers of width 16, two heads; the vocabulary of the English or multilingual Whisper."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     torch.manual_seed(seed)

@@ -113,11 +113,11 @@ def test_whole_parts_are_kept_and_damaged_ones_written_again(
     second.unlink()
     third.write_bytes(third.read_bytes()[:100])
     (tmp_path / f".{second.name}.1-2.tmp").write_bytes(b"left by a killed run")
-    told: list[int] = []
-    export(cuts, codec, tmp_path, cuts_per_part=3, on_part=told.append)
+    reported: list[int] = []
+    export(cuts, codec, tmp_path, cuts_per_part=3, on_part=reported.append)
     assert contents(tmp_path) == before
     assert first.stat().st_mtime_ns == kept
-    assert told == [3, 3, 2]
+    assert reported == [3, 3, 2]
     assert not list(tmp_path.glob(".*.tmp"))
 
 
@@ -145,8 +145,8 @@ def test_skipped_recordings_are_tried_again_when_asked(
     kept = last.stat().st_mtime_ns
     write_wav(tmp_path / "audio" / "rec 2.flac", SECONDS[2])
     assert closing_line()["skipped"] == 2
-    mended = closing_line("retry_skipped=true")
-    assert (mended["utterances"], mended["skipped"]) == (7, 1)
+    retried = closing_line("retry_skipped=true")
+    assert (retried["utterances"], retried["skipped"]) == (7, 1)
     assert TokenShard.open(first).ids == ["cut-0", "cut-1", "cut-2"]
     assert last.stat().st_mtime_ns == kept  # Nothing was skipped in it.
 

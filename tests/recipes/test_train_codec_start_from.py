@@ -98,7 +98,7 @@ DAMAGED = '{"family": "spec'
 
 @pytest.mark.parametrize("from_hub", [False, True])
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "shown"),
     [
         (
             {"model_type": "mimi", "audio_channels": 1},
@@ -111,14 +111,14 @@ DAMAGED = '{"family": "spec'
     ],
 )
 def test_what_is_no_codec_of_ours_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: Any, told: str, from_hub: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: Any, shown: str, from_hub: bool
 ) -> None:
     folder, name = written(tmp_path / "started", content), "some/codec"
     file = str(folder / "config.json")
     monkeypatch.setattr(start_from, "hf_hub_download", lambda *_: file if from_hub else None)
     name = name if from_hub else str(folder)
-    told = told.replace("NAME", re.escape(name)).replace("DIR", re.escape(str(folder)))
-    with pytest.raises(ValueError, match=f"^start_from {told}"):
+    shown = shown.replace("NAME", re.escape(name)).replace("DIR", re.escape(str(folder)))
+    with pytest.raises(ValueError, match=f"^start_from {shown}"):
         main([f"start_from={name}", f"out={tmp_path / 'run'}"])
     assert not (tmp_path / "run").exists()
 
@@ -127,8 +127,8 @@ def test_a_name_in_a_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(start_from, "hf_hub_download", None)  # Calling it fails.
     (tmp_path / "models" / "empty").mkdir(parents=True)
-    told = r"^start_from models/none: no such folder; give a hub id .* \(models is a folder here"
-    with pytest.raises(ValueError, match=told):
+    shown = r"^start_from models/none: no such folder; give a hub id .* \(models is a folder here"
+    with pytest.raises(ValueError, match=shown):
         architecture("start_from=models/none")
     with pytest.raises(ValueError, match=r"^start_from models/empty: no config\.json there"):
         architecture("start_from=models/empty")
@@ -153,11 +153,11 @@ def test_another_architecture_is_refused_with_the_keys_that_differ(tmp_path: Pat
     published = config_from_lmspt(RELEASED)
     folder = written(tmp_path / "published", asdict(published))
     given = [RELEASED_FORM, f"start_from={folder}"]
-    told = (
+    shown = (
         f"^start_from {folder} brings its own architecture, and not this one: "
         r"codec\.quantizer\.dropout is 0\.25 here, 0\.5 there; leave the keys of codec out"
     )
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=shown):
         main([*given, "codec.quantizer.dropout=0.25", f"out={tmp_path / 'run'}"])
     small = ["width=16", "semantic_width=8", "decoder_strides=[8,2,6,5,4]", "kernel_size=5"]
     with pytest.raises(ValueError, match=r"codec\.lmspt\.conv\.width is 16 here, 32.*and 1 more"):

@@ -55,17 +55,20 @@ def test_both_stages_end_to_end_and_the_semantic_half_stays(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, caplog
 ) -> None:
     train_semantic([*settings, f"out={tmp_path / 'semantic'}"])
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["codec"] == str(tmp_path / "semantic" / "codec")
-    reader, codec = CodeRecognizer.load(told["reader"]), Codec.from_pretrained(told["codec"])
+    shown = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert shown["codec"] == str(tmp_path / "semantic" / "codec")
+    reader, codec = (
+        CodeRecognizer.load(shown["reader"]),
+        Codec.from_pretrained(shown["codec"]),
+    )
     assert torch.equal(reader.entries, codec.entries()[0])
     assert isinstance(reader.transcribe(codec.encode(noise(1, 1, 9_000)).codes[0, 0].numpy()), str)
-    assert told["dev_cer"] > 0
-    assert 0 < told["entries_used"] <= 1
+    assert shown["dev_cer"] > 0
+    assert 0 < shown["entries_used"] <= 1
     assert "2 recordings left out, without a transcript in letters: 5, 6" in caplog.text
     lists = [each for each in settings if each.startswith(("train=", "dev="))]
     train_codec([
-        *lists, f"out={tmp_path / 'codec'}", f"start_from={told['codec']}", "freeze_semantic=true",
+        *lists, f"out={tmp_path / 'codec'}", f"start_from={shown['codec']}", "freeze_semantic=true",
         "data.seconds=0.6", "data.batch_size=2", "optim.steps=3", "data.num_validation=1",
     ])  # fmt: skip
     before, after = (
@@ -116,8 +119,11 @@ def test_codes_of_whole_recordings_stand_in_for_the_semantic_encoder(
     rows = [row._replace(codes=(row.codes + 1) % 16) for row in shard]
     write_shard(tmp_path / "wrong.parquet", rows, shard.stamp)
     write_shard(tmp_path / "few.parquet", list(shard)[:2], shard.stamp)
-    for name, told in (("wrong", "codebook 1 is not that of start_from"), ("few", "lacks 5 of 7")):
-        with pytest.raises(ValueError, match=told):
+    for name, shown in (
+        ("wrong", "codebook 1 is not that of start_from"),
+        ("few", "lacks 5 of 7"),
+    ):
+        with pytest.raises(ValueError, match=shown):
             train_codec([
                 *given, f"semantic_codes={tmp_path / name}.parquet", f"out={tmp_path / 'other'}",
             ])  # fmt: skip
@@ -197,9 +203,9 @@ def test_two_ranks_train_one_codebook(settings: list[str], tmp_path: Path, launc
     script = ROOT / "recipes" / "train_semantic.py"
     done = launch("ddp", script, *settings, f"out={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    codec = Codec.from_pretrained(told["codec"])
-    assert torch.equal(CodeRecognizer.load(told["reader"]).entries, codec.entries()[0])
+    shown = json.loads(done.stdout.splitlines()[-1])
+    codec = Codec.from_pretrained(shown["codec"])
+    assert torch.equal(CodeRecognizer.load(shown["reader"]).entries, codec.entries()[0])
     assert codec.quantizer.semantic.codebooks[0].num_updates == 6
 
 
@@ -212,7 +218,7 @@ def test_a_run_learns_to_read(settings: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "shown"),
     [
         (["codec.family=spectral"], r"codec\.family must be lmspt"),
         (["batch.packed=70"], r"batch\.packed: recordings stand one in a row"),
@@ -223,20 +229,20 @@ def test_a_run_learns_to_read(settings: list[str], tmp_path: Path) -> None:
     ],
 )
 def test_settings_that_make_no_sense(
-    settings: list[str], tmp_path: Path, given: list[str], told: str
+    settings: list[str], tmp_path: Path, given: list[str], shown: str
 ) -> None:
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=shown):
         train_semantic([*settings, *given, f"out={tmp_path / 'run'}"])
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "shown"),
     [
         ([], "keeps random weights without start_from"),
         (["start_from=x", "losses.weights.distill=1", "distill.speech.model=x"], "leaves no"),
     ],
 )
-def test_freezing_that_makes_no_sense(tmp_path: Path, given: list[str], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_freezing_that_makes_no_sense(tmp_path: Path, given: list[str], shown: str) -> None:
+    with pytest.raises(ValueError, match=shown):
         train_codec([f"out={tmp_path / 'run'}", "freeze_semantic=true", *given])

@@ -1,4 +1,4 @@
-"""The command slm: what is wrong is one line and status 2, and is told early where it can be."""
+"""The command slm: a user error is one line and status 2, before the models load where possible."""
 
 import io
 import json
@@ -350,8 +350,8 @@ def test_command_asr(
     record = json.loads(line)
     assert set(record) == {"audio", "text", "failure"}
     assert record["audio"] == str(good)
-    told = Transcript("so far", "cut")
-    monkeypatch.setattr(Voice, "transcripts", lambda _, first: [told for _ in first])
+    reported = Transcript("so far", "cut")
+    monkeypatch.setattr(Voice, "transcripts", lambda _, first: [reported for _ in first])
     assert run_slm("asr", "--voice", folder, good) == 0
     record = json.loads(capsys.readouterr().out)
     assert (record["text"], record["failure"]) == ("so far", "cut")

@@ -204,6 +204,6 @@ def test_crops_too_short_for_a_window_are_refused(
     with pytest.raises(RuntimeError):
         of[fits](torch.randn(1, 1, too_few))
     models.discriminators = of[longer]
-    told = rf"data\.seconds 0\.1 is too short for a window of discriminators\.{kind}_windows"
-    with pytest.raises(ValueError, match=told):
+    reported = rf"data\.seconds 0\.1 is too short for a window of discriminators\.{kind}_windows"
+    with pytest.raises(ValueError, match=reported):
         check(models, short, LOSSES, accelerator)

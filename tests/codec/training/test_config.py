@@ -129,7 +129,7 @@ WHISPER = ["resynthesis.model=whisper", "losses.weights.resynthesis=1"]
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "reported"),
     [
         (WHISPER[:1], r"resynthesis\.model names the teacher of losses\.weights\.resynthesis"),
         (WHISPER[1:], r"resynthesis\.model names the teacher of losses\.weights\.resynthesis"),
@@ -143,8 +143,8 @@ WHISPER = ["resynthesis.model=whisper", "losses.weights.resynthesis=1"]
         (["codec.quantizer.learning=gradient"], "nothing trains the entries"),
     ],
 )
-def test_a_resynthesis_that_cannot_be_is_refused_in_words(given: list[str], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_a_resynthesis_that_cannot_be_is_refused_in_words(given: list[str], reported: str) -> None:
+    with pytest.raises(ValueError, match=reported):
         check(given)
 
 

@@ -24,12 +24,12 @@ def test_the_mel_distance_is_the_one_that_is_trained(write_wav, tmp_path) -> Non
         {"mel_l2_weight": 1.0},
     ):
         losses = LossConfig(weights=LossWeights(), mel_scales=LOSSES.mel_scales, **changes)
-        told = validate(
+        reported = validate(
             Validation(student, None, None, [cut], CropConfig(), losses), SingleProcess(), 1
         )
         with torch.no_grad():
             out = student.eval()(wave)
             trained = generator_step(out, wave, None, losses, 16_000).parts["mel"]
-        torch.testing.assert_close(told["dev/mel"], float(trained), rtol=1e-3, atol=0)
-        found.append(told["dev/mel"])
+        torch.testing.assert_close(reported["dev/mel"], float(trained), rtol=1e-3, atol=0)
+        found.append(reported["dev/mel"])
     assert len(set(found)) == 3

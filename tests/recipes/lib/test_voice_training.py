@@ -169,11 +169,11 @@ def test_clips_that_cannot_be_used_are_told_before_the_run(
     out = tmp_path / "run"
     given = [f"out={out}", f"ar.base={base}", f"codec={tiny_codec_folder}", f"train={shard}",
              f"dev={shard}"]  # fmt: skip
-    for clips, told in (
+    for clips, reported in (
         (other, "only one codec's shards go together"),
         (tmp_path / "none", "no such token shard"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=reported):
             tts([*given, f"clips={clips}"])
     with pytest.raises(ValueError, match="limit is for utterances"):
         tts([*given, f"clips={shard}", "limit=2"])
@@ -200,18 +200,18 @@ def test_text_is_mixed_in_and_its_perplexity_told(
     out = tmp_path / "run"
     asr([f"out={out}", *given, "ar.tasks.text=0.5", "ar.tasks.continuation=0.5"])
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
-    told = {row["system"]: row for row in rows if row["metric"] == "perplexity"}
-    assert set(told) == {"base", "slm"}
-    assert told["base"]["value"] > 1
-    assert told["slm"]["list"] == told["base"]["list"]
-    assert "torch" in told["slm"]["library"]
+    reported = {row["system"]: row for row in rows if row["metric"] == "perplexity"}
+    assert set(reported) == {"base", "slm"}
+    assert reported["base"]["value"] > 1
+    assert reported["slm"]["list"] == reported["base"]["list"]
+    assert "torch" in reported["slm"]["library"]
     # The rows of speech take their share of the probability.
     for system in ("base", "slm"):
         (whole,) = (
             row["value"] for row in rows
             if (row["metric"], row["system"]) == ("perplexity_all", system)
         )  # fmt: skip
-        assert whole > told[system]["value"]
+        assert whole > reported[system]["value"]
     lines = [json.loads(s) for s in (out / "ar" / "metrics.jsonl").read_text().splitlines()]
     assert any("dev/text_loss" in line for line in lines)
     assert [line["train/hours"] for line in lines if "train/hours" in line][-1] > 0

@@ -169,15 +169,15 @@ def test_what_is_heard_is_given_as_in_training(lm: SpeechLM, monkeypatch) -> Non
     joined = [one for part, text in zip(parts, texts, strict=True) for one in [*part, *text, end]]
     assert joined == made.tokens.tolist()
     assert script.least == 0
-    told = []
+    reported = []
     monkeypatch.setattr(
-        "slm.generation.asr.generate", lambda _, requests, *__: told.extend(requests) or answers
+        "slm.generation.asr.generate", lambda _, requests, *__: reported.extend(requests) or answers
     )
     ids = tokenizer.text_ids("asr", ["the cat "])[0]
     answers = [Generated(tokens=tuple(ids), failure=None, tries=1, seed=0)]
     assert transcribe(lm, [codes])[0].text == "the cat"
-    assert told[0].forced == script
-    assert list(told[0].context) == lead
+    assert reported[0].forced == script
+    assert list(reported[0].context) == lead
 
 
 def test_hearing_a_batch_is_hearing_each_alone(lm: SpeechLM) -> None:

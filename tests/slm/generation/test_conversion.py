@@ -32,11 +32,11 @@ def asked(voice: Voice, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]
     calls: list[tuple[str, int]] = []
     decode = voice.nar.decode
 
-    def told(texts, prompts, first, **options):
+    def reported(texts, prompts, first, **options):
         calls.extend(zip(texts, map(len, first), strict=True))
         return decode(texts, prompts, first, **options)
 
-    monkeypatch.setattr(voice.nar, "decode", told)
+    monkeypatch.setattr(voice.nar, "decode", reported)
     monkeypatch.setattr(voice, "transcripts", lambda first: [Transcript("cat", None)] * len(first))
     return calls
 
@@ -95,17 +95,17 @@ def test_a_long_source_comes_in_pieces(
 def test_a_nar_that_never_lacked_a_text_is_told_of(
     voice: Voice, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told = "nar.text_dropout 0"
+    reported = "nar.text_dropout 0"
     voice.convert(voiced(0.5), "ann", "red hen")
-    assert told not in caplog.text
+    assert reported not in caplog.text
     monkeypatch.setitem(voice.lm.origin, "tasks", {"tts": 1.0, "asr": 0.0})
     voice.convert(voiced(7.5), "ann")
-    assert caplog.text.count(told) == 1
+    assert caplog.text.count(reported) == 1
     caplog.clear()
     used = replace(voice.nar.config, text_dropout=0.1)
     monkeypatch.setattr(voice.nar, "config", used)
     voice.convert(voiced(0.5), "ann")
-    assert told not in caplog.text
+    assert reported not in caplog.text
 
 
 def test_blocks_of_any_size_are_heard_alike(voice: Voice) -> None:

@@ -41,8 +41,8 @@ def alone(lm: SpeechLM, text: str, codes: np.ndarray) -> float:
     written = lm.tokenizer.text.asr_form
     barred[: 256 if written == "characters" else vocabulary.num_text] = False
     barred[vocabulary.eos] = False
-    told = logits[len(context) - 1 : -1].masked_fill(barred, -torch.inf).log_softmax(-1)
-    return float(told[range(len(target)), target].mean())
+    reported = logits[len(context) - 1 : -1].masked_fill(barred, -torch.inf).log_softmax(-1)
+    return float(reported[range(len(target)), target].mean())
 
 
 @pytest.mark.parametrize("positions", [1, 8192])

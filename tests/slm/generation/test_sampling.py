@@ -272,9 +272,9 @@ def test_bounds_and_loops_of_speech_count_frames(lm: SpeechLM) -> None:
     config = SamplingConfig(max_attempts=1, loop_seconds=1.0)
 
     def made(script: list[int], least: int, most: int):
-        told = SpeechLM(Script(lm, [script]), threes, {})
+        reported = SpeechLM(Script(lm, [script]), threes, {})
         request = Request(context=[0, 1], min_tokens=least, max_tokens=most, seed=0)
-        return generate(told, [request], speech_only(told, config), config)[0]
+        return generate(reported, [request], speech_only(reported, config), config)[0]
 
     varied = np.random.default_rng(0).integers(0, 24, 100).tolist()
     cut = made(varied, 0, 30)
@@ -291,16 +291,16 @@ def test_bounds_and_loops_of_speech_count_frames(lm: SpeechLM) -> None:
 def test_the_context_length_counts_tokens_not_frames(lm: SpeechLM) -> None:
     threes = Threes(lm.vocabulary, lm.tokenizer.text_tokenizer)
     room = 20
-    told = SpeechLM(
+    reported = SpeechLM(
         Script(lm, [np.random.default_rng(0).integers(0, 24, 100).tolist()]), threes, {}
     )
-    context = [0] * (told.max_positions - room)
-    assert restrict_speech(told, context, 30, 300, "text") == 3 * room
+    context = [0] * (reported.max_positions - room)
+    assert restrict_speech(reported, context, 30, 300, "text") == 3 * room
     with pytest.raises(ValueError, match="at least 21 new tokens"):
-        restrict_speech(told, context, 3 * room + 1, 300, "text")
+        restrict_speech(reported, context, 3 * room + 1, 300, "text")
     config = SamplingConfig(max_attempts=1, loop_seconds=100.0)
     request = Request(context=context, min_tokens=0, max_tokens=300, seed=0)
-    (made,) = generate(told, [request], speech_only(told, config), config)
+    (made,) = generate(reported, [request], speech_only(reported, config), config)
     assert (made.failure, len(made.tokens)) == ("cut", room)
 
 

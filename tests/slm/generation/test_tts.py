@@ -239,7 +239,7 @@ def test_best_of_n_keeps_the_highest_score(
     assert (said(ann), ann.score, ann.seed, ann.tries) == (OTHER, -1.0, 5 + NEXT_CANDIDATE, 1)
     assert (said(ben), ben.score, ben.seed, ben.tries) == (OTHER, -1.0, 5, 1)
     assert voice.lm.lm.batches == [4]
-    # What failed loses, also where only its wave tells.
+    # A failed attempt ranks last, also where only its wave fails a check.
     for bad in ([], NOTHING, PAUSE):
         voice = models(tokenizer, asr=1.0, ann=[bad, GOOD])
         (made,) = synthesize(voice, asked(voice.lm, utterance(ANN)), config)

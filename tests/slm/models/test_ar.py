@@ -92,13 +92,13 @@ def test_start_from_fully_trained_weights(tmp_path: Path, caplog: pytest.LogCapt
     adapted = make(tmp_path / "other", LoRAConfig(rank=2))
     adapted.save(tmp_path / "adapters")
     other = save_base(tmp_path / "stranger", seed=5)
-    for changes, stamp, told in (
+    for changes, stamp, reported in (
         ({"start_from": str(tmp_path / "adapters")}, STAMP, "has LoRA adapters"),
         ({"base": str(other)}, STAMP, "another text LLM"),
         ({"num_layers": 1}, STAMP, "another number of layers"),
         ({}, replace(STAMP, codebook_sizes=(9, 16, 16)), "another number of rows"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=reported):
             SpeechLM.create(replace(config, **changes), stamp, seed=0)
     slower = replace(STAMP, frame_rate=12.5)
     with pytest.raises(ValueError, match="another frame rate"):

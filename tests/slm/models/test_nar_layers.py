@@ -121,7 +121,7 @@ def test_label_smoothing_only_in_training() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "reported"),
     [
         ({"conv_kernel": 4}, r"nar\.conv_kernel must be odd"),
         ({"stage_decay": 0.0}, r"nar\.stage_decay must be within"),
@@ -129,6 +129,6 @@ def test_label_smoothing_only_in_training() -> None:
         ({"label_smoothing_neighbors": 0.5, "from_codec": True}, "must be 0, or more than 1"),
     ],
 )
-def test_invalid_settings_are_refused(values: dict, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_invalid_settings_are_refused(values: dict, reported: str) -> None:
+    with pytest.raises(ValueError, match=reported):
         NARConfig(**values)
