@@ -88,8 +88,9 @@ def _parser() -> ArgumentParser:
     )  # fmt: skip
     add(
         "--candidates", type=int, metavar="N", dest="num_candidates",
-        help="best-of-N: generate N candidates per text and keep the one whose text has the "
-        "highest likelihood under the model's own ASR; N times the work",
+        help="best-of-N: generate N candidates per text and keep the one that the model's own ASR "
+        "scores best (likelihood of the text; with interleaved sequences the CER of its "
+        "transcript); N times the work",
     )  # fmt: skip
     add("--max-attempts", type=int, metavar="N", help="maximum attempts per item")
     add("--tries", type=int, dest="max_attempts", help=argparse.SUPPRESS)
