@@ -150,14 +150,12 @@ def draw(waves: dict[str, Path], out: Path) -> None:
         waves: recordings by title.
         out: the picture; its suffix decides the format.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     scale = MelScaleConfig(window=1024, hop=160, num_mels=80)
-    figure, axes = pyplot.subplots(len(waves), 1, figsize=(10, 2.2 * len(waves)))
-    for axis, (title, path) in zip(np.atleast_1d(axes), waves.items(), strict=True):
+    figure = Figure(figsize=(10, 2.2 * len(waves)))
+    axes = figure.subplots(len(waves), squeeze=False)[:, 0]
+    for axis, (title, path) in zip(axes, waves.items(), strict=True):
         wave = torch.from_numpy(read_audio(path, SAMPLE_RATE))
         mel = log_mel(wave[None, None], scale, SAMPLE_RATE)[0].numpy()
         extent = (0, len(wave) / SAMPLE_RATE, 0, scale.num_mels)

@@ -124,22 +124,15 @@ def draw(
 ) -> None:
     """Writes the plot. ValueError: matplotlib is not installed."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError(
             "pictures need matplotlib: install the extra `demo` (pip install -e '.[demo]')"
         ) from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     seconds = wave.size / sample_rate
-    figure, axes = pyplot.subplots(
-        4,
-        1,
-        figsize=(min(30.0, max(8.0, 2 * seconds)), 7),
-        height_ratios=[3, 1.5, 1.5, 1.5],
-        layout="constrained",
-    )
+    figure = Figure(figsize=(min(30.0, max(8.0, 2 * seconds)), 7), layout="constrained")
+    axes = figure.subplots(4, height_ratios=[3, 1.5, 1.5, 1.5])
     window = min(512, wave.size)
     # The logarithm of digital silence is not finite.
     noise = 1e-6 * np.random.default_rng(0).standard_normal(wave.size)
@@ -153,7 +146,6 @@ def draw(
     axes[3].set_xlabel(f"frames of {frame_rate:g} Hz (above: the whole recording)")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110, format="png")
-    pyplot.close(figure)
 
 
 def _draw_words(

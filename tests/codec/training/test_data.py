@@ -103,14 +103,14 @@ def test_a_bad_recording_costs_itself(cuts, tmp_path, caplog) -> None:
 
 def test_any_failure_to_read_costs_the_recording_and_is_shared(cuts, tmp_path, monkeypatch) -> None:
     """A file without permission, or whatever lhotse raises for an archive."""
-    read = codec.data.read_audio
+    read = codec.training.data.read_audio
 
     def locked(path, *args, **kwargs):
         if str(path).endswith("1.wav"):
             raise PermissionError(13, "Permission denied", str(path))
         return read(path, *args, **kwargs)
 
-    monkeypatch.setattr(codec.data, "read_audio", locked)
+    monkeypatch.setattr(codec.training.data, "read_audio", locked)
     with pytest.raises(ValueError, match=r"cannot be read \(PermissionError"):
         load_cut(list(cuts)[1], 16_000)
     data = CropDataset(
@@ -147,5 +147,5 @@ def test_lists_of_cuts(cuts, tmp_path) -> None:
     whole = (tmp_path / "cuts.jsonl.gz").read_bytes()
     (tmp_path / "half.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     for name in ("broken.jsonl.gz", "half.jsonl.gz"):
-        with pytest.raises(ValueError, match=f"{name}: not a whole list"):
+        with pytest.raises(ValueError, match=f"{name}: a corrupted list of cuts"):
             read_cuts(tmp_path / name)

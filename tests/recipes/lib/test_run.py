@@ -210,7 +210,7 @@ print(run.resume())
 
 def test_a_full_disk_leaves_earlier_checkpoints(tmp_path: Path) -> None:
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(TRAINING.parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     *said, step_loaded = done.stdout.splitlines()

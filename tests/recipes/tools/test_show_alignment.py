@@ -142,7 +142,7 @@ def test_a_picture_is_drawn_and_the_words_are_printed(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pyplot = pytest.importorskip("matplotlib.pyplot")
+    image = pytest.importorskip("matplotlib.image")
     out = tmp_path / "new" / "picture.png"
     argv = [recording, "--text", "the cats sat", "--text-model", text_model]
     program.main([*argv, "--transcriber", transcriber, "--out", str(out), "--frame-rate", "25"])
@@ -154,8 +154,7 @@ def test_a_picture_is_drawn_and_the_words_are_printed(
     for word in results["words"]:
         first, stop = word["ctc"] or (0, 0)
         assert (stop - first) / 25 == pytest.approx(word["end"] - word["start"], abs=0.08)
-    assert pyplot.imread(out).ndim == 3
-    assert not pyplot.get_fignums()
+    assert image.imread(out).ndim == 3
 
 
 def test_invalid_arguments_are_refused(
@@ -173,6 +172,6 @@ def test_invalid_arguments_are_refused(
         program.main([recording, *out, "--frame-rate", "0"])
     with pytest.raises(ValueError, match="no word was recognized"):
         program.main([recording, *out, *models_given, "--text", " "])
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match="install the extra `demo`"):
         program.main([recording, *out, *models_given, "--text", "cats sat"])
