@@ -125,6 +125,11 @@ def _close_output() -> None:
         os.dup2(null, descriptor)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: '1 line', '2 lines'."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """'; did you mean A or B?' with up to three of the `known` names, or an empty text.
 

@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
         lm = voice.lm
         if lm.origin["adapter"]:
             shutil.copytree(config.voice / "ar", folder / "ar")
-            lm.save_origin(folder / "ar", beside=config.voice / "ar")
+            lm.save_origin(folder / "ar", loaded_from=config.voice / "ar")
         else:
             lm = as_adapters(lm, config.base, config.rank, coverage)
             lm.save(folder / "ar")

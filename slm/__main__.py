@@ -221,29 +221,43 @@ def _check_recording(path: str) -> None:
 
 def _tts(arguments: argparse.Namespace) -> None:
     from codec.io import FileLock
-    from slm.batch_tts import Throughput, prepare, read_list, result, synthesize_list
+    from slm.batch_tts import (
+        Throughput,
+        check_list,
+        prepare_line,
+        read_tts_list,
+        result,
+        synthesize_list,
+    )
     from slm.voice import check_name
 
     _check_tts_flags(arguments)
     target = arguments.stream if arguments.out is None else arguments.out
     listed = Path(arguments.list) if arguments.list else None
-    entries = read_list(listed) if listed is not None else []
+    entries = read_tts_list(listed) if listed is not None else []
     if target != "-":
         _check_place(target, is_folder=listed is not None)
     if listed is None and target != "-":
         check_name(target)
     sampling = _sampling(arguments)
-    _check_tts_of(arguments)
-    voice = _load(arguments, **sampling)
+    summary = _check_tts_of(arguments)
     if listed is not None:
+        checked = check_list(entries, summary, listed)
         out = Path(target)
-        with FileLock(out):
-            synthesize_list(voice, entries, listed, out, seed=arguments.seed, batch=arguments.batch)
+        try:
+            voice = _load(arguments, **sampling)
+            with FileLock(out):
+                synthesize_list(
+                    voice, checked, listed, out, seed=arguments.seed, batch=arguments.batch
+                )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted; the same command continues") from None
         return
+    voice = _load(arguments, **sampling)
     line = {"text": arguments.text, "prompt": arguments.prompt}
     if arguments.prompt_text is not None:
         line["prompt_text"] = arguments.prompt_text
-    text = prepare(voice, line, Path(), arguments.seed)
+    text = prepare_line(voice, line, Path(), arguments.seed)
     if arguments.stream is not None:
         waves = voice.stream_prepared(text, arguments.chunk_seconds)
         _stream(arguments.stream, waves, voice.codec.sample_rate)
@@ -274,8 +288,9 @@ def _check_tts_flags(arguments: argparse.Namespace) -> None:
     _check_numbers(arguments)
 
 
-def _check_tts_of(arguments: argparse.Namespace) -> None:
-    """Raises ValueError for a request that the voice cannot fulfil, before it is loaded."""
+def _check_tts_of(arguments: argparse.Namespace) -> "VoiceSummary":
+    """The summary of the voice. Raises ValueError for a request that the voice cannot fulfil; the
+    lines of a list are checked by `check_list`."""
     from slm.export.voice_folder import VoiceSummary
     from slm.models.ar import check_task
 
@@ -286,7 +301,7 @@ def _check_tts_of(arguments: argparse.Namespace) -> None:
             "--candidates: they are compared by the voice's own ASR, but it was trained without asr"
         )
     if arguments.list is not None:
-        return
+        return summary
     _check_text(summary, arguments.text, "text")
     _check_text(summary, arguments.prompt_text, "prompt_text")
     _check_prompt(summary, arguments.prompt)
@@ -295,6 +310,7 @@ def _check_tts_of(arguments: argparse.Namespace) -> None:
             check_task(summary.tasks, "asr")
         except ValueError as error:
             raise ValueError(f"{error}; give --prompt-text") from None
+    return summary
 
 
 def _stream(target: str, waves: Iterable[np.ndarray], sample_rate: int) -> None:

@@ -3,16 +3,19 @@
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
 
 from codec.io import atomic_file, sha256_of
+from codec.program import counted
+from slm.export.voice_folder import VoiceSummary
 from slm.generation.long_form import LongText
 from slm.generation.tts import Speech
+from slm.models.ar import check_task
 from slm.voice import Voice
 
 logger = logging.getLogger("slm")
@@ -23,7 +26,18 @@ Line = dict[str, str]
 """id, text, prompt and perhaps prompt_text."""
 
 
-def read_list(path: Path) -> list[tuple[int, Any]]:
+class ListEntry(NamedTuple):
+    """A line of a list, as checked without the models."""
+
+    number: int
+    """Number of the line in the file."""
+    line: Line
+    """Its fields; empty if they are of the wrong form."""
+    error: str | None
+    """Why it is skipped; None: it passes."""
+
+
+def read_tts_list(path: Path) -> list[tuple[int, Any]]:
     """The lines of a JSONL file with their numbers; None for a line that is not JSON.
 
     Raises:
@@ -41,7 +55,49 @@ def read_list(path: Path) -> list[tuple[int, Any]]:
     return entries
 
 
-def _check_entry(entry: Any, seen: set[str]) -> Line:
+def check_list(
+    entries: Sequence[tuple[int, Any]], summary: VoiceSummary, listed: Path
+) -> list[ListEntry]:
+    """Checks the lines of the file `listed` without the models: fields, texts and prompts.
+
+    Raises:
+        ValueError: no line is usable.
+    """
+    checked: list[ListEntry] = []
+    seen: set[str] = set()
+    for number, entry in entries:
+        line: Line = {}
+        error = None
+        try:
+            line = _line_of(entry, seen)
+            _check_line(line, summary, listed.parent)
+        except ValueError as found:
+            error = str(found)
+        checked.append(ListEntry(number, line, error))
+    if checked and all(each.error is not None for each in checked):
+        number, _, error = checked[0]
+        raise ValueError(f"{listed}: no line is usable; line {number}: {error}")
+    return checked
+
+
+def _check_line(line: Line, summary: VoiceSummary, folder: Path) -> None:
+    """Raises ValueError for a text or prompt that the voice cannot use."""
+    text, prompt_text = line["text"], line.get("prompt_text")
+    check_unicode(text=text, prompt_text=prompt_text)
+    summary.coverage.check(text, "text")
+    if prompt_text is not None:
+        summary.coverage.check(prompt_text, "prompt_text")
+    prompt = prompt_source(summary.prompts, line["prompt"], folder)
+    if isinstance(prompt, Path) and prompt_text is None:
+        try:
+            check_task(summary.tasks, "asr")
+        except ValueError as error:
+            raise ValueError(f"{error}; give prompt_text") from None
+
+
+def _line_of(entry: Any, seen: set[str]) -> Line:
+    """The known fields of a line. Raises ValueError for a missing field and one of another type,
+    and for an id of `seen`, to which its own is added."""
     if not isinstance(entry, dict):
         raise ValueError("not a JSON object")
     for key in ("id", "text", "prompt"):
@@ -88,7 +144,7 @@ class Throughput:
 
 def synthesize_list(
     voice: Voice,
-    entries: list[tuple[int, Any]],
+    entries: Sequence[ListEntry],
     listed: Path,
     out: Path,
     *,
@@ -97,8 +153,9 @@ def synthesize_list(
 ) -> None:
     """Generates the lines of the file `listed` into `out`: ID.wav of each line, and results.jsonl.
 
-    Lines that an earlier run has generated with the same settings are skipped; so are bad lines.
-    A bad line with an id is in results.jsonl, without audio.
+    Lines that an earlier run has generated with the same settings are skipped; so are bad lines,
+    those of `check_list` and those that the models refuse. A bad line with an id is in
+    results.jsonl, without audio.
 
     Raises:
         ValueError: all lines are bad.
@@ -108,7 +165,6 @@ def synthesize_list(
     done = _finished(results, out)
     waiting: list[tuple[Line, LongText]] = []
     skipped: list[str] = []
-    seen: set[str] = set()
     throughput, num_done = Throughput(), 0
 
     def generate(file: IO[str]) -> None:
@@ -121,20 +177,24 @@ def synthesize_list(
         waiting.clear()
 
     # Lone surrogates, which JSON may contain, are written as escapes.
-    with open(results, "a", encoding="utf-8", errors="backslashreplace") as file:
-        for number, entry in tqdm(entries, desc="tts", unit="line"):
-            line: Line = {}
+    with (
+        open(results, "a", encoding="utf-8", errors="backslashreplace") as file,
+        tqdm(entries, desc="tts", unit="line") as progress,
+    ):
+        for number, line, error in progress:
             try:
-                line = _check_entry(entry, seen)
-                line["request"] = _request(voice, line, folder, settings)
-                if done.get(line["id"]) == line["request"]:
+                if error is not None:
+                    raise ValueError(error)
+                request = _request(voice, line, folder, settings)
+                if done.get(line["id"]) == request:
                     num_done += 1
                     continue
-                waiting.append((line, prepare(voice, line, folder, seed)))
-            except (ValueError, OSError) as error:
-                skipped.append(f"line {number}: {error}")
+                text = prepare_line(voice, line, folder, seed)
+                waiting.append(({**line, "request": request}, text))
+            except (ValueError, OSError) as refusal:
+                skipped.append(f"line {number}: {refusal}")
                 if line:
-                    _append(file, _refused(line, error, seed))
+                    _append(file, _refused(line, refusal, seed))
                 continue
             if sum(len(text.utterances) for _, text in waiting) >= batch:
                 generate(file)
@@ -144,11 +204,11 @@ def synthesize_list(
     for reason in skipped:
         logger.warning("skipped %s", reason)
     logger.info(
-        "%d lines: %d skipped, %d done before; %s",
-        len(entries), len(skipped), num_done, throughput,
+        "%s: %d skipped, %d done before; %s",
+        counted(len(entries), "line"), len(skipped), num_done, throughput,
     )  # fmt: skip
     if entries and len(skipped) == len(entries):
-        raise ValueError(f"{listed}: no line could be used")
+        raise ValueError(f"{listed}: no line is usable")
 
 
 def check_unicode(**texts: str | None) -> None:
@@ -160,7 +220,7 @@ def check_unicode(**texts: str | None) -> None:
             raise ValueError(f"{name} is no text: {text!r} has half a character") from error
 
 
-def prepare(voice: Voice, line: Mapping[str, str], folder: Path, seed: int) -> LongText:
+def prepare_line(voice: Voice, line: Mapping[str, str], folder: Path, seed: int) -> LongText:
     """Checks and encodes a line; a prompt's path is relative to the current folder, or `folder`.
 
     Raises:
@@ -226,7 +286,7 @@ def _replace(results: Path, lines: Iterable[str]) -> None:
 def result(audio: str, prompt: str, speech: Speech) -> dict[str, Any]:
     """The record of a speech, for results.jsonl and standard output. Logs a failure."""
     if speech.failure is not None:
-        logger.warning("%s: %s after %d attempts", audio, speech.failure, speech.tries)
+        logger.warning("%s: %s after %s", audio, speech.failure, counted(speech.tries, "attempt"))
     return {
         "audio": audio,
         "text": speech.text,

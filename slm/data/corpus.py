@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from codec.program import counted
 from codec.tokens import TokenShard
 from codec.transcripts import has_words, lowercase_if_all_caps
 
@@ -105,13 +106,14 @@ def within(corpus: Corpus, lengths: Int[np.ndarray, " N"], longest: int) -> Corp
     return replace(corpus, items=corpus.items[keep])
 
 
-def log_skipped(shard: TokenShard, rows: np.ndarray, reason: str) -> None:
+def log_skipped(shard: TokenShard, rows: Int[np.ndarray, " N"], reason: str) -> None:
+    """Logs a warning with the number of skipped rows and the ids of the first NUM_LISTED."""
     if rows.size:
         ids = [shard.ids[i] for i in rows]
         tail = " ..." if len(ids) > NUM_LISTED else ""
         logger.warning(
-            "%s: skipped %d items %s: %s%s",
-            name_of(shard), len(ids), reason, ", ".join(ids[:NUM_LISTED]), tail,
+            "%s: skipped %s %s: %s%s",
+            name_of(shard), counted(len(ids), "item"), reason, ", ".join(ids[:NUM_LISTED]), tail,
         )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from codec.program import counted
 from slm.config import SamplingConfig
 from slm.data.sequences import NO_FORCED_TOKENS, ForcedTokens
 from slm.generation.checks import Failure, is_loop
@@ -193,8 +194,8 @@ def generate(
         waiting = failed
         if waiting and config.max_attempts > 1:
             logger.info(
-                "attempt %d of %d failed for %d items",
-                attempt + 1, config.max_attempts, len(waiting),
+                "attempt %d of %d failed for %s",
+                attempt + 1, config.max_attempts, counted(len(waiting), "item"),
             )  # fmt: skip
     return [result for result in results if result is not None]
 

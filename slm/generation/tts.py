@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from codec.program import counted
 from slm.config import SamplingConfig
 from slm.data.coverage import Coverage
 from slm.data.prompts import Prompt
@@ -155,8 +156,9 @@ def synthesize(
         failed = sum(one.failure is not None for one in made)
         if failed and sampling.max_attempts > 1:
             logger.info(
-                "attempt %d of %d failed for %d items", number + 1, sampling.max_attempts, failed
-            )
+                "attempt %d of %d failed for %s",
+                number + 1, sampling.max_attempts, counted(failed, "item"),
+            )  # fmt: skip
     return [one for one in best if one is not None]
 
 

@@ -187,7 +187,7 @@ class SpeechLM(nn.Module):
         weights = dict(self.state_dict()) if state is None else dict(state)
         weights = {name.removeprefix("lm."): value for name, value in weights.items()}
         if self.origin["adapter"]:
-            # `auto` would look for the base on the hub, and would copy the whole table.
+            # `auto` would look for the base on the hub, and would copy all of the table.
             self.lm.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
             (folder / "README.md").unlink(missing_ok=True)
         else:
@@ -197,17 +197,17 @@ class SpeechLM(nn.Module):
         self.tokenizer.save(folder)
         self.save_origin(folder)
 
-    def save_origin(self, folder: str | Path, beside: str | Path | None = None) -> None:
+    def save_origin(self, folder: str | Path, loaded_from: str | Path | None = None) -> None:
         """Writes base.json. The path of a local LLM is stored relative to the folder as well, so
         that both can be moved together.
 
         Args:
             folder: `ar/` of the voice.
-            beside: the folder that this AR was loaded from, if it was.
+            loaded_from: the folder of the AR that this one is a copy of; None: a new one.
         """
         folder, origin = Path(folder), dict(self.origin)
-        if beside is not None and "relative" in origin:
-            origin["relative"] = os.path.relpath(Path(beside) / origin["relative"], folder)
+        if loaded_from is not None and "relative" in origin:
+            origin["relative"] = os.path.relpath(Path(loaded_from) / origin["relative"], folder)
         elif Path(origin["name"]).exists():
             origin["relative"] = os.path.relpath(origin["name"], folder)
         with atomic_file(folder / BASE_FILE) as temporary:
@@ -358,13 +358,13 @@ def digest_of(lm: nn.Module) -> str:
 
 
 def add_adapters(
-    lm: Any, config: LoRAConfig, rows: Sequence[int], whole: Sequence[str] = ()
+    lm: Any, config: LoRAConfig, rows: Sequence[int], full_modules: Sequence[str] = ()
 ) -> Any:
     """An LLM with LoRA adapters (peft).
 
     Args:
         rows: ids whose embedding rows are trained.
-        whole: names of modules that are trained in full.
+        full_modules: names of modules whose parameters are trained directly.
 
     Raises:
         ValueError: for `config.targets` that name the embedding or the head.
@@ -385,7 +385,7 @@ def add_adapters(
         lora_dropout=config.dropout,
         target_modules=list(config.targets) or "all-linear",
         trainable_token_indices=row_parameters(lm, rows),
-        modules_to_save=list(whole) or None,
+        modules_to_save=list(full_modules) or None,
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
@@ -506,7 +506,7 @@ def _load_adapted(
     if loaded.digest != origin["digest"]:
         raise ValueError(
             f"{found}: not the text LLM that {folder} was trained on: its digest is "
-            f"{loaded.digest}, {BASE_FILE} says {origin['digest']}"
+            f"{loaded.digest}, {BASE_FILE} has {origin['digest']}"
         )
     extend(loaded.lm, vocabulary, seed=0)
     _read_object(folder / "adapter_config.json", ("peft_type", "target_modules", "r"))

@@ -78,7 +78,7 @@ def as_adapters(lm: SpeechLM, base: str | Path, rank: int, coverage: Coverage) -
                 change = trained[plain].weight - before[plain]
                 _put(module, factorise(change.float(), rank))
             elif plain in norms:
-                _put_whole(module, trained[plain])
+                _put_full(module, trained[plain])
         for name, rows_of in adapted.named_parameters():
             if "trainable_tokens_delta" in name:
                 table = name.removeprefix(PREFIX).split(".token_adapter.")[0]
@@ -131,5 +131,5 @@ def _put(module: Any, factors: Factors) -> None:
     module.lora_B[ADAPTER].weight.copy_(factors.b)
 
 
-def _put_whole(module: Any, trained: nn.Module) -> None:
+def _put_full(module: Any, trained: nn.Module) -> None:
     module.modules_to_save[ADAPTER].load_state_dict(trained.state_dict())

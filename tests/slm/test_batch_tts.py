@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,23 +76,60 @@ def test_a_list_costs_only_its_bad_lines(
     assert "times real time" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"id": "x"}, "text is missing"),
+        (
+            {"id": "x", "text": "\u043f", "prompt": "ann"},
+            "of the script CYRILLIC",
+        ),
+        ({"id": "x", "text": "...", "prompt": "ann"}, "text '...' has no words"),
+        ({"id": "x", "text": TEXT, "prompt": "no.wav"}, "no.wav: no such recording"),
+        ({"id": "x", "text": TEXT, "prompt": "p.wav"}, "trained without asr; give prompt_text"),
+        (
+            {"id": "x", "text": TEXT, "prompt": "ann", "prompt_text": ".."},
+            "prompt_text '..' has no words",
+        ),
+    ],
+)
+def test_a_list_without_a_usable_line_is_refused_before_the_voice_is_loaded(
+    folder: Path, tmp_path: Path, line: dict[str, str], message: str,
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, write_wav: Callable[..., Path],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(Voice, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    write_wav(tmp_path / "p.wav", 0.5)
+    other = copy_of(folder, tmp_path)
+    base = json.loads((other / "ar" / "base.json").read_text())
+    base["tasks"]["asr"] = 0.0
+    (other / "ar" / "base.json").write_text(json.dumps(base))
+    listed, out = tmp_path / "list.jsonl", tmp_path / "out"
+    listed.write_text(f"\n{json.dumps(line)}\nnot json\n")
+    assert run_slm("tts", "--voice", other, "--list", listed, "--out", out) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith(f"error: {listed}: no line is usable; line 2: ")
+    assert message in error
+    assert not out.exists()
+
+
 @pytest.mark.usefixtures("brief")
 def test_lists_with_nothing_to_generate(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
 ) -> None:
     listed, out = tmp_path / "list.jsonl", tmp_path / "out"
     arguments = ["--voice", folder, "--list", listed, "--out", out]
-    listed.write_text('{"id": "x"}\nnot json\n')
+    (tmp_path / "empty.wav").write_bytes(b"")
+    listed.write_text(json.dumps({"id": "x", "text": TEXT, "prompt": "empty.wav"}))
     with caplog.at_level(logging.INFO):
         assert run_slm("tts", *arguments) == 2
-    assert "nothing was generated" in caplog.text
-    assert capsys.readouterr().err.strip().endswith("list.jsonl: no line could be used")
+    assert "1 line: 1 skipped, 0 done before; nothing was generated" in caplog.text
+    assert capsys.readouterr().err.strip().endswith("list.jsonl: no line is usable")
     listed.write_text(json.dumps({"id": "x", "text": TEXT, "prompt": "ann"}))
     assert run_slm("tts", *arguments) == 0
     caplog.clear()
     with caplog.at_level(logging.INFO):
         assert run_slm("tts", *arguments) == 0
-    assert "1 lines: 0 skipped, 1 done before; nothing was generated" in caplog.text
+    assert "1 line: 0 skipped, 1 done before; nothing was generated" in caplog.text
 
 
 @pytest.mark.usefixtures("brief")
@@ -109,6 +147,37 @@ def test_a_list_goes_on_where_it_stopped(folder: Path, tmp_path: Path) -> None:
     assert (out / "0.wav").stat().st_mtime_ns == before
     records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [record["id"] for record in records] == ["0", "1", "2"]
+
+
+@pytest.mark.usefixtures("brief")
+def test_an_interrupted_list_continues_with_the_same_command(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    listed, out = tmp_path / "list.jsonl", tmp_path / "out"
+    lines = [json.dumps({"id": str(i), "text": TEXT, "prompt": "ann"}) for i in range(3)]
+    listed.write_text("\n".join(lines))
+    arguments = ["tts", "--voice", folder, "--list", listed, "--out", out, "--batch", "1"]
+    original, calls = Voice.synthesize_batch, []
+
+    def interrupted(voice: Voice, utterances: list) -> list:
+        calls.append(len(utterances))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(voice, utterances)
+
+    monkeypatch.setattr(Voice, "synthesize_batch", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert run_slm(*arguments) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; the same command continues"
+    assert [path.name for path in out.glob("*.wav")] == ["0.wav"]
+    with caplog.at_level(logging.INFO):
+        assert run_slm(*arguments) == 0
+    assert "3 lines: 0 skipped, 1 done before" in caplog.text
+    assert len(list(out.glob("*.wav"))) == 3
 
 
 @pytest.mark.usefixtures("brief")

@@ -253,8 +253,8 @@ def test_useless_items_are_skipped_counted_and_listed(
     with caplog.at_level(logging.WARNING):
         data = ar_data(tmp_path / "a.parquet", base, vocabulary)
     assert data.corpus.items.tolist() == [0, 3, 4, 5]
-    assert "skipped 1 items without words: item-1" in caplog.text
-    assert "skipped 1 items longer than 256 positions: item-2" in caplog.text
+    assert "skipped 1 item without words: item-1" in caplog.text
+    assert "skipped 1 item longer than 256 positions: item-2" in caplog.text
 
 
 def test_nothing_usable_is_an_error(tmp_path, base, vocabulary) -> None:

@@ -33,8 +33,8 @@ def test_what_says_nothing_or_has_no_frames_is_left_out(
     assert corpus.texts[2] == "a red hen"
     assert np.array_equal(corpus.codes(1), corpus.shard[3].codes)
     assert corpus.num_frames[1] == corpus.codes(1).shape[1]
-    assert "skipped 1 items without words: item-1" in caplog.text
-    assert "skipped 1 items without frames: item-2" in caplog.text
+    assert "skipped 1 item without words: item-1" in caplog.text
+    assert "skipped 1 item without frames: item-2" in caplog.text
     assert usable(corpus.shard, limit=2).items.tolist() == [0, 3]
     for limit in (0, -1):
         with pytest.raises(ValueError, match=f"limit must be at least 1, got {limit}"):
@@ -46,7 +46,7 @@ def test_what_is_too_long_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureF
     with caplog.at_level(logging.WARNING):
         kept = within(corpus, np.array([5, 9, 10, 11]), 10)
     assert kept.items.tolist() == [0, 3, 4]
-    assert "skipped 1 items longer than 10 positions: item-5" in caplog.text
+    assert "skipped 1 item longer than 10 positions: item-5" in caplog.text
     with pytest.raises(ValueError, match="no item has at most 4 positions"):
         within(corpus, np.array([5, 9, 10, 11]), 4)
 

@@ -151,7 +151,7 @@ def test_each_failed_attempt_is_logged_once(
     voice = models(tokenizer, ann=[PAUSE, GOOD])
     synthesize(voice, asked(voice.lm, utterance(ANN)), SHORT)
     assert [record.getMessage() for record in caplog.records] == [
-        f"attempt 1 of {SHORT.max_attempts} failed for 1 items"
+        f"attempt 1 of {SHORT.max_attempts} failed for 1 item"
     ]
 
 
