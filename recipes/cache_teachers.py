@@ -20,8 +20,7 @@ from codec.distillation.feature_cache import complete_cache, write_cache
 from codec.distillation.teachers import load_speech_teacher, load_text_teacher
 from codec.distillation.word_alignment import load_transcriber
 from codec.training.data import read_cuts
-from codec.training.run import make_accelerator
-from recipes.export_tokens import lock_folder
+from codec.training.run import lock_folder, make_accelerator
 from recipes.lib.run import finished, load_config, run_program
 
 logger = logging.getLogger(__name__)

@@ -18,18 +18,17 @@ import torch
 
 from codec import load_codec, read_audio, write_audio
 from codec.program import ArgumentParser
-from codec.training.config import MelScaleConfig
-from codec.training.losses import log_mel
 from eval.speaker import SpeakerEncoder, similarity
 from eval.text import word_errors
 from eval.transcribe import Judge
 from recipes.lib.commands import Command, run
 from recipes.lib.run import finished, run_program
+from recipes.lib.spectrogram import draw_spectrograms
+from recipes.offline.packaged_models import JUDGE, SPEAKER, check_models
 from slm.data.prompts import load_prompts
 
 SAMPLE_RATE = 16_000
 VOICE, OUT = Path("models/small"), Path("out/voice")
-JUDGE, SPEAKER = Path("models/whisper-base"), Path("models/speaker-encoder")
 TEXT = "The old clock struck nine, and nobody in the quiet house noticed."
 
 
@@ -68,7 +67,9 @@ def main(argv: list[str]) -> None:
     write_prompts(args.voice, args.out, names)
     commands, waves = commands_of(args, names)
     printed = [run(command, number, len(commands)) for number, command in enumerate(commands, 1)]
-    draw({one.title: args.out / one.name for one in waves}, args.out / "spectrogram.png")
+    draw_spectrograms(
+        {one.title: args.out / one.name for one in waves}, args.out / "spectrogram.png"
+    )
     transcript = json.loads(printed[-1].splitlines()[-1])["text"]
     report = f"{score(waves, args.out)}\nTranscript of speech.wav by `slm asr`: {transcript}\n"
     (args.out / "scores.md").write_text(report, encoding="utf-8")
@@ -78,13 +79,6 @@ def main(argv: list[str]) -> None:
         f"{files} in {time.monotonic() - began:.0f} s", args.out,
         f"slm tts --voice {args.voice} --text TEXT --prompt {names[0]} --out OUT.wav",
     )  # fmt: skip
-
-
-def check_models(*folders: Path) -> None:
-    """Raises ValueError for a model folder that does not exist."""
-    for folder in folders:
-        if not folder.is_dir():
-            raise ValueError(f"{folder} does not exist; run `make models` first")
 
 
 def commands_of(args: argparse.Namespace, names: list[str]) -> tuple[list[Command], list[Wave]]:
@@ -141,30 +135,6 @@ def score(waves: list[Wave], out: Path) -> str:
         wer = word_errors(one.text, hypothesis).rate
         rows.append(f"| {one.name} | {100 * wer:.0f} % | {cosine:.2f} | {hypothesis} |")
     return "\n".join(rows)
-
-
-def draw(waves: dict[str, Path], out: Path) -> None:
-    """Writes the log-mel spectrograms of recordings, one below the other, as a picture.
-
-    Args:
-        waves: recordings by title.
-        out: the picture; its suffix decides the format.
-    """
-    from matplotlib.figure import Figure
-
-    scale = MelScaleConfig(window=1024, hop=160, num_mels=80)
-    figure = Figure(figsize=(10, 2.2 * len(waves)))
-    axes = figure.subplots(len(waves), squeeze=False)[:, 0]
-    for axis, (title, path) in zip(axes, waves.items(), strict=True):
-        wave = torch.from_numpy(read_audio(path, SAMPLE_RATE))
-        mel = log_mel(wave[None, None], scale, SAMPLE_RATE)[0].numpy()
-        extent = (0, len(wave) / SAMPLE_RATE, 0, scale.num_mels)
-        axis.imshow(mel, origin="lower", aspect="auto", extent=extent, cmap="magma")
-        axis.set_title(title, fontsize=9)
-        axis.set_ylabel("mel bin")
-    axes[-1].set_xlabel("seconds")
-    figure.tight_layout()
-    figure.savefig(out, dpi=110)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from codec import write_audio
 from codec.training.data import load_cut, read_cuts
-from recipes.demo import JUDGE, SPEAKER, check_models, draw
 from recipes.lib.commands import HERE, Command, launch, run
 from recipes.lib.run import finished, run_program
+from recipes.lib.spectrogram import draw_spectrograms
+from recipes.offline.packaged_models import JUDGE, SPEAKER, check_models
 
 OUT = Path("out/demo")
 VOICE = OUT / "tts" / "voice"
@@ -117,7 +118,7 @@ def main(argv: list[str]) -> None:
         "recording": OUT / "original.wav",
         "reconstruction by the codec": OUT / "reconstruction.wav",
     }
-    draw(pictures, OUT / "spectrogram.png")
+    draw_spectrograms(pictures, OUT / "spectrogram.png")
     transcript = json.loads(printed[-3].splitlines()[-1])["text"]
     tables = [printed[place] for place in (len(training) - 1, -1)]
     scores = [*tables, f"Transcript of original.wav: {transcript}", LIMITS]

@@ -93,6 +93,16 @@ def test_imports_have_no_circles() -> None:
         visit(module, ())
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_programs_are_not_imported(path: Path) -> None:
+    """Files on top of recipes/ and in recipes/tools/ run; what they share lies in the folders."""
+    for module in imports(path):
+        source = ROOT / f"{module.replace('.', '/')}.py"
+        program = source.parent in (ROOT / "recipes", ROOT / "recipes" / "tools")
+        shared = "move what both need to recipes/lib, recipes/scoring or recipes/offline"
+        assert not (program and source.is_file()), f"{name(path)} imports {module}: {shared}"
+
+
 def test_every_room_has_a_noun() -> None:
     nameless = {"utils", "util", "helpers", "helper", "misc", "common"}
     named = [name(path) for path in SOURCES if nameless & {*path.parts[:-1], path.stem}]

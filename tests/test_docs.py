@@ -154,7 +154,7 @@ def check_command(words: Sequence[str]) -> None:
 
 def check_models(text: str) -> None:
     """Raises where a text names a folder of models/ that nothing makes."""
-    from recipes.offline_models import MODELS
+    from recipes.offline.packaged_models import MODELS
 
     for folder in re.findall(r"\bmodels/([\w.-]+)", text):
         made = {model.name for model in MODELS} | {"small"}

@@ -15,7 +15,7 @@ from codec import load_codec
 from recipes.lib.commands import HERE, Command, run
 from recipes.lib.config import CONFIGS, load_config
 from recipes.lib.voice_training import VoiceConfig
-from recipes.offline_models import MODELS
+from recipes.offline.packaged_models import MODELS
 
 V = TypeVar("V", bound=VoiceConfig)
 

@@ -126,7 +126,7 @@ def build(source: CodecSource) -> tuple[str, SpeechCodec]:
     if kind == "random":
         return _random_baseline(name)
     if kind == "config" or (kind == "unfolded" and name.endswith((".yaml", ".yml"))):
-        from recipes.train_codec import TrainCodecConfig
+        from recipes.lib.codec_training import TrainCodecConfig
 
         torch.manual_seed(0)
         config = load_config(TrainCodecConfig, ["--config", name])

@@ -21,9 +21,10 @@ from tiny_teachers import save_speech_teacher
 from codec import Codec, CodecConfig
 from codec.__main__ import main as codec_main
 from codec.interop.lmspt import config_from_lmspt
-from recipes import train_codec as start_from
+from recipes.lib import codec_training
+from recipes.lib.codec_training import TrainCodecConfig, check_codec, starting_architecture
 from recipes.lib.run import load_config
-from recipes.train_codec import TrainCodecConfig, check_codec, main, starting_architecture
+from recipes.train_codec import main
 from tests.codec.training.test_config import WHISPER, train
 
 CONFIGS = ROOT / "recipes" / "configs" / "codec"
@@ -115,7 +116,7 @@ def test_what_is_no_codec_of_ours_is_named(
 ) -> None:
     folder, name = written(tmp_path / "started", content), "some/codec"
     file = str(folder / "config.json")
-    monkeypatch.setattr(start_from, "hf_hub_download", lambda *_: file if from_hub else None)
+    monkeypatch.setattr(codec_training, "hf_hub_download", lambda *_: file if from_hub else None)
     name = name if from_hub else str(folder)
     shown = shown.replace("NAME", re.escape(name)).replace("DIR", re.escape(str(folder)))
     with pytest.raises(ValueError, match=f"^start_from {shown}"):
@@ -125,7 +126,7 @@ def test_what_is_no_codec_of_ours_is_named(
 
 def test_a_name_in_a_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(start_from, "hf_hub_download", None)  # Calling it fails.
+    monkeypatch.setattr(codec_training, "hf_hub_download", None)  # Calling it fails.
     (tmp_path / "models" / "empty").mkdir(parents=True)
     shown = r"^start_from models/none: no such folder; give a hub id .* \(models is a folder here"
     with pytest.raises(ValueError, match=shown):

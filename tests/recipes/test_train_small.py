@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from recipes.lib.codec_training import TrainCodecConfig
 from recipes.lib.commands import HERE
 from recipes.lib.config import load_config
 from recipes.lib.voice_training import VoiceConfig
-from recipes.train_codec import TrainCodecConfig
 from recipes.train_semantic import TrainSemanticConfig
 from recipes.train_small import CODEC, CUTS, OUT, SEMANTIC, main, training_commands
 

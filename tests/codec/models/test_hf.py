@@ -22,9 +22,9 @@ from codec.tokens import TokenShard
 from eval.benchmark import read_rows
 from recipes import benchmark
 from recipes.export_tokens import main as export_tokens
+from recipes.lib.codec_training import TrainCodecConfig, build_models
 from recipes.lib.voice_training import finish_voice
 from recipes.scoring import judges as scoring
-from recipes.train_codec import TrainCodecConfig, build_models
 from slm.config import SamplingConfig
 from slm.voice import Voice
 from tests.recipes.test_benchmark import prepare_cuts

@@ -16,8 +16,8 @@ from codec.modules.discriminators import (
 )
 from codec.training.config import DiscriminatorConfig
 from codec.training.losses import adversarial_loss, discriminator_loss, feature_loss
+from recipes.lib.codec_training import TrainCodecConfig
 from recipes.lib.run import load_config
-from recipes.train_codec import TrainCodecConfig
 
 TINY = DiscriminatorConfig(
     periods=(2, 3), num_scales=2, stft_windows=(128,), stft_filters=4, band_windows=(128,),

