@@ -168,7 +168,7 @@ def _check_speech(wave: np.ndarray, path: str | Path, allow_silence: bool) -> No
         raise ValueError(f"{path}: the recording is silent (peak {peak:.1e}); record it again")
 
 
-def check_wave(
+def check_recording(
     wave: Float[np.ndarray, " S"], name: str | Path, *, allow_silence: bool = False
 ) -> None:
     """Raises `ValueError` that names the recording if it is empty, silent or not finite."""
@@ -177,7 +177,7 @@ def check_wave(
     _check_speech(wave, name, allow_silence)
 
 
-def resample(
+def resample_wave(
     wave: Float[np.ndarray, " S"], source_rate: int, target_rate: int
 ) -> Float[np.ndarray, " s"]:
     """Band-limited resampling of a mono wave between two rates in Hz (soxr HQ)."""

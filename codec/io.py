@@ -8,12 +8,15 @@ import os
 import shutil
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -134,6 +137,16 @@ def sha256_of(source: bytes | str | Path, digits: int = 64) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()[:digits]
     content = source.encode() if isinstance(source, str) else source
     return hashlib.sha256(content).hexdigest()[:digits]
+
+
+def sha256_of_tensors(named: Iterable[tuple[str, "Tensor"]], digits: int = 16) -> str:
+    """The first hex digits of the SHA-256 over names in UTF-8 and the tensors' bytes, in the given
+    order. Tensors must have a data type that numpy has."""
+    digest = hashlib.sha256()
+    for name, tensor in named:
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:digits]
 
 
 class FileLock:

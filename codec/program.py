@@ -12,7 +12,8 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 RANK_DELAY = 5.0
@@ -82,6 +83,21 @@ def run_program(program: Callable[[], None]) -> None:
         if not _is_first_rank():
             time.sleep(RANK_DELAY)
         raise
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Suppresses transformers' warnings and loading reports inside the block, and its progress bars
+    from then on."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def catch_interrupts() -> None:

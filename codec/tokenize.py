@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Skipped(NamedTuple):
+class SkippedRecording(NamedTuple):
     """A cut that could not be read."""
 
     id: str
@@ -45,10 +45,10 @@ class Summary(NamedTuple):
 
     num_utterances: int
     hours: float
-    skipped: list[Skipped]
+    skipped: list[SkippedRecording]
 
 
-def export(
+def export_tokens(
     cuts: Sequence["Cut"],
     codec: SpeechCodec,
     folder: str | Path,
@@ -100,7 +100,9 @@ def summarize(folder: str | Path, num_parts: int) -> Summary:
     files = [folder / name for name in part_names(num_parts)]
     shard = TokenShard.open(folder)
     skipped = [
-        Skipped(*entry) for file in files for entry in json.loads(read_notes(file)["skipped"])
+        SkippedRecording(*entry)
+        for file in files
+        for entry in json.loads(read_notes(file)["skipped"])
     ]
     with atomic_file(folder / "skipped.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(entry._asdict()) + "\n" for entry in skipped))
@@ -153,13 +155,13 @@ def _is_done(path: Path, stamp: CodecStamp, digest: str, retry_skipped: bool) ->
 
 def _encode_part(
     cuts: Sequence["Cut"], codec: SpeechCodec, batch_seconds: float
-) -> tuple[list[TokenRow], list[Skipped]]:
+) -> tuple[list[TokenRow], list[SkippedRecording]]:
     rows: dict[str, TokenRow] = {}
-    skipped: list[Skipped] = []
+    skipped: list[SkippedRecording] = []
 
     def skip(cut: "Cut", reason: str) -> None:
         logger.warning("skipped %s: %s", cut.id, reason)
-        skipped.append(Skipped(cut.id, reason))
+        skipped.append(SkippedRecording(cut.id, reason))
 
     short: list[Cut] = []
     for cut in cuts:

@@ -10,7 +10,6 @@ and judge.
 """
 
 import argparse
-import hashlib
 import json
 import logging
 import math
@@ -21,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from codec.audio import read_audio, resample, write_audio
-from codec.io import sha256_of
+from codec.audio import read_audio, resample_wave, write_audio
+from codec.io import sha256_of, sha256_of_tensors
 from codec.program import ArgumentParser
 from codec.tokenize import text_of
 from codec.training.run import git_revision
@@ -83,7 +82,8 @@ def benchmark_reconstruction(args: argparse.Namespace) -> None:
     cuts = list(read_cuts(args.cuts))[: args.limit]
     rate, digest = codec.sample_rate, codec.stamp.digest
     if args.auxiliary:  # The stamp's digest is without that decoder.
-        digest = sha256_of(f"{digest} {digest_of_module(codec.auxiliary)}", 16)
+        auxiliary = sha256_of_tensors(sorted(codec.auxiliary.state_dict().items()))
+        digest = sha256_of(f"{digest} {auxiliary}", 16)
     part = "auxiliary" if args.auxiliary else num_codebooks
     name = args.name or f"{Path(args.codec).name}-{part}"
 
@@ -117,15 +117,6 @@ def benchmark_reconstruction(args: argparse.Namespace) -> None:
     )
 
 
-def digest_of_module(module: Any) -> str:
-    """Returns a digest of a module's tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def recordings_of(cuts: Iterable[Any]) -> list[Path]:
     """Returns the audio files of cuts."""
     recordings = [cut.recording for cut in cuts if getattr(cut, "recording", None) is not None]
@@ -157,7 +148,7 @@ def reconstruct(
             return decoded[0, 0, : wave.size].float().cpu().numpy()
         decoded = codec.resynthesize(codes.codes, codes.lengths)[0, 0].float().cpu().numpy()
     rate = codec.config.lmspt.auxiliary.sample_rate
-    return resample(decoded, rate, codec.sample_rate)[: wave.size]
+    return resample_wave(decoded, rate, codec.sample_rate)[: wave.size]
 
 
 def benchmark_tts(args: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from codec import load_codec
-from codec.tokenize import export, num_parts, summarize
+from codec.tokenize import export_tokens, num_parts, summarize
 from codec.training.data import read_cuts
 from codec.training.run import lock_folder, make_accelerator
 from recipes.lib.run import finished, load_config, run_program
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     rank, world = accelerator.process_index, accelerator.num_processes
     lock = lock_folder(config.out, accelerator)
     with tqdm(total=len(cuts), desc="export", unit="cut", disable=rank > 0) as bar:
-        export(
+        export_tokens(
             cuts,
             codec,
             config.out,

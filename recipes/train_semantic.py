@@ -27,10 +27,10 @@ from codec.config import AuxiliaryConfig, CodecConfig, LMSPTConfig, at_least
 from codec.distillation.asr_supervision import (
     SemanticStudent,
     TranscribedBatch,
-    ctc_loss,
     greedy_labels,
+    transcript_nll,
 )
-from codec.distillation.ctc_reader import STEPS, CodeRecognizer, ctc_labels, letters_in
+from codec.distillation.ctc_reader import STEPS, CodeRecognizer, letters_in, transcript_labels
 from codec.distillation.word_alignment import min_ctc_steps
 from codec.modules.quantize import codebook_usage, count_codes
 from codec.modules.ssl_encoders import config_for_whisper, load_whisper
@@ -40,7 +40,7 @@ from codec.training.config import SupervisedOptimConfig
 from codec.training.data import Share, load_cut, read_cuts
 from codec.training.loop import Losses
 from codec.training.run import make_accelerator, start_run
-from codec.training.supervised import evaluate, fit
+from codec.training.supervised import dev_metrics, fit_supervised
 from recipes.lib.config import current_keys
 from recipes.lib.run import PROFILE_HELP, finished, load_config, run_program, split_profile
 from slm.config import BatchConfig
@@ -123,7 +123,7 @@ class Recordings:
         seed: int, bad_file: Path,
     ):  # fmt: skip
         self._sample_rate, self._bad_file = codec.sample_rate, bad_file
-        spelt = [ctc_labels(text_of(cut), letters) for cut in cuts]
+        spelt = [transcript_labels(text_of(cut), letters) for cut in cuts]
         frame_rate = codec.sample_rate / codec.hop_length
         frames = [int(np.ceil(cut.duration * frame_rate)) for cut in cuts]
         transcribed, longest = np.array([bool(labels) for labels in spelt]), batch.positions
@@ -200,7 +200,7 @@ def semantic_step(
     """CTC in nats a letter, and the means over the batch's frames. Right letters (all less the edit
     distance) are counted in evaluation alone: "accuracy" is 1 - CER there."""
     output = model(batch)
-    spelling = ctc_loss(output, batch, hop).sum()
+    spelling = transcript_nll(output, batch, hop).sum()
     total = (
         weights.letters * spelling / num_targets
         + weights.features * output.features
@@ -251,8 +251,10 @@ def main(argv: list[str]) -> None:
     load_whisper(student.encoder, config.whisper)
     logger.info("letters: %s", letters)
     step = partial(semantic_step, weights=config.weights, hop=codec.hop_length)
-    model = fit(student, step, data, held, run, config.optim)
-    scores = evaluate(model, step, held, accelerator, held.num_steps(1, 1), SemanticStudent.groups)
+    model = fit_supervised(student, step, data, held, run, config.optim)
+    scores = dev_metrics(
+        model, step, held, accelerator, held.num_steps(1, 1), SemanticStudent.groups
+    )
     use = _use(student, held, accelerator)
     if accelerator.is_main_process:
         list_bad(bad_file)

@@ -23,7 +23,7 @@ from torchaudio.functional import edit_distance
 
 from codec import load_codec, read_audio, write_audio
 from codec.audio import check_name as check_name
-from codec.audio import check_wave, stream_audio
+from codec.audio import check_recording, stream_audio
 from codec.io import sha256_of
 from codec.transcripts import has_words
 from slm.config import SamplingConfig
@@ -539,4 +539,4 @@ def _check_samples(wave: Any, name: str, *, also: str = "", allow_silence: bool 
         raise ValueError(f"{name}: give samples from -1 to 1 as floats, not as {wave.dtype}")
     if wave.ndim != 1:
         raise ValueError(f"{name}: give samples of one channel (S,), not shape {wave.shape}")
-    check_wave(wave, name, allow_silence=allow_silence)
+    check_recording(wave, name, allow_silence=allow_silence)

@@ -84,7 +84,7 @@ class SemanticStudent(nn.Module):
         return self.encoder.features(batch.wave, batch.lengths, offsets)
 
 
-def ctc_loss(
+def transcript_nll(
     output: SemanticOutput, batch: TranscribedBatch, hop_length: int
 ) -> Float[Tensor, " B"]:
     """Negative log-likelihood of each transcript in nats; 0 where it has more labels than steps."""

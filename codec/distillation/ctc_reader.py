@@ -54,7 +54,7 @@ def letters_in(texts: Sequence[str]) -> str:
     return "".join(sorted(one for one in found - {" "} if not _is_number(one)))
 
 
-def ctc_labels(text: str, letters: str) -> list[int] | None:
+def transcript_labels(text: str, letters: str) -> list[int] | None:
     """Labels of a transcript, from 1 on.
 
     None where no letter is left, and for a character that is not in `letters`, such as a digit,
@@ -147,7 +147,7 @@ class CodeRecognizer(nn.Module):
         words = text.split()
         labels = []
         for word in words:
-            found = ctc_labels(word, self.letters)
+            found = transcript_labels(word, self.letters)
             if found is None and any(one.isalnum() for one in word):
                 raise ValueError(f"{word!r} has characters that are not among the recognizer's")
             labels.append(found or [])

@@ -23,7 +23,7 @@ from codec.audio import resample_batch
 from codec.distillation.teachers import SpeechTeacher, TextTeacher
 from codec.distillation.word_alignment import Word
 from codec.io import atomic_file, sha256_of
-from codec.tokenize import Skipped, batches_of, loaded, text_of
+from codec.tokenize import SkippedRecording, batches_of, loaded, text_of
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
@@ -42,7 +42,7 @@ AGAIN = "run recipes/cache_teachers.py again (complete shards are kept)"
 NEW_CACHE = "write another cache with one into a new folder (recipes/cache_teachers.py)"
 
 
-class Entry(NamedTuple):
+class CacheEntry(NamedTuple):
     """Position of a recording in the cache."""
 
     shard: str
@@ -72,7 +72,7 @@ class CacheSummary(NamedTuple):
     num_recordings: int
     hours: float
     num_bytes: int
-    skipped: list[Skipped]
+    skipped: list[SkippedRecording]
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def _check_length(
         )
 
 
-def _read_shard(path: Path, facts: Mapping[str, Any]) -> dict[str, Entry]:
+def _read_shard(path: Path, facts: Mapping[str, Any]) -> dict[str, CacheEntry]:
     """The recordings of a shard, from its header alone.
 
     Raises CorruptedShard for a truncated file, ValueError for other wrong content.
@@ -176,7 +176,7 @@ def _read_shard(path: Path, facts: Mapping[str, Any]) -> dict[str, Entry]:
             frames = tensor["shape"][0] if kind == "speech" else frames
         if facts["speech"]:
             _check_length(path, recording, frames, seconds, facts["speech"])
-        entries[recording] = Entry(path.name, seconds, frames)
+        entries[recording] = CacheEntry(path.name, seconds, frames)
     return entries
 
 
@@ -215,7 +215,9 @@ def _stamp(facts: Mapping[str, Any]) -> str:
 class FeatureCache:
     """Random access to a complete cache, also from loader processes: each opens the files once."""
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any], index: Mapping[str, Entry]) -> None:
+    def __init__(
+        self, folder: Path, facts: Mapping[str, Any], index: Mapping[str, CacheEntry]
+    ) -> None:
         self.folder, self.facts, self._index = folder, facts, index
         self._files: dict[str, Any] = {}
         self._process = os.getpid()
@@ -242,7 +244,7 @@ class FeatureCache:
         facts = read_facts(folder)
         for kind, expected in (("speech", speech), ("text", text)):
             _check_teacher(folder, kind, facts[kind], expected)
-        index: dict[str, Entry] = {}
+        index: dict[str, CacheEntry] = {}
         if "shards" not in facts:
             raise ValueError(f"{folder}: the cache is incomplete; {AGAIN}")
         for name, size in facts["shards"].items():
@@ -308,7 +310,7 @@ class FeatureCache:
         )
         return CachedWords(words, states, sentence)
 
-    def _entry(self, recording: str) -> Entry:
+    def _entry(self, recording: str) -> CacheEntry:
         if recording not in self._index:
             raise ValueError(f"{self.folder}: no recording {recording!r}; {AGAIN}")
         return self._index[recording]
@@ -404,7 +406,7 @@ def write_cache(
             for cut, result in extractor.compute(batch):
                 if isinstance(result, str):
                     logger.warning("skipped %s: %s", cut.id, result)
-                    skipped.append(Skipped(cut.id, result))
+                    skipped.append(SkippedRecording(cut.id, result))
                 else:
                     shards.add(cut.id, *result)
             bar.update(len(batch))
@@ -529,11 +531,11 @@ def _to_float16(states: Tensor) -> Tensor:
     return halved
 
 
-def _existing(folder: Path, rank: int, facts: Mapping[str, Any]) -> dict[str, Entry]:
+def _existing(folder: Path, rank: int, facts: Mapping[str, Any]) -> dict[str, CacheEntry]:
     """Recordings in the folder; removes truncated shards and temporary files of a killed run."""
     for leftover in folder.glob(f".features-{rank:03d}-*.tmp"):
         leftover.unlink(missing_ok=True)
-    index: dict[str, Entry] = {}
+    index: dict[str, CacheEntry] = {}
     for path in _shard_files(folder):
         try:
             index.update(_read_shard(path, facts))
@@ -574,7 +576,7 @@ def _check_disk(folder: Path, cuts: Sequence["Cut"], facts: Mapping[str, Any]) -
 
 
 def _summary(folder: Path, facts: Mapping[str, Any]) -> CacheSummary:
-    index: dict[str, Entry] = {}
+    index: dict[str, CacheEntry] = {}
     for path in _shard_files(folder):
         index.update(_read_shard(path, facts))
     num_bytes = sum(path.stat().st_size for path in _shard_files(folder))
@@ -583,7 +585,7 @@ def _summary(folder: Path, facts: Mapping[str, Any]) -> CacheSummary:
         for path in sorted(folder.glob("skipped-*.jsonl"))
         for line in path.read_text().splitlines()
     ]
-    skipped = {one["id"]: Skipped(**one) for one in map(json.loads, lines)}
+    skipped = {one["id"]: SkippedRecording(**one) for one in map(json.loads, lines)}
     skipped = [one for one in skipped.values() if one.id not in index]
     hours = sum(entry.seconds for entry in index.values()) / 3600
     return CacheSummary(len(index), hours, num_bytes, skipped)

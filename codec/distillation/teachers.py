@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from codec.audio import mel_filterbank
 from codec.io import check_source
+from codec.program import quiet_transformers
 from codec.transcripts import lowercase_if_all_caps, lowercase_words
 
 logger = logging.getLogger(__name__)
@@ -223,9 +224,9 @@ class _MaskedGroupNorm(nn.Module):
 class WhisperTeacher(SpeechTeacher):
     """Whisper's encoder on waves of any length (transformers' own takes exactly 30 s).
 
-    `per_item` False: the log-mel's floor is that of the batch, see `log_mel`; items then depend on
-    each other. `offsets` of `forward` are the positions of the items' first frames in the 30 s
-    window (default 0), for training that must not depend on the position.
+    `per_item` False: the log-mel has the floor of the batch (`whisper_log_mel`): items depend on
+    each other. `offsets` of `forward` are the positions of the items' first frames in the
+    30 s window (default 0), for training that must not depend on the position.
     """
 
     def __init__(self, network: nn.Module, *, name: str, layer: str, per_item: bool = True) -> None:
@@ -252,7 +253,9 @@ class WhisperTeacher(SpeechTeacher):
         offsets: Int[Tensor, " B"] | None = None,
     ) -> Sequence[Tensor]:
         network = self.network
-        mel = log_mel(waves.to(self.device), network.config.num_mel_bins, per_item=self.per_item)
+        mel = whisper_log_mel(
+            waves.to(self.device), network.config.num_mel_bins, per_item=self.per_item
+        )
         frames = torch.tensor(lengths, device=mel.device) // self.hop_length
         counted = torch.arange(mel.shape[-1] // 2, device=mel.device) < frames[:, None]
         # The first convolution's receptive field reaches into the padding: zero it.
@@ -278,7 +281,7 @@ class WhisperTeacher(SpeechTeacher):
         return states
 
 
-def log_mel(
+def whisper_log_mel(
     wave: Float[Tensor, "B S"], num_mels: int, *, per_item: bool = True
 ) -> Float[Tensor, "B M T"]:
     """Whisper's input features, T = S / 160 frames at 100 Hz (arXiv 2212.04356, section 2.2).
@@ -514,7 +517,7 @@ def loading(model: str, purpose: str) -> Iterator[None]:
     """Turns every exception of transformers and tokenizers into a ValueError of one line."""
     check_source(model)
     try:
-        with quiet():
+        with quiet_transformers():
             yield
     except Exception as error:  # tokenizers raises bare Exceptions.
         reason = " ".join(str(error).split())[:300]
@@ -522,20 +525,6 @@ def loading(model: str, purpose: str) -> Iterator[None]:
             f"{model}: cannot be loaded as a {purpose}; give a hub id (owner/name) or a folder "
             f"that transformers saved: {reason}"
         ) from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Suppresses transformers' warnings, progress bars and loading reports."""
-    from transformers.utils import logging as transformers_logging
-
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
 
 
 def _normalizes(model: str) -> bool:

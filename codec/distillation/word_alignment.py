@@ -22,8 +22,8 @@ from codec.distillation.teachers import (
     WhisperTeacher,
     loading,
     network_dtype,
-    quiet,
 )
+from codec.program import quiet_transformers
 from codec.transcripts import lowercase_words
 
 CTC_KINDS = ("wav2vec2", "hubert", "wavlm")
@@ -120,7 +120,7 @@ class _BatchedTranscriber:
                     f"recording {item} lasts {count / self.sample_rate:.1f} s: this model aligns a "
                     f"text to {self.max_seconds:g} s at most; cut the recording and its text"
                 )
-            for start, stop in split_at_pauses(row, self.max_seconds * self.sample_rate):
+            for start, stop in split_at_low_energy(row, self.max_seconds * self.sample_rate):
                 piece = _Piece(item, start, row[start:stop], texts[item].split() if texts else None)
                 if piece.wave.abs().amax() >= SILENCE_PEAK and piece.words != []:
                     pieces.append(piece)
@@ -287,7 +287,7 @@ class WhisperTranscriber(_BatchedTranscriber):
         from transformers.modeling_outputs import BaseModelOutput
 
         states = BaseModelOutput(last_hidden_state=hidden.to(self.encoder.dtype))  # pyright: ignore
-        with quiet():
+        with quiet_transformers():
             tokens = self.model.generate(encoder_outputs=states, **self.options)
         rows = ([token for token in row if token < self.end] for row in tokens.tolist())
         return [row[: self.max_tokens] for row in rows]
@@ -402,7 +402,7 @@ def load_transcriber(
     )
 
 
-def split_at_pauses(wave: Float[Tensor, " S"], limit: float | int) -> Iterator[tuple[int, int]]:
+def split_at_low_energy(wave: Float[Tensor, " S"], limit: float | int) -> Iterator[tuple[int, int]]:
     """Parts [start, stop) of at most `limit` samples, cut where their last sixth is quietest."""
     start = 0
     while len(wave) - start > limit:

@@ -112,7 +112,7 @@ def import_lmspt(config_file: str | Path, checkpoint_file: str | Path) -> Codec:
     except ValueError as error:
         raise ValueError(f"{config_file}: {error}") from error
     try:
-        return codec_from_state(config, read_state(Path(checkpoint_file)))
+        return _codec_from_state(config, read_state(Path(checkpoint_file)))
     except ValueError as error:
         raise ValueError(f"{checkpoint_file}: {error}") from error
 
@@ -173,10 +173,10 @@ def from_lmspt(original: Original) -> Codec:
 
     Raises `ValueError` that names the missing, unknown, misshapen and unusable tensors.
     """
-    return codec_from_state(config_from_lmspt(original.config), original.state)
+    return _codec_from_state(config_from_lmspt(original.config), original.state)
 
 
-def codec_from_state(config: CodecConfig, state: Mapping[str, Tensor]) -> Codec:
+def _codec_from_state(config: CodecConfig, state: Mapping[str, Tensor]) -> Codec:
     """A codec of `config` with the original's tensors. Raises `ValueError` as `from_lmspt`.
 
     For a shared encoder one of its two names is enough. Without tensors of an auxiliary decoder the

@@ -21,7 +21,7 @@ CONTEXT_SECONDS = 2.0
 CONTEXT_FRAMES = 32
 
 
-class Chunk(NamedTuple):
+class ChunkWithContext(NamedTuple):
     """Frames [start, stop) including context, and the slice of them that is kept."""
 
     start: int
@@ -29,12 +29,12 @@ class Chunk(NamedTuple):
     keep: slice
 
 
-def chunks_with_context(num_frames: int, size: int, context: int) -> Iterator[Chunk]:
+def chunks_with_context(num_frames: int, size: int, context: int) -> Iterator[ChunkWithContext]:
     """Chunks of `size` frames, each with up to `context` frames on both sides."""
     for first in range(0, num_frames, size):
         last = min(first + size, num_frames)
         start, stop = max(first - context, 0), min(last + context, num_frames)
-        yield Chunk(start, stop, slice(first - start, last - start))
+        yield ChunkWithContext(start, stop, slice(first - start, last - start))
 
 
 class Codes(NamedTuple):

@@ -1,6 +1,5 @@
 """Codec: building, loading, saving, weight norm folding, and rounding to half precision."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,6 +24,7 @@ from codec.io import (
     check_config_file,
     check_source,
     check_trainable,
+    sha256_of_tensors,
 )
 from codec.models.base import SpeechCodec
 from codec.models.lmspt import DualEncoder, build_auxiliary, build_decoder, build_quantizer
@@ -420,10 +420,6 @@ def _sums(state: dict[str, Tensor], name: str) -> Tensor:
 
 
 def _digest(codec: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(codec.state_dict().items()):
-        if name.startswith("auxiliary."):
-            continue  # Used in training only: codes and waves do not depend on it.
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    # The auxiliary decoder is used in training only: codes and waves do not depend on it.
+    state = sorted(codec.state_dict().items())
+    return sha256_of_tensors(item for item in state if not item[0].startswith("auxiliary."))

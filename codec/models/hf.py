@@ -4,7 +4,6 @@ Codes and waves equal those of transformers' own `encode` (with the model's feat
 `decode`. Only `load_codec` imports this file.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from math import prod
@@ -15,10 +14,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from codec.distillation.teachers import loading, quiet
-from codec.io import apply_umask_to_weights
+from codec.distillation.teachers import loading
+from codec.io import apply_umask_to_weights, sha256_of, sha256_of_tensors
 from codec.models.base import CHUNK_SECONDS, SpeechCodec
 from codec.modules.layers import Lengths, ceil_div
+from codec.program import quiet_transformers
 from codec.tokens import CodecStamp
 
 MAX_ENTRIES = 1 << 16  # Token shards store codes as uint16.
@@ -53,12 +53,11 @@ class Baseline(SpeechCodec):
     @cached_property
     def _digest(self) -> str:
         # Over the tensors only: their names differ between versions of transformers.
-        tensors = (tensor.cpu().contiguous() for tensor in self.state_dict().values())
-        each = [
-            hashlib.sha256(repr(tuple(tensor.shape)).encode() + tensor.numpy().tobytes()).digest()
-            for tensor in tensors
-        ]
-        return hashlib.sha256(b"".join(sorted(each))).hexdigest()[:16]
+        tensors = self.state_dict().values()
+        each = sorted(
+            sha256_of_tensors([(str(tuple(tensor.shape)), tensor)], 64) for tensor in tensors
+        )
+        return sha256_of(bytes.fromhex("".join(each)), 16)
 
     @property
     def stamp(self) -> CodecStamp:
@@ -77,7 +76,7 @@ class Baseline(SpeechCodec):
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Writes config.json and model.safetensors; `options` are those of transformers."""
-        with quiet():
+        with quiet_transformers():
             self.network.save_pretrained(save_directory, **options)
         apply_umask_to_weights(save_directory)
 

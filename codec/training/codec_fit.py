@@ -11,7 +11,7 @@ from codec.io import atomic_folder
 from codec.models.codec import Codec
 from codec.modules.discriminators import BandDiscriminator, STFTDiscriminator
 from codec.modules.quantize import codebook_usage
-from codec.training.codec_step import Models, Trainer, train_step
+from codec.training.codec_step import Trainer, TrainingModels, train_step
 from codec.training.config import CodecOptimConfig, CropConfig, LossConfig
 from codec.training.data import CropDataset, crop_batches
 from codec.training.loop import Phases, Reading, train_loop
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def fit(
-    models: Models,
+    models: TrainingModels,
     train: Sequence["Cut"],
     dev: Sequence["Cut"],
     run: Run,
@@ -41,11 +41,11 @@ def fit(
     The trained codec is in `run.folder / "codec"` at the end.
     """
     accelerator, codec = run.accelerator, models.student.codec
-    check(models, crops, losses, accelerator)
+    check_training_setup(models, crops, losses, accelerator)
     validation = Validation(
         models.student, models.teachers, models.resynthesis, dev, crops, losses
     )  # fmt: skip
-    trainer = prepare(models, accelerator, losses, optim)
+    trainer = prepare_trainer(models, accelerator, losses, optim)
     dataset = CropDataset(
         train,
         sample_rate=codec.sample_rate,
@@ -90,8 +90,8 @@ def fit(
     accelerator.wait_for_everyone()
 
 
-def prepare(
-    models: Models, accelerator: Any, losses: LossConfig, optim: CodecOptimConfig
+def prepare_trainer(
+    models: TrainingModels, accelerator: Any, losses: LossConfig, optim: CodecOptimConfig
 ) -> Trainer:
     """Makes the optimisers, and wraps what is trained."""
     models.student.train()
@@ -135,7 +135,9 @@ def metrics(
     return values
 
 
-def check(models: Models, crops: CropConfig, losses: LossConfig, accelerator: Any) -> None:
+def check_training_setup(
+    models: TrainingModels, crops: CropConfig, losses: LossConfig, accelerator: Any
+) -> None:
     """Raises `ValueError` for a launch or crops that cannot train these models."""
     if accelerator.distributed_type.value == "DEEPSPEED":
         raise ValueError(

@@ -34,7 +34,7 @@ from codec.training.losses import (
 
 
 @dataclass
-class Models:
+class TrainingModels:
     """Trained modules and their supervision; None where its losses have no weight."""
 
     student: Student
@@ -58,7 +58,7 @@ class TeacherTargets(NamedTuple):
 class Trainer:
     """What stays the same from batch to batch."""
 
-    models: Models
+    models: TrainingModels
     """As accelerate prepared them."""
     optimizers: list[Any]
     """The codec's, and the discriminators' where there are some."""
@@ -176,7 +176,7 @@ def train_step(trainer: Trainer, crops: Crops, *, adversarial: bool) -> None:
     trainer.meter.add(parts | {"batches": torch.ones((), device=wave.device)})
 
 
-def teacher_targets(models: Models, crops: Crops) -> TeacherTargets:
+def teacher_targets(models: TrainingModels, crops: Crops) -> TeacherTargets:
     """The targets of a batch of crops."""
     targets = TeacherTargets({}, DistillConfig())
     if models.teachers is not None:

@@ -28,7 +28,7 @@ StepFunction = Callable[[nn.Module, Any, float], Losses]
 the targets of each of the model's `groups`."""
 
 
-def fit(
+def fit_supervised(
     model: nn.Module,
     step_function: StepFunction,
     train: Data,
@@ -52,7 +52,9 @@ def fit(
     configure_engine(accelerator, config)
     model, optimizer = accelerator.prepare(model, optimizer)
     logger.info(
-        "%s; padding %.1f %% of positions", describe(accelerator, model), 100 * train.padding_share
+        "%s; padding %.1f %% of positions",
+        describe_model(accelerator, model),
+        100 * train.padding_share,
     )
     meter, norm, updates = Meter(), 0.0, 0
     batches = _prefetched(train, run, config)
@@ -86,7 +88,7 @@ def fit(
 
     def evaluate_dev(step: int) -> dict[str, float]:
         assert dev is not None
-        return evaluate(model, step_function, dev, accelerator, config.eval_batches, groups)
+        return dev_metrics(model, step_function, dev, accelerator, config.eval_batches, groups)
 
     phases = Phases(
         train_step=train_step, metrics=metrics,
@@ -118,7 +120,7 @@ def _prefetched(data: Data, run: Run, config: OptimConfig) -> Generator[list[Sha
 
 
 @torch.no_grad()
-def evaluate(
+def dev_metrics(
     model: nn.Module,
     step_function: StepFunction,
     dev: Data,
@@ -167,7 +169,7 @@ def configure_engine(accelerator: Any, config: OptimConfig) -> None:
     )
 
 
-def describe(accelerator: Any, model: nn.Module) -> str:
+def describe_model(accelerator: Any, model: nn.Module) -> str:
     """A prepared model in words: engine class, ZeRO stage, ranks, precision, parameters."""
 
     def size(parameter: Any) -> int:

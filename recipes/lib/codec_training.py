@@ -23,7 +23,7 @@ from codec.distillation.targets import Teachers
 from codec.io import check_config_file, check_source, check_trainable
 from codec.modules.discriminators import Discriminators
 from codec.tokens import TokenShard
-from codec.training.codec_step import Models
+from codec.training.codec_step import TrainingModels
 from codec.training.config import (
     CodecOptimConfig,
     CropConfig,
@@ -194,7 +194,7 @@ def check_codec(
             )
 
 
-def build_models(config: TrainCodecConfig, device: str | torch.device) -> Models:
+def build_models(config: TrainCodecConfig, device: str | torch.device) -> TrainingModels:
     """The codec in training, and who trains it. Raises `ValueError` where they do not fit."""
     codec = Codec.from_pretrained(config.start_from) if config.start_from else Codec(config.codec)
     check_codec(codec.config, config.losses, config.resynthesis, config.start_from)
@@ -213,7 +213,7 @@ def build_models(config: TrainCodecConfig, device: str | torch.device) -> Models
         codec, config.distill, teachers.widths if teachers else None,
         config.resynthesis if resynthesis else None,
     )  # fmt: skip
-    return Models(student, discriminators, teachers, resynthesis)
+    return TrainingModels(student, discriminators, teachers, resynthesis)
 
 
 def known_codes(

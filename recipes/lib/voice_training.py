@@ -22,7 +22,7 @@ from codec.io import atomic_file, atomic_folder, sha256_of
 from codec.tokens import TokenShard
 from codec.training.config import SupervisedOptimConfig
 from codec.training.run import Run, make_accelerator, start_run
-from codec.training.supervised import fit
+from codec.training.supervised import fit_supervised
 from codec.transcripts import has_words
 from recipes.lib.config import current_keys
 from recipes.lib.run import finished
@@ -273,7 +273,9 @@ def train_ar(
     dev_data = data(dev, held_out) if dev is not None else None
     stage = run.stage("ar")
     hours = hours_per_step(train_data, train_data.num_frames, run, config.optim)
-    engine = fit(lm, ar_step, train_data, dev_data, stage, config.optim, hours_per_step=hours)
+    engine = fit_supervised(
+        lm, ar_step, train_data, dev_data, stage, config.optim, hours_per_step=hours
+    )
     state = gather(run.accelerator, engine)
     if run.accelerator.is_main_process:
         corpus = train_data.corpus
@@ -304,7 +306,9 @@ def train_nar(
     stage = run.stage("nar")
     num_frames = int(train_data.corpus.num_frames.sum())
     hours = hours_per_step(train_data, num_frames, run, config.nar_optim)
-    engine = fit(nar, nar_step, train_data, dev_data, stage, config.nar_optim, hours_per_step=hours)
+    engine = fit_supervised(
+        nar, nar_step, train_data, dev_data, stage, config.nar_optim, hours_per_step=hours
+    )
     state = gather(run.accelerator, engine)
     if run.accelerator.is_main_process:
         complete = NAR(settings)

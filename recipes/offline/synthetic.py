@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from codec.audio import resample, write_audio
+from codec.audio import resample_wave, write_audio
 from codec.io import atomic_file
 from eval.benchmark import append_lines, read_lines
 from recipes.offline.debian_prompts import fetch_packages, run_command
@@ -177,7 +177,7 @@ def work(config: SyntheticConfig, rank: int) -> None:
         text = texts[int(random.permutation(len(texts))[0])]
         speed = float(random.uniform(*SPEEDS))
         wave = kokoro.synthesize(phonemes(text, tied=True), voices[voice], speed)
-        wave = resample(np.clip(wave, -1, 1), KOKORO_RATE, SAMPLE_RATE)
+        wave = resample_wave(np.clip(wave, -1, 1), KOKORO_RATE, SAMPLE_RATE)
         wer = word_errors(text, judge.transcribe(wave, SAMPLE_RATE)).rate
         row = {
             "id": name, "audio": f"audio/{name}.flac", "text": text, "speaker": f"kokoro-{voice}",

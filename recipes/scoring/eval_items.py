@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from codec.audio import resample
+from codec.audio import resample_wave
 from codec.distillation.word_alignment import Transcriber, load_transcriber
 from codec.io import sha256_of
 from codec.tokens import TokenRow, TokenShard
@@ -79,7 +79,7 @@ class PromptCutter:
         wave, rate = self._voice.decode(codes[:, :0], codes), self._voice.codec.sample_rate
         words = row.text.split()
         if self._aligner is not None and len(words) > 1:
-            resampled = resample(wave, rate, self._aligner.sample_rate)
+            resampled = resample_wave(wave, rate, self._aligner.sample_rate)
             (times,) = self._aligner.words(
                 torch.from_numpy(resampled)[None, None], texts=[row.text]
             )

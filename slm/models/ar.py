@@ -10,7 +10,6 @@ Its folder, `ar/` of a voice:
     tokenizer*         the LLM's tokenizer, so that full weights need no base
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -28,7 +27,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
-from codec.io import apply_umask_to_weights, atomic_file
+from codec.io import apply_umask_to_weights, atomic_file, sha256_of_tensors
+from codec.program import quiet_transformers
 from codec.tokens import CodecStamp
 from slm.config import ARConfig, LoRAConfig
 from slm.data.ar import IGNORE, ARBatch
@@ -298,7 +298,8 @@ def load_base(
         config = AutoConfig.from_pretrained(source, **where)
     if num_layers is not None:
         _keep_layers(config, num_layers, str(name))
-    with _named_errors(name), _quiet():
+    # With `num_layers`, transformers would list the layers that are left out.
+    with _named_errors(name), quiet_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, attn_implementation="sdpa",
             output_loading_info=True, **where,
@@ -321,20 +322,6 @@ def _named_errors(name: str | Path) -> Iterator[None]:
         raise ValueError(f"{name}: cannot be loaded as a text LLM: {reason}") from error
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' list of the layers that `num_layers` leaves out."""
-    from transformers.utils import logging as transformers_logging
-
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-
-
 def _keep_layers(config: Any, num_layers: int, name: str) -> None:
     if num_layers > config.num_hidden_layers:
         raise ValueError(
@@ -348,13 +335,12 @@ def _keep_layers(config: Any, num_layers: int, name: str) -> None:
 def digest_of(lm: nn.Module) -> str:
     """16 hex digits over names, shapes and up to 4096 evenly spaced values of every parameter, in
     bfloat16: identifies an LLM in under a second, but is no proof against tampering."""
-    digest = hashlib.sha256()
+    samples = []
     for name, parameter in sorted(lm.named_parameters()):
         flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // SAMPLES_PER_TENSOR)]
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(sample.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+        sample = flat[:: max(1, flat.numel() // SAMPLES_PER_TENSOR)].to(torch.bfloat16)
+        samples.append((f"{name}{tuple(parameter.shape)}", sample.view(torch.int16)))
+    return sha256_of_tensors(samples)
 
 
 def add_adapters(

@@ -12,8 +12,8 @@ from codec import read_audio, write_audio
 from codec.audio import (
     magnitude_spectrogram,
     mel_filterbank,
-    resample,
     resample_batch,
+    resample_wave,
     stream_audio,
 )
 
@@ -139,7 +139,7 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path) -> None:
 
 def test_resampling_keeps_the_tone_and_removes_what_does_not_fit() -> None:
     wave = tone(1.0, 48_000, 440.0) + tone(1.0, 48_000, 12_000.0)
-    out = resample(wave.astype(np.float32), 48_000, 16_000)
+    out = resample_wave(wave.astype(np.float32), 48_000, 16_000)
     assert np.abs(out[1000:-1000] - tone(1.0, 16_000)[1000:-1000]).max() < 2e-3
 
 

@@ -22,6 +22,7 @@ from codec.io import (
     atomic_folder,
     is_write_failure,
     sha256_of,
+    sha256_of_tensors,
 )
 from codec.tokens import TokenShard
 from codec.training.config import OptimConfig
@@ -131,3 +132,13 @@ def test_a_digest_is_of_bytes_of_text_or_of_a_file(tmp_path: Path) -> None:
     digests = {sha256_of("green"), sha256_of(b"green"), sha256_of(tmp_path / "file")}
     assert len(digests) == 1
     assert sha256_of("green", 8) == digests.pop()[:8]
+
+
+def test_a_digest_of_tensors_is_of_names_and_bytes_in_the_given_order() -> None:
+    one, two = torch.arange(3), torch.ones(2, 2)
+    both = b"one" + one.numpy().tobytes() + b"two" + two.numpy().tobytes()
+    assert sha256_of_tensors([("one", one), ("two", two)], 64) == sha256_of(both)
+    assert sha256_of_tensors([("two", two), ("one", one)], 64) != sha256_of(both)
+    assert len(sha256_of_tensors([("one", one)])) == 16
+    # A view, and a parameter.
+    assert sha256_of_tensors([("w", torch.nn.Parameter(two.T))]) == sha256_of_tensors([("w", two)])

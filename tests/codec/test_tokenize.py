@@ -19,10 +19,10 @@ from lhotse.cut import MonoCut
 from codec import load_codec, read_audio
 from codec.audio import stream_audio
 from codec.io import FileLock
-from codec.tokenize import export, num_parts, part_names, summarize
+from codec.tokenize import export_tokens, num_parts, part_names, summarize
 from codec.tokens import DamagedShard, TokenShard
 from codec.training.data import load_cut
-from recipes import export_tokens
+from recipes import export_tokens as export_recipe
 
 SECONDS = [0.5, 1.7, 0.9, 1.2, 0.7, 1.9, 0.8, 1.1]
 
@@ -56,7 +56,7 @@ def test_ranks_write_every_readable_cut_once_in_order(
 ) -> None:
     codec = load_codec(tiny_codec_folder)
     for rank in (1, 0):
-        export(cuts, codec, tmp_path / "out", share=(rank, 2), cuts_per_part=3)
+        export_tokens(cuts, codec, tmp_path / "out", share=(rank, 2), cuts_per_part=3)
     summary = summarize(tmp_path / "out", num_parts(len(cuts), 3))
     assert sorted(path.name for path in (tmp_path / "out").glob("*.parquet")) == part_names(3)
     readable = [f"cut-{number}" for number in (0, 1, 3, 4, 6, 7)]
@@ -75,7 +75,7 @@ def test_batches_give_the_codes_of_single_recordings(
     cuts: list[MonoCut], tiny_codec_folder: Path, tmp_path: Path
 ) -> None:
     codec = load_codec(tiny_codec_folder)
-    export(cuts, codec, tmp_path / "out", batch_seconds=6.0)
+    export_tokens(cuts, codec, tmp_path / "out", batch_seconds=6.0)
     for row in TokenShard.open(tmp_path / "out"):
         wave = read_audio(tmp_path / "audio" / f"rec {row.id[-1]}.flac", codec.sample_rate)
         alone = codec.encode_stream([wave])
@@ -98,7 +98,7 @@ def test_whole_parts_are_kept_and_damaged_ones_written_again(
     cuts: list[MonoCut], tiny_codec_folder: Path, tmp_path: Path
 ) -> None:
     codec = load_codec(tiny_codec_folder)
-    export(cuts, codec, tmp_path, cuts_per_part=3)
+    export_tokens(cuts, codec, tmp_path, cuts_per_part=3)
     before = contents(tmp_path)
     first, second, third = sorted(tmp_path.glob("*.parquet"))
     rotten = bytearray(second.read_bytes())
@@ -107,14 +107,14 @@ def test_whole_parts_are_kept_and_damaged_ones_written_again(
     second.write_bytes(rotten)
     with pytest.raises(DamagedShard):
         list(TokenShard.open(second))
-    export(cuts, codec, tmp_path, cuts_per_part=3)
+    export_tokens(cuts, codec, tmp_path, cuts_per_part=3)
     assert contents(tmp_path) == before
     kept = first.stat().st_mtime_ns
     second.unlink()
     third.write_bytes(third.read_bytes()[:100])
     (tmp_path / f".{second.name}.1-2.tmp").write_bytes(b"left by a killed run")
     reported: list[int] = []
-    export(cuts, codec, tmp_path, cuts_per_part=3, on_part=reported.append)
+    export_tokens(cuts, codec, tmp_path, cuts_per_part=3, on_part=reported.append)
     assert contents(tmp_path) == before
     assert first.stat().st_mtime_ns == kept
     assert reported == [3, 3, 2]
@@ -137,7 +137,7 @@ def test_skipped_recordings_are_tried_again_when_asked(
     ]
 
     def closing_line(*more: str) -> dict:
-        export_tokens.main([*settings, *more])
+        export_recipe.main([*settings, *more])
         return json.loads(capsys.readouterr().out)
 
     assert "retry_skipped=true" in closing_line()["note"]
@@ -164,11 +164,11 @@ def test_two_exports_never_share_a_folder(
     temporary = tmp_path / "out" / f".{part_names(1)[0]}.1-2.tmp"
     temporary.write_bytes(b"the other's")
     with pytest.raises(ValueError, match="out: another process is running in this folder"):
-        export_tokens.main(settings)
+        export_recipe.main(settings)
     assert temporary.exists()
     held.close()
-    export_tokens.main(settings)
-    export_tokens.main(settings)  # The lock was given back.
+    export_recipe.main(settings)
+    export_recipe.main(settings)  # The lock was given back.
 
 
 def test_a_long_recording_is_never_held_whole(
@@ -205,7 +205,7 @@ def test_a_long_recording_is_never_held_whole(
         "codec.tokenize.load_cut",
         lambda cut, rate: loaded.append(round(cut.duration * rate)) or load_cut(cut, rate),
     )
-    export(cuts, codec, tmp_path / "out", batch_seconds=60.0)
+    export_tokens(cuts, codec, tmp_path / "out", batch_seconds=60.0)
     assert max(*loaded, *coded) < 40 * codec.sample_rate
     assert sum(loaded) > 100 * codec.sample_rate
     long, short = TokenShard.open(tmp_path / "out")
@@ -220,22 +220,22 @@ def test_other_codecs_lists_and_part_sizes_are_refused(
     cuts: list[MonoCut], tiny_codec_folder: Path, tmp_path: Path
 ) -> None:
     codec = load_codec(tiny_codec_folder)
-    export(cuts, codec, tmp_path, cuts_per_part=4)
+    export_tokens(cuts, codec, tmp_path, cuts_per_part=4)
     with pytest.raises(ValueError, match="is no part of this export"):
-        export(cuts, codec, tmp_path, cuts_per_part=3)
+        export_tokens(cuts, codec, tmp_path, cuts_per_part=3)
     with pytest.raises(ValueError, match="another list of cuts"):
-        export(cuts[::-1], codec, tmp_path, cuts_per_part=4)
+        export_tokens(cuts[::-1], codec, tmp_path, cuts_per_part=4)
     next(codec.parameters()).data.add_(1)
     with pytest.raises(ValueError, match="made by codec"):
-        export(cuts, codec, tmp_path, cuts_per_part=4)
+        export_tokens(cuts, codec, tmp_path, cuts_per_part=4)
     with pytest.raises(ValueError, match="'cut-0' occurs twice"):
-        export([cuts[0], cuts[0]], codec, tmp_path / "twice")
+        export_tokens([cuts[0], cuts[0]], codec, tmp_path / "twice")
 
 
 def test_nothing_readable_is_an_error(
     cuts: list[MonoCut], tiny_codec_folder: Path, tmp_path: Path
 ) -> None:
-    export([cuts[2], cuts[5]], load_codec(tiny_codec_folder), tmp_path / "out")
+    export_tokens([cuts[2], cuts[5]], load_codec(tiny_codec_folder), tmp_path / "out")
     with pytest.raises(ValueError, match="none of the 2 recordings could be read"):
         summarize(tmp_path / "out", 1)
     assert len((tmp_path / "out" / "skipped.jsonl").read_text().splitlines()) == 2
@@ -250,7 +250,7 @@ def test_killed_at_any_moment_the_export_ends_as_if_it_never_was(
     cuts: list[MonoCut], tiny_codec_folder: Path, tmp_path: Path
 ) -> None:
     codec = load_codec(tiny_codec_folder)
-    export(cuts, codec, tmp_path / "whole", cuts_per_part=1)
+    export_tokens(cuts, codec, tmp_path / "whole", cuts_per_part=1)
     CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
     out = tmp_path / "killed"
     command = recipe(
@@ -291,5 +291,5 @@ def test_two_launched_ranks_share_the_parts(
     done = launch("ddp", script, *settings)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["utterances"] == 6
-    export(cuts, load_codec(tiny_codec_folder), tmp_path / "one", cuts_per_part=3)
+    export_tokens(cuts, load_codec(tiny_codec_folder), tmp_path / "one", cuts_per_part=3)
     assert contents(tmp_path / "two") == contents(tmp_path / "one")

@@ -21,7 +21,7 @@ from codec.tokens import TokenShard
 from codec.training.config import SupervisedOptimConfig
 from codec.training.data import Data
 from codec.training.run import make_accelerator, start_run
-from codec.training.supervised import StepFunction, fit
+from codec.training.supervised import StepFunction, fit_supervised
 from recipes.lib.run import run_program
 from recipes.lib.voice_training import forget_zero3
 from slm.config import ARConfig, BatchConfig, LoRAConfig, NARConfig, TaskConfig
@@ -91,7 +91,7 @@ def train_seen(
         return one.step(model, batch, num_targets)
 
     run = start_run(optim, folder, seed=0, accelerator=accelerator)
-    engine = fit(one.model, step, one.data, None, run, optim)
+    engine = fit_supervised(one.model, step, one.data, None, run, optim)
     run.close()
     named = list(accelerator.unwrap_model(engine).parameters())
     held = sum(parameter.numel() for parameter in named)

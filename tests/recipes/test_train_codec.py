@@ -23,10 +23,10 @@ from codec.config import QuantizerConfig, SpectralConfig
 from codec.distillation.objectives import Student, Target
 from codec.modules.discriminators import Discriminators
 from codec.modules.quantize import Codebook
-from codec.training.codec_fit import prepare, save_codec
+from codec.training.codec_fit import prepare_trainer, save_codec
 from codec.training.codec_step import (
-    Models,
     TeacherTargets,
+    TrainingModels,
     discriminator_step,
     generator_step,
     train_step,
@@ -207,10 +207,10 @@ def _train_discriminators(
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     accelerator, optim = make_accelerator(), CodecOptimConfig(warmup_steps=0)
     torch.manual_seed(0)
-    models = Models(Student(Codec(TINY), DistillConfig()), Discriminators(DISCRIMINATORS))
+    models = TrainingModels(Student(Codec(TINY), DistillConfig()), Discriminators(DISCRIMINATORS))
     before = [each.detach().clone() for each in models.discriminators.parameters()]
     losses = LossConfig(weights=LossWeights(adversarial=1.0, feature=1.0), mel_scales=SCALES)
-    trainer = prepare(models, accelerator, losses, optim)
+    trainer = prepare_trainer(models, accelerator, losses, optim)
     for wave in waves.chunk(2)[rank][..., :4000].split(1)[:3]:
         mine = Crops(wave, torch.tensor([wave.shape[-1]]), ("one",), (0.0,))
         train_step(trainer, mine, adversarial=True)

@@ -19,7 +19,7 @@ from codec.training.config import SupervisedOptimConfig
 from codec.training.optim import adamw
 from codec.training.run import start_run
 from codec.training.schedule import learning_rate
-from codec.training.supervised import evaluate, fit
+from codec.training.supervised import dev_metrics, fit_supervised
 from slm.models.ar import SpeechLM, load_base
 from slm.train import gather
 
@@ -83,7 +83,7 @@ def train(
         return step(*args)
 
     try:
-        engine = fit(model, dying, data, None, run, optim)
+        engine = fit_supervised(model, dying, data, None, run, optim)
         return gather(accelerator, engine)
     finally:
         accelerator.free_memory()
@@ -116,7 +116,7 @@ def test_it_learns_by_heart(kind: str, folder: Path, accelerator: Accelerator) -
         steps=60, lr=3e-2 if kind == "lora" else 1e-2, log_every=5, save_every=1000
     )
     run = start_run(optim, folder / "run", seed=0, accelerator=accelerator)
-    fit(model, step, data, None, run, optim)
+    fit_supervised(model, step, data, None, run, optim)
     accelerator.free_memory()
     run._lock.close()
     lines = metrics(folder / "run")
@@ -128,7 +128,7 @@ def test_it_learns_by_heart(kind: str, folder: Path, accelerator: Accelerator) -
 
 def test_evaluation_counts_every_target_once(folder: Path, accelerator: Accelerator) -> None:
     lm, step, data = parts("full", folder)
-    values = evaluate(lm, step, data, accelerator, 1000, lm.groups)
+    values = dev_metrics(lm, step, data, accelerator, 1000, lm.groups)
     with torch.no_grad():
         scores = [lm(data.share(i, 0, 0, 1, 1).batch) for i in range(data.num_steps(1, 1))]
     nll, targets = (sum(float(getattr(s, k).sum()) for s in scores) for k in ("nll", "targets"))
@@ -153,7 +153,7 @@ def test_evaluating_and_saving_do_not_slow_training_down(
         steps=4, log_every=2, eval_every=1, eval_batches=1, save_every=1000
     )
     run = start_run(optim, folder / "timed", seed=0, accelerator=accelerator)
-    fit(model, stepping, data, data, run, optim)
+    fit_supervised(model, stepping, data, data, run, optim)
     accelerator.free_memory()
     run._lock.close()
     speeds = [

@@ -12,8 +12,8 @@ from codec import Codec
 from codec.distillation.asr_supervision import (
     SemanticStudent,
     TranscribedBatch,
-    ctc_loss,
     greedy_labels,
+    transcript_nll,
 )
 from codec.distillation.ctc_reader import BLANK
 
@@ -73,7 +73,7 @@ def test_the_spelling_loss_sums_every_path_of_the_transcript(tmp_path: Path) -> 
         kept = [a for a, b in zip(path, (None, *path), strict=False) if a != b and a != BLANK]
         if kept == [2, 2]:
             total = total + probs[torch.arange(6), list(path)].prod()
-    torch.testing.assert_close(ctc_loss(output, batch, 640)[0], -total.log())
+    torch.testing.assert_close(transcript_nll(output, batch, 640)[0], -total.log())
 
 
 def test_reading_drops_blanks_and_repetitions(tmp_path: Path) -> None:

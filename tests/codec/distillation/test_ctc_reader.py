@@ -12,23 +12,23 @@ from codec.distillation.ctc_reader import (
     STEPS,
     CodeRecognizer,
     RecognizerNetwork,
-    ctc_labels,
     letters_in,
+    transcript_labels,
 )
 
 
 def test_letters_are_those_of_the_normalized_transcripts() -> None:
     assert letters_in(["Dad\N{RIGHT SINGLE QUOTATION MARK}s well-known 2 plans!"]) == "'adeklnopsw"
-    assert ctc_labels("Ab, a-b.", "ab") == [2, 3, 1, 2, 1, 3]
-    assert ctc_labels("I'm", "'im") == [3, 2, 4]
-    assert ctc_labels(
+    assert transcript_labels("Ab, a-b.", "ab") == [2, 3, 1, 2, 1, 3]
+    assert transcript_labels("I'm", "'im") == [3, 2, 4]
+    assert transcript_labels(
         "Caf\N{LATIN SMALL LETTER E WITH ACUTE}", letters_in(["CAFE\N{COMBINING ACUTE ACCENT}"])
     ) == [3, 2, 4, 5]
 
 
 @pytest.mark.parametrize("text", ["", "?!", "room 2", "xa"])
 def test_texts_without_labels(text: str) -> None:
-    assert ctc_labels(text, letters_in(["a room 2"])) is None
+    assert transcript_labels(text, letters_in(["a room 2"])) is None
 
 
 def codes(*values: int) -> np.ndarray:
@@ -86,7 +86,7 @@ def test_no_codes_give_no_text() -> None:
 def test_han_numbers_are_letters() -> None:
     three = "\N{CJK UNIFIED IDEOGRAPH-4E09}"
     assert letters_in([three + "3"]) == three
-    assert ctc_labels(three, three) == [2]
+    assert transcript_labels(three, three) == [2]
 
 
 def test_log_probs_depend_on_neighboring_frames() -> None:
@@ -114,4 +114,4 @@ def test_a_recognizer_is_saved_and_loaded(tmp_path: Path) -> None:
 
 
 def test_a_space_is_a_label_of_its_own() -> None:
-    assert ctc_labels("a b", "ab") == [2, SPACE, 3]
+    assert transcript_labels("a b", "ab") == [2, SPACE, 3]

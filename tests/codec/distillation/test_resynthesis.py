@@ -15,7 +15,7 @@ from codec.distillation import teachers
 from codec.distillation.objectives import Student
 from codec.distillation.resynthesis import Resynthesis
 from codec.training.codec_fit import metrics
-from codec.training.codec_step import Models, Trainer, train_step
+from codec.training.codec_step import Trainer, TrainingModels, train_step
 from codec.training.config import (
     CodecOptimConfig,
     CropConfig,
@@ -237,7 +237,7 @@ def trained(config: ResynthesisConfig | None, clip_norm: float) -> Trainer:
     torch.manual_seed(0)
     made.codec.load_state_dict(Codec(TINY).state_dict())
     teacher = None if config is None else Resynthesis(config, TINY, "cpu")
-    models = Models(made.train(), resynthesis=teacher)
+    models = TrainingModels(made.train(), resynthesis=teacher)
     optimizer = torch.optim.AdamW([each for each in made.parameters() if each.requires_grad], 1e-3)
     optim = CodecOptimConfig(clip_norm=clip_norm)
     losses = LOSSES if config else replace(LOSSES, weights=LossWeights())

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from codec.distillation import teachers
-from codec.distillation.teachers import SpeechTeacher, load_speech_teacher, log_mel
+from codec.distillation.teachers import SpeechTeacher, load_speech_teacher, whisper_log_mel
 
 WAVE_KINDS = [kind for kind in SPEECH_MODELS if kind != "whisper"]
 
@@ -83,7 +83,7 @@ def test_log_mels_are_whispers(num_mels: int) -> None:
     wave[1] *= 0.01
     wave[1, :, lengths[1] :] = 0
     extractor = WhisperFeatureExtractor(feature_size=num_mels)
-    found = log_mel(wave[:, 0], num_mels)
+    found = whisper_log_mel(wave[:, 0], num_mels)
     assert found.shape == (2, num_mels, 100)
     for row, length in enumerate(lengths.tolist()):
         whole = extractor(wave[row, 0, :length].numpy(), sampling_rate=16_000, return_tensors="pt")
@@ -96,7 +96,7 @@ def test_whisper_gives_what_transformers_gives_for_30_seconds(tmp_path) -> None:
     teacher = load(tmp_path, "whisper")
     own = WhisperModel.from_pretrained(tmp_path).encoder.eval()
     wave, _ = speech(30.0)
-    mel = log_mel(wave[:, 0], 80)
+    mel = whisper_log_mel(wave[:, 0], 80)
     output = own(mel, output_hidden_states=True)
     assert len(output.hidden_states) == 4
     found = teacher(wave)

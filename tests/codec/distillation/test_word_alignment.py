@@ -20,7 +20,7 @@ from codec.distillation.word_alignment import (
     fill_gaps,
     label_runs,
     load_transcriber,
-    split_at_pauses,
+    split_at_low_energy,
     trim_pauses,
 )
 
@@ -387,12 +387,12 @@ def test_the_noise_of_a_recording_is_a_pause() -> None:
 def test_recordings_are_split_at_pauses() -> None:
     wave = torch.ones(1500)
     wave[520:540] = wave[1080:1100] = 0
-    stretches = list(split_at_pauses(wave, 600))
+    stretches = list(split_at_low_energy(wave, 600))
     assert [start for start, _ in stretches] == [0, *(stop for _, stop in stretches[:-1])]
     assert stretches[-1][1] == 1500
     assert 520 <= stretches[0][1] <= 540
     assert 1080 <= stretches[1][1] <= 1100
     assert all(stop - start <= 600 for start, stop in stretches)
-    assert list(split_at_pauses(wave, float("inf"))) == [(0, 1500)]
-    assert list(split_at_pauses(wave, 1500)) == [(0, 1500)]
-    assert list(split_at_pauses(wave[:0], 600)) == []
+    assert list(split_at_low_energy(wave, float("inf"))) == [(0, 1500)]
+    assert list(split_at_low_energy(wave, 1500)) == [(0, 1500)]
+    assert list(split_at_low_energy(wave[:0], 600)) == []

@@ -11,8 +11,8 @@ from codec import Codec, CodecConfig
 from codec.config import AuxiliaryConfig, ConvConfig, LMSPTConfig, QuantizerConfig
 from codec.distillation.objectives import Student
 from codec.modules.discriminators import Discriminators
-from codec.training.codec_fit import check, prepare, set_learning_rates
-from codec.training.codec_step import Models, generator_step
+from codec.training.codec_fit import check_training_setup, prepare_trainer, set_learning_rates
+from codec.training.codec_step import TrainingModels, generator_step
 from codec.training.config import (
     CodecOptimConfig,
     CropConfig,
@@ -154,7 +154,7 @@ def test_each_optimiser_has_a_learning_rate_of_its_own() -> None:
         lr=1e-3, discriminator_lr=3e-4, warmup_steps=2, steps=10, final_lr_share=0.1
     )
     student = Student(Codec(TINY))
-    trainer = prepare(Models(student, discriminators), accelerator, LOSSES, optim)
+    trainer = prepare_trainer(TrainingModels(student, discriminators), accelerator, LOSSES, optim)
     optimizers = trainer.optimizers
     assert trainer.models.student is student
     for optimizer, model in zip(optimizers, (student, discriminators), strict=True):
@@ -194,10 +194,10 @@ def test_crops_too_short_for_a_window_are_refused(
         window: Discriminators(replace(none, stft_filters=2, **{f"{kind}_windows": (window, 128)}))
         for window in (fits, longer)
     }
-    models = Models(Student(Codec(TINY)), of[fits])
+    models = TrainingModels(Student(Codec(TINY)), of[fits])
     accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value="NO"))
     short = CropConfig(seconds=0.1)
-    check(models, short, LOSSES, accelerator)
+    check_training_setup(models, short, LOSSES, accelerator)
     assert of[fits].others[0].min_samples == least
     of[fits](torch.randn(1, 1, least))
     of[fits](torch.randn(1, 1, least + 1))
@@ -206,4 +206,4 @@ def test_crops_too_short_for_a_window_are_refused(
     models.discriminators = of[longer]
     reported = rf"data\.seconds 0\.1 is too short for a window of discriminators\.{kind}_windows"
     with pytest.raises(ValueError, match=reported):
-        check(models, short, LOSSES, accelerator)
+        check_training_setup(models, short, LOSSES, accelerator)

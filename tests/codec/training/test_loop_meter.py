@@ -9,7 +9,7 @@ from codec.config import QuantizerConfig, SpectralConfig
 from codec.distillation.objectives import Student
 from codec.modules.quantize import count_codes
 from codec.training.codec_fit import metrics
-from codec.training.codec_step import Models, Trainer
+from codec.training.codec_step import Trainer, TrainingModels
 from codec.training.config import CodecOptimConfig, LossConfig
 from codec.training.loop import Stopwatch
 
@@ -41,7 +41,7 @@ def test_means_between_two_logged_steps(clock: list[float]) -> None:
     quantizer = QuantizerConfig(num_codebooks=2, codebook_sizes=(4, 8))
     codec = Codec(CodecConfig(spectral=networks, quantizer=quantizer))
     trainer = Trainer(
-        Models(Student(codec)), [], SingleProcess(), LossConfig(), CodecOptimConfig()
+        TrainingModels(Student(codec)), [], SingleProcess(), LossConfig(), CodecOptimConfig()
     )  # fmt: skip
 
     def add(codes: list[list[int]], loss: float) -> None:
