@@ -1,7 +1,7 @@
 """Speech codecs: recordings to discrete codes and back.
 
-Dimensions in the whole project: B batch, S samples, T frames, C channels, D features, Q codebooks,
-K codebook entries, L token positions, V vocabulary, H heads.
+Dimensions, the same in all packages: B batch, S samples, T frames, C channels, D features,
+Q codebooks, K codebook entries, L token positions, V vocabulary, H heads.
 
 Words: `wave` (B,1,S) float in [-1, 1]; `latent` (B,D,T); `quantized` (B,D,T); `codes` (B,Q,T) int64
 codec indices, index 0 being the semantic codebook ("codebook 1" in prose); `tokens` (B,L)

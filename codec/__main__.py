@@ -1,7 +1,7 @@
 """The command `codec`: encode and decode recordings; import, export and round codecs.
 
 codec info DIR
-codec encode --codec DIR IN... --out TOKENS.parquet
+codec encode --codec DIR IN... --out TOKENS.parquet [--overwrite]
 codec decode --codec DIR TOKENS.parquet --out DIR [--overwrite]
 codec reconstruct --codec DIR [--codebooks N] IN... --out DIR [--overwrite]
 codec import speechtokenizer|dmcodec|lmspt CONFIG CHECKPOINT OUT [--overwrite]
@@ -67,10 +67,12 @@ def _parser() -> ArgumentParser:
         "--codebooks", type=int, metavar="N", help="decode the first N codebooks (default: all)"
     )
     reconstruct.set_defaults(run=_reconstruct)
-    for command in (decode, reconstruct):
-        command.add_argument(
-            "--overwrite", action="store_true", help="replace existing recordings in --out"
-        )
+    for command, existing in (
+        (encode, "the token shard --out if it exists"),
+        (decode, "existing recordings in --out"),
+        (reconstruct, "existing recordings in --out"),
+    ):
+        command.add_argument("--overwrite", action="store_true", help=f"replace {existing}")
     for command in (encode, reconstruct):
         command.add_argument(
             "inputs", nargs="+", metavar="IN", type=Path, help="recordings or folders of them"
@@ -190,6 +192,7 @@ def _usage(shard: TokenShard) -> dict[str, list[float]]:
 def _encode(arguments: argparse.Namespace) -> None:
     if arguments.out.suffix != ".parquet":
         raise ValueError(f"{arguments.out}: --out must be a .parquet file, the shard to write")
+    _check_absent([arguments.out], arguments.overwrite, "file")
     recordings = list(_find(arguments.inputs))
     codec = _load(arguments.codec, arguments.device)
     skipped: list[str] = []
@@ -372,13 +375,17 @@ def _target(folder: Path, name: str) -> Path:
     return target
 
 
-def _check_absent(targets: Iterable[Path], overwrite: bool) -> None:
-    """Raises `ValueError` if a file to write exists already, unless `overwrite`."""
+def _check_absent(targets: Iterable[Path], overwrite: bool, remedy: str = "folder") -> None:
+    """Raises `ValueError` if a file to write exists already, unless `overwrite`.
+
+    Args:
+        remedy: what the user may choose another one of.
+    """
     existing = [] if overwrite else [target for target in targets if target.exists()]
     if existing:
         others = f" (and {len(existing) - 1} more)" if len(existing) > 1 else ""
         raise ValueError(
-            f"{existing[0]}: exists already{others}; choose another folder or use --overwrite"
+            f"{existing[0]}: exists already{others}; choose another {remedy} or use --overwrite"
         )
 
 

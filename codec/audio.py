@@ -180,7 +180,7 @@ def check_recording(
 def resample_wave(
     wave: Float[np.ndarray, " S"], source_rate: int, target_rate: int
 ) -> Float[np.ndarray, " s"]:
-    """Band-limited resampling of a mono wave between two rates in Hz (soxr HQ)."""
+    """Band-limited resampling of a mono wave (S,) between two rates in Hz (soxr HQ), as float32."""
     import soxr
 
     if source_rate == target_rate:
@@ -216,10 +216,13 @@ def write_audio(
     wave: Float[np.ndarray, " S"] | Iterable[Float[np.ndarray, " _"]],
     sample_rate: int,
 ) -> None:
-    """Writes a mono wave, or its blocks, in the format of the suffix (WAV: 16 bit).
+    """Writes a mono wave (S,) in [-1, 1], or its blocks, in the format of the suffix (WAV: 16 bit).
 
     A failed or interrupted write leaves an earlier file unchanged (temporary name, then rename).
-    Raises `OSError` if the disk is full, `ValueError` for an unknown suffix.
+
+    Raises:
+        OSError: the file cannot be written, for instance because the disk is full.
+        ValueError: the suffix names no format.
     """
     import soundfile
 

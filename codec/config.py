@@ -10,7 +10,10 @@ WHISPER_RATE, WHISPER_HOP = 16_000, 320
 
 
 def at_least(least: int | float, **values: int | float | tuple[int, ...]) -> None:
-    """Raise `ValueError` naming the first value, or element, below `least`; `__` reads as a dot."""
+    """Raises `ValueError` that names the first value, or element, below `least`.
+
+    Values are keyword arguments, named by their configuration key with `__` for each dot.
+    """
     for name, value in values.items():
         if any(each < least for each in (value if isinstance(value, tuple) else (value,))):
             key = name.replace("__", ".")
@@ -18,7 +21,7 @@ def at_least(least: int | float, **values: int | float | tuple[int, ...]) -> Non
 
 
 def one_of(choices: tuple[str, ...], **values: str) -> None:
-    """Raise `ValueError` naming the first value that is none of `choices`."""
+    """Raises `ValueError` that names the first value that is none of `choices`; see `at_least`."""
     for name, value in values.items():
         if value not in choices:
             key = name.replace("__", ".")

@@ -1,5 +1,7 @@
-"""Files and folders that are complete or absent: atomic writers, digests, locks, and what is wrong
-with a model's folder. Imports no torch: codec/tokens.py, the contract of slm, stands on it."""
+"""Atomic writers of files and folders, digests, locks, and checks of a model's folder.
+
+Imports no torch, as codec/tokens.py, which depends on it.
+"""
 
 import fcntl
 import hashlib
@@ -23,7 +25,7 @@ WEIGHTS_FILE = "model.safetensors"
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; the file written there is synced and renamed.
+    """Yields a temporary name in the folder of `path`; its file is then synced and renamed.
 
     `path` is absent or complete at any moment, even if the process is killed. After an error the
     temporary file is removed and an earlier `path` is unchanged.
@@ -45,12 +47,15 @@ def atomic_files(folder: Path) -> Iterator[Path]:
     """Yields a temporary folder; its files move into `folder` once all of them are written.
 
     Files of other names stay. After an error `folder` is unchanged.
+
+    Raises:
+        ValueError: `folder` is a file.
     """
     check_out_folder(folder)
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        # Inside, for `folder` may be the only place of its disk that can be written.
+        # Inside: `folder` may be the only folder of its disk that can be written to.
         with TemporaryDirectory(prefix=".partial-", dir=folder) as temporary:
             yield Path(temporary)
             files = sorted(Path(temporary).iterdir())
@@ -68,12 +73,13 @@ def atomic_files(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `folder`, which takes the place of `folder` at the end.
+    """Yields an empty temporary folder, which replaces `folder` at the end.
 
     After an error it is removed, and an earlier `folder` is unchanged.
 
     Raises:
-        OSError: the disk is full, also where torch or safetensors raise errors of their own.
+        ValueError: `folder` is a file.
+        OSError: the disk is full; torch and safetensors raise other types, which are converted.
     """
     check_out_folder(folder)
     partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
@@ -101,7 +107,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def apply_umask(path: Path) -> None:
-    """Gives a new file the permissions that the umask asks for; safetensors writes 0600."""
+    """Sets the permissions of a new file by the umask; safetensors writes 0600."""
     umask = os.umask(0o077)  # It can only be read by setting it.
     os.umask(umask)
     path.chmod(0o666 & ~umask)
@@ -192,9 +198,9 @@ class FileLock:
 
 
 def check_source(name: str | Path) -> None:
-    """Raises `ValueError` for a model that is no folder here and whose name can be no hub id.
+    """Raises `ValueError` for a model that is neither a folder nor a possible hub id.
 
-    A path whose first part is a folder (or the root) was meant as one.
+    A path whose first part is a folder (or the root) is not looked up on the hub.
     """
     path = Path(name)
     if len(path.parts) > 1 and Path(path.parts[0]).is_dir() and not path.exists():
@@ -208,11 +214,11 @@ def check_config_file(file: Path) -> None:
     if not file.is_file():
         raise ValueError(f"{file.parent}: no config.json there; is it the folder of a codec?")
     try:
-        whole = isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
+        is_object = isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
     except ValueError:
-        whole = False
-    if not whole:
-        raise ValueError(f"{file}: not a whole JSON object; copy it again")
+        is_object = False
+    if not is_object:
+        raise ValueError(f"{file}: corrupted file (not a JSON object); copy it again")
 
 
 def check_trainable(config: dict[str, Any], name: str | Path) -> None:

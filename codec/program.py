@@ -1,4 +1,4 @@
-"""How every program of this project ends, and what it prints when it does not succeed.
+"""Exit status and error messages of all programs, and their argument parser.
 
 Exit status 0: done; 1: internal error, with its traceback; 2: user error, one line that names the
 remedy; 130: interrupted, one line; 141: the reader of standard output has closed it.
@@ -49,7 +49,7 @@ SYNONYMS = {
     "validation": ("dev",),
     "warmup_steps": ("warmup",),
 }
-"""What other projects call a key or a flag, and the names that it may have here."""
+"""Names of keys and flags in other projects: the corresponding names here, most probable first."""
 
 
 class ReportedElsewhere(ValueError):
@@ -57,9 +57,9 @@ class ReportedElsewhere(ValueError):
 
 
 def run_program(program: Callable[[], None]) -> None:
-    """Runs `program`; returns when it is done, else exits with the status and the text above.
+    """Runs `program`; returns if it succeeds, else exits with a status listed above.
 
-    A `KeyboardInterrupt` with a text (of a subclass too) prints the text.
+    The text of a `KeyboardInterrupt`, also of a subclass, is printed instead of "interrupted".
     """
     try:
         try:
@@ -101,7 +101,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def catch_interrupts() -> None:
-    """From now on an interrupt that nothing catches, such as one during imports, is one line."""
+    """Makes an uncaught interrupt, such as one during imports, end with one line and status 130."""
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -127,7 +127,7 @@ def _is_first_rank() -> bool:
 
 
 def _is_reader_gone() -> bool:
-    """Whether standard output or standard error is a pipe that nobody reads any more."""
+    """Whether standard output or standard error is a pipe whose reader has closed it."""
     poll = select.poll()
     for descriptor in (1, 2):
         poll.register(descriptor, 0)
@@ -135,7 +135,7 @@ def _is_reader_gone() -> bool:
 
 
 def _close_output() -> None:
-    """The interpreter flushes standard output once more when it ends, and would complain."""
+    """Redirects both outputs to the null device: at exit the interpreter flushes them once more."""
     null = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         os.dup2(null, descriptor)
@@ -164,7 +164,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         if other_last == last:
             score = 2 + near
         elif other_last in SYNONYMS.get(last, ()) and near >= 0.5:
-            # The table names the most probable meaning first.
+            # Later synonyms are less probable.
             score = 2 + near - 0.3 * SYNONYMS[last].index(other_last)
         elif last_ratio >= 0.6 and near >= 0.5:
             score = 0.5 * (last_ratio + near)
@@ -183,16 +183,18 @@ def _normalized(name: str) -> str:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's own, whose errors are one line, and which suggests the flag that was meant."""
+    """argparse's parser with errors of one line, which suggest the most similar flag."""
 
     has_commands = False
+    """Whether the program has subcommands."""
 
     def add_subparsers(self, **options: Any) -> Any:
+        """Adds subcommands, as argparse does; their flags are checked by their own parsers."""
         self.has_commands = True
         return super().add_subparsers(**options)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """Refuses an unknown flag before anything else that is wrong with the arguments."""
+        """Parses arguments as argparse does; an unknown flag is reported before any other error."""
         words = sys.argv[1:] if args is None else list(args)
         known = self._option_string_actions
         for word in words:
@@ -205,4 +207,5 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        """Prints one line to standard error and exits with status 2."""
         self.exit(2, f"error: {message} (`{self.prog} --help` lists what there is)\n")

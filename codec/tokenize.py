@@ -1,4 +1,4 @@
-"""Cuts to token shards: batched, split over ranks, and resumable after a kill at any moment.
+"""Encoding of cuts to token shards: batched, split over ranks, resumable after a kill.
 
 The cuts are split into numbered parts, and part i belongs to rank i % world. Parts are written
 atomically, so a restart continues at the first part that is missing.
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int, UInt16
 
 from codec.audio import stream_audio
 from codec.io import atomic_file, sha256_of
@@ -27,24 +28,26 @@ logger = logging.getLogger(__name__)
 
 
 class SkippedRecording(NamedTuple):
-    """A cut that could not be read."""
+    """A cut or recording that could not be used."""
 
     id: str
     reason: str
+    """One line for the user."""
 
 
 class Encoded(NamedTuple):
-    """A recording's codes (Q, T), and its length."""
+    """Codes of a recording, and its duration."""
 
-    codes: np.ndarray
+    codes: UInt16[np.ndarray, "Q T"]
     seconds: float
 
 
 class Summary(NamedTuple):
-    """A finished export."""
+    """Size of a finished export."""
 
     num_utterances: int
     hours: float
+    """Of audio, without the skipped recordings."""
     skipped: list[SkippedRecording]
 
 
@@ -59,14 +62,21 @@ def export_tokens(
     retry_skipped: bool = False,
     on_part: Callable[[int], object] = lambda num_cuts: None,
 ) -> None:
-    """Writes this rank's parts, `tokens-00003-of-00042.parquet` and so on, that are not there yet.
+    """Encodes cuts and writes this rank's missing parts, `tokens-00003-of-00042.parquet` and so on.
 
-    `share` is this process's rank and their number; only one export may run in a folder. Cuts that
-    cannot be read are noted in their part and cost only themselves; with `retry_skipped` parts that
-    note such cuts are exported again. A batch has up to `batch_seconds` of audio with padding; a
-    longer recording is read in blocks, but a longer stretch of one whole. `on_part` receives each
-    part's number of cuts, also of those that were there. Raises ValueError when the folder has
-    parts of another codec, another list of cuts or another `cuts_per_part`.
+    Only one export may run in a folder. Cuts that cannot be read are skipped and listed in the
+    metadata of their part.
+
+    Args:
+        share: this process's rank, and the number of processes.
+        batch_seconds: maximum duration of a batch, with padding. A longer cut is a batch by itself;
+            it is read in blocks if it spans an entire recording.
+        retry_skipped: export parts again that list skipped cuts.
+        on_part: called with the number of cuts of each part, also of those that exist already.
+
+    Raises:
+        ValueError: the list of cuts is empty or has an id twice, or the folder has parts of another
+            codec, another list of cuts or another `cuts_per_part`.
     """
     folder = Path(folder)
     rank, world = share
@@ -78,7 +88,7 @@ def export_tokens(
             f"{folder}: {strangers[0]} is no part of this export, which has {len(parts)} parts; "
             "choose an empty folder"
         )
-    stamp = codec.stamp  # Hashes all weights: once.
+    stamp = codec.stamp  # It hashes all weights: compute it once.
     for part in range(rank, len(parts), world):
         path = folder / names[part]
         digest = _list_digest(parts[part])
@@ -92,9 +102,10 @@ def export_tokens(
 
 
 def summarize(folder: str | Path, num_parts: int) -> Summary:
-    """Reads all parts once every rank is done, and writes skipped.jsonl (one rank calls it).
+    """Reads all parts and writes skipped.jsonl; one rank calls it once all ranks are done.
 
-    Raises ValueError when no recording at all could be read.
+    Raises:
+        ValueError: a part is missing or corrupted, or no recording could be read.
     """
     folder = Path(folder)
     files = [folder / name for name in part_names(num_parts)]
@@ -114,10 +125,12 @@ def summarize(folder: str | Path, num_parts: int) -> Summary:
 
 
 def num_parts(num_cuts: int, cuts_per_part: int) -> int:
+    """Number of parts of an export."""
     return -(-num_cuts // cuts_per_part)
 
 
 def part_names(num_parts: int) -> list[str]:
+    """File names of the parts of an export, in order."""
     return [f"tokens-{part:05d}-of-{num_parts:05d}.parquet" for part in range(num_parts)]
 
 
@@ -165,7 +178,7 @@ def _encode_part(
 
     short: list[Cut] = []
     for cut in cuts:
-        source = _whole_file(cut) if cut.duration > batch_seconds else None
+        source = _entire_file(cut) if cut.duration > batch_seconds else None
         if source is None:
             short.append(cut)
             continue
@@ -186,7 +199,11 @@ def _encode_part(
 
 
 def encode_recording(path: str | Path, codec: SpeechCodec) -> Encoded:
-    """Codes of one recording of any length, in bounded memory. ValueError: it cannot be read."""
+    """Codes of one recording of any length, in bounded memory.
+
+    Raises:
+        ValueError: the recording cannot be read, or is empty or silent.
+    """
     samples = 0
 
     def counted(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -199,15 +216,19 @@ def encode_recording(path: str | Path, codec: SpeechCodec) -> Encoded:
     return Encoded(codes.astype(np.uint16), samples / codec.sample_rate)
 
 
-def _whole_file(cut: Any) -> str | None:
-    """The file that a cut is the whole of, or None."""
+def _entire_file(cut: Any) -> str | None:
+    """The file of a cut that spans an entire recording, else None."""
     source = _single_file(cut)
-    whole = source is not None and cut.start == 0
-    return source if whole and abs(cut.duration - cut.recording.duration) < 1e-6 else None
+    starts = source is not None and cut.start == 0
+    return source if starts and abs(cut.duration - cut.recording.duration) < 1e-6 else None
 
 
 def batches_of(cuts: Sequence["Cut"], batch_seconds: float) -> Iterator[list["Cut"]]:
-    """Cuts of like length together; a cut that is longer than a batch goes alone."""
+    """Yields batches of cuts of similar length, the longest first.
+
+    Args:
+        batch_seconds: maximum duration of a batch, with padding; a longer cut is a batch by itself.
+    """
     batch: list[Cut] = []
     for cut in sorted(cuts, key=lambda cut: cut.duration, reverse=True):
         if batch and batch[0].duration * (len(batch) + 1) > batch_seconds:
@@ -220,8 +241,11 @@ def batches_of(cuts: Sequence["Cut"], batch_seconds: float) -> Iterator[list["Cu
 
 def loaded(
     batches: Iterator[list["Cut"]], sample_rate: int
-) -> Iterator[list[tuple["Cut", np.ndarray | str]]]:
-    """Each cut with its wave, or with why it has none; one batch is read ahead of the codec."""
+) -> Iterator[list[tuple["Cut", Float[np.ndarray, " _"] | str]]]:
+    """Yields batches of cuts, each with its wave (S,) or the reason why it cannot be read.
+
+    Threads read one batch ahead.
+    """
 
     def load(cut: "Cut") -> np.ndarray | str:
         try:
@@ -240,8 +264,10 @@ def loaded(
             yield list(zip(ready, waves, strict=True))
 
 
-def _encode(waves: Sequence[np.ndarray], codec: SpeechCodec) -> list[np.ndarray]:
-    """Each wave's codes (Q, T), from one padded batch."""
+def _encode(
+    waves: Sequence[Float[np.ndarray, " _"]], codec: SpeechCodec
+) -> list[Int[np.ndarray, "Q _"]]:
+    """Codes of each wave, from one padded batch."""
     lengths = torch.tensor([len(wave) for wave in waves])
     padded = torch.zeros(len(waves), 1, int(lengths.max()))
     for row, wave in zip(padded, waves, strict=True):
@@ -265,5 +291,5 @@ def _row(cut: "Cut", codes: np.ndarray, seconds: float) -> TokenRow:
 
 
 def text_of(cut: "Cut") -> str:
-    """Returns the transcript of a cut from its supervisions; "" where they have no text."""
+    """The transcript of a cut: the texts of its supervisions, joined; "" without text."""
     return " ".join(part.text for part in cut.supervisions if part.text)

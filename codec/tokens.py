@@ -1,7 +1,7 @@
-"""The token shard: Parquet files of codes, which any Parquet reader opens as they are.
+"""The token shard: codes of utterances in Parquet files, readable by any Parquet reader.
 
 Columns: id, text, speaker, language, duration, num_frames, codes (row-major Q x T). The schema's
-metadata names the codec that the codes belong to. It imports no torch.
+metadata identifies the codec of the codes. This file imports no torch.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Integer
 
 from codec.io import atomic_file
 
@@ -22,29 +23,33 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 ROWS_PER_GROUP = 64
-"""Reading one row reads its group's codes: 64 utterances are less than a megabyte."""
+"""Rows of a Parquet row group. Reading a row reads the codes of its group, less than a megabyte."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodecStamp:
-    """The codec that made some codes, and that decodes them."""
+    """Identity and format of the codec that produced some codes and that decodes them."""
 
     id: str
     """The folder or hub id that the codec was loaded from, for messages."""
     digest: str
-    """The first 16 hex digits of its weights' SHA-256: two codecs are the same if it is."""
+    """The first 16 hex digits of the SHA-256 of its weights: equal for equal codecs."""
     sample_rate: int
+    """Hz."""
     frame_rate: float
+    """Frames per second."""
     num_codebooks: int
+    """Q."""
     codebook_sizes: tuple[int, ...]
+    """K of every codebook."""
 
 
 class DamagedShard(ValueError):
-    """Corrupted shard; export it again."""
+    """A shard is truncated or corrupted."""
 
 
 class TokenRow(NamedTuple):
-    """One utterance."""
+    """One utterance; text, speaker and language may be empty."""
 
     id: str
     text: str
@@ -52,11 +57,12 @@ class TokenRow(NamedTuple):
     language: str
     duration: float
     """Seconds."""
-    codes: np.ndarray
-    """(Q, T) uint16."""
+    codes: Integer[np.ndarray, "Q T"]
+    """uint16 when read from a shard."""
 
     @property
     def num_frames(self) -> int:
+        """T."""
         return self.codes.shape[1]
 
 
@@ -93,9 +99,11 @@ def write_shard(
 
 
 class TokenShard:
-    """One shard, or a folder of them opened as one. Codes are read on access.
+    """One shard, or a folder of them opened as one: a sequence of `TokenRow`.
 
-    It may be passed to data-loading processes: files are opened by the process that reads them.
+    Codes are read on access; the other columns are attributes: lists `ids`, `texts`, `speakers`,
+    `languages`, and arrays (N,) `durations` in seconds and `num_frames`. A shard may be passed to
+    data-loading processes: each process opens the files itself.
     """
 
     def __init__(self, files: Sequence[Path], tables: Sequence["pa.Table"], stamp: CodecStamp):
@@ -115,11 +123,15 @@ class TokenShard:
     def open(
         cls, path: str | Path | Sequence[str | Path], expect: CodecStamp | None = None
     ) -> "TokenShard":
-        """Opens a .parquet file or a folder of them, sorted by name; or several such as one.
+        """Opens a .parquet file, a folder of them in the order of their names, or several of these.
+
+        Args:
+            expect: the codec that must have produced the codes; None: any.
 
         Raises:
-            ValueError: it is missing, corrupted, of a later format or of mixed codecs, an id occurs
-                twice, or another codec than `expect` made the codes.
+            ValueError: a file is missing, of a later format or of another codec than the others or
+                `expect`, or an id occurs twice.
+            DamagedShard: a file is corrupted (a ValueError).
         """
         paths = [path] if isinstance(path, str | Path) else list(path)
         files = [file for each in paths for file in _shard_files(Path(each))]
@@ -169,11 +181,11 @@ class TokenShard:
         return (self[index] for index in range(len(self)))
 
     def notes(self) -> list[dict[str, str]]:
-        """The metadata that each file's writer added."""
+        """The `notes` of `write_shard`, of each file."""
         return [read_notes(file) for file in self.files]
 
     def _check_codes(self, file: int, index: int, flat: np.ndarray) -> None:
-        """Finds what no checksum finds: the file may have none."""
+        """Checks the number and range of codes, for files without checksums."""
         path, books = self.files[file], self.stamp.num_codebooks
         if flat.size != books * self.num_frames[index]:
             raise DamagedShard(
@@ -204,7 +216,11 @@ class TokenShard:
 
 
 def read_notes(path: str | Path) -> dict[str, str]:
-    """The metadata of one shard file, apart from the codec's stamp."""
+    """The `notes` of `write_shard`, of one file.
+
+    Raises:
+        ValueError: the file is missing, corrupted or no token shard.
+    """
     metadata = _read_metadata(Path(path))
     with _damage_named(Path(path)):
         return json.loads(metadata["notes"])
@@ -290,7 +306,7 @@ def _read_metadata(path: Path) -> dict[str, str]:
         raise
     except (pa.ArrowException, OSError) as error:
         raise DamagedShard(
-            f"{path}: not a whole token shard (cut short, or not Parquet); export it again"
+            f"{path}: corrupted token shard (truncated, or not Parquet); export it again"
         ) from error
     with _damage_named(path):
         metadata = {key.decode(): value.decode() for key, value in raw.items()}
@@ -327,7 +343,7 @@ def _reader(path: Path) -> "pq.ParquetFile":
 
 @contextmanager
 def _damage_named(path: Path) -> Iterator[None]:
-    """Turns what reading a damaged file raises into DamagedShard."""
+    """Turns the errors of reading a corrupted file into DamagedShard."""
     import pyarrow as pa
 
     try:
@@ -335,7 +351,7 @@ def _damage_named(path: Path) -> Iterator[None]:
     except (FileNotFoundError, PermissionError):
         raise
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise DamagedShard(f"{path}: damaged ({error}); export it again") from error
+        raise DamagedShard(f"{path}: corrupted token shard ({error}); export it again") from error
 
 
 def _joined(tables: Sequence["pa.Table"], column: str) -> list[Any]:

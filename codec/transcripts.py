@@ -20,9 +20,9 @@ def lowercase_if_all_caps(text: str, min_words: int = 2) -> str:
 
 
 def lowercase_words(words: Sequence[str]) -> list[str]:
-    """The same for the words of a text, or of a crop of one: a single word is lower-cased too.
+    """`lowercase_if_all_caps` for the words of a text or of a crop, also for a single word.
 
-    CTC transcribers have an alphabet of capitals, and cased language models few words in capitals.
+    CTC transcribers print capitals, which are rare in the training data of cased language models.
     """
     text = " ".join(words)
     if lowercase_if_all_caps(text, min_words=1) == text:

@@ -52,7 +52,7 @@ class SemanticStudent(nn.Module):
         super().__init__()
         encoder, quantizer = codec.encoder.semantic, codec.quantizer
         if not isinstance(encoder, WhisperEncoder) or not isinstance(quantizer, SplitVQ):
-            raise ValueError("the semantic codebook is trained so where lmspt.semantic is whisper")
+            raise ValueError("supervision of the semantic codebook needs lmspt.semantic whisper")
         self.encoder, self.quantizer = encoder, quantizer.semantic
         width = codec.config.lmspt.whisper.adapter_width
         self.reader = RecognizerNetwork(codec.latent_dimension, width, letters)
@@ -87,7 +87,11 @@ class SemanticStudent(nn.Module):
 def transcript_nll(
     output: SemanticOutput, batch: TranscribedBatch, hop_length: int
 ) -> Float[Tensor, " B"]:
-    """Negative log-likelihood of each transcript in nats; 0 where it has more labels than steps."""
+    """Negative log-likelihood (CTC) of each transcript in nats; 0 if it has more labels than steps.
+
+    Args:
+        hop_length: samples per frame of the codec.
+    """
     frames = STEPS * ceil_div(batch.lengths, hop_length)
     counts = (batch.labels != BLANK).sum(1)
     return functional.ctc_loss(
@@ -99,7 +103,12 @@ def transcript_nll(
 def greedy_labels(
     output: SemanticOutput, lengths: Int[Tensor, " B"], hop_length: int
 ) -> list[list[int]]:
-    """Labels of each item by greedy CTC decoding."""
+    """Labels of each item by greedy CTC decoding.
+
+    Args:
+        lengths: samples of each item without padding.
+        hop_length: samples per frame of the codec.
+    """
     counts = (STEPS * ceil_div(lengths, hop_length)).tolist()
     best = output.letters.argmax(-1)
     rows = (row[:count].unique_consecutive() for row, count in zip(best, counts, strict=True))

@@ -138,7 +138,7 @@ class CodeRecognizer(nn.Module):
     def word_boundaries(self, codes: Integer[np.ndarray, " T"], text: str) -> list[int]:
         """Frames between the words of `text.split()`, by forced alignment: one more than words.
 
-        The first is 0, the last T; a pause is divided equally between its neighbours.
+        The first is 0, the last T; a pause is divided equally between its neighbors.
 
         Raises:
             ValueError: the text has no letters or other ones than `letters`, or more than fit into
@@ -173,7 +173,7 @@ class CodeRecognizer(nn.Module):
         return (sums / counts.clamp(min=1)[:, None]).numpy()
 
     def save(self, folder: str | Path) -> None:
-        """Writes both files, atomically."""
+        """Writes reader.json and reader.safetensors, atomically."""
         about = {"letters": self.letters, "width": self.reader.embed.out_channels}
         with atomic_files(Path(folder)) as temporary:
             (temporary / "reader.json").write_text(json.dumps(about, indent=1) + "\n")
@@ -184,7 +184,11 @@ class CodeRecognizer(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> "CodeRecognizer":
-        """Raises ValueError for a folder without a complete recognizer."""
+        """The recognizer of a folder.
+
+        Raises:
+            ValueError: the folder has no complete recognizer.
+        """
         folder = Path(folder)
         try:
             about = json.loads((folder / "reader.json").read_text())
@@ -196,6 +200,6 @@ class CodeRecognizer(nn.Module):
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(
                 f"{folder}: no complete recognizer of codes ({type(error).__name__}); "
-                "recipes/train_semantic.py writes one beside its codec"
+                "recipes/train_semantic.py writes one"
             ) from error
         return recognizer

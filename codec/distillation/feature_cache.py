@@ -1,7 +1,7 @@
-"""Teachers' features of whole recordings, computed once and read crop by crop.
+"""Teachers' features of entire recordings, computed once and read crop by crop.
 
-A cache is a folder of safetensors shards beside cache.json, which holds the teachers (`facts`) and,
-once the cache is complete, the shards with their sizes. A shard holds for each recording
+A cache is a folder of safetensors shards and cache.json, which lists the teachers (`facts`) and,
+once the cache is complete, the shards with their sizes. A shard has for each recording
 `speech/ID` (T,D), `words/ID` (W,D) and `sentence/ID` (D,) in float16, and `spoken/ID`, words with
 start and end in seconds as UTF-8 JSON; kinds that were not computed are absent.
 """
@@ -286,7 +286,11 @@ class FeatureCache:
     def speech(
         self, recording: str, start: float | int, seconds: float | int
     ) -> Float16[Tensor, "T D"]:
-        """Features of a crop: T = round(seconds * frame rate), less at the recording's end."""
+        """Features of a crop: T = round(seconds * frame rate), less at the recording's end.
+
+        Raises:
+            ValueError: the cache lacks the recording or has no speech teacher.
+        """
         entry = self._entry(recording)
         if not self.facts["speech"]:
             raise ValueError(f"{self.folder}: the cache has no speech teacher; {NEW_CACHE}")
@@ -296,7 +300,11 @@ class FeatureCache:
         return self._file(entry.shard).get_slice(f"speech/{recording}")[first:stop]
 
     def text(self, recording: str) -> CachedWords:
-        """Words of a whole recording and the text teacher's states."""
+        """Words of an entire recording and the text teacher's states.
+
+        Raises:
+            ValueError: the cache lacks the recording or has no transcriber.
+        """
         file = self._file(self._entry(recording).shard)
         if not self.facts["words"]:
             raise ValueError(f"{self.folder}: the cache has no transcriber; {NEW_CACHE}")

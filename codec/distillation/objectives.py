@@ -58,10 +58,11 @@ class Student(nn.Module):
         """
         Args:
             widths: features (or pseudo-labels) of each teacher, "speech" and "text".
-            resynthesis: None: the semantic codes are not decoded by themselves.
+            resynthesis: None: no speech is decoded from the semantic codes alone.
 
         Raises:
-            ValueError: the codec lacks what the configuration needs.
+            ValueError: the teachers' widths do not fit the codec or each other, or the codec has no
+                auxiliary decoder.
         """
         super().__init__()
         self.codec, self.resynthesis = codec, resynthesis
@@ -93,7 +94,7 @@ class Student(nn.Module):
     def forward(
         self, wave: Float[Tensor, "B 1 S"], codes: Int[Tensor, "B T"] | None = None
     ) -> StudentOutput:
-        """Encodes, decodes and projects; `codes` are codes of codebook 1 that are known already."""
+        """Encodes, decodes and projects; `codes`: known codes of codebook 1 (`Codec.forward`)."""
         out = self.codec(wave, codes)
         projections = {
             name: self._head(name)(out.quantized.part(part).mT) for name, part in self.parts.items()

@@ -59,14 +59,17 @@ class FrozenTeacher(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> "FrozenTeacher":
+        """Stays in evaluation mode."""
         return super().train(False)
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return next(self.network.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Data type of the weights."""
         return next(self.network.parameters()).dtype
 
 
@@ -99,9 +102,11 @@ class SpeechTeacher(FrozenTeacher):
         lengths: Int[Tensor, " B"] | None = None,
         offsets: Int[Tensor, " B"] | None = None,
     ) -> Features:
-        """Features of waves in [-1, 1], of which the first `lengths` samples (default: all) count.
+        """Features of waves in [-1, 1] at `sample_rate`.
 
-        `offsets`: Whisper only, see `WhisperTeacher`.
+        Args:
+            lengths: samples of each item without padding; None: S.
+            offsets: Whisper only, see `WhisperTeacher`.
         """
         samples = [wave.shape[-1]] * len(wave) if lengths is None else lengths.tolist()
         items = [self._scaled(row[:count]) for row, count in zip(wave[:, 0], samples, strict=True)]
@@ -215,9 +220,9 @@ class _MaskedGroupNorm(nn.Module):
         counts = self.lengths[:, None, None]
         counted = torch.arange(latent.shape[-1], device=latent.device) < counts
         exact = latent.float()
-        centred = exact - (exact * counted).sum(-1, keepdim=True) / counts
-        variance = (centred.square() * counted).sum(-1, keepdim=True) / counts
-        normed = (centred * (variance + self.norm.eps).rsqrt()).to(latent.dtype)
+        centered = exact - (exact * counted).sum(-1, keepdim=True) / counts
+        variance = (centered.square() * counted).sum(-1, keepdim=True) / counts
+        normed = (centered * (variance + self.norm.eps).rsqrt()).to(latent.dtype)
         return normed * self.norm.weight[:, None] + self.norm.bias[:, None]
 
 
@@ -338,7 +343,7 @@ class TextTeacher(FrozenTeacher):
         self.max_pieces = min(int(config.max_position_embeddings), tokenizer.model_max_length)
 
     def forward(self, texts: Sequence[Sequence[str]]) -> list[TextStates]:
-        """States of each text: of a word, the mean over its pieces; of the sentence, [CLS]'s."""
+        """States of each text: means over the pieces of each word, and the state of [CLS]."""
         texts = [lowercase_words(words) for words in texts]
         windows = [
             (row, *window) for row, words in enumerate(texts) for window in self._split(words)

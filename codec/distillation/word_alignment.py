@@ -157,7 +157,7 @@ class CTCTranscriber(_BatchedTranscriber):
     """wav2vec2, HuBERT or WavLM with a CTC head over letters, on recordings of any length.
 
     Letters that are not in the vocabulary are ignored; a word without any other letter gets the
-    time between its neighbours.
+    time between its neighbors.
     """
 
     def __init__(
@@ -197,7 +197,11 @@ class CTCTranscriber(_BatchedTranscriber):
         return ctc_words(log_probs.argmax(-1).tolist(), names, self.delimiter)
 
     def align(self, log_probs: Float[Tensor, "T V"], words: Sequence[str]) -> list[Span]:
-        """Frames of the given words on the best CTC path. ValueError: more letters than frames."""
+        """Frames of the given words on the best CTC path.
+
+        Raises:
+            ValueError: the recording has fewer frames than the letters need.
+        """
         labels = [self._labels(word) for word in words]
         frames = align_ctc(log_probs, labels, blank=self.blank, separator=self.delimiter)
         return [Span(word, *span) for word, span in zip(words, frames, strict=True)]
@@ -235,7 +239,7 @@ class WhisperTranscriber(_BatchedTranscriber):
             self.options |= {"language": language, "task": "transcribe"}
         known = [key.strip("<|>") for key in sorted(facts.lang_to_id)] if multilingual else ["en"]
         if language not in known:
-            raise ValueError(f"no language {language!r}; this Whisper knows {', '.join(known)}")
+            raise ValueError(f"no language {language!r}; this Whisper has {', '.join(known)}")
         names = ["startoftranscript", *([language, "transcribe"] if multilingual else [])]
         names = [f"<|{part}|>" for part in [*names, "notimestamps"]]
         self.prompt: list[int] = tokenizer.convert_tokens_to_ids(names)
@@ -441,7 +445,7 @@ def ctc_words(path: Sequence[int], letters: Mapping[int, str], delimiter: int | 
 
 
 def min_ctc_steps(labels: Sequence[int]) -> int:
-    """Steps of the shortest CTC path: one for each label, and a blank between equal neighbours."""
+    """Steps of the shortest CTC path: one for each label, and a blank between equal neighbors."""
     return len(labels) + sum(one == two for one, two in pairwise(labels))
 
 
@@ -455,7 +459,7 @@ def align_ctc(
     """Forced alignment: frames [start, stop) of each word on the best CTC path.
 
     Args:
-        words: labels of each word. Words without labels share the frames between their neighbours.
+        words: labels of each word. Words without labels share the frames between their neighbors.
         separator: label between words, if there is one.
 
     Raises:
@@ -489,7 +493,7 @@ def align_ctc(
 
 
 def fill_gaps(spans: Sequence[tuple[int, int] | None], frames: int) -> list[tuple[int, int]]:
-    """Replaces None: such words share the frames between their neighbours equally."""
+    """Replaces None: such words share the frames between their neighbors equally."""
     filled: list[tuple[int, int]] = []
     before = 0
     for known, group in groupby(spans, key=lambda span: span is not None):

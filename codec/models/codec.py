@@ -204,7 +204,7 @@ class Codec(PyTorchModelHubMixin, SpeechCodec, library_name="parlance", tags=["s
         if not isinstance(self.encoder, DualEncoder) or self.encoder.acoustic is None:
             raise ValueError(
                 "freeze_semantic: only codec.family lmspt, without lmspt.shared_encoder, has a "
-                "semantic encoder of its own"
+                "separate semantic encoder"
             )
         assert isinstance(self.quantizer, SplitVQ)
         self._frozen = [self.encoder.semantic, self.quantizer.semantic]

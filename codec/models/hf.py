@@ -48,6 +48,7 @@ class Baseline(SpeechCodec):
 
     @property
     def sample_rate(self) -> int:
+        """Sample rate of input and output waves in Hz."""
         return self.config.sampling_rate
 
     @cached_property
@@ -61,6 +62,7 @@ class Baseline(SpeechCodec):
 
     @property
     def stamp(self) -> CodecStamp:
+        """Identifies the codec and its weights (by digest) in token shards."""
         return CodecStamp(
             id=self.source,
             digest=self._digest,
@@ -133,6 +135,7 @@ class EncodecBaseline(Baseline):
 
     @classmethod
     def check(cls, model: str, config: Any) -> None:
+        """Raises `ValueError` for stereo, normalizing or windowed models, such as 48 kHz."""
         if config.audio_channels != 1 or config.normalize or config.chunk_length_s is not None:
             raise ValueError(
                 f"{model}: an EnCodec of {config.audio_channels} channels with scales and "
@@ -141,10 +144,12 @@ class EncodecBaseline(Baseline):
 
     @property
     def hop_length(self) -> int:
+        """Samples per frame."""
         return self.config.hop_length
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
+        """K of every codebook."""
         return (self.config.codebook_size,) * len(self.network.quantizer.layers)
 
     def _codes(self, wave: Tensor, books: range) -> Tensor:
@@ -161,10 +166,12 @@ class DacBaseline(Baseline):
 
     @property
     def hop_length(self) -> int:
+        """Samples per frame."""
         return prod(self.config.downsampling_ratios)
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
+        """K of every codebook."""
         return (self.config.codebook_size,) * len(self.network.quantizer.quantizers)
 
     def _codes(self, wave: Tensor, books: range) -> Tensor:
@@ -195,6 +202,7 @@ class MimiBaseline(Baseline):
 
     @classmethod
     def check(cls, model: str, config: Any) -> None:
+        """Raises `ValueError` for models that are not mono, or lack the encoder or decoder."""
         if config.audio_channels != 1:
             raise ValueError(f"{model}: has {config.audio_channels} channels; use a mono Mimi")
         if config.encoder_config is None or config.decoder_config is None:
@@ -202,10 +210,12 @@ class MimiBaseline(Baseline):
 
     @property
     def hop_length(self) -> int:
+        """Samples per frame."""
         return prod(self.config.upsampling_ratios) * self.config.latent_stride
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
+        """K of every codebook."""
         return (self.config.codebook_size,) * self.config.num_quantizers
 
     @property
@@ -258,10 +268,12 @@ class XCodec2Baseline(Baseline):
 
     @property
     def hop_length(self) -> int:
+        """Samples per frame."""
         return self.config.hop_length
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
+        """K of every codebook."""
         return (prod(self.config.quantization_levels),)
 
     def _codes(self, wave: Tensor, books: range) -> Tensor:

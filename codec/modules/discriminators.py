@@ -72,7 +72,7 @@ class Discriminators(nn.Module):
             )
 
     def forward(self, wave: Float[Tensor, "B 1 S"]) -> list[DiscriminatorOutput]:
-        """One output for each sub-discriminator; logits and maps have shapes of their own."""
+        """One output for each sub-discriminator; shapes of logits and feature maps differ."""
         if self.normalize_input:
             wave = wave.float()
             wave = wave - wave.mean(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""GAN training of a codec: crops, two optimisers, validation, checkpoints."""
+"""GAN training of a codec: crops, two optimizers, validation, checkpoints."""
 
 import json
 import logging
@@ -38,7 +38,11 @@ def fit(
 ) -> None:
     """Trains to `optim.steps`, from the newest checkpoint of `run` where there is one.
 
-    The trained codec is in `run.folder / "codec"` at the end.
+    At the end the trained codec is written to `run.folder / "codec"`.
+
+    Raises:
+        ValueError: the launch or the crops cannot train these models, or the training diverged.
+        Interrupted: SIGINT was received; a checkpoint of the step is saved.
     """
     accelerator, codec = run.accelerator, models.student.codec
     check_training_setup(models, crops, losses, accelerator)
@@ -93,7 +97,7 @@ def fit(
 def prepare_trainer(
     models: TrainingModels, accelerator: Any, losses: LossConfig, optim: CodecOptimConfig
 ) -> Trainer:
-    """Makes the optimisers, and wraps what is trained."""
+    """Creates the optimizers, and lets accelerate wrap the trained modules."""
     models.student.train()
     generator: Any = adamw(models.student, optim, decays=is_codec_matrix)
     student, generator = accelerator.prepare(models.student, generator)
@@ -109,7 +113,7 @@ def prepare_trainer(
 
 
 def set_learning_rates(trainer: Trainer, step: int) -> None:
-    """Sets the rates of the codec's and of the discriminators' optimiser for a step."""
+    """Sets the rates of the codec's and of the discriminators' optimizer for a step."""
     peaks = (trainer.optim.lr, trainer.optim.discriminator_lr)
     for optimizer, peak in zip(trainer.optimizers, peaks, strict=False):
         set_learning_rate(optimizer, learning_rate(step, trainer.optim, peak))
@@ -118,11 +122,12 @@ def set_learning_rates(trainer: Trainer, step: int) -> None:
 def metrics(
     trainer: Trainer, reading: Reading, sizes: Sequence[int], seconds: float
 ) -> dict[str, float]:
-    """Mean losses, use and perplexity over codebooks, seconds of audio a second, and the teachers'
-    share of the time.
+    """Mean losses, mean use and perplexity of the codebooks, seconds of audio per second, and the
+    teachers' share of the time, by name.
 
     Args:
-        seconds: of audio in one rank's batch.
+        sizes: K of every codebook.
+        seconds: seconds of audio in one rank's batch.
     """
     sums = dict(reading.sums)
     batches = float(sums.pop("batches"))
@@ -141,7 +146,7 @@ def check_training_setup(
     """Raises `ValueError` for a launch or crops that cannot train these models."""
     if accelerator.distributed_type.value == "DEEPSPEED":
         raise ValueError(
-            "the codec's two optimisers do not train under DeepSpeed; launch with "
+            "the codec's two optimizers do not train under DeepSpeed; launch with "
             "recipes/accelerate/ddp.yaml (or cpu.yaml)"
         )
     samples = crops.seconds * models.student.codec.sample_rate
@@ -160,7 +165,7 @@ def check_training_setup(
 
 
 def _check_finite(codec: Codec, step: int) -> None:
-    """Before a checkpoint of NaN takes the place of a good one."""
+    """Raises `ValueError` before a checkpoint with NaN replaces a good one."""
     for name, tensor in codec.state_dict().items():
         if not bool(tensor.isfinite().all()):
             raise ValueError(
@@ -170,7 +175,7 @@ def _check_finite(codec: Codec, step: int) -> None:
 
 
 def list_bad(file: Path) -> None:
-    """One line for each recording that some loader process could not read."""
+    """Rewrites skipped.jsonl with one line per recording: several processes may have added it."""
     if not file.is_file():
         return
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -180,6 +185,10 @@ def list_bad(file: Path) -> None:
 
 
 def save_codec(codec: Codec, folder: Path) -> None:
-    """Writes a trained codec's folder in place of an earlier one. `OSError` on a full disk."""
+    """Writes a trained codec's folder, which replaces an earlier one.
+
+    Raises:
+        OSError: the disk is full.
+    """
     with atomic_folder(folder) as partial:
         codec.save_pretrained(partial)

@@ -46,22 +46,22 @@ class TrainingModels:
 
 
 class TeacherTargets(NamedTuple):
-    """Targets of distillation for one batch, and how they count."""
+    """Targets of distillation for one batch, and the weights of their losses."""
 
     targets: dict[str, Target]
     config: DistillConfig
     original: OriginalFeatures | None = None
-    """Whisper's features of the original, for the resynthesis from semantic codes."""
+    """Whisper's features of the original, for the resynthesis loss."""
 
 
 @dataclass
 class Trainer:
-    """What stays the same from batch to batch."""
+    """Models, optimizers and settings of a training."""
 
     models: TrainingModels
-    """As accelerate prepared them."""
+    """As prepared by accelerate."""
     optimizers: list[Any]
-    """The codec's, and the discriminators' where there are some."""
+    """The codec's, and the discriminators' if there are any."""
     accelerator: Any
     losses: LossConfig
     optim: CodecOptimConfig
@@ -80,11 +80,13 @@ def generator_step(
     sample_rate: int,
     targets: TeacherTargets | None = None,
 ) -> Losses:
-    """The losses of one pass of the codec, whose weighted sum is the total.
+    """Losses of one forward pass of the codec; their weighted sum is the total.
 
     Args:
-        discriminators: None leaves the adversarial terms out.
-        targets: None leaves distillation out.
+        out: output of the forward pass.
+        wave: its input.
+        discriminators: None: no adversarial losses.
+        targets: None: no distillation.
     """
     parts, details, weights = {}, {}, config.weights
     if weights.wave:
@@ -141,7 +143,11 @@ def discriminator_step(
 
 
 def train_step(trainer: Trainer, crops: Crops, *, adversarial: bool) -> None:
-    """One batch: discriminators on the detached output, then the codec against them."""
+    """Trains on one batch: the discriminators on the detached output, then the codec.
+
+    Args:
+        adversarial: train the discriminators, and the codec against them.
+    """
     models, accelerator = trainer.models, trainer.accelerator
     discriminators = models.discriminators if adversarial else None
     wave, targets, parts = crops.wave.to(accelerator.device), None, {}
@@ -177,7 +183,7 @@ def train_step(trainer: Trainer, crops: Crops, *, adversarial: bool) -> None:
 
 
 def teacher_targets(models: TrainingModels, crops: Crops) -> TeacherTargets:
-    """The targets of a batch of crops."""
+    """Computes the teachers' targets for a batch of crops."""
     targets = TeacherTargets({}, DistillConfig())
     if models.teachers is not None:
         targets = TeacherTargets(models.teachers(crops), models.teachers.config)
@@ -187,7 +193,7 @@ def teacher_targets(models: TrainingModels, crops: Crops) -> TeacherTargets:
 
 
 def update(optimizer: Any, model: nn.Module, accelerator, optim: CodecOptimConfig) -> None:
-    """Clips the gradients, where they are complete, and steps."""
+    """Clips the gradients after the last micro-batch, and steps the optimizer."""
     if accelerator.sync_gradients and optim.clip_norm:
         # The auxiliary decoder apart: it must not change a codec that gets no gradient from it.
         named = list(model.named_parameters())

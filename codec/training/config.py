@@ -1,4 +1,4 @@
-"""Frozen configurations of training: losses, teachers, crops, optimiser."""
+"""Frozen configurations of training: losses, teachers, crops, optimizer."""
 
 from dataclasses import dataclass, field, fields
 from typing import Literal
@@ -66,7 +66,7 @@ class LossConfig:
     )
     """Resolutions of the mel loss."""
     mel_form: Literal["speechtokenizer", "lmspt"] = "speechtokenizer"
-    """Natural logs of HTK mels, or log10 of squared Slaney mels whose frames are centred."""
+    """Natural logs of HTK mels, or log10 of squared Slaney mels whose frames are centered."""
     mel_l2_weight: float = 0.0
     """Weight of the squared log-mel difference, added to the absolute one (the papers': 1)."""
     mel_linear_weight: float = 0.0
@@ -98,7 +98,7 @@ class DiscriminatorConfig:
     periods: tuple[int, ...] = (2, 3, 5, 7, 11)
     """Samples per row of each multi-period discriminator; empty: none."""
     extra_period: bool = False
-    """Where a wave is a multiple of a period, reflect one whole period more, as Descript's code
+    """Pad waves whose length is a multiple of a period by one more period, as Descript's code
     does."""
     num_scales: int = 3
     """Multi-scale discriminators, each at half the rate of the one before; 0: none."""
@@ -125,7 +125,7 @@ class DiscriminatorConfig:
         )
         # Below 8 the spectrum, below 98 the lowest band (a tenth of the bins) is one bin before its
         # last stride, where torch 2.11's bfloat16 convolution on CPUs leaves weight gradients
-        # uninitialised. 128 is the next power of two.
+        # uninitialized. 128 is the next power of two.
         at_least(8, discriminators__stft_windows=self.stft_windows)
         at_least(128, discriminators__band_windows=self.band_windows)
 
@@ -145,7 +145,7 @@ class SpeechTeacherConfig:
     cosine_weight: float = 1.0
     """Weight of the cosine term of t_axis, added to its L1 term."""
     codebooks: Literal["first", "mean", "last"] = "first"
-    """What is projected to the teacher: codebook 1, the mean of all codebooks, or the last one."""
+    """Entry that is projected to the teacher: codebook 1's, the mean of all, or the last one's."""
     units: str = ""
     """Centroids of recipes/make_units.py, for the objective units."""
 
@@ -175,7 +175,7 @@ class TextTeacherConfig:
     cosine_weight: float = 1.0
     """Weight of the cosine term of t_axis, added to its L1 term."""
     codebooks: Literal["first", "mean", "last"] = "first"
-    """What is projected to the teacher: codebook 1, the mean of all codebooks, or the last one."""
+    """Entry that is projected to the teacher: codebook 1's, the mean of all, or the last one's."""
     align: Literal["ctc", "global", "index"] = "ctc"
     """Each word's state over its own frames, the sentence's state on every frame, or word piece i
     on frame i (what DM-Codec's released code does, for comparison)."""
@@ -206,7 +206,7 @@ class DistillConfig:
     """Folder of recipes/cache_teachers.py; empty: the teachers run during training.
 
     A cache has features of entire recordings and by default of their own transcripts; during
-    training the teachers get the crop alone, and the words are those recognised in it.
+    training the teachers get the crop alone, and the words are those recognized in it.
     """
     bfloat16: bool = True
     """Teachers compute in bfloat16 where the hardware does."""
@@ -254,7 +254,7 @@ class ResynthesisConfig:
     """Only the decoder gets a gradient of this loss, not encoder and codebook: with the auxiliary
     decoder the codec is trained as without resynthesis."""
     distance: Literal["mse", "l1"] = "mse"
-    """Between the features of original and resynthesis."""
+    """Distance between the features of original and resynthesis."""
     mask: bool = True
     """Compare the frames of speech alone; or all 1500 of 30 s (released code)."""
     per_item: bool = True
@@ -270,7 +270,7 @@ class ResynthesisConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CropConfig:
-    """How recordings become training batches."""
+    """Crops of recordings for training, and recordings for validation."""
 
     seconds: float = 1.2
     """Length of a training crop; shorter recordings are padded with zeros."""
@@ -296,7 +296,7 @@ class OptimConfig:
     """AdamW, its schedule, and when to log, evaluate and save."""
 
     steps: int = 20
-    """Optimiser steps."""
+    """Optimizer steps."""
     lr: float = 1e-3
     """Peak learning rate."""
     warmup_steps: int = 5
@@ -310,9 +310,9 @@ class OptimConfig:
     decay_steps: int = 1000
     """Steps between two decays."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Of AdamW."""
+    """Coefficients of AdamW's moving averages."""
     weight_decay: float = 0.01
-    """Of AdamW, on matrices, not on vectors."""
+    """Weight decay of AdamW, on matrices, not on vectors."""
     clip_norm: float = 1.0
     """Gradients are clipped to this norm; 0: never."""
     accumulate: int = 1
@@ -349,7 +349,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SupervisedOptimConfig(OptimConfig):
-    """Optimiser of one model on batches of targets (codec/training/supervised.py)."""
+    """Optimizer of one model on batches of targets (codec/training/supervised.py)."""
 
     eval_batches: int = 16
     """Maximum micro-batches of an evaluation on each rank."""
@@ -361,23 +361,23 @@ class SupervisedOptimConfig(OptimConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodecOptimConfig(OptimConfig):
-    """Optimisers of a codec and its discriminators."""
+    """Optimizers of a codec and its discriminators."""
 
     steps: int = 200
-    """Optimiser steps."""
+    """Optimizer steps."""
     discriminator_lr: float = 1e-4
     """Peak learning rate of the discriminators."""
     betas: tuple[float, float] = (0.9, 0.99)
-    """Of AdamW, generator and discriminators alike."""
+    """Coefficients of AdamW's moving averages, for generator and discriminators."""
     weight_decay: float = 0.0
-    """Of AdamW, on matrices alone: neither on biases, gains, Snake's slopes nor on the entries of
+    """Weight decay of AdamW, on matrices alone: not on biases, gains, Snake's slopes and entries of
     codebooks that are trained by gradient."""
     warmup_steps: int = 20
     """Steps of linear warm-up."""
     final_lr_share: float = 0.05
     """Learning rate at the last step over the peak, at the end of the cosine."""
     discriminator_start: int = 0
-    """First step at which the discriminators train and count."""
+    """First step that trains the discriminators and has adversarial losses."""
     log_every: int = 10
     """Steps between logged metrics."""
     eval_every: int = 500

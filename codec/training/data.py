@@ -48,9 +48,15 @@ def load_cut(
     cut: "Cut", sample_rate: int, *, start: float = 0.0, duration: float | None = None,
     allow_silence: bool = False,
 ) -> Float[np.ndarray, " S"]:  # fmt: skip
-    """A cut's samples as `codec.audio.read_audio` gives them; `start` counts from the cut's start.
+    """Samples of a cut, mono float32 in [-1, 1] at `sample_rate` Hz.
 
-    Raises `ValueError` naming the recording when it cannot be used.
+    Args:
+        start: seconds after the start of the cut.
+        duration: seconds; None: to the end of the cut.
+        allow_silence: accept a silent cut.
+
+    Raises:
+        ValueError: the cut cannot be read, is empty or silent; the message names the recording.
     """
     rest = cut.duration - start
     duration = rest if duration is None else min(duration, rest)
@@ -91,24 +97,24 @@ def _recording(cut: Any) -> Any:
 
 
 class Crops(NamedTuple):
-    """A batch of crops and where each comes from."""
+    """A batch of crops and their positions in the recordings."""
 
     wave: Float[Tensor, "B 1 S"]
     lengths: Int[Tensor, " B"]
     """Samples of each item without padding."""
     ids: tuple[str, ...]
-    """Cuts."""
+    """Ids of the cuts."""
     starts: tuple[float, ...]
-    """Seconds into each cut."""
+    """Seconds from the start of each cut."""
     codes: Int[Tensor, "B T"] | None = None
-    """Of codebook 1, where it was encoded beforehand; the last one is repeated in padding."""
+    """Codes of codebook 1 if they are known; the last one is repeated in padding."""
 
 
 class CropDataset(Dataset):
     """Crop number i of an endless stream: epoch i // N, shuffled for every epoch.
 
-    In place of a recording that cannot be read comes the next one of the epoch; its id and the
-    reason go to `bad` and to `bad_file`, which all loader processes share.
+    A recording that cannot be read is replaced by the next one of the epoch; its id and the reason
+    are added to `bad` and to `bad_file`, which all loader processes share.
     """
 
     def __init__(
@@ -116,8 +122,12 @@ class CropDataset(Dataset):
         bad_file: Path | None = None,
         codes: Mapping[str, Integer[np.ndarray, " T"]] | None = None, hop_length: int = 1,
     ) -> None:  # fmt: skip
-        """With `codes` of entire cuts by their ids, crops start and end at frames of `hop_length`
-        samples and have their codes."""
+        """
+        Args:
+            seconds: length of a crop.
+            codes: codes of codebook 1 of each cut, by id. With them crops start at frames of
+                `hop_length` samples and include their codes.
+        """
         self._codes, self._hop = codes, hop_length
         self.bad_file = bad_file
         self.cuts, self.sample_rate, self.seed = list(cuts), sample_rate, seed
@@ -189,7 +199,7 @@ def crop_batches(
     dataset: CropDataset, *, batch_size: int, first: int, last: int, rank: int, world: int,
     num_workers: int = 0,
 ) -> DataLoader:  # fmt: skip
-    """Batches number `first` to `last` - 1 of this rank, each `Crops`."""
+    """A loader of the batches `first` to `last` - 1 of this rank, each `Crops`."""
     sampler = _Indices(first=first, last=last, batch_size=batch_size, rank=rank, world=world)
     return DataLoader(
         dataset,
@@ -213,10 +223,10 @@ class Share(NamedTuple):
     batch: Any
     """A NamedTuple of tensors."""
     num_targets: float
-    """Targets of the step over ranks and micro-batches, divided by their number: the divisor that
-    makes the step's gradient the mean over its targets."""
+    """Targets of the step over ranks and micro-batches, divided by the number of micro-batches: the
+    divisor that makes the step's gradient the mean over its targets."""
     weight: float
-    """0 for a batch that only fills up the last step of an evaluation."""
+    """1, or 0 for a batch that is repeated to complete the last step of an evaluation."""
 
 
 @runtime_checkable
@@ -224,7 +234,12 @@ class Data(Protocol):
     """Batches as a function of the step."""
 
     padding_share: float
+    """Share of positions that are padding."""
 
-    def share(self, step: int, micro: int, rank: int, world: int, accumulate: int) -> Share: ...
+    def share(self, step: int, micro: int, rank: int, world: int, accumulate: int) -> Share:
+        """Micro-batch `micro` of `accumulate` of a step, for rank `rank` of `world`."""
+        ...
 
-    def num_steps(self, world: int, accumulate: int) -> int: ...
+    def num_steps(self, world: int, accumulate: int) -> int:
+        """Number of steps of one pass over the data."""
+        ...

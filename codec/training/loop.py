@@ -1,4 +1,4 @@
-"""The training loop that every model here goes through, and what it measures.
+"""The training loop of all models, and its measurements.
 
 Metrics, evaluations and checkpoints of step N are those of a model that was updated N times.
 """
@@ -19,7 +19,7 @@ from codec.training.run import Run
 from codec.training.schedule import learning_rate
 
 NUM_SHOWN = 5
-"""Values beside the progress bar."""
+"""Values shown by the progress bar."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -30,21 +30,21 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Losses(NamedTuple):
-    """What a step function returns of one batch."""
+    """Losses of one batch."""
 
     total: Float[Tensor, ""]
-    """The loss that is minimised."""
+    """The loss that is minimized."""
     parts: dict[str, Tensor]
-    """What the meter sums, by name: losses before their weights, or sums over targets."""
+    """Values that the meter sums, by name: unweighted losses, or sums over targets."""
 
 
 class Reading(NamedTuple):
-    """What a meter has summed since its last reading."""
+    """Sums of a meter since its last reading."""
 
     sums: dict[str, Tensor]
     """Over batches and ranks."""
     seconds: float
-    """Of training: evaluations and checkpoints do not count."""
+    """Duration of training, without evaluations and checkpoints."""
 
 
 class Meter:
@@ -65,14 +65,14 @@ class Meter:
         self._since += time.monotonic() - start
 
     def add(self, parts: Mapping[str, Tensor]) -> None:
-        """Adds the tensors of one batch; sums stay on their device, moving them would wait."""
+        """Adds the tensors of one batch; sums stay on the device, so that no step waits for it."""
         for name, part in parts.items():
             value = part.detach()
             value = value.double() if value.is_floating_point() else value.long()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def read(self, accelerator: Any) -> Reading:
-        """The sums over all ranks, which all call it; then they start from zero."""
+        """The sums over all ranks, which are then reset. All ranks call it."""
         sums = {name: accelerator.reduce(value) for name, value in self._sums.items()}
         reading = Reading(sums, max(1e-9, time.monotonic() - self._since))
         self._clear()
@@ -80,7 +80,7 @@ class Meter:
 
 
 class Stopwatch:
-    """Sums the time spent inside `with stopwatch:`; on a GPU the device's own, without waiting."""
+    """Sums the time spent inside `with stopwatch:`, on a GPU by events, without synchronization."""
 
     def __init__(self, device: torch.device) -> None:
         self._seconds, self._started = 0.0, 0.0
@@ -116,22 +116,22 @@ class Stopwatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Phases:
-    """What the loop calls; all ranks call all of it."""
+    """Functions that the loop calls, on all ranks."""
 
     train_step: Callable[[int], None]
-    """One optimiser step, whose number is given (from 0); adds to the meter."""
+    """One optimizer step, given its number from 0; adds to the meter."""
     metrics: Callable[[Reading], dict[str, float]]
-    """The values to log, by name, of what the meter summed."""
+    """Values to log by name, from the sums of the meter."""
     evaluate: Callable[[int], dict[str, float]] | None = None
-    """Values of the dev set by name, to log at the given step."""
+    """Values of the development set to log by name, given the step."""
     evaluate_first: bool = False
     """Evaluate before the first step as well."""
     before_save: Callable[[int], None] | None = None
-    """Raises where a checkpoint of the given step would be useless."""
+    """Raises an error if a checkpoint of the given step would be useless."""
 
 
 def due(step: int, every: int, last: bool) -> bool:
-    """Returns whether an action of every `every` steps is due at `step`."""
+    """Whether an action of every `every` steps is due at `step`; at the last step all are."""
     return last or (step > 0 and step % every == 0)
 
 

@@ -25,7 +25,7 @@ def wave_loss(fake: Float[Tensor, "B 1 S"], real: Float[Tensor, "B 1 S"]) -> Flo
 def mel_magnitudes(
     wave: Float[Tensor, "B 1 S"], scale: MelScaleConfig, sample_rate: int, form: str
 ) -> Float[Tensor, "B M T"]:
-    """HTK mels (form `speechtokenizer`), or Slaney mels of centred frames (form `lmspt`)."""
+    """HTK mels (form `speechtokenizer`), or Slaney mels of centered frames (form `lmspt`)."""
     slaney = form == "lmspt"
     key = (sample_rate, scale.window, scale.num_mels, slaney, wave.device)
     if key not in _banks:
@@ -119,7 +119,7 @@ def discriminator_loss(
 
 
 def adversarial_loss(fake: Sequence[DiscriminatorOutput], form: str) -> Float[Tensor, ""]:
-    """The generator's side of `discriminator_loss`."""
+    """The generator's loss on the discriminators' outputs, in the form of `discriminator_loss`."""
     total = fake[0].logits.new_zeros(())
     for on_fake in fake:
         if form == "hinge":
@@ -158,7 +158,7 @@ def feature_loss(
 
 FRAME_SECONDS = 0.0256
 BANDS, LOWEST_HZ = 15, 150.0
-"""One-third octave bands, and the centre of the lowest."""
+"""One-third octave bands, and the center of the lowest."""
 SEGMENT_FRAMES = 30
 """Frames of a segment: 384 ms."""
 SEGMENT_STEP = 2

@@ -9,7 +9,7 @@ from codec.training.config import OptimConfig
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter has at least two axes: the AR's and the NAR's rule of what decays."""
+    """Whether a parameter has at least two axes: weight decay of the AR and the NAR."""
     return parameter.ndim >= 2
 
 
@@ -28,8 +28,8 @@ def adamw(
     lr: float | None = None,
     decays: Callable[[str, nn.Parameter], bool] = is_matrix,
 ) -> torch.optim.AdamW:
-    """AdamW over the parameters that require a gradient, in a group that decays and one that does
-    not.
+    """AdamW over the parameters that require a gradient, in two groups: with and without weight
+    decay.
 
     Args:
         lr: the peak learning rate; None: `config.lr`.

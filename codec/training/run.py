@@ -43,7 +43,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "accelerate", "transformers", "peft", "deepspeed", "numpy", "lhotse")
 """Packages whose versions a run notes."""
 SEAL = "whole.json"
-"""Of a checkpoint: the sizes of its files, and the launch that wrote it."""
+"""File of a checkpoint with the sizes of its files and the launch that wrote it."""
 PROFILE_SKIPPED = 2
 """Steps before the profiled ones: the first ones build caches."""
 PROFILE_ROWS = 40
@@ -66,7 +66,7 @@ def resolved(config: Any) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Dictionaries, lists and scalars that YAML has, of those that a config dataclass has."""
+    """Converts values of a config dataclass to types of YAML: tuples to lists, paths to text."""
     if isinstance(value, dict):
         return {str(key): plain(child) for key, child in value.items()}
     if isinstance(value, list | tuple):
@@ -81,7 +81,7 @@ def make_accelerator(
     tracker: str | None = "tensorboard",
     handlers: Sequence[KwargsHandler] = (),
 ) -> Accelerator:
-    """An Accelerator for the launch that we are in, on GPUs or, where there is none, the CPU.
+    """An Accelerator for the current launch, on GPUs or, if there are none, on the CPU.
 
     World size, precision and ZeRO come from accelerate's file. Where the machine lacks bf16 it is
     replaced by float32, so that one file serves both. `folder` gets the tracker's events.
@@ -261,6 +261,9 @@ class Run:
         All ranks call it, after `accelerator.prepare`. Checkpoints with a missing or truncated file
         are skipped with a warning. Lines of metrics.jsonl after that step are removed: the run
         writes them again.
+
+        Raises:
+            ValueError: another number of processes or another ZeRO stage wrote the checkpoint.
         """
         newest: list[Any] = [None]
         if self.accelerator.is_main_process:
@@ -356,7 +359,10 @@ class Run:
 
 
 def share_failure(failure: Exception | None, accelerator: Accelerator) -> None:
-    """Raises the main process's error on all ranks, before any of them waits for it in vain."""
+    """Raises an error of the main process on all ranks, so that none waits for it in a collective.
+
+    All ranks call it; `failure` is None on the others.
+    """
     shared = [str(failure) if failure else None]
     if accelerator.num_processes > 1:
         broadcast_object_list(shared)
@@ -367,7 +373,11 @@ def share_failure(failure: Exception | None, accelerator: Accelerator) -> None:
 
 
 def lock_folder(folder: Path, accelerator: Accelerator) -> FileLock | None:
-    """Locks the folder, on the main process; ValueError on all when another process runs in it."""
+    """Locks the folder on the main process, which gets the lock; the others get None.
+
+    Raises:
+        ValueError: another process runs in the folder; on all ranks.
+    """
     lock, failure = None, None
     if accelerator.is_main_process:
         try:
@@ -390,7 +400,7 @@ def _claim(
         before, now = dict(leaves(yaml.safe_load(path.read_text()))), dict(leaves(content))
         if current_keys is not None:
             before = current_keys(before, now)
-        # An earlier version did what the defaults of keys say that it did not have.
+        # An earlier version behaved as the defaults of the keys that it lacked.
         defaults = _defaults(type(config))
         for key in now.keys() - before.keys():
             related = [k for k in before if k.startswith(f"{key}.") or key.startswith(f"{k}.")]
@@ -425,7 +435,7 @@ def _is_free(key: str, free: Sequence[str]) -> bool:
 
 
 def _world(accelerator: Accelerator) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be loaded."""
+    """Facts of the launch that must be equal for a checkpoint to be loaded."""
     plugin = (
         accelerator.state.deepspeed_plugin if accelerator.distributed_type == "DEEPSPEED" else None
     )

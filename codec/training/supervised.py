@@ -1,6 +1,7 @@
 """Training of one model on batches of targets: the AR, the NAR, the semantic codebook.
 
-A step's gradient is the mean over its targets, whatever ranks and micro-batches hold them.
+A step's gradient is the mean over its targets, independent of their distribution over ranks and
+micro-batches.
 """
 
 import logging
@@ -101,8 +102,8 @@ def fit_supervised(
 
 
 def _prefetched(data: Data, run: Run, config: OptimConfig) -> Generator[list[Share], int, None]:
-    """Sent a step, yields this rank's micro-batches of it; a thread makes those of the next step
-    meanwhile."""
+    """A generator that is sent a step and yields this rank's micro-batches of it; a thread prepares
+    those of the next step."""
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
 
     def shares(step: int) -> list[Share]:
@@ -128,8 +129,14 @@ def dev_metrics(
     eval_batches: int,
     groups: Sequence[str],
 ) -> dict[str, float]:
-    """Mean losses and accuracies over the dev set, by name (`dev/...`). All ranks call it, each has
-    as many batches; the model stays in evaluation mode."""
+    """Mean losses and accuracies over the development set, by name (`dev/...`).
+
+    All ranks call it and have the same number of batches. The model stays in evaluation mode.
+
+    Args:
+        eval_batches: maximum number of batches of each rank.
+        groups: names of the groups of targets.
+    """
     model.eval()
     rank, world = accelerator.process_index, accelerator.num_processes
     meter = Meter()
@@ -143,7 +150,7 @@ def dev_metrics(
 
 
 def group_means(reading: Reading, groups: Sequence[str]) -> dict[str, float]:
-    """Mean negative log-likelihood and accuracy of all targets and of each group that has some."""
+    """Mean negative log-likelihood in nats and accuracy: of all targets, of each nonempty group."""
     nll, correct, targets = (reading.sums[name].tolist() for name in ("nll", "correct", "targets"))
     total = max(1.0, sum(targets))
     values = {"loss": sum(nll) / total, "accuracy": sum(correct) / total}
@@ -155,7 +162,7 @@ def group_means(reading: Reading, groups: Sequence[str]) -> dict[str, float]:
 
 
 def configure_engine(accelerator: Any, config: OptimConfig) -> None:
-    """Gives accumulation and clipping to the Accelerator, and to DeepSpeed, which does both."""
+    """Sets gradient accumulation and clipping in the Accelerator and, if used, in DeepSpeed."""
     accelerator.gradient_accumulation_steps = config.accumulate
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is None:
@@ -170,7 +177,7 @@ def configure_engine(accelerator: Any, config: OptimConfig) -> None:
 
 
 def describe_model(accelerator: Any, model: nn.Module) -> str:
-    """A prepared model in words: engine class, ZeRO stage, ranks, precision, parameters."""
+    """Text for the log: engine class, ZeRO stage, ranks, precision and parameters of a model."""
 
     def size(parameter: Any) -> int:
         # Under ZeRO-3 a parameter's own size is its part on this rank.

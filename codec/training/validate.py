@@ -28,10 +28,10 @@ PLOT_SCALE = MelScaleConfig(window=1024, hop=256, num_mels=80)
 
 @dataclass(frozen=True)
 class Validation:
-    """What a validation needs, apart from the launch."""
+    """Models, data and losses of a validation."""
 
     student: Student
-    """Not its DDP wrapper."""
+    """Not wrapped by DDP."""
     teachers: Teachers | None
     resynthesis: Resynthesis | None
     dev: Sequence["Cut"]
@@ -43,8 +43,8 @@ class Validation:
 def validate(validation: Validation, accelerator: Any, step: int) -> dict[str, float]:
     """Distances, distillation losses and codebook use on the dev list, over all ranks, by name.
 
-    It calls the codec itself, not its DDP wrapper, and joins the other ranks in one reduction, so
-    that no rank waits for another in vain.
+    All ranks call it. They may have different numbers of recordings: the only collective is the
+    reduction at the end, and the codec is not wrapped by DDP.
     """
     student, teachers = validation.student, validation.teachers
     resynthesis, crops, losses = validation.resynthesis, validation.crops, validation.losses
@@ -55,7 +55,7 @@ def validate(validation: Validation, accelerator: Any, step: int) -> dict[str, f
         names += [f"distill_{name}" for name in teachers.widths]
     if resynthesis is not None:
         names.append("resynthesis")
-    # Of each name the sum and the number of recordings that count.
+    # For each name the sum, and the number of recordings in it.
     sums = torch.zeros(len(names), 2, dtype=torch.float64)
     counts = torch.zeros(len(sizes), max(sizes), dtype=torch.long, device=accelerator.device)
     chosen = list(validation.dev)[: crops.num_validation]
@@ -91,7 +91,7 @@ def validate(validation: Validation, accelerator: Any, step: int) -> dict[str, f
 
 
 def _distances(out: StudentOutput, crop: Crops, validation: Validation) -> Tensor:
-    """(N, 2): a recording's distances, and 1 where each counts: without words no text loss."""
+    """(N, 2): distances of a recording, and 1 for each that is defined (text losses need words)."""
     teachers, resynthesis, losses = validation.teachers, validation.resynthesis, validation.losses
     sample_rate = validation.student.codec.sample_rate
     mel = mel_loss(

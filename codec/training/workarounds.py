@@ -1,7 +1,7 @@
-"""What other projects' defects make necessary, each with the thread that follows it upstream.
+"""Workarounds for defects of other projects, each with its upstream thread.
 
-Remove an entry when its thread is closed and the versions of pyproject.toml have the fix. Two more
-stand beside the code that they limit: `DiscriminatorConfig` (codec/training/config.py) refuses
+Remove one when its thread is closed and the versions of pyproject.toml have the fix. Two more are
+in other files: `DiscriminatorConfig` (codec/training/config.py) refuses
 windows at which bfloat16 convolutions on CPUs return wrong weight gradients (related:
 https://github.com/pytorch/pytorch/issues/169688 and
 https://github.com/uxlfoundation/oneDNN/issues/6035), and recipes/lib/voice_training.py adds peft's
@@ -74,7 +74,7 @@ def end_rank() -> None:
     """Ends a rank of a launch whose work is done; returns where there is no process group.
 
     A thread of gloo or ZeRO-3 that outlives its process group aborts one process in some dozens
-    while the interpreter is finalised, and the launcher reports a finished run as failed
+    while the interpreter is finalized, and the launcher reports a finished run as failed
     (https://github.com/pytorch/pytorch/pull/179291, https://github.com/pytorch/pytorch/pull/157193).
     """
     if not torch.distributed.is_initialized():

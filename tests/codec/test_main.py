@@ -120,6 +120,19 @@ def test_existing_recordings_are_kept_without_overwrite(
     assert [len(read_audio(out / f"{name}.wav", 16_000)) for name in "abc"] == [8_000] * 3
 
 
+def test_an_existing_shard_is_kept_without_overwrite(
+    tmp_path: Path, tiny_codec_folder: Path, write_wav: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wave, tokens = write_wav(tmp_path / "x.wav", 0.5), tmp_path / "t.parquet"
+    tokens.write_bytes(b"earlier")
+    encode = ["encode", "--codec", tiny_codec_folder, wave, "--out", tokens]
+    message = failure(capsys, *encode)
+    assert f"{tokens}: exists already; choose another file or use --overwrite" in message
+    assert tokens.read_bytes() == b"earlier"
+    run(*encode, "--overwrite")
+    assert TokenShard.open(tokens).ids == ["x"]
+
+
 def test_a_bad_recording_in_a_folder_is_skipped(
     tmp_path: Path, tiny_codec_folder: Path, write_wav: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,8 +167,8 @@ def test_a_single_bad_recording_is_named(
         wave.write_text("hello")
     tokens = tmp_path / "t.parquet"
     tokens.write_bytes(b"earlier")
-    message = failure(capsys, "encode", "--codec", tiny_codec_folder, wave, "--out", tokens)
-    assert "bad one.wav" in message
+    encode = ["encode", "--codec", tiny_codec_folder, wave, "--out", tokens, "--overwrite"]
+    assert "bad one.wav" in failure(capsys, *encode)
     assert tokens.read_bytes() == b"earlier"
     made = {path.name for path in tmp_path.iterdir()} - {"bad one.wav"}
     assert made == {"t.parquet"}
@@ -210,7 +223,7 @@ def test_decode_refuses_what_it_cannot_decode(
     write_shard(tokens, [row], codec.stamp)
     assert "made by codec" in failure(capsys, *decode)
     tokens.write_bytes(tokens.read_bytes()[:50])
-    assert "not a whole token shard" in failure(capsys, *decode)
+    assert "corrupted token shard (truncated, or not Parquet)" in failure(capsys, *decode)
     assert not (tmp_path / "out").exists()
 
 
@@ -320,10 +333,12 @@ def test_bad_values_are_refused_before_a_codec_is_loaded(
     monkeypatch.setattr("codec.models.codec.load_codec", None)  # Calling it fails.
     wave, file = write_wav(tmp_path / "x.wav", 0.5), tmp_path / "file"
     file.touch()
+    (shard := tmp_path / "x.parquet").touch()
     encode, decode, reconstruct = (
         [name, "--codec", "c"] for name in ("encode", "decode", "reconstruct")
     )
     assert "--out must be a .parquet" in failure(capsys, *encode, wave, "--out", file)
+    assert "x.parquet: exists already" in failure(capsys, *encode, wave, "--out", shard)
     assert "no such recording" in failure(capsys, *encode, tmp_path / "none", "--out", "t.parquet")
     assert "no such token shard" in failure(capsys, *decode, tmp_path / "none", "--out", "out")
     assert "is a file" in failure(capsys, *decode, wave, "--out", file)

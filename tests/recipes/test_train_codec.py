@@ -388,4 +388,4 @@ def test_deepspeed_is_refused_in_words(recipe, tmp_path) -> None:
         capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode != 0
-    assert "error: the codec's two optimisers do not train under DeepSpeed" in done.stderr
+    assert "error: the codec's two optimizers do not train under DeepSpeed" in done.stderr

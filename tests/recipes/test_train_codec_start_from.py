@@ -107,8 +107,8 @@ DAMAGED = '{"family": "spec'
         ),
         ({"familie": "lmspt"}, r"NAME/config\.json: config: unknown key 'familie'"),
         ({"family": "none"}, r"NAME/config\.json: config\.family: 'none' is not"),
-        (DAMAGED, r"DIR/config\.json: not a whole JSON object; copy it again"),
-        ("[1]", r"DIR/config\.json: not a whole JSON object; copy it again"),
+        (DAMAGED, r"DIR/config\.json: corrupted file \(not a JSON object\); copy it again"),
+        ("[1]", r"DIR/config\.json: corrupted file \(not a JSON object\); copy it again"),
     ],
 )
 def test_what_is_no_codec_of_ours_is_named(

@@ -254,7 +254,7 @@ def test_english_whispers_need_no_language(tmp_path: Path) -> None:
     assert transcriber.heads == [[1, 0], [1, 1]]
     [words] = transcriber.words(*noise(0.5), ["the cat"])
     assert [word.text for word in words] == ["the", "cat"]
-    with pytest.raises(ValueError, match=r"no language 'de'; this Whisper knows en"):
+    with pytest.raises(ValueError, match=r"no language 'de'; this Whisper has en"):
         load_transcriber(folder, language="de")
 
 
@@ -264,7 +264,7 @@ def test_a_language_that_whisper_lacks_is_named(tmp_path: Path) -> None:
     assert isinstance(german, WhisperTranscriber)
     assert isinstance(english, WhisperTranscriber)
     assert german.prompt[1] == english.prompt[1] + 1
-    with pytest.raises(ValueError, match=r"no language 'xx'; this Whisper knows de, en"):
+    with pytest.raises(ValueError, match=r"no language 'xx'; this Whisper has de, en"):
         load_transcriber(folder, language="xx")
 
 

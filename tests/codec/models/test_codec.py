@@ -292,7 +292,7 @@ def test_broken_folders_are_named(codec: Codec, tmp_path) -> None:
     assert "no such file" in damaged(without=["model.safetensors"])
     assert "no config.json" in damaged(without=["config.json"])
     (tmp_path / "bad" / "config.json").write_text('{"family": "spec')
-    with pytest.raises(ValueError, match=r"bad/config.json: not a whole JSON object"):
+    with pytest.raises(ValueError, match=r"bad/config.json: corrupted file \(not a JSON object\)"):
         load_codec(tmp_path / "bad")
 
 
