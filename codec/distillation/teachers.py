@@ -322,7 +322,7 @@ def choose_layer(states: Sequence[Tensor], layer: str) -> Float[Tensor, "B T D"]
 
 
 def needed_layers(layers: nn.ModuleList, layer: str) -> nn.ModuleList:
-    """The layers up to the chosen one; later ones would only cost time and memory."""
+    """The layers up to the chosen one; later ones do not change its output."""
     return layers[: max(1, int(layer))] if layer.isdecimal() else layers  # pyright: ignore
 
 

@@ -30,7 +30,7 @@ CTC_KINDS = ("wav2vec2", "hubert", "wavlm")
 PAD_SECONDS = 1.0
 """Silence appended to a recording whose transcript Whisper aligns (it is trained on 30 s)."""
 WORD_START = chr(0x120)
-"""How byte-level vocabularies write a leading space."""
+"""The leading space of a token in byte-level vocabularies."""
 MEDIAN_WIDTH = 7
 """Frames of the median filter over attention, as in openai/whisper."""
 PAUSE_ABOVE_FLOOR = 6.0

@@ -331,7 +331,7 @@ class ResidualVQ(nn.Module):
 
 
 class SemanticPath(Enum):
-    """What LM-SPT's acoustic codebooks quantize, and where the semantic entry has a gradient."""
+    """Input of the acoustic codebooks of LM-SPT, and the gradient of the semantic entry."""
 
     PARALLEL = auto()
     """The acoustic codebooks quantize the acoustic latent (first version of the paper, after Mimi,

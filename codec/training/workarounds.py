@@ -35,7 +35,7 @@ def accelerator_options(gradient_accumulation_steps: int) -> dict[str, Any]:
       argument (https://github.com/huggingface/accelerate/issues/3369).
     - `cpu=True` ignores a DeepSpeed launch, and without it a CPU launch is not wrapped in DDP.
     - A DeepSpeed launch on CPUs needs the gloo backend by name: without it, each process has a
-      world of its own.
+      separate process group.
     - DeepSpeed on CPUs compiles a communication kernel for inference at the first collective:
       minutes of a compiler, or an error where there is none
       (https://github.com/deepspeedai/DeepSpeed/issues/7108).
