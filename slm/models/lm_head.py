@@ -109,8 +109,7 @@ def _logits(
     head = lm.get_output_embeddings()
     spans = [span for ids in ranges for span in ids.spans]
     with _gathered(head, owner):
-        # Of peft's wrapper of trained rows too: `weight` is the merged table.
-        weights = _rows(head.weight, spans)
+        weights = _head_rows(head, spans)
         bias = getattr(head, "bias", None)
         biases = None if bias is None else _rows(bias, spans)
         found = []
@@ -132,6 +131,26 @@ def _gathered(head: nn.Module, owner: nn.Module | None) -> Any:
 
     lacking = [each for each in partitioned if each.ds_status != ZeroParamStatus.AVAILABLE]
     return GatheredParameters(lacking, fwd_module=owner, enabled=bool(lacking))
+
+
+def _head_rows(head: Any, spans: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Tensor]:
+    """Rows of the head by their bounds. Those that peft trains (`trainable_token_indices`) replace
+    the base rows here, within the spans: `weight` of peft's wrapper copies the table for that."""
+    adapter = getattr(head, "token_adapter", None)
+    if adapter is None or adapter.disable_adapters or adapter.merged:
+        return _rows(head.weight, spans)
+    rows = _rows(adapter.get_base_layer().weight, spans)
+    for name in adapter.active_adapters:
+        ids, trained = (
+            torch.tensor(adapter.token_indices[name]),
+            adapter.trainable_tokens_delta[name],
+        )
+        for (first, stop), table in rows.items():
+            places = ((ids >= first) & (ids < stop)).nonzero()[:, 0]
+            if len(places):
+                targets, places = (ids[places] - first).to(table.device), places.to(table.device)
+                rows[first, stop] = table.index_copy(0, targets, trained[places].to(table))
+    return rows
 
 
 def _rows(table: Tensor, spans: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Tensor]:

@@ -221,3 +221,13 @@ def test_an_end_token_outside_the_range_has_the_last_column() -> None:
     assert IdRange(4, 9, 6).columns(torch.tensor([4, 8, 6])).tolist() == [0, 4, 2]
     assert IdRange(4, 9, 2).spans == [(4, 9), (2, 3)]
     assert IdRange(4, 9, None).spans == IdRange(4, 9, 6).spans == [(4, 9)]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_table_with_trained_rows_is_not_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
+    lm = make(tmp_path, tied=tied)
+    adapter = lm.lm.get_output_embeddings().token_adapter
+    monkeypatch.setattr(adapter, "get_merged_weights", lambda _: pytest.fail("it was copied"))
+    group_logits(lm.lm, groups_of(lm), input_ids=TOKENS)
