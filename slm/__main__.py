@@ -428,7 +428,7 @@ def _export(arguments: argparse.Namespace) -> None:
     check_free(Path(arguments.out))
     _check_place(arguments.out)
     export(_load(arguments).lm, arguments.out)
-    logger.info("%s: AutoModelForCausalLM loads it; its README.md says how", arguments.out)
+    logger.info("%s: AutoModelForCausalLM loads it; see its README.md", arguments.out)
 
 
 if __name__ == "__main__":

@@ -214,13 +214,13 @@ class NARConfig:
     dropout: float = 0.1
     """Dropout on embeddings, attention output and feed-forward blocks."""
     prompt_share: tuple[float, float] = (0.1, 0.5)
-    """In training the prompt is the first P of an utterance, P drawn uniformly from this range."""
+    """Range of the training prompt's length, a uniformly random share of the utterance."""
     prompt_frames: int = 150
     """Maximum length of a training prompt, in frames."""
     stage_decay: float = 1.0
-    """A training step predicts codebook 2 and one of codebooks 3 to Q. Each of these is drawn with
-    this factor times the probability of the one below it; 1: uniformly (USLM). The lower ones carry
-    most of the speaker identity (LOG.md). Also applies to dev losses over all codebooks."""
+    """A training step predicts codebook 2 and one of codebooks 3 to Q, sampled with probabilities
+    that fall by this factor from each codebook to the next; 1: uniformly (USLM). The lower ones
+    carry most of the speaker identity (LOG.md). Also applies to dev losses over all codebooks."""
     conv_kernel: int = 0
     """Kernel size, in frames, of a depthwise convolution before each layer, over text and speech
     separately (Conformer, arXiv 2005.08100). Odd; 0: none."""
@@ -307,7 +307,7 @@ class SamplingConfig:
     greedy: bool = False
     """Greedy decoding; retries sample all the same."""
     temperature: float = 1.0
-    """Softmax temperature."""
+    """Softmax temperature; lower is less random."""
     top_p: float = 0.8
     """Nucleus sampling: smallest set of tokens with this total probability."""
     top_k: int = 25

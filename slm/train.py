@@ -33,22 +33,23 @@ def nar_step(model: nn.Module, batch: NARBatch, num_targets: float) -> Losses:
 
 
 def gather(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
-    """The trained parameters of a prepared model by name, whole, on the CPU. All ranks call it.
+    """The trained parameters of a prepared model by name, unpartitioned, on the CPU. All ranks call
+    it.
 
     Only the main process gets them; ZeRO-3 gathers one at a time.
     """
     state: dict[str, Tensor] = {}
-    whole: Any = accelerator.unwrap_model(model)
-    for name, parameter in whole.named_parameters():
+    plain: Any = accelerator.unwrap_model(model)
+    for name, parameter in plain.named_parameters():
         if not parameter.requires_grad:
             continue
-        with _whole(parameter):
+        with _gathered(parameter):
             if accelerator.is_main_process:
                 state[name] = parameter.detach().cpu().clone()
     return state
 
 
-def _whole(parameter: nn.Parameter) -> Any:
+def _gathered(parameter: nn.Parameter) -> Any:
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
@@ -64,13 +65,16 @@ def text_perplexity(
     """exp of the mean negative log-likelihood of the texts' tokens, but the first of each window.
 
     `lm` is a SpeechLM or a base LLM, `tokenizer` the LLM's own or a SpeechTextTokenizer with it. A
-    text is cut into windows of at most `window` tokens (fewer where the LLM holds fewer) that do
-    not see each other; nothing is put before or behind it. A batch has at most `positions`
+    text is split into independent windows of at most `window` tokens (or the LLM's context length),
+    without special tokens. A batch has at most `positions`
     positions, or one window.
 
-    `rows` says what a token competes with. "text": the ids that the tokenizer knows, so that before
-    training a SpeechLM and its base LLM are equal. "all": every row of the table; a SpeechLM has
-    more of them, and its perplexity is higher by what it gives to them, even before training.
+    `rows` are the ids of the softmax. "text": those of the tokenizer, so that before training a
+    SpeechLM and its base LLM are equal. "all": every row of the table; a SpeechLM has more of them,
+    and its perplexity is higher by their probability, even before training.
+
+    Raises:
+        ValueError: a window of fewer than 2 tokens, or no text of at least 2.
     """
     if window < 2:
         raise ValueError(f"a window needs at least 2 tokens, got {window}")
@@ -98,7 +102,7 @@ def text_perplexity(
 
 
 def _batches(windows: Sequence[list[int]], positions: int) -> Iterator[list[list[int]]]:
-    """Of windows that come by length."""
+    """Of windows sorted by length."""
     batch: list[list[int]] = []
     for ids in windows:
         if batch and len(ids) * (len(batch) + 1) > positions:
@@ -112,7 +116,7 @@ def _sum(model: Any, batch: Sequence[list[int]], rows: IdRange) -> float:
     """Negative log-likelihood of all tokens but the first ones."""
     device = next(model.parameters()).device
     longest = max(len(ids) for ids in batch)
-    # What pads on the right is seen by no token before it.
+    # Padding on the right: causal attention of the other tokens never reads it.
     padded = [ids + ids[:1] * (longest - len(ids)) for ids in batch]
     tokens = torch.tensor(padded, device=device)
     lengths = torch.tensor([len(ids) for ids in batch], device=device)

@@ -125,27 +125,32 @@ class ARData:
         batch: BatchConfig, seed: int, *, longest: int, limit: int | None = None,
         texts: Sequence[str] = (),
     ) -> "ARData":  # fmt: skip
+        """The batches of a token shard; `limit`: its first N usable items, None: all.
+
+        Raises:
+            ValueError: as the constructor, and a shard without a usable item.
+        """
         corpus = usable(shard, limit)
         return cls(corpus, tokenizer, tasks, batch, seed, longest=longest, texts=texts)
 
     def _beginning(self, draw: Epochs, start: Start, seed: int) -> Epochs:
         """`draw` restricted, in the first epochs, to the utterances of `start` and the texts."""
-        chosen = start.rows[self.corpus.items]
-        if not chosen.any():
+        clips = start.rows[self.corpus.items]
+        if not clips.any():
             raise ValueError("clip_epochs: no clip is usable; set it to 0")
         inside = np.append(
-            np.tile(chosen, len(self._examples)), np.ones(len(self._pieces), dtype=bool)
+            np.tile(clips, len(self._examples)), np.ones(len(self._pieces), dtype=bool)
         )
 
         def items(epoch: int) -> np.ndarray:
-            drawn, left = draw(epoch), start.epochs - epoch
+            chosen, left = draw(epoch), start.epochs - epoch
             if left <= 0:
-                return drawn
-            drawn = drawn[inside[drawn]]
+                return chosen
+            chosen = chosen[inside[chosen]]
             if left >= 1:
-                return drawn
+                return chosen
             random = np.random.default_rng((seed, epoch, 2))
-            return random.permutation(drawn)[: max(1, round(left * len(drawn)))]
+            return random.permutation(chosen)[: max(1, round(left * len(chosen)))]
 
         return items
 
@@ -158,9 +163,12 @@ class ARData:
         return int(self.corpus.num_frames[speech % number].sum())
 
     def num_steps(self, world: int, accumulate: int) -> int:
+        """Training steps of the first epoch, on `world` ranks with `accumulate` micro-batches."""
         return self._plan.num_groups(world * accumulate)
 
     def share(self, step: int, micro: int, rank: int, world: int, accumulate: int) -> Share:
+        """A rank's micro-batch of a step: an `ARBatch`, the mean targets of the step's
+        micro-batches, and weight 0 if it only fills up the epoch's last step."""
         size, slot = world * accumulate, micro * world + rank
         group, num_fill = self._plan.group(step, size)
         targets = int(self._targets[np.concatenate([row for rows in group for row in rows])].sum())

@@ -1,4 +1,4 @@
-"""What is trained on: the usable utterances of token shards, and the pieces of plain texts."""
+"""Training data: the usable utterances of token shards, and pieces of plain texts."""
 
 import gzip
 import json
@@ -35,6 +35,7 @@ class Corpus:
 
     @property
     def num_frames(self) -> Int[np.ndarray, " N"]:
+        """Frames of each item."""
         return self.shard.num_frames[self.items]
 
     @property
@@ -47,6 +48,7 @@ class Corpus:
         return self.word_boundaries.get(self.shard.ids[int(self.items[item])])
 
     def codes(self, item: int | np.integer) -> Int[np.ndarray, "Q T"]:
+        """Codes of an item, all codebooks."""
         return self.shard[int(self.items[item])].codes.astype(np.int64)
 
 
@@ -73,7 +75,7 @@ def usable(shard: TokenShard, limit: int | None = None) -> Corpus:
         limit: keep the first N usable items; None: all.
 
     Raises:
-        ValueError: no usable item.
+        ValueError: no usable item, or a limit below 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}; null takes all items")
@@ -164,7 +166,11 @@ def _documents(path: Path, file: Iterator[str], kind: str) -> Iterator[str]:
 def pieces_of(
     documents: Iterable[Sequence[int]], end: int, longest: int
 ) -> Iterator[Int[np.ndarray, " _"]]:
-    """Ids of documents, each with its end token, in pieces of 2 to `longest` ids."""
+    """Ids of documents, each with its end token, in pieces of 2 to `longest` ids.
+
+    Raises:
+        ValueError: `longest` is less than 2.
+    """
     if longest < 2:
         raise ValueError(f"pieces of texts need at least 2 positions, not {longest}")
     for ids in documents:

@@ -1,4 +1,4 @@
-"""What the training texts contained: which scripts and characters a model can be used with."""
+"""Scripts and characters of the training texts, to which the model's input is limited."""
 
 import json
 import logging

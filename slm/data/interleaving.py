@@ -129,6 +129,8 @@ class InterleavedFormat:
         self._rate = tokenizer.vocabulary.codec.frame_rate
 
     def examples(self, task: int, corpus: Corpus, codes: Ragged, seed: int) -> Examples:
+        """Training sequences of `task`, TTS or ASR. Raises ValueError if no item has fitting word
+        boundaries."""
         return InterleavedExamples(self, task, corpus, codes, seed)
 
     def tts_context(
@@ -138,6 +140,7 @@ class InterleavedFormat:
         prompt: Int[np.ndarray, " T"],
         num_prompt_words: Callable[[], int] | None = None,
     ) -> Context:
+        """The context of TTS up to the first word, and the other words as forced tokens."""
         tokenizer, vocabulary = self.tokenizer, self.tokenizer.vocabulary
         words = text.words
         if num_prompt_words is not None:
@@ -152,9 +155,11 @@ class InterleavedFormat:
         return Context(context, ForcedTokens(tuple(leads[1:]), most, least=1))
 
     def num_forced(self, text: NormalizedText) -> int:
+        """Forced tokens of TTS for a text: each word, the end token before it and <|speech|>."""
         return sum(len(ids) + 2 for ids in self.tokenizer.tts_ids(text.words))
 
     def asr_context(self, codes: Int[np.ndarray, " T"]) -> Context:
+        """The first stretch of speech, and the others as forced tokens."""
         leads = self._stretches(codes, self._bounds(len(codes)))
         forced = ForcedTokens(tuple(leads[1:]), (MAX_STRETCH_TOKENS,) * len(leads))
         return Context(leads[0], forced)

@@ -20,7 +20,9 @@ class NARBatch(NamedTuple):
     """Utterances padded on the right."""
 
     text: Int[Tensor, "B N"]
+    """Symbols of `text_bytes`."""
     text_mask: Bool[Tensor, "B N"]
+    """Positions that are no padding."""
     codes: Int[Tensor, "B Q T"]
     lengths: Int[Tensor, " B"]
     """Frames, the prompt included."""
@@ -45,6 +47,11 @@ class NARData:
         batch: BatchConfig,
         seed: int,
     ):
+        """
+        Raises:
+            ValueError: shards of another codec or of a codec with one codebook, no usable item, or
+                packed batches.
+        """
         if batch.packed is not None:
             raise ValueError("nar_batch.packed: only the AR's batches can be packed; leave it out")
         stamp = corpus.shard.stamp
@@ -71,12 +78,20 @@ class NARData:
         cls, shard: TokenShard, tokenizer: SpeechTextTokenizer, config: NARConfig,
         batch: BatchConfig, seed: int, *, limit: int | None = None,
     ) -> "NARData":  # fmt: skip
+        """The batches of a token shard; `limit`: its first N usable items, None: all.
+
+        Raises:
+            ValueError: as the constructor.
+        """
         return cls(usable(shard, limit), tokenizer, config, batch, seed)
 
     def num_steps(self, world: int, accumulate: int) -> int:
+        """Training steps of the first epoch, on `world` ranks with `accumulate` micro-batches."""
         return self._plan.num_groups(world * accumulate)
 
     def share(self, step: int, micro: int, rank: int, world: int, accumulate: int) -> Share:
+        """A rank's micro-batch of a step: a `NARBatch`, the mean targets of the step's
+        micro-batches, and weight 0 if it only fills up the epoch's last step."""
         size, slot = world * accumulate, micro * world + rank
         group, num_fill = self._plan.group(step, size)
         items = [np.concatenate(batch) for batch in group]
@@ -130,11 +145,18 @@ def text_bytes(text: str) -> list[int]:
 
 def nar_batch(
     texts: Sequence[Sequence[int]],
-    codes: Sequence[np.ndarray],
+    codes: Sequence[Int[np.ndarray, "Q _"]],
     prompt_lengths: Sequence[int] | np.ndarray,
     stages: Sequence[int],
 ) -> NARBatch:
-    """Pads texts (ids of `text_bytes`) and codes (Q, T)."""
+    """Pads utterances to a batch.
+
+    Args:
+        texts: symbols of `text_bytes`.
+        codes: (Q, T) of each utterance, the prompt included.
+        prompt_lengths: frames of each prompt.
+        stages: codebooks to predict, from 0.
+    """
     num_text = [len(text) for text in texts]
     lengths = [one.shape[1] for one in codes]
     text = np.zeros((len(texts), max(num_text)), dtype=np.int64)

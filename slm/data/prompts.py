@@ -12,14 +12,14 @@ from codec.io import atomic_file
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """A recording whose speaker is to be cloned."""
+    """Codes and transcript of a recording, whose speaker is to be cloned."""
 
     codes: np.ndarray
-    """(Q, T)."""
+    """(Q, T) integers; `check` reports others."""
     text: str
     """Its transcript."""
     credit: str = ""
-    """Author and licence of the recording."""
+    """Author and license of the recording."""
     continuation: bool = False
     """The codes are the beginning of the target utterance, whose text includes their words; `text`
     is empty."""
@@ -33,7 +33,7 @@ class Prompt:
                 f"({len(codebook_sizes)}, T)"
             )
         if codes.dtype.kind not in "iu":
-            raise ValueError(f"the prompt's codes are {codes.dtype}, not whole numbers")
+            raise ValueError(f"the prompt's codes are {codes.dtype}, not integers")
         for codebook, (row, size) in enumerate(zip(codes, codebook_sizes, strict=True), start=1):
             outside = row[(row < 0) | (row >= size)]
             if outside.size:

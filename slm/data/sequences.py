@@ -58,7 +58,7 @@ NO_FORCED_TOKENS = ForcedTokens()
 
 
 class Context(NamedTuple):
-    """What generation starts from, and the tokens that it inserts."""
+    """Prompt tokens of a generation, and the tokens that are inserted into it."""
 
     tokens: list[int]
     forced: ForcedTokens = NO_FORCED_TOKENS
@@ -194,6 +194,7 @@ class PlainFormat:
         self.tokenizer = tokenizer
 
     def examples(self, task: int, corpus: Corpus, codes: Ragged, seed: int) -> Examples:
+        """Training sequences of `task`; `codes` are those of codebook 1, and `seed` is not used."""
         return PlainExamples(self.tokenizer, task, corpus, codes)
 
     def tts_context(
@@ -203,13 +204,16 @@ class PlainFormat:
         prompt: Int[np.ndarray, " T"],
         num_prompt_words: Callable[[], int] | None = None,
     ) -> Context:
+        """The context of TTS; `num_prompt_words` is not used."""
         ids = self.tokenizer.joined_ids(prompt_text, text)
         speech = self.tokenizer.speech_ids("tts", prompt)
         return Context(tts_context(self.tokenizer.vocabulary, ids, speech))
 
     def num_forced(self, text: NormalizedText) -> int:
+        """0: all tokens after the context are sampled."""
         return 0
 
     def asr_context(self, codes: Int[np.ndarray, " T"]) -> Context:
+        """The context of ASR for codes of codebook 1."""
         speech = self.tokenizer.speech_ids("asr", codes)
         return Context(asr_context(self.tokenizer.vocabulary, speech))

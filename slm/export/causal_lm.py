@@ -84,7 +84,7 @@ def extended(tokenizer: Any, vocabulary: Vocabulary) -> Any:
     known = copy.get_vocab()
     if taken := [name for name in names if name in known]:
         raise ValueError(
-            f"the LLM's tokenizer has a token {taken[0]} of its own; export a voice of another LLM"
+            f"the LLM's tokenizer already has the token {taken[0]}; export a voice of another LLM"
         )
     # Speech stays visible when special tokens are skipped in decoding, as servers do by default.
     copy.add_tokens(

@@ -66,7 +66,7 @@ def unknown_prompt(name: str, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VoiceSummary:
-    """What the files of a voice say without its models: enough to refuse most bad requests."""
+    """The files of a voice except its models: enough to refuse most bad requests before loading."""
 
     folder: Path
     prompts: frozenset[str]

@@ -109,6 +109,7 @@ def is_early(
 
 
 def num_letters(text: str) -> int:
+    """Number of letters and digits."""
     return sum(letter.isalnum() for letter in text)
 
 

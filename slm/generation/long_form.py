@@ -204,7 +204,7 @@ def _stops(text: str, start: int, stop: int, *, quoted: bool) -> Iterator[int]:
         after = _NEXT.match(text, match.end(), stop)
         if after is None or (not quoted and _is_open(quotes)):
             continue
-        # As in `"Go!" he said.`
+        # As in `"Go!" she cried.`
         if after[1].islower():
             continue
         before = text[max(start, match.start() - LONGEST_ABBREVIATION) : match.start()]

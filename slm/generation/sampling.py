@@ -311,6 +311,7 @@ class Sequences:
 
     @property
     def at_segment_max(self) -> Bool[Tensor, " B"]:
+        """Whether the current segment has its maximum frames."""
         return self.segment_frames >= _at(self.segment_max, self.segment)
 
     def tokens(self, row: int) -> list[int]:

@@ -32,7 +32,7 @@ FADE_SECONDS = 0.01
 """Cross-fade between two decodings of the same frames."""
 
 
-class Chunk(NamedTuple):
+class AudioChunk(NamedTuple):
     """New speech of a stream."""
 
     wave: Float[np.ndarray, " _"]
@@ -44,7 +44,7 @@ class Chunk(NamedTuple):
 
 def stream(
     models: Models, utterance: Utterance, sampling: SamplingConfig, chunk_seconds: float
-) -> Iterator[Chunk]:
+) -> Iterator[AudioChunk]:
     """Streams one attempt of `synthesize` under the same seed, without checks and retries.
 
     Codebook 1 is the same; the NAR has no frames after a chunk as context. Every chunk but the last
@@ -67,9 +67,9 @@ def stream(
         while len(waiting) >= size:
             new = _complete(models, utterance, context, waiting[:size], sampling)
             context, waiting = np.concatenate([context, new], axis=1), waiting[size:]
-            yield Chunk(waves.add(new), new, None)
+            yield AudioChunk(waves.add(new), new, None)
     new = _complete(models, utterance, context, waiting, sampling)
-    yield Chunk(waves.add(new, last=True), new, tokens.failure)
+    yield AudioChunk(waves.add(new, last=True), new, tokens.failure)
 
 
 def _complete(

@@ -48,9 +48,15 @@ class Decoder(Protocol):
     hop_length: int
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Of the weights."""
+        ...
 
-    def decode(self, codes: Tensor, lengths: Tensor | None = None) -> Tensor: ...
+    def decode(
+        self, codes: Int[Tensor, "B Q T"], lengths: Int[Tensor, " B"] | None = None
+    ) -> Float[Tensor, "B 1 S"]:
+        """Codes to waves in [-1, 1]; `lengths`: frames of each item, None: all."""
+        ...
 
 
 class Models(NamedTuple):

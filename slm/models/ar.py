@@ -138,6 +138,7 @@ class SpeechLM(nn.Module):
 
     @property
     def vocabulary(self) -> Vocabulary:
+        """Id ranges of text, special tokens and speech."""
         return self.tokenizer.vocabulary
 
     def check_task(self, task: str) -> None:
@@ -392,6 +393,7 @@ class Letters(NamedTuple):
     """Column 0 is the end of a word, the others are the letters."""
 
     def save(self, path: str | Path) -> None:
+        """Writes one JSON file, with shares rounded to four digits."""
         record = {"letters": self.letters, "shares": np.round(self.shares, 4).tolist()}
         with atomic_file(Path(path)) as temporary:
             temporary.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")

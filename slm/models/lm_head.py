@@ -171,7 +171,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _scaled(logits: Float[Tensor, "_ _"], config: Any) -> Float[Tensor, "_ _"]:
-    """What the LM does to the logits of its head, by the fields of its configuration."""
+    """Logits with the scales and soft caps of the LM's configuration."""
     if scale := getattr(config, "logit_scale", None):  # Cohere
         logits = logits * scale
     if scale := getattr(config, "logits_scaling", None):  # Granite divides, HyperCLOVA X multiplies
@@ -184,8 +184,8 @@ def _scaled(logits: Float[Tensor, "_ _"], config: Any) -> Float[Tensor, "_ _"]:
 
 @torch.no_grad()
 def check_head(lm: Any, name: str) -> None:
-    """Raises ValueError for a causal LM whose logits are not those of `group_logits`: it changes
-    them by a rule that is not known here."""
+    """Raises ValueError for a causal LM whose logits are not those of `group_logits`: they
+    are changed by an unknown rule."""
     device = lm.get_input_embeddings().weight.device
     tokens = torch.arange(2, device=device)[None]
     expected = lm(input_ids=tokens, use_cache=False).logits[0].float()

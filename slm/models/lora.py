@@ -28,7 +28,7 @@ class Factors(NamedTuple):
     b: Float[Tensor, "O R"]
 
 
-def factorise(change: Float[Tensor, "O I"], rank: int) -> Factors:
+def factorize(change: Float[Tensor, "O I"], rank: int) -> Factors:
     """The nearest matrix of this rank in the Frobenius norm (truncated SVD), with factors of equal
     norm; padded with zeros where the matrix has a lower rank."""
     u, values, v = torch.linalg.svd(change, full_matrices=False)
@@ -76,7 +76,7 @@ def as_adapters(lm: SpeechLM, base: str | Path, rank: int, coverage: Coverage) -
             plain = name.removeprefix(PREFIX)
             if plain in before:
                 change = trained[plain].weight - before[plain]
-                _put(module, factorise(change.float(), rank))
+                _put(module, factorize(change.float(), rank))
             elif plain in norms:
                 _put_full(module, trained[plain])
         for name, rows_of in adapted.named_parameters():

@@ -117,7 +117,7 @@ class Layer(nn.Module):
 class PromptMatching(nn.Module):
     """Adds to each frame the higher codebooks of similar prompt frames, by their lower codebooks.
 
-    After voice conversion by nearest neighbours (kNN-VC, arXiv 2305.18975), with attention, whose
+    After voice conversion by nearest neighbors (kNN-VC, arXiv 2305.18975), with attention, whose
     query and key have one projection, so that similar frames match from the first step on.
     """
 
@@ -140,7 +140,7 @@ class PromptMatching(nn.Module):
         self, below: Float[Tensor, "B T D"], above: Float[Tensor, "B T D"],
         valid: Bool[Tensor, "B T"], prompt: Bool[Tensor, "B T"], stage: int,
     ) -> Float[Tensor, "B T D"]:  # fmt: skip
-        """What is added to each frame.
+        """The features that are added to each frame.
 
         Args:
             below: embeddings of the codebooks below the stage.
@@ -223,8 +223,8 @@ class NAR(
         self.head = StageHead(config.width, sum(sizes))
         self.dropout = nn.Dropout(config.dropout)
         self._smoothed: list[Float[Tensor, "K K"]] = []
-        self.apply(_initialise)
-        # Initialised last, so that the other parameters are the same with and without it.
+        self.apply(_initialize)
+        # Initialized last, so that the other parameters are the same with and without it.
         self.reference = None
         if config.prompt_matching:
             self.reference = PromptMatching(
@@ -232,7 +232,7 @@ class NAR(
                 num_heads=config.num_heads,
                 kernel=config.conv_kernel,
                 num_stages=len(sizes),
-            ).apply(_initialise)
+            ).apply(_initialize)
             self.reference.reset_parameters()
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -432,7 +432,7 @@ def _choose(logits: Float[Tensor, "T K"], temperature: float, generator: torch.G
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         nn.init.normal_(module.weight, std=EMBEDDING_STD)
     elif isinstance(module, nn.Linear):

@@ -42,7 +42,7 @@ class Trained(NamedTuple):
 
 
 class AcousticBPE:
-    """A BPE model over codes of codebook 1. Make it by `train` or `load`."""
+    """A BPE model over codes of codebook 1, made by `train` or `load`."""
 
     def __init__(self, model: bytes, trained: Trained):
         import sentencepiece
@@ -115,10 +115,12 @@ class AcousticBPE:
 
     @property
     def remove_runs(self) -> bool:
+        """Whether repetitions of a code are removed before encoding."""
         return self.trained.remove_runs
 
     @property
     def num_merges(self) -> int:
+        """Number of pieces of several codes."""
         return len(self._expanded) - self.codebook_size
 
     @cached_property
@@ -177,6 +179,7 @@ class AcousticBPE:
 
     @classmethod
     def load(cls, path: str | Path) -> "AcousticBPE":
+        """A model written by `save`. Raises ValueError for a missing or damaged file."""
         path = Path(path)
         if not path.is_file():
             raise ValueError(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from codec.io import atomic_file
@@ -31,7 +31,7 @@ OWN_EOS = "<|/text|>"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Vocabulary:
-    """The id ranges of text, special tokens and speech, and the codec of the latter."""
+    """The id ranges of text, special tokens and speech, and the codec of the speech."""
 
     num_text: int
     """Ids of the LLM's tokenizer; transcripts use only these."""
@@ -74,6 +74,7 @@ class Vocabulary:
 
     @property
     def specials(self) -> tuple[str, ...]:
+        """Names of the special tokens, in the order of their ids."""
         return SPECIALS if self.text_eos is not None else (*SPECIALS, OWN_EOS)
 
     @property
@@ -116,8 +117,8 @@ class Vocabulary:
         """Ids that the LLM did not have."""
         return range(self.text_size, self.size)
 
-    def encode_speech(self, codes: np.ndarray) -> np.ndarray:
-        """Codes of codebook 1, (T,), to ids (T,). Raises ValueError for a code out of range."""
+    def encode_speech(self, codes: Integer[np.ndarray, " T"]) -> Int[np.ndarray, " T"]:
+        """Codes of codebook 1 to ids. Raises ValueError for a code out of range."""
         codes = np.asarray(codes, dtype=np.int64)
         outside = codes[(codes < 0) | (codes >= self.codebook_size)]
         if outside.size:
@@ -127,20 +128,20 @@ class Vocabulary:
             )
         return codes + self.first_speech
 
-    def decode_speech(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Ids (T,) to codes of codebook 1, (T,). Raises ValueError for other ids."""
+    def decode_speech(self, ids: Sequence[int] | np.ndarray) -> Int[np.ndarray, " T"]:
+        """Ids (T,) to codes of codebook 1. Raises ValueError for other ids."""
         return self._offsets(ids, self.codebook_size, "the id of a code")
 
-    def encode_pieces(self, pieces: np.ndarray) -> np.ndarray:
-        """Acoustic BPE pieces (N,) to ids (N,). Raises ValueError for a piece out of range."""
+    def encode_pieces(self, pieces: Integer[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
+        """Acoustic BPE pieces to ids. Raises ValueError for a piece out of range."""
         pieces = np.asarray(pieces, dtype=np.int64)
         outside = pieces[(pieces < 0) | (pieces >= self.num_pieces)]
         if outside.size:
             raise ValueError(f"there is no piece {outside[0]} among {self.num_pieces}")
         return pieces + self.first_speech
 
-    def decode_pieces(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Ids (N,) to acoustic BPE pieces (N,). Raises ValueError for other ids."""
+    def decode_pieces(self, ids: Sequence[int] | np.ndarray) -> Int[np.ndarray, " N"]:
+        """Ids (N,) to acoustic BPE pieces. Raises ValueError for other ids."""
         return self._offsets(ids, self.num_pieces, "a speech id")
 
     def _offsets(self, ids: Sequence[int] | np.ndarray, stop: int, what: str) -> np.ndarray:
@@ -169,12 +170,14 @@ class Vocabulary:
             )
 
     def save(self, folder: str | Path) -> None:
+        """Writes vocabulary.json."""
         with atomic_file(Path(folder) / FILE_NAME) as temporary:
             record = {"format": FORMAT_VERSION, **asdict(self), "specials": self.specials}
             temporary.write_text(json.dumps(record, indent=1))
 
     @classmethod
     def load(cls, folder: str | Path) -> "Vocabulary":
+        """From the folder ar/ of a voice. Raises ValueError for a missing or damaged file."""
         path = Path(folder) / FILE_NAME
         if not path.is_file():
             raise ValueError(f"{path} is missing; is {folder} the ar/ folder of a voice?")
@@ -205,8 +208,8 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 def extend(lm: Any, vocabulary: Vocabulary, seed: int, scale: float = 1.0) -> None:
     """Adds the vocabulary's new rows to a causal LM, in place, before any engine wraps it.
 
-    New rows are drawn from a normal distribution with the mean of the LLM's text rows and scale**2
-    times their covariance, seeded. Old rows keep ids and values bit for bit. A tied head stays
+    New rows are normal random numbers with the mean of the LLM's text rows and scale**2 times their
+    covariance, seeded. Old rows keep ids and values bit for bit. A tied head stays
     tied; an untied one is extended from its own rows.
     """
     embedding = lm.get_input_embeddings()
@@ -237,8 +240,8 @@ def _draw_rows(
         mean += chunk.double().cpu().sum(0) / num_rows
     covariance = torch.zeros(width, width, dtype=torch.float64)
     for chunk in old.split(8192):
-        centred = chunk.double().cpu() - mean
-        covariance += centred.T @ centred / num_rows
+        centered = chunk.double().cpu() - mean
+        covariance += centered.T @ centered / num_rows
     # With fewer rows than features, or constant features, the covariance is singular: a millionth
     # of the mean variance on the diagonal makes it positive definite.
     covariance.diagonal().add_(1e-6 * covariance.diagonal().mean() + 1e-30)
@@ -257,7 +260,7 @@ def row_parameters(lm: nn.Module, rows: Sequence[int]) -> dict[str, list[int]]:
     if getattr(head, "bias", None) is not None and len(tables) == 2:
         raise ValueError(
             "the head of this LLM has a bias, which the adapter cannot extend; "
-            "train the whole model (ar.lora=null)"
+            "use full fine-tuning (ar.lora=null)"
         )
     names = {id(module): name for name, module in lm.named_modules()}
     return {names[id(table)]: list(rows) for table in tables}

@@ -10,7 +10,7 @@ from tiny_slm import quiet, save_base
 from slm.config import TextConfig
 from slm.data.coverage import Coverage
 from slm.models.ar import SpeechLM
-from slm.models.lora import as_adapters, factorise, used_rows
+from slm.models.lora import as_adapters, factorize, used_rows
 from tests.slm.export.test_causal_lm import trained
 
 pytestmark = quiet()
@@ -30,7 +30,7 @@ def test_factors_are_the_best_approximation_of_their_rank() -> None:
     change = torch.randn(6, 9)
     values = torch.linalg.svdvals(change)
     for rank in (1, 3, 6, 8):
-        a, b = factorise(change, rank)
+        a, b = factorize(change, rank)
         assert a.shape == (rank, 9)
         assert b.shape == (6, rank)
         left = values[rank:].square().sum().sqrt()
