@@ -396,13 +396,17 @@ class RepetitionAwareSampler:
         highest, order = probabilities.topk(min(self._config.top_k, logits.shape[1]))
         # The token that crosses top_p still belongs to the nucleus.
         nucleus = highest * (highest.cumsum(-1) - highest < self._config.top_p)
-        for row in (~greedy).nonzero()[:, 0].tolist():
+        # Lists, because a tensor operation on one row costs more than its arithmetic.
+        chosen, order, recent = columns.tolist(), order.tolist(), recent.tolist()
+        for row, is_greedy in enumerate(greedy.tolist()):
+            if is_greedy:
+                continue
             generator = generators[row]
-            column = order[row, torch.multinomial(nucleus[row], 1, generator=generator)]
-            if int((recent[row] == column).sum()) >= self._max_count:
-                column = torch.multinomial(probabilities[row], 1, generator=generator)
-            columns[row] = column
-        return columns
+            column = order[row][int(torch.multinomial(nucleus[row], 1, generator=generator))]
+            if recent[row].count(column) >= self._max_count:
+                column = int(torch.multinomial(probabilities[row], 1, generator=generator))
+            chosen[row] = column
+        return torch.tensor(chosen)
 
 
 class StoppingCriteria:
@@ -520,9 +524,10 @@ class Batch:
         rows[pending] = False
         rows = (rows & ~state.at_segment_max).nonzero()[:, 0]
         if len(rows):
-            running = state.select(rows)
+            everything = len(rows) == len(state)
+            running = state if everything else state.select(rows)
             columns = self._sampler(
-                self._minimum_length(logits[rows.cpu()], running),
+                self._minimum_length(logits if everything else logits[rows.cpu()], running),
                 running.recent(self._window).cpu() - allowed.first,
                 [self._generators[index] for index in running.index.tolist()],
                 running.greedy.cpu(),
