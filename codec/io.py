@@ -200,13 +200,34 @@ class FileLock:
 def check_source(name: str | Path) -> None:
     """Raises `ValueError` for a model that is neither a folder nor a possible hub id.
 
-    A path whose first part is a folder (or the root) is not looked up on the hub.
+    A path whose first part is a folder (or the root), or of more than two parts, is not looked up
+    on the hub.
     """
     path = Path(name)
+    if len(path.parts) > 2 and not path.exists():
+        raise ValueError(f"{name}: no such folder; give a hub id (owner/name) or a folder")
     if len(path.parts) > 1 and Path(path.parts[0]).is_dir() and not path.exists():
         owner, is_id = path.parts[0], len(path.parts) == 2 and path.parts[0] not in ("..", "/")
         why = f" ({owner} is a folder here, so it is not looked up on the hub)" if is_id else ""
         raise ValueError(f"{name}: no such folder; give a hub id (owner/name) or a folder{why}")
+
+
+def hub_reason(error: Exception) -> str:
+    """Returns why the hub did not provide a model, without the names of its library's classes."""
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    if isinstance(error, HFValidationError):
+        return "that is not a hub id, owner/name"
+    if isinstance(error, RepositoryNotFoundError):
+        return "it has no such model, or access is restricted"
+    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        return "its model has no such file"
+    return "it cannot be reached, and the model is not in the cache"
 
 
 def check_config_file(file: Path) -> None:

@@ -56,6 +56,13 @@ class ReportedElsewhere(ValueError):
     """A user error that another process of the launch prints."""
 
 
+def reason_of(error: Exception) -> str:
+    """Returns an exception's message as one line for users, without the name of its class."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    return " ".join(str(error).split()) or "its content is not as expected"
+
+
 def run_program(program: Callable[[], None]) -> None:
     """Runs `program`; returns if it succeeds, else exits with a status listed above.
 

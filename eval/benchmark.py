@@ -53,7 +53,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Provenance:
-    """What all rows of a run share."""
+    """Origin of the rows of a run: system, seed, digests and scoring models."""
 
     system: str
     seed: int = 0
@@ -67,7 +67,7 @@ class Provenance:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Utterance:
+class ScoredUtterance:
     """The scores of one utterance."""
 
     id: str
@@ -82,19 +82,23 @@ class Utterance:
     """Seed of its generation; None: the list's."""
 
     def to_json(self) -> str:
+        """Returns the scores as one JSON line."""
         return json.dumps(asdict(self), ensure_ascii=False)
 
     @classmethod
-    def from_json(cls, line: str) -> "Utterance":
+    def from_json(cls, line: str) -> "ScoredUtterance":
+        """Returns the scores of a line of `to_json`."""
         stored = json.loads(line)
         for name, counts in (("words", text.WordErrors), ("characters", text.ErrorCounts)):
             stored[name] = None if stored[name] is None else counts(**stored[name])
         return cls(**stored)
 
 
-def score_asr(utterance: str, reference: str, hypothesis: str, language: str = "en") -> Utterance:
+def score_asr(
+    utterance: str, reference: str, hypothesis: str, language: str = "en"
+) -> ScoredUtterance:
     """Returns the word and character errors of a transcript."""
-    return Utterance(
+    return ScoredUtterance(
         id=utterance,
         words=text.word_errors(reference, hypothesis, language),
         characters=text.character_errors(reference, hypothesis, language),
@@ -110,7 +114,7 @@ def score_reconstruction(
     sample_rate: int,
     transcribe: Transcribe,
     embed: Embed | None = None,
-) -> Utterance:
+) -> ScoredUtterance:
     """Returns WER, CER, STOI, PESQ, mel distance and speaker similarity of a reconstruction.
 
     A reconstruction that is silent, holds NaN or differs in length is a failure: all its words are
@@ -122,7 +126,7 @@ def score_reconstruction(
     Raises:
         ValueError: the original is silent, empty or not finite.
     """
-    speech.check_wave(original, "original")
+    speech.check_scorable(original, "original")
     reason = "the reconstruction is silent"
     try:
         if not np.isfinite(reconstruction).all():
@@ -155,7 +159,7 @@ def score_tts(
     embed: Embed | None = None,
     prompt: tuple[Float[np.ndarray, " P"], int] | None = None,
     failure: str | None = None,
-) -> Utterance:
+) -> ScoredUtterance:
     """Returns WER, CER, similarity to the prompt's speaker, length in seconds and failure of
     synthesized speech.
 
@@ -183,7 +187,7 @@ def score_tts(
 def _measure(
     measures: Mapping[str, Callable[[], float]], values: dict[str, float]
 ) -> dict[str, str]:
-    """Adds what is defined to `values`; returns why the other measures are not."""
+    """Adds the defined measures to `values`; returns the reasons why the others are undefined."""
     missing = {}
     for metric, measure in measures.items():
         try:
@@ -195,7 +199,7 @@ def _measure(
 
 def rows_of(
     list_name: str,
-    utterances: Sequence[Utterance],
+    utterances: Sequence[ScoredUtterance],
     provenance: Provenance,
     constants: Mapping[str, float] | None = None,
     prefix: str = "",
@@ -214,7 +218,7 @@ def rows_of(
         raise ValueError(f"the list {list_name} holds no utterance to score")
     rows: list[Row] = []
 
-    def add(one: Utterance | None, metric: str, value: float, n: int) -> None:
+    def add(one: ScoredUtterance | None, metric: str, value: float, n: int) -> None:
         assert np.isfinite(value), metric
         seed = provenance.seed if one is None or one.seed is None else one.seed
         rows.append(
@@ -226,9 +230,11 @@ def rows_of(
         )  # fmt: skip
 
     def add_errors(
-        one: Utterance | None, words: text.WordErrors | None, characters: text.ErrorCounts | None,
+        one: ScoredUtterance | None,
+        words: text.WordErrors | None,
+        characters: text.ErrorCounts | None,
         n: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if words is not None:
             for metric in ("wer", "wil", "mer"):
                 add(one, prefix + metric, getattr(words, metric), n or words.num_words)
@@ -327,8 +333,10 @@ def read_rows(path: str | Path) -> list[Row]:
         try:
             stored: dict[str, Any] = json.loads(line)
             rows.append(Row(**{name: stored[name] for name in known}))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number} is no row of scores: {error!r}") from error
+        except KeyError as error:
+            raise ValueError(f"{path}, line {number} is no row of scores: no {error}") from error
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is no row of scores: {error}") from error
     return rows
 
 
@@ -338,10 +346,10 @@ def table(rows: Iterable[Row], metrics: Sequence[str] | None = None) -> str:
     Raises:
         ValueError: a column has scores of different libraries, versions or judges.
     """
-    whole = [row for row in rows if row.utterance is None]
-    columns = metrics or list(dict.fromkeys(row.metric for row in whole))
+    of_lists = [row for row in rows if row.utterance is None]
+    columns = metrics or list(dict.fromkeys(row.metric for row in of_lists))
     for column in columns:
-        scored_by = sorted({row.library for row in whole if row.metric == column})
+        scored_by = sorted({row.library for row in of_lists if row.metric == column})
         if len(scored_by) > 1:
             raise ValueError(
                 f"{column} was scored in {len(scored_by)} ways ({'; '.join(scored_by)}): "
@@ -351,8 +359,8 @@ def table(rows: Iterable[Row], metrics: Sequence[str] | None = None) -> str:
         "| system | list | n | " + " | ".join(columns) + " |",
         "|---|---|---|" + "---|" * len(columns),
     ]
-    for system, name in dict.fromkeys((row.system, row.list) for row in whole):
-        own = {row.metric: row for row in whole if (row.system, row.list) == (system, name)}
+    for system, name in dict.fromkeys((row.system, row.list) for row in of_lists):
+        own = {row.metric: row for row in of_lists if (row.system, row.list) == (system, name)}
         cells = [f"{own[c].value:.3f}" if c in own else "" for c in columns]
         n = max(row.n for row in own.values())
         cells = [

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from eval.speech import check_wave, resample
+from eval.speech import check_scorable, resample_for_scoring
 
 LIBRARIES = ("torch", "torchaudio")
 
@@ -121,12 +121,12 @@ class SpeakerEncoder(nn.Module):
         Raises:
             ValueError: it is silent, not finite or shorter than 0.4 s.
         """
-        check_wave(wave, "speaker's")
+        check_scorable(wave, "speaker's")
         if wave.size < MIN_SECONDS * sample_rate:
             raise ValueError(
                 f"a speaker embedding needs {MIN_SECONDS} s, got {wave.size / sample_rate:.2f} s"
             )
-        wave = resample(np.asarray(wave, np.float32), sample_rate, self.sample_rate)
+        wave = resample_for_scoring(np.asarray(wave, np.float32), sample_rate, self.sample_rate)
         volume = 10 * np.log10(np.mean(np.square(wave, dtype=np.float64)))
         wave = wave * np.float32(10 ** (max(0.0, VOLUME_DBFS - volume) / 20))
         starts = self.partial_starts(wave.size)

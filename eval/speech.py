@@ -19,7 +19,7 @@ PESQ_PIECE_SECONDS = 20.0  # The reference code has room for 50 utterances.
 MEL_SAMPLE_RATE = 16000
 
 
-def resample(
+def resample_for_scoring(
     wave: Float[np.ndarray, " S"], source_rate: int, target_rate: int
 ) -> Float[np.ndarray, " R"]:
     """Returns the wave at another sample rate (soxr)."""
@@ -30,7 +30,7 @@ def resample(
     return soxr.resample(wave, source_rate, target_rate).astype(wave.dtype)
 
 
-def check_wave(wave: np.ndarray, name: str) -> None:
+def check_scorable(wave: np.ndarray, name: str) -> None:
     """Raises ValueError for a wave that is not mono, empty, not finite or silent."""
     if wave.ndim != 1:
         raise ValueError(f"the {name} wave must have one dimension, got shape {wave.shape}")
@@ -42,12 +42,12 @@ def check_wave(wave: np.ndarray, name: str) -> None:
         raise ValueError(f"the {name} wave is silent")
 
 
-def align(
+def check_and_trim(
     reference: Float[np.ndarray, " S"], degraded: Float[np.ndarray, " R"], sample_rate: int
 ) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
     """Returns both waves, checked, at the shorter one's length."""
-    check_wave(reference, "reference")
-    check_wave(degraded, "degraded")
+    check_scorable(reference, "reference")
+    check_scorable(degraded, "degraded")
     return trim(reference, degraded, sample_rate)
 
 
@@ -75,7 +75,7 @@ def stoi(
     """Returns the short-time objective intelligibility, at most 1 (Taal et al. 2011; pystoi)."""
     from pystoi import stoi as measure
 
-    reference, degraded = align(reference, degraded, sample_rate)
+    reference, degraded = check_and_trim(reference, degraded, sample_rate)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         value = float(measure(reference, degraded, sample_rate))
@@ -93,9 +93,9 @@ def pesq_wb(
     """
     import pesq
 
-    reference, degraded = align(reference, degraded, sample_rate)
-    reference = resample(reference, sample_rate, PESQ_SAMPLE_RATE)
-    degraded = resample(degraded, sample_rate, PESQ_SAMPLE_RATE)
+    reference, degraded = check_and_trim(reference, degraded, sample_rate)
+    reference = resample_for_scoring(reference, sample_rate, PESQ_SAMPLE_RATE)
+    degraded = resample_for_scoring(degraded, sample_rate, PESQ_SAMPLE_RATE)
     num_pieces = int(np.ceil(reference.size / (PESQ_PIECE_SECONDS * PESQ_SAMPLE_RATE)))
     values: list[float] = []
     for clean, coded in zip(
@@ -122,7 +122,7 @@ def mel_distance(
 
     16 kHz, 80 Slaney bands up to 8 kHz, Hann window 1024, hop 256, floor 1e-5.
     """
-    reference, degraded = align(reference, degraded, sample_rate)
+    reference, degraded = check_and_trim(reference, degraded, sample_rate)
     return float(np.abs(_log_mel(reference, sample_rate) - _log_mel(degraded, sample_rate)).mean())
 
 
@@ -130,7 +130,7 @@ def _log_mel(wave: Float[np.ndarray, " S"], sample_rate: int) -> Float[np.ndarra
     import torch
     from torchaudio.functional import melscale_fbanks
 
-    wave = resample(wave, sample_rate, MEL_SAMPLE_RATE)
+    wave = resample_for_scoring(wave, sample_rate, MEL_SAMPLE_RATE)
     if wave.size <= 512:
         raise ValueError(f"the mel distance needs more than 512 samples at 16 kHz, got {wave.size}")
     spectrum = torch.stft(

@@ -36,14 +36,17 @@ class ErrorCounts:
 
     @property
     def num_reference(self) -> int:
+        """Number of words (characters) of the reference."""
         return self.hits + self.substitutions + self.deletions
 
     @property
     def num_hypothesis(self) -> int:
+        """Number of words (characters) of the hypothesis."""
         return self.hits + self.substitutions + self.insertions
 
     @property
     def num_errors(self) -> int:
+        """Number of substitutions, deletions and insertions."""
         return self.substitutions + self.deletions + self.insertions
 
     @property
@@ -59,6 +62,7 @@ class WordErrors(ErrorCounts):
 
     @property
     def num_words(self) -> int:
+        """Number of words of the reference."""
         return self.num_reference
 
     @property
@@ -90,7 +94,7 @@ def _normalizer(language: str) -> Callable[[str], str]:
     return BasicTextNormalizer(split_letters=language in _UNSPACED)
 
 
-def normalize(text: str, language: str = "en") -> str:
+def whisper_normalize(text: str, language: str = "en") -> str:
     """Returns the output of Whisper's text normalizer (arXiv 2212.04356, appendix C), the English
     one or, for other languages, the basic one."""
     return " ".join(_normalizer(language)(text).split())
@@ -100,7 +104,9 @@ def word_errors(reference: str, hypothesis: str, language: str = "en") -> WordEr
     """Returns the counts of a word alignment after normalization."""
     import jiwer
 
-    aligned = jiwer.process_words(normalize(reference, language), normalize(hypothesis, language))
+    aligned = jiwer.process_words(
+        whisper_normalize(reference, language), whisper_normalize(hypothesis, language)
+    )
     return WordErrors(
         hits=aligned.hits,
         substitutions=aligned.substitutions,
@@ -114,7 +120,7 @@ def character_errors(reference: str, hypothesis: str, language: str = "en") -> E
     import jiwer
 
     aligned = jiwer.process_characters(
-        normalize(reference, language), normalize(hypothesis, language)
+        whisper_normalize(reference, language), whisper_normalize(hypothesis, language)
     )
     return ErrorCounts(
         hits=aligned.hits,

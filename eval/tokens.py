@@ -33,9 +33,9 @@ MAX_BATCH_FRAMES = 20_000
 
 
 def label_text(text: str) -> str | None:
-    """A text in LABELS: lower case, without accents, other characters replaced by spaces.
+    """Returns a text in LABELS: lower case, without accents, other characters replaced by spaces.
 
-    None where nothing is left, and where there are digits, whose pronunciation is unknown.
+    None if no character is left, or if there are digits, whose pronunciation is unknown.
     """
     straight = text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
     plain = unicodedata.normalize("NFKD", straight).lower()
@@ -47,20 +47,26 @@ def label_text(text: str) -> str | None:
 
 
 def min_ctc_frames(target: Sequence[int]) -> int:
-    """Frames of the shortest CTC path: one per label, and a blank between equal neighbors."""
+    """Returns the frames of the shortest CTC path: one per label, and a blank between equal
+    neighbors."""
     return len(target) + sum(left == right for left, right in pairwise(target))
 
 
-def ctc_labels(text: str) -> list[int] | None:
-    """Labels of a text; None where `label_text` is None."""
+def labels_of_text(text: str) -> list[int] | None:
+    """Returns the CTC labels of a text; None where `label_text` is None."""
     plain = label_text(text)
     return None if plain is None else [1 + LABELS.index(character) for character in plain]
 
 
-def ctc_loss(
+def summed_ctc_loss(
     log_probabilities: Float[Tensor, "B T V"], targets: Sequence[list[int]], lengths: list[int]
 ) -> Float[Tensor, ""]:
-    """Negative log-likelihood of the targets in nats, summed over the batch."""
+    """Returns the negative log-likelihood of the targets in nats, summed over the batch.
+
+    Args:
+        targets: labels of each item, without blanks.
+        lengths: frames of each item.
+    """
     return functional.ctc_loss(
         log_probabilities.transpose(0, 1),
         torch.tensor([label for target in targets for label in target]),
@@ -71,7 +77,7 @@ def ctc_loss(
 
 
 def decode_labels(labels: Sequence[int]) -> str:
-    """The text of a CTC path (a label for each frame): repeats merged, blanks removed."""
+    """Returns the text of a CTC path (a label for each frame): repeats merged, blanks removed."""
     kept = [label for label, before in zip(labels, [0, *labels], strict=False) if label != before]
     return " ".join("".join(LABELS[label - 1] for label in kept if label).split())
 
@@ -87,11 +93,11 @@ class ProbeConfig:
     embedding: int = 256
     """Width of the token embeddings, unless tables are given."""
     dropout: float = 0.2
-    """Of the embeddings and after each layer."""
+    """Dropout of the embeddings and after each layer."""
     epochs: int = 30
     """Passes over the training set; the last weights are scored, there is no model selection."""
     learning_rate: float = 1e-3
-    """Maximum of Adam's: linear warm-up over a tenth of the steps, then linear decay to zero."""
+    """Peak learning rate of Adam: linear warm-up over a tenth of the steps, then decay to 0."""
     batch_frames: int = 6000
     """Frames of a batch, including padding."""
     max_gradient: float = 1.0
@@ -99,7 +105,7 @@ class ProbeConfig:
     min_frame_rate: float = 50.0
     """Hz. Frames of slower tokenizers are repeated: CTC emits at most one character per frame."""
     seed: int = 0
-    """Of weights, batches and dropout."""
+    """Seed of weights, batches and dropout."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden", "embedding", "epochs", "batch_frames"):
@@ -112,7 +118,7 @@ class ProbeConfig:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
 
 
-class Corpus(NamedTuple):
+class ProbeCorpus(NamedTuple):
     """Codes of utterances and their transcripts."""
 
     codes: Sequence[Integer[np.ndarray, "..."]]
@@ -176,7 +182,7 @@ class ProbeNetwork(nn.Module):
     def forward(
         self, codes: Int[Tensor, "B Q T"], lengths: Int[Tensor, " B"]
     ) -> Float[Tensor, "B T V"]:
-        """Log-probabilities, V = 1 + len(LABELS). Items do not depend on padding."""
+        """Returns log-probabilities, V = 1 + len(LABELS). Items do not depend on padding."""
         tokens = rearrange(codes, "b q t -> b t q") + self.starts
         states = self.dropout(self.norm(self.embedding(tokens).sum(2)))  # (B, T, D)
         reverse = _reversal(lengths, codes.shape[2])
@@ -206,7 +212,7 @@ class Probe:
         self.network = network
         self.codebook_sizes = tuple(codebook_sizes)
         self.repeats = repeats
-        """How often each frame is repeated in the network's input."""
+        """Number of repetitions of each frame in the network's input."""
         self.history: list[Epoch] = []
         self.num_trained = 0
         """Training utterances."""
@@ -217,17 +223,24 @@ class Probe:
         self.num_steps = 0
 
     def transcribe(self, codes: Sequence[Integer[np.ndarray, "..."]]) -> list[str]:
-        """The text of each utterance by greedy CTC decoding."""
+        """Returns the text of each utterance by greedy CTC decoding.
+
+        Args:
+            codes: (Q, T) of each utterance, or (T,) for one codebook.
+
+        Raises:
+            ValueError: codes are outside the codebooks.
+        """
         return [text for text, _ in self._decode(codes, [None] * len(codes))]
 
-    def score(self, corpus: Corpus) -> ProbeResult:
-        """Error rates of greedy decoding, and the likelihood of the transcripts.
+    def score(self, corpus: ProbeCorpus) -> ProbeResult:
+        """Returns error rates of greedy decoding, and the likelihood of the transcripts.
 
         Raises:
             ValueError: the corpus is empty, or has codes outside the codebooks.
         """
         _check(corpus)
-        targets = [ctc_labels(text) for text in corpus.texts]
+        targets = [labels_of_text(text) for text in corpus.texts]
         texts, losses = zip(*self._decode(corpus.codes, targets), strict=True)
         scored = [target for target, loss in zip(targets, losses, strict=True) if loss is not None]
         num_characters = sum(len(target or ()) for target in scored)
@@ -257,7 +270,9 @@ class Probe:
             for place, index in enumerate(chosen):
                 length, target, loss = lengths[index], targets[index], None
                 if target is not None and min_ctc_frames(target) <= length:
-                    loss = float(ctc_loss(scores[place : place + 1, :length], [target], [length]))
+                    loss = float(
+                        summed_ctc_loss(scores[place : place + 1, :length], [target], [length])
+                    )
                 results[index] = (decode_labels(best[place][:length]), loss)
         return results
 
@@ -274,17 +289,17 @@ class Probe:
 
 
 def train_probe(
-    train: Corpus,
+    train: ProbeCorpus,
     *,
     codebook_sizes: Sequence[int],
     frame_rate: float | int,
     config: ProbeConfig | None = None,
-    dev: Corpus | None = None,
+    dev: ProbeCorpus | None = None,
     tables: Sequence[Float[Tensor, "_ D"]] | None = None,
     device: str = "cpu",
     progress: bool = True,
 ) -> Probe:
-    """Trains a probe on `train`; reproducible for the same arguments on one machine's CPU.
+    """Trains a probe on `train` and returns it; reproducible for the same arguments on one CPU.
 
     Utterances without labels or with too few frames are left out and counted.
 
@@ -315,11 +330,11 @@ def train_probe(
     return probe
 
 
-def _usable(train: Corpus, probe: Probe) -> list[tuple[Tensor, list[int]]]:
+def _usable(train: ProbeCorpus, probe: Probe) -> list[tuple[Tensor, list[int]]]:
     """Codes and labels of the utterances to train on; the others are counted in `probe`."""
     items = []
     for codes, text in zip(probe._prepare(train.codes), train.texts, strict=True):
-        target = ctc_labels(text)
+        target = labels_of_text(text)
         if target is None:
             probe.num_unspelled += 1
         elif min_ctc_frames(target) > codes.shape[1]:
@@ -343,7 +358,7 @@ def _fit(
     probe: Probe,
     items: Sequence[tuple[Tensor, list[int]]],
     config: ProbeConfig,
-    dev: Corpus | None,
+    dev: ProbeCorpus | None,
     progress: bool,
 ) -> None:
     network = probe.network
@@ -362,7 +377,7 @@ def _fit(
                 optimizer.param_groups[0]["lr"] = config.learning_rate * share
                 codes, sizes = _padded([items[index][0] for index in batch], probe.device)
                 targets = [items[index][1] for index in batch]
-                loss = ctc_loss(network(codes, sizes), targets, sizes.tolist())
+                loss = summed_ctc_loss(network(codes, sizes), targets, sizes.tolist())
                 characters = sum(map(len, targets))
                 optimizer.zero_grad()
                 (loss / characters).backward()
@@ -431,7 +446,7 @@ def _checked(codes: np.ndarray, sizes: Sequence[int], number: int) -> Int[Tensor
     return torch.from_numpy(codes)
 
 
-def _check(corpus: Corpus) -> None:
+def _check(corpus: ProbeCorpus) -> None:
     if len(corpus.codes) != len(corpus.texts):
         raise ValueError(f"{len(corpus.codes)} utterances of codes, {len(corpus.texts)} texts")
     if not corpus.texts:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from eval.speech import resample
+from eval.speech import resample_for_scoring
 
 LIBRARIES = ("faster-whisper", "ctranslate2")
 
@@ -18,7 +18,7 @@ SAMPLE_RATE = 16000
 SILENCE_PEAK = 1e-4
 """A wave with a lower peak (-80 dBFS) is silence."""
 BLOCK_SECONDS = 300.0
-"""Maximum length of what is transcribed at once."""
+"""Maximum length of a wave that is transcribed at once."""
 TOKENS_PER_SECOND = 12
 """Upper limit of the output; fast speech has about 6."""
 PAUSE_SEARCH_SECONDS = 30.0
@@ -100,9 +100,9 @@ class Judge:
             raise ValueError("the wave to transcribe holds NaN or infinite samples")
         if not wave.size or np.abs(wave).max() < SILENCE_PEAK:
             return ""
-        wave = resample(np.asarray(wave, np.float32), sample_rate, SAMPLE_RATE)
+        wave = resample_for_scoring(np.asarray(wave, np.float32), sample_rate, SAMPLE_RATE)
         texts: list[str] = []
-        for block in split_at_pauses(wave):
+        for block in blocks_at_pauses(wave):
             segments, _ = self.model.transcribe(
                 block,
                 language=self.language,
@@ -120,7 +120,7 @@ def max_tokens(seconds: float) -> int:
     return min(200, 16 + math.ceil(TOKENS_PER_SECOND * seconds))
 
 
-def split_at_pauses(wave: Float[np.ndarray, " S"]) -> Iterator[Float[np.ndarray, " P"]]:
+def blocks_at_pauses(wave: Float[np.ndarray, " S"]) -> Iterator[Float[np.ndarray, " P"]]:
     """Yields pieces of at most BLOCK_SECONDS of a 16 kHz wave, split at the quietest 0.2 s of each
     piece's last PAUSE_SEARCH_SECONDS."""
     size, search = int(BLOCK_SECONDS * SAMPLE_RATE), int(PAUSE_SEARCH_SECONDS * SAMPLE_RATE)

@@ -1,4 +1,4 @@
-"""Programs: they parse, build and call. Nothing imports them but themselves."""
+"""Programs (on top) and what they share (in the subfolders). No other package imports them."""
 
 import sys
 from pathlib import Path

@@ -7,7 +7,7 @@
 from dataclasses import dataclass, field
 
 from recipes.lib.recorded_prompts import load_voice_config
-from recipes.lib.run import PROFILE_HELP, run_program, split_profile
+from recipes.lib.run import PROFILE_HELP, run_recipe, split_profile
 from recipes.lib.voice_training import VoiceConfig, train_voice
 from slm.config import ARConfig, NARConfig, TaskConfig
 
@@ -29,10 +29,11 @@ class ASRConfig(VoiceConfig):
 
 
 def main(argv: list[str]) -> None:
+    """Trains a voice for ASR."""
     profile_steps, argv = split_profile(argv)
     config = load_voice_config(ASRConfig, argv, "asr", ABOUT)
     train_voice(config, profile_steps)
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_recipe(main)

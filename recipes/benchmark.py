@@ -22,14 +22,14 @@ import numpy as np
 
 from codec.audio import read_audio, resample_wave, write_audio
 from codec.io import sha256_of, sha256_of_tensors
-from codec.program import ArgumentParser
+from codec.program import ArgumentParser, counted
 from codec.tokenize import text_of
 from codec.training.run import git_revision
 from eval.benchmark import (
     ASR_PREFIX,
     Provenance,
     Row,
-    Utterance,
+    ScoredUtterance,
     append_rows,
     read_rows,
     rows_of,
@@ -38,7 +38,7 @@ from eval.benchmark import (
     score_tts,
     table,
 )
-from recipes.lib.run import finished, run_program
+from recipes.lib.run import finished, run_recipe
 from recipes.scoring.judges import (
     Judges,
     Task,
@@ -53,7 +53,7 @@ from recipes.scoring.speed import add_command, benchmark_speed
 logger = logging.getLogger(__name__)
 
 
-def finish(kind: str, out: Path, rows: Iterable[Row]) -> None:
+def report_rows(kind: str, out: Path, rows: Iterable[Row]) -> None:
     """Appends new rows to OUT/rows.jsonl, and prints the table of `rows`."""
     new = list(rows)
     known = set(read_rows(out / "rows.jsonl"))
@@ -62,7 +62,7 @@ def finish(kind: str, out: Path, rows: Iterable[Row]) -> None:
     again = (
         f"python recipes/benchmark.py {kind} ... --out {out}   (adds the scores of another system)"
     )
-    finished(f"scores of {len(new)} rows", out / "rows.jsonl", again)
+    finished(f"scores of {counted(len(new), 'row')}", out / "rows.jsonl", again)
 
 
 def benchmark_reconstruction(args: argparse.Namespace) -> None:
@@ -87,11 +87,11 @@ def benchmark_reconstruction(args: argparse.Namespace) -> None:
     part = "auxiliary" if args.auxiliary else num_codebooks
     name = args.name or f"{Path(args.codec).name}-{part}"
 
-    def original(cut: Any) -> Utterance:
+    def original(cut: Any) -> ScoredUtterance:
         wave = load_cut(cut, rate)
         return score_asr(cut.id, text_of(cut), judges.transcribe(wave, rate))
 
-    def reconstruction(cut: Any) -> Utterance:
+    def reconstruction(cut: Any) -> ScoredUtterance:
         wave = load_cut(cut, rate)
         coded = reconstruct(codec, wave, num_codebooks, auxiliary=args.auxiliary)
         folder = args.out / "waves" / safe_name(name)
@@ -109,7 +109,7 @@ def benchmark_reconstruction(args: argparse.Namespace) -> None:
     constants = {"bitrate": codec.frame_rate * bits}
     kept = score_all(args.out, before, base, "original")
     coded = score_all(args.out, after, key, name)
-    finish(
+    report_rows(
         args.kind,
         args.out,
         rows_of(args.list_name, kept, origin(args, "original", judges))
@@ -155,7 +155,7 @@ def benchmark_tts(args: argparse.Namespace) -> None:
     """Scores a list of synthesized texts: results.jsonl of `slm tts --list`, or any list with id,
     text, audio and prompt."""
     judges = judges_of(args)
-    entries = read_list(args.list, ("id", "text", "audio"))[: args.limit]
+    entries = read_entries(args.list, ("id", "text", "audio"))[: args.limit]
     tasks = [
         Task(entry["id"], lambda one=entry: score_entry(one, args, judges)) for entry in entries
     ]
@@ -170,10 +170,10 @@ def benchmark_tts(args: argparse.Namespace) -> None:
     scored = score_all(args.out, tasks, key, name)
     seed = min((one.seed for one in scored if one.seed is not None), default=0)
     where = origin(args, name, judges, model=model, seed=seed)
-    finish(args.kind, args.out, rows_of(args.list_name, scored, where))
+    report_rows(args.kind, args.out, rows_of(args.list_name, scored, where))
 
 
-def score_entry(entry: dict[str, Any], args: argparse.Namespace, judges: Judges) -> Utterance:
+def score_entry(entry: dict[str, Any], args: argparse.Namespace, judges: Judges) -> ScoredUtterance:
     """Returns the scores of an entry. A missing, silent or non-finite wave is a failure."""
     failure, wave, prompt = entry.get("failure"), np.zeros(0, np.float32), None
     if entry["audio"] is None:
@@ -201,7 +201,7 @@ def score_entry(entry: dict[str, Any], args: argparse.Namespace, judges: Judges)
 def benchmark_asr(args: argparse.Namespace) -> None:
     """Scores a list of transcripts: text and hypothesis, or the output of `slm asr` and
     --references."""
-    entries = {name_of(entry, args.list): entry for entry in read_list(args.list, ("text",))}
+    entries = {entry_name(entry, args.list): entry for entry in read_entries(args.list, ("text",))}
     if args.references is None:
         pairs = {name: (one["text"], one.get("hypothesis")) for name, one in entries.items()}
         missing = [name for name, (_, hypothesis) in pairs.items() if hypothesis is None]
@@ -212,8 +212,8 @@ def benchmark_asr(args: argparse.Namespace) -> None:
             )
     else:
         texts = {
-            name_of(entry, args.references): entry["text"]
-            for entry in read_list(args.references, ("text",))
+            entry_name(entry, args.references): entry["text"]
+            for entry in read_entries(args.references, ("text",))
         }
         foreign = [name for name in entries if name not in texts]
         if foreign:
@@ -228,14 +228,14 @@ def benchmark_asr(args: argparse.Namespace) -> None:
         for name, (text, hypothesis) in pairs.items()
     ]
     where = origin(args, args.name or args.list.stem, model=model_of(args))
-    finish(args.kind, args.out, rows_of(args.list_name, scored, where, prefix=ASR_PREFIX))
+    report_rows(args.kind, args.out, rows_of(args.list_name, scored, where, prefix=ASR_PREFIX))
 
 
 def _hypothesis(entry: dict[str, Any] | None) -> str | None:
     return None if entry is None else entry.get("hypothesis", entry["text"])
 
 
-def read_list(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
+def read_entries(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
     """Returns the entries of a JSON Lines list.
 
     Raises:
@@ -255,7 +255,7 @@ def read_list(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
         lacking = [key for key in needed if not isinstance(entry, dict) or key not in entry]
         if lacking:
             raise ValueError(f"{path}, line {number}: lacks {', '.join(lacking)}")
-        name = name_of(entry, path)
+        name = entry_name(entry, path)
         if name in seen:
             raise ValueError(f"{path}, line {number}: {name!r} is there twice")
         seen.add(name)
@@ -265,7 +265,7 @@ def read_list(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
     return entries
 
 
-def name_of(entry: dict[str, Any], path: Path) -> str:
+def entry_name(entry: dict[str, Any], path: Path) -> str:
     """Returns an entry's id, or its recording's name without the suffix."""
     if "id" not in entry and "audio" not in entry:
         raise ValueError(f"{path}: a line has neither id nor audio")
@@ -314,7 +314,7 @@ def origin(
     )
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line."""
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--out", type=Path, required=True, help="folder for rows.jsonl and waves")
@@ -365,17 +365,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> None:
     """Scores one system on one list."""
-    args = parse(argv)
+    args = _parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.kind == "reconstruction":
         benchmark_reconstruction(args)
     elif args.kind == "tts":
         benchmark_tts(args)
     elif args.kind == "speed":
-        finish(args.kind, args.out, benchmark_speed(args))
+        report_rows(args.kind, args.out, benchmark_speed(args))
     else:
         benchmark_asr(args)
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_recipe(main)

@@ -19,15 +19,18 @@ from typing import Any
 from codec.distillation.feature_cache import complete_cache, write_cache
 from codec.distillation.teachers import load_speech_teacher, load_text_teacher
 from codec.distillation.word_alignment import load_transcriber
+from codec.program import counted
 from codec.training.data import read_cuts
 from codec.training.run import lock_folder, make_accelerator
-from recipes.lib.run import finished, load_config, run_program
+from recipes.lib.run import finished, load_config, run_recipe
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheConfig:
+    """Recordings, teachers and the folder of one cache."""
+
     cuts: tuple[Path, ...] = (Path("out/demo/cuts/train.jsonl.gz"),)
     """lhotse lists of cuts (recipes/prepare_data.py writes them)."""
     out: Path = Path("out/teachers")
@@ -101,7 +104,8 @@ def main(argv: list[str]) -> None:
         }
         print(json.dumps(results))
         finished(
-            f"features of {summary.num_recordings} recordings, {summary.hours:.2f} hours",
+            f"features of {counted(summary.num_recordings, 'recording')}, "
+            f"{summary.hours:.2f} hours",
             config.out,
             f"accelerate launch recipes/train_codec.py distill.cache={config.out} ...",
         )
@@ -111,4 +115,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_recipe(main)

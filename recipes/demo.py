@@ -22,7 +22,7 @@ from eval.speaker import SpeakerEncoder, similarity
 from eval.text import word_errors
 from eval.transcribe import Judge
 from recipes.lib.commands import Command, run
-from recipes.lib.run import finished, run_program
+from recipes.lib.run import finished, run_recipe
 from recipes.lib.spectrogram import draw_spectrograms
 from recipes.offline.packaged_models import JUDGE, SPEAKER, check_models
 from slm.data.prompts import load_prompts
@@ -44,7 +44,8 @@ class Wave(NamedTuple):
     """File name of the recording whose voice it should have."""
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """Parses the command line."""
     parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--prompt", type=Path, help="recording whose voice is cloned as well")
     parser.add_argument("--text", default=TEXT, help="text to synthesize")
@@ -54,7 +55,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> None:
-    args = parse(argv)
+    """Runs the commands, and writes the waves, their picture and their scores to OUT."""
+    args = _parse(argv)
     names = sorted(load_prompts(args.voice / "prompts"))
     if len(names) < 2:
         raise ValueError(f"{args.voice}: the demo needs a voice with at least two prompts")
@@ -64,14 +66,16 @@ def main(argv: list[str]) -> None:
     check_models(JUDGE, SPEAKER)
     began = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
-    write_prompts(args.voice, args.out, names)
+    decode_prompts(args.voice, args.out, names)
     commands, waves = commands_of(args, names)
     printed = [run(command, number, len(commands)) for number, command in enumerate(commands, 1)]
     draw_spectrograms(
         {one.title: args.out / one.name for one in waves}, args.out / "spectrogram.png"
     )
     transcript = json.loads(printed[-1].splitlines()[-1])["text"]
-    report = f"{score(waves, args.out)}\nTranscript of speech.wav by `slm asr`: {transcript}\n"
+    report = (
+        f"{scores_table(waves, args.out)}\nTranscript of speech.wav by `slm asr`: {transcript}\n"
+    )
     (args.out / "scores.md").write_text(report, encoding="utf-8")
     print(f"\n{report}")
     files = ", ".join([*(one.name for one in waves), "spectrogram.png", "scores.md"])
@@ -114,7 +118,7 @@ def commands_of(args: argparse.Namespace, names: list[str]) -> tuple[list[Comman
     return commands, waves
 
 
-def write_prompts(voice: Path, out: Path, names: list[str]) -> None:
+def decode_prompts(voice: Path, out: Path, names: list[str]) -> None:
     """Decodes shipped prompts of the voice to OUT/NAME.wav."""
     codec, prompts = load_codec(voice / "codec"), load_prompts(voice / "prompts")
     for name in names:
@@ -122,8 +126,9 @@ def write_prompts(voice: Path, out: Path, names: list[str]) -> None:
         write_audio(out / f"{name}.wav", codec.decode(codes)[0, 0].numpy(), codec.sample_rate)
 
 
-def score(waves: list[Wave], out: Path) -> str:
-    """Returns a Markdown table: WER by Whisper and speaker similarity to the prompt."""
+def scores_table(waves: list[Wave], out: Path) -> str:
+    """Returns a Markdown table: WER by Whisper and speaker similarity to the prompt of each wave in
+    OUT that has both."""
     judge, encoder = Judge(JUDGE), SpeakerEncoder.from_folder(SPEAKER)
     rows = ["| file | WER | speaker similarity | transcript by Whisper |", "|---|---|---|---|"]
     for one in waves:
@@ -138,4 +143,4 @@ def score(waves: list[Wave], out: Path) -> str:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_recipe(main)

@@ -14,7 +14,7 @@ from pathlib import Path
 from codec import write_audio
 from codec.training.data import load_cut, read_cuts
 from recipes.lib.commands import HERE, Command, launch, run
-from recipes.lib.run import finished, run_program
+from recipes.lib.run import finished, run_recipe
 from recipes.lib.spectrogram import draw_spectrograms
 from recipes.offline.packaged_models import JUDGE, SPEAKER, check_models
 
@@ -34,7 +34,7 @@ wrong, and no other voice is imitated. README.md describes how to train a larger
 """
 
 
-def training_commands() -> list[Command]:
+def demo_training_commands() -> list[Command]:
     """Returns the commands from recordings to a voice."""
     python, configs = [sys.executable], HERE / "configs"
     cuts, codec = OUT / "cuts", OUT / "codec" / "codec"
@@ -97,6 +97,7 @@ def pick_recordings() -> str:
 
 
 def main(argv: list[str]) -> None:
+    """Runs all commands, and writes spectrogram.png and scores.md to OUT."""
     if argv in (["--help"], ["-h"]):
         print(__doc__)
         return
@@ -105,7 +106,7 @@ def main(argv: list[str]) -> None:
     check_models(JUDGE, SPEAKER)
     began = time.monotonic()
     OUT.mkdir(parents=True, exist_ok=True)
-    training = training_commands()
+    training = demo_training_commands()
     total = len(training) + len(inference_commands(""))
     printed = [run(command, number, total) for number, command in enumerate(training, 1)]
     inference = inference_commands(pick_recordings())
@@ -132,4 +133,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_recipe(main)

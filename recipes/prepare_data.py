@@ -17,6 +17,7 @@ import argparse
 import json
 import logging
 import re
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +30,8 @@ from tqdm import tqdm
 
 from codec.audio import AUDIO_SUFFIXES, stream_audio
 from codec.io import atomic_files, sha256_of
-from codec.program import ArgumentParser
-from recipes.lib.run import finished, run_program
+from codec.program import ArgumentParser, counted
+from recipes.lib.run import finished, run_recipe
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
@@ -38,10 +39,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CORPORA = ("librispeech", "libritts", "ljspeech", "vctk")
+MAX_DEV_CUTS = 40
+"""Cuts that the suggested command holds out: a tenth of them, and no more than these."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
+class ListedRecording:
     """An utterance whose recording is not checked yet."""
 
     id: str
@@ -56,7 +59,7 @@ class Entry:
     """Why it cannot be used, if that is known already."""
 
 
-class Skipped(NamedTuple):
+class SkippedFile(NamedTuple):
     """A line of skipped.jsonl."""
 
     id: str
@@ -68,10 +71,10 @@ class Prepared(NamedTuple):
     """Usable cuts by split, and skipped recordings."""
 
     cuts: dict[str, list["Cut"]]
-    skipped: list[Skipped]
+    skipped: list[SkippedFile]
 
 
-def entries_of_list(path: Path, language: str) -> Iterator[Entry]:
+def entries_of_list(path: Path, language: str) -> Iterator[ListedRecording]:
     """Yields the lines of a JSON Lines list; relative paths start at the list's folder.
 
     Raises:
@@ -99,7 +102,7 @@ def entries_of_list(path: Path, language: str) -> Iterator[Entry]:
             if not isinstance(split, str) or not re.fullmatch(r"\w[\w.-]*", split):
                 raise ValueError(f"{where}: split must be a plain name like train, got {split!r}")
             audio = path.parent / stored["audio"]
-            yield Entry(
+            yield ListedRecording(
                 id=str(stored.get("id", audio.stem)),
                 audio=audio,
                 text=stored["text"].strip(),
@@ -110,7 +113,9 @@ def entries_of_list(path: Path, language: str) -> Iterator[Entry]:
             )
 
 
-def entries_of_folder(folder: Path, language: str, *, need_text: bool = True) -> Iterator[Entry]:
+def entries_of_folder(
+    folder: Path, language: str, *, need_text: bool = True
+) -> Iterator[ListedRecording]:
     """Yields every recording below a folder, with the text of NAME.txt; subfolders are speakers.
 
     Args:
@@ -131,7 +136,7 @@ def entries_of_folder(folder: Path, language: str, *, need_text: bool = True) ->
                 error = f"{audio.stem}.txt is missing (--no-text allows that)"
         except UnicodeDecodeError:
             error = f"{audio.stem}.txt is not UTF-8"
-        yield Entry(
+        yield ListedRecording(
             id=relative.with_suffix("").as_posix().replace("/", "-"),
             audio=audio,
             text=text,
@@ -141,7 +146,7 @@ def entries_of_folder(folder: Path, language: str, *, need_text: bool = True) ->
         )
 
 
-def cut_of(entry: Entry) -> "Cut":
+def cut_of(entry: ListedRecording) -> "Cut":
     """Returns a cut of an entry's recording.
 
     Raises:
@@ -189,14 +194,14 @@ def cut_of(entry: Entry) -> "Cut":
     return cut
 
 
-class Corpus(NamedTuple):
+class CorpusCuts(NamedTuple):
     """Cuts by split, and the errors of unreadable recordings by path."""
 
     cuts: dict[str, list["Cut"]]
     errors: dict[str, str]
 
 
-def read_corpus(corpus: str, folder: Path, parts: Sequence[str]) -> Corpus:
+def read_corpus(corpus: str, folder: Path, parts: Sequence[str]) -> CorpusCuts:
     """Returns the cuts of a published corpus through lhotse's recipe; cut ids are recording ids."""
     from lhotse import CutSet
 
@@ -212,7 +217,7 @@ def read_corpus(corpus: str, folder: Path, parts: Sequence[str]) -> Corpus:
                 supervision.speaker = supervision.speaker or corpus
                 normalized = (supervision.custom or {}).get("normalized_text")
                 supervision.text = normalized or supervision.text
-    return Corpus(cuts, errors)
+    return CorpusCuts(cuts, errors)
 
 
 @contextmanager
@@ -323,8 +328,8 @@ def check_ids(names: Iterable[tuple[str, str]]) -> None:
         seen[name] = audio
 
 
-class Source(NamedTuple):
-    """A recording to check: `item` is an Entry or a cut."""
+class UncheckedRecording(NamedTuple):
+    """A recording to check: `item` is a ListedRecording or a cut."""
 
     id: str
     audio: str
@@ -333,9 +338,12 @@ class Source(NamedTuple):
 
 
 def collect(
-    sources: Sequence[Source], examine: Callable[[Any], "Cut"], label: str, num_threads: int,
+    sources: Sequence[UncheckedRecording],
+    examine: Callable[[Any], "Cut"],
+    label: str,
+    num_threads: int,
     prepared: Prepared,
-) -> None:  # fmt: skip
+) -> None:
     """Adds usable cuts and skipped recordings to `prepared`.
 
     Args:
@@ -344,7 +352,7 @@ def collect(
     """
     check_ids((source.id, source.audio) for source in sources)
 
-    def attempt(source: Source) -> "Cut | str":
+    def attempt(source: UncheckedRecording) -> "Cut | str":
         try:
             return examine(source.item)
         except (ValueError, OSError) as error:
@@ -354,26 +362,30 @@ def collect(
         results = tqdm(pool.map(attempt, sources), label, total=len(sources), unit="file")
         for source, cut in zip(sources, results, strict=True):
             if isinstance(cut, str):
-                prepared.skipped.append(Skipped(source.id, source.audio, cut))
+                prepared.skipped.append(SkippedFile(source.id, source.audio, cut))
             else:
                 prepared.cuts[source.split].append(cut)
 
 
-def prepare_entries(entries: Iterable[Entry], *, check: bool, num_threads: int) -> Prepared:
+def prepare_entries(
+    entries: Iterable[ListedRecording], *, check: bool, num_threads: int
+) -> Prepared:
     """Returns the cuts of the entries with usable recordings.
 
     Args:
         check: decode every recording.
     """
 
-    def examine(entry: Entry) -> "Cut":
+    def examine(entry: ListedRecording) -> "Cut":
         cut = cut_of(entry)
         if check:
             check_decodes(cut)
         return cut
 
     prepared = Prepared(defaultdict(list), [])
-    sources = [Source(entry.id, str(entry.audio), entry.split, entry) for entry in entries]
+    sources = [
+        UncheckedRecording(entry.id, str(entry.audio), entry.split, entry) for entry in entries
+    ]
     collect(sources, examine, "recordings", num_threads, prepared)
     return prepared
 
@@ -393,7 +405,7 @@ def prepare_corpus(
         return cut
 
     for split, cuts in found.cuts.items():
-        sources = [Source(cut.id, source_of(cut), split, cut) for cut in cuts]
+        sources = [UncheckedRecording(cut.id, source_of(cut), split, cut) for cut in cuts]
         collect(sources, examine, split, num_threads, prepared)
     return prepared
 
@@ -435,8 +447,11 @@ def hold_out(prepared: Prepared, num_speakers: int, num_cuts: int) -> Prepared:
     return prepared
 
 
-def save(prepared: Prepared, out: Path) -> None:
+def save(prepared: Prepared, out: Path, argv: Sequence[str]) -> None:
     """Writes the lists atomically, and prints their numbers of cuts, hours and speakers.
+
+    Args:
+        argv: the command line, for the command to run next.
 
     Raises:
         ValueError: no recording is usable.
@@ -462,17 +477,34 @@ def save(prepared: Prepared, out: Path) -> None:
         hours = sum(cut.duration for cut in cuts) / 3600
         speakers = Counter(cut.supervisions[0].speaker for cut in cuts)
         path = out / f"{split}.jsonl.gz"
-        print(f"{path}: {len(cuts)} cuts, {hours:.2f} h, {len(speakers)} speakers")
+        counts = f"{counted(len(cuts), 'cut')}, {hours:.2f} h, {counted(len(speakers), 'speaker')}"
+        print(f"{path}: {counts}")
     print(f"{out / 'skipped.jsonl'}: {len(listed)} of {total + len(listed)} skipped")
-    following = "the same command with --dev-cuts 40   (train_codec.py needs a dev list)"
+    what = f"{counted(len(prepared.cuts), 'list')} of {counted(total, 'recording')}"
+    finished(what, out, next_command(prepared, out, argv))
+
+
+def next_command(prepared: Prepared, out: Path, argv: Sequence[str]) -> str:
+    """Returns the command to run after this one: training, if there are train and dev lists; else
+    this one with a share of its cuts held out as dev; else, if there is nothing to hold out from,
+    an evaluation on the list."""
     if {"train", "dev"} <= prepared.cuts.keys():
         lists = f"train={out}/train.jsonl.gz dev={out}/dev.jsonl.gz"
         config = "recipes/configs/codec/small.yaml"
-        following = f"accelerate launch recipes/train_codec.py --config {config} {lists}"
-    finished(f"{len(prepared.cuts)} lists of {total} recordings", out, following)
+        return f"accelerate launch recipes/train_codec.py --config {config} {lists}"
+    size = sum(len(prepared.cuts.get(split, ())) for split in ("train", "all"))
+    if size < 2:
+        listed = out / f"{next(iter(prepared.cuts))}.jsonl.gz"
+        return (
+            "python recipes/benchmark.py reconstruction --codec models/small/codec "
+            f"--cuts {listed} --judge models/whisper-base --out out/benchmark"
+        )
+    again = f"python recipes/prepare_data.py {shlex.join(map(str, argv))}"
+    num_dev = min(MAX_DEV_CUTS, max(1, size // 10))
+    return f"{again} --dev-cuts {num_dev}   (training needs a dev list as well)"
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the command line."""
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--out", type=Path, required=True, help="folder for the lists")
@@ -507,7 +539,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> None:
     """Prepares one corpus."""
-    args = parse(argv)
+    args = _parse(argv)
     how: dict[str, Any] = {"check": not args.no_check, "num_threads": max(1, args.threads)}
     if args.kind in CORPORA:
         folder = args.source
@@ -530,8 +562,8 @@ def main(argv: Sequence[str]) -> None:
 
         prompts = unpack_prompts(args.out, args.packages)
         prepared = prepare_entries(entries_of_list(prompts, "en"), **how)
-    save(hold_out(prepared, args.dev_speakers, args.dev_cuts), args.out)
+    save(hold_out(prepared, args.dev_speakers, args.dev_cuts), args.out, argv)
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_recipe(main)

@@ -36,7 +36,7 @@ from eval.benchmark import (
     score_asr,
 )
 from eval.text import LIBRARIES
-from eval.tokens import Corpus, Probe, ProbeConfig, ProbeResult, train_probe
+from eval.tokens import Probe, ProbeConfig, ProbeCorpus, ProbeResult, train_probe
 
 SETTINGS = {
     "small": ProbeConfig(
@@ -57,7 +57,7 @@ class Utterances(NamedTuple):
     """Utterances with transcripts."""
 
     ids: list[str]
-    corpus: Corpus
+    corpus: ProbeCorpus
     num_textless: int
     """Utterances that were left out because they have no transcript."""
 
@@ -78,12 +78,12 @@ class DevLists(NamedTuple):
 
 def main(argv: Sequence[str]) -> None:
     """Trains one probe and scores it on each dev list."""
-    args = parse(argv)
+    args = _parse(argv)
     shard = TokenShard.open(args.train)
     num_codebooks = args.codebooks or shard.stamp.num_codebooks
     if not 1 <= num_codebooks <= shard.stamp.num_codebooks:
         raise ValueError(f"--codebooks {num_codebooks}: the codec has {shard.stamp.num_codebooks}")
-    config = config_of(args)
+    config = probe_config(args)
     train = load_utterances(args.train, shard, num_codebooks, range(len(shard))[: args.limit])
     lists, dev_files = dev_lists(args, shard.stamp, num_codebooks)
     shared = sorted({one for dev in lists for one in dev.utterances.ids} & set(shard.ids))
@@ -117,8 +117,8 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(line | {"seconds": round(seconds, 1)}))
 
 
-def config_of(args: argparse.Namespace) -> ProbeConfig:
-    """The named setting with the changes of the command line."""
+def probe_config(args: argparse.Namespace) -> ProbeConfig:
+    """Returns the named setting with the changes of the command line."""
     changes = {key: getattr(args, key) for key in ("epochs", "hidden")}
     changes = {key: value for key, value in changes.items() if value is not None}
     return replace(SETTINGS[args.setting], seed=args.seed, **changes)
@@ -127,7 +127,15 @@ def config_of(args: argparse.Namespace) -> ProbeConfig:
 def load_utterances(
     where: str | Path, shard: TokenShard, num_codebooks: int, indices: Sequence[int]
 ) -> Utterances:
-    """Codes and transcripts of some rows. ValueError: none of them has a transcript."""
+    """Returns codes and transcripts of the shard's rows `indices`, without those that lack a
+    transcript.
+
+    Args:
+        where: the shard's path, for the message.
+
+    Raises:
+        ValueError: none of them has a transcript.
+    """
     kept = [index for index in indices if shard.texts[index].strip()]
     if not kept:
         raise ValueError(
@@ -135,12 +143,14 @@ def load_utterances(
             "(recipes/export_tokens.py)"
         )
     chosen = [shard[index] for index in kept]
-    corpus = Corpus([row.codes[:num_codebooks] for row in chosen], [row.text for row in chosen])
+    corpus = ProbeCorpus(
+        [row.codes[:num_codebooks] for row in chosen], [row.text for row in chosen]
+    )
     return Utterances([row.id for row in chosen], corpus, len(indices) - len(kept))
 
 
 def dev_lists(args: argparse.Namespace, stamp: CodecStamp, num_codebooks: int) -> DevLists:
-    """Each --dev, and each --group of each.
+    """Returns each list of --dev, followed by its parts by --group.
 
     Raises:
         ValueError: a list is empty or of another codec, or two lists have the same name.
@@ -172,7 +182,7 @@ def dev_lists(args: argparse.Namespace, stamp: CodecStamp, num_codebooks: int) -
 
 
 def _named(argument: str) -> tuple[str, str]:
-    """NAME=VALUE as a pair; "" where there is no name."""
+    """Splits NAME=VALUE; the name is "" if there is none."""
     name, equals, value = argument.partition("=")
     return (name, value) if equals else ("", argument)
 
@@ -183,7 +193,7 @@ def _named_shard(argument: str) -> tuple[str, str]:
 
 
 def rows(dev: DevList, result: ProbeResult, origin: Provenance) -> list[Row]:
-    """Rows of each utterance and of the list, and one row of the loss."""
+    """Returns rows of each utterance and of the list, and one row of the loss."""
     scored = [
         score_asr(name, text, recognized)
         for name, text, recognized in zip(
@@ -210,7 +220,11 @@ def rows(dev: DevList, result: ProbeResult, origin: Provenance) -> list[Row]:
 def summary(
     dev: DevList, result: ProbeResult, probe: Probe, num_textless: int, origin: Provenance
 ) -> dict[str, object]:
-    """The printed results of a list; `num_textless`: utterances of --train without transcripts."""
+    """Returns the printed results of a list.
+
+    Args:
+        num_textless: number of utterances of --train without transcripts.
+    """
     return {
         "system": origin.system,
         "list": dev.name,
@@ -237,8 +251,8 @@ def summary(
     }
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses the command line."""
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -269,19 +283,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--name", help="name of the system in the rows")
     parser.add_argument("--out", type=Path, help="a rows.jsonl to append to")
     args = parser.parse_args(argv)
-    check(args)
+    _check_arguments(args)
     return args
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for invalid arguments, before anything is read."""
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Raises ValueError for invalid arguments, before any file is read."""
     for key, least in (("codebooks", 0), ("epochs", 1), ("hidden", 1), ("limit", 1), ("seed", 0)):
         value = getattr(args, key)
         if value is not None and value < least:
             raise ValueError(f"--{key} must be at least {least}, got {value}")
     check_device(args.device)
     if args.out is not None and args.out.is_dir():
-        raise ValueError(f"--out {args.out}: is a folder; name a file in it, say rows.jsonl")
+        raise ValueError(f"--out {args.out}: is a folder; name a file in it, such as rows.jsonl")
     for group in args.group:
         try:
             re.compile(_named(group)[1])
@@ -292,6 +306,6 @@ def check(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    from recipes.lib.run import run_program
+    from recipes.lib.run import run_recipe
 
-    run_program(main)
+    run_recipe(main)

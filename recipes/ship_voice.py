@@ -20,7 +20,7 @@ from codec import Codec
 from codec.config import at_least
 from codec.io import apply_umask, atomic_folder
 from codec.models.codec import is_half_precision, save_half_precision
-from recipes.lib.run import finished, load_config, run_program
+from recipes.lib.run import finished, load_config, run_recipe
 from slm.data.coverage import Coverage
 from slm.data.prompts import Prompt
 from slm.export.voice_folder import is_voice, short_path, write_extras
@@ -51,6 +51,7 @@ class ShipConfig:
 
 
 def main(argv: list[str]) -> None:
+    """Compresses a voice."""
     config = load_config(ShipConfig, argv, __doc__ or "")
     if config.out.exists() and not is_voice(config.out) and any(config.out.iterdir()):
         raise ValueError(f"{config.out}: neither empty nor a voice; choose a new folder")
@@ -135,4 +136,4 @@ def halve_file(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_recipe(main)

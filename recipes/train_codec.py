@@ -12,6 +12,7 @@ from pathlib import Path
 from accelerate.utils import DistributedDataParallelKwargs
 
 from codec import Codec
+from codec.program import counted
 from codec.training.codec_fit import fit
 from codec.training.data import read_cuts
 from codec.training.run import make_accelerator, start_run
@@ -23,12 +24,13 @@ from recipes.lib.codec_training import (
     starting_architecture,
 )
 from recipes.lib.config import current_keys
-from recipes.lib.run import PROFILE_HELP, finished, load_config, run_program, split_profile
+from recipes.lib.run import PROFILE_HELP, finished, load_config, run_recipe, split_profile
 
 logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> None:
+    """Trains a codec."""
     profile_steps, argv = split_profile(argv)
     config = load_config(TrainCodecConfig, argv, f"Train a speech codec. {PROFILE_HELP}")
     codec = starting_architecture(config.codec, config.start_from)
@@ -67,7 +69,7 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     trained = run.folder / "codec"
     finished(
-        f"codec at {codec.frame_rate:g} Hz, {_books(codec)}, {config.optim.steps} steps",
+        f"codec at {codec.frame_rate:g} Hz, {_books(codec)}, {counted(config.optim.steps, 'step')}",
         trained,
         f"python recipes/export_tokens.py cuts={config.train} codec={trained} out=out/tokens/train",
     )
@@ -84,8 +86,8 @@ def _sizes(codec: Codec) -> str:
 def _books(codec: Codec) -> str:
     sizes = codec.codebook_sizes
     each = sizes[:1] if len(set(sizes)) == 1 else sizes
-    return f"{len(sizes)} codebooks of {', '.join(map(str, each))}"
+    return f"{counted(len(sizes), 'codebook')} of {', '.join(map(str, each))}"
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_recipe(main)

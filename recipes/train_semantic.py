@@ -3,9 +3,9 @@
     accelerate launch recipes/train_semantic.py --config recipes/configs/semantic/small.yaml
     accelerate launch recipes/train_codec.py --config recipes/configs/codec/lmspt_whisper.yaml
 
-The first command's folder ends with `codec/`, a codec whose semantic half is whole, and `reader/`,
-which reads letters from codebook 1 (recipes/make_clips.py). The second one trains the rest of the
-codec and leaves that half alone. The lists of cuts must have transcripts.
+The first command writes `codec/`, a codec whose semantic half is trained, and `reader/`, a CTC
+recognizer of letters from codebook 1 (for recipes/make_clips.py). The second command trains the
+rest of the codec and keeps the semantic half. The lists of cuts must have transcripts.
 """
 
 import json
@@ -42,7 +42,7 @@ from codec.training.loop import Losses
 from codec.training.run import make_accelerator, start_run
 from codec.training.supervised import dev_metrics, fit_supervised
 from recipes.lib.config import current_keys
-from recipes.lib.run import PROFILE_HELP, finished, load_config, run_program, split_profile
+from recipes.lib.run import PROFILE_HELP, finished, load_config, run_recipe, split_profile
 from slm.config import BatchConfig
 from slm.data.batching import Plan
 
@@ -56,12 +56,12 @@ NUM_LISTED = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SemanticWeights:
-    """How much each loss counts."""
+    """Factors of the losses."""
 
     letters: float = 0.5
-    """Nats a letter of the transcript (CTC)."""
+    """CTC loss in nats per letter of the transcript."""
     features: float = 1.0
-    """Squared error of Whisper's features, normalised."""
+    """Squared error of Whisper's normalized features."""
     commitment: float = 0.25
     """Distance of the latent to its codebook entries."""
 
@@ -76,16 +76,16 @@ class SemanticWeights:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSemanticConfig:
-    """One run."""
+    """One training of a semantic codebook."""
 
     out: str = "out/smoke/semantic"
-    """Run folder: resumes an earlier start with the same configuration."""
+    """Run folder; resumes an earlier start with the same configuration."""
     train: str = "out/smoke/cuts/train.jsonl.gz"
-    """Cuts with transcripts (recipes/prepare_data.py makes them)."""
+    """Cuts with transcripts (recipes/prepare_data.py writes them)."""
     dev: str = "out/smoke/cuts/dev.jsonl.gz"
     """Cuts to validate on: speakers that are not in `train`."""
     seed: int = 0
-    """Of initial weights and batches."""
+    """Seed of initial weights and batches."""
     whisper: str = "models/whisper-tiny.en-transformers"
     """Whisper by hub id or folder; its encoder becomes a part of the codec."""
     codec: CodecConfig = field(
@@ -94,73 +94,87 @@ class TrainSemanticConfig:
             lmspt=LMSPTConfig(semantic_subtraction=False, auxiliary=AuxiliaryConfig(kind="none")),
         )
     )
-    """Architecture; codec.lmspt.semantic and the sizes in codec.lmspt.whisper that are Whisper's
-    own are set from `whisper`, whatever they are here."""
+    """Architecture. codec.lmspt.semantic, and the sizes in codec.lmspt.whisper that Whisper
+    determines, are replaced by those of `whisper`."""
     weights: SemanticWeights = field(default_factory=SemanticWeights)
-    """Of the losses."""
+    """Factors of the losses."""
     batch: BatchConfig = field(default_factory=lambda: BatchConfig(positions=2400, max_items=64))
-    """Whole recordings; positions are the codec's frames."""
+    """Batches of complete recordings; positions are the codec's frames."""
     optim: SupervisedOptimConfig = field(default_factory=SupervisedOptimConfig)
-    """Optimiser and schedule."""
+    """Optimizer and schedule."""
 
     def __post_init__(self) -> None:
         if self.codec.family != "lmspt":
             raise ValueError(f"codec.family must be lmspt, got {self.codec.family}")
         if self.batch.packed is not None:
-            raise ValueError("batch.packed: recordings stand one in a row; leave it out")
+            raise ValueError("batch.packed: recordings are not packed here; leave it out")
         if self.codec.quantizer.learning != "ema":
             raise ValueError(
-                "codec.quantizer.learning: the semantic codebook learns by moving averages here; "
+                "codec.quantizer.learning: moving averages update the semantic codebook here; "
                 "set it to ema"
             )
 
 
 class Recordings:
-    """Recordings in batches of similar lengths: `codec.training.supervised.Data`."""
+    """Recordings in batches of similar lengths; implements `codec.training.data.Data`."""
 
     def __init__(
         self, cuts: Sequence["Cut"], letters: str, codec: CodecConfig, batch: BatchConfig,
         seed: int, bad_file: Path,
     ):  # fmt: skip
+        """
+        Args:
+            letters: characters of the CTC labels.
+            bad_file: JSON Lines file of the recordings that cannot be read.
+
+        Raises:
+            ValueError: no recording can be used.
+        """
         self._sample_rate, self._bad_file = codec.sample_rate, bad_file
-        spelt = [transcript_labels(text_of(cut), letters) for cut in cuts]
+        letter_labels = [transcript_labels(text_of(cut), letters) for cut in cuts]
         frame_rate = codec.sample_rate / codec.hop_length
         frames = [int(np.ceil(cut.duration * frame_rate)) for cut in cuts]
-        transcribed, longest = np.array([bool(labels) for labels in spelt]), batch.positions
+        transcribed, longest = np.array([bool(labels) for labels in letter_labels]), batch.positions
         short = np.array(frames) <= longest
         fits = np.array([
             not labels or min_ctc_steps(labels) <= STEPS * count
-            for labels, count in zip(spelt, frames, strict=True)
+            for labels, count in zip(letter_labels, frames, strict=True)
         ])  # fmt: skip
         for keep, why in (
             (transcribed, "without a transcript in letters"),
             (short, f"longer than batch.positions ({longest} frames)"),
-            (fits, "with more letters than can be said in them"),
+            (fits, "with more letters than frames for CTC"),
         ):
             _warn_skipped([cuts[i].id for i in np.flatnonzero(~keep).tolist()], why)
         kept = np.flatnonzero(transcribed & short & fits).tolist()
         if not kept:
             raise ValueError(
                 "no recording is left: each needs a transcript in letters, at most batch.positions "
-                f"({longest}) frames, and {STEPS} frames' time for {STEPS} letters; see above"
+                f"({longest}) frames, and at least one frame per {STEPS} letters; see above"
             )
         self._cuts = [cuts[i] for i in kept]
-        self._labels: list[Any] = [spelt[i] for i in kept]
+        self._labels: list[Any] = [letter_labels[i] for i in kept]
         self._plan = Plan(np.array([frames[i] for i in kept]), batch, seed)
         self.padding_share = self._plan.padding_share
         self._bad: set[str] = set()
 
     def num_steps(self, world: int, accumulate: int) -> int:
+        """Returns the steps of an epoch with `world` processes of `accumulate` batches each."""
         return self._plan.num_groups(world * accumulate)
 
     def share(self, step: int, micro: int, rank: int, world: int, accumulate: int) -> Share:
+        """Returns batch `micro` of `rank` in a step.
+
+        Raises:
+            ValueError: no recording of the list can be read.
+        """
         size, slot = world * accumulate, micro * world + rank
         group, num_fill = self._plan.group(step, size)
         targets = sum(len(self._labels[item]) for rows in group for row in rows for item in row)
         weight = 0.0 if slot >= size - num_fill else 1.0
         batch = self._batch([int(row[0]) for row in group[slot]])
         for other in self._plan.epoch(0) if batch is None else ():
-            # Nothing of it can be read: another batch takes its place, as a rank must have one.
+            # No recording of it can be read; every rank needs a batch, so another one is used.
             if batch is None:
                 batch = self._batch([int(row[0]) for row in other])
         if batch is None:
@@ -197,8 +211,14 @@ def semantic_step(
     weights: SemanticWeights,
     hop: int,
 ) -> Losses:
-    """CTC in nats a letter, and the means over the batch's frames. Right letters (all less the edit
-    distance) are counted in evaluation alone: "accuracy" is 1 - CER there."""
+    """Returns the weighted losses of a batch: CTC in nats per letter, features and commitment as
+    means over its frames. In evaluation, correct letters (all, minus the edit distance) are counted
+    too: "accuracy" is 1 - CER.
+
+    Args:
+        num_targets: mean number of letters per batch of the step.
+        hop: samples per frame of the codec.
+    """
     output = model(batch)
     spelling = transcript_nll(output, batch, hop).sum()
     total = (
@@ -220,6 +240,7 @@ def semantic_step(
 
 
 def main(argv: list[str]) -> None:
+    """Trains the semantic codebook and evaluates it on the dev list."""
     profile_steps, argv = split_profile(argv)
     config = load_config(TrainSemanticConfig, argv, f"{__doc__}\n{PROFILE_HELP}")
     accelerator = make_accelerator(
@@ -258,7 +279,7 @@ def main(argv: list[str]) -> None:
     use = _use(student, held, accelerator)
     if accelerator.is_main_process:
         list_bad(bad_file)
-        # Only the semantic half has been where the training was.
+        # The training moved only the semantic half to its device.
         save_codec(codec.cpu().eval(), run.folder / "codec")
         CodeRecognizer(student.reader.cpu(), codec.entries()[0]).save(run.folder / "reader")
         results = {
@@ -284,7 +305,7 @@ def main(argv: list[str]) -> None:
 
 
 def _use(student: SemanticStudent, held: Recordings, accelerator: Any) -> Any:
-    """How evenly the dev list uses the codebook."""
+    """Returns the use of the codebook by the dev list: share of entries and perplexity."""
     size = student.quantizer.config.sizes[0]
     counts = torch.zeros(1, size, dtype=torch.long)
     student.eval()
@@ -311,4 +332,4 @@ def _warn_skipped(ids: Sequence[str], why: str) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_recipe(main)

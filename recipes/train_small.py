@@ -12,14 +12,14 @@ import sys
 from pathlib import Path
 
 from recipes.lib.commands import HERE, Command, launch, run
-from recipes.lib.run import finished, run_program
+from recipes.lib.run import finished, run_recipe
 
 OUT = Path("out/small")
 CUTS, SEMANTIC, CODEC = OUT / "cuts", OUT / "semantic" / "codec", OUT / "codec_half"
 SPLITS = ("train", "dev")
 
 
-def training_commands() -> list[Command]:
+def small_voice_commands() -> list[Command]:
     """Returns the commands from lists of cuts to a voice that ships."""
 
     def recipe(name: str, *arguments: str) -> list[str]:
@@ -56,6 +56,11 @@ def training_commands() -> list[Command]:
 
 
 def main(argv: list[str]) -> None:
+    """Runs all commands.
+
+    Raises:
+        ValueError: a list of cuts is missing, or a command failed.
+    """
     if argv in (["--help"], ["-h"]):
         print(__doc__)
         return
@@ -68,7 +73,7 @@ def main(argv: list[str]) -> None:
             "your recordings, or from synthetic speech (`python recipes/prepare_data.py synthetic "
             f"--dev-speakers 12 --out {CUTS}`)"
         )
-    commands = training_commands()
+    commands = small_voice_commands()
     for number, command in enumerate(commands, 1):
         run(command, number, len(commands))
     shipped = OUT / "shipped"
@@ -77,4 +82,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_recipe(main)

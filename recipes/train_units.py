@@ -23,8 +23,9 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from codec.config import at_least
+from codec.program import counted
 from codec.tokens import TokenShard
-from recipes.lib.run import finished, load_config, run_program
+from recipes.lib.run import finished, load_config, run_recipe
 from slm.tokenization.acoustic_bpe import AcousticBPE
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AcousticBPETrainConfig:
+    """Tokens and size of one acoustic BPE model."""
+
     tokens: Path = Path("out/smoke/tokens/train")
     """Token shards to train on: a file, or a folder of them."""
     dev: Path | None = None
@@ -46,7 +49,7 @@ class AcousticBPETrainConfig:
     """Maximum number of codes to train on, a random sample of utterances: about 100 bytes of memory
     each."""
     seed: int = 0
-    """Of the sample."""
+    """Seed of the sample."""
 
     def __post_init__(self) -> None:
         at_least(1, size=self.size, most_codes=self.most_codes)
@@ -65,7 +68,7 @@ def main(argv: list[str]) -> None:
     logger.info("training on %d of %d utterances", len(items), len(train))
     start = time.monotonic()
     bpe = AcousticBPE.train(
-        first_codes(train, items, "read"), train.stamp, config.size, config.remove_runs
+        codebook_1_of(train, items, "read"), train.stamp, config.size, config.remove_runs
     )
     seconds = time.monotonic() - start
     if bpe.num_merges < config.size:
@@ -84,7 +87,8 @@ def main(argv: list[str]) -> None:
     print(json.dumps(results))
     form = "asr_form" if config.remove_runs else "tts_form"
     finished(
-        f"acoustic BPE of {bpe.num_merges} merges, {results['train_ratio']} pieces per frame",
+        f"acoustic BPE of {counted(bpe.num_merges, 'merge')}, "
+        f"{results['train_ratio']} pieces per frame",
         config.out,
         f"accelerate launch recipes/{'asr' if config.remove_runs else 'tts'}.py "
         f"ar.speech.bpe_model={config.out} ar.speech.{form}=bpe ...",
@@ -92,16 +96,17 @@ def main(argv: list[str]) -> None:
 
 
 def sample_utterances(shard: TokenShard, max_codes: int, seed: int) -> Int[np.ndarray, " N"]:
-    """Rows of random utterances, in order, with at most `max_codes` frames in all, at least one."""
+    """Returns indices of random utterances, sorted: at least one, and otherwise at most `max_codes`
+    frames together."""
     order = np.random.default_rng(seed).permutation(len(shard))
     number = int((np.cumsum(shard.num_frames[order]) <= max_codes).sum())
     return np.sort(order[: max(1, number)])
 
 
-def first_codes(
+def codebook_1_of(
     shard: TokenShard, items: Int[np.ndarray, " N"], description: str
 ) -> Iterator[Int[np.ndarray, " T"]]:
-    """Codes of codebook 1 of each utterance, with a progress bar."""
+    """Yields the codes of codebook 1 of each utterance, with a progress bar."""
     for item in tqdm(items, desc=description, unit="utterance", mininterval=1.0):
         yield shard[int(item)].codes[0].astype(np.int64)
 
@@ -109,10 +114,10 @@ def first_codes(
 def pieces_per_frame(
     bpe: AcousticBPE, shard: TokenShard, items: Int[np.ndarray, " N"], description: str
 ) -> float:
-    """Length of the encoded utterances, relative to their number of frames."""
-    num_pieces = sum(len(bpe.encode(codes)) for codes in first_codes(shard, items, description))
+    """Returns the number of BPE pieces of the utterances, divided by their number of frames."""
+    num_pieces = sum(len(bpe.encode(codes)) for codes in codebook_1_of(shard, items, description))
     return num_pieces / max(1, int(shard.num_frames[items].sum()))
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_recipe(main)

@@ -8,7 +8,7 @@ defaults.
 from dataclasses import dataclass
 
 from recipes.lib.recorded_prompts import load_voice_config
-from recipes.lib.run import PROFILE_HELP, run_program, split_profile
+from recipes.lib.run import PROFILE_HELP, run_recipe, split_profile
 from recipes.lib.voice_training import VoiceConfig, train_voice
 
 ABOUT = f"Train a voice that synthesizes and transcribes. {PROFILE_HELP}"
@@ -20,10 +20,11 @@ class TTSConfig(VoiceConfig):
 
 
 def main(argv: list[str]) -> None:
+    """Trains a voice for TTS and ASR."""
     profile_steps, argv = split_profile(argv)
     config = load_voice_config(TTSConfig, argv, "tts", ABOUT)
     train_voice(config, profile_steps)
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_recipe(main)

@@ -289,7 +289,7 @@ def known() -> tuple[set[str], set[str]]:
         if isinstance(found, argparse.ArgumentParser):
             parsers.append(found)
         else:
-            text = config_library.describe(found, "")
+            text = config_library.help_text(found, "")
             keys.update(re.findall(r"^  ([a-z_0-9.]+):", text, re.MULTILINE))
     while parsers:
         parser = parsers.pop()

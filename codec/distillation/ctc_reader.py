@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from codec.distillation.word_alignment import align_ctc
 from codec.io import atomic_files
 from codec.modules.layers import ConvNeXtBlock
+from codec.program import reason_of
 
 APOSTROPHE = "\N{RIGHT SINGLE QUOTATION MARK}"
 BLANK, SPACE = 0, 1
@@ -199,7 +200,7 @@ class CodeRecognizer(nn.Module):
             recognizer.load_state_dict(state)
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(
-                f"{folder}: no complete recognizer of codes ({type(error).__name__}); "
+                f"{folder}: no complete recognizer of codes ({reason_of(error)}); "
                 "recipes/train_semantic.py writes one"
             ) from error
         return recognizer

@@ -8,7 +8,7 @@ time warping (DTW) of the cross-attention of its alignment heads, as in openai/w
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, chain, groupby, pairwise, product
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -55,6 +55,7 @@ class Span(NamedTuple):
     stop: int
 
 
+@runtime_checkable
 class Transcriber(Protocol):
     """Speech at `sample_rate` to words with times; `name` is the model's."""
 

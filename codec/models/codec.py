@@ -24,6 +24,7 @@ from codec.io import (
     check_config_file,
     check_source,
     check_trainable,
+    hub_reason,
     sha256_of_tensors,
 )
 from codec.models.base import SpeechCodec
@@ -303,7 +304,7 @@ def load_codec(
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
         raise ValueError(
             f"{path_or_hub_id}: no such folder, and the hub does not provide it "
-            f"({type(error).__name__}); check the name"
+            f"({hub_reason(error)}); check the name"
         ) from error
     return codec.fold_weight_norm() if fold else codec
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from codec.audio import check_recording, read_audio, resample_wave
+from codec.program import reason_of
 
 if TYPE_CHECKING:
     from lhotse import CutSet
@@ -37,7 +38,7 @@ def read_cuts(path: str | Path) -> "CutSet":
         cuts = CutSet.from_jsonl(path).to_eager()
     except Exception as error:
         raise ValueError(
-            f"{path}: a corrupted list of cuts ({type(error).__name__}: {error}); make it again"
+            f"{path}: a corrupted list of cuts ({reason_of(error)}); make it again"
         ) from error
     if len(cuts) == 0:
         raise ValueError(f"{path}: the list of cuts is empty")
@@ -66,7 +67,7 @@ def load_cut(
         raise
     except Exception as error:
         # lhotse raises many kinds for archives and streams: this cut cannot be read.
-        raise ValueError(f"{cut.id}: cannot be read ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{cut.id}: cannot be read ({reason_of(error)})") from error
 
 
 def _load(cut: "Cut", sample_rate: int, start: float, duration: float, allow_silence: bool):

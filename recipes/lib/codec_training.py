@@ -20,7 +20,7 @@ from codec.config import CodecConfig, codec_config_from_dict
 from codec.distillation.objectives import Student
 from codec.distillation.resynthesis import Resynthesis
 from codec.distillation.targets import Teachers
-from codec.io import check_config_file, check_source, check_trainable
+from codec.io import check_config_file, check_source, check_trainable, hub_reason
 from codec.modules.discriminators import Discriminators
 from codec.tokens import TokenShard
 from codec.training.codec_step import TrainingModels
@@ -48,8 +48,8 @@ def starting_architecture(codec: CodecConfig, start_from: str) -> CodecConfig:
         started = _architecture_of(start_from)
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
         raise ValueError(
-            f"start_from {start_from}: no such folder, and not to be had from the hub "
-            f"either ({type(error).__name__}); check the name"
+            f"start_from {start_from}: no such folder, and the hub does not provide it "
+            f"({hub_reason(error)}); check the name"
         ) from error
     except ValueError as error:
         raise ValueError(f"start_from {error}") from error

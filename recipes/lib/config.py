@@ -1,16 +1,18 @@
 """Frozen dataclasses from YAML files and `key=value`, through OmegaConf; and their --help."""
 
 import ast
+import contextlib
 import dataclasses
 import inspect
 import logging
+import math
 import sys
 import textwrap
 import types
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -22,6 +24,7 @@ from slm.config import REMOVED_FIELDS, RENAMED_FIELDS
 
 logger = logging.getLogger(__name__)
 C = TypeVar("C")
+NONE = type(None)
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 RENAMED_KEYS = {
@@ -40,13 +43,13 @@ RENAMED_KEYS = {
     "num_items": "num_asr_items",
     "speak": "tts_eval",
 }
-"""Parts of keys that older configurations have -> today's."""
+"""Parts of keys of older versions, and the current ones."""
 
 REMOVED_KEYS = {
     **{f"nar.{key}": values for key, values in REMOVED_FIELDS["NARConfig"].items()},
     **{f"sampling.{key}": values for key, values in REMOVED_FIELDS["SamplingConfig"].items()},
 }
-"""Parts of keys that older configurations have -> the values with which they are ignored."""
+"""Parts of keys of older versions, and the values with which they are ignored."""
 
 RECIPES = {
     "asr": "asr.py",
@@ -65,11 +68,11 @@ def load_config(cls: type[C], argv: Sequence[str], description: str = "") -> C:
     versions are read, with a warning.
 
     Raises:
-        ValueError: for a missing file, an unknown key (with the key that was meant) or a value of
-            the wrong type; a file that looks like another recipe's names that recipe.
+        ValueError: a file is missing or is another recipe's, a key is unknown, or a value has the
+            wrong type; the message suggests a key or names the recipe.
     """
     if "--help" in argv or "-h" in argv:
-        print(describe(cls, description))
+        print(help_text(cls, description))
         sys.exit(0)
     kinds = {key: kind for key, kind, _, _ in _keys(cls)}
     files, overrides = _split(argv, kinds)
@@ -98,13 +101,25 @@ def load_config(cls: type[C], argv: Sequence[str], description: str = "") -> C:
         raise ValueError(_first_line(error)) from None
 
 
+@contextlib.contextmanager
+def naming_key(key: str) -> Iterator[None]:
+    """Begins the messages of ValueErrors with the key whose value caused them."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
 def current_keys(
     settings: Mapping[str, Any], known: Collection[str], where: str = ""
 ) -> dict[str, Any]:
-    """`settings` (dotted key: value) with the keys of older versions renamed, or left out.
+    """Returns `settings` (dotted key: value) with the keys of older versions renamed or left out.
 
-    Only where today's key is one of `known` and the old one is not; a warning names both. `where`
-    begins each warning.
+    A key is renamed only if its new name is one of `known` and the old one is not. A warning names
+    both.
+
+    Args:
+        where: beginning of each warning.
 
     Raises:
         ValueError: for a removed key whose value has no counterpart.
@@ -115,7 +130,7 @@ def current_keys(
             if not f".{key}".endswith(f".{old}") or _is_known(key, known):
                 continue
             if value not in ignored:
-                raise ValueError(f"{key}={value}: this feature was removed; remove the key")
+                raise ValueError(f"{key}={_shown(value)}: this feature was removed; remove the key")
             logger.warning("%s%s was removed, and is ignored", where, key)
             break
         else:
@@ -158,35 +173,46 @@ def _looks_like(settings: Mapping[str, Any], kinds: Collection[str]) -> str:
     return f"; this looks like a configuration of recipes/{best}" if best else ""
 
 
-def _built(hint: Any, value: Any) -> Any:
-    """Plain containers as the dataclasses and tuples that `hint` names.
+def _built(hint: Any, value: Any, place: str = "") -> Any:
+    """Plain containers as the dataclasses and tuples that `hint` names; `place` is their key.
 
     OmegaConf's own conversion leaves the dataclasses inside a tuple as unchecked dictionaries.
     """
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        hints = typing.get_type_hints(hint)
-        fields = {key: _built(hints[key], child) for key, child in value.items()}
+        hints, prefix = typing.get_type_hints(hint), f"{place}." if place else ""
+        fields = {key: _built(hints[key], child, prefix + key) for key, child in value.items()}
         return typing.cast(type, hint)(**fields)
     if isinstance(value, list | tuple) and typing.get_origin(hint) is tuple:
         kinds = typing.get_args(hint)
         if len(kinds) == 2 and kinds[1] is Ellipsis:
             kinds = (kinds[0],) * len(value)
-        return tuple(_element(kind, child) for kind, child in zip(kinds, value, strict=True))
-    options = [option for option in _union(hint) if option is not type(None)]
+        places = [f"{place}[{index}]" for index in range(len(value))]
+        return tuple(_element(*each) for each in zip(kinds, value, places, strict=True))
+    options = [option for option in _union(hint) if option is not NONE]
     if value is not None and len(options) == 1 and options[0] is not hint:
-        return _built(options[0], value)
+        return _built(options[0], value, place)
     return value
 
 
-def _element(kind: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        checked = OmegaConf.merge(OmegaConf.structured(kind), value)
-        value = OmegaConf.to_container(checked, resolve=True, throw_on_missing=True)
-    return _built(kind, value)
+def _element(hint: Any, value: Any, place: str) -> Any:
+    """An element of a list; `place` is e.g. losses.mel_scales[0]."""
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        kinds = {key: kind for key, kind, _, _ in _keys(hint)}
+        config = OmegaConf.structured(hint)
+        for key, setting in leaves(value):
+            try:
+                config = _merged(config, key, setting, kinds)
+            except ValueError as error:
+                raise ValueError(f"{place}.{error}") from None
+        try:
+            value = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        except MissingMandatoryValue as error:
+            raise ValueError(f"{place} lacks the key {error.full_key}") from None
+    return _built(hint, value, place)
 
 
-def describe(cls: type, description: str) -> str:
-    """The text of --help."""
+def help_text(cls: type, description: str) -> str:
+    """Returns the text of --help: usage, then every key with its type, default and docstring."""
     lines = [
         *([description.strip(), ""] if description else []),
         "usage: [--config FILE.yaml]... [key=value]...",
@@ -236,15 +262,19 @@ def _merged(config: DictConfig, key: str, value: Any, kinds: Mapping[str, str]) 
         layer = {part: layer}
     try:
         return typing.cast(DictConfig, OmegaConf.merge(config, layer))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list for keys.
         if key in kinds:
             # Keys inside a list's element are OmegaConf's to name.
             unknown = f": {_first_line(error)}" if isinstance(error, ConfigKeyError) else ""
-            raise ValueError(f"{key}={value}: expected {kinds[key]}{unknown}") from None
+            raise ValueError(f"{key}={_shown(value)}: expected {kinds[key]}{unknown}") from None
         below = [each for each in kinds if each.startswith(f"{key}.")]
         if below:
-            raise ValueError(f"{key}={value}: expected keys below it, such as {below[0]}") from None
+            raise ValueError(
+                f"{key}={_shown(value)}: expected keys below it, such as {below[0]}"
+            ) from None
         stem = key.partition(".")[0]
+        if kinds.get(stem, "").startswith("names with "):
+            raise ValueError(f"{key}={_shown(value)}: {stem} takes {kinds[stem]}") from None
         if stem in kinds and not any(each.startswith(f"{stem}.") for each in kinds):
             raise ValueError(
                 f"{key}: {stem} takes one value ({kinds[stem]}), no keys below it"
@@ -270,14 +300,16 @@ def _keys(cls: Any, prefix: str = "") -> Iterator[tuple[str, str, str | None, st
         nested: type | None = typing.cast(type, kinds[0]) if kinds else None
         default: str | None = None
         if field.default is not dataclasses.MISSING:
-            default = str(plain(field.default))
+            default = _shown(field.default)
         elif field.default_factory is not dataclasses.MISSING:
-            default = str(plain(field.default_factory()))
+            default = _shown(field.default_factory())
         if nested is None:
             yield key, _type_name(hint), default, docs.get(field.name, "")
             continue
-        if type(None) in _union(hint):
-            yield key, f"{nested.__name__} or null", default, docs.get(field.name, "")
+        if NONE in _union(hint):
+            # The defaults of the keys below are listed with them.
+            shown = "null" if default == "null" else None
+            yield key, "keys below it, or null", shown, docs.get(field.name, "")
         yield from _keys(nested, key + ".")
 
 
@@ -286,10 +318,60 @@ def _union(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if union else (hint,)
 
 
+def _plain(value: Any) -> Any:
+    """A value as mappings, lists and scalars of YAML."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
+    return plain(value)
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written in YAML, on one line."""
+    text = yaml.safe_dump(_plain(value), default_flow_style=True, sort_keys=False, width=math.inf)
+    return text.removesuffix("\n...\n").strip()
+
+
+KINDS = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    str: ("a text", "texts"),
+    bool: ("true or false", "values true or false"),
+    Path: ("a path", "paths"),
+}
+"""What a key of a type expects: one value, and the elements of a list."""
+COUNTS = {2: "two", 3: "three", 4: "four"}
+
+
 def _type_name(hint: Any) -> str:
-    if isinstance(hint, type) and not typing.get_args(hint):
-        return hint.__name__
-    return str(hint).replace("typing.", "").replace("pathlib.", "")
+    """What a key of this type expects, as a user of YAML calls it: "a whole number or null"."""
+    kinds = [kind for kind in _union(hint) if kind is not NONE]
+    names = [_kind_name(kind, one=True) for kind in kinds]
+    optional = len(kinds) < len(_union(hint))
+    separator = ", " if names[-1].startswith("one of: ") else " or "
+    return " or ".join(names) + (f"{separator}null" if optional else "")
+
+
+def _kind_name(kind: Any, *, one: bool) -> str:
+    if kind in KINDS:
+        return KINDS[kind][0 if one else 1]
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return ("one of: " if one else "values out of ") + ", ".join(map(_shown, arguments))
+    if origin in (tuple, list):
+        same = [each for each in arguments if each is not Ellipsis]
+        elements = _kind_name(same[0], one=False)
+        count = f"{COUNTS.get(len(same), len(same))} " if len(same) > 1 else ""
+        if len(set(same)) > 1:
+            count, elements = "", ", ".join(_kind_name(each, one=True) for each in same)
+        return f"{'a list' if one else 'lists'} of {count}{elements}"
+    if origin is dict:
+        return f"names with {_kind_name(arguments[1], one=False)}"
+    if dataclasses.is_dataclass(kind):
+        keys = ", ".join(field.name for field in dataclasses.fields(kind))
+        return f"{'' if one else 'items with '}the keys {keys}"
+    return "a value" if one else "values"
 
 
 def _field_docs(cls: type) -> dict[str, str]:

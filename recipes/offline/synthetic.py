@@ -1,6 +1,6 @@
 """Synthesizes English speech of many voices and filters it by WER: `prepare_data.py synthetic`.
 
-Texts are WordNet's example sentences (Debian's package wordnet-base, WordNet's licence) or those of
+Texts are WordNet's example sentences (Debian's package wordnet-base, WordNet's license) or those of
 a file. Voices are Kokoro-82M's English ones and random ones of the same distribution. Whisper
 transcribes every recording; one with a high WER is left out.
 """
@@ -35,7 +35,7 @@ WORDNET = "wordnet-base"
 WORDS = (4, 25)
 """Minimum and maximum number of words of a text."""
 SPEEDS = (0.88, 1.18)
-"""Range of the speed, drawn uniformly."""
+"""Range of the uniformly distributed speed; 1 is normal."""
 ENGLISH = ("af_", "am_", "bf_", "bm_")
 """Prefixes of Kokoro's English voices."""
 CREDIT = """\
@@ -50,7 +50,7 @@ WORDNET_CREDIT = "example sentences of WordNet 3.0, Copyright 2006 by Princeton 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SyntheticConfig:
-    """What is synthesized; the result is a function of this alone."""
+    """Amount and sources of synthetic speech; they determine the result."""
 
     out: Path
     """Folder of the list and the recordings."""
@@ -257,7 +257,7 @@ def _write(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def config_of(values: dict) -> SyntheticConfig:
+def synthetic_config(values: dict) -> SyntheticConfig:
     """Returns the configuration of a parsed JSON object."""
     paths = ("out", "texts", "without", "kokoro", "judge")
     given: dict[str, Any] = {
@@ -268,6 +268,6 @@ def config_of(values: dict) -> SyntheticConfig:
 
 
 if __name__ == "__main__":
-    from recipes.lib.run import run_program
+    from recipes.lib.run import run_recipe
 
-    run_program(lambda argv: work(config_of(json.loads(argv[0])), int(argv[1])))
+    run_recipe(lambda argv: work(synthetic_config(json.loads(argv[0])), int(argv[1])))

@@ -20,7 +20,7 @@ from codec.distillation.word_alignment import Transcriber, load_transcriber
 from codec.io import sha256_of
 from codec.tokens import TokenRow, TokenShard
 from codec.transcripts import has_words
-from eval.text import character_errors, normalize
+from eval.text import character_errors, whisper_normalize
 from recipes.scoring.judges import Judges
 from slm.data.prompts import Prompt
 from slm.voice import Voice
@@ -140,7 +140,11 @@ def select_items(shard: TokenShard, count: int, exclude: Collection[str] = ()) -
     ]
     if not usable:
         raise ValueError(f"{shard.files[0].parent}: no dev item has a text; export others")
-    new = [index for index in usable if not exclude or normalize(shard.texts[index]) not in exclude]
+    new = [
+        index
+        for index in usable
+        if not exclude or whisper_normalize(shard.texts[index]) not in exclude
+    ]
     if not new:
         logger.warning("all texts of %s are in the training set", shard.files[0].parent)
     usable = new or usable
@@ -150,7 +154,7 @@ def select_items(shard: TokenShard, count: int, exclude: Collection[str] = ()) -
 
 def normalized_texts(shard: TokenShard) -> set[str]:
     """Returns the distinct texts of a shard, normalized."""
-    return {normalize(text) for text in set(shard.texts)}
+    return {whisper_normalize(text) for text in set(shard.texts)}
 
 
 def list_name(name: str, items: Sequence[EvalItem] | Sequence[TokenRow]) -> str:

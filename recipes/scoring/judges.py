@@ -13,8 +13,8 @@ from tqdm import tqdm
 from codec.io import sha256_of
 from eval.benchmark import (
     Embed,
+    ScoredUtterance,
     Transcribe,
-    Utterance,
     all_libraries,
     append_lines,
     read_lines,
@@ -42,7 +42,7 @@ class Task(NamedTuple):
     """An utterance to score."""
 
     id: str
-    score: Callable[[], Utterance]
+    score: Callable[[], ScoredUtterance]
 
 
 def load_judges(
@@ -74,14 +74,14 @@ def _no_transcript(_wave: np.ndarray, _rate: int) -> str:
     return ""
 
 
-def score_all(folder: Path, tasks: Sequence[Task], key: str, label: str) -> list[Utterance]:
+def score_all(folder: Path, tasks: Sequence[Task], key: str, label: str) -> list[ScoredUtterance]:
     """Returns the scores of the tasks; computes those that FOLDER/utterances/ does not have yet.
 
     A recording that cannot be scored is left out and listed in FOLDER/skipped-LABEL.jsonl.
 
     Args:
-        key: everything that the scores depend on besides library versions; other keys are stored
-            apart.
+        key: everything that the scores depend on besides library versions; scores of another key
+            are in another file.
         label: name of the system, for files and logs.
 
     Raises:
@@ -89,7 +89,7 @@ def score_all(folder: Path, tasks: Sequence[Task], key: str, label: str) -> list
     """
     digest = sha256_of(f"{key} {all_libraries()}", 12)
     stored = folder / "utterances" / f"{safe_name(label)}-{digest}.jsonl"
-    done = {one.id: one for one in map(Utterance.from_json, read_lines(stored))}
+    done = {one.id: one for one in map(ScoredUtterance.from_json, read_lines(stored))}
     skipped: list[str] = []
     for task in tqdm(tasks, label, unit="utterance"):
         if task.id in done:

@@ -40,7 +40,7 @@ class SpeakerSimilarity:
             if speaker and shard.num_frames[index] > 0:
                 self._recordings.setdefault(speaker, []).append(index)
         self.files = [*shard.files, *([sexes] if sexes is not None else [])]
-        """What the similarities depend on."""
+        """Files that the similarities depend on."""
         self._sexes = read_sexes(sexes, shard) if sexes is not None else None
         self._embeddings: dict[int, np.ndarray | None] = {}
 

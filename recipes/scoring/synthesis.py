@@ -26,7 +26,7 @@ from eval.benchmark import (
     ASR_PREFIX,
     Provenance,
     Row,
-    Utterance,
+    ScoredUtterance,
     all_libraries,
     append_lines,
     machine,
@@ -35,7 +35,7 @@ from eval.benchmark import (
     score_asr,
     score_tts,
 )
-from eval.text import normalize
+from eval.text import whisper_normalize
 from recipes.scoring.eval_items import EvalItem, codes_of, list_name
 from recipes.scoring.judges import (
     Judges,
@@ -69,7 +69,7 @@ STANDARD = SamplingConfig()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TTSEvalConfig:
-    """What is synthesized, and the models that score it."""
+    """Items to synthesize, and the models that score them."""
 
     num_items: int = 8
     """Number of dev items, evenly spaced over the list; 0: none."""
@@ -108,12 +108,12 @@ class Scorers(NamedTuple):
 class Result(NamedTuple):
     """The scores of one item."""
 
-    scored: Utterance
+    scored: ScoredUtterance
     failed_checks: list[str]
     audio: str | None
     """Name of the wave; None if nothing was synthesized."""
     failure: str | None
-    """What the voice reports, or "refused": the item cannot be synthesized."""
+    """Failed check that the voice reports, if any; "refused": the item cannot be synthesized."""
     attempts: int
     seed: int | None
 
@@ -126,8 +126,9 @@ class Result(NamedTuple):
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Result":
+        """Returns the result of a line of RESULTS_FILE."""
         return cls(
-            Utterance.from_json(record["scored"]), record["faults"], record["audio"],
+            ScoredUtterance.from_json(record["scored"]), record["faults"], record["audio"],
             record["reported"], record["tries"], record["seed"],
         )  # fmt: skip
 
@@ -140,7 +141,8 @@ class ScoredList(NamedTuple):
     results: list[Result]
 
     @property
-    def scored(self) -> list[Utterance]:
+    def scored(self) -> list[ScoredUtterance]:
+        """Scores of the items, in their order."""
         return [result.scored for result in self.results]
 
 
@@ -228,7 +230,7 @@ def _generate(
 def _key_of(
     voice: Voice, items: Sequence[EvalItem], scorers: Scorers, origin: Provenance, batch: int
 ) -> str:
-    """Digest of everything that decides what is synthesized and how it is scored."""
+    """Digest of everything that the waves and their scores depend on."""
     files = scorers.similarity.files if scorers.similarity is not None else []
     inputs = [[item.id, item.text, item.prompt.text, item.prompt.codes.tolist()] for item in items]
     parts = [
@@ -287,7 +289,7 @@ def _score(
 def score_codes(
     voice: Voice, item: EvalItem, codes: Int[np.ndarray, "Q T"], scorers: Scorers,
     failure: str | None = None, *, textless: bool = False,
-) -> tuple[Utterance, list[str]]:  # fmt: skip
+) -> tuple[ScoredUtterance, list[str]]:  # fmt: skip
     """Returns the scores of codes that follow an item's prompt, and the names of failed checks.
 
     WER and CER of a continuation count the prompt's words too, since the text has them; similarity
@@ -356,7 +358,9 @@ def failed_checks(
         )
     if transcript is not None:
         # Normalized, because Whisper writes numbers in digits.
-        hypothesis, text, before = (normalize(one) for one in (transcript, item.text, prompt.text))
+        hypothesis, text, before = (
+            whisper_normalize(one) for one in (transcript, item.text, prompt.text)
+        )
         found["early"] |= checks.lacks_end(hypothesis, text)
         found["leak"] |= checks.begins_with_prompt(hypothesis, before, text)
     return [name for name, failed in found.items() if failed]

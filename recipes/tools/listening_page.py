@@ -22,7 +22,8 @@ from tqdm import tqdm
 from codec import read_audio
 from codec.config import at_least
 from codec.io import atomic_file
-from recipes.lib.run import finished, load_config, run_program
+from codec.program import counted
+from recipes.lib.run import finished, load_config, run_recipe
 from recipes.scoring.judges import safe_name
 
 SAMPLE_RATE = 16_000
@@ -49,7 +50,7 @@ audio {{ width: 11rem }}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ListeningPageConfig:
+class PageConfig:
     """The page and its source."""
 
     judged: Path = Path("out/small/judged")
@@ -70,7 +71,8 @@ class ListeningPageConfig:
 
 
 def main(argv: list[str]) -> None:
-    config = load_config(ListeningPageConfig, argv, __doc__ or "")
+    """Writes the page."""
+    config = load_config(PageConfig, argv, __doc__ or "")
     records = read_records(config)
     places = (
         np.linspace(0, len(records) - 1, min(config.num_items, len(records))).round().astype(int)
@@ -92,10 +94,10 @@ def main(argv: list[str]) -> None:
     with atomic_file(config.out) as temporary:
         temporary.write_text(page, encoding="utf-8")
     print(json.dumps({"page": str(config.out), "sentences": len(chosen), "wer": round(wer, 4)}))
-    finished(f"a page of {len(chosen)} sentences", config.out, f"xdg-open {config.out}")
+    finished(f"a page of {counted(len(chosen), 'sentence')}", config.out, f"xdg-open {config.out}")
 
 
-def read_records(config: ListeningPageConfig) -> Sequence[Mapping[str, Any]]:
+def read_records(config: PageConfig) -> Sequence[Mapping[str, Any]]:
     """Returns the records of the setting and the list.
 
     Raises:
@@ -118,7 +120,7 @@ def read_records(config: ListeningPageConfig) -> Sequence[Mapping[str, Any]]:
     return lines
 
 
-def row_of(line: Mapping[str, Any], config: ListeningPageConfig) -> str:
+def row_of(line: Mapping[str, Any], config: PageConfig) -> str:
     """Returns a sentence as a row of the table."""
     audio = config.judged / "audio"
     wave = audio / config.setting / config.list / (line["audio"] or "refused")
@@ -143,4 +145,4 @@ def sound(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_recipe(main)

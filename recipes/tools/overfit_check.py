@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from codec.tokens import TokenShard
 from eval.text import wer
-from recipes.lib.run import load_config, run_program
+from recipes.lib.run import load_config, run_recipe
 from recipes.scoring.eval_items import EvalItem, codes_of, continuation_items
 from slm.generation.sampling import Request, first_codes, generate, speech_only
 from slm.voice import Voice
@@ -41,6 +41,7 @@ class OverfitCheckConfig:
 
 
 def main(argv: list[str]) -> None:
+    """Prints the shares of reproduced codes and the WER."""
     config = load_config(OverfitCheckConfig, argv, (__doc__ or "").partition("\n")[0])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     voice = Voice.from_pretrained(config.voice, device=device)
@@ -94,4 +95,4 @@ def share_of_equal(
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_recipe(main)

@@ -46,7 +46,7 @@ class Alignments(NamedTuple):
 
 def main(argv: Sequence[str]) -> None:
     """Plots one recording's alignments and prints them."""
-    args = parse(argv)
+    args = _parse(argv)
     transcriber = load_transcriber(args.transcriber, language=args.language)
     wave = read_audio(args.recording, transcriber.sample_rate)
     texts = None if args.text is None else [args.text]
@@ -57,9 +57,9 @@ def main(argv: Sequence[str]) -> None:
     hop_length = round(transcriber.sample_rate / args.frame_rate)
     frame_rate = transcriber.sample_rate / hop_length
     num_frames = int(ceil_div(wave.size, hop_length))
-    aligned = align(words, teacher, num_frames, frame_rate)
+    aligned = align_frames(words, teacher, num_frames, frame_rate)
     title = args.recording.name
-    draw(args.out, wave, transcriber.sample_rate, words, aligned, frame_rate, title)
+    draw_alignments(args.out, wave, transcriber.sample_rate, words, aligned, frame_rate, title)
     results = {
         "out": str(args.out),
         "seconds": round(wave.size / transcriber.sample_rate, 3),
@@ -80,17 +80,21 @@ def main(argv: Sequence[str]) -> None:
     print(json.dumps(results, ensure_ascii=False))
 
 
-def align(
+def align_frames(
     words: Sequence[Word], teacher: TextTeacher, num_frames: int, frame_rate: float
 ) -> Alignments:
-    """The word of each frame by both alignments, as in training."""
+    """Returns the word of each frame by both alignments, as in training.
+
+    Args:
+        frame_rate: frames per second of the codec.
+    """
     spans = torch.tensor([[word.start, word.end] for word in words]).reshape(-1, 2)
     ctc = word_per_frame(spans, num_frames, frame_rate).tolist()
     return Alignments(ctc, index_words([word.text for word in words], teacher, num_frames))
 
 
 def index_words(words: Sequence[str], teacher: TextTeacher, num_frames: int) -> list[int]:
-    """The word whose piece is at each frame in `TextTeacher.padded`."""
+    """Returns the word whose piece is at each frame in `TextTeacher.padded`, by its index."""
     encoded = teacher.tokenizer(
         lowercase_words(words),
         is_split_into_words=True,
@@ -103,7 +107,7 @@ def index_words(words: Sequence[str], teacher: TextTeacher, num_frames: int) -> 
 
 
 def word_runs(frames: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Runs of frames of one word: (word, first frame, frame after the last)."""
+    """Returns the runs of frames of one word: (word, first frame, frame after the last)."""
     return [run for run in label_runs(frames) if run[0] != NO_WORD]
 
 
@@ -113,7 +117,7 @@ def _extent(frames: Sequence[int], word: int) -> list[int] | None:
     return [own[0], own[-1] + 1] if own else None
 
 
-def draw(
+def draw_alignments(
     out: Path,
     wave: np.ndarray,
     sample_rate: int,
@@ -122,7 +126,14 @@ def draw(
     frame_rate: float,
     title: str,
 ) -> None:
-    """Writes the plot. ValueError: matplotlib is not installed."""
+    """Writes the plot of a recording's words over frames.
+
+    Args:
+        out: a .png file.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -141,9 +152,9 @@ def draw(
     end = len(aligned.timed)
     pieces = max((stop for _, _, stop in word_runs(aligned.indexed)), default=1)
     _draw_words(axes[1], word_runs(aligned.timed), words, end, "ctc")
-    _draw_words(axes[2], word_runs(aligned.indexed), words, end, "index", labelled=False)
+    _draw_words(axes[2], word_runs(aligned.indexed), words, end, "index", labeled=False)
     _draw_words(axes[3], word_runs(aligned.indexed), words, min(end, pieces + 2), "index, enlarged")
-    axes[3].set_xlabel(f"frames of {frame_rate:g} Hz (above: the whole recording)")
+    axes[3].set_xlabel(f"frames of {frame_rate:g} Hz (above: the complete recording)")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110, format="png")
 
@@ -155,15 +166,15 @@ def _draw_words(
     end: int,
     title: str,
     *,
-    labelled: bool = True,
+    labeled: bool = True,
 ) -> None:
     """Words as boxes over frames; a word has the same color in all rows."""
     from matplotlib import colormaps
 
-    colours = colormaps["tab20"].colors  # pyright: ignore[reportAttributeAccessIssue]
+    colors = colormaps["tab20"].colors  # pyright: ignore[reportAttributeAccessIssue]
     for word, start, stop in found:
-        axis.axvspan(start, stop, color=colours[word % len(colours)], lw=0)
-        if labelled:
+        axis.axvspan(start, stop, color=colors[word % len(colors)], lw=0)
+        if labeled:
             middle = (start + stop) / 2
             # A dollar sign starts a formula.
             text = words[word].text.replace("$", r"\$")
@@ -171,8 +182,8 @@ def _draw_words(
     axis.set(xlim=(0, end), ylim=(0, 1), yticks=[], ylabel=title.replace(", ", ",\n"))
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses the command line."""
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -204,6 +215,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    from recipes.lib.run import run_program
+    from recipes.lib.run import run_recipe
 
-    run_program(main)
+    run_recipe(main)

@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Int
 
 from codec.io import atomic_file
+from codec.program import reason_of
 from codec.transcripts import lowercase_if_all_caps
 from slm.data.corpus import Corpus, Ragged, name_of
 from slm.data.sequences import (
@@ -81,7 +82,7 @@ def read_word_boundaries(paths: Sequence[str | Path]) -> dict[str, list[int]]:
                     found[record["id"]] = list(map(int, record["edges"]))
         except (OSError, EOFError, KeyError, TypeError, ValueError, zlib.error) as error:
             raise ValueError(
-                f"{path}: missing or damaged ({type(error).__name__}: {error}); "
+                f"{path}: missing or damaged ({reason_of(error)}); "
                 "recipes/make_clips.py makes such files"
             ) from error
     return found

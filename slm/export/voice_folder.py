@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from codec.io import atomic_file, atomic_folder
+from codec.io import atomic_file, atomic_folder, hub_reason
 from codec.tokens import CodecStamp
 from slm.config import SamplingConfig, from_json
 from slm.data.coverage import Coverage
@@ -43,7 +43,7 @@ def local_folder(path_or_hub_id: str | Path) -> Path:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{path_or_hub_id}: no such voice folder, and it cannot be downloaded from the hub "
-                f"({type(error).__name__}); check the name"
+                f"({hub_reason(error)}); check the name"
             ) from error
     for part in ("codec", "ar"):
         if not (folder / part).is_dir():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from codec.program import ArgumentParser, ReportedElsewhere, did_you_mean, run_program
+from codec.program import ArgumentParser, ReportedElsewhere, did_you_mean, reason_of, run_program
 
 PROGRAMS = sorted(
     str(path.relative_to(ROOT))
@@ -197,3 +197,9 @@ def test_abbreviated_flags_still_parse() -> None:
     parser = ArgumentParser()
     parser.add_argument("--prompt-text")
     assert parser.parse_args(["--prompt", "-- no flag"]).prompt_text == "-- no flag"
+
+
+def test_reasons_have_one_line_and_no_class_name() -> None:
+    assert reason_of(KeyError("id")) == "it lacks 'id'"
+    assert reason_of(ValueError("two\n  lines")) == "two lines"
+    assert reason_of(EOFError()) == "its content is not as expected"

@@ -10,7 +10,7 @@ from eval.benchmark import (
     ASR_PREFIX,
     Provenance,
     Row,
-    Utterance,
+    ScoredUtterance,
     append_rows,
     read_rows,
     rows_of,
@@ -72,7 +72,7 @@ def test_perfect_reconstruction() -> None:
     assert one.values["similarity"] == pytest.approx(1.0)
     assert one.words is not None
     assert one.words.wer == 0.5
-    assert Utterance.from_json(one.to_json()) == one
+    assert ScoredUtterance.from_json(one.to_json()) == one
 
 
 def test_silent_reconstruction_is_a_failure_that_lowers_the_list_scores() -> None:

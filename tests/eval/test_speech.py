@@ -3,7 +3,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from eval.speech import align, mel_distance, pesq_wb, resample, stoi
+from eval.speech import check_and_trim, mel_distance, pesq_wb, resample_for_scoring, stoi
 
 
 def talk(seconds: float = 3.0, rate: int = 16000, seed: int = 0) -> np.ndarray:
@@ -63,7 +63,7 @@ def test_too_short_waves_are_refused(measure: Callable[..., float]) -> None:
 
 def test_waves_are_trimmed_within_a_frame() -> None:
     wave = talk()
-    assert align(wave, wave[:-640], 16000)[0].size == wave.size - 640
+    assert check_and_trim(wave, wave[:-640], 16000)[0].size == wave.size - 640
     assert stoi(wave, np.append(wave, wave[:640]), 16000) == pytest.approx(1.0)
 
 
@@ -90,4 +90,4 @@ def test_pesq_of_a_long_recording_is_a_mean_of_pieces() -> None:
 
 
 def test_resample_changes_length_only() -> None:
-    assert resample(talk(1.0), 16000, 24000).size == 24000
+    assert resample_for_scoring(talk(1.0), 16000, 24000).size == 24000

@@ -1,10 +1,18 @@
 import pytest
 
-from eval.text import ErrorCounts, WordErrors, cer, character_errors, normalize, wer, word_errors
+from eval.text import (
+    ErrorCounts,
+    WordErrors,
+    cer,
+    character_errors,
+    wer,
+    whisper_normalize,
+    word_errors,
+)
 
 
 def test_normalizer_has_the_spelling_table_and_numbers() -> None:
-    assert normalize("Mr. Smith's COLOURS, twenty-one!") == "mister smith is colors 21"
+    assert whisper_normalize("Mr. Smith's COLOURS, twenty-one!") == "mister smith is colors 21"
 
 
 def test_counts_and_rates_of_one_pair() -> None:

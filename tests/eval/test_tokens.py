@@ -10,16 +10,16 @@ from torch import nn
 
 from eval.tokens import (
     LABELS,
-    Corpus,
     Probe,
     ProbeConfig,
+    ProbeCorpus,
     ProbeNetwork,
     _schedule,
-    ctc_labels,
-    ctc_loss,
     decode_labels,
     label_text,
+    labels_of_text,
     min_ctc_frames,
+    summed_ctc_loss,
     train_probe,
 )
 
@@ -36,7 +36,7 @@ TINY = ProbeConfig(
 ALPHABET = "abcd"
 
 
-def corpus(num: int, seed: int, readable: bool = True) -> Corpus:
+def corpus(num: int, seed: int, readable: bool = True) -> ProbeCorpus:
     """Texts of four letters, each two or three frames of one of its own codes."""
     generator = np.random.default_rng(seed)
     codes, texts = [], []
@@ -49,7 +49,7 @@ def corpus(num: int, seed: int, readable: bool = True) -> Corpus:
         spoken = np.array(runs if readable else generator.integers(0, SIZE, len(runs)))
         codes.append(spoken.astype(np.uint16))
         texts.append("".join(ALPHABET[letter] for letter in letters))
-    return Corpus(codes, texts)
+    return ProbeCorpus(codes, texts)
 
 
 def test_informative_codes_have_a_low_error_rate_and_random_ones_do_not() -> None:
@@ -126,12 +126,12 @@ def test_the_loss_is_in_nats_per_character() -> None:
     nn.init.zeros_(network.output.weight)
     nn.init.zeros_(network.output.bias)
     frames = [np.array([5, 6]), np.array([7, 8])]
-    result = Probe(network, [SIZE], repeats=1).score(Corpus(frames, ["ab", "c"]))
+    result = Probe(network, [SIZE], repeats=1).score(ProbeCorpus(frames, ["ab", "c"]))
     # "ab" has one path of two frames, "c" three: cc, c and a blank, a blank and c.
     frame = math.log(1 + len(LABELS))
     assert result.loss == pytest.approx((2 * frame + 2 * frame - math.log(3)) / 3, rel=1e-5)
     # A text that cannot be aligned counts in neither sum.
-    unscored = Probe(network, [SIZE], repeats=1).score(Corpus(frames, ["ab", "abcdefgh"]))
+    unscored = Probe(network, [SIZE], repeats=1).score(ProbeCorpus(frames, ["ab", "abcdefgh"]))
     assert unscored.loss == pytest.approx(frame, rel=1e-5)
 
 
@@ -158,20 +158,20 @@ def test_a_padded_batch_equals_single_items() -> None:
 def test_texts_that_cannot_be_aligned_are_left_out_and_counted() -> None:
     train = corpus(6, seed=1)
     frames = [np.array([5, 6, 7])] * 3
-    added = Corpus([*train.codes, *frames], [*train.texts, "abcd", "aab", "4 a"])
+    added = ProbeCorpus([*train.codes, *frames], [*train.texts, "abcd", "aab", "4 a"])
     config = short(min_frame_rate=50.0)
     probe = train_probe(added, codebook_sizes=[SIZE], frame_rate=50, config=config)
     counts = (probe.num_trained, probe.num_too_short, probe.num_unspelled)
     assert counts == (6, 2, 1)
-    result = probe.score(Corpus([*frames, np.zeros(0, np.int64)], ["abc", "abcd", "4 a", "a"]))
+    result = probe.score(ProbeCorpus([*frames, np.zeros(0, np.int64)], ["abc", "abcd", "4 a", "a"]))
     assert (result.n, result.num_unscored) == (4, 3)
     assert result.texts[3] == ""
-    assert math.isnan(probe.score(Corpus(frames[:1], ["abcd"])).loss)
+    assert math.isnan(probe.score(ProbeCorpus(frames[:1], ["abcd"])).loss)
 
 
 def test_slow_frames_are_repeated() -> None:
     train = corpus(6, seed=1)
-    added = Corpus([*train.codes, np.array([5, 6, 7])], [*train.texts, "abcd"])
+    added = ProbeCorpus([*train.codes, np.array([5, 6, 7])], [*train.texts, "abcd"])
     probe = train_probe(added, codebook_sizes=[SIZE], frame_rate=20, config=short())
     assert (probe.repeats, probe.num_trained, probe.num_too_short) == (3, 7, 0)
 
@@ -183,23 +183,23 @@ def test_all_codebooks_are_used_and_given_tables_are_frozen() -> None:
     both = [np.stack([noise.integers(0, 9, one.size), one]) for one in train.codes]
     tables = [torch.randn(size, 8, generator=torch.Generator().manual_seed(1)) for size in (9, 40)]
     probe = train_probe(
-        Corpus(both, train.texts),
+        ProbeCorpus(both, train.texts),
         codebook_sizes=[9, SIZE],
         frame_rate=50.0,
         config=replace(TINY, batch_frames=100),
         tables=tables,
         progress=False,
     )
-    assert probe.score(Corpus(both, train.texts)).cer < 0.25
+    assert probe.score(ProbeCorpus(both, train.texts)).cer < 0.25
     assert torch.equal(probe.network.embedding.weight, torch.cat(tables))
 
 
 def test_invalid_input_is_refused() -> None:
     train = corpus(4, seed=1)
     with pytest.raises(ValueError, match="4 utterances of codes, 3 texts"):
-        train_probe(Corpus(train.codes, train.texts[:3]), codebook_sizes=[SIZE], frame_rate=50)
+        train_probe(ProbeCorpus(train.codes, train.texts[:3]), codebook_sizes=[SIZE], frame_rate=50)
     with pytest.raises(ValueError, match="the corpus is empty"):
-        train_probe(Corpus([], []), codebook_sizes=[SIZE], frame_rate=50)
+        train_probe(ProbeCorpus([], []), codebook_sizes=[SIZE], frame_rate=50)
     with pytest.raises(ValueError, match="outside the codebooks"):
         train_probe(train, codebook_sizes=[4], frame_rate=50)
     with pytest.raises(ValueError, match="there are 2 codebooks"):
@@ -208,13 +208,13 @@ def test_invalid_input_is_refused() -> None:
         train_probe(train, codebook_sizes=[SIZE], frame_rate=0)
     with pytest.raises(ValueError, match="one \\(K, D\\)"):
         train_probe(train, codebook_sizes=[SIZE], frame_rate=50, tables=[torch.zeros(3, 2)])
-    short_one = Corpus([np.zeros(1, int)], ["ab"])
+    short_one = ProbeCorpus([np.zeros(1, int)], ["ab"])
     hint = "none of 1 utterances .* 1 fewer frames .*; raise min_frame_rate .*--setting paper"
     with pytest.raises(ValueError, match=hint):
         train_probe(short_one, codebook_sizes=[SIZE], frame_rate=50)
     # Without the hint about frames, for digits.
     with pytest.raises(ValueError, match=r"1 have no labels .*, 0 fewer frames than characters$"):
-        train_probe(Corpus(train.codes[:1], ["7"]), codebook_sizes=[SIZE], frame_rate=50)
+        train_probe(ProbeCorpus(train.codes[:1], ["7"]), codebook_sizes=[SIZE], frame_rate=50)
 
 
 @pytest.mark.parametrize(
@@ -240,20 +240,20 @@ def test_texts_are_normalized_to_labels() -> None:
 
 
 def test_labels_and_texts_are_inverse() -> None:
-    labels = ctc_labels("It's a see-saw")
+    labels = labels_of_text("It's a see-saw")
     assert labels is not None
     assert min(labels) > 0
     apart = [label for one in labels for label in (one, one, 0)]
     assert decode_labels(apart) == "it's a see saw"
     assert decode_labels([0, 0]) == ""
-    assert ctc_labels("7") is None
+    assert labels_of_text("7") is None
 
 
 def test_double_letters_need_a_frame_between() -> None:
-    assert min_ctc_frames(ctc_labels("aab") or []) == 4
-    assert min_ctc_frames(ctc_labels("aba") or []) == 3
+    assert min_ctc_frames(labels_of_text("aab") or []) == 4
+    assert min_ctc_frames(labels_of_text("aba") or []) == 3
     uniform = torch.zeros(1, 4, 1 + len(LABELS)).log_softmax(2)
     # One path of four frames: a, blank, a, b.
-    loss = float(ctc_loss(uniform, [[3, 3, 4]], [4]))
+    loss = float(summed_ctc_loss(uniform, [[3, 3, 4]], [4]))
     assert loss == pytest.approx(4 * math.log(1 + len(LABELS)))
-    assert float(ctc_loss(uniform, [[3, 3, 4]], [3])) == math.inf
+    assert float(summed_ctc_loss(uniform, [[3, 3, 4]], [3])) == math.inf

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from eval.transcribe import SAMPLE_RATE, Judge, max_tokens, split_at_pauses
+from eval.transcribe import SAMPLE_RATE, Judge, blocks_at_pauses, max_tokens
 
 
 class FakeWhisper:
@@ -59,7 +59,7 @@ def test_nan_is_refused(judge: Judge) -> None:
 def test_long_recording_is_split_at_a_pause(judge: Judge) -> None:
     wave = noise(400.0)
     wave[285 * SAMPLE_RATE : 286 * SAMPLE_RATE] = 0
-    pieces = list(split_at_pauses(wave))
+    pieces = list(blocks_at_pauses(wave))
     assert [285 <= pieces[0].size / SAMPLE_RATE <= 286, len(pieces)] == [True, 2]
     assert np.array_equal(np.concatenate(pieces), wave)
     judge.transcribe(wave, SAMPLE_RATE)

@@ -14,7 +14,7 @@ import torch
 from codec.training.config import OptimConfig
 from codec.training.loop import Meter, Phases, train_loop
 from codec.training.run import start_run
-from recipes.lib.run import run_program
+from recipes.lib.run import run_recipe
 
 
 def main(argv: list[str]) -> None:
@@ -43,4 +43,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_recipe(main)

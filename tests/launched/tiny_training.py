@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from codec.training.run import start_run
-from recipes.lib.run import run_program
+from recipes.lib.run import run_recipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,4 +20,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_recipe(main)

@@ -22,8 +22,8 @@ from codec.training.config import SupervisedOptimConfig
 from codec.training.data import Data
 from codec.training.run import make_accelerator, start_run
 from codec.training.supervised import StepFunction, fit_supervised
-from recipes.lib.run import run_program
-from recipes.lib.voice_training import forget_zero3
+from recipes.lib.run import run_recipe
+from recipes.lib.voice_training import unset_zero3
 from slm.config import ARConfig, BatchConfig, LoRAConfig, NARConfig, TaskConfig
 from slm.data.ar import ARData
 from slm.data.nar import NARData
@@ -154,7 +154,7 @@ def main(argv: list[str]) -> None:
     if (plugin := accelerator.state.deepspeed_plugin) is not None:
         # ZeRO-3 leaves what is small whole on every rank, and here all is small.
         plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        forget_zero3()
+        unset_zero3()
         later = parts("full", folder).model
         assert all(parameter.numel() for parameter in later.parameters()), "built in pieces"
     for kind in KINDS:
@@ -164,4 +164,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_recipe(main)

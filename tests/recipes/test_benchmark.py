@@ -65,7 +65,7 @@ def test_asr_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_bad_lists(tmp_path: Path, lines: str, message: str) -> None:
     (tmp_path / "l.jsonl").write_text(lines)
     with pytest.raises(ValueError, match=message):
-        program.read_list(tmp_path / "l.jsonl", ("id", "text"))
+        program.read_entries(tmp_path / "l.jsonl", ("id", "text"))
 
 
 class FakeJudge:

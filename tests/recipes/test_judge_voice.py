@@ -10,7 +10,7 @@ from tiny_slm import quiet, save_shard, save_voice
 
 from codec import load_codec
 from codec.io import FileLock
-from eval.benchmark import Utterance, read_rows
+from eval.benchmark import ScoredUtterance, read_rows
 from eval.text import word_errors
 from recipes.judge_voice import JudgeVoiceConfig, _cell, differences, main, repeated, settings
 from recipes.lib.run import load_config
@@ -43,8 +43,8 @@ def test_settings_change_what_their_names_say() -> None:
 
 
 def test_seeds_of_an_item_are_one_bootstrap_unit() -> None:
-    def scored(heard: str, failure: float) -> Utterance:
-        return Utterance(
+    def scored(heard: str, failure: float) -> ScoredUtterance:
+        return ScoredUtterance(
             id="x", values={"failure": failure}, words=word_errors("a b c d", heard),
         )  # fmt: skip
 
@@ -58,7 +58,7 @@ def test_seeds_of_an_item_are_one_bootstrap_unit() -> None:
 
 
 def test_one_item_has_no_confidence_interval() -> None:
-    one = Utterance(id="x", values={"failure": 0.0}, words=word_errors("a b", "a b"))
+    one = ScoredUtterance(id="x", values={"failure": 0.0}, words=word_errors("a b", "a b"))
     worse = replace(one, words=word_errors("a b", "a"))
     found = differences([one, one], [worse, worse], seeds=2)
     assert found["wer"] == (0.5, None, None)

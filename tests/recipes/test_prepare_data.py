@@ -56,7 +56,32 @@ def test_list_is_split_and_resolves_beside_itself(
         24000,
     )
     assert load_cut(dev, 16000).shape == (9600,)
-    assert "1 cuts" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "train.jsonl.gz: 1 cut, 0.00 h, 1 speaker\n" in printed.out
+    assert "Finished: 2 lists of 2 recordings\n" in printed.err
+    assert "Next: accelerate launch recipes/train_codec.py" in printed.err
+
+
+def test_the_next_command_fits_the_lists(
+    tmp_path: Path, write_wav: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "my recordings", tmp_path / "out"
+    for number in range(12):
+        write_wav(folder / f"{number}.wav", 0.5, seed=number)
+    run("folder", folder, "--no-text", "--out", out)
+    last = capsys.readouterr().err.splitlines()[-1]
+    command = f"python recipes/prepare_data.py folder '{folder}' --no-text --out {out} --dev-cuts 1"
+    assert last == f"Next: {command}   (training needs a dev list as well)"
+    run(*shlex.split(command)[2:])
+    assert "Next: accelerate launch recipes/train_codec.py" in capsys.readouterr().err
+    entry = {"audio": str(folder / "1.wav"), "text": "", "split": "dev"}
+    run("list", write_list(tmp_path / "l.jsonl", [entry]), "--out", tmp_path / "dev")
+    printed = capsys.readouterr().err
+    assert "Finished: 1 list of 1 recording\n" in printed
+    assert (
+        f"benchmark.py reconstruction --codec models/small/codec --cuts {tmp_path}/dev/dev"
+        in (printed.splitlines()[-1])
+    )
 
 
 def spoil(folder: Path, write_wav: Write) -> None:

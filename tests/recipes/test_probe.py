@@ -8,7 +8,7 @@ import pytest
 
 from codec.tokens import CodecStamp, TokenRow, write_shard
 from eval.benchmark import read_rows
-from eval.tokens import Corpus, ProbeConfig
+from eval.tokens import ProbeConfig, ProbeCorpus
 from recipes import probe as program
 
 STAMP = CodecStamp(
@@ -90,7 +90,7 @@ def test_only_the_chosen_codebooks_are_used(
     seen: list[tuple[int, ...]] = []
     real = program.train_probe
 
-    def spying(train: Corpus, **options: object) -> object:
+    def spying(train: ProbeCorpus, **options: object) -> object:
         seen.append(np.asarray(train.codes[0]).shape[:1] + tuple(options["codebook_sizes"]))
         return real(train, **options)
 
@@ -148,7 +148,7 @@ def test_the_frame_rate_is_the_codecs_and_a_setting_is_the_named_one(
     )  # fmt: skip
     seen = []
 
-    def spying(corpus: Corpus, **options: object) -> object:
+    def spying(corpus: ProbeCorpus, **options: object) -> object:
         seen.append(options)
         raise ValueError("enough")
 

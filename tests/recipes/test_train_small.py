@@ -9,7 +9,7 @@ from recipes.lib.commands import HERE
 from recipes.lib.config import load_config
 from recipes.lib.voice_training import VoiceConfig
 from recipes.train_semantic import TrainSemanticConfig
-from recipes.train_small import CODEC, CUTS, OUT, SEMANTIC, main, training_commands
+from recipes.train_small import CODEC, CUTS, OUT, SEMANTIC, main, small_voice_commands
 
 
 def config(kind: type, name: str):
@@ -24,7 +24,7 @@ def test_inputs_of_each_command_are_outputs_of_earlier_ones() -> None:
         assert (one.train, one.dev) == (f"{CUTS}/train.jsonl.gz", f"{CUTS}/dev.jsonl.gz")
     assert Path(semantic.out) / "codec" == SEMANTIC == Path(codec.start_from)
     assert voice.codec == str(CODEC)
-    words = " ".join(word for command in training_commands() for word in command.arguments)
+    words = " ".join(word for command in small_voice_commands() for word in command.arguments)
     for argument in (
         f"out={codec.semantic_codes}",
         f"{Path(codec.out) / 'codec'} {CODEC}",
@@ -38,7 +38,7 @@ def test_inputs_of_each_command_are_outputs_of_earlier_ones() -> None:
         ),
     ):
         assert argument in words
-    for command in training_commands():
+    for command in small_voice_commands():
         recipes = [Path(word) for word in command.arguments if word.endswith((".py", ".yaml"))]
         assert all(path.is_file() for path in recipes)
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from tiny_baselines import save_baseline
 
 from codec import Codec, SpeechCodec, load_codec
@@ -45,7 +46,11 @@ def test_a_name_in_a_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.Mon
         load_codec("models/none")
     why = " (models is a folder here, so it is not looked up on the hub)"
     assert str(caught.value) == f"models/none: {start}{why}"
-    for name in (str(tmp_path / "none"), "../none"):  # These were never meant as hub ids.
+    for name in (
+        str(tmp_path / "none"),
+        "../none",
+        "out/smoke/none",
+    ):  # These were never meant as hub ids.
         with pytest.raises(ValueError, match="none: no such folder") as caught:
             load_codec(name)
         assert str(caught.value) == f"{name}: {start}"
@@ -54,6 +59,26 @@ def test_a_name_in_a_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.Mon
         teachers.loading("models/none", "speech teacher"),
     ):
         raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (HFValidationError("Repo id must ..."), "that is not a hub id, owner/name"),
+        (LocalEntryNotFoundError("no cache"), "it cannot be reached, and the model is not in"),
+    ],
+)
+def test_hub_errors_are_explained_without_class_names(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(loading, "hf_hub_download", fail)
+    with pytest.raises(ValueError, match="the hub does not provide it") as caught:
+        load_codec("some/codec")
+    assert f"({reason}" in str(caught.value)
+    assert "Error" not in str(caught.value)
 
 
 def test_another_model_is_no_codec(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import yaml
 from conftest import ROOT
 
 from codec.training.run import resolved
-from recipes.lib.config import RECIPES, describe, load_config
+from recipes.lib.config import RECIPES, help_text, load_config, naming_key
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +43,9 @@ class Config:
     steps: int = 3
     weights: dict[str, float] = field(default_factory=lambda: {"mel": 1.0})
     scales: tuple[Scale, ...] = (Scale(), Scale(window=128))
+    limit: int | None = None
+    mode: Literal["a", "b"] | None = None
+    files: tuple[Path, ...] = ()
 
 
 @pytest.fixture
@@ -86,17 +89,26 @@ def test_nested_dataclasses_keep_their_types(file: Callable[[str], str]) -> None
         ("optim.learning_rate=1", "optim.learning_rate: no such key; did you mean optim.lr?"),
         ("output_dir=x", "output_dir: no such key; did you mean out?"),
         ("zzz=1", "zzz: no such key; --help lists the keys"),
-        ("steps=many", "steps=many: expected int"),
-        ("family=dac", "family=dac: expected Literal['seanet', 'spectral']"),
-        ("optim.betas=[1]", "optim.betas=[1]: expected tuple[float, float]"),
-        ("optim.betas=[a,b]", "optim.betas=['a', 'b']: expected tuple[float, float]"),
+        ("steps=many", "steps=many: expected a whole number"),
+        ("family=dac", "family=dac: expected one of: seanet, spectral"),
+        ("optim.betas=[1]", "optim.betas=[1]: expected a list of two numbers"),
+        ("optim.betas=[a,b]", "optim.betas=[a, b]: expected a list of two numbers"),
         ("optim=3", "optim=3: expected keys below it, such as optim.lr"),
-        ("steps.lr=3", "steps.lr: steps takes one value (int), no keys below it"),
+        ("steps.lr=3", "steps.lr: steps takes one value (a whole number), no keys below it"),
         ("extra.lrr=3", "extra.lrr: no such key; did you mean extra.lr"),
-        ("steps=null", "steps=None: expected int"),
+        ("steps=null", "steps=null: expected a whole number"),
         ("steps=[", "steps=[: the value is not valid YAML"),
         ("optim.lr=-1", "optim.lr must be positive, got -1"),
-        ("scales=[{windw: 3}]", "Key 'windw' not in 'Scale'. Did you mean: 'window'?"),
+        ("scales=[{windw: 3}]", "scales[0].windw: no such key; did you mean window?"),
+        ("scales=[{window: 3}, {weight: x}]", "scales[1].weight=x: expected a number"),
+        ("scales=3", "scales=3: expected a list of items with the keys window, weight"),
+        ("weights=[1]", "weights=[1]: expected names with numbers"),
+        ("optim=[1]", "optim=[1]: expected keys below it, such as optim.lr"),
+        ("weights.mel=x", "weights.mel=x: weights takes names with numbers"),
+        ("extra=3", "extra=3: expected keys below it, or null"),
+        ("limit=no", "limit=false: expected a whole number or null"),
+        ("mode=x", "mode=x: expected one of: a, b, null"),
+        ("files=3", "files=3: expected a list of paths"),
         ("--output=x", "--output=x: settings are key=value or --config FILE; did you mean out?"),
         ("--zzz", "--zzz: settings are key=value or --config FILE; --help lists the keys"),
         ("steps", "steps: settings are key=value or --config FILE"),
@@ -125,6 +137,11 @@ def test_mistakes_in_a_file_name_it(file: Callable[[str], str]) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_errors_of_a_value_name_its_key() -> None:
+    with pytest.raises(ValueError, match=r"^codec: none: no such folder$"), naming_key("codec"):
+        raise ValueError("none: no such folder")
+
+
 def test_a_key_without_default_is_asked_for() -> None:
     with pytest.raises(ValueError, match=r"^out has no default: give out=VALUE$"):
         load_config(Config, [])
@@ -135,13 +152,13 @@ def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         load_config(Config, ["--help"], "Trains.")
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    assert text.strip() == describe(Config, "Trains.").strip()
+    assert text.strip() == help_text(Config, "Trains.").strip()
     assert text.startswith("Trains.\n")
-    assert "  out: Path\n      The run folder.\n" in text
-    assert "  optim.lr: float = 0.001\n      Peak learning rate.\n" in text
-    assert "  family: Literal['seanet', 'spectral'] = spectral\n" in text
-    assert "  extra: Optim or null = None\n" in text
-    assert "  extra.lr: float = 0.001\n" in text
+    assert "  out: a path\n      The run folder.\n" in text
+    assert "  optim.lr: a number = 0.001\n      Peak learning rate.\n" in text
+    assert "  family: one of: seanet, spectral = spectral\n" in text
+    assert "  extra: keys below it, or null = null\n" in text
+    assert "  extra.lr: a number = 0.001\n" in text
 
 
 def test_what_is_resolved_loads_again(tmp_path: Path) -> None:
@@ -206,7 +223,7 @@ def test_keys_of_older_versions_are_read_with_a_warning(
         (
             "tts",
             "codec/smoke",
-            "codec.spectral.encoder_width: codec takes one value (str)",
+            "codec.spectral.encoder_width: codec takes one value (a text)",
         ),
         ("tts", "export/smoke", "cuts: no such key"),
         ("asr", "semantic/small", ""),

@@ -17,7 +17,7 @@ from launched.tiny_training import TinyConfig
 
 from codec.training import run as provenance
 from codec.training.run import Run, git_revision, start_run
-from recipes.lib.run import finished, run_program
+from recipes.lib.run import finished, run_recipe
 
 TRAINING = ROOT / "tests" / "launched" / "tiny_training.py"
 CHECKPOINTS = "checkpoints/step-0000000"
@@ -265,7 +265,7 @@ def test_mistakes_end_with_status_2_and_one_line(
         raise ValueError(f"{argv[0]}: no such key")
 
     with pytest.raises(SystemExit) as stopped:
-        run_program(mistake)
+        run_recipe(mistake)
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: a=1: no such key\n"
 
@@ -273,10 +273,10 @@ def test_mistakes_end_with_status_2_and_one_line(
         raise KeyError("ours")
 
     with pytest.raises(KeyError):
-        run_program(fault)
+        run_recipe(fault)
     monkeypatch.setenv("PARLANCE_TRACEBACK", "1")
     with pytest.raises(ValueError, match="no such key"):
-        run_program(mistake)
+        run_recipe(mistake)
 
 
 def test_a_finished_recipe_prints_result_place_and_next_command_once(
@@ -310,5 +310,5 @@ def test_programs_keep_memory_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch, gp
     monkeypatch.setattr("recipes.lib.run.keep_freed_memory", lambda: kept.append(True))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(sys, "argv", ["program"])
-    run_program(lambda argv: None)
+    run_recipe(lambda argv: None)
     assert bool(kept) != gpu

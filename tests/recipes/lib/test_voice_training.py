@@ -17,7 +17,7 @@ from codec import Codec, CodecConfig, load_codec
 from codec.config import QuantizerConfig, SEANetConfig
 from codec.tokens import TokenShard, write_shard
 from recipes.asr import main as asr
-from recipes.lib.voice_training import VoiceConfig, read
+from recipes.lib.voice_training import VoiceConfig, open_tokens, read
 from recipes.scoring.synthesis import TTSEvalConfig
 from recipes.scoring.voice import check_scores
 from recipes.tts import main as tts
@@ -321,3 +321,11 @@ def test_what_people_get_wrong(base: Path) -> None:
         tts([f"ar.base={base}", "ar.tasks.text=1"])
     with pytest.raises(ValueError, match="num_asr_items must not be negative"):
         asr(["num_asr_items=-1"])
+
+
+def test_missing_tokens_or_codecs_name_their_key(tmp_path: Path, tiny_codec_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"^codec: out/none/codec/codec: no such folder; give a"):
+        open_tokens(VoiceConfig(codec="out/none/codec/codec", train="tokens"))
+    config = VoiceConfig(codec=str(tiny_codec_folder), train=str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"^train: .*none"):
+        open_tokens(config)

@@ -68,7 +68,7 @@ def copy_weights(packages: Path, folder: Path) -> None:
 
 def tiny_model(package: Package, make=copy_weights) -> Model:
     return Model(
-        name="tiny", packages=(package,), make=make, licence="mit", credit="Nobody.", note="Tiny."
+        name="tiny", packages=(package,), make=make, license="mit", credit="Nobody.", note="Tiny."
     )
 
 

@@ -11,7 +11,7 @@ from codec.training.data import read_cuts
 from eval.transcribe import Judge
 from recipes.offline import synthetic
 from recipes.offline.kokoro import Kokoro
-from recipes.offline.synthetic import SyntheticConfig, config_of, make_speech, work
+from recipes.offline.synthetic import SyntheticConfig, make_speech, synthetic_config, work
 from recipes.prepare_data import main
 from slm.tokenization import text_normalization as spelling
 
@@ -159,4 +159,4 @@ def test_user_errors(config: SyntheticConfig, tmp_path: Path, monkeypatch) -> No
 def test_settings_round_trip_as_json(config: SyntheticConfig) -> None:
     from dataclasses import asdict
 
-    assert config_of(json.loads(json.dumps(asdict(config), default=str))) == config
+    assert synthetic_config(json.loads(json.dumps(asdict(config), default=str))) == config

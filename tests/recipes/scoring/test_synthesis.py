@@ -12,7 +12,7 @@ import soundfile
 from tiny_slm import STAMP
 
 from codec.tokens import TokenRow, TokenShard, write_shard
-from eval.benchmark import Provenance, Row, Utterance, read_rows, rows_of
+from eval.benchmark import Provenance, Row, ScoredUtterance, read_rows, rows_of
 from recipes.scoring import judges, voice
 from recipes.scoring.eval_items import EvalItem, continuation_items
 from recipes.scoring.judges import Judges
@@ -412,7 +412,9 @@ def test_codec_rows_are_the_upper_limit_of_textless_continuation() -> None:
 
 
 def test_stored_results_keep_their_keys() -> None:
-    result = Result(Utterance(id="a", values={"failure": 1.0}), ["loop"], "a.wav", "loop", 3, 7)
+    result = Result(
+        ScoredUtterance(id="a", values={"failure": 1.0}), ["loop"], "a.wav", "loop", 3, 7
+    )
     record = json.loads(json.dumps(result.to_record()))
     assert record.keys() == {"scored", "faults", "audio", "reported", "tries", "seed"}
     assert Result.from_record(record) == result

@@ -20,7 +20,7 @@ from transformers import (
 from codec.audio import write_audio
 from codec.distillation.teachers import load_text_teacher
 from recipes.tools import show_alignment as program
-from recipes.tools.show_alignment import NO_WORD, Alignments, align, index_words, word_runs
+from recipes.tools.show_alignment import NO_WORD, Alignments, align_frames, index_words, word_runs
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "##s", "sat"]
 
@@ -90,7 +90,7 @@ def test_ctc_follows_time_and_index_the_order_of_pieces(text_model: str) -> None
         program.Word("cats", 0.2, 0.5),
         program.Word("sat", 0.75, 0.9),
     ]
-    aligned = align(words, teacher, 10, 10.0)
+    aligned = align_frames(words, teacher, 10, 10.0)
     assert aligned.timed == [-1, 0, 1, 1, 1, -1, -1, 2, 2, -1]
     # [CLS] the cat ##s sat [SEP] and padding.
     assert aligned.indexed == [-1, 0, 1, 1, 2, -1, -1, -1, -1, -1]
