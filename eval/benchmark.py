@@ -19,9 +19,9 @@ from jaxtyping import Float
 
 from eval import speaker, speech, text, transcribe
 
-Transcribe = Callable[[np.ndarray, int], str]
+Transcribe = Callable[[Float[np.ndarray, " S"], int], str]
 """A wave (S,) and its sample rate to a transcript."""
-Embed = Callable[[np.ndarray, int], np.ndarray]
+Embed = Callable[[Float[np.ndarray, " S"], int], Float[np.ndarray, " E"]]
 """A wave (S,) and its sample rate to a speaker embedding (E,). Raises ValueError for silence."""
 
 WORD_METRICS = ("wer", "wil", "mer", "cer")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from codec.audio import read_audio, resample_wave, write_audio
 from codec.io import sha256_of, sha256_of_tensors
@@ -129,8 +130,8 @@ def recordings_of(cuts: Iterable[Any]) -> list[Path]:
 
 
 def reconstruct(
-    codec: Any, wave: np.ndarray, num_codebooks: int, *, auxiliary: bool = False
-) -> np.ndarray:
+    codec: Any, wave: Float[np.ndarray, " S"], num_codebooks: int, *, auxiliary: bool = False
+) -> Float[np.ndarray, " s"]:
     """Returns a wave (S,) encoded and decoded, at its own length and rate.
 
     Args:

@@ -254,7 +254,11 @@ def _sums(one: ScoredUtterance, metric: str) -> tuple[float, float] | None:
     """Numerator and denominator of an utterance's share of a rate; None where undefined."""
     if metric in ("wer", "cer"):
         errors = one.words if metric == "wer" else one.characters
-        return None if errors is None else (errors.num_errors, max(1, errors.num_reference))
+        return (
+            None
+            if errors is None
+            else (float(errors.num_errors), float(max(1, errors.num_reference)))
+        )
     return (one.values[metric], 1.0) if metric in one.values else None
 
 

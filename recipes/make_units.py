@@ -103,7 +103,7 @@ class Clusters(NamedTuple):
 class FeatureSource(NamedTuple):
     """A teacher, or a cache of its features."""
 
-    features: Callable[[Sequence["Cut"]], list[Tensor]]
+    features: Callable[[Sequence["Cut"]], list[Float[Tensor, "_ D"]]]
     """Cuts to their features (T,D); unreadable cuts are left out."""
     frame_rate: float
 
@@ -173,7 +173,7 @@ def _from_teacher(config: PseudoLabelConfig) -> FeatureSource:
     teacher = load_speech_teacher(config.teacher, layer=config.layer, device=device)
 
     @torch.no_grad()
-    def features(cuts: Sequence["Cut"]) -> list[Tensor]:
+    def features(cuts: Sequence["Cut"]) -> list[Float[Tensor, "_ D"]]:
         waves = list(_readable(cuts, lambda cut: load_cut(cut, teacher.sample_rate)))
         if not waves:
             return []
@@ -188,7 +188,7 @@ def _from_teacher(config: PseudoLabelConfig) -> FeatureSource:
 def _from_cache(config: PseudoLabelConfig) -> FeatureSource:
     cache = FeatureCache.open(config.cache, speech=(config.teacher, config.layer))
 
-    def features(cuts: Sequence["Cut"]) -> list[Tensor]:
+    def features(cuts: Sequence["Cut"]) -> list[Float[Tensor, "_ D"]]:
         found = _readable(cuts, lambda cut: cache.speech(cut.id, 0, cut.duration))
         return [values.float() for values in found]
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -20,6 +21,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
     # Two test processes share the machine, and some tests start processes of their own.
     torch.set_num_threads(1)
+
+
+def stand_in(kind: type, **attributes: Any) -> Any:
+    """An object of this class that has these attributes alone, for arguments with checked types."""
+    made = object.__new__(kind)
+    vars(made).update(attributes)
+    return made
 
 
 def voiced(seconds: float, sample_rate: int = 16_000, seed: int = 0) -> np.ndarray:

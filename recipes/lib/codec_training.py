@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from jaxtyping import Integer
 from tqdm import tqdm
 
 from codec import Codec
@@ -40,8 +41,13 @@ if TYPE_CHECKING:
 
 
 def starting_architecture(codec: CodecConfig, start_from: str) -> CodecConfig:
-    """Of the codec that will be trained: `codec`, or what `start_from` names. Raises `ValueError`
-    where that is missing or none of ours, and where `codec` names another architecture."""
+    """Returns the architecture of the codec to train: that of `start_from`, or `codec` if that is
+    "".
+
+    Raises:
+        ValueError: `start_from` is missing or not a codec of this project, or `codec` is neither
+            the default nor the architecture of `start_from`.
+    """
     if not start_from:
         return codec
     try:
@@ -53,21 +59,22 @@ def starting_architecture(codec: CodecConfig, start_from: str) -> CodecConfig:
         ) from error
     except ValueError as error:
         raise ValueError(f"start_from {error}") from error
-    if codec == CodecConfig():  # Nothing is said of it.
+    if codec == CodecConfig():  # The configuration does not set it.
         return started
     given, there = _written_out(codec), _written_out(started)
     if different := [key for key in given if given[key] != there[key]]:
-        said = [f"codec.{key} is {given[key]} here, {there[key]} there" for key in different[:3]]
+        shown = [f"codec.{key} is {given[key]} here, {there[key]} there" for key in different[:3]]
         more = f" (and {len(different) - 3} more)" if len(different) > 3 else ""
         raise ValueError(
-            f"start_from {start_from} brings its own architecture, and not this one: "
-            f"{', '.join(said)}{more}; leave the keys of codec out, or set them alike"
+            f"start_from {start_from} has another architecture than the keys of codec: "
+            f"{', '.join(shown)}{more}; remove these keys, or set the same values"
         )
     return started
 
 
 def _architecture_of(source: str) -> CodecConfig:
-    """A folder's or hub id's. Raises `ValueError` that names the file, and the hub's errors."""
+    """Reads the architecture of a folder or hub id. ValueError names the file; the hub's errors
+    pass through."""
     check_source(source)
     folder, name = Path(source), f"{source}/config.json"
     file = folder / "config.json"
@@ -83,8 +90,8 @@ def _architecture_of(source: str) -> CodecConfig:
 
 
 def _written_out(codec: CodecConfig) -> dict[str, Any]:
-    """Every key and its value, alike however the configuration spells it: `codec import` writes
-    what our files leave to fall back on another key."""
+    """Every key and its value, with the fallbacks of empty keys filled in: `codec import` writes
+    these values out, the shipped files do not."""
     found = dict(leaves(resolved(codec)))
     del found["quantizer.codebook_size"], found["quantizer.codebook_dimension"]
     conv, quantizer = codec.lmspt.conv, codec.quantizer
@@ -97,30 +104,30 @@ def _written_out(codec: CodecConfig) -> dict[str, Any]:
 
 
 LEAST_EQUAL = 0.9
-"""Share of the codes that another precision, or machine, leaves alone."""
+"""Minimum share of equal codes; another precision or machine changes a few."""
 NUM_CHECKED, CHECKED_SECONDS = 4, 3.0
-"""Recordings that are looked at, and how long they are about."""
+"""Number of recordings whose codes are compared, and their approximate length."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainCodecConfig:
-    """One codec run."""
+    """One training of a codec."""
 
     out: str = "out/smoke/codec"
-    """Run folder: resumes an earlier start with the same configuration."""
+    """Run folder; resumes an earlier start with the same configuration."""
     train: str = "out/smoke/cuts/train.jsonl.gz"
-    """Cuts to train on (recipes/prepare_data.py makes them)."""
+    """Cuts to train on (recipes/prepare_data.py writes them)."""
     dev: str = "out/smoke/cuts/dev.jsonl.gz"
     """Cuts to validate on: speakers that are not in `train`."""
     seed: int = 0
-    """Of initial weights and crops."""
+    """Seed of initial weights and crops."""
     start_from: str = ""
     """Codec folder or hub id to train further (`codec import` makes one of a published
-    checkpoint); its architecture takes the place of `codec`, which may only name the same. Empty:
+    checkpoint). It determines the architecture: leave `codec` out, or set the same values. Empty:
     random weights."""
     freeze_semantic: bool = False
-    """LM-SPT's semantic encoder and codebook stay what start_from brings (recipes/train_semantic.py
-    trains them apart); the rest learns."""
+    """Keep LM-SPT's semantic encoder and codebook of start_from unchanged
+    (recipes/train_semantic.py trains them), and train the rest."""
     semantic_codes: str = ""
     """Token shards of `train` by start_from (recipes/export_tokens.py), with freeze_semantic:
     codebook 1 of recordings, for crops of any length, without encoding them again. Empty: the
@@ -128,17 +135,17 @@ class TrainCodecConfig:
     codec: CodecConfig = field(default_factory=CodecConfig)
     """Architecture."""
     discriminators: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
-    """Used where the adversarial or the feature loss has a weight."""
+    """Discriminators, used if the adversarial or the feature loss has a weight."""
     losses: LossConfig = field(default_factory=LossConfig)
-    """Objectives."""
+    """Losses and their weights."""
     distill: DistillConfig = field(default_factory=DistillConfig)
-    """Teachers, used where losses.weights.distill has a weight."""
+    """Teachers, used if losses.weights.distill is not 0."""
     resynthesis: ResynthesisConfig = field(default_factory=ResynthesisConfig)
-    """Distillation of what is made of the semantic codes (losses.weights.resynthesis)."""
+    """Resynthesis distillation (LM-SPT), used if losses.weights.resynthesis is not 0."""
     data: CropConfig = field(default_factory=CropConfig)
     """Crops and batches."""
     optim: CodecOptimConfig = field(default_factory=CodecOptimConfig)
-    """Optimiser and schedule."""
+    """Optimizer and schedule."""
 
     def __post_init__(self) -> None:
         if self.losses.weights.distill and not self.distill.any:
@@ -153,11 +160,11 @@ class TrainCodecConfig:
             )
         if self.freeze_semantic and not self.start_from:
             raise ValueError(
-                "freeze_semantic keeps random weights without start_from: name a codec whose "
+                "freeze_semantic without start_from would keep random weights: name a codec whose "
                 "semantic half is trained"
             )
         if self.semantic_codes and not self.freeze_semantic:
-            raise ValueError("semantic_codes are those of a frozen codebook: set freeze_semantic")
+            raise ValueError("semantic_codes need a frozen codebook: set freeze_semantic")
         if self.freeze_semantic and (self.losses.weights.distill or self.resynthesis.model):
             raise ValueError(
                 "freeze_semantic leaves no semantic codebook to teach: set losses.weights.distill "
@@ -168,8 +175,11 @@ class TrainCodecConfig:
 def check_codec(
     codec: CodecConfig, losses: LossConfig, resynthesis: ResynthesisConfig, started: str = ""
 ) -> None:
-    """Raise `ValueError` where this codec cannot be trained with these losses; `started` is what
-    start_from names."""
+    """Raises ValueError if this codec cannot be trained with these losses.
+
+    Args:
+        started: the value of start_from, for the message.
+    """
     if codec.quantizer.learning == "gradient" and not losses.weights.codebook:
         raise ValueError(
             "quantizer.learning gradient: nothing trains the entries but losses.weights.codebook; "
@@ -195,7 +205,11 @@ def check_codec(
 
 
 def build_models(config: TrainCodecConfig, device: str | torch.device) -> TrainingModels:
-    """The codec in training, and who trains it. Raises `ValueError` where they do not fit."""
+    """Returns the codec to train, its discriminators and its teachers, on `device` or the CPU.
+
+    Raises:
+        ValueError: the codec cannot be trained with the configured losses, or a model is missing.
+    """
     codec = Codec.from_pretrained(config.start_from) if config.start_from else Codec(config.codec)
     check_codec(codec.config, config.losses, config.resynthesis, config.start_from)
     if config.freeze_semantic:
@@ -218,15 +232,19 @@ def build_models(config: TrainCodecConfig, device: str | torch.device) -> Traini
 
 def known_codes(
     config: TrainCodecConfig, cuts: Sequence["Cut"], *, quiet: bool = False
-) -> dict[str, np.ndarray]:
-    """Codebook 1 by the ids of cuts. Raises `ValueError` where some are not known, for codes of
-    another codebook, and where crops would not be whole frames."""
+) -> dict[str, Integer[np.ndarray, " _"]]:
+    """Returns the codes of codebook 1, (T,) each, by the ids of all rows of semantic_codes.
+
+    Raises:
+        ValueError: a cut has no codes, the codes are those of another codebook, or the length of a
+            crop is not a multiple of a frame.
+    """
     codec, shard = Codec.from_pretrained(config.start_from), TokenShard.open(config.semantic_codes)
     samples = round(config.data.seconds * codec.sample_rate)
     if samples % codec.hop_length:
         raise ValueError(
-            f"data.seconds {config.data.seconds:g}: with semantic_codes crops are whole frames; "
-            f"take a multiple of {codec.hop_length / codec.sample_rate:g}"
+            f"data.seconds {config.data.seconds:g}: with semantic_codes, crops are multiples of "
+            f"a frame; take a multiple of {codec.hop_length / codec.sample_rate:g}"
         )
     rows = tqdm(range(len(shard)), desc="semantic codes", unit="utt", disable=quiet)
     known = {shard.ids[row]: shard[row].codes[0] for row in rows}
@@ -241,9 +259,13 @@ def known_codes(
 
 
 def _check_codes(
-    config: TrainCodecConfig, codec: Codec, cuts: Sequence["Cut"], known: Mapping[str, np.ndarray]
+    config: TrainCodecConfig,
+    codec: Codec,
+    cuts: Sequence["Cut"],
+    known: Mapping[str, Integer[np.ndarray, " _"]],
 ) -> None:
-    """The codec that is trained may differ from the one that made the codes in all else."""
+    """Raises ValueError if codes of a few recordings differ: only the semantic half of the codec
+    must be the one that made them."""
     equal = total = 0
     for cut in sorted(cuts, key=lambda cut: abs(cut.duration - CHECKED_SECONDS))[:NUM_CHECKED]:
         wave = torch.from_numpy(load_cut(cut, codec.sample_rate))[None, None]

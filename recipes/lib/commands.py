@@ -19,7 +19,7 @@ LAUNCHED = re.compile(
 
 
 class Command(NamedTuple):
-    """A command line and what it is for."""
+    """A command line and its purpose."""
 
     what: str
     arguments: list[str]

@@ -256,7 +256,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _merged(config: DictConfig, key: str, value: Any, kinds: Mapping[str, str]) -> DictConfig:
-    """`config` with `key`. `kinds` has the keys that there are, and what each one expects."""
+    """Returns `config` with `key` set. `kinds` maps all keys to descriptions of their types."""
     layer: Any = value
     for part in reversed(key.split(".")):
         layer = {part: layer}
@@ -264,7 +264,7 @@ def _merged(config: DictConfig, key: str, value: Any, kinds: Mapping[str, str]) 
         return typing.cast(DictConfig, OmegaConf.merge(config, layer))
     except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list for keys.
         if key in kinds:
-            # Keys inside a list's element are OmegaConf's to name.
+            # OmegaConf names a key inside an element of a list.
             unknown = f": {_first_line(error)}" if isinstance(error, ConfigKeyError) else ""
             raise ValueError(f"{key}={_shown(value)}: expected {kinds[key]}{unknown}") from None
         below = [each for each in kinds if each.startswith(f"{key}.")]
@@ -340,12 +340,12 @@ KINDS = {
     bool: ("true or false", "values true or false"),
     Path: ("a path", "paths"),
 }
-"""What a key of a type expects: one value, and the elements of a list."""
+"""Descriptions of a type for users: of one value, and of the elements of a list."""
 COUNTS = {2: "two", 3: "three", 4: "four"}
 
 
 def _type_name(hint: Any) -> str:
-    """What a key of this type expects, as a user of YAML calls it: "a whole number or null"."""
+    """Describes a type in YAML's terms: "a whole number or null"."""
     kinds = [kind for kind in _union(hint) if kind is not NONE]
     names = [_kind_name(kind, one=True) for kind in kinds]
     optional = len(kinds) < len(_union(hint))

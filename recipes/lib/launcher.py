@@ -38,7 +38,7 @@ def adapt(words: list[str]) -> None:
     programs = [Path(word).resolve() for word in words if word.endswith(".py")]
     if not any(RECIPES in program.parents for program in programs[:1]):
         return
-    logging.disable(logging.ERROR)  # Which defaults it uses, and that a process has failed.
+    logging.disable(logging.ERROR)  # Its defaults, and the failure of a process.
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -54,8 +54,8 @@ def adapt(words: list[str]) -> None:
 
 
 def status_of(error: BaseException) -> int | None:
-    """Returns the exit status of the process that failed; None where nothing of it explains why: a
-    signal has ended it, or the launcher itself has failed."""
+    """Returns the exit status of the process that failed; None if it has none: a signal ended it,
+    or the launcher itself failed."""
     status = 0
     failures: dict[int, Any] = getattr(error, "failures", {})  # torchrun's ChildFailedError.
     if failures:
@@ -68,8 +68,8 @@ def status_of(error: BaseException) -> int | None:
 
 
 def _pass_on(number: int, frame: Any) -> None:
-    """Waits on for the process, which ends by itself. A terminal interrupts it as well; a signal
-    from elsewhere goes to the launcher alone."""
+    """Keeps waiting for the process, which ends by itself. A terminal sends it the signal as well;
+    a signal of another origin reaches the launcher alone and is passed on."""
     try:
         terminal = os.open("/dev/tty", os.O_RDONLY)
         interactive = os.tcgetpgrp(terminal) == os.getpgrp()

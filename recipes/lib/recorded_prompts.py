@@ -1,5 +1,5 @@
-"""What recipes/tts.py and recipes/asr.py train on where no tokens are named: Debian's recorded
-prompts (25 minutes of one speaker), with the shipped codec and the smoke configuration."""
+"""Default training data of recipes/tts.py and recipes/asr.py: tokens of Debian's recorded prompts
+(25 minutes of one speaker) by the shipped codec, with the smoke configuration."""
 
 import os
 import sys
@@ -21,17 +21,17 @@ V = TypeVar("V", bound=VoiceConfig)
 
 OUT = Path("out/first")
 DONE_FILE = "complete"
-"""In the folder of the tokens, once they are exported."""
+"""File in the folder of the tokens that marks a finished export."""
 
 
 def load_voice_config(cls: type[V], argv: Sequence[str], recipe: str, description: str) -> V:
-    """Returns the configuration of `argv`; where it names no `train`, the smoke configuration of
+    """Returns the configuration of `argv`; if it has no `train`, the smoke configuration of
     `recipe` with the changes of `argv`, and tokens of the recorded prompts.
 
-    The main process makes what is missing: models, the list of recordings, tokens. The others wait.
+    The main process makes missing models, lists and tokens; the others wait for them.
 
     Raises:
-        ValueError: a key or value is wrong, or something cannot be downloaded.
+        ValueError: a key or value is wrong, or a download failed.
     """
     config = load_config(cls, argv, description)
     if config.train is not None:
@@ -55,8 +55,8 @@ def load_voice_config(cls: type[V], argv: Sequence[str], recipe: str, descriptio
 
 
 def model_commands(paths: Sequence[str]) -> list[Command]:
-    """Returns the command that makes those of `paths` that `make models` makes and that are not
-    there."""
+    """Returns the command that makes the missing ones of `paths`, if `make models` knows them; else
+    no command."""
     known = {f"models/{model.name}": model.name for model in MODELS}
     missing = [known[path] for path in paths if path in known and not Path(path).exists()]
     program = str(HERE / "offline_models.py")
@@ -64,8 +64,8 @@ def model_commands(paths: Sequence[str]) -> list[Command]:
 
 
 def token_commands(codec: str, tokens: Path) -> list[Command]:
-    """Returns the commands from Debian's packages to `tokens`/train and `tokens`/dev; none where
-    DONE_FILE is there."""
+    """Returns the commands from Debian's packages to `tokens`/train and `tokens`/dev; none if
+    DONE_FILE exists."""
     if (tokens / DONE_FILE).exists():
         return []
     cuts, python = OUT / "cuts", sys.executable

@@ -1,4 +1,4 @@
-"""What every recipe shares: its exit status, its last lines, `--profile`."""
+"""Start and end of every recipe: exit status, last lines, `--profile`."""
 
 import logging
 import os
@@ -38,7 +38,7 @@ def finished(what: str, path: str | Path, next_command: str) -> None:
 
     Args:
         what: e.g. "codec of 8 codebooks at 25 Hz, trained for 2000 steps".
-        next_command: as one types it in the repository; `path` may be a part of it.
+        next_command: a command line for the repository's root.
     """
     if int(os.environ.get("RANK", 0)) == 0:
         lines = f"Finished: {what}\n    in {path}\nNext: {next_command}"
@@ -46,7 +46,7 @@ def finished(what: str, path: str | Path, next_command: str) -> None:
 
 
 def split_profile(argv: Sequence[str]) -> tuple[int, list[str]]:
-    """The N of `--profile N` (0 where it is missing), and the other arguments.
+    """Returns the N of `--profile N` (0 if it is missing), and the other arguments.
 
     Raises:
         ValueError: N is no positive number.

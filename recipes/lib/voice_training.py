@@ -1,7 +1,7 @@
 """Trains a voice on token shards: the AR (codebook 1, TTS and ASR), then the NAR; evaluates it.
 
-The one program behind recipes/tts.py and recipes/asr.py, which differ in their defaults. Any
-mixture of tasks makes one model. At the end the run folder has voice/ (which `slm` reads), speak/
+The library behind recipes/tts.py and recipes/asr.py, which differ in their defaults. One AR learns
+all tasks that have a weight. At the end the run folder has voice/ (which `slm` reads), speak/
 (dev prompts and the speech synthesized from them) and rows.jsonl (the scores).
 """
 
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
+from jaxtyping import Float
 
 from codec import Codec, load_codec
 from codec.io import atomic_file, atomic_folder, sha256_of
@@ -58,8 +59,8 @@ class VoiceConfig:
     codec: str = "models/small/codec"
     """Folder or hub id of the codec that made the tokens."""
     train: str | None = None
-    """Token shards to train on (recipes/export_tokens.py makes them); null: the smoke configuration
-    is trained on recorded prompts, which are downloaded (out/first/)."""
+    """Token shards to train on (recipes/export_tokens.py writes them); null: the smoke
+    configuration is trained on recorded prompts, which are downloaded (out/first/)."""
     dev: str | None = None
     """Token shards of other speakers; null: none."""
     clips: str | None = None
@@ -78,9 +79,9 @@ class VoiceConfig:
     limit: int | None = None
     """Maximum number of training items."""
     seed: int = 0
-    """Of new weights, batches and the speech of the evaluation."""
+    """Seed of new weights, batches and the speech of the evaluation."""
     ar: ARConfig = field(default_factory=ARConfig)
-    """The model of codebook 1."""
+    """The AR, the model of codebook 1."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     """The AR's batches."""
     optim: SupervisedOptimConfig = field(default_factory=SupervisedOptimConfig)
@@ -237,7 +238,7 @@ def nar_settings(config: VoiceConfig, train: TokenShard) -> NARConfig | None:
     return replace(config.nar, codebook_sizes=sizes)
 
 
-def entries_of(config: VoiceConfig) -> list[torch.Tensor]:
+def entries_of(config: VoiceConfig) -> list[Float[torch.Tensor, "_ _"]]:
     """Returns the entries of the codec's codebooks, one (K, D) tensor each.
 
     Raises:
@@ -328,7 +329,11 @@ def train_nar(
 def hours_per_step(
     data: ARData | NARData, num_frames: int, run: Run, optim: SupervisedOptimConfig
 ) -> float:
-    """Hours of speech in the batches of a step; `num_frames` are those of the first epoch."""
+    """Returns the hours of speech in the batches of a step.
+
+    Args:
+        num_frames: frames of the first epoch.
+    """
     steps = data.num_steps(run.accelerator.num_processes, optim.accumulate)
     return num_frames / data.corpus.shard.stamp.frame_rate / 3600 / steps
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
 from tqdm import tqdm
 
 from codec.audio import write_audio
@@ -73,8 +74,12 @@ def unpack_prompts(out: Path, packages: Path | None = None) -> Path:
     return listed
 
 
-def decode_g722(path: Path) -> np.ndarray:
-    """Returns the float32 samples (S,) at 16 kHz of a raw 64 kbit/s G.722 file."""
+def decode_g722(path: Path) -> Float[np.ndarray, " S"]:
+    """Returns the float32 samples at 16 kHz of a raw 64 kbit/s G.722 file.
+
+    Raises:
+        ValueError: FFmpeg cannot decode the file.
+    """
     import av
     from av.error import FFmpegError
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from tqdm import tqdm
 
 from codec.audio import resample_wave, write_audio
@@ -192,7 +193,7 @@ def work(config: SyntheticConfig, rank: int) -> None:
     raise ValueError(f"{config.out}: too few texts for {config.hours:g} hours; give more")
 
 
-def _voices(kokoro: Kokoro, config: SyntheticConfig) -> dict[str, np.ndarray]:
+def _voices(kokoro: Kokoro, config: SyntheticConfig) -> dict[str, Float[np.ndarray, "N 256"]]:
     own = {name: one for name, one in kokoro.styles.items() if name.startswith(ENGLISH)}
     own = {name: own[name] for name in sorted(own)[: config.voices]}
     return own | draw_styles(kokoro.styles, config.voices - len(own), config.seed)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from codec.audio import read_audio
 from codec.distillation.objectives import word_per_frame
@@ -119,7 +120,7 @@ def _extent(frames: Sequence[int], word: int) -> list[int] | None:
 
 def draw_alignments(
     out: Path,
-    wave: np.ndarray,
+    wave: Float[np.ndarray, " S"],
     sample_rate: int,
     words: Sequence[Word],
     aligned: Alignments,

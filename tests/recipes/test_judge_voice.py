@@ -39,7 +39,7 @@ def test_settings_change_what_their_names_say() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         JudgeVoiceConfig(seeds=0)
     with pytest.raises(ValueError, match="prompt_seconds > 0"):
-        JudgeVoiceConfig(prompt_seconds=0)
+        JudgeVoiceConfig(prompt_seconds=0.0)
 
 
 def test_seeds_of_an_item_are_one_bootstrap_unit() -> None:

@@ -155,8 +155,8 @@ def test_another_architecture_is_refused_with_the_keys_that_differ(tmp_path: Pat
     folder = written(tmp_path / "published", asdict(published))
     given = [RELEASED_FORM, f"start_from={folder}"]
     shown = (
-        f"^start_from {folder} brings its own architecture, and not this one: "
-        r"codec\.quantizer\.dropout is 0\.25 here, 0\.5 there; leave the keys of codec out"
+        f"^start_from {folder} has another architecture than the keys of codec: "
+        r"codec\.quantizer\.dropout is 0\.25 here, 0\.5 there; remove these keys, or set"
     )
     with pytest.raises(ValueError, match=shown):
         main([*given, "codec.quantizer.dropout=0.25", f"out={tmp_path / 'run'}"])

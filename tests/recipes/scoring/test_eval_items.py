@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import stand_in
 from tiny_slm import STAMP
 
 from codec.distillation.word_alignment import Word
@@ -19,6 +20,7 @@ from recipes.scoring.eval_items import (
     select_items,
 )
 from recipes.scoring.judges import Judges
+from slm.voice import Voice
 
 RATE, HOP = 16_000, 640
 TEXT = "red hens ran over green fields"
@@ -29,7 +31,7 @@ def decode(prompt: np.ndarray, new: np.ndarray) -> np.ndarray:
     return np.repeat(new[0] / 10, HOP).astype(np.float32)
 
 
-VOICE = SimpleNamespace(codec=SimpleNamespace(sample_rate=RATE, frame_rate=25.0), decode=decode)
+VOICE = stand_in(Voice, codec=SimpleNamespace(sample_rate=RATE, frame_rate=25.0), decode=decode)
 
 
 def judges(transcript: str = "") -> Judges:

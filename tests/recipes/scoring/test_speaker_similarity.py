@@ -6,12 +6,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import stand_in
 from tiny_slm import STAMP
 
 from codec.tokens import TokenRow, TokenShard, write_shard
 from recipes.scoring.eval_items import EvalItem
 from recipes.scoring.speaker_similarity import SpeakerSimilarity
 from slm.data.prompts import Prompt
+from slm.voice import Voice
 
 SPEAKERS = {"a": 0, "b": 5, "c": 10}
 """Each one's code: a voice is an angle of a tenth of a right angle for each."""
@@ -28,7 +30,7 @@ def embed(wave: np.ndarray, rate: int) -> np.ndarray:
     return np.array([np.cos(angle), np.sin(angle)])
 
 
-VOICE = SimpleNamespace(codec=SimpleNamespace(sample_rate=16_000), decode=decode)
+VOICE = stand_in(Voice, codec=SimpleNamespace(sample_rate=16_000), decode=decode)
 
 
 @pytest.fixture

@@ -9,9 +9,11 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import soundfile
+from conftest import stand_in
 from tiny_slm import STAMP
 
 from codec.tokens import TokenRow, TokenShard, write_shard
+from codec.training.run import Run
 from eval.benchmark import Provenance, Row, ScoredUtterance, read_rows, rows_of
 from recipes.scoring import judges, voice
 from recipes.scoring.eval_items import EvalItem, continuation_items
@@ -30,7 +32,7 @@ from recipes.scoring.voice import score_voice
 from recipes.tts import TTSConfig
 from slm.config import SamplingConfig
 from slm.data.prompts import Prompt
-from slm.voice import Speech
+from slm.voice import Speech, Voice
 
 HOP = 640
 FRAMES = 30
@@ -39,7 +41,7 @@ TEXT = "alpha bravo charlie delta"
 ESCAPE = "../../escape"
 
 
-class FakeVoice:
+class FakeVoice(Voice):
     """Codes are amplitudes. It refuses texts with `no`; it generates 7s (silence) for `mute`, and
     9s for other texts. Continuations without a text refuse 8s, and are empty after 7s."""
 
@@ -152,9 +154,8 @@ def score(folder: Path, texts: dict[str, str], device: str = "cpu", batch: int =
     settings = TTSEvalConfig(
         judge=str(folder.parent / "judge"), speaker=str(folder.parent / "encoder"), batch=batch
     )
-    run = SimpleNamespace(
-        accelerator=SimpleNamespace(device=SimpleNamespace(type=device)), log=lambda *_: None
-    )
+    accelerator = SimpleNamespace(device=SimpleNamespace(type=device))
+    run = stand_in(Run, accelerator=accelerator, log=lambda *_: None)
     config = TTSConfig(seed=4, tts_eval=settings)
     score_voice(
         folder, write_dev(folder, {"known": "something else"}, "train"), dev, [], config, run
