@@ -67,7 +67,11 @@ def report_rows(kind: str, out: Path, rows: Iterable[Row]) -> None:
 
 
 def benchmark_reconstruction(args: argparse.Namespace) -> None:
-    """Scores recordings and their reconstructions by a codec."""
+    """Scores recordings and their reconstructions by a codec.
+
+    Raises:
+        ValueError: a model, list or option is invalid, or no recording can be scored.
+    """
     from codec import load_codec
     from codec.training.data import load_cut, read_cuts
 
@@ -154,7 +158,11 @@ def reconstruct(
 
 def benchmark_tts(args: argparse.Namespace) -> None:
     """Scores a list of synthesized texts: results.jsonl of `slm tts --list`, or any list with id,
-    text, audio and prompt."""
+    text, audio and prompt.
+
+    Raises:
+        ValueError: the list is invalid, or no item can be scored.
+    """
     judges = judges_of(args)
     entries = read_entries(args.list, ("id", "text", "audio"))[: args.limit]
     tasks = [
@@ -201,7 +209,11 @@ def score_entry(entry: dict[str, Any], args: argparse.Namespace, judges: Judges)
 
 def benchmark_asr(args: argparse.Namespace) -> None:
     """Scores a list of transcripts: text and hypothesis, or the output of `slm asr` and
-    --references."""
+    --references.
+
+    Raises:
+        ValueError: the list is invalid, or a text or hypothesis is missing.
+    """
     entries = {entry_name(entry, args.list): entry for entry in read_entries(args.list, ("text",))}
     if args.references is None:
         pairs = {name: (one["text"], one.get("hypothesis")) for name, one in entries.items()}
@@ -267,7 +279,14 @@ def read_entries(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def entry_name(entry: dict[str, Any], path: Path) -> str:
-    """Returns an entry's id, or its recording's name without the suffix."""
+    """Returns an entry's id, or its recording's name without the suffix.
+
+    Args:
+        path: the list, for the message.
+
+    Raises:
+        ValueError: the entry has neither.
+    """
     if "id" not in entry and "audio" not in entry:
         raise ValueError(f"{path}: a line has neither id nor audio")
     return str(entry["id"]) if "id" in entry else Path(entry["audio"]).stem

@@ -119,7 +119,10 @@ def entries_of_folder(
     """Yields every recording below a folder, with the text of NAME.txt; subfolders are speakers.
 
     Args:
-        need_text: a recording without NAME.txt is skipped.
+        need_text: skip a recording without NAME.txt.
+
+    Raises:
+        ValueError: there is no such folder.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of recordings")
@@ -202,7 +205,11 @@ class CorpusCuts(NamedTuple):
 
 
 def read_corpus(corpus: str, folder: Path, parts: Sequence[str]) -> CorpusCuts:
-    """Returns the cuts of a published corpus through lhotse's recipe; cut ids are recording ids."""
+    """Returns the cuts of a published corpus through lhotse's recipe; cut ids are recording ids.
+
+    Raises:
+        ValueError: the folder does not exist, or is not laid out like the corpus.
+    """
     from lhotse import CutSet
 
     with tolerant_headers() as errors:
@@ -349,6 +356,9 @@ def collect(
     Args:
         examine: returns the cut of an item; ValueError or OSError has the reason to skip it.
         label: of the progress bar.
+
+    Raises:
+        ValueError: two recordings have the same id.
     """
     check_ids((source.id, source.audio) for source in sources)
 
@@ -374,6 +384,9 @@ def prepare_entries(
 
     Args:
         check: decode every recording.
+
+    Raises:
+        ValueError: two recordings have the same id.
     """
 
     def examine(entry: ListedRecording) -> "Cut":
@@ -411,7 +424,11 @@ def prepare_corpus(
 
 
 def join_parts(prepared: Prepared) -> Prepared:
-    """Adds the splits `train` (all parts train-*) and `dev` (all parts dev-*)."""
+    """Adds the splits `train` (all parts train-*) and `dev` (all parts dev-*), and returns all.
+
+    Raises:
+        ValueError: two recordings of a joined split have the same id.
+    """
     for side in ("train", "dev"):
         parts = [split for split in prepared.cuts if split.startswith(f"{side}-")]
         if parts:
@@ -422,7 +439,7 @@ def join_parts(prepared: Prepared) -> Prepared:
 
 def hold_out(prepared: Prepared, num_speakers: int, num_cuts: int) -> Prepared:
     """Moves speakers and cuts of `train` and `all` to `dev`, chosen by hashes of their names; the
-    rest becomes `train`.
+    rest becomes `train`. Returns the changed splits.
 
     Raises:
         ValueError: `train` or `dev` would be empty.

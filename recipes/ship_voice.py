@@ -107,8 +107,11 @@ def main(argv: list[str]) -> None:
 def read_prompts(voice: Voice, path: Path) -> dict[str, Prompt]:
     """Returns the prompts of a JSON Lines file.
 
+    Args:
+        path: each line has name, audio (relative to the file), text and credit.
+
     Raises:
-        ValueError: a line is invalid.
+        ValueError: a line is invalid, or a recording cannot be used.
     """
     prompts = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):

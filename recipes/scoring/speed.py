@@ -119,7 +119,7 @@ def build(source: CodecSource) -> tuple[str, SpeechCodec]:
     """Returns a codec's name in the rows, and the codec.
 
     Raises:
-        ValueError: the codec has no weight norm to unfold, or is unknown.
+        ValueError: the codec cannot be loaded, has no weight norm to unfold, or is unknown.
     """
     kind, name = source
     fold = kind != "unfolded"
