@@ -15,7 +15,7 @@ PROGRAMS = sorted(
     for folder in ("codec", "slm", "recipes")
     for path in (ROOT / folder).rglob("*.py")
     if '__name__ == "__main__"' in path.read_text()
-    and "config_of(" not in path.read_text()
+    and "synthetic_config(" not in path.read_text()
     # `make setup` runs this one, which has no options.
     and path.name != "launcher.py"
 )

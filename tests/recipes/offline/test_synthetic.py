@@ -23,7 +23,7 @@ TEXTS = [
 KEPT = ["The dog ran far away.", "The hen sat in the sun!", "A red hen sat on the mat."]
 
 
-class Fake:
+class Fake(Kokoro):
     """Stands in for Kokoro; the judge transcribes the last text."""
 
     def __init__(self, folder: Path) -> None:

@@ -81,7 +81,7 @@ def test_with_an_aligner_a_prompt_ends_between_two_words() -> None:
         names = TEXT.split()
         return [[Word(name, index * 1.2, index * 1.2 + 1.0) for index, name in enumerate(names)]]
 
-    aligner = SimpleNamespace(sample_rate=RATE, words=words)
+    aligner = SimpleNamespace(name="aligner", sample_rate=RATE, words=words)
     prompt, _ = PromptCutter(VOICE, judges(), 3.0, aligner).cut(row("a", 180))
     # The gaps are around 1.1, 2.3, 3.5, ... s.
     assert prompt.text == "red hens ran"
