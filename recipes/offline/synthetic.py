@@ -246,7 +246,7 @@ def _read(path: Path) -> list[dict]:
 
 
 def _seconds(rows: Iterable[dict]) -> float:
-    return sum(row["duration"] for row in rows)
+    return float(sum(row["duration"] for row in rows))
 
 
 def _append(path: Path, row: dict) -> None:
