@@ -88,5 +88,5 @@ def test_reading_drops_blanks_and_repetitions(tmp_path: Path) -> None:
 
 def test_a_codec_without_such_an_encoder_is_refused() -> None:
     own = replace(LM_SPT, lmspt=replace(LM_SPT.lmspt, semantic="own"))
-    with pytest.raises(ValueError, match=r"lmspt\.semantic is whisper"):
+    with pytest.raises(ValueError, match=r"needs lmspt\.semantic whisper"):
         SemanticStudent(Codec(own), "ab")
