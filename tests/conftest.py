@@ -1,17 +1,14 @@
 """Tests need no network and no downloaded models."""
 
-import contextlib
-import os
-import socket
+import gc
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
+from forking import ForkedRun, ForkServer, launch_environments
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,6 +18,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
     # Two test processes share the machine, and some tests start processes of their own.
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    # What is loaded by now stays: the garbage collector need not go through it again and again.
+    gc.collect()
+    gc.freeze()
 
 
 def stand_in(kind: type, **attributes: Any) -> Any:
@@ -55,27 +58,6 @@ def write_wav() -> Callable[..., Path]:
     return write
 
 
-def free_port() -> int:
-    """A port for a launch: tests run side by side, and all would take the default one."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
-def kill_all(process: subprocess.Popen) -> None:
-    """Kills a program and every process that it started with -9, and waits until they are gone.
-
-    A launcher gives its ranks sessions of their own: a signal to its group does not reach them, and
-    they would hold the run folder until they are done.
-    """
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for each in reversed(family):  # The launcher first: it would report the death of its ranks.
-        with contextlib.suppress(psutil.NoSuchProcess):
-            each.kill()
-    process.wait()
-    assert not psutil.wait_procs(family, timeout=60)[1]
-
-
 @pytest.fixture(scope="session")
 def tiny_codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved codec of 3 codebooks of 32 entries at 25 Hz, with random weights."""
@@ -102,20 +84,28 @@ def tiny_codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def launch() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`launch("zero2", script, *arguments)` runs a script on two CPU processes with accelerate."""
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    server = ForkServer()
+    yield server
+    server.close()
 
-    def run(config: str, script: str | Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [
-            *(sys.executable, "-m", "accelerate.commands.launch"),
-            *("--config_file", str(ROOT / "recipes" / "accelerate" / f"{config}.yaml")),
-            *("--num_processes", "2", "--main_process_port", str(free_port())),
-            *(str(script), *arguments),
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.run(
-            command, capture_output=True, text=True, check=False, env=environment, timeout=240
-        )
+
+@pytest.fixture
+def start(
+    fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., ForkedRun]:
+    """`start(None, script, *arguments)` runs a program; `start("zero2", ...)` on two CPU ranks."""
+
+    def run(config: str | None, script: str | Path, *arguments: object) -> ForkedRun:
+        environments = launch_environments(config, ranks=2) if config else [{}]
+        argv = [str(script), *map(str, arguments)]
+        return ForkedRun(fork_server, argv, environments, tmp_path_factory.mktemp("printed"))
 
     return run
+
+
+@pytest.fixture
+def launch(start: Callable[..., ForkedRun]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`launch(config, script, *arguments)`: as `start`, to its end."""
+    return lambda *given: start(*given).wait()

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import dataclasses
+import functools
 import inspect
 import logging
 import math
@@ -80,10 +81,10 @@ def load_config(cls: type[C], argv: Sequence[str], description: str = "") -> C:
     for file in files:
         settings = dict(leaves(_read_yaml(file)))
         try:
-            for key, value in current_keys(settings, kinds, f"{file}: ").items():
-                config = _merged(config, key, value, kinds)
+            config = _merged(config, current_keys(settings, kinds, f"{file}: "), kinds)
         except ValueError as error:
             raise ValueError(f"{file}: {error}{_looks_like(settings, kinds)}") from None
+    given: dict[str, Any] = {}
     for override in overrides:
         key, _, text = override.partition("=")
         try:
@@ -92,7 +93,9 @@ def load_config(cls: type[C], argv: Sequence[str], description: str = "") -> C:
             raise ValueError(f"{override}: the value is not valid YAML; quote it") from None
         settings = dict(leaves(parsed["value"], key))
         for name, value in current_keys(settings, kinds).items():
-            config = _merged(config, name, value, kinds)
+            given.pop(name, None)  # The last of equal keys wins, in its own place.
+            given[name] = value
+    config = _merged(config, given, kinds)
     try:
         return _built(cls, OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
     except MissingMandatoryValue as error:
@@ -199,11 +202,10 @@ def _element(hint: Any, value: Any, place: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         kinds = {key: kind for key, kind, _, _ in _keys(hint)}
         config = OmegaConf.structured(hint)
-        for key, setting in leaves(value):
-            try:
-                config = _merged(config, key, setting, kinds)
-            except ValueError as error:
-                raise ValueError(f"{place}.{error}") from None
+        try:
+            config = _merged(config, dict(leaves(value)), kinds)
+        except ValueError as error:
+            raise ValueError(f"{place}.{error}") from None
         try:
             value = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         except MissingMandatoryValue as error:
@@ -255,32 +257,46 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return typing.cast(dict[str, Any], content)
 
 
-def _merged(config: DictConfig, key: str, value: Any, kinds: Mapping[str, str]) -> DictConfig:
-    """Returns `config` with `key` set. `kinds` maps all keys to descriptions of their types."""
-    layer: Any = value
-    for part in reversed(key.split(".")):
-        layer = {part: layer}
+def _merged(
+    config: DictConfig, settings: Mapping[str, Any], kinds: Mapping[str, str]
+) -> DictConfig:
+    """Returns `config` with `settings` (dotted key: value), of which later ones win.
+
+    `kinds` maps all keys to descriptions of their types. ValueError names the first invalid key.
+    """
+    layers = [_nested(key, value) for key, value in settings.items()]
     try:
-        return typing.cast(DictConfig, OmegaConf.merge(config, layer))
-    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list for keys.
-        if key in kinds:
-            # OmegaConf names a key inside an element of a list.
-            unknown = f": {_first_line(error)}" if isinstance(error, ConfigKeyError) else ""
-            raise ValueError(f"{key}={_shown(value)}: expected {kinds[key]}{unknown}") from None
-        below = [each for each in kinds if each.startswith(f"{key}.")]
-        if below:
-            raise ValueError(
-                f"{key}={_shown(value)}: expected keys below it, such as {below[0]}"
-            ) from None
-        stem = key.partition(".")[0]
-        if kinds.get(stem, "").startswith("names with "):
-            raise ValueError(f"{key}={_shown(value)}: {stem} takes {kinds[stem]}") from None
-        if stem in kinds and not any(each.startswith(f"{stem}.") for each in kinds):
-            raise ValueError(
-                f"{key}: {stem} takes one value ({kinds[stem]}), no keys below it"
-            ) from None
-        meant = did_you_mean(key, kinds) or "; --help lists the keys"
-        raise ValueError(f"{key}: no such key{meant}") from None
+        return typing.cast(DictConfig, OmegaConf.merge(config, *layers))
+    except (OmegaConfBaseException, TypeError):  # TypeError: a list for keys.
+        for (key, value), layer in zip(settings.items(), layers, strict=True):
+            try:
+                config = typing.cast(DictConfig, OmegaConf.merge(config, layer))
+            except (OmegaConfBaseException, TypeError) as error:
+                raise ValueError(_refusal(key, value, error, kinds)) from None
+        raise
+
+
+def _nested(key: str, value: Any) -> Any:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _refusal(key: str, value: Any, error: Exception, kinds: Mapping[str, str]) -> str:
+    """The message for a key or value that OmegaConf has refused."""
+    if key in kinds:
+        # OmegaConf names a key inside an element of a list.
+        unknown = f": {_first_line(error)}" if isinstance(error, ConfigKeyError) else ""
+        return f"{key}={_shown(value)}: expected {kinds[key]}{unknown}"
+    below = [each for each in kinds if each.startswith(f"{key}.")]
+    if below:
+        return f"{key}={_shown(value)}: expected keys below it, such as {below[0]}"
+    stem = key.partition(".")[0]
+    if kinds.get(stem, "").startswith("names with "):
+        return f"{key}={_shown(value)}: {stem} takes {kinds[stem]}"
+    if stem in kinds and not any(each.startswith(f"{stem}.") for each in kinds):
+        return f"{key}: {stem} takes one value ({kinds[stem]}), no keys below it"
+    return f"{key}: no such key{did_you_mean(key, kinds) or '; --help lists the keys'}"
 
 
 def _first_line(error: Exception) -> str:
@@ -374,6 +390,7 @@ def _kind_name(kind: Any, *, one: bool) -> str:
     return "a value" if one else "values"
 
 
+@functools.cache
 def _field_docs(cls: type) -> dict[str, str]:
     """The string that stands under each field, of the class and of those that it extends."""
     docs: dict[str, str] = {}

@@ -1,9 +1,4 @@
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT
+from forking import ForkedRun
 from lhotse import CutSet, Recording, SupervisionSegment
 from lhotse.cut import MonoCut
 
@@ -243,11 +239,11 @@ def test_nothing_readable_is_an_error(
 
 def recipe(*settings: str) -> list[str]:
     script = ROOT / "recipes" / "export_tokens.py"
-    return [sys.executable, str(script), *settings]
+    return [str(script), *settings]
 
 
 def test_killed_at_any_moment_the_export_ends_as_if_it_never_was(
-    cuts: list[MonoCut], tiny_codec_folder: Path, tmp_path: Path
+    cuts: list[MonoCut], tiny_codec_folder: Path, tmp_path: Path, start: Callable[..., ForkedRun]
 ) -> None:
     codec = load_codec(tiny_codec_folder)
     export_tokens(cuts, codec, tmp_path / "whole", cuts_per_part=1)
@@ -260,16 +256,10 @@ def test_killed_at_any_moment_the_export_ends_as_if_it_never_was(
         "cuts_per_part=1",
     )
     # Killed as soon as there are four files in the folder, temporary ones and the lock included.
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not (out.exists() and len(list(out.iterdir())) >= 4):
-        assert process.poll() is None, process.stderr and process.stderr.read().decode()
-        assert time.monotonic() < deadline
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    start(None, *command).kill_when(lambda: out.exists() and len(list(out.iterdir())) >= 4)
     for path in out.glob("*.parquet"):
         TokenShard.open(path)  # Complete, whatever the moment.
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = start(None, *command).wait()
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert (result["utterances"], result["skipped"]) == (6, 2)
@@ -287,7 +277,7 @@ def test_two_launched_ranks_share_the_parts(
         f"codec={tiny_codec_folder}",
         f"out={tmp_path / 'two'}",
         "cuts_per_part=3",
-    )[1:]
+    )
     done = launch("ddp", script, *settings)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["utterances"] == 6

@@ -2,16 +2,16 @@
 
 import json
 import os
-import signal
-import subprocess
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
-from conftest import ROOT, free_port, kill_all
+from conftest import ROOT
+from forking import ForkedRun
 from lhotse import CutSet, Recording
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -149,13 +149,16 @@ def test_learning_rate_warms_up_and_falls_to_its_floor() -> None:
     assert rates[100] == pytest.approx(0.2)
 
 
-def _train_on_rank(rank: int, world: int, port: int, waves: torch.Tensor, out: str) -> None:
-    """Four steps of generator training; writes the codebooks after each and the final weights."""
-    torch.set_num_threads(1)
+def _train_on_rank(file: str, out: str) -> None:
+    """Four steps of generator training, on each rank of a launch or on one process.
+
+    Reads the waves of each step from `file`; writes the codebooks after each step and the final
+    weights.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
-        )
+        torch.distributed.init_process_group("gloo")
+    waves = torch.load(file, weights_only=True)
     torch.manual_seed(0)
     codec = Codec(TINY).train()
     model = codec
@@ -202,9 +205,6 @@ def _train_discriminators(
     rank: int, waves: torch.Tensor
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Each parameter before and after three steps of the loop on waves of this rank's own."""
-    # accelerate takes the process group that is there, but asks for a launcher's variables.
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     accelerator, optim = make_accelerator(), CodecOptimConfig(warmup_steps=0)
     torch.manual_seed(0)
     models = TrainingModels(Student(Codec(TINY), DistillConfig()), Discriminators(DISCRIMINATORS))
@@ -218,16 +218,17 @@ def _train_discriminators(
     return list(zip(before, after, strict=True))
 
 
-def test_two_ranks_hold_the_codebooks_of_one_process_on_the_joined_batch(wave, tmp_path) -> None:
+def test_two_ranks_hold_the_codebooks_of_one_process_on_the_joined_batch(
+    wave: torch.Tensor, tmp_path: Path, launch: Callable[..., CompletedProcess[str]]
+) -> None:
     """Defect 2 of the public code: there, rank 0's statistics overwrite the others'."""
     generator = torch.Generator().manual_seed(0)
     gains = 0.5 + torch.rand(4, 4, 1, 1, generator=generator)
     waves = gains * wave + 0.02 * torch.randn(4, *wave.shape, generator=generator)
-    port = free_port()
-    torch.multiprocessing.spawn(
-        _train_on_rank, (2, port, waves, str(tmp_path / "two")), nprocs=2, join=True
-    )
-    _train_on_rank(0, 1, port, waves, str(tmp_path / "one"))
+    torch.save(waves, tmp_path / "waves.pt")
+    done = launch("ddp", __file__, tmp_path / "waves.pt", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    _train_on_rank(str(tmp_path / "waves.pt"), str(tmp_path / "one"))
     first, second, joined = (
         torch.load(tmp_path / name, weights_only=True)
         for name in ("two.0.pt", "two.1.pt", "one.0.pt")
@@ -278,12 +279,12 @@ def recipe(write_wav, tmp_path) -> list[str]:
         "discriminators.periods": "[2]", "discriminators.num_scales": 1,
         "discriminators.stft_windows": "[128]", "discriminators.stft_filters": 4,
         "discriminators.band_windows": "[128]", "discriminators.width_divisor": 64,
-        "data.seconds": 0.5, "data.batch_size": 2, "data.num_validation": 2,
-        "optim.steps": 20, "optim.accumulate": 2, "optim.save_every": 5,
-        "optim.eval_every": 10, "optim.log_every": 5,
+        "data.seconds": 0.28, "data.batch_size": 2, "data.num_validation": 2,
+        "optim.steps": 6, "optim.accumulate": 2, "optim.save_every": 2,
+        "optim.eval_every": 4, "optim.log_every": 2,
     }  # fmt: skip
     script = ROOT / "recipes" / "train_codec.py"
-    return [sys.executable, str(script), *(f"{key}={value}" for key, value in settings.items())]
+    return [str(script), *(f"{key}={value}" for key, value in settings.items())]
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -291,36 +292,22 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_two_ranks_killed_and_resumed_end_with_the_same_weights(recipe, tmp_path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    file = ROOT / "recipes" / "accelerate" / "ddp.yaml"
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(file)]
-    port = ["--main_process_port", str(free_port())]
-    recipe = [recipe[0], *launcher, "--num_processes", "2", *port, *recipe[1:]]
+def test_two_ranks_killed_and_resumed_end_with_the_same_weights(
+    recipe: list[str], tmp_path: Path, start: Callable[..., ForkedRun]
+) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run([*recipe, f"out={whole}"], check=True, env=environment, capture_output=True)
-    process = subprocess.Popen(
-        [*recipe, f"out={broken}"],
-        env=environment,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not (broken / "checkpoints" / "step-00000010").exists():
-        assert process.poll() is None, "ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    kill_all(process)
-    assert process.returncode == -signal.SIGKILL
+    first = start("ddp", *recipe, f"out={whole}").wait()
+    assert first.returncode == 0, first.stderr[-3000:]
+    killed = start("ddp", *recipe, f"out={broken}")
+    killed.kill_when((broken / "checkpoints" / "step-00000002").exists)
     assert not (broken / "codec").exists()
-    last = subprocess.run(
-        [*recipe, f"out={broken}"], check=False, env=environment, capture_output=True, text=True
-    )
+    last = start("ddp", *recipe, f"out={broken}").wait()
     assert last.returncode == 0, last.stderr[-3000:]
     assert "resuming from" in last.stderr
     expected, found = _weights(whole), _weights(broken)
     assert all(torch.equal(found[name], each) for name, each in expected.items())
     final = [
-        load_file(folder / "checkpoints" / "step-00000020" / "model_1.safetensors")
+        load_file(folder / "checkpoints" / "step-00000006" / "model_1.safetensors")
         for folder in (whole, broken)
     ]
     assert all(torch.equal(final[1][name], each) for name, each in final[0].items())
@@ -334,12 +321,13 @@ def test_two_ranks_killed_and_resumed_end_with_the_same_weights(recipe, tmp_path
             assert before[name] == after[name], name
 
 
-def test_bad_recordings_are_listed_at_the_end_over_loader_processes(recipe, tmp_path) -> None:
+def test_bad_recordings_are_listed_at_the_end_over_loader_processes(
+    recipe: list[str], tmp_path: Path, launch: Callable[..., CompletedProcess[str]]
+) -> None:
     (tmp_path / "3.wav").write_bytes(b"")
-    done = subprocess.run(
-        [*recipe, f"out={tmp_path / 'run'}", "data.num_workers=2", "optim.steps=6"],
-        capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    more = (f"out={tmp_path / 'run'}", "data.num_workers=2", "optim.steps=4")
+    done = launch(None, *recipe, *more)
+    assert done.returncode == 0, done.stderr
     # Before the three lines on what was made.
     assert "1 recordings could not be read" in done.stderr.splitlines()[-4]
     lines = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
@@ -353,13 +341,12 @@ def test_bad_recordings_are_listed_at_the_end_over_loader_processes(recipe, tmp_
     assert {"train/perplexity", "train/resynthesis", "dev/resynthesis"} <= set(tags["scalars"])
 
 
-def test_a_diverged_run_keeps_its_last_good_checkpoint(recipe, tmp_path) -> None:
-    done = subprocess.run(
-        [*recipe, f"out={tmp_path / 'run'}", "losses.weights.mel=.nan"],
-        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def test_a_diverged_run_keeps_its_last_good_checkpoint(
+    recipe: list[str], tmp_path: Path, launch: Callable[..., CompletedProcess[str]]
+) -> None:
+    done = launch(None, *recipe, f"out={tmp_path / 'run'}", "losses.weights.mel=.nan")
     assert done.returncode == 2
-    assert "error: the training diverged before step 5" in done.stderr
+    assert "error: the training diverged before step 2" in done.stderr
     assert not (tmp_path / "run" / "codec").exists()
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
@@ -379,13 +366,14 @@ def test_a_full_disk_leaves_the_earlier_codec(tmp_path, monkeypatch) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["codec"]
 
 
-def test_deepspeed_is_refused_in_words(recipe, tmp_path) -> None:
+def test_deepspeed_is_refused(
+    recipe: list[str], tmp_path: Path, launch: Callable[..., CompletedProcess[str]]
+) -> None:
     pytest.importorskip("deepspeed")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    file = ROOT / "recipes" / "accelerate" / "zero2.yaml"
-    done = subprocess.run(
-        [*launch, str(file), *recipe[1:], f"out={tmp_path / 'run'}"],
-        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode != 0
+    done = launch("zero2", *recipe, f"out={tmp_path / 'run'}")
+    assert done.returncode == 2
     assert "error: the codec's two optimizers do not train under DeepSpeed" in done.stderr
+
+
+if __name__ == "__main__":
+    _train_on_rank(*sys.argv[1:])

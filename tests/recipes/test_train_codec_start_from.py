@@ -82,9 +82,9 @@ def test_a_start_without_auxiliary_decoder_is_refused_before_the_run(tmp_path: P
 
 
 def test_a_trained_codec_is_trained_further(
-    cuts: list[str], tmp_path: Path, tiny_codec_folder: Path
+    cuts: list[str], tmp_path: Path, tiny_codec_folder: Path, launch: Callable[..., Any]
 ) -> None:
-    train(*cuts, *SHORT, "losses.weights.adversarial=0", f"start_from={tiny_codec_folder}")
+    train(launch, *cuts, *SHORT, "losses.weights.adversarial=0", f"start_from={tiny_codec_folder}")
     after = tmp_path / "run" / "codec"
     unchanged(tiny_codec_folder, after)
     counts = [
@@ -172,7 +172,7 @@ def test_another_architecture_is_refused_with_the_keys_that_differ(tmp_path: Pat
 
 
 def test_what_was_imported_is_trained_further_with_its_configuration(
-    tmp_path: Path, cuts: list[str]
+    tmp_path: Path, cuts: list[str], launch: Callable[..., Any]
 ) -> None:
     """The guide's commands, with a miniature of the released form and of Whisper."""
     started = tmp_path / "started"
@@ -193,6 +193,7 @@ def test_what_was_imported_is_trained_further_with_its_configuration(
     whisper = f"resynthesis.model={save_speech_teacher(tmp_path / 'whisper', 'whisper')}"
     scales = "losses.mel_scales=[{window: 256, hop: 64, num_mels: 20}]"
     train(
+        launch,
         *(RELEASED_FORM, f"--config={tmp_path / 'tiny.yaml'}", f"start_from={started}"),
         *(*cuts, *SHORT, whisper, "resynthesis.bfloat16=false", scales),
     )

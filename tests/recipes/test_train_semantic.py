@@ -178,7 +178,7 @@ def test_an_unreadable_recording_costs_itself_alone(settings: list[str], tmp_pat
         train_semantic([*settings, *alone, f"out={tmp_path / 'none'}"])
 
 
-def test_a_text_that_cannot_be_said_in_the_time_is_left_out(
+def test_a_transcript_longer_than_its_frames_is_left_out(
     settings: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cuts = list(CutSet.from_jsonl(tmp_path / "cuts.jsonl.gz"))
@@ -186,7 +186,7 @@ def test_a_text_that_cannot_be_said_in_the_time_is_left_out(
     cuts[1].supervisions[0].text = "ab" * 30
     CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
     train_semantic([*settings, f"out={tmp_path / 'run'}"])
-    assert "1 recordings left out, with more letters than can be said in them: 0" in caplog.text
+    assert "1 recordings left out, with more letters than frames for CTC: 0" in caplog.text
 
 
 def test_deepspeed_is_refused_in_words(settings: list[str], monkeypatch) -> None:
@@ -221,7 +221,7 @@ def test_a_run_learns_to_read(settings: list[str], tmp_path: Path) -> None:
     ("given", "shown"),
     [
         (["codec.family=spectral"], r"codec\.family must be lmspt"),
-        (["batch.packed=70"], r"batch\.packed: recordings stand one in a row"),
+        (["batch.packed=70"], r"batch\.packed: recordings are not packed here"),
         (["weights.letters=-1"], r"weights\.letters must be at least 0"),
         (["whisper=../none"], "no such folder"),
         (["batch.positions=5"], "no recording is left"),
@@ -239,7 +239,7 @@ def test_settings_that_make_no_sense(
 @pytest.mark.parametrize(
     ("given", "shown"),
     [
-        ([], "keeps random weights without start_from"),
+        ([], "freeze_semantic without start_from would keep random weights"),
         (["start_from=x", "losses.weights.distill=1", "distill.speech.model=x"], "leaves no"),
     ],
 )

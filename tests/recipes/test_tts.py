@@ -2,16 +2,14 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from conftest import ROOT, free_port, kill_all, voiced
+from conftest import ROOT, voiced
+from forking import ForkedRun
 from tiny_slm import quiet, save_base, save_shard
 
 from codec import load_codec
@@ -146,55 +144,32 @@ def logged(stage: Path) -> list[dict[str, float]]:
     return [{key: line[key] for key in line if "_per_s" not in key} for line in lines]
 
 
-def start(config: str, out: Path, inputs: list[str]) -> tuple[list[str], dict[str, str]]:
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"),
-        *("--config_file", str(ROOT / "recipes" / "accelerate" / f"{config}.yaml")),
-        *("--main_process_port", str(free_port()), str(ROOT / "recipes" / "tts.py")),
-        *(f"out={out}", *inputs, *SMALL, "tts_eval.num_items=0"),
-    ]
-    return command, {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def run_whole(config: str, out: Path, inputs: list[str]) -> str:
-    command, environment = start(config, out, inputs)
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
-
-
-def run_killed(config: str, out: Path, inputs: list[str], at: Path) -> None:
-    """Kills every process of a run with -9 as soon as the checkpoint `at` is there."""
-    command, environment = start(config, out, inputs)
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 200
-    while not at.exists():
-        assert process.poll() is None, f"the run ended before {at} was there"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    kill_all(process)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("zero", "stage"), [(2, "nar"), (3, "ar")])
 def test_killed_under_deepspeed_it_ends_with_the_very_same_weights(
-    zero: int, stage: str, inputs: list[str], tmp_path: Path
+    zero: int,
+    stage: str,
+    inputs: list[str],
+    tmp_path: Path,
+    start: Callable[..., ForkedRun],
 ) -> None:
     """ZeRO-3 for the AR, whose adapters and embedding rows it gathers; ZeRO-2 for the NAR."""
-    config = f"zero{zero}"
-    log = run_whole(config, tmp_path / "whole", inputs)
+
+    def train(out: Path) -> ForkedRun:
+        script, more = ROOT / "recipes" / "tts.py", (*SMALL, "tts_eval.num_items=0")
+        return start(f"zero{zero}", script, f"out={out}", *inputs, *more)
+
+    first = train(tmp_path / "whole").wait()
+    assert first.returncode == 0, first.stderr[-3000:]
     engine = f"DeepSpeedEngine, ZeRO stage {zero}, world size 2"
-    assert log.count(engine) == 2, log  # one for the AR, one for the NAR
+    assert first.stderr.count(engine) == 2, first.stderr  # one for the AR, one for the NAR
     out = tmp_path / "killed"
-    run_killed(config, out, inputs, out / stage / "checkpoints" / "step-00000002")
+    train(out).kill_when((out / stage / "checkpoints" / "step-00000002").exists)
     assert not (out / "voice" / stage).exists()
-    log = run_whole(config, out, inputs)
-    assert "resuming from" in log
+    last = train(out).wait()
+    assert last.returncode == 0, last.stderr[-3000:]
+    assert "resuming from" in last.stderr
     for name in FILES:
         whole, resumed = (folder / "voice" / name for folder in (tmp_path / "whole", out))
         assert whole.read_bytes() == resumed.read_bytes(), name

@@ -1,11 +1,16 @@
 """Training of LM-SPT as released: ranks, low precision, weight decay, crops that are too short."""
 
+import os
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from subprocess import CompletedProcess
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import free_port, voiced
+from conftest import voiced
 
 from codec import Codec, CodecConfig
 from codec.config import AuxiliaryConfig, ConvConfig, LMSPTConfig, QuantizerConfig
@@ -54,13 +59,11 @@ def waves(count: int) -> torch.Tensor:
     return torch.stack(made).unsqueeze(1)
 
 
-def _train_on_rank(rank: int, world: int, port: int, quantizer: str, out: str) -> None:
-    """Four steps; writes the state after each."""
-    torch.set_num_threads(1)
+def _train_on_rank(quantizer: str, out: str) -> None:
+    """Four steps, on each rank of a launch or on one process; writes the state after each."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
-        )
+        torch.distributed.init_process_group("gloo")
     torch.manual_seed(1)  # At seed 0 one vector is equally near two entries, within rounding.
     codec = Codec(replace(TINY, quantizer=QUANTIZERS[quantizer])).train()
     codec.auxiliary.requires_grad_(False)
@@ -81,13 +84,12 @@ def _train_on_rank(rank: int, world: int, port: int, quantizer: str, out: str) -
 
 @pytest.mark.parametrize("quantizer", ["factorised", "factorised-ema"])
 def test_two_ranks_train_lm_spt_as_one_process_on_the_joined_batch(
-    quantizer: str, tmp_path
+    quantizer: str, tmp_path: Path, launch: Callable[..., CompletedProcess[str]]
 ) -> None:
     """First centroids, use, sums and revival are the joined batch's."""
-    torch.multiprocessing.spawn(
-        _train_on_rank, (2, free_port(), quantizer, str(tmp_path / "two")), nprocs=2, join=True
-    )
-    _train_on_rank(0, 1, 0, quantizer, str(tmp_path / "one"))
+    done = launch("ddp", __file__, quantizer, tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    _train_on_rank(quantizer, str(tmp_path / "one"))
     first, second, joined = (
         torch.load(tmp_path / name, weights_only=True)
         for name in ("two.0.pt", "two.1.pt", "one.0.pt")
@@ -207,3 +209,7 @@ def test_crops_too_short_for_a_window_are_refused(
     reported = rf"data\.seconds 0\.1 is too short for a window of discriminators\.{kind}_windows"
     with pytest.raises(ValueError, match=reported):
         check_training_setup(models, short, LOSSES, accelerator)
+
+
+if __name__ == "__main__":
+    _train_on_rank(*sys.argv[1:])

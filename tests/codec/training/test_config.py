@@ -1,8 +1,6 @@
 """The published configurations in miniature, from the command line, with every teacher beside."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -50,13 +48,9 @@ def text_models(tmp_path: Path) -> list[str]:
     ]
 
 
-def train(*arguments: str, ranks: int = 1, launch: Callable | None = None) -> None:
+def train(launch: Callable, *arguments: str, ranks: int = 1) -> None:
     script = ROOT / "recipes" / "train_codec.py"
-    if launch is not None:
-        done = launch("ddp", script, *arguments)
-    else:
-        command = [sys.executable, str(script), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = launch("ddp" if ranks > 1 else None, script, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -77,9 +71,9 @@ def trained_head(tmp_path: Path) -> torch.Tensor:
     return load_file(tmp_path / "run" / "codec" / "model.safetensors")["semantic_head.weight"]
 
 
-def test_speechtokenizer(settings: list[str], tmp_path: Path) -> None:
+def test_speechtokenizer(settings: list[str], tmp_path: Path, launch: Callable) -> None:
     config = ["--config", str(CONFIGS / "speechtokenizer.yaml")]
-    train(*config, *settings, speech_model(tmp_path))
+    train(launch, *config, *settings, speech_model(tmp_path))
     values = logged(tmp_path)
     assert {"train/distill_speech", "dev/distill_speech", "train/teacher_share"} <= values.keys()
     assert 0.31 < values["dev/distill_speech"] < 1.32
@@ -90,10 +84,12 @@ def test_speechtokenizer(settings: list[str], tmp_path: Path) -> None:
     )  # fmt: skip
 
 
-def test_dm_codec_guided_by_a_language_model(settings: list[str], tmp_path: Path) -> None:
+def test_dm_codec_guided_by_a_language_model(
+    settings: list[str], tmp_path: Path, launch: Callable
+) -> None:
     papers = ["--config", str(CONFIGS / "paper_losses.yaml")]
     config = ["--config", str(CONFIGS / "dmcodec_lm.yaml"), *papers]
-    train(*config, *settings, *text_models(tmp_path))
+    train(launch, *config, *settings, *text_models(tmp_path))
     values = logged(tmp_path)
     assert values["train/distill"] == values["train/distill_text"] >= 0
     assert "dev/distill_text" in values
@@ -108,7 +104,7 @@ def test_dm_codec_with_both_teachers_on_two_ranks(
     config = ["--config", str(CONFIGS / "dmcodec_lm_sm.yaml")]
     released = ["distill.shared_head=true", "distill.text.align=index"]
     models = [speech_model(tmp_path), *text_models(tmp_path)]
-    train(*config, *settings, *models, *released, launch=launch)
+    train(launch, *config, *settings, *models, *released, ranks=2)
     values = logged(tmp_path)
     both = values["train/distill_speech"] + values["train/distill_text"]
     assert values["train/distill"] == pytest.approx(both / 2, rel=1e-5)

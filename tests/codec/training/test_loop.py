@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT
+from forking import ForkedRun
 
 from codec.training.config import OptimConfig
 from codec.training.loop import Interrupted, Meter, Phases, train_loop
@@ -103,31 +101,19 @@ def test_a_profile_is_a_trace_and_a_table(tmp_path: Path, accelerator: Accelerat
     train(tmp_path, accelerator)  # It is no part of the configuration.
 
 
-def wait_for_steps(folder: Path, process: subprocess.Popen, number: int) -> None:
-    deadline = time.monotonic() + 120
-    while not (folder / "metrics.jsonl").is_file() or len(lines(folder)) < number:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def start(*command: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, *command], stderr=subprocess.PIPE, text=True, env=environment
-    )
-
-
-def test_ctrl_c_ends_a_program_with_one_line_and_status_130(tmp_path: Path) -> None:
-    process = start(str(LAUNCHED), str(tmp_path))
-    wait_for_steps(tmp_path, process, 3)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
+def test_ctrl_c_ends_a_program_with_one_line_and_status_130(
+    tmp_path: Path, start: Callable[..., ForkedRun]
+) -> None:
+    program = start(None, LAUNCHED, tmp_path)
+    metrics = tmp_path / "metrics.jsonl"
+    program.run_until(lambda: metrics.is_file() and len(lines(tmp_path)) >= 3)
+    program.interrupt()
+    done = program.wait()
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
     (saved,) = (tmp_path / "checkpoints").iterdir()
     step = int(saved.name.removeprefix("step-"))
-    assert err.count(f"stopped at step {step}; the same command continues") == 1
+    assert done.stderr.count(f"stopped at step {step}; the same command continues") == 1
 
 
 def test_two_ranks_stop_at_the_same_step(tmp_path: Path, launch: Callable[..., Any]) -> None:

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, free_port
+from conftest import ROOT
+from forking import free_port
 
 from recipes.lib.launcher import adapt, install, status_of
 
