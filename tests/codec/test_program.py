@@ -109,12 +109,8 @@ def test_help_into_a_closed_pipe_prints_no_error(
     assert tuple(helped[program]) == (141, "")
 
 
-@pytest.mark.parametrize(
-    "command", ["codec --help", "codec info models/small/codec", "slm tts --help"]
-)
-def test_a_reader_that_stops_early_gets_no_error(command: str) -> None:
-    name, _, rest = command.partition(" ")
-    line = f"'{sys.executable}' -m {name} {rest} | head -n 1"
+def test_a_reader_that_stops_early_gets_no_error() -> None:
+    line = f"'{sys.executable}' -m codec info models/small/codec | head -n 1"
     done = subprocess.run(["sh", "-c", line], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.splitlines()) == 1
@@ -136,8 +132,10 @@ def test_an_interrupt_prints_one_line(program: str, tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        # A shell's background jobs, and what they start, ignore interrupts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    with open(fifo, "w"):  # Waits until the program opens it too.
+    with process, open(fifo, "w"):  # Waits until the program opens it too.
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
     assert (process.returncode, output, errors) == (130, "", "interrupted\n")

@@ -111,7 +111,7 @@ def test_any_failure_to_read_costs_the_recording_and_is_shared(cuts, tmp_path, m
         return read(path, *args, **kwargs)
 
     monkeypatch.setattr(codec.training.data, "read_audio", locked)
-    with pytest.raises(ValueError, match="cannot be read .*Permission denied"):
+    with pytest.raises(ValueError, match=r"cannot be read .*Permission denied"):
         load_cut(list(cuts)[1], 16_000)
     data = CropDataset(
         list(cuts), sample_rate=16_000, seconds=0.5, seed=0, bad_file=tmp_path / "skipped.jsonl"
