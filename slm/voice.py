@@ -48,14 +48,21 @@ from slm.generation.asr import (
 )
 from slm.generation.checks import is_empty
 from slm.generation.conversion import continue_speech, convert, encode_source
-from slm.generation.long_form import LongText, fits_behind, join, join_speeches, split_text
+from slm.generation.long_form import (
+    LongText,
+    fits_behind,
+    has_paragraphs,
+    join,
+    join_speeches,
+    split_text,
+)
 from slm.generation.rerank import can_transcribe, transcripts
 from slm.generation.sampling import restrict_speech, speech_bounds
 from slm.generation.streaming import stream
 from slm.generation.tts import Models, Speech, Utterance, decode, synthesize
 from slm.models.ar import SpeechLM, digest_of
 from slm.models.nar import NAR
-from slm.tokenization.text_normalization import NO_TEXT, NormalizedText
+from slm.tokenization.text_normalization import NO_TEXT, NormalizedText, unread_signs
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +235,10 @@ class Voice:
         """
         normalized = self.lm.tokenizer.normalize(text)
         self.coverage.check(normalized.text, what)
-        self.coverage.log_unseen(normalized.text)
+        signs = unread_signs(normalized.text) if self.lm.tokenizer.text.normalize else []
+        if signs:
+            logger.warning("%s has signs that are not read: %s", what, " ".join(signs))
+        self.coverage.log_unseen("".join(c for c in normalized.text if c not in signs))
         return normalized
 
     def prepare(self, text: str | NormalizedText, prompt: Prompt, seed: int = 0) -> Utterance:
@@ -245,7 +255,7 @@ class Voice:
         return self._utterance(text, prompt, seed)
 
     def prepare_long(self, text: str | NormalizedText, prompt: Prompt, seed: int = 0) -> LongText:
-        """`prepare` for a text of any length, which is split into pieces if necessary.
+        """`prepare` for a text of any length, which is split at blank lines, and where necessary.
 
         The text of a prompt with `continuation` is never split.
 
@@ -259,7 +269,7 @@ class Voice:
         if not prompt.continuation:
             prompt_text = self._normalize_prompt(prompt.text)
             fits = fits_behind(prompt, prompt_text, self.models, self.sampling)
-            if not fits(text):
+            if has_paragraphs(text.text) or not fits(text):
                 part_of = self.lm.tokenizer.from_normalized
                 pieces = split_text(text.text, lambda part: fits(part_of(part)))
                 texts = [part_of(piece.text) for piece in pieces]
@@ -277,8 +287,8 @@ class Voice:
         else:
             prompt_text = self._normalize_prompt(prompt.text)
         context = lm.format.tts_context(prompt_text, text, prompt.codes[0], num_prompt_words)
-        most = restrict_speech(lm, context.ids, least, most, "text")
-        self.coverage.check_length(num_prompt, least, frame_rate)
+        most = restrict_speech(lm, context.ids, least, most, _name(text.text))
+        self.coverage.check_length(num_prompt, least, frame_rate, f"the {_name(text.text)}")
         return Utterance(
             text=text, prompt=prompt, prompt_text=prompt_text, context=context.tokens,
             bounds=(least, most), seed=seed, forced=context.forced,
@@ -530,6 +540,11 @@ def check_tts(models: Models) -> None:
     models.lm.check_task("tts")
     if models.nar is None and models.codec.num_codebooks > 1:
         raise ValueError("this voice has no nar/: it transcribes, but has no TTS")
+
+
+def _name(text: str) -> str:
+    """A text in a message: "text", or what it is if it is a single long word."""
+    return "text" if len(text) <= 40 or len(text.split()) > 1 else f"word {text[:36] + '...'!r}"
 
 
 def _check_samples(wave: Any, name: str, *, also: str = "", allow_silence: bool = False) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from codec.io import atomic_file
 from codec.transcripts import has_words
-from slm.tokenization.text_normalization import script_of
+from slm.tokenization.text_normalization import SIGN_LETTERS, clean_text, script_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,9 @@ class Coverage:
         """Raises ValueError for a text without a letter or digit, or with an unknown script."""
         if not has_words(text):
             raise ValueError(f"{what} {text!r} has no words; give it a letter or a digit")
-        for letter in text:
-            if letter.isalpha() and script_of(letter) not in self.scripts:
+        for letter in clean_text(text):
+            known = letter in SIGN_LETTERS or script_of(letter) in self.scripts
+            if letter.isalpha() and not known:
                 raise ValueError(
                     f"{what} has {letter!r} of the script {script_of(letter)}; this model was "
                     f"trained on {', '.join(self.scripts)}"
@@ -51,11 +52,13 @@ class Coverage:
         if unseen:
             logger.warning("characters that no training text has: %s", " ".join(unseen))
 
-    def check_length(self, prompt: int, least: int, frame_rate: float) -> None:
+    def check_length(
+        self, prompt: int, least: int, frame_rate: float, what: str = "the text"
+    ) -> None:
         """Raises ValueError if `prompt` frames and at least `least` more exceed all training."""
         if prompt + least > self.longest_frames:
             raise ValueError(
-                f"the text is too long for the model: {prompt / frame_rate:.1f} s of prompt and at "
+                f"{what} is too long for the model: {prompt / frame_rate:.1f} s of prompt and at "
                 f"least {least / frame_rate:.1f} s of speech, but it was trained on no more than "
                 f"{self.longest_frames / frame_rate:.1f} s; split the text or shorten the prompt"
             )

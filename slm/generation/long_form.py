@@ -1,7 +1,8 @@
 """Long texts: split into pieces that the model can generate at once, and their waves joined.
 
-A text is split at sentence ends; a sentence that is too long at the sentence ends inside its
-quotations, then at commas and the like, then between words.
+A text is split at blank lines. A paragraph that is too long is split at sentence ends; a sentence
+that is too long at the sentence ends inside its quotations, then at commas and the like, then
+between words, then inside words, behind their signs.
 """
 
 import re
@@ -20,7 +21,7 @@ from slm.generation.sampling import BOUNDS_FRAME_RATE
 from slm.generation.tts import Models, Speech, Utterance
 from slm.tokenization.text_normalization import NormalizedText
 
-SENTENCE_PAUSE, CLAUSE_PAUSE, WORD_PAUSE = 0.4, 0.2, 0.05
+PARAGRAPH_PAUSE, SENTENCE_PAUSE, CLAUSE_PAUSE, WORD_PAUSE = 0.8, 0.4, 0.2, 0.05
 """Pause between two pieces, in seconds, by what ends the first one."""
 LEAST_SECONDS = 2.0
 """Texts of this length are never split."""
@@ -40,6 +41,7 @@ _SENTENCE = re.compile(
     rf"[.!?\u2026]+[{re.escape(_CLOSING)}]*(?=\s)|[\u3002\uff01\uff1f]+[{re.escape(_CLOSING)}]*"
 )
 _CLAUSE = re.compile(rf"[,;:\u2014\u2013][{re.escape(_CLOSING)}]*(?=\s)|[\u3001\uff0c\uff1b\uff1a]")
+_IN_WORD = re.compile(r"(?<=\w)(?:[^\w\s'\u2019]+|_+)(?=\w)")
 _NEXT = re.compile(rf"\s*[{re.escape(_OPENING)}]*(.)", re.DOTALL)
 _QUOTES = '"\u201c\u201d\u00ab\u00bb'
 _PARAGRAPH = re.compile(r"\n\s*\n")
@@ -122,11 +124,19 @@ def fits_behind(
 
 
 def split_text(text: str, fits: Callable[[str], bool]) -> list[Piece]:
-    """Pieces that fit, as long as possible. A single word that does not fit is a piece, too."""
-    pieces = [
-        Piece(_SPACE.sub(" ", part).strip(), pause) for part, pause in _split(text.strip(), fits, 0)
-    ]
+    """Pieces that fit, as long as possible within a paragraph. A single word that does not fit is a
+    piece, too."""
+    pieces: list[Piece] = []
+    for paragraph in _units(text.strip(), _paragraph_ends(text.strip())):
+        parts = _split(paragraph.strip(), fits, 0)
+        parts[-1] = (parts[-1][0], PARAGRAPH_PAUSE)
+        pieces += [Piece(_SPACE.sub(" ", part).strip(), pause) for part, pause in parts]
     return [*pieces[:-1], Piece(pieces[-1].text, 0.0)]
+
+
+def has_paragraphs(text: str) -> bool:
+    """Whether a text has a blank line between its words."""
+    return _PARAGRAPH.search(text.strip()) is not None
 
 
 def _split(text: str, fits: Callable[[str], bool], level: int) -> list[tuple[str, float]]:
@@ -161,16 +171,17 @@ def _units(text: str, breaks: Iterable[int]) -> list[str]:
 
 
 def _sentence_ends(text: str) -> Iterator[int]:
-    """Ends of sentences and paragraphs outside quotations."""
-    for start, stop in _paragraphs(text):
-        if start:
-            yield start
-        yield from _stops(text, start, stop, quoted=False)
+    """Ends of sentences outside quotations."""
+    return _stops(text, quoted=False)
 
 
 def _quoted_ends(text: str) -> Iterator[int]:
     """Ends of sentences, including those in quotations."""
-    return _stops(text, 0, len(text), quoted=True)
+    return _stops(text, quoted=True)
+
+
+def _paragraph_ends(text: str) -> Iterator[int]:
+    return (match.end() for match in _PARAGRAPH.finditer(text))
 
 
 def _clause_ends(text: str) -> Iterator[int]:
@@ -181,33 +192,33 @@ def _word_ends(text: str) -> Iterator[int]:
     return (match.end() for match in _SPACE.finditer(text))
 
 
+def _ends_in_words(text: str) -> Iterator[int]:
+    return (match.end() for match in _IN_WORD.finditer(text))
+
+
 _LEVELS: tuple[tuple[Callable[[str], Iterator[int]], float], ...] = (
     (_sentence_ends, SENTENCE_PAUSE),
     (_quoted_ends, SENTENCE_PAUSE),
     (_clause_ends, CLAUSE_PAUSE),
     (_word_ends, WORD_PAUSE),
+    (_ends_in_words, WORD_PAUSE),
 )
 
 
-def _paragraphs(text: str) -> list[tuple[int, int]]:
-    edges = [0, *(match.end() for match in _PARAGRAPH.finditer(text)), len(text)]
-    return list(pairwise(edges))
-
-
-def _stops(text: str, start: int, stop: int, *, quoted: bool) -> Iterator[int]:
-    """Ends of sentences in text[start:stop]; those in a quotation only if `quoted`."""
-    read, quotes = start, dict.fromkeys(_QUOTES, 0)
-    for match in _SENTENCE.finditer(text, start, stop):
+def _stops(text: str, *, quoted: bool) -> Iterator[int]:
+    """Ends of sentences; those in a quotation only if `quoted`."""
+    read, quotes = 0, dict.fromkeys(_QUOTES, 0)
+    for match in _SENTENCE.finditer(text):
         passed = text[read : match.end()]
         read = match.end()
         quotes = {mark: count + passed.count(mark) for mark, count in quotes.items()}
-        after = _NEXT.match(text, match.end(), stop)
+        after = _NEXT.match(text, match.end())
         if after is None or (not quoted and _is_open(quotes)):
             continue
         # As in `"Go!" she cried.`
         if after[1].islower():
             continue
-        before = text[max(start, match.start() - LONGEST_ABBREVIATION) : match.start()]
+        before = text[max(0, match.start() - LONGEST_ABBREVIATION) : match.start()]
         if match[0][0] == "." and _is_abbreviation(before):
             continue
         yield match.end()

@@ -23,7 +23,13 @@ from codec.tokens import CodecStamp
 from codec.transcripts import lowercase_if_all_caps
 from slm.config import SpeechFormConfig, TextConfig, from_json
 from slm.tokenization.acoustic_bpe import AcousticBPE
-from slm.tokenization.text_normalization import NormalizedText, join_texts, normalize, phonemes
+from slm.tokenization.text_normalization import (
+    NormalizedText,
+    clean_text,
+    join_texts,
+    normalize,
+    phonemes,
+)
 from slm.tokenization.vocabulary import Vocabulary, encode_texts
 
 logger = logging.getLogger(__name__)
@@ -109,7 +115,7 @@ class SpeechTextTokenizer:
         Raises:
             ValueError: a character that the LLM's tokenizer cannot spell (form `characters`).
         """
-        return self.from_normalized(self.in_words(lowercase_if_all_caps(text)), text)
+        return self.from_normalized(self._clean_words(text), text)
 
     def from_normalized(self, text: str, original: str | None = None) -> NormalizedText:
         """The same for a text that is normalized already, such as a piece of one."""
@@ -128,9 +134,12 @@ class SpeechTextTokenizer:
         """A text with numbers and abbreviations in words, if `text.normalize`."""
         return normalize(text) if self.text.normalize else text
 
+    def _clean_words(self, text: str) -> str:
+        return self.in_words(lowercase_if_all_caps(clean_text(text)))
+
     def tts_form(self, text: str) -> str:
         """The text input of TTS and of the NAR for a text that is not normalized yet."""
-        text = self.in_words(lowercase_if_all_caps(text))
+        text = self._clean_words(text)
         return phonemes(text) if self.text.tts_form == "phonemes" else text
 
     def tts_ids(self, tts_forms: Sequence[str]) -> list[list[int]]:

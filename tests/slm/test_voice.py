@@ -15,6 +15,7 @@ from codec import load_codec, read_audio, write_audio
 from slm.config import SamplingConfig
 from slm.data.prompts import Prompt
 from slm.generation.asr import split_at_quiet
+from slm.generation.long_form import PARAGRAPH_PAUSE
 from slm.voice import Transcript, Voice
 
 pytestmark = quiet()
@@ -190,7 +191,8 @@ def test_a_batch_takes_whatever_one_call_takes(voice: Voice) -> None:
     [
         ("...", "has no words"),
         ("\u4f60\u597d", "CJK"),
-        ("cat" * 200, "too long for the model"),
+        ("cat" * 200, r"the word '(cat){12}\.\.\.' is too long for the model"),
+        ("a red " + "cat" * 200, r"the word '(cat){12}\.\.\.' is too long for the model"),
     ],
 )
 def test_texts_that_cannot_be_spoken(voice: Voice, text: str, message: str) -> None:
@@ -332,6 +334,32 @@ def test_numbers_are_words_by_the_time_that_they_are_checked(
     with caplog.at_level(logging.WARNING):
         assert voice.tts("1 cat", "ann").text == "1 cat"
     assert "1" not in caplog.text.partition("characters that no training text has")[2]
+
+
+def test_invisible_characters_and_compatibility_forms_change_nothing(voice: Voice) -> None:
+    plain = voice.prepare("the cat sat", voice.prompts["ann"])
+    prompt = replace(voice.prompts["ann"], text=f"\ufeff{voice.prompts['ann'].text}\u200b")
+    odd = voice.prepare("\ufeffth\u00ade c\u200bat \uff53\U0001d41at", prompt)
+    assert odd.context == plain.context
+    assert odd.text.text == "the cat sat"
+
+
+def test_signs_that_are_not_read_are_named_once(
+    voice: Voice, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        voice.prepare("the cat \u2122 sat", voice.prompts["ann"])
+    assert "the text has signs that are not read: \u2122" in caplog.text
+    assert caplog.text.count("\u2122") == 1
+
+
+def test_a_blank_line_is_a_pause_of_the_wave(voice: Voice) -> None:
+    text = voice.prepare_long("the cat\n\nsat", voice.prompts["ann"])
+    assert [one.text.text for one in text.utterances] == ["the cat", "sat"]
+    assert text.pauses == [PARAGRAPH_PAUSE, 0.0]
+    (speech,) = voice.synthesize([text])
+    joined = len(speech.wave) / voice.codec.sample_rate - speech.codes.shape[1] / 25
+    assert joined > 0  # The waves are loud to their ends.
 
 
 def test_capitals_alone_are_small_letters_by_the_time_that_they_are_checked(

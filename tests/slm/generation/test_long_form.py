@@ -6,6 +6,7 @@ from conftest import voiced
 
 from slm.generation.long_form import (
     CLAUSE_PAUSE,
+    PARAGRAPH_PAUSE,
     SENTENCE_PAUSE,
     WORD_PAUSE,
     Piece,
@@ -65,6 +66,22 @@ def test_pieces_are_as_long_as_they_fit_and_lose_nothing() -> None:
 def test_paragraphs_split_without_a_full_stop() -> None:
     text = "A heading of words\n\nand what is below it, all of it."
     assert sentences(text)[0] == "A heading of words"
+
+
+def test_a_blank_line_is_a_pause_however_short_the_text_is() -> None:
+    pieces = split_text("Chapter One\n\nIt was\nlate. He left.\n \n***\n\nTwo", lambda _: True)
+    assert pieces == [
+        Piece("Chapter One", PARAGRAPH_PAUSE),
+        Piece("It was late. He left. ***", PARAGRAPH_PAUSE),
+        Piece("Two", 0.0),
+    ]
+
+
+def test_what_has_no_spaces_is_split_behind_its_signs() -> None:
+    text = ",".join(["word"] * 300) + "_" + "/".join(["path"] * 9)
+    pieces = split_text(text, lambda part: len(part) < 20)
+    assert "".join(piece.text for piece in pieces) == text
+    assert max(len(piece.text) for piece in pieces) < 20
 
 
 def test_a_piece_has_words() -> None:

@@ -1,14 +1,16 @@
 """text_normalization.py: numbers and abbreviations in words, no word lost, and phonemes by an
 extra."""
 
+import json
 import random
 import re
 import sys
 
 import pytest
+from conftest import ROOT
 
 from slm.tokenization import text_normalization as spelling
-from slm.tokenization.text_normalization import normalize, phonemes
+from slm.tokenization.text_normalization import clean_text, normalize, phonemes, unread_signs
 
 EXPECTED = {
     "Dr. Smith paid $3.50 on 21 Nov. 2026, at 5:30 p.m., for 2 lbs., etc.": (
@@ -43,7 +45,7 @@ EXPECTED = {
     "MR BROWN, mrs. Hall and Mr Pike": "MISTER BROWN, missus Hall and Mister Pike",
     "12 St. James St. in St. Paul": "twelve Saint James Street in Saint Paul",
     "R&B, i.e. this vs. that, e.g. #1": "R and B, that is this versus that, for example number one",
-    "[9] and \u00a75": "[nine] and \u00a7five",
+    "[9] and \u00a75": "[nine] and section five",
     "he said \u201cten, 10\u201d": 'he said "ten, ten"',
     "the 10th-century, 1,000-mile walk": "the tenth century, one thousand mile walk",
     "12/25/2020, of may 5 and 4 July": (
@@ -79,6 +81,80 @@ def test_numbers_and_abbreviations_are_spelt_out(text: str) -> None:
 )
 def test_what_needs_nothing_or_is_of_another_script_stays(text: str) -> None:
     assert normalize(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("so\u00adfar wi\u200bth\u2060 \ufeffit\u202e", "sofar with it"),
+        ("\ufeffHello", "Hello"),
+        ("\U0001d407\U0001d41e\U0001d425\U0001d425\U0001d428", "Hello"),
+        ("\uff28\uff49\uff01 \ufb01nd \ufb03", "Hi! find ffi"),
+        ("cafe\u0301\u00a0no\u2011one 20\u2103", "caf\u00e9 no-one 20\u00b0C"),
+        ("a\x00b\x1bc\r\nd\re\u2028f\u2029g", "abc\nd\ne\nf\n\ng"),
+        ("10\u2077 m\u00b2 \u00bd don\u00b4t H\u2082O", "10\u2077 m\u00b2 \u00bd don\u00b4t H2O"),
+        ("\u4f60\u597d\uff0c\u200b\uff76\uff01", "\u4f60\u597d\uff0c\u30ab\uff01"),
+        ("\u0645\u06cc\u200c\u0634", "\u0645\u06cc\u200c\u0634"),
+        (" plain\ttext,\n\n5 of it ", " plain\ttext,\n\n5 of it "),
+    ],
+)
+def test_unicode_forms_are_composed_and_invisible_characters_removed(text: str, clean: str) -> None:
+    assert clean_text(text) == clean
+    assert clean_text(clean) == clean
+
+
+SPOKEN = [
+    json.loads(line)
+    for line in (ROOT / "tests" / "golden" / "texts.jsonl").read_text().split("\n")
+    if line
+]
+
+
+@pytest.mark.parametrize("case", SPOKEN, ids=lambda case: case["text"])
+def test_numbers_with_signs_and_suffixes(case: dict) -> None:
+    made = normalize(clean_text(case["text"]))
+    assert made in case["spoken"]
+    assert not unread_signs(made)
+
+
+LINKS = {
+    "https://example.com": "h t t p s colon slash slash example dot com",
+    "www.a-b.org/x_1?q=2&r#t": (
+        "w w w dot a dash b dot org slash x underscore one question mark q equals two and r hash t"
+    ),
+    "Example.com:8080/2024": "Example dot com colon eight zero eight zero slash two zero two four",
+    "127.0.0.1": "one two seven dot zero dot zero dot one",
+}
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_links_in_sentences_are_read_as_alone(link: str) -> None:
+    assert normalize(link) == LINKS[link]
+    assert normalize(f"Visit {link} for 2 cats.") == f"Visit {LINKS[link]} for two cats."
+    assert normalize(f'See ("{link}"), {link}.') == f'See ("{LINKS[link]}"), {LINKS[link]}.'
+
+
+@pytest.mark.parametrize("text", ["He left.Next came a.b", "Hi.There of the .net", "Com.munity."])
+def test_what_is_no_link_stays(text: str) -> None:
+    assert normalize(text) == text
+
+
+def test_a_long_link_has_no_long_word() -> None:
+    made = normalize("https://example.com/" + "ab1" * 110 + "/" + "x" * 30)
+    assert max(map(len, made.split())) <= 20
+
+
+def test_words_joined_by_commas_are_words() -> None:
+    assert normalize("red,green;a,b and 1,234") == (
+        "red, green; a, b and one thousand two hundred and thirty four"
+    )
+
+
+def test_signs_without_words_are_named_and_blank_lines_stay() -> None:
+    assert unread_signs(normalize("a \u2122 b\u00b2c \U0001f600 5*")) == [
+        *("*", "\u00b2"), "\u2122", "\U0001f600",
+    ]  # fmt: skip
+    assert normalize("Part 5\n\n6 cats") == "Part five\n\nsix cats"
 
 
 PARTS = [
