@@ -1,7 +1,8 @@
 """Exit status and error messages of all programs, and their argument parser.
 
 Exit status 0: done; 1: internal error, with its traceback; 2: user error, one line that names the
-remedy; 130: interrupted, one line; 141: the reader of standard output has closed it.
+remedy; 130: interrupted, one line; 143: ended by SIGTERM, after a training has saved a checkpoint;
+141: the reader of standard output has closed it.
 PARLANCE_TRACEBACK=1 shows the traceback of a user error.
 """
 
@@ -66,7 +67,8 @@ def reason_of(error: Exception) -> str:
 def run_program(program: Callable[[], None]) -> None:
     """Runs `program`; returns if it succeeds, else exits with a status listed above.
 
-    The text of a `KeyboardInterrupt`, also of a subclass, is printed instead of "interrupted".
+    The text of a `KeyboardInterrupt`, also of a subclass, is printed instead of "interrupted". A
+    subclass may have another `status`.
     """
     try:
         try:
@@ -78,7 +80,8 @@ def run_program(program: Callable[[], None]) -> None:
     except KeyboardInterrupt as interrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # A second one ends the process at once.
         # All ranks are interrupted: one line is enough.
-        _finish(130, (f"{interrupt}" or "interrupted") if _is_first_rank() else "")
+        status = getattr(interrupt, "status", 130)
+        _finish(status, (f"{interrupt}" or "interrupted") if _is_first_rank() else "")
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _is_reader_gone():
             _close_output()

@@ -114,9 +114,9 @@ class ForkedRun:
             return None
         return failed[0] if failed else 0
 
-    def interrupt(self) -> None:
-        """Sends SIGINT to the first rank."""
-        os.kill(self.pids[0], signal.SIGINT)
+    def interrupt(self, number: int = signal.SIGINT) -> None:
+        """Sends SIGINT, or another signal, to the first rank."""
+        os.kill(self.pids[0], number)
 
     def kill(self) -> None:
         """Kills all ranks and what they started with -9, and waits until they are gone."""

@@ -109,6 +109,9 @@ class Codebook(nn.Module):
         if self.num_updates > 0 or (self.learned and not self.config.kmeans_iterations):
             return
         samples = _gather(vectors)
+        samples = samples[samples.isfinite().all(1)]
+        if not len(samples):
+            return
         samples = samples[self._random_indices(len(samples), self.config.kmeans_samples)]
         size = self.size
         # With fewer vectors than entries, vectors are repeated; revival spreads the copies later.
@@ -127,8 +130,11 @@ class Codebook(nn.Module):
     def update(self, vectors: Float[Tensor, "N D"], codes: Int[Tensor, " N"]) -> None:
         """One EMA step on the vectors of all ranks, then revival of dead entries.
 
-        For entries trained by gradient only the usage statistics are updated.
+        For entries trained by gradient only the usage statistics are updated. A vector that is not
+        finite counts as its entry: its step is skipped, and must not leave a NaN behind.
         """
+        is_finite = vectors.isfinite().all(1, keepdim=True)
+        vectors = torch.where(is_finite, vectors, self.entries[codes])
         counts, sums = _sums(vectors, codes, self.size)
         _all_reduce(counts)
         decay = self.config.decay

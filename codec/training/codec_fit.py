@@ -42,7 +42,7 @@ def fit(
 
     Raises:
         ValueError: the launch or the crops cannot train these models, or the training diverged.
-        Interrupted: SIGINT was received; a checkpoint of the step is saved.
+        Interrupted: SIGINT or SIGTERM was received; a checkpoint of the step is saved.
     """
     accelerator, codec = run.accelerator, models.student.codec
     check_training_setup(models, crops, losses, accelerator)
@@ -85,7 +85,7 @@ def fit(
         metrics=lambda reading: metrics(trainer, reading, codec.codebook_sizes, seconds),
         evaluate=lambda number: validate(validation, accelerator, number),
         evaluate_first=True,
-        before_save=lambda number: _check_finite(codec, number),
+        guarded=trainer.guarded,
     )
     train_loop(run, optim, phases, trainer.meter, "codec")
     if accelerator.is_main_process:
@@ -161,16 +161,6 @@ def check_training_setup(
             raise ValueError(
                 f"data.seconds {crops.seconds:g} is too short for a window of discriminators."
                 f"{name}_windows; lengthen the crops or leave the longest windows out"
-            )
-
-
-def _check_finite(codec: Codec, step: int) -> None:
-    """Raises `ValueError` before a checkpoint with NaN replaces a good one."""
-    for name, tensor in codec.state_dict().items():
-        if not bool(tensor.isfinite().all()):
-            raise ValueError(
-                f"the training diverged before step {step} ({name} is not finite); start in a new "
-                "folder with a lower optim.lr"
             )
 
 

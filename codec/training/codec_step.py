@@ -4,6 +4,7 @@ SpeechTokenizer (arXiv 2308.16692), DM-Codec (2410.15017) and LM-SPT (2506.16738
 losses that have a weight.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ from codec.training.losses import (
     stoi_loss,
     wave_loss,
 )
+from codec.training.optim import GuardedSteps, nan_unless_finite
 
 
 @dataclass
@@ -66,6 +68,7 @@ class Trainer:
     losses: LossConfig
     optim: CodecOptimConfig
     meter: Meter = field(default_factory=Meter)
+    guarded: GuardedSteps = field(default_factory=GuardedSteps)
     teacher_time: Stopwatch = field(init=False)
 
     def __post_init__(self) -> None:
@@ -161,9 +164,9 @@ def train_step(trainer: Trainer, crops: Crops, *, adversarial: bool) -> None:
         if discriminators is not None:
             with accelerator.autocast():
                 judged = discriminator_step(out, wave, discriminators, trainer.losses)
-            accelerator.backward(judged.total)
+            accelerator.backward(nan_unless_finite(judged.total))
             parts |= judged.parts
-            update(trainer.optimizers[1], discriminators, accelerator, trainer.optim)
+            update(trainer, trainer.optimizers[1], discriminators)
         # The codec's loss must not reach the discriminators' gradients, nor their DDP reducer.
         raw = None
         if discriminators is not None:
@@ -171,11 +174,11 @@ def train_step(trainer: Trainer, crops: Crops, *, adversarial: bool) -> None:
         sample_rate = accelerator.unwrap_model(models.student).codec.sample_rate
         with accelerator.autocast():
             losses = generator_step(out, wave, raw, trainer.losses, sample_rate, targets)
-        accelerator.backward(losses.total)
+        accelerator.backward(nan_unless_finite(losses.total))
         if raw is not None:
             raw.requires_grad_(True)
         parts |= losses.parts
-        update(trainer.optimizers[0], models.student, accelerator, trainer.optim)
+        update(trainer, trainer.optimizers[0], models.student)
     sizes = accelerator.unwrap_model(models.student).codec.codebook_sizes
     # Counts stay on the device; moving them every step would wait for it.
     parts["code_counts"] = count_codes(out.quantized.codes, max(sizes))
@@ -192,14 +195,17 @@ def teacher_targets(models: TrainingModels, crops: Crops) -> TeacherTargets:
     return targets
 
 
-def update(optimizer: Any, model: nn.Module, accelerator, optim: CodecOptimConfig) -> None:
-    """Clips the gradients after the last micro-batch, and steps the optimizer."""
-    if accelerator.sync_gradients and optim.clip_norm:
+def update(trainer: Trainer, optimizer: Any, model: nn.Module) -> None:
+    """Clips the gradients after the last micro-batch, and steps the optimizer if their norm is
+    finite."""
+    if trainer.accelerator.sync_gradients:
+        limit = trainer.optim.clip_norm or math.inf
         # The auxiliary decoder apart: it must not change a codec that gets no gradient from it.
         named = list(model.named_parameters())
         auxiliary = [each for name, each in named if "codec.auxiliary." in name]
         others = [each for name, each in named if "codec.auxiliary." not in name]
-        accelerator.clip_grad_norm_(others, optim.clip_norm)
-        nn.utils.clip_grad_norm_(auxiliary, optim.clip_norm)
-    optimizer.step()
+        norm = trainer.accelerator.clip_grad_norm_(others, limit)
+        if auxiliary:
+            norm = norm + nn.utils.clip_grad_norm_(auxiliary, limit)
+        trainer.guarded.step(optimizer, norm)
     optimizer.zero_grad()

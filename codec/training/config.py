@@ -315,6 +315,9 @@ class OptimConfig:
     """Weight decay of AdamW, on matrices, not on vectors."""
     clip_norm: float = 1.0
     """Gradients are clipped to this norm; 0: never."""
+    max_skipped_steps: int = 10
+    """Steps in a row that may be skipped because their loss or gradient is not finite; one more
+    ends the training. 0: the first one does. May differ when a run is resumed."""
     accumulate: int = 1
     """Micro-batches of a step on each rank."""
     log_every: int = 5
@@ -344,6 +347,7 @@ class OptimConfig:
             optim__warmup_steps=self.warmup_steps,
             optim__final_lr_share=self.final_lr_share,
             optim__clip_norm=self.clip_norm,
+            optim__max_skipped_steps=self.max_skipped_steps,
         )
 
 

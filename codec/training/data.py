@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+WORKER_SECONDS = 60
+"""A loader process ends this long after SIGTERM, if its main process has not ended it before."""
+
 
 def read_cuts(path: str | Path) -> "CutSet":
     """A lhotse manifest (cuts.jsonl.gz), in memory.
@@ -194,6 +197,7 @@ class _Indices(torch.utils.data.Sampler):
 
 def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(WORKER_SECONDS))
 
 
 def crop_batches(
@@ -211,7 +215,7 @@ def crop_batches(
         # Its own generator: each new loader draws from the global one, and a resumed run has one
         # loader more.
         generator=torch.Generator(),
-        # Ctrl-C is for the main process, which stops after its step.
+        # Ctrl-C and a scheduler's SIGTERM are for the main process, which stops after its step.
         worker_init_fn=_ignore_interrupts,
         # Forking after threads have started can hang.
         multiprocessing_context="spawn" if num_workers else None,

@@ -3,6 +3,8 @@
 Metrics, evaluations and checkpoints of step N are those of a model that was updated N times.
 """
 
+import logging
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,19 +16,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from codec.program import counted
 from codec.training.config import OptimConfig
+from codec.training.optim import GuardedSteps
 from codec.training.run import Run
 from codec.training.schedule import learning_rate
+
+logger = logging.getLogger(__name__)
 
 NUM_SHOWN = 5
 """Values shown by the progress bar."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT was received in training, and a checkpoint of the step is saved."""
+    """SIGINT or SIGTERM was received in training, and a checkpoint of the step is saved."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, number: int = signal.SIGINT) -> None:
         super().__init__(f"stopped at step {step}; the same command continues")
+        self.status = 128 + number
+        """Exit status of the program, as shells define it."""
 
 
 class Losses(NamedTuple):
@@ -126,8 +134,8 @@ class Phases:
     """Values of the development set to log by name, given the step."""
     evaluate_first: bool = False
     """Evaluate before the first step as well."""
-    before_save: Callable[[int], None] | None = None
-    """Raises an error if a checkpoint of the given step would be useless."""
+    guarded: GuardedSteps | None = None
+    """Optimizer steps of `train_step`; None: it skips none."""
 
 
 def due(step: int, every: int, last: bool) -> bool:
@@ -138,10 +146,13 @@ def due(step: int, every: int, last: bool) -> bool:
 def train_loop(run: Run, config: OptimConfig, phases: Phases, meter: Meter, label: str) -> None:
     """Trains to `config.steps`, from the newest checkpoint of `run` where there is one.
 
-    Call it after `accelerator.prepare`. Each step: evaluate, save, train, log.
+    Call it after `accelerator.prepare`. Each step: evaluate, save, train, log. While steps are
+    skipped because loss or gradient is not finite, nothing is evaluated or saved.
 
     Raises:
-        Interrupted: SIGINT was received; a checkpoint of the step is saved.
+        Interrupted: SIGINT or SIGTERM was received; a checkpoint of the step is saved.
+        ValueError: more than `config.max_skipped_steps` steps in a row were skipped, or the last
+            one was; earlier checkpoints stay.
     """
     first = run.resume()
     bar = run.progress(config.steps, first, label)
@@ -153,15 +164,18 @@ def train_loop(run: Run, config: OptimConfig, phases: Phases, meter: Meter, labe
                 stop = interrupted()
                 fresh = step == first and first > 0  # What was done before this checkpoint.
                 is_due = due(step, config.eval_every, last) or (step == 0 and phases.evaluate_first)
-                if phases.evaluate is not None and is_due and not fresh:
+                evaluates = is_due and not fresh and phases.evaluate is not None
+                saves = step > first and (due(step, config.save_every, last) or stop > 0)
+                if (evaluates or saves) and _is_skipping(run, config, phases, step, last):
+                    logger.warning("step %d: not evaluated, not saved", step)
+                    evaluates = saves = False
+                if phases.evaluate is not None and evaluates:
                     run.log(phases.evaluate(step), step)
-                if (due(step, config.save_every, last) or stop) and step > first:
-                    if phases.before_save is not None:
-                        phases.before_save(step)
+                if saves:
                     run.save(step)
-            if stop and not last:
+            if stop:
                 bar.close()
-                raise Interrupted(step)
+                raise Interrupted(step, stop)
             if last:
                 break
             phases.train_step(step)
@@ -172,5 +186,26 @@ def train_loop(run: Run, config: OptimConfig, phases: Phases, meter: Meter, labe
                 bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in shown), refresh=False)
                 rate = {"lr": learning_rate(step, config)}
                 run.log({f"train/{k}": v for k, v in (values | rate).items()}, step + 1)
+                _is_skipping(run, config, phases, step + 1, last=False)
             bar.update()
     bar.close()
+
+
+def _is_skipping(run: Run, config: OptimConfig, phases: Phases, step: int, last: bool) -> bool:
+    """Whether the step before `step` was skipped. All ranks get the same answer, or error.
+
+    Called where other values are read, and not every step: it waits for the device.
+    """
+    if phases.guarded is None:
+        return False
+    skipped = phases.guarded.read()
+    if skipped.most_in_row > config.max_skipped_steps or (last and skipped.last_in_row):
+        number = counted(max(skipped.most_in_row, skipped.last_in_row), "step")
+        raise ValueError(
+            f"the training diverged before step {step}: loss or gradient was not finite in "
+            f"{number} in a row; {run.newest_name()}; start in a new folder with a lower lr"
+        )
+    if skipped.total and run.accelerator.is_main_process:
+        number = counted(skipped.total, "step")
+        logger.warning("%s skipped before step %d: loss or gradient not finite", number, step)
+    return bool(skipped.last_in_row)

@@ -1,9 +1,12 @@
-"""AdamW with and without weight decay, for the codec, its discriminators, the AR and the NAR."""
+"""AdamW for the codec, its discriminators, the AR and the NAR, and steps that skip what is not
+finite."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from codec.training.config import OptimConfig
 
@@ -44,6 +47,59 @@ def adamw(
         [group for group in groups if group["params"]],
         lr=config.lr if lr is None else lr, betas=config.betas, fused=True,
     )  # fmt: skip
+
+
+def nan_unless_finite(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """The same loss; where it is not finite, a NaN whose gradient is NaN.
+
+    After the reduction over ranks each of them thus has a NaN in its gradient if one has such a
+    loss. A finite loss and its gradient are multiplied by exactly 1.
+    """
+    return loss * (0 * loss.detach() + 1)
+
+
+class SkippedSteps(NamedTuple):
+    """Steps that were skipped, of the optimizer that skipped most."""
+
+    last_in_row: int
+    """Up to the last step, without one between them that was not skipped."""
+    most_in_row: int
+    """Since the last reading."""
+    total: int
+    """Since the last reading."""
+
+
+class GuardedSteps:
+    """Optimizer steps, without those whose gradient is not finite.
+
+    The decision and its counts stay on the device (`found_inf` of fused optimizers, made for
+    gradient scalers), so that no step waits for it: about ten kernels of one number each. All ranks
+    have the same norm and decide alike. DeepSpeed skips such steps itself and returns an infinite
+    norm.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[int, Tensor] = {}
+
+    def step(self, optimizer: Any, norm: Tensor | float | None) -> None:
+        """Steps an optimizer if `norm`, the norm of its gradient over all ranks, is finite."""
+        bad = (~torch.as_tensor(0.0 if norm is None else norm).isfinite()).float()
+        raw = getattr(optimizer, "optimizer", optimizer)
+        if getattr(raw, "_step_supports_amp_scaling", False):
+            raw.found_inf = bad
+        optimizer.step()
+        row, most, total = self._counts.get(id(optimizer), bad.new_zeros(3))
+        row = (row + 1) * bad
+        self._counts[id(optimizer)] = torch.stack([row, torch.maximum(most, row), total + bad])
+
+    def read(self) -> SkippedSteps:
+        """The counts, which then start again; waits for the device."""
+        if not self._counts:
+            return SkippedSteps(0, 0, 0)
+        counts = torch.stack(list(self._counts.values())).amax(0).tolist()
+        for each in self._counts.values():
+            each[1:] = 0
+        return SkippedSteps(*map(int, counts))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

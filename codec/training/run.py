@@ -9,6 +9,7 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -47,6 +48,8 @@ SEAL = "whole.json"
 PROFILE_SKIPPED = 2
 """Steps before the profiled ones: the first ones build caches."""
 PROFILE_ROWS = 40
+FREE_KEYS = ("out", "max_skipped_steps")
+"""Last parts of keys that may differ when any run is resumed: its folder may move."""
 
 default_deepspeed_device()
 
@@ -115,7 +118,8 @@ def start_run(
     Args:
         config: a dataclass.
         keep: the number of checkpoints that stay.
-        free: keys that may differ from those of an earlier start, and all below them.
+        free: keys that may differ from those of an earlier start, and all below them; FREE_KEYS
+            always may.
         current_keys: for folders of earlier versions: given {dotted key: value} of their
             config.yaml and today's keys, returns it under today's keys.
         profile_steps: steps of each stage that torch.profiler records; 0: none.
@@ -167,7 +171,7 @@ class Run:
         self._prefix = prefix
         self._lock = lock
         self._profile_steps = profile_steps
-        self._signalled = threading.Event()
+        self._signal = 0
         self._group: Any = None
         self._checkpoints = folder / "checkpoints"
 
@@ -195,13 +199,18 @@ class Run:
             self._lock.close()
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Writes values of a step, on the main process, to metrics.jsonl and to the tracker."""
+        """Writes values of a step, on the main process, to metrics.jsonl and to the tracker.
+
+        JSON has no NaN and no infinity: metrics.jsonl has null, and the tracker gets no value.
+        """
         if not self.accelerator.is_main_process:
             return
+        finite = {key: value for key, value in values.items() if math.isfinite(value)}
+        line = {"step": step, **{key: finite.get(key) for key in values}}
         with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
         self.accelerator.log(
-            {self._prefix + key: value for key, value in values.items()}, step=step
+            {self._prefix + key: value for key, value in finite.items()}, step=step
         )
 
     def progress(self, total: int, initial: int, label: str) -> tqdm:
@@ -222,10 +231,12 @@ class Run:
 
         Raises:
             OSError: the disk is full; the temporary files are removed, earlier checkpoints stay.
+            ValueError: weights or optimizers hold a value that is not finite; on all ranks.
         """
         path = self._checkpoints / f"step-{step:08d}"
         if path.exists():  # The one that this run resumed from.
             return
+        self._check_finite(step)
         temporary = self._checkpoints / f".{path.name}.tmp"
         main = self.accelerator.is_main_process
         try:
@@ -255,11 +266,29 @@ class Run:
                 _remove(old)
         self.accelerator.wait_for_everyone()
 
+    def _check_finite(self, step: int) -> None:
+        """Raises `ValueError` on all ranks before a checkpoint with NaN replaces a good one."""
+        parts = list(_trained_state(self.accelerator))
+        bad = torch.zeros((), device=self.accelerator.device)
+        for part in parts:
+            bad += (~part.isfinite().all()).to(bad)
+        # Under ZeRO each rank has a part.
+        if self.accelerator.reduce(bad).item():
+            raise ValueError(
+                f"the training diverged before step {step}: its weights or optimizers hold values "
+                f"that are not finite; {self.newest_name()}; start in a new folder with a lower lr"
+            )
+
+    def newest_name(self) -> str:
+        """Text for messages: the newest checkpoint, if there is one."""
+        saved = self._saved()
+        return f"{saved[0].name} is the newest checkpoint" if saved else "there is no checkpoint"
+
     def resume(self) -> int:
         """Loads the newest complete checkpoint and returns its step; 0 when there is none.
 
         All ranks call it, after `accelerator.prepare`. Checkpoints with a missing or truncated file
-        are skipped with a warning. Lines of metrics.jsonl after that step are removed: the run
+        are removed with a warning. Lines of metrics.jsonl after that step are removed: the run
         writes them again.
 
         Raises:
@@ -269,7 +298,11 @@ class Run:
         if self.accelerator.is_main_process:
             for leftover in self._checkpoints.glob(".step-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
-            newest = [next((path for path in self._saved() if _is_complete(path)), None)]
+            for path in self._saved():
+                if newest[0] is None and _is_complete(path):
+                    newest = [path]
+                elif newest[0] is None:
+                    _remove(path)  # Else it would count as kept, and as saved at its step.
             _truncate_metrics(
                 self.folder / "metrics.jsonl", _step_of(newest[0]) if newest[0] else -1
             )
@@ -291,37 +324,42 @@ class Run:
         return _step_of(newest[0])
 
     @contextlib.contextmanager
-    def interruptible(self) -> Iterator[Callable[[], bool]]:
-        """SIGINT inside asks the run to stop; a second one ends it at once.
+    def interruptible(self) -> Iterator[Callable[[], int]]:
+        """SIGINT or SIGTERM inside asks the run to stop; a second SIGINT ends it at once.
 
-        Yields a function that returns whether any rank was asked. All ranks call it once a step,
-        and all get the same answer.
+        A scheduler may send SIGTERM to all processes, and the launcher passes it on once more.
+
+        Yields a function that returns the signal that any rank got, or 0. All ranks call it once a
+        step, and all get the same answer.
         """
         if threading.current_thread() is not threading.main_thread():
-            yield lambda: False
+            yield lambda: 0
             return
 
         def ask(number: int, frame: Any) -> None:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            self._signalled.set()
-            if self.accelerator.is_main_process:
-                logger.warning("stopping after this step; once more: at once")
+            if number == signal.SIGINT:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+            if self.accelerator.is_main_process and not self._signal:
+                again = "; once more: at once" if number == signal.SIGINT else ""
+                logger.warning("stopping after this step%s", again)
+            self._signal = max(self._signal, number)
 
-        before = signal.signal(signal.SIGINT, ask)
+        before = {each: signal.signal(each, ask) for each in (signal.SIGINT, signal.SIGTERM)}
         try:
-            yield self._any_rank_signalled
+            yield self._signal_of_any_rank
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-    def _any_rank_signalled(self) -> bool:
+    def _signal_of_any_rank(self) -> int:
         if self.accelerator.num_processes == 1:
-            return self._signalled.is_set()
+            return self._signal
         if self._group is None:
             # On the CPU, so that no rank waits for its GPU.
             self._group = torch.distributed.new_group(backend="gloo")
-        flag = torch.tensor([float(self._signalled.is_set())])
-        torch.distributed.all_reduce(flag, group=self._group)
-        return bool(flag.item())
+        number = torch.tensor([self._signal])
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self._group)
+        return int(number)
 
     @contextlib.contextmanager
     def profiled(self) -> Iterator[Callable[[], None]]:
@@ -431,7 +469,8 @@ def _defaults(cls: type) -> dict[str, Any]:
 
 
 def _is_free(key: str, free: Sequence[str]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in free)
+    named = any(key == name or key.startswith(f"{name}.") for name in free)
+    return named or key.rpartition(".")[2] in FREE_KEYS
 
 
 def _world(accelerator: Accelerator) -> dict[str, Any]:
@@ -459,11 +498,28 @@ def _is_complete(folder: Path) -> bool:
     try:
         sizes = json.loads((folder / SEAL).read_text())["sizes"]
         short = [name for name, size in sizes.items() if (folder / name).stat().st_size != size]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         short = [SEAL]
     if short:
-        logger.warning("%s: incomplete (%s), skipped", folder, short[0])
+        logger.warning(
+            "%s: incomplete (%s), removed; the newest complete checkpoint is used", folder, short[0]
+        )
     return not short
+
+
+def _trained_state(accelerator: Accelerator) -> Iterator[torch.Tensor]:
+    """What training changes and a checkpoint saves: on ZeRO-3, this rank's part."""
+    for model in accelerator._models:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                yield getattr(parameter, "ds_tensor", parameter).detach()
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set and buffer.is_floating_point():
+                    yield buffer
+    for optimizer in accelerator._optimizers:
+        for state in optimizer.state.values():
+            yield from (each for each in state.values() if isinstance(each, torch.Tensor))
 
 
 def _remove(checkpoint: Path) -> None:

@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from codec.training.config import OptimConfig, SupervisedOptimConfig
 from codec.training.data import Data, Share
 from codec.training.loop import Losses, Meter, Phases, Reading, train_loop
-from codec.training.optim import adamw, set_learning_rate
+from codec.training.optim import (
+    GuardedSteps,
+    adamw,
+    nan_unless_finite,
+    set_learning_rate,
+)
 from codec.training.run import Run
 from codec.training.schedule import learning_rate
 
@@ -46,6 +51,10 @@ def fit_supervised(
     Args:
         model: `model.groups` names the groups of targets.
         hours_per_step: hours of speech in a step's batches, for the metric `train/hours`.
+
+    Raises:
+        ValueError: the training diverged.
+        Interrupted: SIGINT or SIGTERM was received; a checkpoint of the step is saved.
     """
     accelerator = run.accelerator
     groups: tuple[str, ...] = model.groups  # type: ignore[assignment]
@@ -57,7 +66,7 @@ def fit_supervised(
         describe_model(accelerator, model),
         100 * train.padding_share,
     )
-    meter, norm, updates = Meter(), 0.0, 0
+    meter, guarded, norm, updates = Meter(), GuardedSteps(), 0.0, 0
     batches = _prefetched(train, run, config)
 
     def train_step(step: int) -> None:
@@ -68,12 +77,12 @@ def fit_supervised(
             with accelerator.accumulate(model):
                 batch = to_device(share.batch, accelerator.device)
                 losses = step_function(model, batch, share.num_targets)
-                accelerator.backward(losses.total)
+                accelerator.backward(nan_unless_finite(losses.total))
                 if accelerator.sync_gradients:
                     # DeepSpeed has clipped and stepped inside backward; here it returns the norm.
                     limit = config.clip_norm or math.inf
                     norm = accelerator.clip_grad_norm_(model.parameters(), limit)
-                optimizer.step()
+                    guarded.step(optimizer, norm)
                 optimizer.zero_grad()
             meter.add(losses.parts)
         updates = step + 1
@@ -92,7 +101,7 @@ def fit_supervised(
         return dev_metrics(model, step_function, dev, accelerator, config.eval_batches, groups)
 
     phases = Phases(
-        train_step=train_step, metrics=metrics,
+        train_step=train_step, metrics=metrics, guarded=guarded,
         evaluate=None if dev is None else evaluate_dev,
     )  # fmt: skip
     next(batches)

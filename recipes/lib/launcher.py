@@ -1,9 +1,9 @@
 """`accelerate launch` of a recipe ends with the recipe's exit status and adds no traceback.
 
 Accelerate and torchrun print the traceback of their own exception below what a failed process has
-printed, and accelerate does not wait for a process that saves a checkpoint after Ctrl-C. Neither
-has a setting for that. `make setup` therefore writes a .pth file into .venv (`install`), by which
-the launcher, and no other program, loads this file when it starts.
+printed. After Ctrl-C or SIGTERM accelerate does not wait for a process that saves a checkpoint, and
+torchrun waits for 30 seconds. `make setup` therefore writes a .pth file into .venv (`install`), by
+which the launcher, and no other program, loads this file when it starts.
 """
 
 import logging
@@ -51,6 +51,8 @@ def adapt(words: list[str]) -> None:
 
     sys.excepthook = hook
     signal.signal(signal.SIGINT, _pass_on)
+    signal.signal(signal.SIGTERM, _pass_on)
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"  # torchrun's default has those two, too.
 
 
 def status_of(error: BaseException) -> int | None:
@@ -62,25 +64,29 @@ def status_of(error: BaseException) -> int | None:
         status = min(failures.values(), key=lambda failure: failure.timestamp).exitcode
     elif isinstance(error, subprocess.CalledProcessError):
         status = error.returncode
-    elif getattr(error, "sigval", None) == signal.SIGINT:  # torchrun's SignalException.
-        status = 130
-    return 130 if status == -signal.SIGINT else status if status > 0 else None
+    if status in (-signal.SIGINT, -signal.SIGTERM):
+        return 128 - status
+    return status if status > 0 else None
 
 
 def _pass_on(number: int, frame: Any) -> None:
-    """Keeps waiting for the process, which ends by itself. A terminal sends it the signal as well;
-    a signal of another origin reaches the launcher alone and is passed on."""
+    """Keeps waiting for the process, which ends by itself. A terminal sends it Ctrl-C as well; a
+    signal of another origin may reach the launcher alone and is passed on."""
     try:
         terminal = os.open("/dev/tty", os.O_RDONLY)
         interactive = os.tcgetpgrp(terminal) == os.getpgrp()
         os.close(terminal)
     except OSError:
         interactive = False
-    if not interactive:
+    if number == signal.SIGTERM or not interactive:
         import psutil
 
-        for child in psutil.Process().children():
+        children = psutil.Process().children()
+        for child in children:
             child.send_signal(number)
+        if number == signal.SIGTERM and not children:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 if __name__ == "__main__":

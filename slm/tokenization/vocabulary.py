@@ -211,23 +211,32 @@ def extend(lm: Any, vocabulary: Vocabulary, seed: int, scale: float = 1.0) -> No
     New rows are normal random numbers with the mean of the LLM's text rows and scale**2 times their
     covariance, seeded. Old rows keep ids and values bit for bit. A tied head stays
     tied; an untied one is extended from its own rows.
+
+    Where the tokenizer has more tokens than the table has rows, the table first grows to the
+    tokenizer's size: those rows are not trained or saved with adapters, and are the same for every
+    `seed` and `scale`.
     """
     embedding = lm.get_input_embeddings()
     head = lm.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
-    rows_before = min(embedding.weight.shape[0], vocabulary.num_text)
+    num_rows = embedding.weight.shape[0]
+    rows_before = min(num_rows, vocabulary.num_text)
     lm.resize_token_embeddings(vocabulary.size, mean_resizing=False)
     embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     if tied != (head.weight is embedding.weight):
         raise RuntimeError("resizing changed whether the head is tied to the embeddings")
     generator = torch.Generator().manual_seed(seed)
     first = vocabulary.text_size
+    fixed = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for table in [embedding] if tied else [embedding, head]:
+            if rows_before < vocabulary.num_text:  # text_size is the tokenizer's size then.
+                rows = table.weight[:rows_before]
+                table.weight[rows_before:first] = _draw_rows(rows, first - rows_before, 1.0, fixed)
             count = vocabulary.size - first
             table.weight[first:] = _draw_rows(table.weight[:rows_before], count, scale, generator)
         if not tied and getattr(head, "bias", None) is not None:
-            head.bias[first:] = head.bias[:rows_before].mean()
+            head.bias[min(first, num_rows) :] = head.bias[:rows_before].mean()
 
 
 def _draw_rows(

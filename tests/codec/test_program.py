@@ -19,7 +19,11 @@ PROGRAMS = sorted(
     # `make setup` runs this one, which has no options.
     and path.name != "launcher.py"
 )
-LIGHT = "from codec.program import run_program\nclass Stopped(KeyboardInterrupt): ...\n"
+LIGHT = """
+from codec.program import run_program
+class Stopped(KeyboardInterrupt): ...
+class Ended(KeyboardInterrupt): status = 143
+"""
 
 
 def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -42,6 +46,7 @@ def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
         ("OSError('disk full')", 2, "error: disk full\n"),
         ("KeyboardInterrupt", 130, "interrupted\n"),
         ("Stopped('stopped at step 3')", 130, "stopped at step 3\n"),
+        ("Ended('stopped at step 3')", 143, "stopped at step 3\n"),
         ("BrokenPipeError('of a worker')", 2, "error: of a worker\n"),
         ("SystemExit(3)", 3, ""),
     ],

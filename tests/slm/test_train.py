@@ -313,3 +313,20 @@ def test_matrices_alone_decay_and_the_step_is_fused() -> None:
     )
     assert matrices["fused"]
     assert vectors["fused"]
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "nar"])
+def test_an_absurd_learning_rate_ends_with_an_error_and_no_useless_checkpoint(
+    kind: str, folder: Path, accelerator: Accelerator
+) -> None:
+    model, step, data = parts(kind, folder)
+    optim = SupervisedOptimConfig(
+        steps=6, lr=1e30, clip_norm=0.0, save_every=2, log_every=2, max_skipped_steps=3
+    )
+    run = start_run(optim, folder / "run", seed=0, accelerator=accelerator)
+    with pytest.raises(ValueError, match=r"the training diverged before step \d"):
+        fit_supervised(model, step, data, None, run, optim)
+    accelerator.free_memory()
+    run.close()
+    assert not list((folder / "run" / "checkpoints").glob("step-*"))
+    assert "NaN" not in (folder / "run" / "metrics.jsonl").read_text()

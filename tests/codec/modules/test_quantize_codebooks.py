@@ -49,6 +49,16 @@ def test_entries_follow_their_vectors() -> None:
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("config", [CONFIG, LEARNED])
+def test_vectors_that_are_not_finite_leave_nothing_behind(config: QuantizerConfig) -> None:
+    """A training step with such a batch is skipped; the averages are updated before that."""
+    codebook = Codebook(2, 4, config, seed=1).train()
+    bad = torch.tensor([[torch.nan, 0.0], [torch.inf, 1.0]]).repeat(8, 1)
+    for vectors in (bad, torch.randn(16, 2), torch.cat([bad, torch.randn(16, 2)]), bad):
+        codebook.quantize(vectors.T[None])
+        assert all(bool(each.isfinite().all()) for each in codebook.state_dict().values())
+
+
 @pytest.mark.parametrize(
     ("size", "samples", "limit"), [(32, 50_000, 8192 * 32), (16_384, 1000, 8192 * 1024)]
 )

@@ -1,6 +1,8 @@
-"""The loop: metrics of step N are those of N updates, whoever trains; an interrupt saves a step."""
+"""The loop: metrics of step N are those of N updates, whoever trains; an interrupt saves a step; a
+step that is not finite is skipped."""
 
 import json
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ from forking import ForkedRun
 
 from codec.training.config import OptimConfig
 from codec.training.loop import Interrupted, Meter, Phases, train_loop
+from codec.training.optim import GuardedSteps, adamw, nan_unless_finite
 from codec.training.run import start_run
 
 LAUNCHED = ROOT / "tests" / "launched" / "tiny_loop.py"
@@ -101,15 +104,17 @@ def test_a_profile_is_a_trace_and_a_table(tmp_path: Path, accelerator: Accelerat
     train(tmp_path, accelerator)  # It is no part of the configuration.
 
 
-def test_ctrl_c_ends_a_program_with_one_line_and_status_130(
-    tmp_path: Path, start: Callable[..., ForkedRun]
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_program_ends_with_one_line_and_its_status(
+    number: int, status: int, tmp_path: Path, start: Callable[..., ForkedRun]
 ) -> None:
+    """Ctrl-C, and what schedulers send."""
     program = start(None, LAUNCHED, tmp_path)
     metrics = tmp_path / "metrics.jsonl"
     program.run_until(lambda: metrics.is_file() and len(lines(tmp_path)) >= 3)
-    program.interrupt()
+    program.interrupt(number)
     done = program.wait()
-    assert done.returncode == 130, done.stderr
+    assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     (saved,) = (tmp_path / "checkpoints").iterdir()
     step = int(saved.name.removeprefix("step-"))
@@ -125,3 +130,113 @@ def test_two_ranks_stop_at_the_same_step(tmp_path: Path, launch: Callable[..., A
     again = launch("ddp", LAUNCHED, str(tmp_path), "-1", "8")
     assert again.returncode == 0, again.stderr
     assert f"resuming from {saved}" in again.stderr
+
+
+# What is not finite
+
+
+def train_with(
+    losses: dict[int, float], folder: Path, accelerator: Accelerator, save_every: int = 2,
+    **settings: Any,
+) -> torch.Tensor:  # fmt: skip
+    """Eight steps, of which some have another loss; returns the weights."""
+    optim = OptimConfig(steps=8, log_every=1, save_every=save_every, eval_every=4, **settings)
+    run = start_run(optim, folder, seed=0, accelerator=accelerator)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 2)
+    model, optimizer = accelerator.prepare(model, adamw(model, optim))
+    meter, guarded = Meter(), GuardedSteps()
+
+    def step(number: int) -> None:
+        loss = model(torch.ones(1, 2)).square().sum() * losses.get(number, 1.0)
+        accelerator.backward(nan_unless_finite(loss))
+        guarded.step(optimizer, accelerator.clip_grad_norm_(model.parameters(), 1.0))
+        optimizer.zero_grad()
+        meter.add({"loss": loss})
+
+    phases = Phases(
+        train_step=step,
+        metrics=lambda reading: {"loss": float(reading.sums["loss"])},
+        evaluate=lambda number: {"dev/norm": float(model.weight.detach().norm())},
+        guarded=guarded,
+    )
+    try:
+        train_loop(run, optim, phases, meter, "test")
+    finally:
+        run.close()
+        accelerator.free_memory()
+    return model.weight.detach()
+
+
+def saved(folder: Path) -> list[int]:
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    return [int(name.removeprefix("step-")) for name in names]
+
+
+def strict_lines(folder: Path) -> list[dict[str, Any]]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = (folder / "metrics.jsonl").read_text()
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def test_a_step_that_is_not_finite_is_skipped(
+    tmp_path: Path, accelerator: Accelerator, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = train_with({3: math.nan, 6: math.inf}, tmp_path, accelerator)
+    assert bool(weights.isfinite().all())
+    logged = {line["step"]: line["train/loss"] for line in strict_lines(tmp_path) if len(line) > 2}
+    assert [step for step, loss in logged.items() if loss is None] == [4, 7]
+    assert "1 step skipped before step 4: loss or gradient not finite" in caplog.text
+    # Step 4 comes right after a skipped one.
+    assert "step 4: not evaluated, not saved" in caplog.text
+    assert saved(tmp_path) == [6, 8]
+    assert [line["step"] for line in lines(tmp_path) if "dev/norm" in line] == [8]
+
+
+def test_too_many_in_a_row_end_the_training_and_good_checkpoints_stay(
+    tmp_path: Path, accelerator: Accelerator
+) -> None:
+    bad = dict.fromkeys(range(4, 8), math.nan)
+    message = (
+        "the training diverged before step 7: loss or gradient was not finite in 3 steps in a row; "
+        "step-00000004 is the newest checkpoint; start in a new folder with a lower lr"
+    )
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        train_with(bad, tmp_path, accelerator, max_skipped_steps=2)
+    assert saved(tmp_path) == [2, 4]
+    assert [line["step"] for line in strict_lines(tmp_path)] == [1, 2, 3, 4, 4, 5, 6, 7]
+    # Where the cause is gone, the same command continues, with another limit as well.
+    train_with({}, tmp_path, accelerator, max_skipped_steps=0)
+    assert saved(tmp_path) == [6, 8]
+
+
+def test_a_training_that_ends_with_a_skipped_step_has_failed(
+    tmp_path: Path, accelerator: Accelerator
+) -> None:
+    with pytest.raises(ValueError, match=r"before step 8: .* in 1 step in a row; step-0"):
+        train_with({7: math.nan}, tmp_path, accelerator)
+    assert saved(tmp_path) == [4, 6]
+
+
+def test_weights_that_become_infinite_are_not_saved(
+    tmp_path: Path, accelerator: Accelerator
+) -> None:
+    """By a finite gradient and an absurd learning rate."""
+    with pytest.raises(ValueError, match="diverged before step 1: its weights or optimizers hold"):
+        train_with({}, tmp_path, accelerator, save_every=1, lr=1e39, warmup_steps=2)
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("config", ["ddp", "zero2", "zero3"])
+def test_a_loss_of_one_rank_that_is_not_finite_skips_the_step_of_all(
+    config: str, tmp_path: Path, launch: Callable[..., Any]
+) -> None:
+    if config.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    done = launch(config, LAUNCHED, str(tmp_path), "-1", "6", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("1 step skipped before step 3") == 1
+    assert (tmp_path / "equal.txt").read_text() == "True"
+    assert [line["step"] for line in strict_lines(tmp_path) if line["train/loss"] is None] == [3]

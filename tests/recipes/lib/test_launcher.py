@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,31 @@ def test_the_launcher_waits_for_an_interrupted_program(tmp_path: Path) -> None:
     assert (process.returncode, output, errors) == (130, "", "stopped at step 3\n")
 
 
+def test_a_launcher_passes_sigterm_on_and_waits_for_all_ranks(tmp_path: Path) -> None:
+    """What a scheduler sends; torchrun's own handler would end the ranks after 30 seconds."""
+    fifos = [tmp_path / f"fifo{rank}" for rank in range(2)]
+    for fifo in fifos:
+        os.mkfifo(fifo)
+    body = f"""
+    import signal
+    class Stopped(KeyboardInterrupt): status = 143
+    asked = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+    file = open({str(tmp_path / "fifo")!r} + os.environ["RANK"])
+    file.read()
+    assert asked
+    time.sleep(0.5)  # A checkpoint.
+    raise Stopped("stopped at step 3")"""
+    config = ROOT / "recipes" / "accelerate" / "ddp.yaml"
+    options = ["--config_file", str(config), "--main_process_port", str(free_port())]
+    process = start(tmp_path, body, "--num_processes", "2", *options)
+    with open(fifos[0], "w"), open(fifos[1], "w"):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)  # The signal reaches the ranks before their input ends.
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output, errors) == (143, "", "stopped at step 3\n")
+
+
 def test_only_launches_of_recipes_are_adapted() -> None:
     hook = sys.excepthook
     adapt(["python", "accelerate", "launch", "train.py", str(ROOT / "recipes" / "tts.py")])
@@ -86,4 +112,5 @@ def test_only_launches_of_recipes_are_adapted() -> None:
 def test_what_explains_nothing_keeps_the_launchers_traceback() -> None:
     assert status_of(subprocess.CalledProcessError(-9, "recipe")) is None
     assert status_of(subprocess.CalledProcessError(-2, "recipe")) == 130
+    assert status_of(subprocess.CalledProcessError(-15, "recipe")) == 143
     assert status_of(ValueError("of the launcher")) is None

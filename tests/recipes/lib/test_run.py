@@ -112,6 +112,18 @@ def test_keys_that_are_free_may_change(tmp_path: Path, accelerator: Accelerator)
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["widths"] == {"a": 2}
 
 
+def test_a_run_folder_may_move(tmp_path: Path, accelerator: Accelerator) -> None:
+    @dataclass
+    class Placed:
+        out: str
+        max_skipped_steps: int = 10
+
+    start_run(Placed(str(tmp_path / "a")), tmp_path / "a", seed=0, accelerator=accelerator).close()
+    moved = (tmp_path / "a").rename(tmp_path / "b")
+    start_run(Placed(str(moved), 3), moved, seed=0, accelerator=accelerator).close()
+    assert yaml.safe_load((moved / "config.yaml").read_text())["out"] == str(moved)
+
+
 def test_git_revision_outside_a_checkout_is_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,22 +160,37 @@ def test_only_the_newest_checkpoints_stay(run: Run, accelerator: Accelerator) ->
     assert names == ["step-00000006", "step-00000008"]
 
 
-@pytest.mark.parametrize("harm", ["missing file", "short file", "no seal"])
-def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
-    run: Run, accelerator: Accelerator, harm: str
+@pytest.mark.parametrize(
+    "harm", ["missing file", "short file", "cut in half", "no seal", "half a seal", "other seal"]
+)
+def test_a_damaged_checkpoint_is_removed_and_the_one_before_used(
+    run: Run, accelerator: Accelerator, harm: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     prepare(accelerator)
     run.save(1)
     run.save(2)
     newest = run.folder / f"{CHECKPOINTS}2"
-    weights = newest / "model.safetensors"
+    weights, seal = newest / "model.safetensors", newest / "whole.json"
     if harm == "missing file":
         weights.unlink()
     elif harm == "short file":
         weights.write_bytes(weights.read_bytes()[:-1])
+    elif harm == "cut in half":
+        content = (newest / "optimizer.bin").read_bytes()
+        (newest / "optimizer.bin").write_bytes(content[: len(content) // 2])
+    elif harm == "no seal":
+        seal.unlink()
     else:
-        (newest / "whole.json").unlink()
+        seal.write_text(seal.read_text()[:20] if harm == "half a seal" else "[]")
     assert run.resume() == 1
+    assert f"{newest}: incomplete (" in caplog.text
+    assert "removed; the newest complete checkpoint is used" in caplog.text
+    # It must not stand in for the one that is saved at its step, nor count as one that is kept.
+    assert not newest.exists()
+    run.save(2)
+    run.save(3)
+    assert run.resume() == 3
+    assert newest.is_dir()
 
 
 def test_temporary_folders_of_a_killed_run_go(run: Run, accelerator: Accelerator) -> None:
@@ -182,6 +209,24 @@ def test_a_launch_of_another_size_is_refused(run: Run, accelerator: Accelerator)
     seal.write_text(seal.read_text().replace('"num_processes": 1', '"num_processes": 4'))
     with pytest.raises(ValueError, match="num_processes 4, but this launch has 1"):
         run.resume()
+
+
+@pytest.mark.parametrize("part", ["weight", "buffer", "optimizer"])
+def test_a_checkpoint_with_nan_is_not_written(
+    run: Run, accelerator: Accelerator, part: str
+) -> None:
+    model, optimizer, schedule = prepare(accelerator)
+    model.register_buffer("average", torch.zeros(2))
+    model.register_buffer("mask", torch.tensor([-torch.inf]), persistent=False)
+    step(model, optimizer, schedule)
+    run.save(1)
+    state = next(iter(optimizer.state.values()))
+    spoilt = {"weight": model.weight, "buffer": model.average, "optimizer": state["exp_avg"]}
+    with torch.no_grad():
+        spoilt[part].view(-1)[1] = torch.nan
+    with pytest.raises(ValueError, match=r"before step 2: .*; step-00000001 is the newest"):
+        run.save(2)
+    assert [path.name for path in (run.folder / "checkpoints").iterdir()] == ["step-00000001"]
 
 
 FULL_DISK = """
@@ -241,6 +286,13 @@ def test_metrics_are_lines_and_resuming_drops_what_will_be_repeated(
         return [json.loads(line) for line in metrics.read_text().splitlines()]
 
     assert [line["step"] for line in lines()] == [0, 1, 2]
+
+
+def test_what_is_not_finite_is_null_in_the_metrics(run: Run) -> None:
+    values = {"loss": float("nan"), "norm": float("inf"), "lr": 0.5}
+    run.log(values, step=1)
+    line = (run.folder / "metrics.jsonl").read_text()
+    assert line == '{"step": 1, "loss": null, "norm": null, "lr": 0.5}\n'
 
 
 def test_a_stage_has_its_own_metrics_and_checkpoints(run: Run, accelerator: Accelerator) -> None:

@@ -79,6 +79,19 @@ def test_a_saved_folder_gives_the_same_losses(
     assert (embedding.weight is head.weight) == tied
 
 
+def test_two_loads_are_equal_where_the_tokenizer_is_larger_than_the_table(tmp_path: Path) -> None:
+    lm = make(tmp_path, pad_rows=-3)
+    lm.save(tmp_path / "ar")
+    states = []
+    for seed in (5, 6):
+        torch.manual_seed(seed)
+        states.append(SpeechLM.load(tmp_path / "ar").state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+    table = lm.lm.merge_and_unload().get_input_embeddings().weight
+    (name,) = (each for each in states[0] if each.endswith("embed_tokens.weight"))
+    assert torch.equal(states[0][name], table)
+
+
 def test_start_from_fully_trained_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lm = make(tmp_path, None)
     batch = batch_of(lm, tmp_path / "a.parquet")

@@ -163,6 +163,30 @@ def test_new_rows_have_the_old_ones_mean_and_covariance(tmp_path: Path) -> None:
     torch.testing.assert_close(new.T.cov(), old.T.cov(), rtol=0, atol=0.01)
 
 
+@pytest.mark.parametrize(("kind", "tied"), BASES)
+def test_a_table_smaller_than_the_tokenizer_grows_to_its_size_first(
+    tmp_path: Path, kind: str, tied: bool
+) -> None:
+    """Rows between old and new ones are neither trained nor saved: every load makes them alike."""
+    save_base(tmp_path, kind=kind, tied=tied, pad_rows=-3)
+    tables = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        base = load_base(tmp_path)
+        old = base.lm.get_input_embeddings().weight.detach().clone()
+        vocabulary = Vocabulary.of(base.lm, base.tokenizer, STAMP)
+        assert vocabulary.text_size == vocabulary.num_text == len(base.tokenizer) == len(old) + 3
+        extend(base.lm, vocabulary, seed=seed, scale=1.0 + seed)
+        modules = (base.lm.get_input_embeddings(), base.lm.get_output_embeddings())
+        tables.append([each.weight.detach() for each in modules])
+        assert torch.equal(tables[-1][0][: len(old)], old)
+    between = slice(len(old), vocabulary.text_size)
+    for first, second in zip(*tables, strict=True):
+        assert torch.equal(first[between], second[between])
+        assert len(first[between].unique(dim=0)) == 3
+        assert not torch.equal(first[between.stop :], second[between.stop :])
+
+
 def test_new_rows_follow_the_seed(tmp_path: Path) -> None:
     def rows(seed: int) -> torch.Tensor:
         base = load_base(save_base(tmp_path))
