@@ -69,12 +69,20 @@ def _parser() -> ArgumentParser:
     prompt_help = "prompt: a recording, or the name of a shipped prompt"
 
     add = tts.add_argument
-    add("--text", help="text, of any length")
+    add(
+        "--text",
+        help='text, of any length; a blank line or <break time="0.5s"/> is a pause, '
+        "[word](respelling) a pronunciation",
+    )  # fmt: skip
     add("--prompt", help=prompt_help)
     add(
         "--prompt-text", metavar="TEXT",
         help="transcript of the prompt; default: by the voice's own ASR, which also transcribes a "
         "prompt that is truncated",
+    )  # fmt: skip
+    add(
+        "--lexicon", metavar="FILE",
+        help="pronunciations: lines of a word, a tab and its respelling",
     )  # fmt: skip
     add("--list", metavar="JSONL", help="lines with id, text, prompt and optional prompt_text")
     add("--out", help="output file, such as .wav; with --list a folder")
@@ -229,6 +237,7 @@ def _tts(arguments: argparse.Namespace) -> None:
         result,
         synthesize_list,
     )
+    from slm.tokenization.markup import load_lexicon
     from slm.voice import check_name
 
     _check_tts_flags(arguments)
@@ -240,12 +249,14 @@ def _tts(arguments: argparse.Namespace) -> None:
     if listed is None and target != "-":
         check_name(target)
     sampling = _sampling(arguments)
+    lexicon = load_lexicon(arguments.lexicon) if arguments.lexicon else {}
     summary = _check_tts_of(arguments)
     if listed is not None:
         checked = check_list(entries, summary, listed)
         out = Path(target)
         try:
             voice = _load(arguments, **sampling)
+            voice.lexicon = lexicon
             with FileLock(out):
                 synthesize_list(
                     voice, checked, listed, out, seed=arguments.seed, batch=arguments.batch
@@ -254,6 +265,7 @@ def _tts(arguments: argparse.Namespace) -> None:
             raise KeyboardInterrupt("interrupted; the same command continues") from None
         return
     voice = _load(arguments, **sampling)
+    voice.lexicon = lexicon
     line = {"text": arguments.text, "prompt": arguments.prompt}
     if arguments.prompt_text is not None:
         line["prompt_text"] = arguments.prompt_text

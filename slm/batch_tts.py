@@ -162,6 +162,7 @@ def synthesize_list(
     """
     results, folder = out / RESULTS, listed.parent
     settings = [voice.digest, seed, repr(voice.sampling)]
+    settings += [voice.lexicon] if voice.lexicon else []
     done = _finished(results, out)
     waiting: list[tuple[Line, LongText]] = []
     skipped: list[str] = []

@@ -62,7 +62,8 @@ from slm.generation.streaming import stream
 from slm.generation.tts import Models, Speech, Utterance, decode, synthesize
 from slm.models.ar import SpeechLM, digest_of
 from slm.models.nar import NAR
-from slm.tokenization.text_normalization import NO_TEXT, NormalizedText, unread_signs
+from slm.tokenization.markup import read_markup
+from slm.tokenization.text_normalization import NO_TEXT, NormalizedText, clean_text, unread_signs
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,8 @@ Sound = Float[np.ndarray, " S"] | Path | Prompt | str
 class Voice:
     """TTS, ASR, voice conversion and continuation. Every user error raises ValueError.
 
-    `sampling` holds the generation settings and `prompts` the named prompts; both may be changed.
+    `sampling` holds the generation settings, `prompts` the named prompts and `lexicon` respellings
+    of words (in lower case); all may be changed.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class Voice:
         self.codec, self.lm, self.nar, self.coverage = models
         self.prompts = prompts or {}
         self.sampling = sampling or SamplingConfig()
+        self.lexicon: dict[str, str] = {}
         self.longest_prompt = longest_prompt
         self.folder = folder
         self._normalize_prompt = lru_cache(PROMPT_TEXTS)(
@@ -228,12 +231,17 @@ class Voice:
         return self.stream_prepared(long_text, chunk_seconds)
 
     def normalize(self, text: str, what: str = "the text") -> NormalizedText:
-        """The normalized text with its ids.
+        """The normalized text with its ids; markup is read before (slm/tokenization/markup.py).
 
         Raises:
-            ValueError: a text without words, or of a script that training lacked.
+            ValueError: a text without words, or of a script that training lacked, and a break
+                whose time is no time.
         """
-        normalized = self.lm.tokenizer.normalize(text)
+        marked = read_markup(clean_text(text), self.lexicon)
+        if marked.removed:
+            logger.warning("%s has tags that are removed: %s", what, " ".join(marked.removed))
+        normalized = self.lm.tokenizer.normalize(marked.text)
+        normalized = replace(normalized, original=text, pauses=marked.pauses)
         self.coverage.check(normalized.text, what)
         signs = unread_signs(normalized.text) if self.lm.tokenizer.text.normalize else []
         if signs:
@@ -271,7 +279,7 @@ class Voice:
             fits = fits_behind(prompt, prompt_text, self.models, self.sampling)
             if has_paragraphs(text.text) or not fits(text):
                 part_of = self.lm.tokenizer.from_normalized
-                pieces = split_text(text.text, lambda part: fits(part_of(part)))
+                pieces = split_text(text.text, lambda part: fits(part_of(part)), text.pauses)
                 texts = [part_of(piece.text) for piece in pieces]
                 pauses = [piece.pause for piece in pieces]
         utterances = [self._utterance(one, prompt, seed) for one in texts]

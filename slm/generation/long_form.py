@@ -8,7 +8,7 @@ between words, then inside words, behind their signs.
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -123,13 +123,20 @@ def fits_behind(
     return fits
 
 
-def split_text(text: str, fits: Callable[[str], bool]) -> list[Piece]:
+def split_text(
+    text: str, fits: Callable[[str], bool], pauses: Sequence[float | None] = ()
+) -> list[Piece]:
     """Pieces that fit, as long as possible within a paragraph. A single word that does not fit is a
-    piece, too."""
+    piece, too.
+
+    Args:
+        pauses: seconds at each blank line; None and missing: PARAGRAPH_PAUSE.
+    """
     pieces: list[Piece] = []
-    for paragraph in _units(text.strip(), _paragraph_ends(text.strip())):
+    paragraphs = _units(text.strip(), _paragraph_ends(text.strip()))
+    for paragraph, pause in zip_longest(paragraphs, pauses[: len(paragraphs)]):
         parts = _split(paragraph.strip(), fits, 0)
-        parts[-1] = (parts[-1][0], PARAGRAPH_PAUSE)
+        parts[-1] = (parts[-1][0], PARAGRAPH_PAUSE if pause is None else pause)
         pieces += [Piece(_SPACE.sub(" ", part).strip(), pause) for part, pause in parts]
     return [*pieces[:-1], Piece(pieces[-1].text, 0.0)]
 

@@ -29,6 +29,8 @@ class NormalizedText:
     """Vocabulary ids of `tts_form`."""
     num_tokens: int
     """Tokens of `text` in the LLM's own tokenizer: the unit of length bounds."""
+    pauses: tuple[float | None, ...] = ()
+    """Seconds of the pause at each blank line of `text`; None and missing: that of a paragraph."""
 
     @property
     def words(self) -> list[str]:
@@ -146,6 +148,12 @@ _AREAS = {
 }
 _AREAS_OF_MANY = {"ft": "feet", "in": "inches"}
 _PREFIXES = {"": "", "k": "kilo", "M": "mega"}
+_UNIT_NAMES = {
+    **{"hr": "hour", "hrs": "hour", "mins": "minute", "sec": "second", "secs": "second"},
+    **{"yr": "year", "yrs": "year", "wk": "week", "wks": "week", "kWh": "kilowatt hour"},
+    **{"tbsp": "tablespoon", "tsp": "teaspoon", "V": "volt", "W": "watt"},
+}
+"""Units that wetext does not read."""
 _MICRO = {"m": "meters", "g": "grams", "s": "seconds", "l": "liters", "L": "liters"}
 _MONTH_NAMES = {
     **{"Jan": "January", "Feb": "February", "Mar": "March", "Apr": "April", "Jun": "June"},
@@ -256,6 +264,10 @@ def _area(match: re.Match[str]) -> str:
     return f"{before} {kind} {_AREAS[unit] if _is_one(match) else many}"
 
 
+def _unit(match: re.Match[str]) -> str:
+    return f"{match[1]} {_UNIT_NAMES[match[2]]}{'' if _is_one(match) else 's'}"
+
+
 def _sign(match: re.Match[str]) -> str:
     """A sign in words, with spaces around it."""
     text, start, end = match.string, match.start(), match.end()
@@ -334,18 +346,27 @@ _RULES = [
     (re.compile(r"\u2212\s*(?=[$\u00a3\u20ac]?\d)"), lambda m: "minus "),
     (re.compile(r"(?<!\S)-(?=[$\u00a3\u20ac]\d)"), lambda m: "minus "),
     (re.compile(r"~\s?(?=[$\u00a3\u20ac]?\d)"), lambda m: "approximately "),
+    (re.compile(r"(?<=\d)\s?>\s?(?=\d)"), lambda m: " is greater than "),
+    (re.compile(r"(?<=\d)\s?<\s?(?=\d)"), lambda m: " is less than "),
     (re.compile(r"(?<!\S)<\s?(?=[$\u00a3\u20ac]?\d)"), lambda m: "less than "),
     (re.compile(r"(?<!\S)>\s?(?=[$\u00a3\u20ac]?\d)"), lambda m: "more than "),
     (re.compile(r"(?<!\d)(?!0x)(\d+)\s?x\s?(?=\d)"), lambda m: f"{m[1]} by "),
     (re.compile(r"(\d)\s?\*\s?(?=\d)"), lambda m: f"{m[1]} times "),
     (re.compile(rf"[{''.join(_SIGNS)}]"), _sign),
+    (re.compile(r"(?<=\w) \+ (?=\w)"), lambda m: " plus "),
+    (re.compile(r"(?<=\w) = (?=\w)"), lambda m: " equals "),
+    (re.compile(r"(\d)\s?m/s\b"), lambda m: f"{m[1]} meters per second"),
+    (re.compile(rf"(\d)\s?({_names(_UNIT_NAMES)})\b(?:\.(?=\s+[a-z\d]|[,;:]))?"), _unit),
+    (re.compile(r"(\d{4}-\d\d-\d\d)T(?=\d\d:)"), lambda m: f"{m[1]} "),
     (re.compile(r"\bUS\$(?=\d)"), lambda m: "$"),
     (
         re.compile(rf"{_ALONE}({_NUMBER})\s?({_names(_CODES)})\b"),
         lambda m: _CODES[m[2]] + m[1],
     ),
     (
-        re.compile(rf"{_ALONE}({_NUMBER})([kmbt]n?)?\s?([$\u00a3\u20ac])(?!\w)", re.I),
+        re.compile(
+            rf"{_ALONE}({_NUMBER}(?:-{_NUMBER})?)([kmbt]n?)?\s?([$\u00a3\u20ac])(?!\w)", re.I
+        ),
         lambda m: f"{m[3]}{m[1]}{m[2] or ''}",
     ),
     (
@@ -433,6 +454,7 @@ _RULES = [
     (re.compile(r"\b(1[1-9]|20)([2-9]0)'?s\b"), lambda m: f"{m[1]} {m[2]}s"),
     (re.compile(r"(?<!\w)'?([2-9]0)'s\b"), lambda m: f"{m[1]}s"),
     (re.compile(rf"{_ALONE}(1[1-9])0([1-9]){_ENDS}"), lambda m: f"{m[1]} oh {m[2]}"),
+    (re.compile(rf"{_ALONE}1000{_ENDS}"), lambda m: "one thousand"),
     (re.compile(rf"{_ALONE}100([1-9]){_ENDS}"), lambda m: f"one thousand and {m[1]}"),
     (re.compile(r"(\d(?:st|nd|rd|th|s)|,\d{3})-(?=[A-Za-z])"), lambda m: f"{m[1]} "),
     (

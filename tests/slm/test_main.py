@@ -124,6 +124,7 @@ def test_a_named_pipe_is_written_to_and_stays(folder: Path, tmp_path: Path) -> N
     [
         (["tts", "--temperature", "0", "--out", "o.wav"], "temperature must be positive"),
         (["tts", "--checks", "foo", "--out", "o.wav"], "no check 'foo'"),
+        (["tts", "--out", "o.wav", "--lexicon", "none.tsv"], "none.tsv: no lexicon"),
         (["tts", "--out", "file/o.wav"], "file is no folder"),
         (["tts", "--stream", "file/deep/o.wav"], "file is no folder"),
         (["tts", "--stream", "folder.wav"], "is a folder; name a file"),

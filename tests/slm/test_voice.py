@@ -362,6 +362,20 @@ def test_a_blank_line_is_a_pause_of_the_wave(voice: Voice) -> None:
     assert joined > 0  # The waves are loud to their ends.
 
 
+def test_markup_is_read_before_the_text(
+    voice: Voice, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(voice, "lexicon", {"mew": "cat"})
+    marked = '<speak>the mew <break time="0.3s"/> [zat](sat)</speak>'
+    with caplog.at_level(logging.WARNING):
+        text = voice.prepare_long(marked, voice.prompts["ann"])
+    assert [one.text.text for one in text.utterances] == ["the cat", "sat"]
+    assert text.pauses == [0.3, 0.0]
+    assert text.text.original == marked
+    assert "the text has tags that are removed: speak" in caplog.text
+    assert "signs" not in caplog.text
+
+
 def test_capitals_alone_are_small_letters_by_the_time_that_they_are_checked(
     voice: Voice, caplog: pytest.LogCaptureFixture
 ) -> None:

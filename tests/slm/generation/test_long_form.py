@@ -77,6 +77,11 @@ def test_a_blank_line_is_a_pause_however_short_the_text_is() -> None:
     ]
 
 
+def test_pauses_of_blank_lines_may_be_given() -> None:
+    pieces = split_text("a\n\nb\n\nc\n\nd", lambda _: True, [0.1, None])
+    assert [piece.pause for piece in pieces] == [0.1, PARAGRAPH_PAUSE, PARAGRAPH_PAUSE, 0.0]
+
+
 def test_what_has_no_spaces_is_split_behind_its_signs() -> None:
     text = ",".join(["word"] * 300) + "_" + "/".join(["path"] * 9)
     pieces = split_text(text, lambda part: len(part) < 20)

@@ -58,6 +58,18 @@ EXPECTED = {
     "V2.0 and v3.11.1, e.g. v1": (
         "Version two point zero and version three point eleven point one, for example v one"
     ),
+    "20-30\u20ac, 5-10%, +5, 5+, 1000 and 5 \u03bcm": (
+        "twenty to thirty euros, five to ten percent, plus five, five plus, one thousand and "
+        "five micrometers"
+    ),
+    "5 > 3, 3 < 5, x\u00b2 + y = 2, 5 m/s, 3 hrs. or 1 hr": (
+        "five is greater than three, three is less than five, x squared plus y equals two, "
+        "five meters per second, three hours or one hour"
+    ),
+    "50 USD, \u00a5500 or \u20b92k, 1 m\u00b2 at 3\u215c miles": (
+        "fifty dollars, five hundred yen or two thousand rupees, one square meter at "
+        "three and three eighths miles"
+    ),
     "mail me@x.com 24/7": "mail me at x dot com twenty four seven",
 }
 
