@@ -542,8 +542,8 @@ class Batch:
         # Without padding no mask is needed, and attention has a faster kernel.
         mask = None if bool(self._mask.all()) else self._mask
         logits = next_logits(
-            self._lm, self._ids, input_ids=self._tokens, attention_mask=mask,
-            position_ids=positions, past_key_values=self._cache, use_cache=True,
+            self._lm, self._ids, self._cache, input_ids=self._tokens, attention_mask=mask,
+            position_ids=positions, use_cache=True,
         ).float().cpu()  # fmt: skip
         if len(self._ids.spans) > 1:
             return logits

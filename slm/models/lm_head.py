@@ -5,6 +5,8 @@ target can have are multiplied. With 50,000 text tokens and 1,000 codes the full
 most of a training step's time and memory.
 """
 
+import functools
+import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import pairwise
@@ -84,8 +86,10 @@ def group_logits(
     return _logits(lm, states, [group.ids for group in groups], owner)
 
 
-def next_logits(lm: Any, ids: IdRange, **inputs: Any) -> Float[Tensor, "B _"]:
+def next_logits(lm: Any, ids: IdRange, cache: Any = None, **inputs: Any) -> Float[Tensor, "B _"]:
     """One pass of a causal LM, perhaps with a KV cache; logits of `ids` at the last position."""
+    if cache is not None:
+        inputs[_cache_argument(type(_causal_lm(lm).base_model))] = cache
     (logits,) = _logits(lm, [last_hidden_states(lm, **inputs)[:, -1]], [ids])
     return logits
 
@@ -93,6 +97,12 @@ def next_logits(lm: Any, ids: IdRange, **inputs: Any) -> Float[Tensor, "B _"]:
 def last_hidden_states(lm: Any, **inputs: Any) -> Float[Tensor, "B L D"]:
     """Output of a causal LM's last layer: the input of its head."""
     return _causal_lm(lm).base_model(**inputs).last_hidden_state
+
+
+@functools.cache
+def _cache_argument(model: type) -> str:
+    """Its name in `forward`: transformers has renamed it in version 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _causal_lm(lm: Any) -> Any:
