@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from errno import EACCES, EDQUOT, ENOSPC, EROFS
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -227,6 +228,8 @@ def hub_reason(error: Exception) -> str:
         return "it has no such model, or access is restricted"
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         return "its model has no such file"
+    if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EACCES, EROFS):
+        return f"its files cannot be stored ({error.strerror})"
     return "it cannot be reached, and the model is not in the cache"
 
 

@@ -143,14 +143,14 @@ class Recordings:
         for keep, why in (
             (transcribed, "without a transcript in letters"),
             (short, f"longer than batch.positions ({longest} frames)"),
-            (fits, "with more letters than frames for CTC"),
+            (fits, f"needing more than {STEPS} CTC steps a frame"),
         ):
             _warn_skipped([cuts[i].id for i in np.flatnonzero(~keep).tolist()], why)
         kept = np.flatnonzero(transcribed & short & fits).tolist()
         if not kept:
             raise ValueError(
                 "no recording is left: each needs a transcript in letters, at most batch.positions "
-                f"({longest}) frames, and at least one frame per {STEPS} letters; see above"
+                f"({longest}) frames, and at most {STEPS} CTC steps a frame; see above"
             )
         self._cuts = [cuts[i] for i in kept]
         self._labels: list[Any] = [letter_labels[i] for i in kept]

@@ -94,15 +94,20 @@ def fork_server() -> Iterator[ForkServer]:
 @pytest.fixture
 def start(
     fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., ForkedRun]:
+) -> Iterator[Callable[..., ForkedRun]]:
     """`start(None, script, *arguments)` runs a program; `start("zero2", ...)` on two CPU ranks."""
 
     def run(config: str | None, script: str | Path, *arguments: object) -> ForkedRun:
         environments = launch_environments(config, ranks=2) if config else [{}]
         argv = [str(script), *map(str, arguments)]
-        return ForkedRun(fork_server, argv, environments, tmp_path_factory.mktemp("printed"))
+        begun = ForkedRun(fork_server, argv, environments, tmp_path_factory.mktemp("printed"))
+        runs.append(begun)
+        return begun
 
-    return run
+    runs: list[ForkedRun] = []
+    yield run
+    for begun in runs:
+        begun.kill()
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
 """Programs on one or several ranks, without the seconds that a new interpreter takes to load.
 
-What `accelerate launch` itself does is tested by tests/recipes/lib/test_launcher.py and
-test_commands.py; here its environment is taken from accelerate, and the ranks are forks.
+The environment of ranks is taken from accelerate. `accelerate launch` itself runs in
+tests/recipes/lib/test_launcher.py, and with DeepSpeed in tests/recipes/test_train_codec.py. Forks
+end without the interpreter's own end, share its hash seed, and have no launcher above them.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -44,7 +46,11 @@ def launch_environments(config: str, ranks: int) -> list[dict[str, str]]:
     ):
         launch_command(arguments)
     assert taken
-    common = {key: each for key, each in taken.items() if os.environ.get(key) != each}
+    common = {
+        key: each
+        for key, each in taken.items()
+        if key.startswith("ACCELERATE_") or os.environ.get(key) != each
+    }
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
@@ -69,10 +75,15 @@ class ForkServer:
         assert self._server.stdout
         self._server.stdin.write(f"{json.dumps(request)}\n")
         self._server.stdin.flush()
-        return json.loads(self._server.stdout.readline())
+        answer = self._server.stdout.readline()
+        assert answer, f"the fork server ended with status {self._server.wait(10)}"
+        return json.loads(answer)
 
     def close(self) -> None:
-        self._server.communicate(timeout=60)
+        try:
+            self._server.communicate(timeout=60)
+        finally:
+            self._server.kill()
 
 
 class ForkedRun:
@@ -123,8 +134,11 @@ class ForkedRun:
         alive = [psutil.Process(pid) for pid in self.pids if pid not in self._status]
         children = [child for each in alive for child in each.children(recursive=True)]
         for each in (*alive, *children):
-            each.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        deadline = time.monotonic() + 60
         while len(self._status) < len(self.pids):
+            assert time.monotonic() < deadline
             for pid in set(self.pids) - self._status.keys():
                 status = self._server.ask(pid=pid)
                 if status is not None:

@@ -203,7 +203,7 @@ def _element(hint: Any, value: Any, place: str) -> Any:
         kinds = {key: kind for key, kind, _, _ in _keys(hint)}
         config = OmegaConf.structured(hint)
         try:
-            config = _merged(config, dict(leaves(value)), kinds)
+            config = _merged(config, dict(leaves(value)) if value else {}, kinds)
         except ValueError as error:
             raise ValueError(f"{place}.{error}") from None
         try:
@@ -291,11 +291,15 @@ def _refusal(key: str, value: Any, error: Exception, kinds: Mapping[str, str]) -
     below = [each for each in kinds if each.startswith(f"{key}.")]
     if below:
         return f"{key}={_shown(value)}: expected keys below it, such as {below[0]}"
-    stem = key.partition(".")[0]
-    if kinds.get(stem, "").startswith("names with "):
-        return f"{key}={_shown(value)}: {stem} takes {kinds[stem]}"
-    if stem in kinds and not any(each.startswith(f"{stem}.") for each in kinds):
-        return f"{key}: {stem} takes one value ({kinds[stem]}), no keys below it"
+    parts = key.split(".")
+    for stem in (".".join(parts[:depth]) for depth in range(1, len(parts))):
+        kind = kinds.get(stem, "")
+        if kind.startswith("names with "):
+            return f"{key}={_shown(value)}: {stem} takes {kind}"
+        if kind.startswith("a list of "):
+            return f"{key}: {stem} is {kind}; write {stem}=[...]"
+        if kind and not any(each.startswith(f"{stem}.") for each in kinds):
+            return f"{key}: {stem} takes one value ({kind}), no keys below it"
     return f"{key}: no such key{did_you_mean(key, kinds) or '; --help lists the keys'}"
 
 

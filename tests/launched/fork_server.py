@@ -14,9 +14,10 @@ import os
 import runpy
 import signal
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 MODULES = (
     *("recipes.cache_teachers", "recipes.train_codec", "recipes.train_semantic", "recipes.tts"),
@@ -44,7 +45,7 @@ def serve() -> dict[str, Any]:
             answer = os.waitstatus_to_exitcode(status) if pid else None
         sys.stdout.write(f"{json.dumps(answer)}\n")
         sys.stdout.flush()
-    sys.exit(0)
+    os._exit(0)
 
 
 def run(argv: list[str], environment: dict[str, str], stdout: str, stderr: str) -> int:
@@ -55,14 +56,18 @@ def run(argv: list[str], environment: dict[str, str], stdout: str, stderr: str) 
         os.dup2(os.open(path, mode), descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Shells ignore it in the background.
     os.environ |= environment
+    # Forks would draw the same numbers, where nothing seeds NumPy's global generator.
+    np.random.seed()  # noqa: NPY002
     sys.argv = argv
     sys.path[0] = str(Path(argv[0]).parent)
     try:
         runpy.run_path(argv[0], run_name="__main__")
     except SystemExit as end:
+        if isinstance(end.code, str):
+            sys.stderr.write(f"{end.code}\n")
         return end.code if isinstance(end.code, int) else int(bool(end.code))
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
         return 1
     return 0
 

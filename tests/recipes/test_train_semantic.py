@@ -186,7 +186,7 @@ def test_a_transcript_longer_than_its_frames_is_left_out(
     cuts[1].supervisions[0].text = "ab" * 30
     CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
     train_semantic([*settings, f"out={tmp_path / 'run'}"])
-    assert "1 recordings left out, with more letters than frames for CTC: 0" in caplog.text
+    assert "1 recordings left out, needing more than 2 CTC steps a frame: 0" in caplog.text
 
 
 def test_deepspeed_is_refused_in_words(settings: list[str], monkeypatch) -> None:

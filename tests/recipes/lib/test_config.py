@@ -101,6 +101,10 @@ def test_nested_dataclasses_keep_their_types(file: Callable[[str], str]) -> None
         ("optim.lr=-1", "optim.lr must be positive, got -1"),
         ("scales=[{windw: 3}]", "scales[0].windw: no such key; did you mean window?"),
         ("scales=[{window: 3}, {weight: x}]", "scales[1].weight=x: expected a number"),
+        (
+            "scales.0.window=3",
+            "scales.0.window: scales is a list of items with the keys window, weig",
+        ),
         ("scales=3", "scales=3: expected a list of items with the keys window, weight"),
         ("weights=[1]", "weights=[1]: expected names with numbers"),
         ("optim=[1]", "optim=[1]: expected keys below it, such as optim.lr"),
@@ -165,6 +169,11 @@ def test_what_is_resolved_loads_again(tmp_path: Path) -> None:
     config = load_config(Config, ["out=x", "optim.lr=0.5", "scales=[{window: 8}]"])
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(resolved(config)))
     assert load_config(Config, ["--config", str(tmp_path / "c.yaml")]) == config
+
+
+def test_items_of_a_list_have_defaults() -> None:
+    (scale,) = load_config(Config, ["out=x", "scales=[{}]"]).scales
+    assert scale == Scale()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
