@@ -166,6 +166,14 @@ def test_stopped_and_started_again_it_ends_with_the_same_weights(
     assert all(torch.equal(one, two) for one, two in zip(*map(dict.values, readers), strict=True))
 
 
+def test_a_training_that_diverges_writes_no_codec(settings: list[str], tmp_path: Path) -> None:
+    absurd = ["optim.lr=1e30", "optim.clip_norm=0", "optim.max_skipped_steps=1"]
+    with pytest.raises(ValueError, match=r"the training diverged before step \d"):
+        train_semantic([*settings, *absurd, f"out={tmp_path / 'run'}"])
+    assert not (tmp_path / "run" / "codec").exists()
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
 def test_an_unreadable_recording_costs_itself_alone(settings: list[str], tmp_path: Path) -> None:
     (tmp_path / "1.wav").write_bytes(b"")
     alone = ["batch.max_items=1", "optim.steps=12"]

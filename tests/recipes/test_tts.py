@@ -133,6 +133,20 @@ def test_what_people_get_wrong(
         tts([f"out={tmp_path / 'run'}", *inputs, *SMALL, *steps, override])
 
 
+@pytest.mark.parametrize("stage", ["ar", "nar"])
+def test_a_training_that_diverges_ships_no_voice(
+    stage: str, inputs: list[str], tmp_path: Path
+) -> None:
+    out, optim = tmp_path / "run", {"ar": "optim", "nar": "nar_optim"}[stage]
+    absurd = [f"{optim}.lr=1e30", f"{optim}.clip_norm=0", f"{optim}.warmup_steps=1"]
+    with pytest.raises(ValueError, match="the training diverged before step 6"):
+        tts([f"out={out}", *inputs, *SMALL, *absurd])
+    assert not (out / "voice" / stage).exists()
+    assert not (out / "voice" / "README.md").exists()
+    for line in (out / stage / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+
+
 def test_tokens_of_another_codec_are_refused(inputs: list[str], tmp_path: Path) -> None:
     other = save_shard(tmp_path / "other.parquet")
     with pytest.raises(ValueError, match=r"other\.parquet.*codec"):
