@@ -307,7 +307,7 @@ def _find(inputs: Sequence[Path]) -> Iterator[Recording]:
 
     If a name occurs again, -2, -3 and so on are appended.
     """
-    from codec.audio import AUDIO_SUFFIXES
+    from codec.audio import recordings_in
 
     taken: set[str] = set()
     for given in inputs:
@@ -315,10 +315,7 @@ def _find(inputs: Sequence[Path]) -> Iterator[Recording]:
             raise ValueError(f"{given}: no such recording or folder")
         files = [given]
         if given.is_dir():
-            inside = sorted(given.rglob("*"))
-            files = [
-                path for path in inside if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file()
-            ]
+            files = [path for path in recordings_in(given) if path.is_file()]
             if not files:
                 raise ValueError(f"{given}: no recording in this folder")
         for path in files:

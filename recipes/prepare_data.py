@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
-from codec.audio import AUDIO_SUFFIXES, stream_audio
+from codec.audio import audio_info, recordings_in, stream_audio
 from codec.io import atomic_files, sha256_of
 from codec.program import ArgumentParser, counted
 from recipes.lib.run import finished, run_recipe
@@ -126,11 +126,8 @@ def entries_of_folder(
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of recordings")
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
-    for audio in sorted(found):
+    for audio in recordings_in(folder, expected=(".txt",)):
         relative = audio.relative_to(folder)
-        if any(part.startswith(".") for part in relative.parts):
-            continue
         text, error = "", None
         try:
             text = audio.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
@@ -155,7 +152,6 @@ def cut_of(entry: ListedRecording) -> "Cut":
     Raises:
         ValueError: the recording is missing, unreadable, empty or truncated.
     """
-    import soundfile
     from lhotse import AudioSource, Recording, SupervisionSegment
 
     path = entry.audio.resolve()
@@ -163,21 +159,18 @@ def cut_of(entry: ListedRecording) -> "Cut":
         raise ValueError(entry.error)
     if not path.is_file():
         raise ValueError(f"{path}: no such recording")
-    try:
-        header = soundfile.info(path)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"{path}: cannot be read as audio ({error.error_string})") from error
-    duration = header.frames / header.samplerate
+    header = audio_info(path)
+    duration = header.num_samples / header.sample_rate
     if entry.duration is not None and duration < 0.98 * entry.duration - 0.1:
         raise ValueError(f"{path}: truncated: {duration:.2f} of {entry.duration:.2f} s are there")
-    if header.frames <= 0:
+    if header.num_samples <= 0:
         raise ValueError(f"{path}: holds no samples")
-    channels = list(range(header.channels))
+    channels = list(range(header.num_channels))
     recording = Recording(
         id=entry.id,
         sources=[AudioSource(type="file", channels=channels, source=str(path))],
-        sampling_rate=header.samplerate,
-        num_samples=header.frames,
+        sampling_rate=header.sample_rate,
+        num_samples=header.num_samples,
         duration=duration,
         channel_ids=channels,
     )

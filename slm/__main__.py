@@ -66,7 +66,7 @@ def _parser() -> ArgumentParser:
             "--dtype", choices=("float32", "bfloat16"), default="float32",
             help="dtype of the weights of LLM and NAR",
         )  # fmt: skip
-    prompt_help = "prompt: a recording, or the name of a shipped prompt"
+    prompt_help = "prompt: a recording with speech (a file or a pipe), or a shipped prompt's name"
 
     add = tts.add_argument
     add(
@@ -112,7 +112,10 @@ def _parser() -> ArgumentParser:
         command.add_argument(
             "--batch", type=int, default=8, metavar="N", help="batch size (default 8)"
         )
-    asr.add_argument("recordings", nargs="+", metavar="REC", help="recordings of any length")
+    asr.add_argument(
+        "recordings", nargs="+", metavar="REC",
+        help="recordings of any length; one without speech has the failure empty",
+    )  # fmt: skip
 
     add = vc.add_argument
     add("--source", required=True, help="recording to convert, of any length")

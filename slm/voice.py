@@ -60,6 +60,7 @@ from slm.generation.rerank import can_transcribe, transcripts
 from slm.generation.sampling import restrict_speech, speech_bounds
 from slm.generation.streaming import stream
 from slm.generation.tts import Models, Speech, Utterance, decode, synthesize
+from slm.generation.voice_activity import reason_without_speech
 from slm.models.ar import SpeechLM, digest_of
 from slm.models.nar import NAR
 from slm.tokenization.markup import read_markup
@@ -190,7 +191,9 @@ class Voice:
             ValueError: a text without words or of an unknown script, and a prompt that the voice
                 cannot use.
         """
-        return self.synthesize([self.prepare_long(text, self.prompt(prompt, prompt_text), seed)])[0]
+        _check_request(text, seed)
+        known = self.prompt(prompt, prompt_text)
+        return self.synthesize([self.prepare_long(text, known, int(seed))])[0]
 
     def tts_batch(
         self, texts: Sequence[str], prompts: Sequence[Sound], seeds: Sequence[int] | None = None
@@ -200,15 +203,19 @@ class Voice:
         Raises:
             ValueError: as `tts`, and for lists of different lengths.
         """
+        if isinstance(texts, str):
+            raise ValueError(f"texts must be a list, not the string {texts[:60]!r}")
         seeds = seeds if seeds is not None else [0] * len(texts)
         if not len(texts) == len(prompts) == len(seeds):
             raise ValueError(
                 f"{len(texts)} texts, {len(prompts)} prompts and {len(seeds)} seeds; give one of "
                 "each for every text"
             )
+        for text, seed in zip(texts, seeds, strict=True):
+            _check_request(text, seed)
         known = [self.prompt(prompt) for prompt in prompts]
         return self.synthesize(
-            [self.prepare_long(*one) for one in zip(texts, known, seeds, strict=True)]
+            [self.prepare_long(*one) for one in zip(texts, known, map(int, seeds), strict=True)]
         )
 
     def stream(
@@ -227,7 +234,8 @@ class Voice:
         Raises:
             ValueError: as `tts`, and for chunk_seconds that are not positive and finite.
         """
-        long_text = self.prepare_long(text, self.prompt(prompt, prompt_text), seed)
+        _check_request(text, seed)
+        long_text = self.prepare_long(text, self.prompt(prompt, prompt_text), int(seed))
         return self.stream_prepared(long_text, chunk_seconds)
 
     def normalize(self, text: str, what: str = "the text") -> NormalizedText:
@@ -352,9 +360,11 @@ class Voice:
             prompt_text: its transcript; None: the model transcribes a recording.
 
         Raises:
-            ValueError: an unknown name, an unreadable or silent recording, a transcript without
-                words, or a voice without ASR where a transcript is missing.
+            ValueError: an unknown name, an unreadable recording, one without speech, a transcript
+                without words, or a voice without ASR where a transcript is missing.
         """
+        if not isinstance(prompt_text, str | None):
+            raise ValueError(f"prompt_text must be a string, not {repr(prompt_text)[:60]}")
         if prompt_text is not None and not has_words(prompt_text):
             raise ValueError(
                 f"the prompt's text {prompt_text!r} has no words; give its transcript, or leave it "
@@ -388,6 +398,9 @@ class Voice:
         rate = self.codec.sample_rate
         wave = read_audio(prompt, rate) if isinstance(prompt, Path) else prompt
         _check_samples(wave, "the prompt")
+        name = str(prompt) if isinstance(prompt, Path) else "the prompt"
+        if (reason := reason_without_speech(wave, rate)) is not None:
+            raise ValueError(f"{name}: no speech was found: {reason}; give a recording of a voice")
         start = truncate_at_pause(wave, max(1, round(seconds * rate)))
         if len(start) == len(wave):
             return encode(self.codec, [wave])[0], text
@@ -475,17 +488,22 @@ class Voice:
     # ---------------------------------------------------------------- ASR
 
     def asr(self, waves: Sequence[np.ndarray]) -> list[str]:
-        """Transcripts of waves (S,) at the codec's sample rate; empty for silence.
+        """Transcripts of waves (S,) at the codec's sample rate; empty where there is no speech.
 
         Raises:
             ValueError: a voice that was not trained on ASR, and arrays that are no waves.
         """
         self.lm.check_task("asr")
+        if (isinstance(waves, np.ndarray) and waves.ndim == 1) or isinstance(waves, str | Path):
+            raise ValueError(
+                "the recording: give samples as a NumPy array in a list, [wave]; asr_file takes a "
+                "path"
+            )
         for wave in waves:
             _check_samples(
                 wave, "the recording", also=" (asr_file takes a path)", allow_silence=True
             )
-        pieces = [list(audible_pieces([wave], self._longest_piece)) for wave in waves]
+        pieces = [list(self._pieces_with_speech([wave], [])) for wave in waves]
         made = transcribe_pieces(self.codec, chain.from_iterable(pieces), self.transcripts)
         return [join_transcripts(islice(made, len(of_wave))).text for of_wave in pieces]
 
@@ -499,13 +517,35 @@ class Voice:
 
     def transcribe_file(self, path: str | Path, batch: int = 8) -> Transcript:
         """`asr_file`, with the failure of the first piece that failed."""
+        if not isinstance(path, str | Path):
+            raise ValueError(
+                f"asr_file takes a path; asr takes samples in a list, not {repr(path)[:60]}"
+            )
         return self.transcribe_stream(stream_audio(path, self.codec.sample_rate), batch)
 
     def transcribe_stream(self, blocks: Iterable[np.ndarray], batch: int = 8) -> Transcript:
-        """`asr_stream`, with the failure of the first piece that failed."""
+        """`asr_stream`, with the failure of the first piece that failed; `empty` if no piece has
+        speech (slm/generation/voice_activity.py)."""
         self.lm.check_task("asr")
-        pieces = audible_pieces(blocks, self._longest_piece)
-        return join_transcripts(transcribe_pieces(self.codec, pieces, self.transcripts, batch))
+        reasons: list[str] = []
+        pieces = self._pieces_with_speech(blocks, reasons)
+        made = join_transcripts(transcribe_pieces(self.codec, pieces, self.transcripts, batch))
+        if reasons and not made.text and made.failure is None:
+            return made._replace(failure="empty")
+        return made
+
+    def _pieces_with_speech(
+        self, blocks: Iterable[np.ndarray], reasons: list[str]
+    ) -> Iterator[np.ndarray]:
+        """Pieces of a recording. Those without speech are skipped; `reasons` receives why."""
+        for piece in audible_pieces(_checked(blocks), self._longest_piece):
+            reason = reason_without_speech(piece, self.codec.sample_rate)
+            if reason is None:
+                yield piece
+                continue
+            reasons.append(reason)
+            seconds = len(piece) / self.codec.sample_rate
+            logger.warning("%.1f s without speech are not transcribed: %s", seconds, reason)
 
     def transcribe(self, first: Sequence[Int[np.ndarray, " _"]]) -> list[str]:
         """Transcripts of codes of codebook 1, each (T,); also those that failed."""
@@ -553,6 +593,22 @@ def check_tts(models: Models) -> None:
 def _name(text: str) -> str:
     """A text in a message: "text", or what it is if it is a single long word."""
     return "text" if len(text) <= 40 or len(text.split()) > 1 else f"word {text[:36] + '...'!r}"
+
+
+def _check_request(text: Any, seed: Any) -> None:
+    if not isinstance(text, str):
+        raise ValueError(
+            f"the text must be a string, not {repr(text)[:60]}; tts_batch takes a list of texts"
+        )
+    if not isinstance(seed, int | np.integer):
+        raise ValueError(f"seed must be an integer, not {repr(seed)[:60]}")
+
+
+def _checked(blocks: Iterable[Any]) -> Iterator[np.ndarray]:
+    for block in blocks:
+        if not isinstance(block, np.ndarray) or block.size:
+            _check_samples(block, "the recording", allow_silence=True)
+        yield block
 
 
 def _check_samples(wave: Any, name: str, *, also: str = "", allow_silence: bool = False) -> None:

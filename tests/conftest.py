@@ -33,6 +33,13 @@ def stand_in(kind: type, **attributes: Any) -> Any:
     return made
 
 
+def plain(method: Any) -> Any:
+    """A method without jaxtyping's checks: what users run."""
+    while hasattr(method, "__wrapped__"):
+        method = method.__wrapped__
+    return method
+
+
 def voiced(seconds: float, sample_rate: int = 16_000, seed: int = 0) -> np.ndarray:
     """Something like speech: harmonics with a wandering pitch and a syllable's envelope, (S,)."""
     generator = np.random.default_rng(seed)

@@ -1,5 +1,6 @@
 """SpeechCodec: the interface of every codec, with chunked encoding and decoding of long input."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from codec.audio import INTEGER_PEAK
 from codec.modules.layers import Lengths, ceil_div
 from codec.tokens import CodecStamp
 
@@ -126,11 +128,14 @@ class SpeechCodec(nn.Module):
                 LM-SPT and Mimi, whose acoustic codebooks begin there.
 
         Raises:
-            ValueError: the input is empty or not mono, or the codebooks do not exist.
+            ValueError: the input is no float tensor, empty, not mono, not finite or not within
+                [-1, 1], or the codebooks do not exist.
         """
         self._check_wave(wave, lengths)
         books = self._codebook_range(num_codebooks, first_codebook)
         wave = wave.to(self.device)
+        if wave.dtype != torch.float32:
+            wave = wave.to(next(self.parameters()).dtype)
         num_frames = ceil_div(wave.shape[-1], self.hop_length)
         if lengths is None:
             frames = torch.full((len(wave),), num_frames)
@@ -153,7 +158,8 @@ class SpeechCodec(nn.Module):
     ) -> Int[np.ndarray, "q T"]:
         """Codes of one recording given as blocks of samples, in bounded memory.
 
-        Equal to `encode` of the concatenated blocks. Raises `ValueError` if there are no samples.
+        Equal to `encode` of the concatenated blocks. Raises `ValueError` if there are no samples,
+        and for blocks that are no float samples (S,) or not finite.
         """
         books = self._codebook_range(num_codebooks, first_codebook)
         hop, (size, context) = self.hop_length, self._chunk_frames
@@ -169,7 +175,8 @@ class SpeechCodec(nn.Module):
             codes.append(chunk.cpu().numpy())
 
         for block in blocks:
-            buffer = np.concatenate([buffer, block])
+            _check_block(block)
+            buffer = np.concatenate([buffer, block.astype(np.float32, copy=False)])
             while origin * hop + len(buffer) > (done + size + context) * hop:
                 encode_next(size)
                 done += size
@@ -207,7 +214,12 @@ class SpeechCodec(nn.Module):
     def decode_stream(
         self, codes: Int[np.ndarray, "q T"], first_codebook: int = 0
     ) -> Iterator[Float[np.ndarray, " _"]]:
-        """`decode` of one recording as an iterator over blocks of samples, in bounded memory."""
+        """`decode` of one recording as an iterator over blocks of samples, in bounded memory.
+
+        Raises `ValueError` for codes that cannot be of this codec.
+        """
+        if not isinstance(codes, np.ndarray) or codes.dtype.kind not in "iu":
+            raise ValueError(f"codes must be integers in a NumPy array, not {_kind_of(codes)}")
         batch = torch.from_numpy(codes.astype(np.int64)).unsqueeze(0)
         batch = self._check_codes(batch, first_codebook)
         for chunk in chunks_with_context(batch.shape[-1], *self._chunk_frames):
@@ -252,16 +264,38 @@ class SpeechCodec(nn.Module):
         context = max(round(CONTEXT_SECONDS * self.frame_rate), CONTEXT_FRAMES)
         return round(CHUNK_SECONDS * self.frame_rate), context
 
-    def _check_wave(self, wave: Tensor, lengths: Tensor | None) -> None:
+    def _check_wave(self, wave: Any, lengths: Any) -> None:
+        if not isinstance(wave, Tensor):
+            raise ValueError(
+                f"codec expects waves (batch, 1, samples) as a tensor, not {_kind_of(wave)}; one "
+                "recording in NumPy is given as torch.from_numpy(wave)[None, None]"
+            )
+        if not wave.is_floating_point():
+            raise ValueError(
+                f"codec expects samples from -1 to 1 as floats, not {_kind_of(wave)}; divide "
+                "16-bit integers by 32768"
+            )
         if wave.ndim != 3 or wave.shape[1] != 1:
             raise ValueError(
                 f"codec expects waves (batch, 1, samples), got {tuple(wave.shape)}; "
                 "average the channels of a stereo recording first"
             )
+        if lengths is not None and (
+            not isinstance(lengths, Tensor)
+            or lengths.shape != wave.shape[:1]
+            or lengths.is_floating_point()
+        ):
+            raise ValueError(
+                f"lengths must be a tensor of integers ({len(wave)},), one for each wave, not "
+                f"{_kind_of(lengths)} {tuple(getattr(lengths, 'shape', ()))}"
+            )
         if wave.shape[-1] == 0 or (lengths is not None and int(lengths.min()) < 1):
             raise ValueError("the recording has no samples; record it again")
         if lengths is not None and int(lengths.max()) > wave.shape[-1]:
             raise ValueError(f"lengths {lengths.tolist()} exceed {wave.shape[-1]} samples")
+        if len(wave):
+            low, high = (float(extreme) for extreme in wave.aminmax())
+            _check_peak(max(-low, high))
 
     def _codebook_range(self, num_codebooks: int | None, first_codebook: int) -> range:
         remaining = self._num_codebooks_from(first_codebook)
@@ -281,8 +315,14 @@ class SpeechCodec(nn.Module):
             )
         return self.num_codebooks - first_codebook
 
-    def _check_codes(self, codes: Tensor, first_codebook: int) -> Tensor:
+    def _check_codes(self, codes: Any, first_codebook: int) -> Tensor:
         most = self._num_codebooks_from(first_codebook)
+        is_integer = isinstance(codes, Tensor) and not (
+            codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool
+        )
+        if not is_integer:
+            raise ValueError(f"codes must be a tensor of integers, not {_kind_of(codes)}")
+        codes = codes.long()
         if codes.ndim != 3 or not 1 <= codes.shape[1] <= most or not codes.shape[2]:
             raise ValueError(
                 f"codec expects codes (batch, 1 to {most} codebooks, frames), "
@@ -298,3 +338,29 @@ class SpeechCodec(nn.Module):
                     f"got {low}..{high}; are they codes of another codec?"
                 )
         return codes.to(self.device)
+
+
+def _kind_of(value: Any) -> str:
+    dtype = getattr(value, "dtype", None)
+    return f"a {type(value).__name__}" + (f" of {dtype}" if dtype is not None else "")
+
+
+def _check_block(block: Any) -> None:
+    if not isinstance(block, np.ndarray) or block.dtype.kind != "f" or block.ndim != 1:
+        shape = getattr(block, "shape", "")
+        raise ValueError(
+            "codec expects blocks of samples (S,) from -1 to 1 as floats in NumPy arrays, not "
+            f"{_kind_of(block)} {shape}"
+        )
+    if block.size:
+        _check_peak(float(np.abs(block).max()))
+
+
+def _check_peak(peak: float) -> None:
+    if not math.isfinite(peak):
+        raise ValueError("the recording has NaN or infinite samples; export it again")
+    if peak > INTEGER_PEAK:
+        raise ValueError(
+            f"codec expects samples from -1 to 1, got up to {peak:.4g}; divide 16-bit integers "
+            "by 32768"
+        )

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from codec.audio import check_recording, read_audio, resample_wave
+from codec.audio import cancelled_channel, check_recording, read_audio, resample_wave
 from codec.program import reason_of
 
 if TYPE_CHECKING:
@@ -83,7 +83,9 @@ def _load(cut: "Cut", sample_rate: int, start: float, duration: float, allow_sil
             duration=None if end_of_file else duration, allow_silence=allow_silence,
         )  # fmt: skip
     wave = cut.truncate(offset=start, duration=duration).load_audio()
-    mono = resample_wave(np.clip(wave.mean(axis=0), -1, 1), cut.sampling_rate, sample_rate)
+    channel = cancelled_channel(wave.T)
+    mono = np.clip(wave.mean(axis=0) if channel is None else wave[channel], -1, 1)
+    mono = resample_wave(mono, cut.sampling_rate, sample_rate)
     check_recording(mono, cut.id, allow_silence=allow_silence)
     return mono
 

@@ -100,6 +100,8 @@ class WaveStream:
         self._codes = prompt.astype(np.int64)
         self._num_decoded = prompt.shape[1]
         """Frames of `_codes` whose wave was returned."""
+        self._gain = 1.0
+        """Falls with the first chunk whose peak is above 1, and never rises."""
         self._tail = np.zeros(0, np.float32)
         """The samples after them, decoded without later frames; for the cross-fade."""
 
@@ -123,7 +125,18 @@ class WaveStream:
         # Frames before the context are not needed again.
         drop = max(0, stop - self._context)
         self._codes, self._num_decoded = joined[:, drop:], stop - drop
-        return new
+        return self._limited(new)
+
+    def _limited(self, new: np.ndarray) -> np.ndarray:
+        """The samples within [-1, 1]; unchanged as long as no chunk's peak is above 1."""
+        before, peak = self._gain, float(np.abs(new).max(initial=0.0))
+        self._gain = min(before, 1.0 / peak) if peak else before
+        if self._gain == 1.0:
+            return new
+        gains = np.full(len(new), self._gain, np.float32)
+        size = min(self._fade, len(new))
+        gains[:size] = np.linspace(before, self._gain, size, dtype=np.float32)
+        return np.clip(new * gains, -1.0, 1.0)
 
 
 def write_wav(file: Any, waves: Iterable[Float[np.ndarray, " _"]], sample_rate: int) -> None:

@@ -90,7 +90,7 @@ class Speech:
     """Generated speech, without the prompt."""
 
     wave: Float[np.ndarray, " S"]
-    """float32 at the codec's sample rate."""
+    """float32 at the codec's sample rate, in [-1, 1]: divided by its peak if that is above 1."""
     codes: Int[np.ndarray, "Q T"]
     text: str
     prompt_text: str
@@ -351,9 +351,14 @@ def complete(
 
 @torch.inference_mode()
 def decode(codec: Decoder, prompt: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """The wave of the new part (S,); the prompt is decoded with it, as the codec's left context."""
+    """The wave of the new part (S,); the prompt is decoded with it, as the codec's left context.
+
+    Divided by its peak if that is above 1, as after a loud prompt: a file would clip it.
+    """
     joined = np.concatenate([prompt, new], axis=1).astype(np.int64)
     if joined.shape[1] == 0:
         return np.zeros(0, np.float32)
     wave = codec.decode(torch.from_numpy(joined)[None].to(codec.device))
-    return wave[0, 0, prompt.shape[1] * codec.hop_length :].float().cpu().numpy()
+    wave = wave[0, 0, prompt.shape[1] * codec.hop_length :].float().cpu().numpy()
+    peak = float(np.abs(wave).max(initial=0.0))
+    return wave / np.float32(peak) if peak > 1.0 else wave

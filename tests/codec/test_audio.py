@@ -1,21 +1,31 @@
 """Recordings in and out: every format and rate that should work, every bad file by name."""
 
 import logging
+import os
+import threading
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import voiced
 
 from codec import read_audio, write_audio
 from codec.audio import (
+    audio_info,
+    cancelled_channel,
+    check_recording,
     magnitude_spectrogram,
     mel_filterbank,
+    recordings_in,
     resample_batch,
     resample_wave,
     stream_audio,
 )
+
+RATE = 16_000
 
 
 def tone(seconds: float, rate: int, frequency: float = 440.0) -> np.ndarray:
@@ -121,6 +131,194 @@ def test_a_cut_file_is_noticed(tmp_path, suffix: str) -> None:
         file.write_bytes(whole[: round(len(whole) * share)])
         with pytest.raises(ValueError, match="truncated"):
             read_audio(file, 16_000)
+
+
+def write(path: Path, wave: np.ndarray, **options: str) -> bytes:
+    soundfile.write(path, wave, RATE, **options)
+    return path.read_bytes()
+
+
+def replaced(data: bytes, *patches: tuple[int, bytes]) -> bytes:
+    changed = bytearray(data)
+    for position, new in patches:
+        changed[position : position + len(new)] = new
+    return bytes(changed)
+
+
+def piped(folder: Path, wave: np.ndarray) -> dict[str, bytes]:
+    """Files as programs write them that cannot seek: sizes are left open."""
+    wav = write(folder / "whole.wav", wave)
+    at = wav.index(b"data") + 4
+    big = b"\xff" * 4
+    w64 = write(folder / "whole.w64", wave)
+    at64 = w64.index(b"data") + 16
+    flac = write(folder / "whole.flac", wave)
+    # STREAMINFO: the number of samples, and their checksum.
+    flac = replaced(flac, (21, bytes([flac[21] & 0xF0])), (22, bytes(20)))
+    return {
+        "ffmpeg.wav": replaced(wav, (4, big), (at, big)),
+        "espeak.wav": replaced(wav, (4, b"\x24\xf0\xff\x7f"), (at, b"\x00\xf0\xff\x7f")),
+        "sox.wav": replaced(wav, (4, b"\x24\x00\x00\x80"), (at, b"\x00\x00\x00\x80")),
+        "zero.wav": replaced(wav, (4, bytes(4)), (at, bytes(4))),
+        "zero-data.wav": replaced(wav, (at, bytes(4))),
+        "pipe.w64": replaced(w64, (16, big * 2), (at64, big + b"\xff\xff\xff\x7f")),
+        "pipe.flac": flac,
+    }
+
+
+def test_sizes_that_a_pipe_leaves_open_are_no_truncation(tmp_path) -> None:
+    wave = voiced(2.0)
+    for name, data in piped(tmp_path, wave).items():
+        (tmp_path / name).write_bytes(data)
+        expected = read_audio(tmp_path / f"whole{Path(name).suffix}", RATE)
+        np.testing.assert_array_equal(read_audio(tmp_path / name, RATE), expected, err_msg=name)
+        part = read_audio(tmp_path / name, RATE, start=0.5, duration=0.25)
+        np.testing.assert_array_equal(part, expected[8000:12_000], err_msg=name)
+        blocks = list(stream_audio(tmp_path / name, RATE, 0.3))
+        np.testing.assert_array_equal(np.concatenate(blocks), expected, err_msg=name)
+        assert audio_info(tmp_path / name) == (RATE, 1, len(wave))
+
+
+def test_a_wav_without_samples_has_none(tmp_path) -> None:
+    data = write(tmp_path / "a.wav", np.zeros(0))
+    tags = b"LIST" + (4).to_bytes(4, "little") + b"INFO"
+    (tmp_path / "a.wav").write_bytes(replaced(data + tags, (4, bytes([len(data) + 4]))))
+    with pytest.raises(ValueError, match="no samples"):
+        read_audio(tmp_path / "a.wav", RATE)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "zero-data.wav"])
+def test_a_pipe_is_read(tmp_path, name: str) -> None:
+    wave = voiced(1.0)
+    whole = tmp_path / f"whole{Path(name).suffix}"
+    data = piped(tmp_path, wave).get(name) or whole.read_bytes()
+    expected = read_audio(whole, RATE)
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(data,))
+    writer.start()
+    np.testing.assert_array_equal(read_audio(tmp_path / "pipe", RATE), expected)
+    writer.join()
+
+
+def test_a_device_is_refused() -> None:
+    with pytest.raises(ValueError, match="/dev/null: is a device, not a recording"):
+        read_audio("/dev/null", RATE)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "mp3", "opus", "ogg"])
+def test_joined_files_are_read_to_the_end(tmp_path, suffix: str, caplog) -> None:
+    options = {"format": "OGG", "subtype": "OPUS"} if suffix == "opus" else {}
+    data = [
+        write(tmp_path / f"{name}.{suffix}", voiced(1.5, seed=seed), **options)
+        for seed, name in enumerate("ab")
+    ]
+    (tmp_path / f"joined.{suffix}").write_bytes(data[0] + data[1])
+    single = [read_audio(tmp_path / f"{name}.{suffix}", RATE) for name in "ab"]
+    assert not caplog.text
+    joined = read_audio(tmp_path / f"joined.{suffix}", RATE)
+    np.testing.assert_allclose(joined, np.concatenate(single), atol=1e-4)
+    assert "2 files, which are joined" in caplog.text
+    late = read_audio(tmp_path / f"joined.{suffix}", RATE, start=2.0, duration=0.5)
+    at = 32_000 - len(single[0])
+    assert np.abs(late - single[1][at : at + 8000]).max() < 0.05
+
+
+def test_joined_files_of_two_rates_are_refused(tmp_path) -> None:
+    data = write(tmp_path / "a.wav", voiced(1.0))
+    soundfile.write(tmp_path / "b.wav", voiced(1.0), 8000)
+    (tmp_path / "c.wav").write_bytes(data + (tmp_path / "b.wav").read_bytes())
+    with pytest.raises(ValueError, match=r"different sample rates.*: ffmpeg -i "):
+        read_audio(tmp_path / "c.wav", RATE)
+
+
+def encode_with_ffmpeg(path: Path, kind: str, encoder: str, seconds: float = 2.0) -> None:
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w", format=kind) as container:
+        stream = container.add_stream(encoder, rate=48_000, layout="mono")
+        wave = (32767 * voiced(seconds, 48_000)).astype(np.int16)
+        frame = av.AudioFrame.from_ndarray(wave[None], format="s16", layout="mono")
+        frame.sample_rate = 48_000
+        resampler = av.AudioResampler(stream.codec_context.format, "mono", 48_000, 960)
+        for part in [*resampler.resample(frame), None]:
+            container.mux(stream.encode(part))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "encoder"),
+    [("a.m4a", "mp4", "aac"), ("a.webm", "webm", "libopus"), ("a.mp3", "mp4", "aac")],
+)
+def test_containers_are_read_through_pyav(tmp_path, monkeypatch, name, kind, encoder) -> None:
+    """Also an MP4 file that is called .mp3."""
+    encode_with_ffmpeg(tmp_path / name, kind, encoder)
+    wave = read_audio(tmp_path / name, RATE)
+    assert abs(len(wave) - 32_000) < 1600
+    expected = voiced(2.0)
+    near = range(4200, 5800)
+    products = [np.vdot(wave[at : at + 20_000], expected[5000:25_000]) for at in near]
+    assert max(products) > 0.9 * np.square(expected[5000:25_000]).sum()
+    blocks = list(stream_audio(tmp_path / name, RATE, 0.5))
+    np.testing.assert_allclose(np.concatenate(blocks), wave, atol=1e-6)
+    part = read_audio(tmp_path / name, 48_000, start=0.5, duration=0.25)
+    whole = read_audio(tmp_path / name, 48_000)
+    np.testing.assert_array_equal(part, whole[24_000:36_000])
+    assert audio_info(tmp_path / name) == (48_000, 1, len(whole))
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: len(data) // 3])
+    if kind == "mp4":
+        with pytest.raises(ValueError, match=f"{name}.*truncated"):
+            read_audio(tmp_path / name, RATE)
+    monkeypatch.setattr("codec.audio.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=rf"{name}.*install .*av.*ffmpeg -i .*{name} -ac 1"):
+        read_audio(tmp_path / name, RATE)
+
+
+def test_other_files_of_a_folder_are_named(tmp_path, caplog) -> None:
+    for name in ("b.wav", "a.M4A", "c/d.flac", ".hidden.wav", "x.pdf", "y.pdf", "z.txt", "README"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    names = ["a.M4A", "b.wav", "c/d.flac"]
+    assert recordings_in(tmp_path, expected=(".txt",)) == [tmp_path / name for name in names]
+    assert "no recordings are skipped: .pdf (2), no suffix (1)" in caplog.text
+
+
+@pytest.mark.parametrize("scale", [2.0, 2.0**15, 2.0**23, 2.0**31])
+def test_float_samples_beyond_full_scale_are_scaled(tmp_path, caplog, scale: float) -> None:
+    wave = (0.9 * voiced(2.0) / np.abs(voiced(2.0)).max()).astype(np.float32)
+    write(tmp_path / "a.wav", scale * wave, subtype="FLOAT")
+    expected = wave / 0.9 if scale == 2.0 else wave
+    found = read_audio(tmp_path / "a.wav", RATE)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert f"a.wav: has samples up to {0.9 * scale:.4g} instead of 1; scaled" in caplog.text
+    # A quiet segment has the gain of the entire file.
+    part = read_audio(tmp_path / "a.wav", RATE, start=0.5, duration=0.1)
+    np.testing.assert_array_equal(part, found[8000:9600])
+    write(tmp_path / "a.wav", 1e12 * wave, subtype="FLOAT")
+    with pytest.raises(ValueError, match="samples up to 9e\\+11"):
+        read_audio(tmp_path / "a.wav", RATE)
+
+
+def test_samples_of_integers_are_refused() -> None:
+    check_recording(1.5 * np.ones(10), "it")
+    with pytest.raises(ValueError, match=r"it: has samples up to 3277; .* divided by 32768"):
+        check_recording(np.full(10, 3276.8), "it")
+
+
+def test_channels_that_cancel_are_not_averaged(tmp_path, caplog) -> None:
+    wave = voiced(1.0)
+    write(tmp_path / "a.wav", np.stack([0.5 * wave, -0.52 * wave], axis=1), subtype="FLOAT")
+    np.testing.assert_allclose(read_audio(tmp_path / "a.wav", RATE), -0.52 * wave, atol=1e-6)
+    assert "a.wav: its channels cancel each other; channel 2 alone is used" in caplog.text
+    assert cancelled_channel(np.stack([wave, 0 * wave], axis=1)) is None
+    assert cancelled_channel(np.stack([wave, -0.5 * wave], axis=1)) is None
+    assert cancelled_channel(np.zeros((10, 2), np.float32)) is None
+    assert cancelled_channel(wave[:, None]) is None
+
+
+def test_what_a_file_clips_is_logged(tmp_path, caplog) -> None:
+    write_audio(tmp_path / "a.wav", np.array([0.5, -1.0], np.float32), RATE)
+    assert not caplog.text
+    write_audio(tmp_path / "a.wav", np.array([0.5, -1.36], np.float32), RATE)
+    assert "a.wav: samples up to 1.36 were clipped" in caplog.text
 
 
 def test_a_failed_write_leaves_the_earlier_file(tmp_path) -> None:

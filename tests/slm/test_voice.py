@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import voiced
+from conftest import plain, voiced
 from tiny_slm import TEXT, copy_of, quiet, save_voice
 
 from codec import load_codec, read_audio, write_audio
@@ -273,6 +273,65 @@ def test_silence_says_nothing(voice: Voice, seconds: float) -> None:
     assert voice.asr([silence, voiced(0.5)]) == ["", *voice.asr([voiced(0.5)])]
     assert voice.transcribe_stream([silence]) == Transcript("", None)
     assert voice.asr([]) == []
+
+
+def white_noise(seconds: float) -> np.ndarray:
+    noise = np.random.default_rng(0).standard_normal(round(seconds * 16_000))
+    return (0.1 * noise).astype(np.float32)
+
+
+def test_a_prompt_without_speech_is_refused(voice: Voice, tmp_path: Path) -> None:
+    write_audio(tmp_path / "a.wav", white_noise(2.0), voice.codec.sample_rate)
+    with pytest.raises(ValueError, match=r"a\.wav: no speech was found: .*noise"):
+        voice.prompt(tmp_path / "a.wav", "red hen")
+    with pytest.raises(ValueError, match=r"the prompt: no speech was found: it is only 0\.01 s"):
+        voice.tts("a cat", voiced(0.01), "red hen")
+    with pytest.raises(ValueError, match="the prompt: no speech was found"):
+        voice.convert(voiced(1.0), white_noise(1.0))
+
+
+def test_noise_is_not_transcribed(voice: Voice, caplog: pytest.LogCaptureFixture) -> None:
+    assert voice.transcribe_stream([white_noise(1.0)]) == Transcript("", "empty")
+    assert "1.0 s without speech are not transcribed" in caplog.text
+    assert voice.asr([white_noise(1.0), voiced(0.5)]) == ["", *voice.asr([voiced(0.5)])]
+
+
+def test_misuse_is_named(voice: Voice) -> None:
+    for text in (["a cat"], None, 3, b"a cat"):
+        with pytest.raises(ValueError, match=r"the text must be a string, not .*tts_batch takes a"):
+            plain(Voice.tts)(voice, text, "ann")
+    with pytest.raises(ValueError, match=r"texts must be a list, not the string 'a cat'"):
+        plain(Voice.tts_batch)(voice, "a cat", ["ann"])
+    with pytest.raises(ValueError, match=r"seed must be an integer, not 1\.5"):
+        plain(Voice.tts)(voice, "a cat", "ann", None, 1.5)
+    with pytest.raises(ValueError, match=r"prompt_text must be a string, not \['sun'\]"):
+        plain(Voice.prompt)(voice, "ann", ["sun"])
+    for waves in (voiced(0.5), "a.wav", Path("a.wav")):
+        with pytest.raises(ValueError, match=r"give samples as a NumPy array in a list"):
+            plain(Voice.asr)(voice, waves)
+    with pytest.raises(ValueError, match=r"the recording: .* not as int16"):
+        voice.transcribe_stream([np.ones(16_000, np.int16)])
+    with pytest.raises(ValueError, match=r"asr_file takes a path; asr takes samples"):
+        plain(Voice.transcribe_file)(voice, voiced(0.5))
+    with pytest.raises(ValueError, match=r"the prompt: has samples up to 3277"):
+        voice.prompt(np.full(16_000, 3276.8, np.float32), "sun")
+    assert plain(Voice.tts)(voice, "a cat", "ann", None, np.int64(3)).seed == 3
+
+
+def test_a_wave_above_full_scale_is_divided_by_its_peak(
+    voice: Voice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = np.random.default_rng(0).integers(0, 32, (3, 60))
+    expected = voice.decode(codes[:, :20], codes[:, 20:])
+    peak = np.abs(expected).max()
+    decode, gain = type(voice.codec).decode, 1.36 / peak
+    monkeypatch.setattr(type(voice.codec), "decode", lambda *given: gain * decode(*given))
+    loud = voice.decode(codes[:, :20], codes[:, 20:])
+    assert np.abs(loud).max() == pytest.approx(1.0)
+    np.testing.assert_allclose(loud, expected / peak, atol=1e-6)
+    monkeypatch.setattr(type(voice.codec), "decode", lambda *given: 0.99 / peak * decode(*given))
+    quiet = voice.decode(codes[:, :20], codes[:, 20:])
+    np.testing.assert_allclose(quiet, 0.99 / peak * expected, atol=1e-6)
 
 
 def test_splitting_loses_nothing_and_cuts_where_it_is_quiet() -> None:

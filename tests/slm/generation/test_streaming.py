@@ -134,6 +134,25 @@ def test_a_codec_without_nar_streams(voice: Voice, utterance: Utterance) -> None
     assert np.array_equal(np.concatenate(waves)[::640] * 32, codes[0, 5:])
 
 
+def test_loud_chunks_stay_within_full_scale() -> None:
+    class Loud:
+        """A frame's samples are an alternating wave of its code."""
+
+        sample_rate, hop_length, device = 16000, 640, torch.device("cpu")
+
+        def decode(self, codes: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+            wave = codes[:, :1].repeat_interleave(640, dim=-1) / 10
+            return wave * (-1.0) ** torch.arange(wave.shape[-1])
+
+    made = WaveStream(Loud(), np.full((1, 5), 9))
+    quiet = made.add(np.full((1, 20), 9))
+    assert np.abs(quiet).max() == pytest.approx(0.9)
+    loud = np.concatenate([made.add(np.full((1, 20), 15)), made.add(np.full((1, 20), 12))])
+    assert np.abs(loud).max() == 1.0
+    assert np.abs(loud[-640:]).max() == pytest.approx(12 / 15)  # the level does not rise again
+    assert np.abs(np.diff(np.abs(loud[2000:9000]))).max() < 0.4
+
+
 @pytest.mark.parametrize("pipe", [True, False])
 def test_wav_files_grow(pipe: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.BytesIO()
