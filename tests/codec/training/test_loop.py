@@ -229,7 +229,7 @@ def test_weights_that_become_infinite_are_not_saved(
     assert not list((tmp_path / "checkpoints").glob("step-*"))
 
 
-@pytest.mark.parametrize("config", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("config", ["ddp", pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
 def test_a_loss_of_one_rank_that_is_not_finite_skips_the_step_of_all(
     config: str, tmp_path: Path, launch: Callable[..., Any]
 ) -> None:
