@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
+from codec.json_lines import to_json_line
 from codec.program import ArgumentParser, run_program
 from codec.tokens import CodecStamp, TokenRow, TokenShard, write_shard
 
@@ -366,10 +367,9 @@ def _write(codec: "SpeechCodec", codes: np.ndarray, seconds: float, target: Path
 
 
 def _target(folder: Path, name: str) -> Path:
-    target = folder / f"{name}.wav"
-    if ".." in Path(name).parts or Path(name).is_absolute():
-        raise ValueError(f"the id {name!r} is a path outside {folder}; rename it in the shard")
-    return target
+    from codec.io import path_of_id
+
+    return path_of_id(folder, name, ".wav")
 
 
 def _check_absent(targets: Iterable[Path], overwrite: bool, remedy: str = "folder") -> None:
@@ -390,7 +390,7 @@ def _report(out: Path, total: int, skipped: Sequence[str]) -> None:
     for reason in skipped:
         logger.warning("skipped: %s", reason)
     done = {"out": str(out), "recordings": total - len(skipped), "skipped": len(skipped)}
-    print(json.dumps(done, ensure_ascii=False))
+    print(to_json_line(done))
 
 
 def _print_json(facts: dict[str, object]) -> None:

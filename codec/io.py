@@ -1,4 +1,5 @@
-"""Atomic writers of files and folders, digests, locks, and checks of a model's folder.
+"""Atomic writers of files and folders, file names from ids, digests, locks, and checks of a model's
+folder.
 
 Imports no torch, as codec/tokens.py, which depends on it.
 """
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS_FILE = "model.safetensors"
+MAX_NAME_BYTES = 200
+"""Of a file name made from an id; file systems have 255, some of which temporary names need."""
 
 
 @contextmanager
@@ -118,6 +121,42 @@ def apply_umask_to_weights(folder: str | Path) -> None:
     """`apply_umask` of the safetensors files that a library has written into a folder."""
     for path in Path(folder).glob("*.safetensors"):
         apply_umask(path)
+
+
+def check_id(name: str, suffix: str = "") -> None:
+    """Raises `ValueError` for an id that is no path inside a folder, or too long for a file name.
+
+    Args:
+        suffix: of the file.
+    """
+    shown = repr(name) if len(name) <= 40 else f"{name[:40]!r}..."
+    parts = name.split("/")
+    try:
+        sizes = [len(part.encode()) for part in parts]
+    except UnicodeEncodeError:
+        raise ValueError(f"the id {shown} has half of a surrogate pair") from None
+    if "\0" in name:
+        raise ValueError(f"the id {shown} has a zero byte")
+    if (parts[0] == "" and len(parts) > 1) or ".." in parts:
+        raise ValueError(f"the id {shown} leads out of the folder")
+    if parts[-1] in ("", "."):
+        raise ValueError(f"the id {shown} names no file")
+    longest = MAX_NAME_BYTES - len(suffix)
+    if max(sizes) > longest or sum(sizes) > 5 * longest:
+        raise ValueError(f"the id {shown} has {sum(sizes)} bytes; a file name has up to {longest}")
+
+
+def path_of_id(folder: Path, name: str, suffix: str = "") -> Path:
+    """Returns the file of an id in a folder: FOLDER/NAME and the suffix.
+
+    Raises:
+        ValueError: as `check_id`, and if a symbolic link leads out of the folder.
+    """
+    check_id(name, suffix)
+    target = folder / f"{name}{suffix}"
+    if not Path(os.path.realpath(target.parent)).is_relative_to(os.path.realpath(folder)):
+        raise ValueError(f"{target.parent}: a symbolic link that leads out of {folder}; remove it")
+    return target
 
 
 def fsync(path: Path) -> None:

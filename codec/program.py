@@ -22,16 +22,19 @@ RANK_DELAY = 5.0
 ranks fail alike, the launcher has ended it by then."""
 
 SYNONYMS = {
+    "audio_filepath": ("audio",),
     "batch_size": ("batch", "batch_seconds", "frames"),
     "checkpoint": ("voice", "codec", "start_from"),
     "dataset": ("train", "cuts"),
-    "eval": ("dev",),
+    "end": ("duration",),
     "epochs": ("steps",),
-    "file": ("list", "out"),
+    "eval": ("dev",),
+    "file": ("list", "out", "audio"),
     "gpu": ("device",),
     "grad_accum": ("accumulate",),
     "gradient_accumulation_steps": ("accumulate",),
     "input": ("text", "recordings", "train"),
+    "lang": ("language",),
     "learning_rate": ("lr",),
     "llm": ("base",),
     "max_steps": ("steps",),
@@ -41,14 +44,19 @@ SYNONYMS = {
     "num_epochs": ("epochs", "steps"),
     "output": ("out",),
     "output_dir": ("out",),
+    "path": ("audio",),
     "precision": ("dtype",),
     "reference": ("prompt",),
     "save_dir": ("out",),
+    "sentence": ("text",),
     "speaker": ("prompt",),
+    "start": ("offset",),
     "tokens": ("train",),
+    "transcript": ("text",),
     "valid": ("dev",),
     "validation": ("dev",),
     "warmup_steps": ("warmup",),
+    "wav": ("audio",),
 }
 """Names of keys and flags in other projects: the corresponding names here, most probable first."""
 

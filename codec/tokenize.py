@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float, Int, UInt16
 
 from codec.audio import stream_audio
-from codec.io import atomic_file, sha256_of
+from codec.io import sha256_of
+from codec.json_lines import write_json_lines
 from codec.models.base import SpeechCodec
 from codec.tokens import CodecStamp, DamagedShard, TokenRow, TokenShard, read_notes, write_shard
 from codec.training.data import _single_file, load_cut
@@ -115,8 +116,7 @@ def summarize(folder: str | Path, num_parts: int) -> Summary:
         for file in files
         for entry in json.loads(read_notes(file)["skipped"])
     ]
-    with atomic_file(folder / "skipped.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(entry._asdict()) + "\n" for entry in skipped))
+    write_json_lines(folder / "skipped.jsonl", (entry._asdict() for entry in skipped))
     if len(shard) == 0:
         raise ValueError(
             f"none of the {len(skipped)} recordings could be read; the first: {skipped[0].reason}"

@@ -43,6 +43,17 @@ class CodecStamp:
     codebook_sizes: tuple[int, ...]
     """K of every codebook."""
 
+    def check(self) -> None:
+        """Raises `ValueError` for values that no codec has, such as those of a damaged shard."""
+        sizes = self.codebook_sizes
+        texts = isinstance(self.id, str) and isinstance(self.digest, str)
+        counts = all(type(each) is int and each > 0 for each in (self.sample_rate, *sizes))
+        rate = type(self.frame_rate) in (int, float) and 0 < self.frame_rate < float("inf")
+        if not (texts and counts and rate) or not 0 < len(sizes) == self.num_codebooks:
+            raise ValueError(f"the codec's facts are not as expected: {self}")
+        if max(sizes) > 2**16:
+            raise ValueError(f"a codebook has {max(sizes)} entries; a shard holds up to {2**16}")
+
 
 class DamagedShard(ValueError):
     """A shard is truncated or corrupted."""
@@ -198,6 +209,8 @@ class TokenShard:
             )
 
     def _codes(self, file: int, row: int) -> np.ndarray:
+        import pyarrow as pa
+
         # Two processes must not share a handle after a fork: they would move one file position.
         key = (os.getpid(), file)
         with _damage_named(self.files[file]):
@@ -206,7 +219,10 @@ class TokenShard:
             reader = self._readers[key]
             group, row_in_group = _find_group(reader.metadata, row)
             if self._group is None or self._group[0] != (*key, group):
-                column = reader.read_row_group(group, columns=["codes"])["codes"].combine_chunks()
+                read = reader.read_row_group(group, columns=["codes"])["codes"]
+                column = read.cast(pa.list_(pa.uint16())).combine_chunks()
+                if column.null_count or column.values.null_count:
+                    raise ValueError("a code is not there")
                 self._group = ((*key, group), column)
         values = self._group[1][row_in_group].values
         return values.to_numpy(zero_copy_only=False).astype(np.uint16, copy=True)
@@ -312,6 +328,8 @@ def _read_metadata(path: Path) -> dict[str, str]:
         metadata = {key.decode(): value.decode() for key, value in raw.items()}
     if "format_version" not in metadata or "codec_digest" not in metadata:
         raise ValueError(f"{path}: a Parquet file, but not a token shard; use `codec encode`")
+    if not metadata["format_version"].isdecimal():
+        raise DamagedShard(f"{path}: corrupted token shard (its format version); export it again")
     if int(metadata["format_version"]) > FORMAT_VERSION:
         raise ValueError(
             f"{path}: token format {metadata['format_version']}, but this version of parlance "
@@ -321,6 +339,8 @@ def _read_metadata(path: Path) -> dict[str, str]:
 
 
 def _open_file(path: Path) -> tuple[CodecStamp, "pa.Table"]:
+    import pyarrow as pa
+
     metadata = _read_metadata(path)
     names = ["id", "text", "speaker", "language", "duration", "num_frames"]
     with _damage_named(path):
@@ -332,7 +352,12 @@ def _open_file(path: Path) -> tuple[CodecStamp, "pa.Table"]:
             table = reader.read(columns=names)
             if table.column_names != names:
                 raise KeyError("a column is not there")
-    return CodecStamp(**values), table
+        stamp = CodecStamp(**values)
+        stamp.check()
+        table = table.cast(pa.schema([_schema(stamp, {}).field(name) for name in names]))
+        if any(table[name].null_count for name in names):
+            raise ValueError("a value is not there")
+    return stamp, table
 
 
 def _reader(path: Path) -> "pq.ParquetFile":
@@ -350,7 +375,9 @@ def _damage_named(path: Path) -> Iterator[None]:
         yield
     except (FileNotFoundError, PermissionError):
         raise
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+    except (
+        pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError,
+    ) as error:  # fmt: skip
         raise DamagedShard(f"{path}: corrupted token shard ({error}); export it again") from error
 
 

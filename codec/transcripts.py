@@ -9,6 +9,22 @@ def has_words(text: str) -> bool:
     return any(unicodedata.category(letter)[0] in "LN" for letter in text)
 
 
+def check_unicode(text: str, what: str = "the text") -> None:
+    """Raises `ValueError` for a text with half of a surrogate pair, which JSON and command lines
+    may contain.
+
+    Args:
+        what: name of the text, for the message.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])[1:-1]
+        raise ValueError(
+            f"{what} {text!r} has {half}, half of a surrogate pair, which is no character"
+        ) from None
+
+
 def lowercase_if_all_caps(text: str, min_words: int = 2) -> str:
     """Lower case for a text all in capitals, as some corpora's transcripts are; else unchanged.
 

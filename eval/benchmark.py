@@ -5,13 +5,11 @@ metric, and one per metric for the list (`utterance` is None).
 """
 
 import importlib.metadata
-import json
 import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,14 +79,14 @@ class ScoredUtterance:
     seed: int | None = None
     """Seed of its generation; None: the list's."""
 
-    def to_json(self) -> str:
-        """Returns the scores as one JSON line."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+    def to_record(self) -> dict[str, Any]:
+        """Returns the scores as plain values of JSON."""
+        return asdict(self)
 
     @classmethod
-    def from_json(cls, line: str) -> "ScoredUtterance":
-        """Returns the scores of a line of `to_json`."""
-        stored = json.loads(line)
+    def from_record(cls, record: Mapping[str, Any]) -> "ScoredUtterance":
+        """Returns the scores of `to_record`."""
+        stored = dict(record)
         for name, counts in (("words", text.WordErrors), ("characters", text.ErrorCounts)):
             stored[name] = None if stored[name] is None else counts(**stored[name])
         return cls(**stored)
@@ -289,55 +287,6 @@ def machine() -> str:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {device}"
-
-
-def append_lines(path: str | Path, lines: Iterable[str]) -> None:
-    """Appends lines in one write and syncs; removes an incomplete last line first."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
-        file.seek(0)
-        file.truncate(_complete_size(file.read()))
-        file.write("".join(line + "\n" for line in lines).encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_lines(path: str | Path) -> list[str]:
-    """Returns the complete lines of a file; none if there is no file."""
-    path = Path(path)
-    if not path.exists():
-        return []
-    stored = path.read_bytes()
-    return stored[: _complete_size(stored)].decode().splitlines()
-
-
-def _complete_size(stored: bytes) -> int:
-    return stored.rfind(b"\n") + 1
-
-
-def append_rows(path: str | Path, rows: Iterable[Row]) -> None:
-    """Appends rows to a rows.jsonl."""
-    append_lines(path, [json.dumps(asdict(row), ensure_ascii=False) for row in rows])
-
-
-def read_rows(path: str | Path) -> list[Row]:
-    """Returns the rows of a rows.jsonl.
-
-    Raises:
-        ValueError: a line is no row.
-    """
-    known = {entry.name for entry in fields(Row)}
-    rows: list[Row] = []
-    for number, line in enumerate(read_lines(path), start=1):
-        try:
-            stored: dict[str, Any] = json.loads(line)
-            rows.append(Row(**{name: stored[name] for name in known}))
-        except KeyError as error:
-            raise ValueError(f"{path}, line {number} is no row of scores: no {error}") from error
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {number} is no row of scores: {error}") from error
-    return rows
 
 
 def table(rows: Iterable[Row], metrics: Sequence[str] | None = None) -> str:

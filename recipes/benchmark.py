@@ -23,6 +23,7 @@ from jaxtyping import Float
 
 from codec.audio import read_audio, resample_wave, write_audio
 from codec.io import sha256_of, sha256_of_tensors
+from codec.json_lines import read_json_lines
 from codec.program import ArgumentParser, counted
 from codec.tokenize import text_of
 from codec.training.run import git_revision
@@ -31,8 +32,6 @@ from eval.benchmark import (
     Provenance,
     Row,
     ScoredUtterance,
-    append_rows,
-    read_rows,
     rows_of,
     score_asr,
     score_reconstruction,
@@ -49,6 +48,7 @@ from recipes.scoring.judges import (
     score_all,
     state_of_files,
 )
+from recipes.scoring.rows import append_rows, read_rows
 from recipes.scoring.speed import add_command, benchmark_speed
 
 logger = logging.getLogger(__name__)
@@ -258,16 +258,13 @@ def read_entries(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
         raise ValueError(f"{path}: no such list")
     entries: list[dict[str, Any]] = []
     seen: set[str] = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: no JSON ({error})") from error
+    for number, entry, _ in read_json_lines(path):
         lacking = [key for key in needed if not isinstance(entry, dict) or key not in entry]
         if lacking:
             raise ValueError(f"{path}, line {number}: lacks {', '.join(lacking)}")
+        for key in {"text", "hypothesis", "audio", "prompt"} & entry.keys():
+            if not isinstance(entry[key], str) and (key == "text" or entry[key] is not None):
+                raise ValueError(f"{path}, line {number}: {key} is not a text: {entry[key]!r}")
         name = entry_name(entry, path)
         if name in seen:
             raise ValueError(f"{path}, line {number}: {name!r} is there twice")

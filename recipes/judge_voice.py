@@ -9,7 +9,6 @@ recording of its speaker as the prompt (cross). OUT gets rows.jsonl, results.jso
 differences.jsonl, audio/SETTING/LIST/ID.wav and audio/prompts/LIST/ID.wav.
 """
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +19,9 @@ import numpy as np
 import torch
 
 from codec.io import FileLock, atomic_file
+from codec.json_lines import write_json_lines
 from codec.tokens import TokenShard
-from eval.benchmark import Provenance, Row, ScoredUtterance, append_rows, library_of, rows_of, table
+from eval.benchmark import Provenance, Row, ScoredUtterance, library_of, rows_of, table
 from eval.stats import Interval, Sums, paired_difference
 from recipes.lib.run import finished, load_config, run_recipe
 from recipes.scoring.eval_items import (
@@ -32,6 +32,7 @@ from recipes.scoring.eval_items import (
     select_items,
 )
 from recipes.scoring.judges import digest_of_voice
+from recipes.scoring.rows import append_rows
 from recipes.scoring.synthesis import (
     METRICS,
     ScoredList,
@@ -216,8 +217,7 @@ def report(
         head = f"| setting | list | {' | '.join(DIFFERENCES)} |\n{'|---' * (len(DIFFERENCES) + 2)}|"
         about = "Differences from `given`, with 95 % intervals of a paired bootstrap over items"
         text += f"\n{about} (none for one item):\n\n" + "\n".join([head, *lines, ""])
-    with atomic_file(out / "differences.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_json_lines(out / "differences.jsonl", records)
     with atomic_file(out / "table.md") as temporary:
         temporary.write_text(text)
     print(text)

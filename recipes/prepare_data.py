@@ -2,7 +2,7 @@
 
     python recipes/prepare_data.py librispeech|libritts|ljspeech|vctk CORPUS --out OUT [--download]
     python recipes/prepare_data.py folder FOLDER --out OUT      recordings with NAME.txt
-    python recipes/prepare_data.py list LIST.jsonl --out OUT    keys audio, text, speaker, ...
+    python recipes/prepare_data.py list LIST.jsonl --out OUT    audio, text, offset, duration, ...
     python recipes/prepare_data.py prompts --out OUT            Debian's recorded telephone prompts
     python recipes/prepare_data.py synthetic --out OUT          synthetic speech of many voices
 
@@ -14,12 +14,11 @@ the reason.
 """
 
 import argparse
-import json
 import logging
 import re
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +29,9 @@ from tqdm import tqdm
 
 from codec.audio import audio_info, recordings_in, stream_audio
 from codec.io import atomic_files, sha256_of
-from codec.program import ArgumentParser, counted
+from codec.json_lines import decode_utf8, read_json_lines, write_json_lines
+from codec.program import ArgumentParser, counted, did_you_mean
+from codec.training.data import load_cut
 from recipes.lib.run import finished, run_recipe
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CORPORA = ("librispeech", "libritts", "ljspeech", "vctk")
+LIST_KEYS = ("audio", "text", "id", "speaker", "language", "split", "offset", "duration")
+"""Of the lines of a list."""
+MAX_SECONDS = 1e9
 MAX_DEV_CUTS = 40
 """Cuts that the suggested command holds out: a tenth of them, and no more than these."""
 
@@ -53,8 +57,10 @@ class ListedRecording:
     speaker: str
     language: str
     split: str = "all"
+    offset: float | None = None
+    """Start of the segment, in seconds; None: the recording's."""
     duration: float | None = None
-    """Seconds as stated by the list; a shorter recording is truncated."""
+    """Of the segment, in seconds; None: to the end. A shorter recording is truncated."""
     error: str | None = None
     """Why it cannot be used, if that is known already."""
 
@@ -74,43 +80,68 @@ class Prepared(NamedTuple):
     skipped: list[SkippedFile]
 
 
-def entries_of_list(path: Path, language: str) -> Iterator[ListedRecording]:
+def entries_of_list(
+    path: Path, language: str, ignored: Collection[str] = ()
+) -> Iterator[ListedRecording]:
     """Yields the lines of a JSON Lines list; relative paths start at the list's folder.
 
+    Args:
+        ignored: further keys that lines may have.
+
     Raises:
-        ValueError: a line is no object, or a key is missing or invalid.
+        ValueError: a line is no object, or a key is missing, unknown or invalid.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such list")
-    with open(path, encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                stored = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{where}: no JSON ({error})") from error
-            if not isinstance(stored, dict) or not isinstance(stored.get("audio"), str):
-                raise ValueError(f"{where}: needs an object with the key audio")
-            if not isinstance(stored.get("text"), str):
-                raise ValueError(f'{where}: needs the key text ("" where there is no transcript)')
-            stated, split = stored.get("duration"), stored.get("split", "all")
-            if isinstance(stated, bool) or not isinstance(stated, int | float | None):
-                raise ValueError(f"{where}: duration must be a number of seconds, got {stated!r}")
-            # A file name.
-            if not isinstance(split, str) or not re.fullmatch(r"\w[\w.-]*", split):
-                raise ValueError(f"{where}: split must be a plain name like train, got {split!r}")
-            audio = path.parent / stored["audio"]
-            yield ListedRecording(
-                id=str(stored.get("id", audio.stem)),
-                audio=audio,
-                text=stored["text"].strip(),
-                speaker=str(stored.get("speaker", "unknown")),
-                language=str(stored.get("language", language)),
-                split=split,
-                duration=stated,
-            )
+    for number, stored, _ in read_json_lines(path):
+        where = f"{path}, line {number}"
+        if not isinstance(stored, dict):
+            raise ValueError(f"{where}: needs an object with the key audio")
+        for key in stored:
+            if key not in LIST_KEYS and key not in ignored:
+                raise ValueError(
+                    f"{where}: {key}: no such key{did_you_mean(key, LIST_KEYS)}; the keys are "
+                    f"{', '.join(LIST_KEYS)}"
+                )
+        if not isinstance(stored.get("audio"), str):
+            raise ValueError(f"{where}: needs an object with the key audio")
+        if not isinstance(stored.get("text"), str):
+            raise ValueError(f'{where}: needs the key text ("" where there is no transcript)')
+        offset, duration = _seconds(stored, where)
+        split = stored.get("split", "all")
+        # A file name.
+        if not isinstance(split, str) or not re.fullmatch(r"\w[\w.-]*", split):
+            raise ValueError(f"{where}: split must be a plain name like train, got {split!r}")
+        keys = ("id", "speaker", "language")
+        given = {key: str(stored[key]) for key in keys if stored.get(key) is not None}
+        audio = path.parent / stored["audio"]
+        name = audio.stem
+        if offset is not None:
+            name += f"-{round(1000 * offset)}"
+        yield ListedRecording(
+            id=given.get("id", name),
+            audio=audio,
+            text=stored["text"].strip(),
+            speaker=given.get("speaker", "unknown"),
+            language=given.get("language", language),
+            split=split,
+            offset=offset,
+            duration=duration,
+        )
+
+
+def _seconds(stored: Mapping[str, Any], where: str) -> tuple[float | None, float | None]:
+    """The offset and the duration of a line."""
+    found: list[float | None] = []
+    for key in ("offset", "duration"):
+        value = stored.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise ValueError(f"{where}: {key} must be a number of seconds, got {value!r}")
+        if value is not None and not (0 < value < MAX_SECONDS or (key == "offset" and value == 0)):
+            least = "at least 0" if key == "offset" else "positive"
+            raise ValueError(f"{where}: {key} must be {least}, in seconds, got {value!r}")
+        found.append(None if value is None else float(value))
+    return found[0], found[1]
 
 
 def entries_of_folder(
@@ -130,12 +161,13 @@ def entries_of_folder(
         relative = audio.relative_to(folder)
         text, error = "", None
         try:
-            text = audio.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
+            words = audio.with_suffix(".txt")
+            text = decode_utf8(words.read_bytes(), words.name).replace("\r\n", "\n").strip()
         except FileNotFoundError:
             if need_text:
                 error = f"{audio.stem}.txt is missing (--no-text allows that)"
-        except UnicodeDecodeError:
-            error = f"{audio.stem}.txt is not UTF-8"
+        except ValueError as found_error:
+            error = str(found_error)
         yield ListedRecording(
             id=relative.with_suffix("").as_posix().replace("/", "-"),
             audio=audio,
@@ -161,10 +193,13 @@ def cut_of(entry: ListedRecording) -> "Cut":
         raise ValueError(f"{path}: no such recording")
     header = audio_info(path)
     duration = header.num_samples / header.sample_rate
-    if entry.duration is not None and duration < 0.98 * entry.duration - 0.1:
-        raise ValueError(f"{path}: truncated: {duration:.2f} of {entry.duration:.2f} s are there")
     if header.num_samples <= 0:
         raise ValueError(f"{path}: holds no samples")
+    rest = duration - (entry.offset or 0.0)
+    if rest <= 0:
+        raise ValueError(f"{path}: offset {entry.offset} s is behind its end, {duration:.2f} s")
+    if entry.duration is not None and rest < 0.98 * entry.duration - 0.1:
+        raise ValueError(f"{path}: truncated: {rest:.2f} of {entry.duration:.2f} s are there")
     channels = list(range(header.num_channels))
     recording = Recording(
         id=entry.id,
@@ -175,12 +210,18 @@ def cut_of(entry: ListedRecording) -> "Cut":
         channel_ids=channels,
     )
     cut: Any = recording.to_cut().with_id(entry.id)
+    segment = rest if entry.duration is None else min(rest, entry.duration)
+    # Without an offset, the stated duration of a recording may differ a little from the file's.
+    if entry.offset is None and segment >= 0.98 * duration - 0.1:
+        segment = duration
+    if segment < duration:
+        cut = cut.truncate(offset=entry.offset or 0.0, duration=segment).with_id(entry.id)
     cut.supervisions = [
         SupervisionSegment(
             id=entry.id,
             recording_id=entry.id,
             start=0.0,
-            duration=duration,
+            duration=cut.duration,
             channel=channels if len(channels) > 1 else 0,
             text=entry.text,
             language=entry.language,
@@ -310,11 +351,14 @@ def source_of(cut: Any) -> str:
 
 
 def check_decodes(cut: Any) -> None:
-    """Decodes a cut's recording from end to end in bounded memory.
+    """Decodes a cut from end to end; an entire recording in bounded memory.
 
     Raises:
         ValueError, OSError: it cannot be decoded, is silent or not finite.
     """
+    if cut.duration < cut.recording.duration - 1e-3:
+        load_cut(cut, cut.recording.sampling_rate)
+        return
     for _ in stream_audio(source_of(cut), cut.recording.sampling_rate):
         pass
 
@@ -476,11 +520,8 @@ def save(prepared: Prepared, out: Path, argv: Sequence[str]) -> None:
     if not total:
         reasons = "; ".join(skipped.reason for skipped in prepared.skipped[:3])
         raise ValueError(f"no usable recording: {reasons or 'the source is empty'}")
-    listed = [json.dumps(skipped._asdict(), ensure_ascii=False) for skipped in prepared.skipped]
     with atomic_files(out) as partial:
-        (partial / "skipped.jsonl").write_text(
-            "".join(line + "\n" for line in listed), encoding="utf-8"
-        )
+        write_json_lines(partial / "skipped.jsonl", [each._asdict() for each in prepared.skipped])
         for split, cuts in prepared.cuts.items():
             CutSet.from_cuts(cuts).to_file(partial / f"{split}.jsonl.gz")
     for split, cuts in prepared.cuts.items():
@@ -489,7 +530,8 @@ def save(prepared: Prepared, out: Path, argv: Sequence[str]) -> None:
         path = out / f"{split}.jsonl.gz"
         counts = f"{counted(len(cuts), 'cut')}, {hours:.2f} h, {counted(len(speakers), 'speaker')}"
         print(f"{path}: {counts}")
-    print(f"{out / 'skipped.jsonl'}: {len(listed)} of {total + len(listed)} skipped")
+    num_skipped = len(prepared.skipped)
+    print(f"{out / 'skipped.jsonl'}: {num_skipped} of {total + num_skipped} skipped")
     what = f"{counted(len(prepared.cuts), 'list')} of {counted(total, 'recording')}"
     finished(what, out, next_command(prepared, out, argv))
 
@@ -529,7 +571,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         kind.add_argument("source", type=Path, help="corpus folder (with --download: its parent)")
         kind.add_argument("--parts", nargs="*", default=[], help="default: all that exist")
         kind.add_argument("--download", action="store_true", help="download it first")
-    for name, what in (("folder", "recordings with NAME.txt"), ("list", "a JSON Lines list")):
+    lines = f"JSON Lines with {', '.join(LIST_KEYS)}"
+    for name, what in (("folder", "recordings with NAME.txt"), ("list", lines)):
         kind = kinds.add_parser(name, parents=[shared], help=what)
         kind.add_argument("source", type=Path)
         kind.add_argument("--language", default="en", help="of entries without one (default: en)")
@@ -566,7 +609,7 @@ def main(argv: Sequence[str]) -> None:
 
         keys = ("out", "hours", "voices", "texts", "without", "processes", "seed")
         listed = make_speech(SyntheticConfig(**{key: getattr(args, key) for key in keys}))
-        prepared = prepare_entries(entries_of_list(listed, "en"), **how)
+        prepared = prepare_entries(entries_of_list(listed, "en", ignored=("wer",)), **how)
     else:
         from recipes.offline.debian_prompts import unpack_prompts
 

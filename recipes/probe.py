@@ -30,13 +30,13 @@ from eval.benchmark import (
     ASR_PREFIX,
     Provenance,
     Row,
-    append_rows,
     machine,
     rows_of,
     score_asr,
 )
 from eval.text import LIBRARIES
 from eval.tokens import Probe, ProbeConfig, ProbeCorpus, ProbeResult, train_probe
+from recipes.scoring.rows import append_rows
 
 SETTINGS = {
     "small": ProbeConfig(
@@ -293,6 +293,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, key)
         if value is not None and value < least:
             raise ValueError(f"--{key} must be at least {least}, got {value}")
+    if args.seed >= 2**32:
+        raise ValueError(f"--seed must be below 2**32, got {args.seed}")
     check_device(args.device)
     if args.out is not None and args.out.is_dir():
         raise ValueError(f"--out {args.out}: is a folder; name a file in it, such as rows.jsonl")

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from codec import Codec
 from codec.config import at_least
-from codec.io import apply_umask, atomic_folder
+from codec.io import apply_umask, atomic_folder, check_id
+from codec.json_lines import read_json_lines
 from codec.models.codec import is_half_precision, save_half_precision
 from recipes.lib.run import finished, load_config, run_recipe
 from slm.data.coverage import Coverage
@@ -114,11 +115,11 @@ def read_prompts(voice: Voice, path: Path) -> dict[str, Prompt]:
         ValueError: a line is invalid, or a recording cannot be used.
     """
     prompts = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, record, _ in read_json_lines(path):
         try:
-            record = json.loads(line)
             name, audio, text, credit = (record[key] for key in ("name", "audio", "text", "credit"))
-        except (KeyError, TypeError, ValueError) as error:
+            check_id(name, ".json")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}, line {number}: needs name, audio, text and credit ({error})"
             ) from error

@@ -32,6 +32,7 @@ from codec.distillation.asr_supervision import (
 )
 from codec.distillation.ctc_reader import STEPS, CodeRecognizer, letters_in, transcript_labels
 from codec.distillation.word_alignment import min_ctc_steps
+from codec.json_lines import append_json_lines
 from codec.modules.quantize import codebook_usage, count_codes
 from codec.modules.ssl_encoders import config_for_whisper, load_whisper
 from codec.tokenize import text_of
@@ -190,8 +191,7 @@ class Recordings:
             except (ValueError, OSError) as error:
                 if cut.id not in self._bad:
                     self._bad.add(cut.id)
-                    with open(self._bad_file, "a", encoding="utf-8") as file:
-                        file.write(json.dumps({"id": cut.id, "why": str(error)}) + "\n")
+                    append_json_lines(self._bad_file, [{"id": cut.id, "why": str(error)}])
                     logger.warning("left out: %s", error)
                 continue
             waves.append(torch.from_numpy(wave))

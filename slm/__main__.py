@@ -1,7 +1,6 @@
 """The command `slm`: tts, asr, vc, continue and export."""
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -15,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from codec.json_lines import to_json_line
 from codec.program import ArgumentParser, run_program
-from slm.config import CHECKS, SamplingConfig
+from slm.config import CHECKS, SamplingConfig, check_seed
 
 if TYPE_CHECKING:
     from slm.export.voice_folder import VoiceSummary
@@ -28,8 +28,6 @@ SAMPLING = (
     "greedy", "temperature", "top_p", "top_k", "num_candidates", "max_attempts", "checks",
 )  # fmt: skip
 """Options that are fields of SamplingConfig; the others stay as the voice has them."""
-MAX_SEED = 2**62
-"""Retries and candidates add to a seed, which torch holds in 64 bits."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -186,8 +184,7 @@ def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
 def _check_numbers(arguments: argparse.Namespace) -> None:
     if getattr(arguments, "batch", 1) < 1:
         raise ValueError(f"--batch must be at least 1, got {arguments.batch}")
-    if abs(getattr(arguments, "seed", 0)) > MAX_SEED:
-        raise ValueError(f"--seed must be within -2**62 .. 2**62, got {arguments.seed}")
+    check_seed(getattr(arguments, "seed", 0), "--seed")
     for name in ("chunk_seconds", "seconds"):
         if not 0 < getattr(arguments, name, 1.0) < inf:
             flag = name.replace("_", "-")
@@ -211,10 +208,7 @@ def _check_place(target: str, *, is_folder: bool = False) -> None:
 
 def _check_text(summary: "VoiceSummary", text: str | None, flag: str) -> None:
     """Raises ValueError for a text that the voice cannot use; None passes."""
-    from slm.batch_tts import check_unicode
-
     if text is not None:
-        check_unicode(**{flag: text})
         summary.coverage.check(text, f"--{flag.replace('_', '-')}")
 
 
@@ -363,7 +357,7 @@ def _stream(target: str, waves: Iterable[np.ndarray], sample_rate: int) -> None:
 
 
 def _print(record: object) -> None:
-    print(json.dumps(record, ensure_ascii=False), flush=True)
+    print(to_json_line(record), flush=True)
 
 
 def _asr(arguments: argparse.Namespace) -> None:

@@ -1,17 +1,28 @@
 """TTS of a list of texts, resumable: `slm tts --list`."""
 
+import difflib
+import errno
 import json
 import logging
+import os
 import time
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from codec.io import atomic_file, sha256_of
-from codec.program import counted
+from codec.io import check_id, path_of_id, sha256_of
+from codec.json_lines import (
+    JsonLine,
+    append_json_lines,
+    read_appended,
+    scan_json_lines,
+    write_json_lines,
+)
+from codec.program import counted, did_you_mean
 from slm.export.voice_folder import VoiceSummary
 from slm.generation.long_form import LongText
 from slm.generation.tts import Speech
@@ -22,8 +33,11 @@ logger = logging.getLogger("slm")
 
 RESULTS = "results.jsonl"
 
+LINE_KEYS = ("id", "text", "prompt", "prompt_text")
 Line = dict[str, str]
 """id, text, prompt and perhaps prompt_text."""
+NAME_ERRORS = (errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)
+"""Errors of a file's name, as opposed to the disk's."""
 
 
 class ListEntry(NamedTuple):
@@ -37,43 +51,52 @@ class ListEntry(NamedTuple):
     """Why it is skipped; None: it passes."""
 
 
-def read_tts_list(path: Path) -> list[tuple[int, Any]]:
-    """The lines of a JSONL file with their numbers; None for a line that is not JSON.
+class Waiting(NamedTuple):
+    """A line to generate in the next batch."""
+
+    number: int
+    line: Line
+    request: str
+    """See `_request`."""
+    text: LongText
+
+
+def read_tts_list(path: Path) -> list[JsonLine]:
+    """The lines of a JSON Lines file, also those that cannot be used.
 
     Raises:
-        ValueError: no such file.
+        ValueError: no such file, or one that is not UTF-8.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such list")
-    entries: list[tuple[int, Any]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            try:
-                entries.append((number, json.loads(line)))
-            except ValueError:
-                entries.append((number, None))
-    return entries
+    return list(scan_json_lines(path))
 
 
-def check_list(
-    entries: Sequence[tuple[int, Any]], summary: VoiceSummary, listed: Path
-) -> list[ListEntry]:
-    """Checks the lines of the file `listed` without the models: fields, texts and prompts.
+def check_list(entries: Sequence[JsonLine], summary: VoiceSummary, listed: Path) -> list[ListEntry]:
+    """Checks the lines of the file `listed` without the models: fields, texts and prompts. Warns of
+    keys that are not used.
 
     Raises:
         ValueError: no line is usable.
     """
     checked: list[ListEntry] = []
-    seen: set[str] = set()
-    for number, entry in entries:
+    seen: dict[str, str] = {}
+    unused: dict[str, int] = {}
+    for number, entry, unusable in entries:
         line: Line = {}
         error = None
         try:
+            if entry is None and unusable is not None:
+                raise ValueError(unusable)
             line = _line_of(entry, seen)
             _check_line(line, summary, listed.parent)
-        except ValueError as found:
+            for key in entry.keys() - set(LINE_KEYS):
+                unused.setdefault(key, number)
+        except (ValueError, OSError) as found:
             error = str(found)
         checked.append(ListEntry(number, line, error))
+    for key, number in sorted(unused.items(), key=lambda each: (each[1], each[0])):
+        logger.warning("%s, line %d: the key %s is not used", listed, number, key)
     if checked and all(each.error is not None for each in checked):
         number, _, error = checked[0]
         raise ValueError(f"{listed}: no line is usable; line {number}: {error}")
@@ -83,7 +106,6 @@ def check_list(
 def _check_line(line: Line, summary: VoiceSummary, folder: Path) -> None:
     """Raises ValueError for a text or prompt that the voice cannot use."""
     text, prompt_text = line["text"], line.get("prompt_text")
-    check_unicode(text=text, prompt_text=prompt_text)
     summary.coverage.check(text, "text")
     if prompt_text is not None:
         summary.coverage.check(prompt_text, "prompt_text")
@@ -95,11 +117,14 @@ def _check_line(line: Line, summary: VoiceSummary, folder: Path) -> None:
             raise ValueError(f"{error}; give prompt_text") from None
 
 
-def _line_of(entry: Any, seen: set[str]) -> Line:
-    """The known fields of a line. Raises ValueError for a missing field and one of another type,
-    and for an id of `seen`, to which its own is added."""
+def _line_of(entry: Any, seen: dict[str, str]) -> Line:
+    """The known fields of a line. Raises ValueError for a missing field, one of another type or a
+    misspelt one, and for an id whose file is in `seen`, to which its own is added."""
     if not isinstance(entry, dict):
         raise ValueError("not a JSON object")
+    for key in entry.keys() - set(LINE_KEYS):
+        if difflib.get_close_matches(key, set(LINE_KEYS) - entry.keys(), cutoff=0.8):
+            raise ValueError(f"{key}: no such key{did_you_mean(key, LINE_KEYS)}")
     for key in ("id", "text", "prompt"):
         if entry.get(key) in (None, ""):
             raise ValueError(f"{key} is missing")
@@ -107,12 +132,16 @@ def _line_of(entry: Any, seen: set[str]) -> Line:
             raise ValueError(f"{key} must be a string, got {json.dumps(entry[key])}")
     if not isinstance(entry.get("prompt_text"), str | None):
         raise ValueError(f"prompt_text is not a text: {entry['prompt_text']!r}")
-    known = {key: entry[key] for key in ("id", "text", "prompt", "prompt_text") if entry.get(key)}
-    if Path(known["id"]).is_absolute() or ".." in Path(known["id"]).parts:
-        raise ValueError(f"the id {known['id']!r} leads out of the folder")
-    if known["id"] in seen:
-        raise ValueError(f"the id {known['id']!r} comes twice")
-    seen.add(known["id"])
+    known = {key: entry[key] for key in LINE_KEYS if entry.get(key)}
+    name = known["id"]
+    check_id(name, ".wav")
+    # macOS and Windows do not distinguish case, nor macOS forms of Unicode.
+    file = unicodedata.normalize("NFC", str(Path(name))).casefold()
+    if seen.get(file) == name:
+        raise ValueError(f"the id {name!r} comes twice")
+    if file in seen:
+        raise ValueError(f"the id {name!r} and {seen[file]!r} are one file on some file systems")
+    seen[file] = name
     return known
 
 
@@ -164,43 +193,50 @@ def synthesize_list(
     settings = [voice.digest, seed, repr(voice.sampling)]
     settings += [voice.lexicon] if voice.lexicon else []
     done = _finished(results, out)
-    waiting: list[tuple[Line, LongText]] = []
+    waiting: list[Waiting] = []
     skipped: list[str] = []
     throughput, num_done = Throughput(), 0
 
-    def generate(file: IO[str]) -> None:
-        speeches = throughput.synthesize(voice, [text for _, text in waiting], batch)
-        for (line, _), speech in zip(waiting, speeches, strict=True):
+    def refuse(number: int, line: Line, error: Exception) -> None:
+        skipped.append(f"line {number}: {error}")
+        if line:
+            append_json_lines(results, [_refused(line, error, seed)])
+
+    def generate() -> None:
+        speeches = throughput.synthesize(voice, [each.text for each in waiting], batch)
+        for (number, line, request, _), speech in zip(waiting, speeches, strict=True):
             name = f"{line['id']}.wav"
-            voice.save(speech, out / name)
+            try:
+                voice.save(speech, out / name)
+            except (ValueError, OSError) as error:
+                if isinstance(error, OSError) and error.errno not in NAME_ERRORS:
+                    raise
+                refuse(number, line, error)
+                continue
             record = {"id": line["id"], **result(name, line["prompt"], speech)}
-            _append(file, {**record, "request": line["request"]})
+            append_json_lines(results, [{**record, "request": request}])
         waiting.clear()
 
-    # Lone surrogates, which JSON may contain, are written as escapes.
-    with (
-        open(results, "a", encoding="utf-8", errors="backslashreplace") as file,
-        tqdm(entries, desc="tts", unit="line") as progress,
-    ):
+    append_json_lines(results, [])
+    with tqdm(entries, desc="tts", unit="line") as progress:
         for number, line, error in progress:
             try:
                 if error is not None:
                     raise ValueError(error)
+                path_of_id(out, line["id"], ".wav")
                 request = _request(voice, line, folder, settings)
                 if done.get(line["id"]) == request:
                     num_done += 1
                     continue
                 text = prepare_line(voice, line, folder, seed)
-                waiting.append(({**line, "request": request}, text))
+                waiting.append(Waiting(number, line, request, text))
             except (ValueError, OSError) as refusal:
-                skipped.append(f"line {number}: {refusal}")
-                if line:
-                    _append(file, _refused(line, refusal, seed))
+                refuse(number, line, refusal)
                 continue
-            if sum(len(text.utterances) for _, text in waiting) >= batch:
-                generate(file)
+            if sum(len(each.text.utterances) for each in waiting) >= batch:
+                generate()
         if waiting:
-            generate(file)
+            generate()
     _keep_newest(results)
     for reason in skipped:
         logger.warning("skipped %s", reason)
@@ -212,29 +248,20 @@ def synthesize_list(
         raise ValueError(f"{listed}: no line is usable")
 
 
-def check_unicode(**texts: str | None) -> None:
-    """Raises ValueError for a text with a lone surrogate."""
-    for name, text in texts.items():
-        try:
-            (text or "").encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{name} is no text: {text!r} has half a character") from error
-
-
 def prepare_line(voice: Voice, line: Mapping[str, str], folder: Path, seed: int) -> LongText:
     """Checks and encodes a line; a prompt's path is relative to the current folder, or `folder`.
 
     Raises:
         ValueError: a text, prompt or prompt text that the voice cannot use.
     """
-    check_unicode(text=line["text"], prompt_text=line.get("prompt_text"))
     text = voice.normalize(line["text"])
     prompt = prompt_source(voice.prompts, line["prompt"], folder)
     return voice.prepare_long(text, voice.prompt(prompt, line.get("prompt_text")), seed)
 
 
 def _recording(name: str, folder: Path) -> Path:
-    return next((p for p in (Path(name), folder / name) if p.exists()), Path(name))
+    # Path.exists raises an error for a name that is too long.
+    return next((p for p in (Path(name), folder / name) if os.path.exists(p)), Path(name))
 
 
 def prompt_source(prompts: Iterable[str], name: str, folder: Path) -> Path | str:
@@ -247,25 +274,22 @@ def prompt_source(prompts: Iterable[str], name: str, folder: Path) -> Path | str
     if name in names:
         return name
     found = _recording(name, folder)
-    if not found.exists():
+    if not os.path.exists(found):
         known = f" ({', '.join(names)})" if names else ", which has none"
-        raise ValueError(f"{name}: no such recording, nor a prompt of this voice{known}")
+        shown = name if len(name) < 200 else f"{name[:200]}..."
+        raise ValueError(f"{shown}: no such recording, nor a prompt of this voice{known}")
     return found
 
 
-def _append(file: IO[str], record: Mapping[str, Any]) -> None:
-    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    file.flush()
-
-
 def _refused(line: Line, error: Exception, seed: int) -> dict[str, Any]:
-    """The record of a bad line."""
+    """The record of a bad line; half of a surrogate pair becomes a question mark."""
+    known = {key: text.encode("utf-8", "replace").decode() for key, text in line.items()}
     return {
-        "id": line["id"],
+        "id": known["id"],
         "audio": None,
-        "text": line["text"],
-        "prompt": line["prompt"],
-        "prompt_text": line.get("prompt_text", ""),
+        "text": known["text"],
+        "prompt": known["prompt"],
+        "prompt_text": known.get("prompt_text", ""),
         "failure": "refused",
         "reason": str(error),
         "tries": 0,
@@ -275,13 +299,8 @@ def _refused(line: Line, error: Exception, seed: int) -> dict[str, Any]:
 
 def _keep_newest(results: Path) -> None:
     """Keeps the last record of each id."""
-    lines = results.read_text(encoding="utf-8").splitlines()
-    _replace(results, {json.loads(line)["id"]: line for line in lines}.values())
-
-
-def _replace(results: Path, lines: Iterable[str]) -> None:
-    with atomic_file(results) as temporary:
-        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    records = [line.value for line in read_appended(results)]
+    write_json_lines(results, {record["id"]: record for record in records}.values())
 
 
 def result(audio: str, prompt: str, speech: Speech) -> dict[str, Any]:
@@ -316,13 +335,12 @@ def _finished(results: Path, out: Path) -> dict[str, str | None]:
     all but the last record of an id from the file."""
     if not results.exists():
         return {}
-    kept: dict[str, tuple[str, str | None]] = {}
-    for line in results.read_text(encoding="utf-8").splitlines():
+    kept: dict[str, dict[str, Any]] = {}
+    for line in scan_json_lines(results):
         try:
-            record = json.loads(line)
-            if (out / record["audio"]).is_file():
-                kept[record["id"]] = line, record.get("request")
-        except (AttributeError, KeyError, TypeError, ValueError):
+            if line.error is None and (out / line.value["audio"]).is_file():
+                kept[line.value["id"]] = line.value
+        except (AttributeError, KeyError, TypeError, ValueError, OSError):
             continue
-    _replace(results, (line for line, _ in kept.values()))
-    return {name: request for name, (_, request) in kept.items()}
+    write_json_lines(results, kept.values())
+    return {name: record.get("request") for name, record in kept.items()}

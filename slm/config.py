@@ -32,7 +32,19 @@ REMOVED_FIELDS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 }
 """Fields of older versions -> values that are read and ignored; others raise ValueError."""
 
+MAX_SEED = 2**62
+"""Retries and candidates add to a seed, which torch holds in 64 bits."""
 Config = TypeVar("Config")
+
+
+def check_seed(seed: int, what: str = "the seed") -> None:
+    """Raises ValueError for a seed of generation that is out of range.
+
+    Args:
+        what: its name, for the message.
+    """
+    if abs(seed) > MAX_SEED:
+        raise ValueError(f"{what} must be within -2**62 .. 2**62, got {seed}")
 
 
 def from_json(cls: type[Config], values: Mapping[str, Any]) -> Config:

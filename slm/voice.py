@@ -26,7 +26,7 @@ from codec.audio import check_name as check_name
 from codec.audio import check_recording, stream_audio
 from codec.io import sha256_of
 from codec.transcripts import has_words
-from slm.config import SamplingConfig
+from slm.config import SamplingConfig, check_seed
 from slm.data.coverage import Coverage
 from slm.data.prompts import Prompt, load_prompts
 from slm.export.voice_folder import (
@@ -294,6 +294,7 @@ class Voice:
         return LongText(text=text, utterances=utterances, pauses=pauses)
 
     def _utterance(self, text: NormalizedText, prompt: Prompt, seed: int) -> Utterance:
+        check_seed(seed)
         lm, frame_rate = self.lm, self.codec.frame_rate
         least, most = speech_bounds(text.num_tokens, frame_rate, self.sampling)
         num_prompt, prompt_text, num_prompt_words = prompt.codes.shape[1], NO_TEXT, None
@@ -476,6 +477,7 @@ class Voice:
         Raises:
             ValueError: a voice that was not trained on continuation, and an unusable prompt.
         """
+        check_seed(seed)
         if isinstance(prompt, Prompt | str):
             known = self.prompt(prompt)
             known.check(self.codec.codebook_sizes)

@@ -28,7 +28,10 @@ TEXTS = sorted(
     and ".egg-info" not in str(path)
 )
 # What `slm` may know of `codec`, and what only a voice, made of both, may.
-SHARED = ("codec.tokens", "codec.io", "codec.program", "codec.training", "codec.transcripts")
+SHARED = (
+    *("codec.tokens", "codec.io", "codec.json_lines", "codec.program", "codec.training"),
+    "codec.transcripts",
+)
 VOICE = "slm/voice.py"
 # Imports that cost seconds or need more than codec's own five libraries.
 HEAVY = (
@@ -373,7 +376,7 @@ def test_importing_a_package_stays_light(package: str) -> None:
     assert not loaded & set(HEAVY), f"import {package} loads {sorted(loaded & set(HEAVY))}"
 
 
-@pytest.mark.parametrize("module", ["codec.tokens", "codec.io"])
+@pytest.mark.parametrize("module", ["codec.tokens", "codec.io", "codec.json_lines"])
 def test_the_contract_needs_no_torch(module: str) -> None:
     code = f"import sys, {module}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

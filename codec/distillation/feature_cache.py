@@ -23,6 +23,7 @@ from codec.audio import resample_batch
 from codec.distillation.teachers import SpeechTeacher, TextTeacher
 from codec.distillation.word_alignment import Word
 from codec.io import atomic_file, sha256_of
+from codec.json_lines import read_json_lines, write_json_lines
 from codec.tokenize import SkippedRecording, batches_of, loaded, text_of
 
 if TYPE_CHECKING:
@@ -265,8 +266,7 @@ class FeatureCache:
     @property
     def skipped(self) -> set[str]:
         """Ids of the recordings that were skipped when the cache was written (skipped.jsonl)."""
-        lines = (self.folder / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
-        return {json.loads(line)["id"] for line in lines}
+        return {line.value["id"] for line in read_json_lines(self.folder / "skipped.jsonl")}
 
     def missing(self, cuts: Iterable["Cut"]) -> list[str]:
         """Ids of the cuts that are not in the cache.
@@ -419,8 +419,8 @@ def write_cache(
                     shards.add(cut.id, *result)
             bar.update(len(batch))
     shards.flush()
-    with atomic_file(folder / f"skipped-{rank:03d}.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(entry._asdict()) + "\n" for entry in skipped))
+    listed = folder / f"skipped-{rank:03d}.jsonl"
+    write_json_lines(listed, (entry._asdict() for entry in skipped))
     return complete_cache(folder) if world == 1 else _summary(folder, facts)
 
 
@@ -433,8 +433,7 @@ def complete_cache(folder: str | Path) -> CacheSummary:
     folder = Path(folder)
     facts = read_facts(folder)
     summary = _summary(folder, facts)
-    with atomic_file(folder / "skipped.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(one._asdict()) + "\n" for one in summary.skipped))
+    write_json_lines(folder / "skipped.jsonl", (one._asdict() for one in summary.skipped))
     if summary.num_recordings == 0:
         reason = f"; the first: {summary.skipped[0].reason}" if summary.skipped else ""
         raise ValueError(f"{folder}: none of the recordings could be used{reason}")
@@ -588,12 +587,9 @@ def _summary(folder: Path, facts: Mapping[str, Any]) -> CacheSummary:
     for path in _shard_files(folder):
         index.update(_read_shard(path, facts))
     num_bytes = sum(path.stat().st_size for path in _shard_files(folder))
-    lines = [
-        line
-        for path in sorted(folder.glob("skipped-*.jsonl"))
-        for line in path.read_text().splitlines()
-    ]
-    skipped = {one["id"]: SkippedRecording(**one) for one in map(json.loads, lines)}
+    files = sorted(folder.glob("skipped-*.jsonl"))
+    lines = [line.value for path in files for line in read_json_lines(path)]
+    skipped = {one["id"]: SkippedRecording(**one) for one in lines}
     skipped = [one for one in skipped.values() if one.id not in index]
     hours = sum(entry.seconds for entry in index.values()) / 3600
     return CacheSummary(len(index), hours, num_bytes, skipped)

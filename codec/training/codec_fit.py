@@ -1,6 +1,5 @@
 """GAN training of a codec: crops, two optimizers, validation, checkpoints."""
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codec.io import atomic_folder
+from codec.json_lines import read_appended, write_json_lines
 from codec.models.codec import Codec
 from codec.modules.discriminators import BandDiscriminator, STFTDiscriminator
 from codec.modules.quantize import codebook_usage
@@ -168,9 +168,8 @@ def list_bad(file: Path) -> None:
     """Rewrites skipped.jsonl with one line per recording: several processes may have added it."""
     if not file.is_file():
         return
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    bad = {line["id"]: line["why"] for line in lines}
-    file.write_text("".join(json.dumps({"id": i, "why": w}) + "\n" for i, w in bad.items()))
+    bad = {line.value["id"]: line.value for line in read_appended(file)}
+    write_json_lines(file, bad.values())
     logger.warning("%d recordings could not be read; %s lists them and why", len(bad), file)
 
 

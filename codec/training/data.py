@@ -1,7 +1,6 @@
 """Cuts to crops to batches. Every batch is a pure function of (seed, step, rank): resuming at a
 step needs no sampler state, and any number of loader processes yields the same crops."""
 
-import json
 import logging
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from codec.audio import cancelled_channel, check_recording, read_audio, resample_wave
+from codec.json_lines import append_json_lines
 from codec.program import reason_of
 
 if TYPE_CHECKING:
@@ -153,8 +153,7 @@ class CropDataset(Dataset):
                 self.bad[cut.id] = str(error)
                 logger.warning("skipped from now on: %s", error)
                 if self.bad_file is not None:
-                    with open(self.bad_file, "a", encoding="utf-8") as file:
-                        file.write(json.dumps({"id": cut.id, "why": str(error)}) + "\n")
+                    append_json_lines(self.bad_file, [{"id": cut.id, "why": str(error)}])
         raise ValueError("none of the recordings of the training list can be read")
 
     def _crop(self, cut: "Cut", generator: np.random.Generator) -> Crops:

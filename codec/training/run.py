@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from codec.distillation.teachers import has_bf16
 from codec.io import FileLock, apply_umask, atomic_file, fsync, is_write_failure
+from codec.json_lines import append_json_lines, read_appended, write_json_lines
 from codec.program import ReportedElsewhere
 from codec.training.workarounds import accelerator_options, default_deepspeed_device
 
@@ -206,9 +207,7 @@ class Run:
         if not self.accelerator.is_main_process:
             return
         finite = {key: value for key, value in values.items() if math.isfinite(value)}
-        line = {"step": step, **{key: finite.get(key) for key in values}}
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        append_json_lines(self.folder / "metrics.jsonl", [{"step": step, **values}], sync=False)
         self.accelerator.log(
             {self._prefix + key: value for key, value in finite.items()}, step=step
         )
@@ -539,10 +538,9 @@ def _truncate_metrics(path: Path, last: int) -> None:
     """Keeps the lines up to the step `last`, but none that a kill truncated."""
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last]
-    with atomic_file(path) as temporary:
-        temporary.write_text("".join(kept))
+    # Earlier versions wrote NaN.
+    values = [line.value for line in read_appended(path, strict=False)]
+    write_json_lines(path, [each for each in values if each["step"] <= last])
 
 
 def git_revision() -> str:

@@ -97,11 +97,15 @@ def load_config(cls: type[C], argv: Sequence[str], description: str = "") -> C:
             given[name] = value
     config = _merged(config, given, kinds)
     try:
-        return _built(cls, OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+        built = _built(cls, OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
     except MissingMandatoryValue as error:
         raise ValueError(f"{error.full_key} has no default: give {error.full_key}=VALUE") from None
     except OmegaConfBaseException as error:
         raise ValueError(_first_line(error)) from None
+    seed = getattr(built, "seed", 0)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed}: expected a whole number from 0 to 2**32 - 1")
+    return built
 
 
 @contextlib.contextmanager

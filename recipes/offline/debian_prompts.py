@@ -5,7 +5,6 @@ downloads the packages and checks their signatures.
 """
 
 import gzip
-import json
 import logging
 import re
 import shutil
@@ -19,7 +18,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from codec.audio import write_audio
-from codec.io import atomic_file
+from codec.json_lines import write_json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ def unpack_prompts(out: Path, packages: Path | None = None) -> Path:
             run_command(["dpkg-deb", "-x", str(deb), str(tree)])
         if not (tree / SOUNDS).is_dir() or not (tree / TRANSCRIPTS).is_file():
             raise ValueError(f"the packages {', '.join(PACKAGES)} are not laid out as expected")
-        lines: list[str] = []
+        lines: list[dict[str, str]] = []
         for name, text in tqdm(list(_transcripts(tree / TRANSCRIPTS)), "prompts", unit="file"):
             source = tree / SOUNDS / f"{name}.g722"
             if not source.is_file():
@@ -67,10 +66,9 @@ def unpack_prompts(out: Path, packages: Path | None = None) -> Path:
             if not flac.exists():
                 write_audio(flac, decode_g722(source), SAMPLE_RATE)
             line = {"id": flac.stem, "audio": f"prompts/{flac.name}", "text": text}
-            lines.append(json.dumps(line | {"speaker": SPEAKER, "language": "en"}))
+            lines.append(line | {"speaker": SPEAKER, "language": "en"})
     (folder / "README.md").write_text(CREDIT, encoding="utf-8")
-    with atomic_file(listed) as temporary:
-        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    write_json_lines(listed, lines)
     return listed
 
 

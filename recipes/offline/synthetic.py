@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from codec.audio import resample_wave, write_audio
 from codec.io import atomic_file
-from eval.benchmark import append_lines, read_lines
+from codec.json_lines import append_json_lines, read_appended, write_json_lines
 from recipes.offline.debian_prompts import fetch_packages, run_command
 from recipes.offline.kokoro import SAMPLE_RATE as KOKORO_RATE
 from recipes.offline.kokoro import Kokoro, draw_styles
@@ -111,7 +111,7 @@ def make_speech(config: SyntheticConfig) -> Path:
     rows = sorted(_made(config.out), key=lambda row: row["id"])
     credit = f"those of {config.texts.name}." if config.texts else WORDNET_CREDIT
     _write(config.out / "audio" / "README.md", CREDIT.format(texts=credit))
-    _write(listed, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_json_lines(listed, rows)
     return listed
 
 
@@ -160,12 +160,13 @@ def work(config: SyntheticConfig, rank: int) -> None:
     from eval.transcribe import Judge
     from slm.tokenization.text_normalization import phonemes
 
-    texts = (config.out / "texts.txt").read_text(encoding="utf-8").splitlines()
+    texts = (config.out / "texts.txt").read_text(encoding="utf-8").split("\n")[:-1]
     kokoro, judge = Kokoro(config.kokoro), Judge(config.judge, num_threads=1, device="cpu")
     voices = _voices(kokoro, config)
     names = sorted(voices)
     done = {row["id"]: row for row in _made(config.out, rank)}
-    rejected = {row["id"] for row in _read(config.out / f"rejected-{rank}.jsonl")}
+    rejected = read_appended(config.out / f"rejected-{rank}.jsonl")
+    rejected = {line.value["id"] for line in rejected}
     seconds, wanted = _seconds(done.values()), config.hours * 3600 / config.processes
     for index in range(rank, 100 * len(texts), config.processes):
         if seconds >= wanted:
@@ -185,10 +186,10 @@ def work(config: SyntheticConfig, rank: int) -> None:
             "duration": round(len(wave) / SAMPLE_RATE, 3), "language": "en", "wer": round(wer, 3),
         }  # fmt: skip
         if wer > config.most_wer:
-            _append(config.out / f"rejected-{rank}.jsonl", row)
+            append_json_lines(config.out / f"rejected-{rank}.jsonl", [row])
             continue
         write_audio(config.out / row["audio"], wave, SAMPLE_RATE)
-        _append(config.out / f"made-{rank}.jsonl", row)
+        append_json_lines(config.out / f"made-{rank}.jsonl", [row])
         seconds += len(wave) / SAMPLE_RATE
     raise ValueError(f"{config.out}: too few texts for {config.hours:g} hours; give more")
 
@@ -238,19 +239,12 @@ def _plain(text: str) -> str:
 
 def _made(out: Path, rank: int | None = None) -> list[dict]:
     files = [out / f"made-{rank}.jsonl"] if rank is not None else sorted(out.glob("made-*.jsonl"))
-    return [row for file in files for row in _read(file) if (out / row["audio"]).is_file()]
-
-
-def _read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in read_lines(path)]
+    rows = [line.value for file in files for line in read_appended(file)]
+    return [row for row in rows if (out / row["audio"]).is_file()]
 
 
 def _seconds(rows: Iterable[dict]) -> float:
     return float(sum(row["duration"] for row in rows))
-
-
-def _append(path: Path, row: dict) -> None:
-    append_lines(path, [json.dumps(row, ensure_ascii=False)])
 
 
 def _write(path: Path, text: str) -> None:

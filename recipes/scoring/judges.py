@@ -11,13 +11,12 @@ import numpy as np
 from tqdm import tqdm
 
 from codec.io import sha256_of
+from codec.json_lines import append_json_lines, read_appended, write_json_lines
 from eval.benchmark import (
     Embed,
     ScoredUtterance,
     Transcribe,
     all_libraries,
-    append_lines,
-    read_lines,
 )
 from eval.speaker import SpeakerEncoder
 from eval.transcribe import Judge
@@ -89,22 +88,21 @@ def score_all(folder: Path, tasks: Sequence[Task], key: str, label: str) -> list
     """
     digest = sha256_of(f"{key} {all_libraries()}", 12)
     stored = folder / "utterances" / f"{safe_name(label)}-{digest}.jsonl"
-    done = {one.id: one for one in map(ScoredUtterance.from_json, read_lines(stored))}
-    skipped: list[str] = []
+    before = [ScoredUtterance.from_record(line.value) for line in read_appended(stored)]
+    done = {one.id: one for one in before}
+    skipped: list[dict[str, str]] = []
     for task in tqdm(tasks, label, unit="utterance"):
         if task.id in done:
             continue
         try:
             done[task.id] = task.score()
         except (ValueError, OSError) as error:
-            skipped.append(json.dumps({"id": task.id, "reason": str(error)}, ensure_ascii=False))
+            skipped.append({"id": task.id, "reason": str(error)})
             continue
-        append_lines(stored, [done[task.id].to_json()])
+        append_json_lines(stored, [done[task.id].to_record()])
     if skipped:
         logger.warning("%d of %d utterances of %s skipped", len(skipped), len(tasks), label)
-    (folder / f"skipped-{safe_name(label)}.jsonl").write_text(
-        "".join(line + "\n" for line in skipped), encoding="utf-8"
-    )
+    write_json_lines(folder / f"skipped-{safe_name(label)}.jsonl", skipped)
     scored = [done[task.id] for task in tasks if task.id in done]
     for metric in sorted({metric for one in scored for metric in one.missing}):
         count = sum(metric in one.missing for one in scored)

@@ -19,7 +19,8 @@ from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from codec import write_audio
-from codec.io import atomic_file, sha256_of
+from codec.io import sha256_of
+from codec.json_lines import append_json_lines, read_appended, write_json_lines
 from codec.tokens import TokenRow, TokenShard
 from codec.training.run import git_revision
 from eval.benchmark import (
@@ -28,9 +29,7 @@ from eval.benchmark import (
     Row,
     ScoredUtterance,
     all_libraries,
-    append_lines,
     machine,
-    read_lines,
     rows_of,
     score_asr,
     score_tts,
@@ -120,7 +119,7 @@ class Result(NamedTuple):
     def to_record(self) -> dict[str, Any]:
         """Returns the line of RESULTS_FILE."""
         return {
-            "scored": self.scored.to_json(), "faults": self.failed_checks, "audio": self.audio,
+            "scored": self.scored.to_record(), "faults": self.failed_checks, "audio": self.audio,
             "reported": self.failure, "tries": self.attempts, "seed": self.seed,
         }  # fmt: skip
 
@@ -128,7 +127,7 @@ class Result(NamedTuple):
     def from_record(cls, record: Mapping[str, Any]) -> "Result":
         """Returns the result of a line of RESULTS_FILE."""
         return cls(
-            ScoredUtterance.from_json(record["scored"]), record["faults"], record["audio"],
+            ScoredUtterance.from_record(record["scored"]), record["faults"], record["audio"],
             record["reported"], record["tries"], record["seed"],
         )  # fmt: skip
 
@@ -198,9 +197,7 @@ def synthesize_items(
                 progress.update(place not in results)
                 results[place] = _score(voice, item, speech, scorers, folder, textless=textless)
             records = [{"key": key, "place": i, **results[i].to_record()} for i in places]
-            append_lines(
-                folder / RESULTS_FILE, [json.dumps(one, ensure_ascii=False) for one in records]
-            )
+            append_json_lines(folder / RESULTS_FILE, records)
     return ScoredList(name, list(items), [results[place] for place in range(len(items))])
 
 
@@ -246,15 +243,14 @@ def _stored_results(path: Path, key: str) -> dict[int, Result]:
 
     Removes those of other keys from the file, because their waves are about to be replaced.
     """
-    found, lines = {}, []
-    for line in read_lines(path):
-        record = json.loads(line)
+    found, kept = {}, []
+    for line in read_appended(path):
+        record = line.value
         audio = record["audio"]
         if record["key"] == key and (audio is None or (path.parent / audio).is_file()):
             found[record["place"]] = Result.from_record(record)
-            lines.append(line)
-    with atomic_file(path) as temporary:
-        append_lines(temporary, lines)
+            kept.append(record)
+    write_json_lines(path, kept)
     return found
 
 
@@ -389,7 +385,7 @@ def write_results(
     path: Path, scored: Mapping[str, Sequence[ScoredList]], frame_rate: float
 ) -> None:
     """Writes results.jsonl: a line per setting, list and item, with transcript, wave and scores."""
-    lines = []
+    records = []
     for setting, lists in scored.items():
         for one in lists:
             for item, result in zip(one.items, one.results, strict=True):
@@ -413,9 +409,8 @@ def write_results(
                     **scores.values,
                     "prompt_seconds": item.prompt.codes.shape[1] / frame_rate,
                 }
-                lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    with atomic_file(path) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
+                records.append(record)
+    write_json_lines(path, records)
 
 
 def transcribe_items(

@@ -11,7 +11,7 @@ from codec.distillation.word_alignment import load_transcriber
 from codec.io import atomic_file, sha256_of
 from codec.tokens import TokenShard
 from codec.training.run import Run
-from eval.benchmark import Provenance, Row, append_rows, machine, rows_of, table
+from eval.benchmark import Provenance, Row, machine, rows_of, table
 from recipes.scoring.eval_items import (
     continuation_items,
     eval_lists,
@@ -20,6 +20,7 @@ from recipes.scoring.eval_items import (
     select_items,
 )
 from recipes.scoring.judges import digest_of_voice, load_judges
+from recipes.scoring.rows import append_rows
 from recipes.scoring.speaker_similarity import read_sexes
 from recipes.scoring.synthesis import (
     METRICS,

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from codec import read_audio
 from codec.config import at_least
 from codec.io import atomic_file
+from codec.json_lines import read_json_lines
 from codec.program import counted
 from recipes.lib.run import finished, load_config, run_recipe
 from recipes.scoring.judges import safe_name
@@ -106,7 +107,7 @@ def read_records(config: PageConfig) -> Sequence[Mapping[str, Any]]:
     file = config.judged / "results.jsonl"
     if not file.is_file():
         raise ValueError(f"{file}: no such file; recipes/judge_voice.py writes it")
-    found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    found = [line.value for line in read_json_lines(file)]
     lines = [
         line for line in found if (line["setting"], line["list"]) == (config.setting, config.list)
     ]

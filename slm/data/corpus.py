@@ -1,7 +1,6 @@
 """Training data: the usable utterances of token shards, and pieces of plain texts."""
 
 import gzip
-import json
 import logging
 import re
 import zlib
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from codec.json_lines import decode_utf8, read_json_lines
 from codec.program import counted
 from codec.tokens import TokenShard
 from codec.transcripts import has_words, lowercase_if_all_caps
@@ -138,29 +138,24 @@ def read_texts(path: str | Path) -> list[str]:
     if kind not in ("txt", "jsonl") or not path.is_file():
         raise ValueError(f"{path}: no such .txt or .jsonl file (or .gz of one) of texts")
     try:
-        opened = gzip.open if path.suffix == ".gz" else open
-        with opened(path, "rt", encoding="utf-8-sig") as file:
-            found = [text for text in _documents(path, file, kind) if has_words(text)]
-    except (EOFError, UnicodeDecodeError, gzip.BadGzipFile, zlib.error) as error:
+        found = [text for text in _documents(path, kind) if has_words(text)]
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: damaged: {error}") from error
     if not found:
         raise ValueError(f"{path}: no text in it")
     return found
 
 
-def _documents(path: Path, file: Iterator[str], kind: str) -> Iterator[str]:
+def _documents(path: Path, kind: str) -> Iterator[str]:
     if kind == "txt":
-        yield from (part.strip() for part in re.split(r"\n\s*\n", "".join(file)))
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            content = decode_utf8(file.read(), path)
+        yield from (part.strip() for part in re.split(r"\n\s*\n", content.replace("\r\n", "\n")))
         return
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            try:
-                text = json.loads(line)["text"]
-                if not isinstance(text, str):
-                    raise TypeError("its text is no string")
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {number}: no JSON object with a text") from error
-            yield text
+    for number, record, _ in read_json_lines(path):
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise ValueError(f"{path}, line {number}: no JSON object with a text")
+        yield record["text"]
 
 
 def pieces_of(

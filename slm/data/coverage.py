@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from codec.io import atomic_file
-from codec.transcripts import has_words
+from codec.transcripts import check_unicode, has_words
 from slm.tokenization.text_normalization import SIGN_LETTERS, clean_text, script_of
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,9 @@ class Coverage:
         )
 
     def check(self, text: str, what: str = "the text") -> None:
-        """Raises ValueError for a text without a letter or digit, or with an unknown script."""
+        """Raises ValueError for a text without a letter or digit, with an unknown script, or with
+        half of a surrogate pair."""
+        check_unicode(text, what)
         if not has_words(text):
             raise ValueError(f"{what} {text!r} has no words; give it a letter or a digit")
         for letter in clean_text(text):

@@ -14,10 +14,7 @@ Training needs word boundaries, in frames, by utterance id: the edges.jsonl.gz o
 recipes/make_clips.py. A text without them counts as one word.
 """
 
-import gzip
-import json
 import logging
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from codec.io import atomic_file
+from codec.json_lines import read_json_lines, write_json_lines
 from codec.program import reason_of
 from codec.transcripts import lowercase_if_all_caps
 from slm.data.corpus import Corpus, Ragged, name_of
@@ -64,11 +61,7 @@ def write_word_boundaries(
     path: str | Path, boundaries: Iterable[tuple[str, Sequence[int]]]
 ) -> None:
     """Writes an edges.jsonl.gz: (utterance id, word boundaries in frames) of each utterance."""
-    with atomic_file(Path(path)) as temporary, gzip.open(temporary, "wt") as file:
-        file.writelines(
-            json.dumps({"id": name, "edges": list(map(int, one))}) + "\n"
-            for name, one in boundaries
-        )
+    write_json_lines(path, ({"id": name, "edges": list(map(int, one))} for name, one in boundaries))
 
 
 def read_word_boundaries(paths: Sequence[str | Path]) -> dict[str, list[int]]:
@@ -76,11 +69,9 @@ def read_word_boundaries(paths: Sequence[str | Path]) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for path in map(Path, paths):
         try:
-            with gzip.open(path, "rt", encoding="utf-8") as file:
-                for line in file:
-                    record = json.loads(line)
-                    found[record["id"]] = list(map(int, record["edges"]))
-        except (OSError, EOFError, KeyError, TypeError, ValueError, zlib.error) as error:
+            for line in read_json_lines(path):
+                found[line.value["id"]] = list(map(int, line.value["edges"]))
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}: missing or damaged ({reason_of(error)}); "
                 "recipes/make_clips.py makes such files"

@@ -66,26 +66,14 @@ def check_free(folder: Path) -> None:
         raise ValueError(f"{folder}: contains other files than an export; name a new folder")
 
 
-def token_names(vocabulary: Vocabulary) -> list[str]:
-    """Names of all ids that the LLM's tokenizer lacks, in their order: padding rows of its table,
-    special tokens, then <|s_0|>, <|s_1|>, ...: codes of codebook 1 and BPE merges."""
-    padding = [f"<|unused_{row}|>" for row in range(vocabulary.num_text, vocabulary.text_size)]
-    speech = [f"<|s_{number}|>" for number in range(vocabulary.size - vocabulary.first_speech)]
-    return [*padding, *vocabulary.specials, *speech]
-
-
 def extended(tokenizer: Any, vocabulary: Vocabulary) -> Any:
     """A copy of the tokenizer with tokens for all ids; texts are encoded as before."""
     from copy import deepcopy
 
     from transformers import AddedToken
 
-    copy, names = deepcopy(tokenizer), token_names(vocabulary)
-    known = copy.get_vocab()
-    if taken := [name for name in names if name in known]:
-        raise ValueError(
-            f"the LLM's tokenizer already has the token {taken[0]}; export a voice of another LLM"
-        )
+    vocabulary.check_free(tokenizer)
+    copy, names = deepcopy(tokenizer), vocabulary.new_tokens()
     # Speech stays visible when special tokens are skipped in decoding, as servers do by default.
     copy.add_tokens(
         [

@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from codec.io import atomic_file
 from codec.tokens import CodecStamp
-from codec.transcripts import lowercase_if_all_caps
+from codec.transcripts import check_unicode, lowercase_if_all_caps
 from slm.config import SpeechFormConfig, TextConfig, from_json
 from slm.tokenization.acoustic_bpe import AcousticBPE
 from slm.tokenization.text_normalization import (
@@ -95,7 +95,12 @@ class SpeechTextTokenizer:
         text: TextConfig,
         speech: SpeechFormConfig,
     ) -> "SpeechTextTokenizer":
-        """For a causal LM before it is extended. Reads the acoustic BPE model if a task uses it."""
+        """For a causal LM before it is extended. Reads the acoustic BPE model if a task uses it.
+
+        Raises:
+            ValueError: an acoustic BPE model of another codec, and a text tokenizer that has one of
+                the new tokens.
+        """
         bpe = None
         if "bpe" in (speech.tts_form, speech.asr_form):
             assert speech.bpe_model is not None
@@ -107,6 +112,7 @@ class SpeechTextTokenizer:
                 speech.bpe_model,
             )
         vocabulary = Vocabulary.of(lm, text_tokenizer, codec, 0 if bpe is None else bpe.num_merges)
+        vocabulary.check_free(text_tokenizer)
         return cls(vocabulary, text_tokenizer, text, speech, bpe)
 
     def normalize(self, text: str) -> NormalizedText:
@@ -131,7 +137,12 @@ class SpeechTextTokenizer:
         )
 
     def in_words(self, text: str) -> str:
-        """A text with numbers and abbreviations in words, if `text.normalize`."""
+        """A text with numbers and abbreviations in words, if `text.normalize`.
+
+        Raises:
+            ValueError: half of a surrogate pair.
+        """
+        check_unicode(text)
         return normalize(text) if self.text.normalize else text
 
     def _clean_words(self, text: str) -> str:

@@ -117,6 +117,22 @@ class Vocabulary:
         """Ids that the LLM did not have."""
         return range(self.text_size, self.size)
 
+    def new_tokens(self) -> list[str]:
+        """Names of all ids that the LLM's tokenizer lacks, in their order: padding rows of its
+        table, special tokens, then <|s_0|>, <|s_1|>, ...: codes of codebook 1 and BPE merges."""
+        padding = [f"<|unused_{row}|>" for row in range(self.num_text, self.text_size)]
+        speech = [f"<|s_{number}|>" for number in range(self.num_pieces)]
+        return [*padding, *self.specials, *speech]
+
+    def check_free(self, tokenizer: Any) -> None:
+        """Raises ValueError if the LLM's tokenizer has one of the new tokens."""
+        known = tokenizer.get_vocab()
+        if taken := [name for name in self.new_tokens() if name in known]:
+            raise ValueError(
+                f"the LLM's tokenizer already has the token {taken[0]}, which speech needs; choose "
+                "another LLM (ar.base)"
+            )
+
     def encode_speech(self, codes: Integer[np.ndarray, " T"]) -> Int[np.ndarray, " T"]:
         """Codes of codebook 1 to ids. Raises ValueError for a code out of range."""
         codes = np.asarray(codes, dtype=np.int64)

@@ -20,7 +20,9 @@ from codec.io import (
     atomic_file,
     atomic_files,
     atomic_folder,
+    check_id,
     is_write_failure,
+    path_of_id,
     sha256_of,
     sha256_of_tensors,
 )
@@ -142,3 +144,40 @@ def test_a_digest_of_tensors_is_of_names_and_bytes_in_the_given_order() -> None:
     assert len(sha256_of_tensors([("one", one)])) == 16
     # A view, and a parameter.
     assert sha256_of_tensors([("w", torch.nn.Parameter(two.T))]) == sha256_of_tensors([("w", two)])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x" * 300, "has 300 bytes; a file name has up to 196"),
+        ("\u00e4" * 120, "has 240 bytes"),
+        ("/".join(["x" * 190] * 10), "has 1900 bytes"),
+        ("a\0b", "has a zero byte"),
+        ("\ud800", "has half of a surrogate pair"),
+        ("/", "leads out of the folder"),
+        ("/etc/passwd", "leads out of the folder"),
+        ("..", "leads out of the folder"),
+        ("a/../../b", "leads out of the folder"),
+        ("", "names no file"),
+        ("a/", "names no file"),
+        ("a/.", "names no file"),
+    ],
+)
+def test_an_id_that_is_no_file_of_the_folder_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        check_id(name, ".wav")
+    assert len(str(caught.value)) < 140
+
+
+def test_a_symbolic_link_is_not_followed_out_of_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "link-to-out"
+    for name in ("out", "elsewhere", "out/inside"):
+        (tmp_path / name).mkdir()
+    folder.symlink_to(tmp_path / "out")
+    (folder / "away").symlink_to(tmp_path / "elsewhere")
+    (folder / "near").symlink_to(folder / "inside")
+    (folder / "loop").symlink_to(folder / "loop")
+    for name in ("a", "new/a", "near/a", "..a", "a..b"):
+        assert path_of_id(folder, name, ".wav") == folder / f"{name}.wav"
+    with pytest.raises(ValueError, match=r"away: a symbolic link that leads out of .*; remove it"):
+        path_of_id(folder, "away/a", ".wav")

@@ -11,9 +11,10 @@ from tiny_lmspt import SPECTRAL, made
 
 from codec import read_audio
 from eval import speech
-from eval.benchmark import Row, read_rows
+from eval.benchmark import Row
 from recipes import benchmark as program
 from recipes.scoring import judges as scoring
+from recipes.scoring.rows import read_rows
 
 RATE = 16000
 

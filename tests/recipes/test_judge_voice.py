@@ -10,11 +10,12 @@ from tiny_slm import quiet, save_shard, save_voice
 
 from codec import load_codec
 from codec.io import FileLock
-from eval.benchmark import ScoredUtterance, read_rows
+from eval.benchmark import ScoredUtterance
 from eval.text import word_errors
 from recipes.judge_voice import JudgeVoiceConfig, _cell, differences, main, repeated, settings
 from recipes.lib.run import load_config
 from recipes.scoring.eval_items import EvalItem
+from recipes.scoring.rows import read_rows
 from slm.data.prompts import Prompt
 
 pytestmark = quiet()

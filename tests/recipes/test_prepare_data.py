@@ -147,6 +147,56 @@ def test_duplicate_ids_are_refused(tmp_path: Path, write_wav: Write) -> None:
         run("list", write_list(tmp_path / "l.jsonl", entries), "--out", tmp_path / "out")
 
 
+def test_segments_of_recordings(tmp_path: Path, write_wav: Write) -> None:
+    write_wav(tmp_path / "a.wav", 3.0)
+    wave, rate = soundfile.read(tmp_path / "a.wav", dtype="float32")
+    wave[2 * rate :] = 0.0
+    soundfile.write(tmp_path / "a.wav", wave, rate)
+    entries = [
+        {"audio": "a.wav", "text": "one", "offset": 0.0, "duration": 1},
+        {"audio": "a.wav", "text": "two", "offset": 1.25, "duration": 0.5},
+        {"audio": "a.wav", "text": "three", "offset": 0.5},
+        {"audio": "a.wav", "text": "four", "id": "first", "duration": 0.75},
+        {"audio": "a.wav", "text": "five", "id": "all", "duration": 2.99},
+        {"audio": "a.wav", "text": "six", "id": "quiet", "offset": 2.0, "duration": 1.0},
+        {"audio": "a.wav", "text": "seven", "id": "behind", "offset": 3.5, "duration": 1.0},
+        {"audio": "a.wav", "text": "eight", "id": "beyond", "offset": 2.0, "duration": 2.0},
+        {"audio": "a.wav", "text": "nine", "id": None, "speaker": None, "offset": 0.25},
+    ]
+    run("list", write_list(tmp_path / "l.jsonl", entries), "--out", tmp_path / "out")
+    cuts = {cut.id: cut for cut in read_cuts(tmp_path / "out" / "all.jsonl.gz")}
+    found = {
+        name: (cut.start, cut.duration, cut.supervisions[0].text) for name, cut in cuts.items()
+    }
+    assert found == {
+        "a-0": (0.0, 1.0, "one"),
+        "a-1250": (1.25, 0.5, "two"),
+        "a-500": (0.5, 2.5, "three"),
+        "first": (0.0, 0.75, "four"),
+        "all": (0.0, 3.0, "five"),
+        "a-250": (0.25, 2.75, "nine"),
+    }
+    assert cuts["a-1250"].supervisions[0].duration == 0.5
+    assert cuts["a-250"].supervisions[0].speaker == "unknown"
+    part = load_cut(cuts["a-1250"], rate)
+    assert np.array_equal(part, wave[round(1.25 * rate) : round(1.75 * rate)])
+    reasons = skipped(tmp_path / "out")
+    assert "silent" in reasons["quiet"]
+    assert "offset 3.5 s is behind its end, 3.00 s" in reasons["behind"]
+    assert "truncated: 1.00 of 2.00 s are there" in reasons["beyond"]
+
+
+def test_texts_in_another_encoding_are_named(tmp_path: Path, write_wav: Write) -> None:
+    for name in ("a", "b"):
+        write_wav(tmp_path / "in" / f"{name}.wav", 0.5)
+    (tmp_path / "in" / "a.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    (tmp_path / "in" / "b.txt").write_text("\ufeffWords\r\n and more.\r\n", encoding="utf-8")
+    run("folder", tmp_path / "in", "--out", tmp_path / "out")
+    [cut] = read_cuts(tmp_path / "out" / "all.jsonl.gz")
+    assert cut.supervisions[0].text == "Words\n and more."
+    assert "a.txt: is not UTF-8 (byte 0xe9 in line 1)" in skipped(tmp_path / "out")["a"]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -157,6 +207,14 @@ def test_duplicate_ids_are_refused(tmp_path: Path, write_wav: Write) -> None:
         ("", "the source is empty"),
         ('{"audio": "a.wav", "text": "", "duration": "3"}', "line 1: duration must be a number"),
         ('{"audio": "a.wav", "text": "", "duration": true}', "line 1: duration must be a number"),
+        ('{"audio": "a.wav", "text": "", "duration": 0}', "duration must be positive, in seconds"),
+        ('{"audio": "a.wav", "text": "", "offset": -1}', "offset must be at least 0, in seconds"),
+        ('{"audio": "a.wav", "text": "", "offset": NaN}', "NaN is no number of JSON"),
+        ('{"audio": "a.wav", "text": "", "speker": "anna"}', "speker: no such.* mean speaker?"),
+        ('{"audio_filepath": "a.wav", "text": ""}', "audio_filepath: no such.* mean audio?"),
+        ('{"audio": "a.wav", "text": "", "start": 1}', "start: no such key; did you mean offset?"),
+        ('{"audio": "a.wav", "text": "", "x": 1}', "x: no such key; the keys are audio, text, id"),
+        ('{"audio": "a.wav", "text": "a \\ud800"}', "line 1: has half of a surrogate pair"),
         ('{"audio": "a.wav", "text": "", "split": "../../evil"}', "line 1: split must be a plain"),
         ('{"audio": "a.wav", "text": "", "split": "a/b"}', "line 1: split must be a plain name"),
         ('{"audio": "a.wav", "text": "", "split": 3}', "line 1: split must be a plain name"),

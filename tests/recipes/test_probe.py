@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from codec.tokens import CodecStamp, TokenRow, write_shard
-from eval.benchmark import read_rows
 from eval.tokens import ProbeConfig, ProbeCorpus
 from recipes import probe as program
+from recipes.scoring.rows import read_rows
 
 STAMP = CodecStamp(
     id="out/tiny",

@@ -49,28 +49,50 @@ def test_a_list_costs_only_its_bad_lines(
         {"id": "five", "text": TEXT, "prompt": "ann", "prompt_text": 5},
         {"id": "half", "text": "half \ud800 a sign", "prompt": "ann"},
         {"id": 5, "text": TEXT, "prompt": "ann"},
+        {"id": "x" * 300, "text": TEXT, "prompt": "ann"},
+        {"id": "zero\0byte", "text": TEXT, "prompt": "ann"},
+        {"id": "ONE", "text": TEXT, "prompt": "ann"},
+        {"id": "sub/", "text": TEXT, "prompt": "ann"},
+        {"id": "away/a", "text": TEXT, "prompt": "ann"},
+        {"id": "long", "text": TEXT, "prompt": "p" * 5000},
+        {"id": "typo", "text": TEXT, "prompt": "p.wav", "prompt_txt": "red hen"},
+        {"id": "s/u", "text": "a\u2028cat", "prompt": "ann", "seed": 5},
     ]
     listed = tmp_path / "list.jsonl"
-    listed.write_text("\n".join(map(json.dumps, lines)) + "\nnot json\n", encoding="utf-8")
+    listed.write_text(
+        "\ufeff" + "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        + "not json\n", encoding="utf-8", errors="backslashreplace",
+    )  # fmt: skip
     out = tmp_path / "out"
+    for path in (out, tmp_path / "elsewhere"):
+        path.mkdir()
+    (out / "away").symlink_to(tmp_path / "elsewhere")
     with caplog.at_level(logging.INFO):
         assert run_slm("tts", "--voice", folder, "--list", listed, "--out", out) == 0
-    for number in range(3, 13):
+    for number in [*range(3, 19), 20]:
         assert f"skipped line {number}:" in caplog.text
+    assert not any((tmp_path / "elsewhere").iterdir())
+    assert "line 14: the id 'ONE' and 'one' are one file on some file systems" in caplog.text
+    assert "line 18: prompt_txt: no such key; did you mean prompt_text?" in caplog.text
+    assert "line 20: no JSON" in caplog.text
+    assert f"{listed}, line 19: the key seed is not used" in caplog.text
     assert "skipped line 4: no.wav: no such recording, nor a prompt of this voice" in caplog.text
     assert "skipped line 8: id is missing" in caplog.text
     assert "skipped line 11: id must be a string, got 5" in caplog.text
-    assert "12 lines: 10 skipped" in caplog.text
+    assert "20 lines: 17 skipped" in caplog.text
     records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     refused = [record for record in records if record["failure"] == "refused"]
-    assert {record["id"] for record in refused} == {"script", "gone", "empty", "half"}
+    assert {record["id"] for record in refused} == {
+        *("script", "gone", "empty", "half", "away/a", "long")
+    }
     assert all(record["audio"] is None and record["reason"] for record in refused)
     records = [record for record in records if record["failure"] != "refused"]
-    assert [record["id"] for record in records] == ["one", "two words"]
+    assert [record["id"] for record in records] == ["one", "two words", "s/u"]
+    assert records[2]["text"] == "a\u2028cat"
     expected = {"id", "audio", "text", "prompt", "prompt_text", "failure", "tries", "seed", "score"}
     assert set(records[0]) == expected | {"request"}
-    waves = sorted(out.glob("*.wav"))
-    assert [path.name for path in waves] == ["one.wav", "two words.wav"]
+    waves = sorted(path for path in out.rglob("*.wav") if path.is_file())
+    assert [path.name for path in waves] == ["one.wav", "u.wav", "two words.wav"]
     seconds = sum(soundfile.info(path).duration for path in waves)
     assert f"{seconds:.1f} s of speech in " in caplog.text
     assert "times real time" in caplog.text
@@ -261,3 +283,49 @@ def test_results_that_say_too_little_are_made_again(folder: Path, tmp_path: Path
     assert run_slm("tts", "--voice", folder, "--list", listed, "--out", out) == 0
     (line,) = (out / "results.jsonl").read_text().splitlines()
     assert json.loads(line)["audio"] == "x.wav"
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_line_separator_in_a_text_ends_no_line(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    listed, out = tmp_path / "list.jsonl", tmp_path / "out"
+    line = {"id": "h", "text": "a\u2028cat", "prompt": "ann"}
+    listed.write_text(json.dumps(line, ensure_ascii=False), encoding="utf-8")
+    for num_done in (0, 1):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert run_slm("tts", "--voice", folder, "--list", listed, "--out", out) == 0
+        assert f"1 line: 0 skipped, {num_done} done before" in caplog.text
+    (record,) = (out / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(record)["text"] == "a\u2028cat"
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_file_that_cannot_be_written_costs_its_line(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    listed, out = tmp_path / "list.jsonl", tmp_path / "out"
+    (out / "folder.wav").mkdir(parents=True)
+    names = ("folder", "one", "one.wav/under", "two")
+    lines = [{"id": name, "text": "a", "prompt": "ann"} for name in names]
+    listed.write_text("\n".join(map(json.dumps, lines)))
+    assert run_slm("tts", "--voice", folder, "--list", listed, "--out", out) == 0
+    for number in (1, 3):
+        assert f"skipped line {number}:" in caplog.text
+    records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    audio = {record["id"]: record["audio"] for record in records}
+    assert audio == {"folder": None, "one.wav/under": None, "one": "one.wav", "two": "two.wav"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_a_list_in_another_encoding_is_refused_at_the_start(
+    folder: Path, tmp_path: Path, encoding: str, capsys: pytest.CaptureFixture
+) -> None:
+    listed = tmp_path / "list.jsonl"
+    line = {"id": "h", "text": "caf\u00e9", "prompt": "ann"}
+    listed.write_bytes(json.dumps(line, ensure_ascii=False).encode(encoding))
+    assert run_slm("tts", "--voice", folder, "--list", listed, "--out", tmp_path / "out") == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith(f"error: {listed}: is ")
+    assert error.endswith("-t UTF-8 OLD > NEW")

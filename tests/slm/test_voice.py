@@ -193,11 +193,23 @@ def test_a_batch_takes_whatever_one_call_takes(voice: Voice) -> None:
         ("\u4f60\u597d", "CJK"),
         ("cat" * 200, r"the word '(cat){12}\.\.\.' is too long for the model"),
         ("a red " + "cat" * 200, r"the word '(cat){12}\.\.\.' is too long for the model"),
+        ("a \ud800 cat", "half of a surrogate pair"),
     ],
 )
 def test_texts_that_cannot_be_spoken(voice: Voice, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         voice.tts(text, "ann")
+
+
+@pytest.mark.parametrize("seed", [10**23, -(2**63)])
+def test_a_seed_out_of_range_is_named(voice: Voice, seed: int) -> None:
+    prompt = voice.prompt(voiced(0.5), "the dog")
+    for make in (lambda: voice.tts("a cat", prompt, seed=seed),
+                 lambda: voice.tts_batch(["a cat"], [prompt], [seed]),
+                 lambda: next(voice.stream("a cat", prompt, seed=seed)),
+                 lambda: voice.continue_speech(prompt, 0.5, seed)):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"the seed must be within .*, got {seed}"):
+            make()
 
 
 def test_what_is_longer_than_all_training_is_refused(voice: Voice) -> None:

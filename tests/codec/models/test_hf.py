@@ -19,12 +19,12 @@ from codec.__main__ import main
 from codec.models import base as contract
 from codec.models.hf import Baseline, EncodecBaseline, MimiBaseline
 from codec.tokens import TokenShard
-from eval.benchmark import read_rows
 from recipes import benchmark
 from recipes.export_tokens import main as export_tokens
 from recipes.lib.codec_training import TrainCodecConfig, build_models
 from recipes.lib.voice_training import finish_voice
 from recipes.scoring import judges as scoring
+from recipes.scoring.rows import read_rows
 from slm.config import SamplingConfig
 from slm.voice import Voice
 from tests.recipes.test_benchmark import prepare_cuts

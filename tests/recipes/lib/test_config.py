@@ -46,6 +46,7 @@ class Config:
     limit: int | None = None
     mode: Literal["a", "b"] | None = None
     files: tuple[Path, ...] = ()
+    seed: int = 0
 
 
 @pytest.fixture
@@ -255,3 +256,12 @@ def test_a_configuration_of_another_recipe_names_that_recipe(
     right = RECIPES[given.partition("/")[0]]
     assert message.endswith(f"; this looks like a configuration of recipes/{right}")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("seed", [10**23, 2**32, -1])
+def test_a_seed_that_a_generator_cannot_take_is_named(seed: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"seed={seed}: expected a whole number from 0 to 2\*\*32"
+    ):
+        load_config(Config, ["out=o", f"seed={seed}"])
+    assert load_config(Config, ["out=o", f"seed={2**32 - 1}"]).seed == 2**32 - 1

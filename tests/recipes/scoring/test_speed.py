@@ -9,9 +9,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers import AutoConfig
 
 from codec import load_codec
-from eval.benchmark import Row, read_rows
+from eval.benchmark import Row
 from recipes.benchmark import _parse, main
 from recipes.scoring import speed
+from recipes.scoring.rows import read_rows
 
 FILE = """codec:
   {family: seanet, seanet: {num_filters: 2, dimension: 8}, quantizer: {num_codebooks: 2}}

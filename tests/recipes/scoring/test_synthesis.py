@@ -14,10 +14,11 @@ from tiny_slm import STAMP
 
 from codec.tokens import TokenRow, TokenShard, write_shard
 from codec.training.run import Run
-from eval.benchmark import Provenance, Row, ScoredUtterance, read_rows, rows_of
+from eval.benchmark import Provenance, Row, ScoredUtterance, rows_of
 from recipes.scoring import judges, voice
 from recipes.scoring.eval_items import EvalItem, continuation_items
 from recipes.scoring.judges import Judges
+from recipes.scoring.rows import read_rows
 from recipes.scoring.synthesis import (
     TEXTLESS,
     Result,

@@ -1,7 +1,9 @@
 """tokenizer.py: each form of text and speech comes back from its ids, from a saved voice too."""
 
+import copy
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -298,3 +300,19 @@ def test_older_and_damaged_voices(base: Base, tmp_path: Path) -> None:
             SpeechTextTokenizer.load(tmp_path, base.tokenizer)
     (tmp_path / FILE_NAME).unlink()
     assert SpeechTextTokenizer.load(tmp_path, base.tokenizer).text == TextConfig(normalize=False)
+
+
+@pytest.mark.parametrize("name", ["<|text|>", "<|s_3|>", "<|unused_260|>"])
+def test_a_text_llm_that_has_one_of_the_new_tokens_is_refused(base: Base, name: str) -> None:
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.add_tokens([name])
+    with pytest.raises(ValueError, match=rf"already has the token {re.escape(name)}.*ar\.base"):
+        SpeechTextTokenizer.create(base.lm, tokenizer, STAMP, TextConfig(), SpeechFormConfig())
+
+
+@pytest.mark.parametrize("form", ["tokens", "characters"])
+def test_half_of_a_surrogate_pair_is_named(base: Base, form: str) -> None:
+    tokenizer = make(base, TextConfig(tts_form=form))
+    for spell in (tokenizer.normalize, tokenizer.tts_form):
+        with pytest.raises(ValueError, match=r"has \\udc80, half of a surrogate pair"):
+            spell("half \udc80")

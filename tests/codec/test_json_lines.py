@@ -1,0 +1,128 @@
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from codec.json_lines import (
+    append_json_lines,
+    decode_utf8,
+    read_appended,
+    read_json_lines,
+    scan_json_lines,
+    to_json_line,
+    write_json_lines,
+)
+
+ODD = "a\u2028b\u2029c\u0085d\x0be\x0cf\x1cg\r\nh \U0001f600"
+"""Characters at which str.splitlines ends lines, and others."""
+
+
+def values(path: Path) -> list[object]:
+    return [line.value for line in read_json_lines(path)]
+
+
+@pytest.mark.parametrize("name", ["l.jsonl", "l.jsonl.gz"])
+def test_records_are_read_as_they_were_written(tmp_path: Path, name: str) -> None:
+    records = [{"text": ODD}, {"n": [1, 0.1, None, True]}, [], "x"]
+    write_json_lines(tmp_path / name, records)
+    assert values(tmp_path / name) == records
+    before = (tmp_path / name).read_bytes()
+    write_json_lines(tmp_path / name, records)
+    assert (tmp_path / name).read_bytes() == before
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    path = tmp_path / "l.jsonl"
+    path.write_text('{"t": "a\u2028b\u2029c\u0085d"}\r\n\n \t\n{"t": 2}', encoding="utf-8")
+    assert [(line.number, line.value) for line in read_json_lines(path)] == [
+        (1, {"t": "a\u2028b\u2029c\u0085d"}),
+        (4, {"t": 2}),
+    ]
+    # What is written can also be read by programs that end lines at these.
+    assert len(to_json_line({"t": ODD}).splitlines()) == 1
+
+
+def test_a_byte_order_mark_costs_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "l.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"t": 1}\n\xef\xbb\xbf{"t": 2}\n')
+    assert values(path) == [{"t": 1}, {"t": 2}]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"),
+    [
+        ("utf-16", r"l\.jsonl: is UTF-16, not UTF-8; convert it to UTF-8: iconv -f UTF-16 -t"),
+        ("utf-32", r"l\.jsonl: is UTF-32, not UTF-8"),
+        ("utf-16-le", r"l\.jsonl: is no text in UTF-8 \(a zero byte in line 1\); .* UTF-16LE"),
+        ("latin-1", r"l\.jsonl: is not UTF-8 \(byte 0xe4 in line 2\); .*iconv -f LATIN1 -t UTF-8"),
+    ],
+)
+def test_another_encoding_is_an_error_with_its_remedy(
+    tmp_path: Path, encoding: str, message: str
+) -> None:
+    path = tmp_path / "l.jsonl"
+    path.write_bytes('{"t": "b"}\n{"t": "\u00e4"}\n'.encode(encoding))
+    with pytest.raises(ValueError, match=message):
+        list(scan_json_lines(path))
+    with pytest.raises(ValueError, match=message):
+        decode_utf8(path.read_bytes(), path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("not json", "no JSON"),
+        ('{"t": NaN}', "NaN is no number of JSON"),
+        ('{"t": -Infinity}', "-Infinity is no number of JSON"),
+        ('{"t": 1e999}', "1e999 is too large"),
+        ('{"t": "\\ud800"}', r"half of a surrogate pair \(\\ud800\)"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"t": 1', "no JSON"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "l.jsonl"
+    path.write_text(f"1\n\n{text}\n4\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"l\.jsonl, line 3: .*{message}"):
+        list(read_json_lines(path))
+    assert [line.number for line in scan_json_lines(path) if line.error is None] == [1, 4]
+
+
+def test_files_that_are_missing_damaged_or_no_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"no\.jsonl: no such file"):
+        list(read_json_lines(tmp_path / "no.jsonl"))
+    content = gzip.compress(b'{"t": "' + bytes(range(65, 91)) * 9 + b'"}\n')
+    for number, damaged in enumerate((content[:-9], b"plain", content[:20] + b"\0" * 30)):
+        path = tmp_path / f"{number}.jsonl.gz"
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{number}\.jsonl\.gz: damaged"):
+            list(read_json_lines(path))
+    monkeypatch.setattr("codec.json_lines.MAX_LINE_BYTES", 2**20)
+    (tmp_path / "l.jsonl").write_bytes(b"x" * (2**20 + 1))
+    with pytest.raises(ValueError, match="line 1: longer than 1 MiB"):
+        list(read_json_lines(tmp_path / "l.jsonl"))
+
+
+def test_values_without_a_form_in_json() -> None:
+    record = {"loss": float("nan"), "deep": [float("inf"), (1.0, float("-inf"))], "t": "\udcff"}
+    line = to_json_line(record)
+    assert line.encode()
+    assert json.loads(line) == {"loss": None, "deep": [None, [1.0, None]], "t": "\udcff"}
+
+
+@pytest.mark.parametrize("torn", [b'{"a": ', b'"' + b"\xc3", b"x" * 200_000])
+def test_an_incomplete_last_line_is_removed(tmp_path: Path, torn: bytes) -> None:
+    path = tmp_path / "new" / "l.jsonl"
+    assert read_appended(path) == []
+    append_json_lines(path, [{"a": ODD}, {"a": 2}])
+    before = path.read_bytes()
+    with open(path, "ab") as file:
+        file.write(torn)
+    for strict in (True, False):
+        lines = read_appended(path, strict=strict)
+        assert [line.value for line in lines] == [{"a": ODD}, {"a": 2}]
+    append_json_lines(path, [{"a": 3}], sync=False)
+    assert path.read_bytes() == before + b'{"a": 3}\n'
