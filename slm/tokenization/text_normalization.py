@@ -297,9 +297,11 @@ _CLOSED = r"(?=[\"')\]]*$)"
 """At the end of the text, where an abbreviation's full stop also ends the sentence."""
 _RULES = [
     (_LINK, _link),
+    # Longer than any quantity.
+    (re.compile(r"\d{25,}"), lambda m: " ".join(_DIGITS[int(digit)] for digit in m[0])),
     (re.compile("[\u2018\u2019\u201b\u02bc]|(?<=\\w)\u00b4(?=\\w)"), lambda m: "'"),
     (re.compile("[\u201c\u201d]"), lambda m: '"'),
-    (re.compile(r"[^\S\n]*&[^\S\n]*(?=\w)"), lambda m: " and "),
+    (re.compile(r"(?<![^\S\n])[^\S\n]*&[^\S\n]*(?=\w)"), lambda m: " and "),
     (re.compile(r"(?:#|\u2116\s?)(?=\d)"), lambda m: "number "),
     (re.compile(r"#(?=[A-Za-z])"), lambda m: "hashtag "),
     (re.compile(r"\b([CF])#(?!\w)"), lambda m: f"{m[1]} sharp"),
@@ -327,7 +329,7 @@ _RULES = [
     (re.compile(r"(\d)\+(?![\w+])"), lambda m: f"{m[1]} plus"),
     (re.compile(r"(\d/\d+)(?:rd|th|nd)s?\b"), lambda m: m[1]),
     (re.compile("\u2044"), lambda m: "/"),
-    (re.compile(rf"(?:(\d+)\s?)?([{_FRACTIONS}])"), _fraction),
+    (re.compile(rf"(?:(?<!\d)(\d+)\s?)?([{_FRACTIONS}])"), _fraction),
     (re.compile(r"(\d|\bper |/)\s?(mm|cm|km|m|ft|in|mi|yd)([\u00b2\u00b3])"), _area),
     (
         re.compile(rf"(?:(?<=[\d)])|(?<=\b[A-Za-z]))([{_SUPERSCRIPTS}]+)(?!\w)"),
@@ -469,6 +471,8 @@ _RULES = [
 _AFTER = ".,;:!?)]\"'"
 MOST_PASSES = 4
 """One pass may enable another: a title before a number is then before a word."""
+_LONGEST_RUN = 400
+"""Maximum characters that wetext reads at once; its time grows faster than the length."""
 _TRIGGER = re.compile(r"[0-9]|\w@\w")
 _COMPANION = re.compile(
     rf"(?:{_UNITS}|km/h|m/s|\u00b0[CF]|[AP]M|[x=+\u00d7\u00f7]|(?:m|b|tr)illion|{_MONTHS}|"
@@ -553,8 +557,11 @@ def _read(words: list[str]) -> str:
     return re.sub(r"[0-9]+", lambda m: _ask(m[0]) or m[0], text)
 
 
+@lru_cache(maxsize=4096)
 def _ask(text: str) -> str | None:
     normalizer = _wetext()
+    if len(text) > _LONGEST_RUN:
+        return None
     try:
         # wetext escapes quotes, and misreads a backslash as an escape.
         made = None if "\\" in text else normalizer.normalize(text).replace('\\"', '"')

@@ -156,6 +156,13 @@ def test_a_long_link_has_no_long_word() -> None:
     assert max(map(len, made.split())) <= 20
 
 
+def test_long_runs_take_no_long_time() -> None:
+    assert normalize("7" * 30) == " ".join(["seven"] * 30)
+    assert normalize("5" + " " * 20_000 + "& x").startswith("five")
+    assert normalize("1" * 20_000) == " ".join(["one"] * 20_000)
+    assert normalize("1;" * 300) == "; ".join(["one"] * 300) + ";"
+
+
 def test_words_joined_by_commas_are_words() -> None:
     assert normalize("red,green;a,b and 1,234") == (
         "red, green; a, b and one thousand two hundred and thirty four"
