@@ -252,3 +252,44 @@ def test_a_full_disk_leaves_the_earlier_shard(shard: Path) -> None:
     assert done.stdout.startswith("OSError"), done.stderr
     assert shard.read_bytes() == before
     assert [path.name for path in shard.parent.iterdir()] == ["a.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "values"),
+    [
+        ("codes", pa.list_(pa.int64()), [[2**16 + 1] * 8, [1] * 14]),
+        ("codes", pa.list_(pa.int64()), [[-1] * 8, [1] * 14]),
+        ("codes", pa.list_(pa.uint16()), [[None] * 8, [1] * 14]),
+        ("codes", pa.list_(pa.uint16()), [None, [1] * 14]),
+        ("codes", pa.string(), ["x", "y"]),
+        ("id", pa.string(), [None, "b"]),
+        ("num_frames", pa.string(), ["four", "7"]),
+        ("duration", pa.float64(), [None, 1.0]),
+    ],
+)
+def test_columns_of_other_types_are_refused(
+    shard: Path, column: str, kind: pa.DataType, values: list
+) -> None:
+    table = pq.read_table(shard)
+    index = table.schema.get_field_index(column)
+    pq.write_table(table.set_column(index, column, pa.array(values, kind)), shard)
+    with pytest.raises(DamagedShard, match=r"a\.parquet: corrupted token shard"):
+        TokenShard.open(shard)[0]
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"format_version": "x"},
+        {"codec_codebook_sizes": "null"},
+        {"codec_codebook_sizes": '["8", 9]'},
+        {"codec_codebook_sizes": "[8, 70000]"},
+        {"codec_num_codebooks": "3"},
+        {"codec_frame_rate": "NaN"},
+        {"codec_digest": "5"},
+        {"codec_id": "[" * 100_000},
+    ],
+)
+def test_facts_that_no_codec_has_are_refused(shard: Path, metadata: dict[str, str]) -> None:
+    with pytest.raises(DamagedShard, match=r"a\.parquet: corrupted token shard"):
+        TokenShard.open(altered(shard, **metadata))
