@@ -200,7 +200,7 @@ def _opened(path: Path) -> Iterator[_Source]:
             if stat.S_ISREG(mode) and parts == [_Part(0, size)]:
                 opened = [stack.enter_context(soundfile.SoundFile(path))]
             else:
-                views = [_View(file, part) for part in parts]
+                views: list[Any] = [_View(file, part) for part in parts]
                 opened = [stack.enter_context(soundfile.SoundFile(view)) for view in views]
             yield _sndfile_source(opened, parts, path)
         except soundfile.LibsndfileError as error:
@@ -477,12 +477,13 @@ def _open_container(stack: ExitStack, file: BinaryIO, kind: str, path: Path) -> 
             f"{_conversion(path)}"
         )
     import av
+    from av.error import FFmpegError
 
     file.seek(0)
     try:
-        container = stack.enter_context(av.open(file, format=kind))
+        container: Any = stack.enter_context(av.open(file, format=kind))
         stream = container.streams.audio[0]
-    except (av.FFmpegError, IndexError) as error:
+    except (FFmpegError, IndexError) as error:
         raise ValueError(
             f"{path}: cannot be read as audio ({error}); the file may be truncated"
         ) from error
@@ -498,7 +499,7 @@ def _open_container(stack: ExitStack, file: BinaryIO, kind: str, path: Path) -> 
                         samples = part.to_ndarray().T
                         done += len(samples)
                         yield samples
-        except (av.FFmpegError, ValueError) as error:
+        except (FFmpegError, ValueError) as error:
             raise ValueError(
                 f"{path}: cannot be read as audio ({error}); the file may be truncated"
             ) from error

@@ -88,4 +88,5 @@ def _is_voiced(frames: Float[np.ndarray, "T S"], sample_rate: int) -> Bool[np.nd
     correlation = lagged / np.sqrt(np.maximum(heads * tails, 1e-12))
     lowest = np.minimum.accumulate(correlation, axis=1)
     rise = (correlation - lowest)[:, shortest:]
-    return ((correlation[:, shortest:] >= MIN_CORRELATION) & (rise >= MIN_RISE)).any(axis=1)
+    periodic = (correlation[:, shortest:] >= MIN_CORRELATION) & (rise >= MIN_RISE)
+    return np.asarray(periodic.any(axis=1))
