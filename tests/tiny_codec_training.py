@@ -53,8 +53,8 @@ class SingleProcess:
     def backward(self, loss) -> None:
         loss.backward()
 
-    def clip_grad_norm_(self, parameters, norm) -> None:
-        torch.nn.utils.clip_grad_norm_(parameters, norm)
+    def clip_grad_norm_(self, parameters, norm) -> torch.Tensor:
+        return torch.nn.utils.clip_grad_norm_(parameters, norm)
 
     def reduce(self, values):
         return values

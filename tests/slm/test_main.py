@@ -376,10 +376,13 @@ def test_command_asr(
             "temperature must be positive",
         ),
         (["--text", "hi", "--prompt", "ann", "--stream", "-"], "either --out or --stream"),
-        (["--text", "hi \udcff", "--prompt", "ann"], "text is no text"),
+        (
+            ["--text", "hi \udcff", "--prompt", "ann"],
+            "--text 'hi \\udcff' has \\udcff, half of",
+        ),
         (
             ["--text", "hi", "--prompt", "ann", "--prompt-text", "\udcff a"],
-            "prompt_text is no text",
+            "--prompt-text '\\udcff a' has \\udcff, half of a surrogate",
         ),
         (["--text", "hi", "--prompt", "ann", "--checks", "lop"], "no check 'lop'"),
         (["--text", "hi", "--prompt", "ann", "--batch", "0"], "--batch must be at least 1"),
