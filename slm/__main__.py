@@ -206,12 +206,6 @@ def _check_place(target: str, *, is_folder: bool = False) -> None:
         raise ValueError(f"{target}: {place} may not be written to; choose another place")
 
 
-def _check_text(summary: "VoiceSummary", text: str | None, flag: str) -> None:
-    """Raises ValueError for a text that the voice cannot use; None passes."""
-    if text is not None:
-        summary.coverage.check(text, f"--{flag.replace('_', '-')}")
-
-
 def _check_prompt(summary: "VoiceSummary", name: str) -> None:
     """Raises ValueError for a name that is neither a recording nor a shipped prompt."""
     from slm.batch_tts import prompt_source
@@ -228,6 +222,7 @@ def _tts(arguments: argparse.Namespace) -> None:
     from codec.io import FileLock
     from slm.batch_tts import (
         Throughput,
+        check_line,
         check_list,
         prepare_line,
         read_tts_list,
@@ -261,11 +256,12 @@ def _tts(arguments: argparse.Namespace) -> None:
         except KeyboardInterrupt:
             raise KeyboardInterrupt("interrupted; the same command continues") from None
         return
-    voice = _load(arguments, **sampling)
-    voice.lexicon = lexicon
     line = {"text": arguments.text, "prompt": arguments.prompt}
     if arguments.prompt_text is not None:
         line["prompt_text"] = arguments.prompt_text
+    check_line(line, summary, Path(), ("--text", "--prompt-text"))
+    voice = _load(arguments, **sampling)
+    voice.lexicon = lexicon
     text = prepare_line(voice, line, Path(), arguments.seed)
     if arguments.stream is not None:
         waves = voice.stream_prepared(text, arguments.chunk_seconds)
@@ -298,10 +294,8 @@ def _check_tts_flags(arguments: argparse.Namespace) -> None:
 
 
 def _check_tts_of(arguments: argparse.Namespace) -> "VoiceSummary":
-    """The summary of the voice. Raises ValueError for a request that the voice cannot fulfil; the
-    lines of a list are checked by `check_list`."""
+    """The summary of the voice. Raises ValueError for options that it does not support."""
     from slm.export.voice_folder import VoiceSummary
-    from slm.models.ar import check_task
 
     summary = VoiceSummary.read(arguments.voice)
     summary.check_task("tts")
@@ -309,16 +303,6 @@ def _check_tts_of(arguments: argparse.Namespace) -> "VoiceSummary":
         raise ValueError(
             "--candidates: they are compared by the voice's own ASR, but it was trained without asr"
         )
-    if arguments.list is not None:
-        return summary
-    _check_text(summary, arguments.text, "text")
-    _check_text(summary, arguments.prompt_text, "prompt_text")
-    _check_prompt(summary, arguments.prompt)
-    if arguments.prompt not in summary.prompts and arguments.prompt_text is None:
-        try:
-            check_task(summary.tasks, "asr")
-        except ValueError as error:
-            raise ValueError(f"{error}; give --prompt-text") from None
     return summary
 
 

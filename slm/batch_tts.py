@@ -89,7 +89,7 @@ def check_list(entries: Sequence[JsonLine], summary: VoiceSummary, listed: Path)
             if entry is None and unusable is not None:
                 raise ValueError(unusable)
             line = _line_of(entry, seen)
-            _check_line(line, summary, listed.parent)
+            check_line(line, summary, listed.parent)
             for key in entry.keys() - set(LINE_KEYS):
                 unused.setdefault(key, number)
         except (ValueError, OSError) as found:
@@ -103,23 +103,33 @@ def check_list(entries: Sequence[JsonLine], summary: VoiceSummary, listed: Path)
     return checked
 
 
-def _check_line(line: Line, summary: VoiceSummary, folder: Path) -> None:
-    """Raises ValueError for a text or prompt that the voice cannot use."""
-    text, prompt_text = line["text"], line.get("prompt_text")
-    summary.coverage.check(text, "text")
+def check_line(
+    line: Line,
+    summary: VoiceSummary,
+    folder: Path,
+    names: tuple[str, str] = ("text", "prompt_text"),
+) -> None:
+    """Raises ValueError for a text or prompt that the voice cannot use.
+
+    Args:
+        folder: a prompt's path is relative to the current folder, or to this one.
+        names: of the text and of the prompt's text, for messages.
+    """
+    prompt_text = line.get("prompt_text")
+    summary.coverage.check(line["text"], names[0])
     if prompt_text is not None:
-        summary.coverage.check(prompt_text, "prompt_text")
+        summary.coverage.check(prompt_text, names[1])
     prompt = prompt_source(summary.prompts, line["prompt"], folder)
     if isinstance(prompt, Path) and prompt_text is None:
         try:
             check_task(summary.tasks, "asr")
         except ValueError as error:
-            raise ValueError(f"{error}; give prompt_text") from None
+            raise ValueError(f"{error}; give {names[1]}") from None
 
 
 def _line_of(entry: Any, seen: dict[str, str]) -> Line:
     """The known fields of a line. Raises ValueError for a missing field, one of another type or a
-    misspelt one, and for an id whose file is in `seen`, to which its own is added."""
+    misspelled one, and for an id whose file is in `seen`, to which its own is added."""
     if not isinstance(entry, dict):
         raise ValueError("not a JSON object")
     for key in entry.keys() - set(LINE_KEYS):

@@ -147,8 +147,9 @@ class ForkedRun:
         assert not psutil.wait_procs(children, timeout=60)[1]
 
     def kill_when(self, condition: Callable[[], bool], timeout: float = 200) -> None:
-        """Kills all ranks as soon as the condition holds."""
+        """Kills all ranks as soon as the condition holds. AssertionError if they ended before."""
         self.run_until(condition, timeout)
+        assert self.poll() is None, "ended before it was killed"
         self.kill()
 
     def run_until(self, condition: Callable[[], bool], timeout: float = 200) -> None:

@@ -19,6 +19,7 @@ from slm.config import SamplingConfig
 from slm.data.prompts import Prompt
 from slm.generation.sampling import BOUNDS_FRAME_RATE
 from slm.generation.tts import Models, Speech, Utterance
+from slm.tokenization.markup import PARAGRAPH
 from slm.tokenization.text_normalization import NormalizedText
 
 PARAGRAPH_PAUSE, SENTENCE_PAUSE, CLAUSE_PAUSE, WORD_PAUSE = 0.8, 0.4, 0.2, 0.05
@@ -44,7 +45,6 @@ _CLAUSE = re.compile(rf"[,;:\u2014\u2013][{re.escape(_CLOSING)}]*(?=\s)|[\u3001\
 _IN_WORD = re.compile(r"(?<=\w)(?:[^\w\s'\u2019]+|_+)(?=\w)")
 _NEXT = re.compile(rf"\s*[{re.escape(_OPENING)}]*(.)", re.DOTALL)
 _QUOTES = '"\u201c\u201d\u00ab\u00bb'
-_PARAGRAPH = re.compile(r"\n\s*\n")
 # Words before a full stop that ends no sentence: titles, and words before a number or a name.
 # Letters with stops between them are found by a pattern.
 _TITLES = "mr mrs ms mx dr prof rev hon st ste mt ft gen col capt cmdr lt maj sgt gov sen rep"
@@ -143,7 +143,7 @@ def split_text(
 
 def has_paragraphs(text: str) -> bool:
     """Whether a text has a blank line between its words."""
-    return _PARAGRAPH.search(text.strip()) is not None
+    return PARAGRAPH.search(text.strip()) is not None
 
 
 def _split(text: str, fits: Callable[[str], bool], level: int) -> list[tuple[str, float]]:
@@ -188,7 +188,7 @@ def _quoted_ends(text: str) -> Iterator[int]:
 
 
 def _paragraph_ends(text: str) -> Iterator[int]:
-    return (match.end() for match in _PARAGRAPH.finditer(text))
+    return (match.end() for match in PARAGRAPH.finditer(text))
 
 
 def _clause_ends(text: str) -> Iterator[int]:

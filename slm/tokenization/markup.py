@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from codec.json_lines import decode_utf8
 from codec.transcripts import has_words
 
 LONGEST_BREAK = 10.0
@@ -24,7 +25,8 @@ _BREAK = re.compile(r"<break\b([^<>]*)>(?:\s{0,9}</break>)?", re.I)
 _ATTRIBUTE = re.compile(r"(time|strength)\s*=\s*[\"']?([^\"'\s/>]+)", re.I)
 _TIME = re.compile(r"(\d{1,6}(?:\.\d{1,6})?|\.\d{1,6})(m?s)", re.I)
 _TAG = re.compile(r"</?([A-Za-z][\w:-]*)(?:\s[^<>]*|/)?>")
-_PARAGRAPH = re.compile(r"\n\s*\n")
+PARAGRAPH = re.compile(r"\n\s*\n")
+"""Blank lines between two paragraphs."""
 _PRONUNCIATION = re.compile(r"\[([^\[\]\n]+)\]\(([^()\[\]\n]+)\)")
 _LINK = re.compile(r"\w+://|www\.|mailto:|[#/]")
 
@@ -52,7 +54,7 @@ def read_markup(text: str, lexicon: Mapping[str, str] | None = None) -> MarkedTe
     Raises:
         ValueError: a break whose time is no time.
     """
-    marked = lexicon or "<" in text or "](" in text or _PARAGRAPH.search(text)
+    marked = lexicon or "<" in text or "](" in text or PARAGRAPH.search(text)
     if not marked:
         return MarkedText(text, (), ())
     removed: set[str] = set()
@@ -64,7 +66,7 @@ def read_markup(text: str, lexicon: Mapping[str, str] | None = None) -> MarkedTe
             pause = (pause or 0.0) + _seconds(found)
             continue
         removed.update(name.lower() for name in _TAG.findall(found))
-        for paragraph in _PARAGRAPH.split(_TAG.sub("", found)):
+        for paragraph in PARAGRAPH.split(_TAG.sub("", found)):
             part = _respelled(paragraph, lexicon or {}).strip()
             if not part:
                 continue
@@ -124,11 +126,11 @@ def load_lexicon(path: str | Path) -> dict[str, str]:
         ValueError: no such file, not UTF-8, or a line of another form.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: no lexicon in UTF-8: {error}") from error
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: no lexicon that can be read ({error.strerror})") from error
     lexicon = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(decode_utf8(content, path).split("\n"), start=1):
         if not line.strip() or line.startswith("#"):
             continue
         word, _, respelling = line.partition("\t")

@@ -48,3 +48,6 @@ def test_a_lexicon_comes_from_a_file(tmp_path: Path) -> None:
         load_lexicon(path)
     with pytest.raises(ValueError, match="no lexicon"):
         load_lexicon(tmp_path / "none.tsv")
+    path.write_text("nguyen\twin\n", encoding="utf-16")
+    with pytest.raises(ValueError, match="is UTF-16, not UTF-8"):
+        load_lexicon(path)
