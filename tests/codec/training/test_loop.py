@@ -97,6 +97,15 @@ def test_an_interrupt_saves_the_step_and_the_same_command_continues(
     assert steps(tmp_path / "a") == steps(tmp_path / "b")
 
 
+def test_an_interrupt_of_the_last_step_is_not_lost(
+    tmp_path: Path, accelerator: Accelerator
+) -> None:
+    """What follows the training in a program would take its time."""
+    with pytest.raises(Interrupted, match="stopped at step 7; the same"):
+        train(tmp_path, accelerator, interrupt_at=6)
+    assert train(tmp_path, accelerator) == []
+
+
 def test_a_profile_is_a_trace_and_a_table(tmp_path: Path, accelerator: Accelerator) -> None:
     train(tmp_path, accelerator, profile_steps=2)
     assert json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]

@@ -172,6 +172,12 @@ def test_what_is_resolved_loads_again(tmp_path: Path) -> None:
     assert load_config(Config, ["--config", str(tmp_path / "c.yaml")]) == config
 
 
+def test_the_last_of_equal_keys_wins_in_its_own_place() -> None:
+    config = load_config(Config, ["out=x", "extra.lr=1", "steps=4", "extra=null", "extra.lr=2"])
+    assert config.extra == Optim(lr=2.0)
+    assert load_config(Config, ["out=x", "extra.lr=1", "extra=null"]).extra is None
+
+
 def test_items_of_a_list_have_defaults() -> None:
     (scale,) = load_config(Config, ["out=x", "scales=[{}]"]).scales
     assert scale == Scale()

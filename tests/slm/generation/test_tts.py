@@ -172,6 +172,19 @@ def test_a_silent_wave_is_a_failure(tokenizer: SpeechTextTokenizer, chain: list[
     assert (made.failure, made.tries, made.seed) == ("empty", 2, 5)
 
 
+@pytest.mark.parametrize(("peak", "expected"), [(0.3, 0.3), (1.0, 1.0), (1.5, 1.0)])
+def test_a_wave_beyond_full_scale_is_divided_by_its_peak(
+    monkeypatch: pytest.MonkeyPatch, peak: float, expected: float
+) -> None:
+    codec = Codec()
+    wave = torch.zeros(1, 1, 3 * codec.hop_length)
+    wave[..., codec.hop_length + 1], wave[..., -1] = peak, -peak / 2
+    monkeypatch.setattr(codec, "decode", lambda codes, lengths=None: wave, raising=False)
+    made = speaking.decode(codec, np.zeros((1, 1)), np.zeros((1, 2)))
+    assert len(made) == 2 * codec.hop_length
+    assert (made.max(), made.min()) == pytest.approx((expected, -expected / 2))
+
+
 def test_repeating_the_prompt_is_a_leak(tokenizer: SpeechTextTokenizer) -> None:
     words = list(range(2, 16))
     voice = models(tokenizer, ann=[words, [1, 0]])
