@@ -1,6 +1,6 @@
 """The command `codec`: encode and decode recordings; import, export and round codecs.
 
-codec info DIR
+codec info PATH
 codec encode --codec DIR IN... --out TOKENS.parquet [--overwrite]
 codec decode --codec DIR TOKENS.parquet --out DIR [--overwrite]
 codec reconstruct --codec DIR [--codebooks N] IN... --out DIR [--overwrite]
@@ -51,8 +51,11 @@ def _parser() -> ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    info = commands.add_parser("info", help="describe a codec or a token shard as JSON")
-    info.add_argument("path", metavar="DIR", help="codec folder, hub id, or token shard(s)")
+    info = commands.add_parser("info", help="describe a codec, token shard or recording as JSON")
+    info.add_argument(
+        "path", metavar="PATH",
+        help="codec folder, hub id, token shard(s), or a recording: its format and metadata",
+    )  # fmt: skip
     info.add_argument(
         "--use", action="store_true", help="token shard: usage and perplexity of each codebook"
     )
@@ -147,6 +150,8 @@ def _add_out(command: argparse.ArgumentParser) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> None:
+    from codec.audio import AUDIO_SUFFIXES, audio_info, audio_tags
+
     path = Path(arguments.path)
     if path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet"))):
         shard = TokenShard.open(path)
@@ -165,6 +170,11 @@ def _info(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{path}: no such file or folder; --use needs a token shard")
     elif arguments.use:
         raise ValueError(f"{path}: --use is for token shards; codec encode makes one")
+    elif path.suffix.lower() in AUDIO_SUFFIXES and path.is_file():
+        header = audio_info(path)
+        seconds = round(header.num_samples / header.sample_rate, 3)
+        facts = {"kind": "recording", **header._asdict(), "seconds": seconds}
+        facts["tags"] = audio_tags(path)
     else:
         codec = _load(arguments.path, "cpu")
         parameters = sum(parameter.numel() for parameter in codec.parameters())

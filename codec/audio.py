@@ -13,7 +13,7 @@ import stat
 import struct
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
@@ -49,6 +49,8 @@ AUDIO_SUFFIXES = (
     *(".m4a", ".m4b", ".mp4", ".webm", ".mka", ".aac", ".wma", ".amr"),
 )
 """Suffixes of recordings in a folder. A file given by name is read whatever its suffix."""
+OGG_SUFFIXES = {".oga": "VORBIS", ".opus": "OPUS"}
+"""Suffixes that name no format of libsndfile, and what its format Ogg contains there."""
 OPEN_SIZES = ((0, 0), (0x7FFF_0000, 0x8000_FFFF), (0xFFFF_0000, 0xFFFF_FFFF))
 """Sizes in WAV headers of programs that write to a pipe and so do not know them."""
 MAX_PARTS = 1000
@@ -665,26 +667,56 @@ def resample_batch(
     return wave if source_rate == target_rate else resample(wave, source_rate, target_rate)
 
 
+def audio_tags(path: str | Path) -> dict[str, str]:
+    """The metadata of a recording, by libsndfile's names (`software`, `comment`, `title`, ...);
+    empty if it has none, or is of a format that libsndfile does not read.
+
+    Raises:
+        ValueError: no such file.
+    """
+    import soundfile
+
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such recording; check the path")
+    try:
+        with soundfile.SoundFile(path) as file:
+            return {name: value for name, value in file.copy_metadata().items() if value}
+    except soundfile.LibsndfileError:
+        return {}
+
+
 def check_name(path: str | Path) -> None:
     """Raises `ValueError` unless the suffix names a format that can be written."""
     import soundfile
 
-    kind = Path(path).suffix[1:].upper()
+    kind = _format_of(Path(path))[0]
     if kind not in soundfile.available_formats() or soundfile.default_subtype(kind) is None:
         raise ValueError(f"{path}: cannot be written as {kind or 'no format'}; use .wav")
     if Path(path).is_dir():
         raise ValueError(f"{path}: is a folder; name a file")
 
 
+def _format_of(path: Path) -> tuple[str, str | None]:
+    """libsndfile's format and encoding of a suffix, which may not exist; None: its default."""
+    encoding = OGG_SUFFIXES.get(path.suffix.lower())
+    return ("OGG", encoding) if encoding else (path.suffix[1:].upper(), None)
+
+
 def write_audio(
     path: str | Path,
     wave: Float[np.ndarray, " S"] | Iterable[Float[np.ndarray, " _"]],
     sample_rate: int,
+    tags: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a mono wave (S,) in [-1, 1], or its blocks, in the format of the suffix (WAV: 16 bit).
 
     A failed or interrupted write leaves an earlier file unchanged (temporary name, then rename).
     Samples beyond [-1, 1] are clipped, with a warning.
+
+    Args:
+        tags: metadata, by the names of `audio_tags`; samples do not depend on it. WAV has it in an
+            INFO list, FLAC and Ogg in comments, MP3 in ID3 (with LAME as the software). Formats
+            without metadata (AU, W64) are written without, with a warning.
 
     Raises:
         OSError: the file cannot be written, for instance because the disk is full.
@@ -697,7 +729,9 @@ def write_audio(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
-        with soundfile.SoundFile(partial, "w", sample_rate, 1) as file:
+        kind, encoding = _format_of(path)
+        with soundfile.SoundFile(partial, "w", sample_rate, 1, encoding, format=kind) as file:
+            _write_tags(file, tags or {}, path)
             peak = 0.0
             for block in [wave] if isinstance(wave, np.ndarray) else wave:
                 peak = max(peak, float(np.abs(block).max(initial=0.0)))
@@ -711,6 +745,17 @@ def write_audio(
         ) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _write_tags(file: Any, tags: Mapping[str, str], path: Path) -> None:
+    from soundfile import LibsndfileError
+
+    try:
+        for name, value in tags.items():
+            setattr(file, name, value)
+    except LibsndfileError:
+        lacks = "; ".join(tags.values())
+        logger.warning("%s: this format holds no metadata; not in the file: %s", path, lacks)
 
 
 def mel_filterbank(

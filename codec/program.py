@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
 RANK_DELAY = 5.0
@@ -157,6 +158,14 @@ def _close_output() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         os.dup2(null, descriptor)
+
+
+def software() -> str:
+    """Returns the name and version of this software, as the metadata of generated files has it."""
+    try:
+        return f"Parlance {version('parlance')}"
+    except PackageNotFoundError:  # Used from its folder, without installation.
+        return "Parlance"
 
 
 def counted(number: int, noun: str) -> str:

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from math import inf
@@ -64,7 +64,10 @@ def _parser() -> ArgumentParser:
             "--dtype", choices=("float32", "bfloat16"), default="float32",
             help="dtype of the weights of LLM and NAR",
         )  # fmt: skip
-    prompt_help = "prompt: a recording with speech (a file or a pipe), or a shipped prompt's name"
+    consent = "use a person's recording only with their consent"
+    prompt_help = (
+        f"prompt: a recording with speech (a file or a pipe), or a shipped prompt's name; {consent}"
+    )
 
     add = tts.add_argument
     add(
@@ -117,7 +120,10 @@ def _parser() -> ArgumentParser:
 
     add = vc.add_argument
     add("--source", required=True, help="recording to convert, of any length")
-    add("--target", required=True, help="target speaker: a recording, or a shipped prompt's name")
+    add(
+        "--target", required=True,
+        help=f"target speaker: a recording, or a shipped prompt's name; {consent}",
+    )  # fmt: skip
     add(
         "--source-text", metavar="TEXT",
         help="transcript of the source, for a NAR that takes texts; default: by the voice's own "
@@ -265,7 +271,8 @@ def _tts(arguments: argparse.Namespace) -> None:
     text = prepare_line(voice, line, Path(), arguments.seed)
     if arguments.stream is not None:
         waves = voice.stream_prepared(text, arguments.chunk_seconds)
-        _stream(arguments.stream, waves, voice.codec.sample_rate)
+        tags = voice.tags(arguments.seed)
+        _stream(arguments.stream, waves, voice.codec.sample_rate, tags)
         return
     throughput = Throughput()
     (speech,) = throughput.synthesize(voice, [text], arguments.batch)
@@ -306,7 +313,9 @@ def _check_tts_of(arguments: argparse.Namespace) -> "VoiceSummary":
     return summary
 
 
-def _stream(target: str, waves: Iterable[np.ndarray], sample_rate: int) -> None:
+def _stream(
+    target: str, waves: Iterable[np.ndarray], sample_rate: int, tags: Mapping[str, str]
+) -> None:
     """Writes a WAV file, a named pipe or standard output while the waves are generated."""
     from codec.io import atomic_file
     from slm.generation.streaming import write_wav
@@ -329,10 +338,10 @@ def _stream(target: str, waves: Iterable[np.ndarray], sample_rate: int) -> None:
         # After an error an earlier file is unchanged.
         opened = nullcontext(path) if is_pipe else atomic_file(path)
         with opened as place, open(place, "wb") as file:
-            write_wav(file, counted(), sample_rate)
+            write_wav(file, counted(), sample_rate, tags)
         return
     try:
-        write_wav(sys.stdout.buffer, counted(), sample_rate)
+        write_wav(sys.stdout.buffer, counted(), sample_rate, tags)
         sys.stdout.flush()
     except BrokenPipeError:
         # The interpreter flushes standard output once more when it ends.

@@ -25,6 +25,7 @@ from codec import load_codec, read_audio, write_audio
 from codec.audio import check_name as check_name
 from codec.audio import check_recording, stream_audio
 from codec.io import sha256_of
+from codec.program import software
 from codec.transcripts import has_words
 from slm.config import SamplingConfig, check_seed
 from slm.data.coverage import Coverage
@@ -339,10 +340,15 @@ class Voice:
             if chunk.failure is not None:
                 logger.warning("%r: %s", utterance.text.original, chunk.failure)
 
-    @staticmethod
-    def save(speech: Speech, path: str | Path) -> None:
-        """Writes the wave to an audio file, atomically."""
-        write_audio(path, speech.wave, speech.sample_rate)
+    def save(self, speech: Speech, path: str | Path) -> None:
+        """Writes the wave to an audio file with `tags`, atomically."""
+        write_audio(path, speech.wave, speech.sample_rate, self.tags(speech.seed))
+
+    def tags(self, seed: int) -> dict[str, str]:
+        """Returns the metadata of generated files, for `write_audio`: that they are synthetic
+        speech, the software with its version, this voice's digest, and the seed."""
+        made = f"synthetic speech by {software()}; voice {self.digest}; seed {seed}"
+        return {"software": software(), "comment": made}
 
     def decode(
         self, prompt: Int[np.ndarray, "Q P"], new: Int[np.ndarray, "Q T"]

@@ -36,7 +36,7 @@ PAGES = [
 ]
 OTHER_PROGRAMS = {
     *("git", "cd", "aplay", "ffplay", "tensorboard", "apt-get", "docker", "duckdb", "nvidia-smi"),
-    *("export", "ruff", "pyright"),
+    *("export", "ffprobe", "ruff", "pyright"),
 }
 """Programs that are not ours; their arguments are not checked."""
 PACKAGES = ("codec", "slm", "eval")

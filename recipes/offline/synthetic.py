@@ -25,6 +25,7 @@ from tqdm import tqdm
 from codec.audio import resample_wave, write_audio
 from codec.io import atomic_file
 from codec.json_lines import append_json_lines, read_appended, write_json_lines
+from codec.program import software
 from recipes.offline.debian_prompts import fetch_packages, run_command
 from recipes.offline.kokoro import SAMPLE_RATE as KOKORO_RATE
 from recipes.offline.kokoro import Kokoro, draw_styles
@@ -188,7 +189,9 @@ def work(config: SyntheticConfig, rank: int) -> None:
         if wer > config.most_wer:
             append_json_lines(config.out / f"rejected-{rank}.jsonl", [row])
             continue
-        write_audio(config.out / row["audio"], wave, SAMPLE_RATE)
+        made = f"synthetic speech by Kokoro-82M; voice {voice}; seed {config.seed}"
+        tags = {"software": software(), "comment": made}
+        write_audio(config.out / row["audio"], wave, SAMPLE_RATE, tags)
         append_json_lines(config.out / f"made-{rank}.jsonl", [row])
         seconds += len(wave) / SAMPLE_RATE
     raise ValueError(f"{config.out}: too few texts for {config.hours:g} hours; give more")

@@ -274,7 +274,7 @@ def _score(
     if item.prompt.continuation:
         wave = _decode_with_prompt(voice, item, speech.codes)
     name = f"{safe_name(item.id)}.wav"
-    write_audio(folder / name, wave, voice.codec.sample_rate)
+    write_audio(folder / name, wave, voice.codec.sample_rate, voice.tags(speech.seed))
     scored, failed = score_codes(
         voice, item, speech.codes, scorers, speech.failure, textless=textless
     )

@@ -8,18 +8,18 @@ sentences are evenly spaced over the list, not picked.
 
 import base64
 import html
-import io
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 from tqdm import tqdm
 
-from codec import read_audio
+from codec import read_audio, write_audio
+from codec.audio import audio_tags
 from codec.config import at_least
 from codec.io import atomic_file
 from codec.json_lines import read_json_lines
@@ -135,13 +135,14 @@ def row_of(line: Mapping[str, Any], config: PageConfig) -> str:
 
 
 def sound(path: Path) -> str:
-    """Returns an audio element that embeds a recording, or "none" if there is no such file."""
+    """Returns an audio element that embeds a recording with its tags, or "none" if there is no such
+    file."""
     if not path.is_file():
         return "none"
-    buffer = io.BytesIO()
     wave = read_audio(path, SAMPLE_RATE, allow_silence=True)
-    soundfile.write(buffer, wave, SAMPLE_RATE, format="OGG", subtype="OPUS")
-    held = base64.b64encode(buffer.getvalue()).decode()
+    with tempfile.TemporaryDirectory() as folder:
+        write_audio(opus := Path(folder) / "a.opus", wave, SAMPLE_RATE, audio_tags(path))
+        held = base64.b64encode(opus.read_bytes()).decode()
     return f'<audio controls preload="none" src="data:audio/ogg;base64,{held}"></audio>'
 
 

@@ -202,6 +202,10 @@ def voice_card(
             "    slm asr --voice . RECORDING",
             "",
             *(["Prompts:", "", *shipped, ""] if shipped else []),
+            "Files that a voice generates state in their metadata that they are synthetic. This is "
+            "no watermark: a conversion may remove it.",
+            "Use a person's recording as a prompt only with their consent.",
+            "",
             "Before you publish this voice, name its training data and their licences here.",
             "",
         ]

@@ -9,7 +9,7 @@ small changes beyond that are cross-faded.
 """
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -30,6 +30,8 @@ codes, chunks of 0.5 s) streamed waves differ from the offline one by 1e-5 of it
 by 4e-3."""
 FADE_SECONDS = 0.01
 """Cross-fade between two decodings of the same frames."""
+INFO_CHUNKS = {"software": b"ISFT", "comment": b"ICMT"}
+"""Tags of `Voice.tags` and their chunks in WAV files."""
 
 
 class AudioChunk(NamedTuple):
@@ -139,10 +141,20 @@ class WaveStream:
         return np.clip(new * gains, -1.0, 1.0)
 
 
-def write_wav(file: Any, waves: Iterable[Float[np.ndarray, " _"]], sample_rate: int) -> None:
+def write_wav(
+    file: Any,
+    waves: Iterable[Float[np.ndarray, " _"]],
+    sample_rate: int,
+    tags: Mapping[str, str] | None = None,
+) -> None:
     """Writes waves to an open binary file as WAV (mono, 16 bit) as they arrive. The header has no
-    length, as in pipes; in a seekable file it is filled in at the end."""
-    file.write(_wav_header(sample_rate, None))
+    length, as in pipes; in a seekable file it is filled in at the end.
+
+    Args:
+        tags: values of INFO_CHUNKS.
+    """
+    info = _info_list(tags or {})
+    file.write(_wav_header(sample_rate, None, info))
     size = 0
     for wave in waves:
         samples = (np.clip(wave, -1.0, 1.0) * 32767).round().astype("<i2").tobytes()
@@ -151,15 +163,25 @@ def write_wav(file: Any, waves: Iterable[Float[np.ndarray, " _"]], sample_rate: 
         size += len(samples)
     if file.seekable():
         file.seek(0)
-        file.write(_wav_header(sample_rate, size))
+        file.write(_wav_header(sample_rate, size, info))
 
 
-def _wav_header(sample_rate: int, size: int | None) -> bytes:
-    limit = 0xFFFF_FFFF
-    total, data = (limit, limit - 36)
+def _info_list(tags: Mapping[str, str]) -> bytes:
+    """RIFF's chunk LIST of type INFO: texts that end with a zero byte, at even positions."""
+    content = b"INFO"
+    for name, text in tags.items():
+        value = text.encode() + b"\0"
+        padding = len(value) % 2 * b"\0"
+        content += INFO_CHUNKS[name] + struct.pack("<I", len(value)) + value + padding
+    return struct.pack("<4sI", b"LIST", len(content)) + content if tags else b""
+
+
+def _wav_header(sample_rate: int, size: int | None, info: bytes) -> bytes:
+    limit, others = 0xFFFF_FFFF, 36 + len(info)
+    total, data = (limit, limit - others)
     if size is not None:
-        total, data = min(36 + size, limit), min(size, limit)
+        total, data = min(others + size, limit), min(size, limit)
     # PCM, one channel, bytes a second, bytes and bits a sample.
     layout = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16)
     head = struct.pack("<4sI4s", b"RIFF", total, b"WAVE")
-    return head + layout + struct.pack("<4sI", b"data", data)
+    return head + layout + info + struct.pack("<4sI", b"data", data)

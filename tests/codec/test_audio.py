@@ -6,6 +6,7 @@ import threading
 import warnings
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -15,6 +16,7 @@ from conftest import voiced
 from codec import read_audio, write_audio
 from codec.audio import (
     audio_info,
+    audio_tags,
     cancelled_channel,
     check_recording,
     magnitude_spectrogram,
@@ -319,6 +321,42 @@ def test_what_a_file_clips_is_logged(tmp_path, caplog) -> None:
     assert not caplog.text
     write_audio(tmp_path / "a.wav", np.array([0.5, -1.36], np.float32), RATE)
     assert "a.wav: samples up to 1.36 were clipped" in caplog.text
+
+
+TAGS = {"software": "Parlance 1", "comment": "synthetic speech; seed 3"}
+
+
+@pytest.mark.parametrize("suffix", ["wav", "rf64", "flac", "ogg", "oga", "opus", "mp3", "aiff"])
+def test_tags_are_read_back_and_change_no_sample(tmp_path, suffix: str) -> None:
+    tagged, plain = tmp_path / f"tagged.{suffix}", tmp_path / f"plain.{suffix}"
+    write_audio(tagged, voiced(1.0), RATE, TAGS)
+    write_audio(plain, voiced(1.0), RATE)
+    found = audio_tags(tagged)
+    assert found["comment"] == TAGS["comment"]
+    # LAME writes its own name.
+    assert suffix == "mp3" or found["software"].startswith("Parlance 1")
+    assert "comment" not in audio_tags(plain)
+    rate = 48_000 if suffix == "opus" else RATE
+    np.testing.assert_array_equal(read_audio(tagged, rate), read_audio(plain, rate))
+    # Other programs than libsndfile, through FFmpeg.
+    with av.open(tagged) as container:
+        values = {**container.metadata, **container.streams.audio[0].metadata}.values()
+        assert TAGS["comment"] in values
+        frames = [frame.to_ndarray() for frame in container.decode(audio=0)]
+    if suffix in ("wav", "flac"):
+        samples = np.concatenate(frames, axis=1)[0] / 2**15
+        np.testing.assert_array_equal(samples.astype("f4"), read_audio(plain, RATE))
+
+
+def test_formats_without_metadata_are_written_with_a_warning(tmp_path, caplog) -> None:
+    write_audio(tmp_path / "a.au", voiced(1.0), RATE, TAGS)
+    assert "a.au: this format holds no metadata; not in the file: Parlance 1; syn" in caplog.text
+    assert audio_tags(tmp_path / "a.au") == {}
+    assert len(read_audio(tmp_path / "a.au", RATE)) == RATE
+    (tmp_path / "a.txt").write_text("no sound")
+    assert audio_tags(tmp_path / "a.txt") == {}
+    with pytest.raises(ValueError, match=r"b\.wav: no such recording"):
+        audio_tags(tmp_path / "b.wav")
 
 
 def test_a_failed_write_leaves_the_earlier_file(tmp_path) -> None:

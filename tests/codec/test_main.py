@@ -203,6 +203,9 @@ def test_info_distinguishes_codecs_and_shards(
         "share": [0.0625] * 3,
         "perplexity": [2.0] * 3,
     }
+    run("info", wave)
+    facts = {"sample_rate": 16_000, "num_channels": 1, "num_samples": 8_000, "seconds": 0.5}
+    assert json.loads(capsys.readouterr().out) == {"kind": "recording", **facts, "tags": {}}
     assert "--use is for token shards" in failure(capsys, "info", "--use", tiny_codec_folder)
     nothing = tmp_path / "nothing"
     assert f"{nothing}: no such file or folder" in failure(capsys, "info", "--use", nothing)

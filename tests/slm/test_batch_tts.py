@@ -11,6 +11,7 @@ import soundfile
 import torch
 from tiny_slm import TEXT, copy_of, quiet, run_slm, save_voice, speak_briefly
 
+from codec.audio import audio_tags
 from codec.io import FileLock
 from slm.models.nar import NAR
 from slm.voice import Voice
@@ -93,6 +94,7 @@ def test_a_list_costs_only_its_bad_lines(
     assert set(records[0]) == expected | {"request"}
     waves = sorted(path for path in out.rglob("*.wav") if path.is_file())
     assert [path.name for path in waves] == ["one.wav", "u.wav", "two words.wav"]
+    assert all("synthetic speech by Parlance" in audio_tags(path)["comment"] for path in waves)
     seconds = sum(soundfile.info(path).duration for path in waves)
     assert f"{seconds:.1f} s of speech in " in caplog.text
     assert "times real time" in caplog.text

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ import torch
 from conftest import voiced
 from tiny_slm import TEXT, copy_of, quiet, run_slm, save_voice, speak_briefly
 
+from codec.audio import audio_tags
 from slm.config import SamplingConfig
 from slm.generation.asr import Transcript
 from slm.voice import Voice
@@ -32,6 +34,15 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     speak_briefly(monkeypatch)
 
 
+def check_tag(out: Path, folder: Path, seed: int) -> None:
+    """A generated file says what it is."""
+    tags, voice = audio_tags(out), Voice.from_pretrained(folder)
+    assert tags["software"].startswith("Parlance")
+    assert re.fullmatch(
+        rf"synthetic speech by Parlance [\d.]+; voice {voice.digest}; seed {seed}", tags["comment"]
+    )
+
+
 @pytest.mark.usefixtures("brief")
 def test_command_tts(
     folder: Path, tmp_path: Path, write_wav: Callable[..., Path], capsys: pytest.CaptureFixture
@@ -45,6 +56,7 @@ def test_command_tts(
     wave, rate = soundfile.read(out)
     assert rate == 16000
     assert len(wave) > 0
+    check_tag(out, folder, record["seed"])
     assert run_slm("tts", "--voice", folder, "--text", TEXT, "--prompt", "ann", "--out", out) == 0
 
 
@@ -77,6 +89,7 @@ def test_command_tts_streams(
     assert run_slm("tts", *arguments, "--stream", tmp_path / "new" / "o.wav") == 0
     wave, rate = soundfile.read(tmp_path / "new" / "o.wav")
     assert (rate, len(wave) % 640) == (16000, 0)
+    check_tag(tmp_path / "new" / "o.wav", folder, 0)
     capfdbinary.readouterr()
     assert run_slm("tts", *arguments, "--stream", "-") == 0
     piped, _ = soundfile.read(io.BytesIO(capfdbinary.readouterr().out))
@@ -310,6 +323,7 @@ def test_command_vc(
     out = tmp_path / "o.wav"
     assert run_slm("vc", *arguments, "--target", "ann", "--out", out) == 0
     assert len(soundfile.read(out)[0]) == 12800
+    check_tag(out, folder, 0)
     target = ["--target", write_wav(tmp_path / "b.wav", 0.5), "--target-text", "a cat"]
     assert run_slm("vc", *arguments, *target, "--out", out) == 0
     assert run_slm("vc", *arguments, "--target", "nobody", "--out", out) == 2

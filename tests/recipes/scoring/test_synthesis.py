@@ -12,6 +12,7 @@ import soundfile
 from conftest import stand_in
 from tiny_slm import STAMP
 
+from codec.audio import audio_tags
 from codec.tokens import TokenRow, TokenShard, write_shard
 from codec.training.run import Run
 from eval.benchmark import Provenance, Row, ScoredUtterance, rows_of
@@ -47,6 +48,7 @@ class FakeVoice(Voice):
     9s for other texts. Continuations without a text refuse 8s, and are empty after 7s."""
 
     device = ""
+    digest = "d" * 16
     batches: ClassVar[list[list[str]]] = []
 
     def __init__(self, folder: Path) -> None:
@@ -387,6 +389,7 @@ def test_textless_continuation_is_scored_by_similarity(
     assert good.values["similarity"] == pytest.approx(np.cos(np.pi * 0.6), abs=1e-5)
     assert good.words is good.characters is None
     assert soundfile.info(tmp_path / TEXTLESS / "a.wav").duration == pytest.approx(1.2)
+    assert audio_tags(tmp_path / TEXTLESS / "a.wav")["comment"].endswith(f"{'d' * 16}; seed 7923")
     for name in ("silent", "refused"):
         assert results[name].scored.values == {"failure": 1.0, "seconds": 0.0}
     assert (results["refused"].audio, results["refused"].failure) == (None, "refused")

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import soundfile
+from conftest import voiced
 
+from codec import write_audio
 from recipes.tools.listening_page import main
 
 
@@ -17,8 +19,9 @@ def judged(tmp_path: Path, write_wav) -> Path:
     folder, lines = tmp_path / "judged", []
     for number in range(6):
         name = f"item-{number}.wav"
-        for place in ("given/cross", "prompts/cross"):
-            write_wav(folder / "audio" / place / name, 0.5, seed=number)
+        write_wav(folder / "audio" / "prompts" / "cross" / name, 0.5, seed=number)
+        wave, tags = voiced(0.5, seed=number), {"comment": "synthetic speech"}
+        write_audio(folder / "audio" / "given" / "cross" / name, wave, 16_000, tags)
         lines.append({
             "setting": "given", "list": "cross", "id": f"item-{number}", "audio": name,
             "text": f"say <{number}> & go", "heard": "say it & go", "wer": number / 10,
@@ -46,8 +49,10 @@ def test_page_embeds_audio_of_evenly_spaced_items(
     assert "<td>none</td>" in page
     held = re.findall(r'src="data:audio/ogg;base64,([^"]+)"', page)
     assert len(held) == 5
-    wave, rate = soundfile.read(io.BytesIO(base64.b64decode(held[0])))
-    assert len(wave) / rate == pytest.approx(0.5, abs=0.01)
+    for encoded, comment in zip(held, ("", "synthetic speech"), strict=False):
+        with soundfile.SoundFile(io.BytesIO(base64.b64decode(encoded))) as file:
+            assert file.frames / file.samplerate == pytest.approx(0.5, abs=0.01)
+            assert file.comment == comment
 
 
 def test_refused_item_has_no_audio(judged: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import soundfile
 import torch
 from tiny_slm import TEXT, quiet, save_voice
 
+from codec.audio import audio_tags, read_audio
 from slm.config import SamplingConfig
 from slm.data.prompts import Prompt
 from slm.generation.sampling import Request, generate, speech_only
@@ -151,6 +152,20 @@ def test_loud_chunks_stay_within_full_scale() -> None:
     assert np.abs(loud).max() == 1.0
     assert np.abs(loud[-640:]).max() == pytest.approx(12 / 15)  # the level does not rise again
     assert np.abs(np.diff(np.abs(loud[2000:9000]))).max() < 0.4
+
+
+@pytest.mark.parametrize("comment", ["even", "odd"])
+@pytest.mark.parametrize("pipe", [True, False])
+def test_wav_streams_have_tags(
+    pipe: bool, comment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, tags = io.BytesIO(), {"software": "Parlance 1", "comment": comment}
+    monkeypatch.setattr(file, "seekable", lambda: not pipe)
+    write_wav(file, [np.full(100, 0.5, np.float32)], 16000, tags)
+    (tmp_path / "a.wav").write_bytes(file.getvalue())
+    assert audio_tags(tmp_path / "a.wav") == tags
+    assert np.allclose(read_audio(tmp_path / "a.wav", 16000), np.full(100, 0.5), atol=1e-4)
+    assert pipe or len(file.getvalue()) == int.from_bytes(file.getvalue()[4:8], "little") + 8
 
 
 @pytest.mark.parametrize("pipe", [True, False])
