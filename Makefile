@@ -6,6 +6,7 @@
 # make smoke    the recipes with miniature models: codec, tokens, then a voice under ZeRO-2 on two processes
 # make test     the tests: no network, no models
 # make soak     long tests: kills, full disks, fuzzing, thousands of requests; tables in out/soak/
+# make mutate FILES="codec/tokens.py slm/data/prompts.py"  changes each file in 25 places, runs its tests, lists survivors
 # make lint     ruff, pyright, codespell
 # make docs-check  parses every command and example of README.md and docs/, and checks keys, paths and links
 SHELL := bash
@@ -27,7 +28,7 @@ export CAN_BUILD_PESQ
 # What the demo and the miniature recipes use of `make models`.
 DEMO_MODELS := smollm2-135m-instruct whisper-base speaker-encoder
 
-.PHONY: setup models demo demo-train train-small smoke test soak lint docs-check
+.PHONY: setup models demo demo-train train-small smoke test soak mutate lint docs-check
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -79,6 +80,10 @@ test: setup
 soak: setup
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 	  $(BIN)/python -m pytest -v --timeout 3600 tests/soak $(SOAK)
+
+mutate: setup
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+	  $(BIN)/python tests/mutate.py $(FILES) $(MUTATE)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -236,8 +236,8 @@ def test_tests_mirror_the_tree(path: Path) -> None:
     stem = path.stem.removeprefix("test_")
     sources = [source.stem.strip("_") for source in folder.glob("*.py")]
     mirrored = any(f"{stem}_".startswith(f"{source}_") for source in sources)
-    # What lies on top tests the repository: its rules, and its documents.
-    on_top = path.name in ("test_architecture.py", "test_docs.py")
+    # What lies on top tests the repository: its rules, its documents and its tests.
+    on_top = path.name in ("test_architecture.py", "test_docs.py", "test_mutate.py")
     assert mirrored or on_top, f"{name(path)} mirrors no file of {folder.name}/"
 
 

@@ -5,8 +5,10 @@ import json
 
 import numpy as np
 import pytest
+import soundfile
 import torch
-from lhotse import CutSet, Recording
+from conftest import voiced
+from lhotse import AudioSource, CutSet, Recording
 
 import codec.training.data
 from codec.training.data import CropDataset, crop_batches, load_cut, read_cuts
@@ -32,6 +34,9 @@ def test_crops_are_a_function_of_seed_and_number(cuts) -> None:
         assert torch.equal(again[index].wave, crops[index].wave)
     assert not all(torch.equal(other[index].wave, crops[index].wave) for index in range(6))
     assert all(crop.wave.shape == (1, 1, 8000) for crop in crops)
+    # Runs of older versions resume with the same crops.
+    assert [crop.ids[0][-1] for crop in crops[3:6]] == ["2", "0", "1"]
+    assert [crop.starts[0] for crop in crops[3:6]] == pytest.approx([0.0490, 0.4991, 0], abs=1e-4)
 
 
 def test_an_epoch_holds_every_recording_once_and_pads_short_ones(cuts) -> None:
@@ -87,6 +92,8 @@ def test_ranks_share_the_batch_and_a_later_start_goes_on(cuts) -> None:
         assert torch.equal(torch.cat([two[0][step], two[1][step]]), one[step])
     later = batches(first=2, rank=1, world=2)
     assert len(later) == 2
+    loader = crop_batches(dataset(cuts), batch_size=2, first=1, last=4, rank=0, world=1)
+    assert len(loader) == 3
     assert torch.equal(later[0], two[1][2])
 
 
@@ -99,6 +106,24 @@ def test_a_bad_recording_costs_itself(cuts, tmp_path, caplog) -> None:
     assert [name.startswith("rec 2") for name in data.bad] == [True]
     assert "2.wav" in next(iter(data.bad.values()))
     assert caplog.text.count("2.wav") == 1
+
+
+def test_the_next_recording_of_the_epoch_replaces_a_bad_one(cuts) -> None:
+    data, ids = dataset(cuts), [cut.id for cut in cuts]
+    data.bad = {ids[0]: "truncated"}
+    for epoch in range(4):
+        order = [dataset(cuts)[3 * epoch + position].ids[0] for position in range(3)]
+        found = [data[3 * epoch + position].ids[0] for position in range(3)]
+        place = order.index(ids[0])
+        order[place] = order[(place + 1) % 3]
+        assert found == order
+
+
+def test_crops_may_fall_into_pauses(tmp_path) -> None:
+    soundfile.write(tmp_path / "pause.wav", np.zeros(16_000), 16_000)
+    data = dataset(CutSet.from_cuts([Recording.from_file(tmp_path / "pause.wav").to_cut()]))
+    assert not data[0].wave.any()
+    assert not data.bad
 
 
 def test_any_failure_to_read_costs_the_recording_and_is_shared(cuts, tmp_path, monkeypatch) -> None:
@@ -137,11 +162,49 @@ def test_load_cut_reads_the_stretch_it_names(cuts) -> None:
     np.testing.assert_array_equal(part, whole[12_000:24_000])
 
 
+def test_the_end_of_a_truncated_file_is_no_crop(cuts, tmp_path) -> None:
+    """The header states two seconds, and the file has 1.6."""
+    file = tmp_path / "wavs" / "2.wav"
+    file.write_bytes(file.read_bytes()[: 44 + 2 * 25_600])
+    cut = list(cuts)[2]
+    later = cut.truncate(offset=0.25)
+    for end in ({"cut": cut}, {"cut": cut, "start": 0.5}, {"cut": later, "start": 0.5}):
+        with pytest.raises(ValueError, match="truncated"):
+            load_cut(sample_rate=16_000, **end)
+
+
+def test_cuts_that_need_lhotse(tmp_path) -> None:
+    """Transforms, two files and archives; channels are averaged, clipped and resampled."""
+    wave = np.stack([voiced(1.0, seed=seed) for seed in (0, 1)])
+    for channel in (0, 1):
+        soundfile.write(tmp_path / f"{channel}.wav", wave[channel], 16_000, subtype="FLOAT")
+    cut = Recording.from_file(tmp_path / "0.wav").to_cut()
+    np.testing.assert_allclose(load_cut(cut.perturb_volume(0.5), 16_000), 0.5 * wave[0], atol=1e-6)
+    sources = [
+        AudioSource(type="file", channels=[each], source=str(tmp_path / f"{each}.wav"))
+        for each in (0, 1)
+    ]
+    both = Recording("both", sources, 16_000, 16_000, 1.0, channel_ids=[0, 1]).to_cut()
+    np.testing.assert_allclose(load_cut(both, 16_000), wave.mean(0), atol=1e-6)
+    np.testing.assert_allclose(
+        load_cut(both, 16_000, start=0.25, duration=0.5), wave.mean(0)[4000:12_000], atol=1e-6
+    )
+    assert load_cut(both, 8000).shape == (8000,)
+    loud = load_cut(cut.perturb_volume(5.0), 16_000)
+    assert (loud.min(), loud.max()) == (-1.0, 1.0)
+    np.testing.assert_allclose(loud, np.clip(5 * wave[0], -1, 1), atol=1e-5)
+
+
 def test_lists_of_cuts(cuts, tmp_path) -> None:
     cuts.to_file(tmp_path / "cuts.jsonl.gz")
     assert len(read_cuts(tmp_path / "cuts.jsonl.gz")) == 3
+    cuts.subset(first=1).to_file(tmp_path / "one.jsonl.gz")
+    assert len(read_cuts(tmp_path / "one.jsonl.gz")) == 1
     with pytest.raises(ValueError, match="no such list"):
         read_cuts(tmp_path / "missing.jsonl.gz")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match="the list of cuts is empty"):
+        read_cuts(tmp_path / "empty.jsonl")
     with gzip.open(tmp_path / "broken.jsonl.gz", "wt") as file:
         file.write("{not json\n")
     whole = (tmp_path / "cuts.jsonl.gz").read_bytes()
