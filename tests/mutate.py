@@ -6,9 +6,10 @@ The operators are mutmut's: comparisons, signs, constants, and/or, not, in, True
 continue; conditions that are a plain name or call are negated. mutmut's own runner does not work
 here: it runs pytest twice in one process, which jaxtyping's import hook refuses; with a fork
 server it imports this tree anew for each mutant and reports that as a timeout; and it skips
-decorated functions and what lies outside of functions. Here each mutant runs in a fork of a
-process that has loaded the libraries, in a copy of the tree, so that programs that tests start
-see it as well.
+decorated functions and what lies outside of functions. Here each mutant runs in a fork: a change in
+a function's body in one of the process that has collected the tests, where the function's code is
+exchanged; any other in one that has loaded the libraries and imports this tree anew. The file is
+changed as well, in a copy of the tree, so that programs that tests start see it.
 
 A mutant's tests run in this order: the one that killed it last time, those that execute its line,
 then, if it survives, the others. Results are kept in out/mutants/; a second run takes up what
@@ -17,9 +18,13 @@ test can kill, and why.
 """
 
 import argparse
+import ast
 import contextlib
+import functools
+import gc
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import shutil
@@ -28,8 +33,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import libcst as cst
@@ -47,6 +54,7 @@ LIBRARIES = (
     *("_pytest", "pytest", "pluggy", "jaxtyping", "beartype", "hypothesis", "pytest_timeout"),
 )
 """Loaded before the fork, as far as the tests load them."""
+SKIPPED = (cst.Annotation, cst.Raise, cst.Assert, cst.Import, cst.ImportFrom, cst.Decorator)
 MESSAGES = ("logger", "logging", "warnings", "print")
 LEAST_KILLED = 0.9
 
@@ -83,7 +91,7 @@ OPERATORS: tuple[tuple[Any, Callable], ...] = (
 
 
 class Finder(cst.CSTVisitor):
-    """Collects (place, node, changed node); not in types, messages, errors and assertions."""
+    """Collects (place, node, changed node), but not in SKIPPED and MESSAGES."""
 
     METADATA_DEPENDENCIES = (PositionProvider, ParentNodeProvider)
 
@@ -93,7 +101,10 @@ class Finder(cst.CSTVisitor):
         self._inside: list[str] = []
 
     def on_visit(self, node: cst.CSTNode) -> bool:
-        if isinstance(node, cst.Annotation | cst.Raise | cst.Assert | cst.Import | cst.ImportFrom):
+        if isinstance(node, SKIPPED):
+            return False
+        # zip(..., strict=True) is an assertion.
+        if isinstance(node, cst.Arg) and node.keyword and node.keyword.value == "strict":
             return False
         if isinstance(node, cst.If) and cst.Module([]).code_for_node(node.test) == "TYPE_CHECKING":
             return False
@@ -153,43 +164,16 @@ def mirrored_tests(file: Path, root: Path = ROOT) -> list[Path]:
 
 
 class Recorder:
-    """A pytest plugin: outcomes, seconds, covered lines, and whether tests start processes."""
+    """A pytest plugin: the outcomes of tests and their seconds."""
 
-    def __init__(self, covered: Path | None) -> None:
+    def __init__(self) -> None:
         self.failed: list[str] = []
         self.seconds: dict[str, float] = {}
-        self.starts = False
-        self.coverage = None
-        if covered is not None:
-            import coverage
-
-            self.coverage = coverage.Coverage(data_file=None, include=[str(covered)])
-            self.coverage.start()
-            sys.addaudithook(self._note)
-
-    def _note(self, event: str, _: tuple) -> None:
-        self.starts |= event in ("subprocess.Popen", "os.fork", "os.posix_spawn")
-
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
-        if self.coverage is not None:
-            self.coverage.switch_context(nodeid)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0) + report.duration
         if report.failed and report.nodeid not in self.failed:
             self.failed.append(report.nodeid)
-
-    def lines(self, file: Path) -> dict[str, list[int]]:
-        """Executed lines of the file by test; "" while it is imported."""
-        assert self.coverage is not None
-        self.coverage.stop()
-        data = self.coverage.get_data()
-        by_line = data.contexts_by_lineno(str(file))
-        tests: dict[str, list[int]] = {}
-        for line, names in by_line.items():
-            for name in names:
-                tests.setdefault(name, []).append(line)
-        return tests
 
 
 def forked(work: Callable[[], Any], seconds: float, printed: Path) -> Any:
@@ -197,19 +181,19 @@ def forked(work: Callable[[], Any], seconds: float, printed: Path) -> Any:
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
-        os.setsid()
-        os.close(reader)
-        output = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
         status = 1
         try:
+            os.setsid()
+            os.close(reader)
+            output = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for descriptor, file in enumerate((os.open(os.devnull, os.O_RDONLY), output, output)):
+                os.dup2(file, descriptor)
             result = json.dumps(work()).encode()
-            os.set_inheritable(writer, False)
             with os.fdopen(writer, "wb") as file:
                 file.write(result)
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     os.close(writer)
@@ -223,7 +207,7 @@ def forked(work: Callable[[], Any], seconds: float, printed: Path) -> Any:
                     received += part
             if done:
                 return json.loads(received) if received else {"failed": ["(died)"]}
-            time.sleep(0.02)
+            time.sleep(0.01)
         return None
     finally:
         os.close(reader)
@@ -233,25 +217,135 @@ def forked(work: Callable[[], Any], seconds: float, printed: Path) -> Any:
             os.waitpid(pid, 0)
 
 
-def run_pytest(tree: Path, tests: list[str], covered: Path | None, first: bool) -> dict[str, Any]:
-    """Runs tests in this process: {"failed": ids, "seconds": by id, ...}."""
+def run_pytest(tree: Path, tests: list[str], plugin: Any, *options: str) -> int:
+    """Runs pytest in this process, which must be a fork; its exit status."""
     import pytest
 
     os.chdir(tree)
     sys.path[:] = [str(tree), *(path for path in sys.path if path not in ("", str(ROOT)))]
-    sys.dont_write_bytecode = covered is None
-    recorder = Recorder(covered)
-    options = ["-q", "--tb=line", "--assert=plain", f"--basetemp={tree.parent / 'files'}"]
-    options += ["-p", "no:cacheprovider", "-p", "no:xdist", *(["-x"] * first)]
-    status = int(pytest.main([*options, *tests], plugins=[recorder]))
+    fixed = ["-q", "--tb=line", "--assert=plain", f"--basetemp={tree.parent / 'files'}"]
+    fixed += ["-p", "no:cacheprovider", "-p", "no:xdist", *options]
+    return int(pytest.main([*fixed, *tests], plugins=[plugin]))
+
+
+def functions_of(code: CodeType) -> Iterator[CodeType]:
+    """The code of a module's functions and its classes' methods, not of what lies in them."""
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            if each.co_flags & inspect.CO_OPTIMIZED:
+                yield each
+            else:
+                yield from functions_of(each)
+
+
+def shell_of(code: CodeType) -> tuple:
+    """What a module and its classes execute when they are imported."""
+    parts = []
+    for each in code.co_consts:
+        if not isinstance(each, CodeType):
+            parts.append(repr(each))
+        elif not each.co_flags & inspect.CO_OPTIMIZED:
+            parts.append(shell_of(each))
+    return (code.co_code, code.co_names, tuple(parts))
+
+
+class FileRun(Recorder):
+    """A pytest plugin that runs the tests of one file without a mutant, for coverage, and then with
+    each mutant of a function's body: in forks of the process that has collected the tests, in
+    which the function's code is exchanged."""
+
+    def __init__(self, tree: Path, file: Path, test: Callable[..., None]) -> None:
+        super().__init__()
+        self._target, self._test = tree / file, test
+        self._name = ".".join(file.with_suffix("").parts)
+        self._coverage: Any = None
+        self._starts = False
+        self.base: dict[str, Any] = {}
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        if self._coverage is not None:
+            self._coverage.switch_context(nodeid)
+
+    def pytest_runtestloop(self, session: Any) -> bool:
+        module = importlib.import_module(self._name)
+        for cache in self._target.parent.glob(f"__pycache__/{self._target.stem}.*"):
+            cache.unlink()
+        sys.dont_write_bytecode = True
+        self._items = {item.nodeid: item for item in session.items}
+        gc.unfreeze()
+        live: list[FunctionType] = [
+            each
+            for each in gc.get_objects()
+            if type(each) is FunctionType and each.__code__.co_filename == str(self._target)
+        ]
+        gc.freeze()
+        self.base = forked(self._covered, 900, RESULTS / "printed.txt") or {"failed": ["timeout"]}
+        # Only the libraries: what is ours may be imported anew with a mutant.
+        self.base["modules"] = [name for name in sys.modules if name.split(".")[0] in LIBRARIES]
+        source = self._target.read_text()
+        compiled = module.__loader__.source_to_code
+        old = compiled(source.encode(), str(self._target))
+
+        def swap(mutant: Mutant) -> list[tuple[FunctionType, CodeType]] | None:
+            new = compiled(mutant.source.encode(), str(self._target))
+            pairs = [
+                pair
+                for pair in zip(functions_of(old), functions_of(new), strict=True)
+                if pair[0] != pair[1]
+            ]
+            found = [(each, new) for old, new in pairs for each in live if each.__code__ == old]
+            return found if found and shell_of(old) == shell_of(new) else None
+
+        if not self.base["failed"]:
+            self._test(self, swap)
+        return True
+
+    def _covered(self) -> dict[str, Any]:
+        import coverage
+
+        self._coverage = coverage.Coverage(data_file=None, include=[str(self._target)])
+        sys.addaudithook(self._note)
+        self._coverage.start()
+        self._run(list(self._items), first=False)
+        self._coverage.stop()
+        by_line = self._coverage.get_data().contexts_by_lineno(str(self._target))
+        lines: dict[str, list[int]] = {}
+        for line, names in by_line.items():
+            for name in names:
+                lines.setdefault(name, []).append(line)
+        return {**self._result(), "lines": lines, "starts": self._starts}
+
+    def _note(self, event: str, _: tuple) -> None:
+        self._starts |= event in ("subprocess.Popen", "os.fork", "os.posix_spawn")
+
+    def _run(self, names: list[str], first: bool) -> None:
+        items = [self._items[name] for name in names]
+        for item, following in zip(items, [*items[1:], None], strict=True):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if self.failed and first:
+                return
+
+    def _result(self) -> dict[str, Any]:
+        return {"failed": self.failed, "seconds": self.seconds}
+
+    def with_code(
+        self, swapped: list[tuple[FunctionType, CodeType]], names: list[str], first: bool
+    ) -> dict[str, Any]:
+        """Runs tests with other code, in a fork."""
+        for function, code in swapped:
+            function.__code__ = code
+        self._run(names, first)
+        return self._result()
+
+
+def with_import(tree: Path, names: list[str], first: bool) -> dict[str, Any]:
+    """Runs tests in a fork that imports this tree anew."""
+    sys.dont_write_bytecode = True
+    recorder = Recorder()
+    status = run_pytest(tree, names, recorder, *(["-x"] * first))
     if status and not recorder.failed:
         recorder.failed.append("(collection)")
-    result = {"failed": recorder.failed, "seconds": recorder.seconds}
-    if covered is not None:
-        result |= {"lines": recorder.lines(covered), "starts": recorder.starts}
-        # Only the libraries: what is ours is imported anew with each mutant.
-        result["modules"] = [name for name in sys.modules if name.split(".")[0] in LIBRARIES]
-    return result
+    return {"failed": recorder.failed, "seconds": recorder.seconds}
 
 
 def copy_tree(tree: Path) -> None:
@@ -305,10 +399,24 @@ class Tested(NamedTuple):
         return killed / max(killed + self.count("survived"), 1)
 
 
+def statement_lines(source: str) -> dict[int, range]:
+    """Lines of the statement that each line belongs to; of a compound one, those of its head."""
+    lines: dict[int, range] = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.stmt):
+            body = getattr(node, "body", None)
+            end = body[0].lineno if isinstance(body, list) and body else (node.end_lineno or 0) + 1
+            own = range(node.lineno, max(end, node.lineno + 1))
+            for line in own:
+                if line not in lines or len(own) <= len(lines[line]):
+                    lines[line] = own
+    return lines
+
+
 def test_file(file: Path, tree: Path, options: argparse.Namespace) -> Tested:
     """Runs the mutants of one file."""
     # Of the copy: the tree may change while this runs.
-    source = (tree / file).read_text()
+    source, target = (tree / file).read_text(), tree / file
     tests = mirrored_tests(file, tree)
     mutants = mutants_of(source, None if options.at else options.mutants, options.seed)
     if options.at:
@@ -317,62 +425,75 @@ def test_file(file: Path, tree: Path, options: argparse.Namespace) -> Tested:
     kept = RESULTS / f"{str(file).replace('/', '-')}.json"
     known = json.loads(kept.read_text()) if kept.is_file() else {}
     keys = [digest_of(mutant.source, *texts, str(options.every_test)) for mutant in mutants]
-    places = [digest_of(mutant.old, mutant.new) for mutant in mutants]
     printed = RESULTS / "printed.txt"
-    target = tree / file
-    base: dict[str, Any] = {}
-    if tests and any(key not in known for key in keys):
-        names = [str(test) for test in tests]
-        base = forked(lambda: run_pytest(tree, names, target, False), 900, printed)
-        if base is None or base["failed"]:
-            why = base["failed"] if base else "timeout"
-            print(f"{file}: its tests fail without a mutant: {why}", file=sys.stderr)
+    statements, first = statement_lines(source), not options.every_test
+    progress = os.dup(2)
+
+    def say(text: str) -> None:
+        os.write(progress, f"{text}\n".encode())
+
+    def test(mutant: Mutant, key: str, base: dict[str, Any], run: Callable, always: bool) -> None:
+        """`always`: the line is executed while the file is imported."""
+        own = set(statements.get(mutant.line, (mutant.line,)))
+        covering = [name for name, lines in base["lines"].items() if name and own & {*lines}]
+        order = sorted(covering, key=lambda name: base["seconds"][name])
+        if always or (first and (covering or base["starts"])):
+            order += [name for name in base["seconds"] if name not in covering]
+        place = digest_of(mutant.old, mutant.new)
+        last = known.get(place, {}).get("killed")
+        if last in order:
+            order.insert(0, order.pop(order.index(last)))
+        outcome: dict[str, Any] = {"killed": None, "covered": always or bool(covering)}
+        begun = time.monotonic()
+        if order:
+            limit = 20 + 5 * sum(base["seconds"][name] for name in order)
+            target.write_text(mutant.source)
+            result = forked(lambda: run(order, first), limit, printed)
+            target.write_text(source)
+            shutil.rmtree(tree.parent / "files", ignore_errors=True)
+            failed = ["timeout"] if result is None else result["failed"]
+            outcome |= {"killed": failed[0] if failed else None, "all": failed}
+        known[key] = known[place] = outcome
+        kept.write_text(json.dumps(known))
+        mark = outcome["killed"] or f"survived: {mutant.new}"
+        say(f"{file}:{mutant.line} {time.monotonic() - begun:.1f} s {mark}")
+
+    def in_one_process(running: FileRun, swap: Callable) -> None:
+        for mutant, key in zip(mutants, keys, strict=True):
+            swapped = swap(mutant) if key not in known else None
+            if swapped is not None:
+                run = functools.partial(running.with_code, swapped)
+                test(mutant, key, running.base, run, False)
+
+    def collected() -> dict[str, Any]:
+        running = FileRun(tree, file, in_one_process)
+        status = run_pytest(tree, list(map(str, tests)), running)
+        return {"known": known, **(running.base or {"failed": [f"pytest ended with {status}"]})}
+
+    base: dict[str, Any] = {"seconds": {}}
+    if not tests:
+        known |= {key: {"killed": None, "covered": False} for key in keys}
+    elif any(key not in known for key in keys):
+        base = forked(collected, 3600, printed.with_name("collected.txt"))
+        if base["failed"]:
+            say(f"{file}: its tests fail without a mutant: {base['failed']}")
             return Tested(file, [])
         for module in base["modules"]:
             with contextlib.suppress(Exception):
                 importlib.import_module(module)
-        for cache in target.parent.glob(f"__pycache__/{target.stem}.*"):
-            cache.unlink()
-    outcomes = []
-    for mutant, key, place in zip(mutants, keys, places, strict=True):
-        if not tests:
-            known[key] = {"killed": None, "covered": False}
+        known = base["known"]
+        if any(key not in known for key in keys):
+            names = list(base["seconds"])
+            again = forked(lambda: with_import(tree, names, True), 900, printed)
+            if again is None or again["failed"]:
+                say(f"{file}: its tests fail when they are imported anew: {again}")
+                return Tested(file, [])
+    for mutant, key in zip(mutants, keys, strict=True):
         if key not in known:
-            covering = [
-                name for name, lines in base["lines"].items() if name and mutant.line in lines
-            ]
-            imported = mutant.line in base["lines"].get("", [])
-            covered = bool(covering) or imported
-            order = sorted(covering, key=lambda name: base["seconds"][name])
-            last = known.get(place, {}).get("killed")
-            others = [name for name in base["seconds"] if name not in covering]
-            if options.every_test:
-                order += others if imported else []
-            elif covered or base["starts"]:
-                order += others
-            if last in order:
-                order.remove(last)
-                order.insert(0, last)
-            outcome: dict[str, Any] = {"killed": None, "covered": covered}
-            if order:
-                limit = 20 + 5 * sum(base["seconds"][name] for name in order)
-                target.write_text(mutant.source)
-                begun = time.monotonic()
-                result = forked(
-                    lambda order=order: run_pytest(tree, order, None, not options.every_test),
-                    limit, printed,
-                )  # fmt: skip
-                target.write_text(source)
-                outcome["seconds"] = round(time.monotonic() - begun, 1)
-                failed = ["timeout"] if result is None else result["failed"]
-                outcome["killed"] = failed[0] if failed else None
-                outcome["all"] = failed
-            known[key] = known[place] = outcome
-            kept.write_text(json.dumps(known))
-            mark = outcome["killed"] or "SURVIVED"
-            print(f"{file}:{mutant.line} {outcome.get('seconds', 0)} s {mark}", file=sys.stderr)
-        outcomes.append((mutant, known[key]))
-    if options.every_test and base:
+            test(mutant, key, base, functools.partial(with_import, tree), True)
+    outcomes = [(mutant, known[key]) for mutant, key in zip(mutants, keys, strict=True)]
+    os.close(progress)
+    if options.every_test:
         killers = [set(outcome.get("all", [])) for _, outcome in outcomes]
         for name, seconds in base["seconds"].items():
             alone = sum(each == {name} for each in killers)

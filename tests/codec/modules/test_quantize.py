@@ -209,3 +209,45 @@ def test_codebooks_may_differ_in_size_and_width() -> None:
     codes = quantizer.eval().encode(torch.randn(2, 16, 30))
     assert all(int(row.max()) < size for row, size in zip(codes.unbind(1), (32, 8, 4), strict=True))
     assert codes[:, 0].max() >= 8
+
+
+def test_the_input_of_a_distillation_objective() -> None:
+    out = ResidualVQ(8, CONFIG).train()(latents(50))
+    assert torch.equal(out.part("first"), out.entries[0])
+    assert torch.equal(out.part("last"), out.entries[2])
+    torch.testing.assert_close(out.part("mean"), sum(out.entries) / 3)
+    torch.testing.assert_close(out.commitment, out.commitments.sum() / 3)
+
+
+def test_dropout_keeps_each_number_of_codebooks_alike() -> None:
+    torch.manual_seed(0)
+    quantizer = ResidualVQ(8, replace(CONFIG, dropout=0.5)).train()
+    kept = quantizer._kept_codebooks(6000, torch.device("cpu")).bincount(minlength=4) / 6000
+    torch.testing.assert_close(kept, torch.tensor([0, 1 / 6, 1 / 6, 2 / 3]), atol=0.02, rtol=0)
+    assert quantizer.eval()._kept_codebooks(2, torch.device("cpu")).tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("path", [SemanticPath.DETACHED_RESIDUAL, SemanticPath.PARALLEL])
+def test_any_prefix_and_any_suffix_of_a_split_quantizer(path: SemanticPath) -> None:
+    quantizer = split(path).eval()
+    latent = torch.cat([latents(20), latents(20, seed=1)], dim=1)
+    codes = quantizer.encode(latent)
+    for count in (1, 2, 3):
+        assert torch.equal(quantizer.encode(latent, count), codes[:, :count])
+    assert torch.equal(quantizer.encode(latent, first_codebook=1), codes[:, 1:])
+    acoustic = latent[:, 8:]
+    if path is not SemanticPath.PARALLEL:
+        acoustic = acoustic - quantizer.semantic.decode(codes[:, :1])
+    assert torch.equal(
+        quantizer.encode(latent, first_codebook=2), quantizer.acoustic.encode(acoustic, 1, 1)
+    )
+    torch.testing.assert_close(
+        quantizer.decode(codes[:, 2:], first_codebook=2),
+        quantizer.decode(codes) - quantizer.decode(codes[:, :2]),
+    )
+
+
+def test_a_codebook_that_never_occurs_has_no_use() -> None:
+    use = codebook_usage(torch.tensor([[0, 0], [2, 0]]), (2, 2))
+    torch.testing.assert_close(use.share, torch.tensor([0.0, 0.5]))
+    torch.testing.assert_close(use.perplexity, torch.tensor([1.0, 1.0]))

@@ -1,6 +1,10 @@
 """Codebooks: defects 1, 2 and 4 of the public code; factorized and gradient-trained ones."""
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -173,3 +177,124 @@ def test_factorized_codes_and_values_are_those_of_the_out(config) -> None:
     out = codebook.quantize(residual)
     assert torch.equal(codebook.encode(residual), out.codes)
     torch.testing.assert_close(codebook.decode(out.codes), out.value)
+
+
+def test_without_kmeans_entries_are_vectors_of_the_first_batch() -> None:
+    codebook = Codebook(2, 4, replace(CONFIG, kmeans_iterations=0), seed=1).train()
+    vectors = torch.randn(9, 2)
+    codebook.initialize(vectors)
+    places = (codebook.entries[:, None] == vectors[None]).all(2).nonzero()
+    assert len(places[:, 1].unique()) == 4
+    assert torch.equal(codebook.cluster_size, torch.ones(4))
+    assert torch.equal(codebook.entry_sum, codebook.entries)
+    codebook.update(vectors, codebook.nearest(vectors))
+    before = codebook.entries.clone()
+    codebook.initialize(vectors + 1)
+    assert torch.equal(codebook.entries, before)
+
+
+def test_kmeans_starts_from_repeated_vectors_where_there_are_few() -> None:
+    codebook = Codebook(1, 5, replace(CONFIG, kmeans_iterations=3), seed=1)
+    codebook.initialize(torch.tensor([[1.0], [5.0]]))
+    assert sorted(codebook.entries[:2, 0].tolist()) == [1.0, 5.0]
+    assert torch.equal(codebook.entries[2:4], codebook.entries[:2])
+    # The lowest of equal entries has the vectors.
+    assert codebook.cluster_size.tolist() == [1, 1, 0, 0, 0]
+
+
+def test_a_step_of_moving_averages_in_numbers() -> None:
+    config = QuantizerConfig(decay=0.75, revival_ratio=0.25, kmeans_iterations=2)
+    codebook = Codebook(1, 3, config, seed=1)
+    codebook.initialize(torch.tensor([[0.0], [4.0], [4.0], [9.0]]))
+    order = codebook.entries[:, 0].argsort()
+    assert codebook.entries[order, 0].tolist() == [0, 4, 9]
+    assert codebook.cluster_size[order].tolist() == [1, 2, 1]
+    codes = torch.tensor([order[0], order[1], order[1], order[1]])
+    codebook.update(torch.tensor([[1.0], [5.0], [5.0], [5.0]]), codes)
+    # 0.75 * 1 + 0.25 * 1, 0.75 * 2 + 0.25 * 3, 0.75 * 1; all above a quarter of their mean.
+    assert codebook.cluster_size[order].tolist() == [1, 2.25, 0.75]
+    expected = torch.tensor([0.25 * 1, (0.75 * 8 + 0.25 * 15) / 2.25, 9])
+    torch.testing.assert_close(codebook.entries[order, 0], expected)
+    assert codebook.num_updates == 1
+    # 0.75, then a little less than a quarter of the mean of 4, 4 and 0.75, and 0.75 as it is.
+    for size, is_dead in ((0.727, True), (0.728, False)):
+        codebook.cluster_size[order] = torch.tensor([4.0, 4.0, size])
+        codebook.entry_sum[order[2]] = 9 * size
+        before = codebook.entries[order[2], 0].item()
+        codebook._revive(torch.full((5, 1), 77.0))
+        assert (codebook.entries[order[2], 0] != before) == is_dead
+        if is_dead:
+            average = (8 + size) / 3
+            assert codebook.entries[order[2], 0] == 77
+            assert codebook.cluster_size[order[2]].item() == pytest.approx(average)
+            assert codebook.entry_sum[order[2], 0].item() == pytest.approx(77 * average)
+            codebook.entries[order[2]] = 9.0
+
+
+class Ranks:
+    """Ranks as threads of this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+        self.count, self._here = count, threading.local()
+        self._barrier, self._given = threading.Barrier(count, timeout=60), [None] * count
+        for name, value in (
+            *(("is_initialized", lambda: True), ("get_world_size", lambda: count)),
+            *(("get_rank", lambda: self._here.rank), ("all_reduce", self._all_reduce)),
+            ("all_gather", self._all_gather),
+        ):
+            monkeypatch.setattr(torch.distributed, name, value)
+
+    def _exchange(self, values: torch.Tensor) -> list[torch.Tensor]:
+        self._given[self._here.rank] = values.clone()
+        self._barrier.wait()
+        given = list(self._given)
+        self._barrier.wait()
+        return given
+
+    def _all_reduce(self, values: torch.Tensor) -> None:
+        values.copy_(sum(self._exchange(values)))
+
+    def _all_gather(self, parts: list[torch.Tensor], values: torch.Tensor) -> None:
+        for part, given in zip(parts, self._exchange(values), strict=True):
+            part.copy_(given)
+
+    def run(self, work: Callable[[int], Any]) -> list[Any]:
+        """The results of work(rank)."""
+
+        def begin(rank: int) -> Any:
+            self._here.rank = rank
+            try:
+                return work(rank)
+            except BaseException:
+                self._barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(self.count) as pool:
+            return list(pool.map(begin, range(self.count)))
+
+
+@pytest.mark.parametrize("config", [CONFIG, replace(LEARNED, kmeans_iterations=2)])
+def test_codebooks_of_ranks_are_those_of_the_joined_batch(
+    config: QuantizerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks with batches of unlike lengths, through initialization, updates and revival."""
+    torch.manual_seed(0)
+    config = replace(config, revival_ratio=0.5, kmeans_samples=10)
+    batches = [torch.randn(1, 2, 24) * (1 + step) for step in range(4)]
+    parts = (slice(0, 5), slice(5, 14), slice(14, 24))
+    start = torch.randn(8, 2)
+
+    def trained(share: slice) -> list[torch.Tensor]:
+        codebook = Codebook(2, 8, config, seed=1).train()
+        if config.learning == "gradient":
+            codebook.entries.data = start.clone()
+        for batch in batches:
+            codebook.quantize(batch[..., share])
+        return list(codebook.state_dict().values())
+
+    expected = trained(slice(None))
+    first, *others = Ranks(monkeypatch, 3).run(lambda rank: trained(parts[rank]))
+    for one, each in zip(expected, first, strict=True):
+        torch.testing.assert_close(each, one)
+    for other in others:
+        assert all(torch.equal(one, each) for one, each in zip(first, other, strict=True))

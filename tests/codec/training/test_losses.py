@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from codec.audio import magnitude_spectrogram
 from codec.modules.discriminators import DiscriminatorOutput
 from codec.training.config import LossConfig, LossWeights, MelScaleConfig
 from codec.training.losses import (
@@ -193,3 +194,24 @@ def test_feature_loss_trains_the_fake_side_only() -> None:
 def test_a_codec_without_reconstruction_loss_is_refused() -> None:
     with pytest.raises(ValueError, match="wave, mel and magnitude"):
         LossWeights(mel=0.0, magnitude=0.0)
+
+
+def test_spectral_convergence_in_numbers() -> None:
+    """Half the amplitude misses half of each norm, at every window; silence is bounded."""
+    wave = 0.1 * torch.randn(2, 1, 4000, generator=torch.Generator().manual_seed(0))
+    assert magnitude_loss(0.5 * wave, wave, (512, 128)).item() == pytest.approx(1.0, abs=1e-3)
+    quiet = torch.cat([wave[:1], torch.zeros_like(wave[:1])])
+    a, b = (
+        magnitude_spectrogram(each[:, 0], window=512, hop=128).norm(dim=(1, 2))
+        for each in (wave - quiet, quiet)
+    )
+    expected = (a[1] / b[1].clamp(min=1e-2)).item() / 2
+    assert magnitude_loss(wave, quiet, (512,)).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_features_are_divided_by_their_magnitude() -> None:
+    real = [DiscriminatorOutput(torch.zeros(1), [torch.tensor([[-4.0, 4.0]]), torch.zeros(1, 2)])]
+    fake = [DiscriminatorOutput(torch.zeros(1), [torch.tensor([[-4.0, 6.0]]), torch.zeros(1, 2)])]
+    assert feature_loss(real, fake, normalize=True) == (1 / 4 + 0) / 2
+    fake[0].features[1] += 1e-7
+    assert feature_loss(real, fake, normalize=True).item() == pytest.approx((1 / 4 + 0.1) / 2)

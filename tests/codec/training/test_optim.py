@@ -8,7 +8,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from codec.training.config import OptimConfig
-from codec.training.optim import GuardedSteps, SkippedSteps, adamw, nan_unless_finite
+from codec.training.optim import (
+    GuardedSteps,
+    SkippedSteps,
+    adamw,
+    is_codec_matrix,
+    is_matrix,
+    nan_unless_finite,
+    set_learning_rate,
+)
 
 
 def trained(gradients: list[float], *, guarded: GuardedSteps | None) -> list[torch.Tensor]:
@@ -100,3 +108,32 @@ def test_a_finite_loss_keeps_its_bits() -> None:
         for each in (loss, nan_unless_finite(loss))
     ]
     assert torch.equal(*gradients)
+
+
+def test_weight_decay_is_for_matrices() -> None:
+    model = torch.nn.Module()
+    for name, shape in (
+        ("weight", (3, 2)),
+        ("slope", (1, 5, 1)),
+        ("entries", (4, 2)),
+        ("bias", (3,)),
+    ):
+        model.register_parameter(name, torch.nn.Parameter(torch.ones(shape)))
+    model.register_parameter("frozen", torch.nn.Parameter(torch.ones(3, 2), requires_grad=False))
+    config = OptimConfig(lr=0.25, weight_decay=0.5, betas=(0.7, 0.8))
+    for decays, expected in (
+        (is_matrix, ["weight", "slope", "entries"]),
+        (is_codec_matrix, ["weight"]),
+    ):
+        with_decay, without = adamw(model, config, decays=decays).param_groups
+        names = {id(each): name for name, each in model.named_parameters()}
+        assert [names[id(each)] for each in with_decay["params"]] == expected
+        assert [names[id(each)] for each in without["params"]] == [
+            name for name in ("weight", "slope", "entries", "bias") if name not in expected
+        ]
+        assert (with_decay["weight_decay"], without["weight_decay"]) == (0.5, 0)
+        assert (with_decay["lr"], with_decay["betas"]) == (0.25, (0.7, 0.8))
+    only = adamw(torch.nn.Linear(2, 2, bias=False), config, lr=0.0)
+    assert [group["lr"] for group in only.param_groups] == [0]
+    set_learning_rate(only, 0.125)
+    assert [group["lr"] for group in only.param_groups] == [0.125]
