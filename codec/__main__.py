@@ -207,11 +207,14 @@ def _encode(arguments: argparse.Namespace) -> None:
     recordings = list(_find(arguments.inputs))
     codec = _load(arguments.codec, arguments.device)
     skipped: list[str] = []
-    rows = (
-        TokenRow(name, "", "", "", seconds, codes)
-        for name, codes, seconds in _encode_all(codec, recordings, skipped)
-    )
-    write_shard(arguments.out, rows, codec.stamp)
+
+    def rows() -> Iterator[TokenRow]:
+        for name, codes, seconds in _encode_all(codec, recordings, skipped):
+            yield TokenRow(name, "", "", "", seconds, codes)
+        # Another process may have written it in the meantime.
+        _check_absent([arguments.out], arguments.overwrite, "file")
+
+    write_shard(arguments.out, rows(), codec.stamp)
     _report(arguments.out, len(recordings), skipped)
 
 

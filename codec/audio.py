@@ -12,6 +12,7 @@ import shutil
 import stat
 import struct
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -727,7 +728,8 @@ def write_audio(
     path = Path(path)
     check_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    writer = f"{os.getpid()}-{threading.get_ident()}"
+    partial = path.with_name(f".{path.stem}.{writer}.partial{path.suffix}")
     try:
         kind, encoding = _format_of(path)
         with soundfile.SoundFile(partial, "w", sample_rate, 1, encoding, format=kind) as file:

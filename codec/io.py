@@ -53,14 +53,17 @@ def atomic_files(folder: Path) -> Iterator[Path]:
     Files of other names stay. After an error `folder` is unchanged.
 
     Raises:
-        ValueError: `folder` is a file.
+        ValueError: `folder` is a file, or another writer is at work in it.
     """
     check_out_folder(folder)
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         # Inside: `folder` may be the only folder of its disk that can be written to.
-        with TemporaryDirectory(prefix=".partial-", dir=folder) as temporary:
+        with (
+            _only_writer(folder, folder / ".writing"),
+            TemporaryDirectory(prefix=".partial-", dir=folder) as temporary,
+        ):
             yield Path(temporary)
             files = sorted(Path(temporary).iterdir())
             for file in files:
@@ -82,10 +85,17 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     After an error it is removed, and an earlier `folder` is unchanged.
 
     Raises:
-        ValueError: `folder` is a file.
+        ValueError: `folder` is a file, or another writer is at work on it.
         OSError: the disk is full; torch and safetensors raise other types, which are converted.
     """
     check_out_folder(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _only_writer(folder, folder.with_name(f".{folder.name}.writing")):
+        yield from _replacing(folder)
+
+
+def _replacing(folder: Path) -> Iterator[Path]:
+    """`atomic_folder`, for the only writer."""
     partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -108,6 +118,43 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             ) from error
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _only_writer(folder: Path, file: Path) -> Iterator[None]:
+    """Holds the lock of a file, which is removed at the end.
+
+    Raises:
+        ValueError: another process or thread holds it.
+    """
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ValueError(
+                f"{folder}: another process is writing this folder; wait for it, or choose another "
+                "folder"
+            ) from None
+        except OSError:  # Of file systems without locks.
+            pass
+        # Its holder may have removed it before it was locked here.
+        if _is_file_of(descriptor, file):
+            break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _is_file_of(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def apply_umask(path: Path) -> None:

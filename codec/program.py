@@ -1,8 +1,9 @@
 """Exit status and error messages of all programs, and their argument parser.
 
 Exit status 0: done; 1: internal error, with its traceback; 2: user error, one line that names the
-remedy; 130: interrupted, one line; 143: ended by SIGTERM, after a training has saved a checkpoint;
-141: the reader of standard output has closed it.
+remedy; 3: done, but a result has a failure or an input was skipped (`slm`); 130: interrupted, one
+line; 143: ended by SIGTERM, after a training has saved a checkpoint; 141: the reader of standard
+output has closed it.
 PARLANCE_TRACEBACK=1 shows the traceback of a user error.
 """
 
@@ -13,7 +14,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
@@ -60,6 +61,10 @@ SYNONYMS = {
     "wav": ("audio",),
 }
 """Names of keys and flags in other projects: the corresponding names here, most probable first."""
+
+
+CHECKS_FAILED = 3
+"""Exit status of a program that is done, but a result failed a check or an input was skipped."""
 
 
 class ReportedElsewhere(ValueError):
@@ -220,7 +225,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.has_commands = True
         return super().add_subparsers(**options)
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         """Parses arguments as argparse does; an unknown flag is reported before any other error."""
         words = sys.argv[1:] if args is None else list(args)
         known = self._option_string_actions
@@ -231,7 +236,7 @@ class ArgumentParser(argparse.ArgumentParser):
             is_flag = flag.startswith("--") and " " not in flag  # As argparse decides.
             if is_flag and not any(each.startswith(flag) for each in known):
                 self.error(f"{flag}: no such option{did_you_mean(flag, known)}")
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Prints one line to standard error and exits with status 2."""

@@ -79,16 +79,17 @@ def benchmark_reconstruction(args: argparse.Namespace) -> None:
     num_codebooks = codec.num_codebooks if args.codebooks is None else args.codebooks
     if not 1 <= num_codebooks <= codec.num_codebooks:
         raise ValueError(f"--codebooks must be 1 to {codec.num_codebooks}, got {num_codebooks}")
+    auxiliary: Any = getattr(codec, "auxiliary", None)
     if args.auxiliary:
-        if getattr(codec, "auxiliary", None) is None:
+        if auxiliary is None:
             raise ValueError(f"--auxiliary: {args.codec} has no auxiliary decoder; leave it out")
         num_codebooks = 1
     judges = judges_of(args)
     cuts = list(read_cuts(args.cuts))[: args.limit]
     rate, digest = codec.sample_rate, codec.stamp.digest
     if args.auxiliary:  # The stamp's digest is without that decoder.
-        auxiliary = sha256_of_tensors(sorted(codec.auxiliary.state_dict().items()))
-        digest = sha256_of(f"{digest} {auxiliary}", 16)
+        added = sha256_of_tensors(sorted(auxiliary.state_dict().items()))
+        digest = sha256_of(f"{digest} {added}", 16)
     part = "auxiliary" if args.auxiliary else num_codebooks
     name = args.name or f"{Path(args.codec).name}-{part}"
 

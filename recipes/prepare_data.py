@@ -32,6 +32,7 @@ from codec.io import atomic_files, sha256_of
 from codec.json_lines import decode_utf8, read_json_lines, write_json_lines
 from codec.program import ArgumentParser, counted, did_you_mean
 from codec.training.data import load_cut
+from recipes.lib.config import check_seed_of_recipe
 from recipes.lib.run import finished, run_recipe
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def entries_of_list(
         keys = ("id", "speaker", "language")
         given = {key: str(stored[key]) for key in keys if stored.get(key) is not None}
         audio = path.parent / stored["audio"]
-        name = audio.stem
+        name: str = audio.stem
         if offset is not None:
             name += f"-{round(1000 * offset)}"
         yield ListedRecording(
@@ -587,7 +588,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     kind.add_argument("--without", type=Path, help="list of cuts whose texts are excluded")
     kind.add_argument("--processes", type=int, default=2, help="with one thread each (default: 2)")
     kind.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_seed_of_recipe(getattr(args, "seed", 0), "--seed")
+    return args
 
 
 def main(argv: Sequence[str]) -> None:

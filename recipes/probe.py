@@ -36,6 +36,7 @@ from eval.benchmark import (
 )
 from eval.text import LIBRARIES
 from eval.tokens import Probe, ProbeConfig, ProbeCorpus, ProbeResult, train_probe
+from recipes.lib.config import check_seed_of_recipe
 from recipes.scoring.rows import append_rows
 
 SETTINGS = {
@@ -289,12 +290,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _check_arguments(args: argparse.Namespace) -> None:
     """Raises ValueError for invalid arguments, before any file is read."""
-    for key, least in (("codebooks", 0), ("epochs", 1), ("hidden", 1), ("limit", 1), ("seed", 0)):
+    for key, least in (("codebooks", 0), ("epochs", 1), ("hidden", 1), ("limit", 1)):
         value = getattr(args, key)
         if value is not None and value < least:
             raise ValueError(f"--{key} must be at least {least}, got {value}")
-    if args.seed >= 2**32:
-        raise ValueError(f"--seed must be below 2**32, got {args.seed}")
+    check_seed_of_recipe(args.seed, "--seed")
     check_device(args.device)
     if args.out is not None and args.out.is_dir():
         raise ValueError(f"--out {args.out}: is a folder; name a file in it, such as rows.jsonl")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from codec.json_lines import to_json_line
-from codec.program import ArgumentParser, run_program
+from codec.program import CHECKS_FAILED, ArgumentParser, run_program
 from slm.config import CHECKS, SamplingConfig, check_seed
 
 if TYPE_CHECKING:
@@ -28,6 +28,11 @@ SAMPLING = (
     "greedy", "temperature", "top_p", "top_k", "num_candidates", "max_attempts", "checks",
 )  # fmt: skip
 """Options that are fields of SamplingConfig; the others stay as the voice has them."""
+STATUSES = (
+    "exit status: 0 done; 2 user error; 3 done, but a result has a failure or an input was "
+    "skipped; 1 internal error; 130 interrupted"
+)
+"""Ends the help of each command."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,7 +49,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="slm", description="TTS, ASR and voice conversion with a voice.")
+    about = "TTS, ASR and voice conversion with a voice."
+    parser = ArgumentParser(prog="slm", description=about, epilog=STATUSES)
     commands = parser.add_subparsers(required=True, metavar="tts|asr|vc|continue|export")
     tts = commands.add_parser("tts", help="zero-shot TTS: a text and a prompt to speech")
     asr = commands.add_parser("asr", help="recordings to transcripts, one JSON line each")
@@ -56,6 +62,7 @@ def _parser() -> ArgumentParser:
     )  # fmt: skip
     for command, run in runs:
         command.set_defaults(run=run)
+        command.epilog = STATUSES
         add = command.add_argument
         add("--voice", required=True, help="voice: folder or hub id")
         add("--base", help="folder or hub id of the voice's text LLM, if it has moved")
@@ -256,11 +263,12 @@ def _tts(arguments: argparse.Namespace) -> None:
             voice = _load(arguments, **sampling)
             voice.lexicon = lexicon
             with FileLock(out):
-                synthesize_list(
+                num_failed = synthesize_list(
                     voice, checked, listed, out, seed=arguments.seed, batch=arguments.batch
                 )
         except KeyboardInterrupt:
             raise KeyboardInterrupt("interrupted; the same command continues") from None
+        _end(failed=num_failed > 0)
         return
     line = {"text": arguments.text, "prompt": arguments.prompt}
     if arguments.prompt_text is not None:
@@ -270,15 +278,24 @@ def _tts(arguments: argparse.Namespace) -> None:
     voice.lexicon = lexicon
     text = prepare_line(voice, line, Path(), arguments.seed)
     if arguments.stream is not None:
-        waves = voice.stream_prepared(text, arguments.chunk_seconds)
+        failures: list[str] = []
+        waves = voice.stream_prepared(text, arguments.chunk_seconds, failures)
         tags = voice.tags(arguments.seed)
         _stream(arguments.stream, waves, voice.codec.sample_rate, tags)
+        _end(failed=bool(failures))
         return
     throughput = Throughput()
     (speech,) = throughput.synthesize(voice, [text], arguments.batch)
     voice.save(speech, target)
     logger.info("%s", throughput)
     _print(result(target, arguments.prompt, speech))
+    _end(failed=speech.failure is not None)
+
+
+def _end(*, failed: bool) -> None:
+    """Exits with the status of a failure that the output states, if there is one."""
+    if failed:
+        raise SystemExit(CHECKS_FAILED)
 
 
 def _check_tts_flags(arguments: argparse.Namespace) -> None:
@@ -362,21 +379,23 @@ def _asr(arguments: argparse.Namespace) -> None:
     if len(missing) == len(arguments.recordings):
         _check_recording(missing[0])
     voice = _load(arguments)
-    failed = []
+    skipped, num_failed = [], 0
     for path in arguments.recordings:
         try:
             made = voice.transcribe_file(path, arguments.batch)
         except (ValueError, OSError) as error:
             if len(arguments.recordings) == 1:
                 raise
-            failed.append(path)
+            skipped.append(path)
             logger.warning("skipped: %s", error)
             continue
         _print({"audio": path, "text": made.text, "failure": made.failure})
-    if failed:
-        logger.info("%d of %d recordings skipped", len(failed), len(arguments.recordings))
-    if len(failed) == len(arguments.recordings):
+        num_failed += made.failure is not None
+    if skipped:
+        logger.info("%d of %d recordings skipped", len(skipped), len(arguments.recordings))
+    if len(skipped) == len(arguments.recordings):
         raise ValueError("no recording could be used")
+    _end(failed=bool(skipped) or num_failed > 0)
 
 
 def _vc(arguments: argparse.Namespace) -> None:
@@ -402,6 +421,7 @@ def _vc(arguments: argparse.Namespace) -> None:
     files = {"audio": arguments.out, "source": arguments.source, "target": arguments.target}
     texts = {"text": speech.text, "target_text": speech.prompt_text}
     _print({**files, **texts, "failure": speech.failure})
+    _end(failed=speech.failure is not None)
 
 
 def _continue(arguments: argparse.Namespace) -> None:
@@ -422,6 +442,7 @@ def _continue(arguments: argparse.Namespace) -> None:
     speech = voice.continue_speech(prompt, arguments.seconds, arguments.seed)
     voice.save(speech, arguments.out)
     _print(result(arguments.out, arguments.prompt, speech))
+    _end(failed=speech.failure is not None)
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -32,6 +32,8 @@ from slm.voice import Voice
 logger = logging.getLogger("slm")
 
 RESULTS = "results.jsonl"
+REFUSED = "refused"
+"""The failure of a line that is skipped."""
 
 LINE_KEYS = ("id", "text", "prompt", "prompt_text")
 Line = dict[str, str]
@@ -90,7 +92,7 @@ def check_list(entries: Sequence[JsonLine], summary: VoiceSummary, listed: Path)
                 raise ValueError(unusable)
             line = _line_of(entry, seen)
             check_line(line, summary, listed.parent)
-            for key in entry.keys() - set(LINE_KEYS):
+            for key in set(entry or ()) - set(LINE_KEYS):
                 unused.setdefault(key, number)
         except (ValueError, OSError) as found:
             error = str(found)
@@ -189,8 +191,9 @@ def synthesize_list(
     *,
     seed: int,
     batch: int,
-) -> None:
+) -> int:
     """Generates the lines of the file `listed` into `out`: ID.wav of each line, and results.jsonl.
+    Returns the number of lines that failed a check, now or in an earlier run, or were skipped.
 
     Lines that an earlier run has generated with the same settings are skipped; so are bad lines,
     those of `check_list` and those that the models refuse. A bad line with an id is in
@@ -247,7 +250,7 @@ def synthesize_list(
                 generate()
         if waiting:
             generate()
-    _keep_newest(results)
+    records = _keep_newest(results)
     for reason in skipped:
         logger.warning("skipped %s", reason)
     logger.info(
@@ -256,6 +259,9 @@ def synthesize_list(
     )  # fmt: skip
     if entries and len(skipped) == len(entries):
         raise ValueError(f"{listed}: no line is usable")
+    names = {each.line.get("id") for each in entries}
+    listed_records = [record for record in records if record["id"] in names]
+    return len(skipped) + sum(one["failure"] not in (None, REFUSED) for one in listed_records)
 
 
 def prepare_line(voice: Voice, line: Mapping[str, str], folder: Path, seed: int) -> LongText:
@@ -300,17 +306,18 @@ def _refused(line: Line, error: Exception, seed: int) -> dict[str, Any]:
         "text": known["text"],
         "prompt": known["prompt"],
         "prompt_text": known.get("prompt_text", ""),
-        "failure": "refused",
+        "failure": REFUSED,
         "reason": str(error),
         "tries": 0,
         "seed": seed,
     }
 
 
-def _keep_newest(results: Path) -> None:
-    """Keeps the last record of each id."""
-    records = [line.value for line in read_appended(results)]
-    write_json_lines(results, {record["id"]: record for record in records}.values())
+def _keep_newest(results: Path) -> list[dict[str, Any]]:
+    """Keeps the last record of each id, and returns them."""
+    records = {line.value["id"]: line.value for line in read_appended(results)}
+    write_json_lines(results, records.values())
+    return list(records.values())
 
 
 def result(audio: str, prompt: str, speech: Speech) -> dict[str, Any]:

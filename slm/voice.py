@@ -326,18 +326,22 @@ class Voice:
         return synthesize(self.models, utterances, self.sampling)
 
     def stream_prepared(
-        self, text: LongText, chunk_seconds: float = 0.5
+        self, text: LongText, chunk_seconds: float = 0.5, failures: list[str] | None = None
     ) -> Iterator[Float[np.ndarray, " _"]]:
-        """`stream` for a prepared text."""
+        """`stream` for a prepared text; `failures` receives those of its parts."""
         if not 0 < chunk_seconds < float("inf"):
             raise ValueError(f"chunk_seconds must be positive and finite, got {chunk_seconds:g}")
-        waves = [self._chunks(one, chunk_seconds) for one in text.utterances]
+        found = [] if failures is None else failures
+        waves = [self._chunks(one, chunk_seconds, found) for one in text.utterances]
         return join(list(zip(waves, text.pauses, strict=True)), self.codec.sample_rate)
 
-    def _chunks(self, utterance: Utterance, seconds: float) -> Iterator[np.ndarray]:
+    def _chunks(
+        self, utterance: Utterance, seconds: float, failures: list[str]
+    ) -> Iterator[np.ndarray]:
         for chunk in stream(self.models, utterance, self.sampling, seconds):
             yield chunk.wave
             if chunk.failure is not None:
+                failures.append(chunk.failure)
                 logger.warning("%r: %s", utterance.text.original, chunk.failure)
 
     def save(self, speech: Speech, path: str | Path) -> None:
@@ -451,7 +455,7 @@ class Voice:
                 what is missing, and a source that is converted in several pieces.
 
         Raises:
-            ValueError: a voice without a NAR, and unusable recordings.
+            ValueError: a voice without a NAR, and recordings that are unusable or have no speech.
         """
         if self.nar is None:
             raise ValueError(NO_CONVERSION)
@@ -466,7 +470,8 @@ class Voice:
             known = self._transcripts_or_empty([codes[0]]) if self.nar.takes_texts else [""]
             prompt = Prompt(codes=codes, text=known[0])
         blocks = stream_audio(source, rate) if isinstance(source, Path) else [source]
-        encoded = encode_source(self.codec, blocks)
+        name = str(source) if isinstance(source, Path) else "the source"
+        encoded = encode_source(self.codec, self._with_speech(blocks, name))
         codes, text = convert(
             self.models, encoded, prompt, self._transcripts_or_empty, self.sampling,
             source_text=source_text,
@@ -476,6 +481,18 @@ class Voice:
             wave=wave, codes=codes, text=text, prompt_text=prompt.text, sample_rate=rate,
             failure="empty" if is_empty(wave) else None, tries=1, seed=0,
         )  # fmt: skip
+
+    def _with_speech(self, blocks: Iterable[np.ndarray], name: str) -> Iterator[np.ndarray]:
+        """The blocks of a recording. Raises ValueError behind the last one if none has speech."""
+        reasons: list[str | None] = []
+        for block in blocks:
+            if None not in reasons:
+                reasons.append(reason_without_speech(block, self.codec.sample_rate))
+            yield block
+        if None not in reasons:
+            raise ValueError(
+                f"{name}: no speech was found: {reasons[0]}; give a recording of a voice"
+            )
 
     def continue_speech(self, prompt: Sound, seconds: float, seed: int = 0) -> Speech:
         """Continues a recording without a text, for at most `seconds`. Returns the new part.

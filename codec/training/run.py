@@ -272,7 +272,8 @@ class Run:
             if part.numel():  # Minimum and maximum are NaN where a value is: one pass, no copy.
                 bad += (~torch.stack(part.aminmax()).isfinite().all()).to(bad)
         # Under ZeRO each rank has a part.
-        if self.accelerator.reduce(bad).item():
+        total: Any = self.accelerator.reduce(bad)
+        if total.item():
             raise ValueError(
                 f"the training diverged before step {step}: its weights or optimizers hold values "
                 f"that are not finite; {self.newest_name()}; start in a new folder with a lower lr"

@@ -102,10 +102,18 @@ def load_config(cls: type[C], argv: Sequence[str], description: str = "") -> C:
         raise ValueError(f"{error.full_key} has no default: give {error.full_key}=VALUE") from None
     except OmegaConfBaseException as error:
         raise ValueError(_first_line(error)) from None
-    seed = getattr(built, "seed", 0)
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed}: expected a whole number from 0 to 2**32 - 1")
+    check_seed_of_recipe(getattr(built, "seed", 0), "seed")
     return built
+
+
+def check_seed_of_recipe(seed: int, name: str) -> None:
+    """Raises ValueError for a seed that NumPy's or scikit-learn's generators do not take.
+
+    Args:
+        name: of its key or flag, for the message.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"{name}={seed}: expected a whole number from 0 to 2**32 - 1")
 
 
 @contextlib.contextmanager

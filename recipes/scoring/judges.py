@@ -108,7 +108,8 @@ def score_all(folder: Path, tasks: Sequence[Task], key: str, label: str) -> list
         count = sum(metric in one.missing for one in scored)
         logger.warning("%s is not defined for %d utterances of %s", metric, count, label)
     if not scored:
-        raise ValueError(f"no utterance of {label} could be scored: {'; '.join(skipped[:2])}")
+        reasons = "; ".join(one["reason"] for one in skipped[:2])
+        raise ValueError(f"no utterance of {label} could be scored: {reasons}")
     return scored
 
 

@@ -397,13 +397,13 @@ class RepetitionAwareSampler:
         # The token that crosses top_p still belongs to the nucleus.
         nucleus = highest * (highest.cumsum(-1) - highest < self._config.top_p)
         # Lists, because a tensor operation on one row costs more than its arithmetic.
-        chosen, order, recent = columns.tolist(), order.tolist(), recent.tolist()
+        chosen, ordered, last = columns.tolist(), order.tolist(), recent.tolist()
         for row, is_greedy in enumerate(greedy.tolist()):
             if is_greedy:
                 continue
             generator = generators[row]
-            column = order[row][int(torch.multinomial(nucleus[row], 1, generator=generator))]
-            if recent[row].count(column) >= self._max_count:
+            column = ordered[row][int(torch.multinomial(nucleus[row], 1, generator=generator))]
+            if last[row].count(column) >= self._max_count:
                 column = int(torch.multinomial(probabilities[row], 1, generator=generator))
             chosen[row] = column
         return torch.tensor(chosen)

@@ -133,7 +133,7 @@ def _logits(
 def _gathered(head: nn.Module, owner: nn.Module | None) -> Any:
     """Gathers the head's parameters that ZeRO-3 has partitioned. Once they are known as external
     parameters of the owner, DeepSpeed gathers them before the owner's passes."""
-    partitioned = [each for each in head.parameters() if hasattr(each, "ds_id")]
+    partitioned: list[Any] = [each for each in head.parameters() if hasattr(each, "ds_id")]
     if not partitioned:
         return nullcontext()
     from deepspeed.runtime.zero import GatheredParameters

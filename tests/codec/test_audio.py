@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -370,6 +371,16 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path) -> None:
     with pytest.raises(OSError, match="No space"):
         write_audio(tmp_path / "a.wav", blocks(), 16_000)
     assert (tmp_path / "a.wav").read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["a.wav"]
+
+
+def test_threads_that_write_one_file(tmp_path) -> None:
+    waves = [np.full(40_000, value, np.float32) for value in (0.25, 0.5)] * 4
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda wave: write_audio(tmp_path / "a.wav", wave, RATE), waves))
+    samples = read_audio(tmp_path / "a.wav", RATE)
+    assert len(set(samples.tolist())) == 1
+    assert len(samples) == 40_000
     assert [each.name for each in tmp_path.iterdir()] == ["a.wav"]
 
 

@@ -1,5 +1,6 @@
 """codec/io.py: files and folders are complete or as they were, and obey the umask."""
 
+import fcntl
 import os
 import resource
 from collections.abc import Iterator
@@ -60,6 +61,33 @@ def test_every_atomic_writer_obeys_the_umask(tmp_path: Path, umask: int) -> None
     FileLock(tmp_path / "lock").close()
     found = {name: modes(tmp_path / name) for name in ("file", "files", "folder", "lock")}
     assert found == {name: {0o666 & ~umask} for name in found}
+
+
+@pytest.mark.parametrize("writer", [atomic_files, atomic_folder])
+def test_a_folder_has_one_writer_at_a_time(tmp_path: Path, writer, monkeypatch) -> None:
+    folder = tmp_path / "export"
+    with writer(folder) as partial:
+        (partial / "model").write_text("of the first")
+        with pytest.raises(ValueError, match="export: another process is writing this folder"):
+            writer(folder).__enter__()
+    assert (folder / "model").read_text() == "of the first"
+    plain, calls = fcntl.flock, []
+
+    def late(descriptor: int, operation: int) -> None:
+        """Before the lock is taken, its holder ends and removes it."""
+        calls.append(descriptor)
+        if len(calls) == 1:
+            next(tmp_path.rglob(".*writing")).unlink()
+        plain(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with writer(folder) as partial:
+        (partial / "model").write_text("of the second")
+        with pytest.raises(ValueError, match="another process is writing"):
+            writer(folder).__enter__()
+    assert len(calls) == 3
+    assert (folder / "model").read_text() == "of the second"
+    assert [path.name for path in tmp_path.rglob("*")] == ["export", "model"]
 
 
 @pytest.mark.parametrize("limit", [None, 20_000], ids=["failing writer", "full disk"])

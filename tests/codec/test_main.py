@@ -3,6 +3,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
-from codec import Codec, load_codec, read_audio
+from codec import Codec, load_codec, read_audio, tokenize
 from codec.__main__ import main
 from codec.tokens import TokenRow, TokenShard, write_shard
 
@@ -172,6 +173,26 @@ def test_a_single_bad_recording_is_named(
     assert tokens.read_bytes() == b"earlier"
     made = {path.name for path in tmp_path.iterdir()} - {"bad one.wav"}
     assert made == {"t.parquet"}
+
+
+def test_encode_keeps_a_shard_of_another_process(
+    tmp_path: Path, tiny_codec_folder: Path, write_wav: Write,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    tokens, plain = tmp_path / "t.parquet", tokenize.encode_recording
+
+    def late(*given: Any) -> Any:
+        tokens.write_bytes(b"of another process")
+        return plain(*given)
+
+    monkeypatch.setattr(tokenize, "encode_recording", late)
+    wave = write_wav(tmp_path / "x.wav", 0.5)
+    encode = ["encode", "--codec", tiny_codec_folder, wave, "--out", tokens]
+    assert "t.parquet: exists already; choose another file" in failure(capsys, *encode)
+    assert tokens.read_bytes() == b"of another process"
+    run(*encode, "--overwrite")
+    assert len(TokenShard.open(tokens)) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"t.parquet", "x.wav"}
 
 
 def test_info_distinguishes_codecs_and_shards(

@@ -4,6 +4,7 @@ import json
 import logging
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tiny_slm import TEXT, copy_of, quiet, run_slm, save_voice, speak_briefly
 
 from codec.audio import audio_tags
 from codec.io import FileLock
+from codec.program import CHECKS_FAILED
 from slm.models.nar import NAR
 from slm.voice import Voice
 
@@ -22,6 +24,12 @@ pytestmark = quiet()
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_codec_folder: Path) -> Path:
     return save_voice(tmp_path_factory.mktemp("voices"), tiny_codec_folder)
+
+
+def status_of(out: Path) -> int:
+    """The exit status that belongs to results.jsonl."""
+    records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    return CHECKS_FAILED if any(record["failure"] for record in records) else 0
 
 
 @pytest.fixture
@@ -69,7 +77,7 @@ def test_a_list_costs_only_its_bad_lines(
         path.mkdir()
     (out / "away").symlink_to(tmp_path / "elsewhere")
     with caplog.at_level(logging.INFO):
-        assert run_slm("tts", "--voice", folder, "--list", listed, "--out", out) == 0
+        assert run_slm("tts", "--voice", folder, "--list", listed, "--out", out) == status_of(out)
     for number in [*range(3, 19), 20]:
         assert f"skipped line {number}:" in caplog.text
     assert not any((tmp_path / "elsewhere").iterdir())
@@ -149,10 +157,10 @@ def test_lists_with_nothing_to_generate(
     assert "1 line: 1 skipped, 0 done before; nothing was generated" in caplog.text
     assert capsys.readouterr().err.strip().endswith("list.jsonl: no line is usable")
     listed.write_text(json.dumps({"id": "x", "text": TEXT, "prompt": "ann"}))
-    assert run_slm("tts", *arguments) == 0
+    assert run_slm("tts", *arguments) == status_of(out)
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        assert run_slm("tts", *arguments) == 0
+        assert run_slm("tts", *arguments) == status_of(out)
     assert "1 line: 0 skipped, 1 done before; nothing was generated" in caplog.text
 
 
@@ -161,13 +169,13 @@ def test_a_list_goes_on_where_it_stopped(folder: Path, tmp_path: Path) -> None:
     listed, out = tmp_path / "list.jsonl", tmp_path / "out"
     lines = [json.dumps({"id": str(i), "text": TEXT, "prompt": "ann"}) for i in range(3)]
     listed.write_text("\n".join(lines[:2]))
-    assert run_slm("tts", "--voice", folder, "--list", listed, "--out", out) == 0
+    assert run_slm("tts", "--voice", folder, "--list", listed, "--out", out) == status_of(out)
     before = (out / "0.wav").stat().st_mtime_ns
     (out / "1.wav").unlink()  # its result alone does not count
     with open(out / "results.jsonl", "a") as file:
         file.write('{"id": "torn')
     listed.write_text("\n".join(lines))
-    assert run_slm("tts", "--voice", folder, "--list", listed, "--out", out) == 0
+    assert run_slm("tts", "--voice", folder, "--list", listed, "--out", out) == status_of(out)
     assert (out / "0.wav").stat().st_mtime_ns == before
     records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [record["id"] for record in records] == ["0", "1", "2"]
@@ -199,7 +207,7 @@ def test_an_interrupted_list_continues_with_the_same_command(
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted; the same command continues"
     assert [path.name for path in out.glob("*.wav")] == ["0.wav"]
     with caplog.at_level(logging.INFO):
-        assert run_slm(*arguments) == 0
+        assert run_slm(*arguments) == status_of(out)
     assert "3 lines: 0 skipped, 1 done before" in caplog.text
     assert len(list(out.glob("*.wav"))) == 3
 
@@ -215,7 +223,7 @@ def test_a_line_that_is_refused_in_its_new_form_is_not_its_old_one(
             {"id": "y", "text": "a", "prompt": "ann"},
         ]
         listed.write_text("\n".join(map(json.dumps, lines)))
-        assert run_slm("tts", "--voice", folder, "--list", listed, "--out", out) == 0
+        assert run_slm("tts", "--voice", folder, "--list", listed, "--out", out) == status_of(out)
         records = [json.loads(s) for s in (out / "results.jsonl").read_text().splitlines()]
         (record,) = [record for record in records if record["id"] == "x"]
         assert (record["failure"] == "refused") == (failure == "refused")
@@ -247,7 +255,9 @@ def test_a_line_that_changed_is_made_again(
         spoken.clear()
         whole = {"id": "x", "text": "a cat", "prompt": "p.wav", "prompt_text": "red hen", **line}
         listed.write_text(json.dumps(whole))
-        assert run_slm("tts", "--voice", voice, "--list", listed, "--out", out, *arguments) == 0
+        assert run_slm(
+            "tts", "--voice", voice, "--list", listed, "--out", out, *arguments
+        ) == status_of(out)
         assert len((out / "results.jsonl").read_text().splitlines()) == 1
         return list(spoken)
 
@@ -282,7 +292,7 @@ def test_results_that_say_too_little_are_made_again(folder: Path, tmp_path: Path
     listed.write_text(json.dumps({"id": "x", "text": TEXT, "prompt": "ann"}))
     out.mkdir()
     (out / "results.jsonl").write_text('{"id": "x"}\n[]\n7\n{"audio": 3}\n')
-    assert run_slm("tts", "--voice", folder, "--list", listed, "--out", out) == 0
+    assert run_slm("tts", "--voice", folder, "--list", listed, "--out", out) == status_of(out)
     (line,) = (out / "results.jsonl").read_text().splitlines()
     assert json.loads(line)["audio"] == "x.wav"
 
@@ -297,7 +307,9 @@ def test_a_line_separator_in_a_text_ends_no_line(
     for num_done in (0, 1):
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            assert run_slm("tts", "--voice", folder, "--list", listed, "--out", out) == 0
+            assert run_slm("tts", "--voice", folder, "--list", listed, "--out", out) == status_of(
+                out
+            )
         assert f"1 line: 0 skipped, {num_done} done before" in caplog.text
     (record,) = (out / "results.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(record)["text"] == "a\u2028cat"
@@ -312,7 +324,7 @@ def test_a_file_that_cannot_be_written_costs_its_line(
     names = ("folder", "one", "one.wav/under", "two")
     lines = [{"id": name, "text": "a", "prompt": "ann"} for name in names]
     listed.write_text("\n".join(map(json.dumps, lines)))
-    assert run_slm("tts", "--voice", folder, "--list", listed, "--out", out) == 0
+    assert run_slm("tts", "--voice", folder, "--list", listed, "--out", out) == status_of(out)
     for number in (1, 3):
         assert f"skipped line {number}:" in caplog.text
     records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
@@ -331,3 +343,25 @@ def test_a_list_in_another_encoding_is_refused_at_the_start(
     (error,) = capsys.readouterr().err.strip().splitlines()
     assert error.startswith(f"error: {listed}: is ")
     assert error.endswith("-t UTF-8 OLD > NEW")
+
+
+@pytest.mark.usefixtures("brief")
+def test_status_of_a_list_without_failures(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Voice.synthesize_batch
+
+    def good(voice: Voice, utterances: list) -> list:
+        return [replace(speech, failure=None) for speech in original(voice, utterances)]
+
+    monkeypatch.setattr(Voice, "synthesize_batch", good)
+    listed, out = tmp_path / "list.jsonl", tmp_path / "out"
+    lines = [json.dumps({"id": name, "text": TEXT, "prompt": "ann"}) for name in "xy"]
+    listed.write_text("\n".join(lines))
+    run = ["tts", "--voice", folder, "--list", listed, "--out", out]
+    assert run_slm(*run) == status_of(out) == 0
+    with (out / "results.jsonl").open("a") as file:
+        file.write(json.dumps({"id": "of another list", "failure": "cut", "audio": "x.wav"}) + "\n")
+    assert run_slm(*run) == 0
+    listed.write_text("\n".join([*lines, "no JSON"]))
+    assert run_slm(*run) == CHECKS_FAILED

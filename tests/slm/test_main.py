@@ -16,7 +16,8 @@ import torch
 from conftest import voiced
 from tiny_slm import TEXT, copy_of, quiet, run_slm, save_voice, speak_briefly
 
-from codec.audio import audio_tags
+from codec.audio import audio_tags, write_audio
+from codec.program import CHECKS_FAILED
 from slm.config import SamplingConfig
 from slm.generation.asr import Transcript
 from slm.voice import Voice
@@ -50,14 +51,21 @@ def test_command_tts(
     prompt = write_wav(tmp_path / "\u043f\u0440\u043e\u0431\u0430 1.wav", 1.0, 8000)
     out = tmp_path / "new folder" / "\u00e9.wav"
     arguments = ["--voice", folder, "--text", TEXT, "--prompt", prompt]
-    assert run_slm("tts", *arguments, "--prompt-text", "red hen", "--seed", "3", "--out", out) == 0
+    assert (
+        run_slm("tts", *arguments, "--prompt-text", "red hen", "--seed", "3", "--out", out)
+        == CHECKS_FAILED
+    )
     record = json.loads(capsys.readouterr().out)
     assert record["prompt_text"] == "red hen"
+    assert record["failure"] == "cut"  # The tiny model generates no end.
     wave, rate = soundfile.read(out)
     assert rate == 16000
     assert len(wave) > 0
     check_tag(out, folder, record["seed"])
-    assert run_slm("tts", "--voice", folder, "--text", TEXT, "--prompt", "ann", "--out", out) == 0
+    assert (
+        run_slm("tts", "--voice", folder, "--text", TEXT, "--prompt", "ann", "--out", out)
+        == CHECKS_FAILED
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,12 +94,12 @@ def test_command_tts_streams(
     folder: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     arguments = ["--voice", folder, "--text", TEXT, "--prompt", "ann", "--chunk-seconds", "0.1"]
-    assert run_slm("tts", *arguments, "--stream", tmp_path / "new" / "o.wav") == 0
+    assert run_slm("tts", *arguments, "--stream", tmp_path / "new" / "o.wav") == CHECKS_FAILED
     wave, rate = soundfile.read(tmp_path / "new" / "o.wav")
     assert (rate, len(wave) % 640) == (16000, 0)
     check_tag(tmp_path / "new" / "o.wav", folder, 0)
     capfdbinary.readouterr()
-    assert run_slm("tts", *arguments, "--stream", "-") == 0
+    assert run_slm("tts", *arguments, "--stream", "-") == CHECKS_FAILED
     piped, _ = soundfile.read(io.BytesIO(capfdbinary.readouterr().out))
     assert np.array_equal(piped, wave)
 
@@ -114,7 +122,7 @@ def test_a_stream_that_fails_leaves_an_earlier_file(
     assert out.read_bytes() == b"an earlier one"
     assert [path.name for path in tmp_path.iterdir()] == ["o.wav"]
     monkeypatch.setattr(Voice, "stream_prepared", original)
-    assert run_slm("tts", *arguments) == 0
+    assert run_slm("tts", *arguments) == CHECKS_FAILED
     assert soundfile.info(out).samplerate == 16000
 
 
@@ -126,7 +134,7 @@ def test_a_named_pipe_is_written_to_and_stays(folder: Path, tmp_path: Path) -> N
         piped = pool.submit(out.read_bytes)
         assert (
             run_slm("tts", "--voice", folder, "--text", TEXT, "--prompt", "ann", "--stream", out)
-            == 0
+            == CHECKS_FAILED
         )
         assert piped.result(timeout=30)[:4] == b"RIFF"
     assert out.is_fifo()
@@ -311,7 +319,7 @@ def test_what_is_not_given_stays_as_the_voice_has_it(
 @pytest.mark.usefixtures("brief")
 def test_command_tts_with_halved_weights(folder: Path, tmp_path: Path) -> None:
     arguments = ["--text", TEXT, "--prompt", "ann", "--out", tmp_path / "o.wav"]
-    assert run_slm("tts", "--voice", folder, *arguments, "--dtype", "bfloat16") == 0
+    assert run_slm("tts", "--voice", folder, *arguments, "--dtype", "bfloat16") == CHECKS_FAILED
     assert len(soundfile.read(tmp_path / "o.wav")[0]) > 0
 
 
@@ -328,6 +336,12 @@ def test_command_vc(
     assert run_slm("vc", *arguments, *target, "--out", out) == 0
     assert run_slm("vc", *arguments, "--target", "nobody", "--out", out) == 2
     assert "nor a prompt of this voice" in capsys.readouterr().err
+    hiss = 0.1 * np.random.default_rng(0).standard_normal(32_000)
+    write_audio(tmp_path / "hiss.wav", np.concatenate([0.1 * hiss, hiss]).astype("f4"), 16_000)
+    arguments = ["--voice", folder, "--source", tmp_path / "hiss.wav", "--target", "ann"]
+    assert run_slm("vc", *arguments, "--out", tmp_path / "h.wav") == 2
+    assert "hiss.wav: no speech was found: 0.00 s of 4.0 s are voiced" in capsys.readouterr().err
+    assert not (tmp_path / "h.wav").exists()
 
 
 def test_command_continue(
@@ -360,16 +374,18 @@ def test_command_asr(
 ) -> None:  # fmt: skip
     good = write_wav(tmp_path / "a b.wav", 0.6, 44100)
     (tmp_path / "bad.wav").write_bytes(b"RIFF")
-    assert run_slm("asr", "--voice", folder, good, tmp_path / "bad.wav") == 0
+    assert run_slm("asr", "--voice", folder, good, tmp_path / "bad.wav") == CHECKS_FAILED
     (line,) = capsys.readouterr().out.splitlines()
     record = json.loads(line)
     assert set(record) == {"audio", "text", "failure"}
     assert record["audio"] == str(good)
     reported = Transcript("so far", "cut")
     monkeypatch.setattr(Voice, "transcripts", lambda _, first: [reported for _ in first])
-    assert run_slm("asr", "--voice", folder, good) == 0
+    assert run_slm("asr", "--voice", folder, good) == CHECKS_FAILED
     record = json.loads(capsys.readouterr().out)
     assert (record["text"], record["failure"]) == ("so far", "cut")
+    reported = Transcript("so far", None)
+    assert run_slm("asr", "--voice", folder, good, good) == 0
     assert run_slm("asr", "--voice", folder, tmp_path / "bad.wav") == 2
     assert "bad.wav" in capsys.readouterr().err
 

@@ -22,4 +22,7 @@ def test_a_command_is_printed_as_a_user_types_it(capsys: pytest.CaptureFixture) 
 
 def test_a_failed_command_raises() -> None:
     with pytest.raises(ValueError, match="the step 'fail' failed"):
-        run(Command("fail", [sys.executable, "-c", "raise SystemExit(3)"]), 1, 1)
+        run(Command("fail", [sys.executable, "-c", "raise SystemExit(2)"]), 1, 1)
+    # What `slm` generated failed its checks; its output states that.
+    printed = run(Command("check", [sys.executable, "-c", "print(7); raise SystemExit(3)"]), 1, 1)
+    assert printed == "7\n"

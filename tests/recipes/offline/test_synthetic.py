@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from codec.audio import audio_tags
 from codec.training.data import read_cuts
 from eval.transcribe import Judge
 from recipes.offline import synthetic
@@ -71,7 +72,10 @@ def test_speech_with_a_low_wer_is_kept(config: SyntheticConfig) -> None:
     assert len(made) == 12
     assert {row["text"] for row in made} == set(KEPT)
     assert {row["speaker"] for row in made} == {"kokoro-af_a", "kokoro-bm_b", "kokoro-drawn-0000"}
-    assert all((config.out / row["audio"]).is_file() for row in made)
+    for row in made:
+        voice = row["speaker"].removeprefix("kokoro-")
+        found = audio_tags(config.out / row["audio"])["comment"]
+        assert found == f"synthetic speech by Kokoro-82M; voice {voice}; seed 0"
     rejected = [
         json.loads(line)
         for file in config.out.glob("rejected-*.jsonl")
@@ -160,3 +164,10 @@ def test_settings_round_trip_as_json(config: SyntheticConfig) -> None:
     from dataclasses import asdict
 
     assert synthetic_config(json.loads(json.dumps(asdict(config), default=str))) == config
+
+
+def test_seeds_beyond_those_of_numpy_are_refused(tmp_path: Path) -> None:
+    for seed in (-1, 2**32, 10**23):
+        with pytest.raises(ValueError, match=f"--seed={seed}: expected a whole number from 0 to"):
+            main(["synthetic", "--out", str(tmp_path / "out"), "--seed", str(seed)])
+    assert not (tmp_path / "out").exists()
