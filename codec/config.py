@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field, is_dataclass
 from math import prod
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_type_hints
+
+from codec.io import fits_type
 
 C = TypeVar("C")
 Family = Literal["seanet", "spectral", "lmspt"]
@@ -530,17 +532,6 @@ def _from_dict(cls: type[C], data: dict[str, Any], where: str) -> C:
             values[name] = _from_dict(cast(type, hints[name]), value, f"{where}.{name}")
             continue
         values[name] = tuple(value) if isinstance(value, list) else value
-        if not _fits(values[name], hints[name]):
+        if not fits_type(values[name], hints[name]):
             raise ValueError(f"{where}.{name}: {value!r} is not of type {hints[name]}")
     return cls(**values)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value has the type of a field of CodecConfig."""
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_fits(each, get_args(hint)[0]) for each in value)
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    kinds = (int, float) if hint is float else hint
-    # bool is a subclass of int in Python.
-    return isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))

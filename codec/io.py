@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 from errno import EACCES, EDQUOT, ENOSPC, EROFS
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from types import TracebackType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "model.safetensors"
 MAX_NAME_BYTES = 200
 """Of a file name made from an id; file systems have 255, some of which temporary names need."""
+DAMAGE = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
+"""What reading a damaged file raises: its values have other types, sizes and names."""
+MAX_DEPTH = 100
+"""Of lists and dictionaries in JSON and YAML."""
+MAX_NODES = 100_000
+"""Values of a YAML file."""
 
 
 @contextmanager
@@ -251,11 +257,14 @@ class FileLock:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._descriptor: int | None = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        # A symbolic link could lead to any file.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        self._descriptor: int | None = None
+        self._descriptor = os.open(folder / ".lock", flags, 0o666)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.read(self._descriptor, 32).decode() or "unknown"
+            holder = os.read(self._descriptor, 32).decode(errors="replace") or "unknown"
             raise ValueError(
                 f"{folder}: another process is running in this folder (pid {holder}); wait for it, "
                 "end it, or choose another folder"
@@ -282,6 +291,94 @@ class FileLock:
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
         self.close()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, or nested more than MAX_DEPTH times.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    check_depth(value)
+    return value
+
+
+def fits_type(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON, with tuples for lists, has the type of a dataclass's field."""
+    origin, options = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(fits_type(value, option) for option in options)
+    if origin is Literal:
+        return value in options
+    if origin is tuple:
+        kinds = options
+        if isinstance(value, tuple) and options[1:] == (Ellipsis,):
+            kinds = options[:1] * len(value)
+        return (
+            isinstance(value, tuple)
+            and len(value) == len(kinds)
+            and all(map(fits_type, value, kinds))
+        )
+    kinds = (int, float) if hint is float else hint
+    # bool is a subclass of int in Python.
+    return isinstance(value, kinds) and (hint is bool or not isinstance(value, bool))
+
+
+def check_depth(value: Any) -> None:
+    """Raises `ValueError` for lists and dictionaries nested more than MAX_DEPTH times: functions
+    that call themselves for each would end with an error of the interpreter."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for node in level
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+        if not level:
+            return
+    raise ValueError("nested too deeply")
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text, by the safe loader.
+
+    Raises:
+        ValueError: it is no YAML, is nested more than MAX_DEPTH times, or has more than MAX_NODES
+            values, of which aliases make many from few.
+    """
+    import yaml
+
+    try:
+        root = yaml.compose(text, yaml.SafeLoader)
+        _count_nodes(root, {})
+        value = yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    check_depth(value)
+    return value
+
+
+def _count_nodes(node: Any, counts: dict[int, int]) -> int:
+    """Values of a node of YAML, with those of its aliases. `counts`: of nodes that are known."""
+    if id(node) in counts:
+        return counts[id(node)]
+    counts[id(node)] = MAX_NODES + 1  # Of an alias inside of its own node.
+    content = getattr(node, "value", None)
+    children = content if isinstance(content, list) else []
+    parts = [
+        each for child in children for each in (child if isinstance(child, tuple) else [child])
+    ]
+    counts[id(node)] = count = 1 + sum(_count_nodes(part, counts) for part in parts)
+    if count > MAX_NODES:
+        raise ValueError(f"has more than {MAX_NODES} values, or aliases of them")
+    return count
 
 
 def check_source(name: str | Path) -> None:
@@ -324,7 +421,7 @@ def check_config_file(file: Path) -> None:
     if not file.is_file():
         raise ValueError(f"{file.parent}: no config.json there; is it the folder of a codec?")
     try:
-        is_object = isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
+        is_object = isinstance(parse_json(file.read_text(encoding="utf-8")), dict)
     except ValueError:
         is_object = False
     if not is_object:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from codec.io import atomic_file
+from codec.io import MAX_DEPTH, atomic_file, check_depth
 
 MAX_LINE_BYTES = 2**26
 """A longer line is an error."""
@@ -190,6 +190,8 @@ def _usable(path: str | Path, lines: Iterable[tuple[int, bytes]]) -> Iterator[Js
 def _parsed(number: int, text: str) -> JsonLine:
     try:
         value = json.loads(text, parse_constant=_no_constant, parse_float=_finite_float)
+        if text.count("[") + text.count("{") > MAX_DEPTH:
+            check_depth(value)
     except RecursionError:
         return JsonLine(number, None, "no JSON (nested too deeply)")
     except ValueError as error:

@@ -102,7 +102,7 @@ def run_program(program: Callable[[], None]) -> None:
             sys.exit(141)
         if os.environ.get("PARLANCE_TRACEBACK") == "1":
             raise
-        _finish(2, "" if isinstance(error, ReportedElsewhere) else f"error: {error}")
+        _finish(2, "" if isinstance(error, ReportedElsewhere) else f"error: {reason_of(error)}")
     except Exception:
         if not _is_first_rank():
             time.sleep(RANK_DELAY)

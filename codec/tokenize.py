@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int, UInt16
 
 from codec.audio import stream_audio
-from codec.io import sha256_of
+from codec.io import parse_json, sha256_of
 from codec.json_lines import write_json_lines
 from codec.models.base import SpeechCodec
 from codec.tokens import CodecStamp, DamagedShard, TokenRow, TokenShard, read_notes, write_shard
@@ -114,7 +114,7 @@ def summarize(folder: str | Path, num_parts: int) -> Summary:
     skipped = [
         SkippedRecording(*entry)
         for file in files
-        for entry in json.loads(read_notes(file)["skipped"])
+        for entry in parse_json(read_notes(file)["skipped"])
     ]
     write_json_lines(folder / "skipped.jsonl", (entry._asdict() for entry in skipped))
     if len(shard) == 0:
@@ -163,7 +163,7 @@ def _is_done(path: Path, stamp: CodecStamp, digest: str, retry_skipped: bool) ->
         return False
     if notes.get("cuts") != digest:
         raise ValueError(f"{path}: made from another list of cuts; choose an empty folder")
-    return not (retry_skipped and json.loads(notes["skipped"]))
+    return not (retry_skipped and parse_json(notes["skipped"]))
 
 
 def _encode_part(

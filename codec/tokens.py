@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Integer
 
-from codec.io import atomic_file
+from codec.io import DAMAGE, atomic_file, parse_json
+from codec.program import reason_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -239,7 +240,7 @@ def read_notes(path: str | Path) -> dict[str, str]:
     """
     metadata = _read_metadata(Path(path))
     with _damage_named(Path(path)):
-        return json.loads(metadata["notes"])
+        return parse_json(metadata["notes"])
 
 
 def _schema(stamp: CodecStamp, notes: Mapping[str, str]) -> "pa.Schema":
@@ -345,7 +346,7 @@ def _open_file(path: Path) -> tuple[CodecStamp, "pa.Table"]:
     names = ["id", "text", "speaker", "language", "duration", "num_frames"]
     with _damage_named(path):
         values = {
-            field.name: json.loads(metadata[f"codec_{field.name}"]) for field in fields(CodecStamp)
+            field.name: parse_json(metadata[f"codec_{field.name}"]) for field in fields(CodecStamp)
         }
         values["codebook_sizes"] = tuple(values["codebook_sizes"])
         with _reader(path) as reader:
@@ -375,10 +376,9 @@ def _damage_named(path: Path) -> Iterator[None]:
         yield
     except (FileNotFoundError, PermissionError):
         raise
-    except (
-        pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError,
-    ) as error:  # fmt: skip
-        raise DamagedShard(f"{path}: corrupted token shard ({error}); export it again") from error
+    except (*DAMAGE, pa.ArrowException, RecursionError) as error:
+        reason = reason_of(error)
+        raise DamagedShard(f"{path}: corrupted token shard ({reason}); export it again") from error
 
 
 def _joined(tables: Sequence["pa.Table"], column: str) -> list[Any]:

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
+
+from codec.io import fits_type
 
 CHECKS = ("loop", "silence", "early", "leak")
 """Values of `SamplingConfig.checks`."""
@@ -52,7 +54,8 @@ def from_json(cls: type[Config], values: Mapping[str, Any]) -> Config:
 
     Raises:
         TypeError: for an unknown key.
-        ValueError: for a value that is not allowed, and for a removed feature that is in use.
+        ValueError: for a value that is not allowed or of another type, and for a removed feature
+            that is in use.
     """
     renamed = RENAMED_FIELDS.get(cls.__name__, {})
     removed = REMOVED_FIELDS.get(cls.__name__, {})
@@ -65,6 +68,10 @@ def from_json(cls: type[Config], values: Mapping[str, Any]) -> Config:
                 f"{key} is {value!r}: this feature was removed; use {removed[key][0]!r}, or an "
                 "older version of parlance"
             )
+    hints = get_type_hints(cls)
+    for key, value in found.items():
+        if key in hints and not fits_type(value, hints[key]):
+            raise ValueError(f"{key}: {value!r} is not of type {hints[key]}")
     return cls(**found)
 
 

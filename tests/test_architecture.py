@@ -30,7 +30,7 @@ TEXTS = sorted(
 # What `slm` may know of `codec`, and what only a voice, made of both, may.
 SHARED = (
     *("codec.tokens", "codec.io", "codec.json_lines", "codec.program", "codec.training"),
-    "codec.transcripts",
+    *("codec.transcripts", "codec.weights"),
 )
 VOICE = "slm/voice.py"
 # Imports that cost seconds or need more than codec's own five libraries.
@@ -216,7 +216,7 @@ def test_configurations_are_frozen_and_explained(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
-def test_no_pickle_is_read(path: Path) -> None:
+def test_no_code_of_a_file_is_run(path: Path) -> None:
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
@@ -224,6 +224,10 @@ def test_no_pickle_is_read(path: Path) -> None:
             if called == "torch.load":
                 keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 assert keywords.get("weights_only") == "True", f"{name(path)}:{node.lineno}"
+            if re.search(r"\bAuto[A-Z]\w*\.from_pretrained$", called):
+                # Without it transformers asks on the terminal whether to run a model's own code.
+                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert keywords.get("trust_remote_code") == "False", f"{name(path)}:{node.lineno}"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("test_*.py")), ids=name)

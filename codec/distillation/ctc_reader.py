@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from codec.distillation.word_alignment import align_ctc
-from codec.io import atomic_files
+from codec.io import DAMAGE, atomic_files, parse_json
 from codec.modules.layers import ConvNeXtBlock
 from codec.program import reason_of
 
@@ -192,13 +192,13 @@ class CodeRecognizer(nn.Module):
         """
         folder = Path(folder)
         try:
-            about = json.loads((folder / "reader.json").read_text())
+            about = parse_json((folder / "reader.json").read_text())
             state = load_file(folder / "reader.safetensors")
             entries = state["entries"]
             network = RecognizerNetwork(entries.shape[1], about["width"], about["letters"])
             recognizer = cls(network, entries)
             recognizer.load_state_dict(state)
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        except (*DAMAGE, RuntimeError, SafetensorError) as error:
             raise ValueError(
                 f"{folder}: no complete recognizer of codes ({reason_of(error)}); "
                 "recipes/train_semantic.py writes one"

@@ -22,7 +22,7 @@ from torch import Tensor
 from codec.audio import resample_batch
 from codec.distillation.teachers import SpeechTeacher, TextTeacher
 from codec.distillation.word_alignment import Word
-from codec.io import atomic_file, sha256_of
+from codec.io import DAMAGE, atomic_file, parse_json, sha256_of
 from codec.json_lines import read_json_lines, write_json_lines
 from codec.tokenize import SkippedRecording, batches_of, loaded, text_of
 
@@ -86,9 +86,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{folder}: no feature cache; recipes/cache_teachers.py writes one")
     try:
-        facts = json.loads(path.read_text())
+        facts = parse_json(path.read_text())
         version = facts["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path}: corrupted file; remove it and {AGAIN}") from error
     if version != FORMAT:
         raise ValueError(
@@ -162,7 +162,7 @@ def _read_shard(path: Path, facts: Mapping[str, Any]) -> dict[str, CacheEntry]:
     if notes.get("stamp") != _stamp(facts):
         raise ValueError(f"{path}: features of other teachers; remove it and {AGAIN}")
     entries = {}
-    for recording, seconds in json.loads(notes["seconds"]).items():
+    for recording, seconds in parse_json(notes["seconds"]).items():
         frames = 0
         for kind, rank in (("speech", 2), ("words", 2), ("sentence", 1), ("spoken", 1)):
             teacher = facts[
@@ -199,7 +199,7 @@ def _header(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
-            header = json.loads(file.read(length) if length < size else b"")
+            header = parse_json(file.read(length) if length < size else b"")
         except ValueError as error:
             raise CorruptedShard(f"{path}: the shard is truncated; {AGAIN}") from error
     ends = [one["data_offsets"][1] for name, one in header.items() if name != "__metadata__"]
@@ -308,7 +308,7 @@ class FeatureCache:
         file = self._file(self._entry(recording).shard)
         if not self.facts["words"]:
             raise ValueError(f"{self.folder}: the cache has no transcriber; {NEW_CACHE}")
-        listed = json.loads(file.get_tensor(f"spoken/{recording}").numpy().tobytes())
+        listed = parse_json(file.get_tensor(f"spoken/{recording}").numpy().tobytes())
         words = [Word(*word) for word in listed]
         if not self.facts["text"]:
             empty = torch.zeros(len(words), 0, dtype=torch.float16)

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby, zip_longest
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from codec.audio import mel_filterbank
 from codec.io import check_source
 from codec.program import quiet_transformers
 from codec.transcripts import lowercase_if_all_caps, lowercase_words
+from codec.weights import check_sizes, weights_of
 
 logger = logging.getLogger(__name__)
 
@@ -455,7 +457,7 @@ def load_text_teacher(
     config = _config(model, TEXT_KINDS, "text")
     _check_layer(layer, config.num_hidden_layers, model)
     with loading(model, "text teacher"):
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ValueError(f"{model}: has no tokenizer.json; save its fast tokenizer in the folder")
     teacher = TextTeacher(_network(model, config), tokenizer, name=model, layer=layer)
@@ -494,7 +496,7 @@ def _config(model: str, kinds: Sequence[str], purpose: str) -> Any:
     from transformers import AutoConfig
 
     with loading(model, f"{purpose} teacher"):
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     if config.model_type not in kinds:
         raise ValueError(
             f"{model}: a {config.model_type} model cannot be a {purpose} teacher; "
@@ -507,8 +509,13 @@ def _network(model: str, config: Any) -> Any:
     from transformers import AutoModel
 
     with loading(model, "speech or text teacher"):
+        check_sizes(lambda: AutoModel.from_config(config), weights_of(Path(model)))
         loaded: Any = AutoModel.from_pretrained(
-            model, config=config, dtype=torch.float32, output_loading_info=True
+            model,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     network, info = loaded
     unused = ("pooler", "masked_spec_embed", "decoder.")

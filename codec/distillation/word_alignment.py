@@ -8,6 +8,7 @@ time warping (DTW) of the cross-attention of its alignment heads, as in openai/w
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, chain, groupby, pairwise, product
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -25,6 +26,7 @@ from codec.distillation.teachers import (
 )
 from codec.program import quiet_transformers
 from codec.transcripts import lowercase_words
+from codec.weights import check_sizes, weights_of
 
 CTC_KINDS = ("wav2vec2", "hubert", "wavlm")
 PAD_SECONDS = 1.0
@@ -380,16 +382,20 @@ def load_transcriber(
     network: Any
     normalize = False
     with loading(model, "transcriber"):
-        kind = transformers.AutoConfig.from_pretrained(model).model_type
+        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+        kind = config.model_type
         if kind != "whisper" and kind not in CTC_KINDS:
             raise ValueError(f"a {kind} model; whisper, {', '.join(CTC_KINDS)} can transcribe")
         if kind == "whisper":
             architecture = transformers.WhisperForConditionalGeneration
+            check_sizes(lambda: architecture(config), weights_of(Path(model)))
             network = architecture.from_pretrained(model, dtype=dtype)
             tokenizer = transformers.WhisperTokenizer.from_pretrained(model)
         else:
+            build = transformers.AutoModelForCTC.from_config
+            check_sizes(lambda: build(config), weights_of(Path(model)))
             network, facts = transformers.AutoModelForCTC.from_pretrained(
-                model, dtype=dtype, output_loading_info=True
+                model, dtype=dtype, output_loading_info=True, trust_remote_code=False
             )
             if any(key.startswith("lm_head") for key in facts["missing_keys"]):
                 raise ValueError("no CTC head; take a model that was trained to transcribe")

@@ -1,6 +1,5 @@
 """Files of published checkpoints: reading them, and matching their tensors to ours by name."""
 
-import json
 import re
 from collections.abc import Mapping, Set
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from codec.config import CodecConfig
+from codec.io import parse_json
 from codec.models.codec import Codec
 
 # PyTorch's new and old names of weight norm's tensors.
@@ -33,7 +33,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file of another project. Raises `ValueError` if there is none."""
     text = read_config_text(file)
     try:
-        config = json.loads(text)
+        config = parse_json(text)
     except ValueError:
         config = None
     if not isinstance(config, dict):

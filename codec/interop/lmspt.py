@@ -39,7 +39,7 @@ from codec.interop.checkpoint import (
     read_json,
     read_state,
 )
-from codec.io import atomic_files, check_out_folder
+from codec.io import atomic_files, check_out_folder, parse_yaml
 from codec.models.codec import Codec
 
 MODEL_CLASS = "lmspt.model_codec.lmspt_model.LMSPT"
@@ -159,8 +159,8 @@ def _read_config(file: Path) -> dict[str, Any]:
         return read_json(file)
     text = read_config_text(file)
     try:
-        config = yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError):
+        config = parse_yaml(text)
+    except ValueError:
         config = None
     if not isinstance(config, dict):
         raise ValueError("has no keys and values in YAML; copy it again")

@@ -1,6 +1,5 @@
 """Codec: building, loading, saving, weight norm folding, and rounding to half precision."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,6 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
@@ -25,6 +23,7 @@ from codec.io import (
     check_source,
     check_trainable,
     hub_reason,
+    parse_json,
     sha256_of_tensors,
 )
 from codec.models.base import SpeechCodec
@@ -34,6 +33,7 @@ from codec.modules.quantize import Quantized, ResidualVQ, SplitVQ
 from codec.modules.seanet import SEANetDecoder, SEANetEncoder, semantic_head
 from codec.modules.vocos import SpectralDecoder, SpectralEncoder
 from codec.tokens import CodecStamp
+from codec.weights import build_outline, stored_shapes
 
 SUMS = "entry_sum"
 """Suffix of a codebook's EMA sums, which a folder in half precision omits."""
@@ -259,15 +259,21 @@ class Codec(PyTorchModelHubMixin, SpeechCodec, library_name="parlance", tags=["s
             raise ValueError(f"{model_id}: no config.json there; is it the folder of a codec?")
         if isinstance(config, dict):
             check_trainable(config, model_id)
-        try:
-            codec = cls(config)
-        except ValueError as error:
-            raise ValueError(f"{model_id}/config.json: {error}") from error
         file = Path(model_id) / WEIGHTS_FILE
         if not Path(model_id).is_dir():
             keys = ("revision", "cache_dir", "force_download", "local_files_only", "token")
             options = {key: download[key] for key in keys if key in download}
             file = Path(hf_hub_download(model_id, WEIGHTS_FILE, **options))
+        _check_file(file)
+        shapes = stored_shapes(file)
+        try:
+            if isinstance(config, dict):
+                config = codec_config_from_dict(config)
+            outline = build_outline(lambda: cls(config), len(shapes))
+        except ValueError as error:
+            raise ValueError(f"{model_id}/config.json: {error}") from error
+        check_shapes(outline, shapes, file)
+        codec = cls(config)
         load_weights(codec, file)
         codec.source = model_id
         return codec.to(map_location).eval()
@@ -296,7 +302,7 @@ def load_codec(
             file = Path(hf_hub_download(source, "config.json"))
         check_config_file(file)
         # Every configuration of transformers has a model_type, ours have none.
-        if "model_type" in json.loads(file.read_text(encoding="utf-8")):
+        if "model_type" in parse_json(file.read_text(encoding="utf-8")):
             from codec.models.hf import load_baseline
 
             return load_baseline(source, device)
@@ -320,43 +326,50 @@ def check_device(device: str) -> None:
 
 def _add_sums(found: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Computes omitted EMA sums from the entries, in the precision of the codec."""
-    for name in expected:
+    for name in expected.keys() - found.keys():
         stem = name.removesuffix(SUMS)
-        parts = [f"{stem}entries", f"{stem}cluster_size"]
-        if stem != name and name not in found and all(part in found for part in parts):
-            entries, size = (found[part].to(expected[part].dtype) for part in parts)
-            if entries.shape[:1] == size.shape:
-                found[name] = entries * size[:, None]
+        entries, size = (
+            found[f"{stem}{part}"].to(expected[name].dtype) for part in ("entries", "cluster_size")
+        )
+        found[name] = entries * size[:, None]
+
+
+def _check_file(file: Path) -> None:
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; a codec folder has config.json and {WEIGHTS_FILE}")
+
+
+def check_shapes(codec: nn.Module, shapes: Mapping[str, tuple[int, ...]], file: Path) -> None:
+    """Raises `ValueError` that names the first difference between a codec's tensors and the
+    `shapes` of a file. EMA sums of codebooks may be missing."""
+    expected = codec.state_dict()
+    for name, tensor in expected.items():
+        if name not in shapes:
+            if name.endswith(SUMS):
+                continue
+            raise ValueError(
+                f"{file}: the tensor {name} is missing; is config.json of another codec?"
+            )
+        if shapes[name] != tuple(tensor.shape):
+            raise ValueError(
+                f"{file}: the tensor {name} has shape {shapes[name]}, config.json asks "
+                f"for {tuple(tensor.shape)}"
+            )
+    if unknown := sorted(shapes.keys() - expected.keys()):
+        raise ValueError(
+            f"{file}: has the unknown tensor {unknown[0]}; is config.json of another codec?"
+        )
 
 
 def load_weights(codec: nn.Module, file: Path) -> None:
     """Loads every tensor of the codec. Raises `ValueError` that names the first mismatch."""
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file; a codec folder has config.json and {WEIGHTS_FILE}")
-    try:
-        found = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file}: not a complete safetensors file ({error}); copy it again"
-        ) from error
-    expected = codec.state_dict()
-    _add_sums(found, expected)
-    for name, tensor in expected.items():
-        if name not in found:
-            raise ValueError(
-                f"{file}: the tensor {name} is missing; is config.json of another codec?"
-            )
-        if found[name].shape != tensor.shape:
-            raise ValueError(
-                f"{file}: the tensor {name} has shape {tuple(found[name].shape)}, config.json asks "
-                f"for {tuple(tensor.shape)}"
-            )
-        if not bool(found[name].isfinite().all()):
+    _check_file(file)
+    check_shapes(codec, stored_shapes(file), file)
+    found = load_file(file)
+    for name, tensor in found.items():
+        if not bool(tensor.isfinite().all()):
             raise ValueError(f"{file}: the tensor {name} has NaN or infinity; did training fail?")
-    if unknown := sorted(set(found) - set(expected)):
-        raise ValueError(
-            f"{file}: has the unknown tensor {unknown[0]}; is config.json of another codec?"
-        )
+    _add_sums(found, codec.state_dict())
     codec.load_state_dict(found)
 
 

@@ -20,6 +20,7 @@ from codec.models.base import CHUNK_SECONDS, SpeechCodec
 from codec.modules.layers import Lengths, ceil_div
 from codec.program import quiet_transformers
 from codec.tokens import CodecStamp
+from codec.weights import check_sizes, weights_of
 
 MAX_ENTRIES = 1 << 16  # Token shards store codes as uint16.
 
@@ -305,7 +306,7 @@ def load_baseline(model: str, device: str = "cpu") -> Baseline:
     from transformers import AutoConfig, AutoModel
 
     with loading(model, "codec"):
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     if config.model_type not in BASELINES:
         raise ValueError(
             f"{model}: model type {config.model_type} is not a supported codec of transformers "
@@ -314,12 +315,14 @@ def load_baseline(model: str, device: str = "cpu") -> Baseline:
     kind = BASELINES[config.model_type]
     kind.check(model, config)
     with loading(model, "codec"):
+        check_sizes(lambda: AutoModel.from_config(config), weights_of(Path(model)))
         loaded: Any = AutoModel.from_pretrained(
             model,
             config=config,
             dtype=torch.float32,
             use_safetensors=True,
             output_loading_info=True,
+            trust_remote_code=False,
         )
     network, info = loaded
     if missing := sorted(info["missing_keys"]):

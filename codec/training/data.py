@@ -18,11 +18,13 @@ from codec.json_lines import append_json_lines
 from codec.program import reason_of
 
 if TYPE_CHECKING:
-    from lhotse import CutSet
+    from lhotse import AudioSource, CutSet
     from lhotse.cut import Cut
 
 logger = logging.getLogger(__name__)
 
+SOURCE_TYPES = ("file", "memory", "shar")
+"""Types of recordings in lists of cuts. lhotse has two more: shell commands and addresses."""
 WORKER_SECONDS = 60
 """A loader process ends this long after SIGTERM, if its main process has not ended it before."""
 
@@ -45,6 +47,13 @@ def read_cuts(path: str | Path) -> "CutSet":
         ) from error
     if len(cuts) == 0:
         raise ValueError(f"{path}: the list of cuts is empty")
+    for cut in cuts:
+        for source in _sources(cut):
+            if source.type not in SOURCE_TYPES:
+                raise ValueError(
+                    f"{path}: the recording of {cut.id!r} is a {source.type}, which is not run or "
+                    "downloaded; write it to a file and list that"
+                )
     return cuts
 
 
@@ -73,6 +82,13 @@ def load_cut(
         raise ValueError(f"{cut.id}: cannot be read ({reason_of(error)})") from error
 
 
+def _sources(cut: Any) -> "Iterator[AudioSource]":
+    """The sources of a cut, or of all parts of a mixture."""
+    for part in getattr(cut, "tracks", [cut]):
+        recording = _recording(getattr(part, "cut", part))
+        yield from recording.sources if recording else ()
+
+
 def _load(cut: "Cut", sample_rate: int, start: float, duration: float, allow_silence: bool):
     source = _single_file(cut)
     if source is not None:
@@ -82,6 +98,9 @@ def _load(cut: "Cut", sample_rate: int, start: float, duration: float, allow_sil
             source, sample_rate, start=cut.start + start,
             duration=None if end_of_file else duration, allow_silence=allow_silence,
         )  # fmt: skip
+    # lhotse builds a shell command of the file's name.
+    if any(str(source.source).lower().endswith(".sph") for source in _sources(cut)):
+        raise ValueError(f"{cut.id}: .sph files are not read in mixtures; convert them to WAV")
     wave = cut.truncate(offset=start, duration=duration).load_audio()
     channel = cancelled_channel(wave.T)
     mono = np.clip(wave.mean(axis=0) if channel is None else wave[channel], -1, 1)

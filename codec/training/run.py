@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -31,12 +32,22 @@ from accelerate.utils import (
     broadcast_object_list,
     set_seed,
 )
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from codec.distillation.teachers import has_bf16
-from codec.io import FileLock, apply_umask, atomic_file, fsync, is_write_failure
+from codec.io import (
+    DAMAGE,
+    FileLock,
+    apply_umask,
+    atomic_file,
+    fsync,
+    is_write_failure,
+    parse_json,
+    parse_yaml,
+)
 from codec.json_lines import append_json_lines, read_appended, write_json_lines
-from codec.program import ReportedElsewhere
+from codec.program import ReportedElsewhere, reason_of
 from codec.training.workarounds import accelerator_options, default_deepspeed_device
 
 logger = logging.getLogger(__name__)
@@ -312,14 +323,20 @@ class Run:
             # Models are built alike on all ranks; from here on each rank has its own generator.
             set_seed(self.seed, device_specific=True)
             return 0
-        written = json.loads((newest[0] / SEAL).read_text())
+        written = parse_json((newest[0] / SEAL).read_text())
         for key, value in _world(self.accelerator).items():
             if written[key] != value:
                 raise ValueError(
                     f"{newest[0]}: written with {key} {written[key]}, but this launch has {value}; "
                     "launch as before to resume, or choose another run folder"
                 )
-        self.accelerator.load_state(str(newest[0]))
+        try:
+            self.accelerator.load_state(str(newest[0]))
+        except (*DAMAGE, RuntimeError, SafetensorError, UnpicklingError) as error:
+            raise ValueError(
+                f"{newest[0]}: does not fit this run, or is damaged ({reason_of(error)[:300]}); "
+                "remove it to resume from the one before"
+            ) from error
         logger.info("resuming from %s", newest[0])
         return _step_of(newest[0])
 
@@ -435,7 +452,10 @@ def _claim(
     """Writes config.yaml, or checks that the folder was begun with the same one but for `free`."""
     path, content = folder / "config.yaml", resolved(config)
     if path.exists():
-        before, now = dict(leaves(yaml.safe_load(path.read_text()))), dict(leaves(content))
+        try:
+            before, now = dict(leaves(parse_yaml(path.read_text()))), dict(leaves(content))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path}: damaged ({error}); choose another folder") from error
         if current_keys is not None:
             before = current_keys(before, now)
         # An earlier version behaved as the defaults of the keys that it lacked.
@@ -496,9 +516,9 @@ def _seal(folder: Path, facts: dict[str, Any]) -> None:
 
 def _is_complete(folder: Path) -> bool:
     try:
-        sizes = json.loads((folder / SEAL).read_text())["sizes"]
+        sizes = parse_json((folder / SEAL).read_text())["sizes"]
         short = [name for name, size in sizes.items() if (folder / name).stat().st_size != size]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except DAMAGE:
         short = [SEAL]
     if short:
         logger.warning(
@@ -562,7 +582,10 @@ def git_revision() -> str:
 def _note_start(folder: Path, seed: int, precision: str, world: dict[str, Any]) -> None:
     """Adds this start to run.json."""
     path = folder / "run.json"
-    starts = json.loads(path.read_text())["starts"] if path.exists() else []
+    try:
+        starts = list(parse_json(path.read_text())["starts"]) if path.exists() else []
+    except DAMAGE as error:
+        raise ValueError(f"{path}: damaged ({reason_of(error)}); remove it") from error
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     starts.append(
         {

@@ -3,7 +3,6 @@
 The library behind recipes/train_codec.py.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from codec.config import CodecConfig, codec_config_from_dict
 from codec.distillation.objectives import Student
 from codec.distillation.resynthesis import Resynthesis
 from codec.distillation.targets import Teachers
-from codec.io import check_config_file, check_source, check_trainable, hub_reason
+from codec.io import check_config_file, check_source, check_trainable, hub_reason, parse_json
 from codec.modules.discriminators import Discriminators
 from codec.tokens import TokenShard
 from codec.training.codec_step import TrainingModels
@@ -81,7 +80,7 @@ def _architecture_of(source: str) -> CodecConfig:
     if not folder.is_dir():
         file = Path(hf_hub_download(source, "config.json"))
     check_config_file(file)
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = parse_json(file.read_text(encoding="utf-8"))
     check_trainable(content, name)
     try:
         return codec_config_from_dict(content)

@@ -19,6 +19,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from codec.io import parse_yaml
 from codec.program import did_you_mean
 from codec.training.run import leaves, plain
 from slm.config import REMOVED_FIELDS, RENAMED_FIELDS
@@ -261,8 +262,15 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{file}: no such configuration file")
     try:
+        parse_yaml(file.read_text(encoding="utf-8"))  # Limits aliases, which OmegaConf copies.
         content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+    except (
+        ValueError,
+        yaml.YAMLError,
+        OmegaConfBaseException,
+        UnicodeDecodeError,
+        OSError,
+    ) as error:
         raise ValueError(f"{file}: not valid YAML: {_first_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: a configuration file holds `key: value` lines, not a list")

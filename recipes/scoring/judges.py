@@ -1,6 +1,5 @@
 """The models that score, stored scores of utterances, digests and safe file names."""
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -10,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from codec.io import sha256_of
+from codec.io import parse_json, sha256_of
 from codec.json_lines import append_json_lines, read_appended, write_json_lines
 from eval.benchmark import (
     Embed,
@@ -128,7 +127,7 @@ def digest_of_voice(folder: str | Path) -> str:
     parts = [f"{path.relative_to(folder).as_posix()} {sha256_of(path, 16)}" for path in weights]
     base = folder / "ar" / "base.json"
     if base.is_file():
-        parts.append(str(json.loads(base.read_text(encoding="utf-8")).get("digest")))
+        parts.append(str(parse_json(base.read_text(encoding="utf-8")).get("digest")))
     return sha256_of("\n".join(parts), 16)
 
 

@@ -4,12 +4,12 @@ Reference recordings are decoded from their codes, so that the codec's own loss 
 both.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
+from codec.io import parse_json
 from codec.tokens import TokenShard
 from eval.benchmark import Embed
 from eval.speaker import similarity
@@ -111,7 +111,7 @@ def read_sexes(path: Path, shard: TokenShard) -> dict[str, str]:
         ValueError: the file holds no JSON object, or no speaker of the shard.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(record, dict):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from codec.distillation.word_alignment import load_transcriber
-from codec.io import atomic_file, sha256_of
+from codec.io import atomic_file, parse_json, sha256_of
 from codec.tokens import TokenShard
 from codec.training.run import Run
 from eval.benchmark import Provenance, Row, machine, rows_of, table
@@ -134,7 +134,7 @@ def score_voice(
                 rows += codec_rows(voice, name, listed, scorers, codec)
         write_results(out / "results.jsonl", {"slm": scored}, rate)
     if texts:
-        before = json.loads((folder / BASE_PERPLEXITY_FILE).read_text())
+        before = parse_json((folder / BASE_PERPLEXITY_FILE).read_text())
         rows += _perplexity_rows(before, texts, dataclasses.replace(origin, system="base"))
         rows += _perplexity_rows(perplexities(voice.lm, texts), texts, origin)
     with atomic_file(folder / ROWS) as temporary:
@@ -159,7 +159,7 @@ def perplexities(lm: SpeechLM, texts: Sequence[str]) -> dict[str, float]:
 def store_base_perplexity(folder: Path, lm: SpeechLM, texts: Sequence[str]) -> None:
     """Writes the perplexities of an untrained model to BASE_PERPLEXITY_FILE, unless it has them."""
     path = folder / BASE_PERPLEXITY_FILE
-    if not path.exists() or "perplexity_all" not in json.loads(path.read_text()):
+    if not path.exists() or "perplexity_all" not in parse_json(path.read_text()):
         with atomic_file(path) as temporary:
             temporary.write_text(json.dumps(perplexities(lm, texts)))
 

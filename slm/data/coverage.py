@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from codec.io import atomic_file
+from codec.io import DAMAGE, atomic_file, parse_json
 from codec.transcripts import check_unicode, has_words
+from slm.config import from_json
 from slm.tokenization.text_normalization import SIGN_LETTERS, clean_text, script_of
 
 logger = logging.getLogger(__name__)
@@ -75,9 +76,8 @@ class Coverage:
         """Raises ValueError for a missing or damaged file."""
         path = Path(folder) / COVERAGE_FILE
         try:
-            record = json.loads(path.read_text())
-            return cls(**{**record, "scripts": tuple(record["scripts"])})
-        except (OSError, KeyError, TypeError, ValueError) as error:
+            return from_json(cls, parse_json(path.read_text()))
+        except DAMAGE as error:
             raise ValueError(
                 f"{path}: missing or damaged ({error}); save the voice again"
             ) from error

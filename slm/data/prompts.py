@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from codec.io import atomic_file
+from codec.io import DAMAGE, atomic_file, parse_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,11 +58,13 @@ def load_prompts(folder: str | Path) -> dict[str, Prompt]:
     prompts = {}
     for path in sorted(Path(folder).glob("*.json")):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = parse_json(path.read_text(encoding="utf-8"))
             codes = np.array(record["codes"], dtype=np.int64)
             if codes.ndim != 2:
                 raise ValueError("its codes are not one row per codebook")
+            if not isinstance(record["text"], str) or not isinstance(record["credit"], str):
+                raise ValueError("text and credit are texts")
             prompts[path.stem] = Prompt(codes=codes, text=record["text"], credit=record["credit"])
-        except (KeyError, TypeError, ValueError) as error:
+        except DAMAGE as error:
             raise ValueError(f"{path}: not a prompt: {error}") from error
     return prompts

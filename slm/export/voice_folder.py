@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from codec.io import atomic_file, atomic_folder, hub_reason
+from codec.io import DAMAGE, atomic_file, atomic_folder, hub_reason, parse_json
 from codec.tokens import CodecStamp
 from slm.config import SamplingConfig, from_json
 from slm.data.coverage import Coverage
@@ -82,8 +82,8 @@ class VoiceSummary:
         """Of a voice's folder or hub id. Raises ValueError if it is none."""
         folder = local_folder(path_or_hub_id)
         try:
-            tasks = json.loads((folder / "ar" / BASE_FILE).read_text()).get("tasks", {})
-        except (OSError, AttributeError, ValueError) as error:
+            tasks = parse_json((folder / "ar" / BASE_FILE).read_text()).get("tasks", {})
+        except DAMAGE as error:
             raise ValueError(f"{folder}/ar/{BASE_FILE}: missing or damaged ({error})") from error
         return cls(
             folder=folder,
@@ -115,11 +115,11 @@ def load_sampling(folder: Path) -> SamplingConfig | None:
     if not path.exists():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(path.read_text(encoding="utf-8"))
         if not isinstance(record, dict):
             raise ValueError("no JSON object")
         return from_json(SamplingConfig, record)
-    except (OSError, TypeError, ValueError) as error:
+    except DAMAGE as error:
         raise ValueError(
             f"{path}: no sampling settings ({error}); correct it, or remove it for the defaults"
         ) from error

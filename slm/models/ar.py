@@ -23,13 +23,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
-from codec.io import apply_umask_to_weights, atomic_file, sha256_of_tensors
+from codec.io import (
+    DAMAGE,
+    apply_umask_to_weights,
+    atomic_file,
+    fits_type,
+    parse_json,
+    sha256_of_tensors,
+)
 from codec.program import quiet_transformers
 from codec.tokens import CodecStamp
+from codec.weights import check_sizes, stored_shapes, weights_of
 from slm.config import ARConfig, LoRAConfig
 from slm.data.ar import IGNORE, ARBatch
 from slm.data.interleaving import sequence_format
@@ -42,7 +50,15 @@ from slm.tokenization.vocabulary import Vocabulary, extend, row_parameters
 logger = logging.getLogger(__name__)
 
 BASE_FILE = "base.json"
+BASE_KEYS = {"name": str, "digest": str, "num_layers": int | None, "adapter": bool}
+"""Keys of base.json and their types."""
 SAMPLES_PER_TENSOR = 4096
+ADAPTER_KEYS = {
+    *("base_model_name_or_path", "fan_in_fan_out", "inference_mode", "lora_alpha", "lora_dropout"),
+    *("modules_to_save", "peft_type", "peft_version", "r", "target_modules", "task_type"),
+    "trainable_token_indices",
+}
+"""Keys of adapter_config.json that differ between voices."""
 
 
 class Scores(NamedTuple):
@@ -230,7 +246,7 @@ class SpeechLM(nn.Module):
         """
         folder = Path(folder)
         vocabulary = Vocabulary.load(folder)
-        origin = _read_object(folder / BASE_FILE, ("name", "digest", "num_layers", "adapter"))
+        origin = _read_object(folder / BASE_FILE, BASE_KEYS)
         if origin["adapter"]:
             lm, text_tokenizer = _load_adapted(folder, origin, vocabulary, base, dtype)
         else:
@@ -296,17 +312,22 @@ def load_base(
     elif not path.is_dir() and (path.is_absolute() or str(name).count("/") != 1):
         raise ValueError(f"{name}: no such folder of a text LLM, nor a hub id (owner/name)")
     with _named_errors(name):
-        config = AutoConfig.from_pretrained(source, **where)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
     if num_layers is not None:
         _keep_layers(config, num_layers, str(name))
+    with _named_errors(name), quiet_transformers():
+        check_sizes(
+            lambda: AutoModelForCausalLM.from_config(config),
+            [path] if path.suffix == ".gguf" else weights_of(path),
+        )
     # With `num_layers`, transformers would list the layers that are left out.
     with _named_errors(name), quiet_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, attn_implementation="sdpa",
-            output_loading_info=True, **where,
+            output_loading_info=True, trust_remote_code=False, **where,
         )  # fmt: skip
         lm, info = loaded
-        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
     if lacking := sorted(info["missing_keys"]):
         raise ValueError(f"{name}: its weights lack {', '.join(lacking[:3])}; fetch it again")
     check_head(lm, str(name))
@@ -402,13 +423,13 @@ class Letters(NamedTuple):
     def load(cls, path: str | Path) -> "Letters":
         """Raises ValueError for a file that is missing or of another kind."""
         try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            record = parse_json(Path(path).read_text(encoding="utf-8"))
             letters, shares = record["letters"], np.array(record["shares"], dtype=np.float32)
             if shares.ndim != 2 or shares.shape[1] != len(letters) + 1:
                 raise ValueError("a row must have a share for each letter and a word's end")
             if not np.isfinite(shares).all() or shares.min() < 0 or shares.max() > 1:
                 raise ValueError("shares lie in [0, 1]")
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except DAMAGE as error:
             raise ValueError(
                 f"{path}: no letters of codes ({error}); recipes/make_clips.py writes them"
             ) from error
@@ -449,17 +470,43 @@ def init_from_letters(lm: Any, tokenizer: SpeechTextTokenizer, letters: Letters)
             table.weight[new_rows] += (shares.to(rows) @ rows).to(table.weight.dtype)
 
 
-def _read_object(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    """A JSON object that has `keys`. Raises ValueError when it is missing or damaged."""
+def _read_object(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object that has the keys of `kinds`, with values of these types. Raises ValueError
+    when it is missing or damaged."""
     try:
-        record = json.loads(path.read_text())
+        record = parse_json(path.read_text())
         if not isinstance(record, dict):
             raise ValueError("no JSON object")
-        if lacking := [key for key in keys if key not in record]:
+        if lacking := [key for key in kinds if key not in record]:
             raise ValueError(f"it lacks {', '.join(lacking)}")
+        if wrong := [key for key, kind in kinds.items() if not fits_type(record[key], kind)]:
+            raise ValueError(f"its {wrong[0]} is {record[wrong[0]]!r}"[:200])
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: missing or damaged ({error}); copy the voice again") from error
     return record
+
+
+def _check_adapter(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError for settings of LoRA that voices do not have: peft imports modules by name,
+    matches regular expressions and downloads files for some.
+
+    Args:
+        shapes: of the adapters' tensors.
+    """
+    from peft import LoraConfig
+
+    record = _read_object(path, {"peft_type": str, "target_modules": list | str | None, "r": int})
+    usual = LoraConfig().to_dict()
+    names = ("target_modules", "modules_to_save")
+    most = max((shape[0] for name, shape in shapes.items() if ".lora_A." in name), default=0)
+    known = usual.keys() & record.keys() - ADAPTER_KEYS
+    wrong = [key for key in known if record[key] != usual[key]]
+    wrong += ["peft_type"] if record["peft_type"] != "LORA" else []
+    wrong += ["r"] if record["r"] > most else []
+    wrong += [key for key in names if not isinstance(record.get(key), list | None)]
+    if wrong:
+        shown = repr(record[min(wrong)])[:60]
+        raise ValueError(f"{path}: a voice has no {min(wrong)} {shown}; copy the voice again")
 
 
 def _find_base(folder: Path, origin: Mapping[str, Any], base: str | Path | None) -> str | Path:
@@ -496,21 +543,27 @@ def _load_adapted(
             f"{found}: not the text LLM that {folder} was trained on: its digest is "
             f"{loaded.digest}, {BASE_FILE} has {origin['digest']}"
         )
-    extend(loaded.lm, vocabulary, seed=0)
-    _read_object(folder / "adapter_config.json", ("peft_type", "target_modules", "r"))
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise ValueError(f"{file} is missing; copy the voice again")
+    shapes = stored_shapes(file)
+    _check_adapter(folder / "adapter_config.json", shapes)
+    rows = max(loaded.lm.get_input_embeddings().weight.shape[0], len(loaded.tokenizer))
+    most = rows + max((shape[0] for shape in shapes.values() if shape), default=0)
+    if vocabulary.text_size != rows or vocabulary.size > most:
+        raise ValueError(
+            f"{folder}: its vocabulary.json has {vocabulary.size} tokens, {vocabulary.text_size} "
+            f"of them of the text LLM, which has {rows}; copy the voice again"
+        )
+    extend(loaded.lm, vocabulary, seed=0)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Missing tensors are an error, below.
             lm = PeftModel.from_pretrained(loaded.lm, str(folder))
-        with safe_open(file, "pt") as stored:
-            names = set(stored.keys())
-    except (RuntimeError, KeyError, TypeError, ValueError, SafetensorError) as error:
+    except (*DAMAGE, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{file}: it does not fit its text LLM: {reason}") from error
     expected = get_peft_model_state_dict(lm, save_embedding_layers=False)
-    if lacking := sorted(expected.keys() - names):
+    if lacking := sorted(expected.keys() - shapes.keys()):
         raise ValueError(f"{file}: it lacks {lacking[0]}; copy the voice again")
     return lm.merge_and_unload(), loaded.tokenizer

@@ -5,7 +5,6 @@ the predicted one, within the prompt of all codebooks. The norms of each layer d
 which is the predicted codebook, counted from 0.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from codec.io import apply_umask_to_weights
+from codec.io import DAMAGE, apply_umask_to_weights, parse_json
+from codec.weights import build_outline, stored_shapes
 from slm.config import NARConfig
 from slm.data.nar import NUM_TEXT_SYMBOLS, NARBatch, nar_batch, text_bytes
 from slm.models.ar import Scores, score
@@ -404,15 +404,21 @@ class NAR(
             if not (folder / name).is_file():
                 raise ValueError(f"{folder}: no NAR here ({name} is missing)")
         try:
-            config = json.loads((folder / "config.json").read_text())
+            config = parse_json((folder / "config.json").read_text())
             if not isinstance(config, dict):
                 raise ValueError("its config.json is no JSON object")
-            tensors = load_file(folder / "model.safetensors")
-            if "stages.weight" in tensors:
+            shapes = stored_shapes(folder / "model.safetensors")
+            if "stages.weight" in shapes:
                 raise ValueError("its norms are of an earlier revision; train it again")
+            outline = build_outline(lambda: cls(config), len(shapes)).state_dict()
+            if wrong := [key for key, value in outline.items() if shapes.get(key) != value.shape]:
+                raise ValueError(
+                    f"the tensor {wrong[0]} has the shape {shapes.get(wrong[0])}, config.json asks "
+                    f"for {tuple(outline[wrong[0]].shape)}"
+                )
             nar = cls(config)
-            nar.load_state_dict(tensors)
-        except (RuntimeError, TypeError, ValueError, SafetensorError) as error:
+            nar.load_state_dict(load_file(folder / "model.safetensors"))
+        except (*DAMAGE, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{folder}: incomplete or damaged NAR: {reason[:300]}") from error
         return nar

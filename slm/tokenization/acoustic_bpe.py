@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, Integer
 
-from codec.io import atomic_file, sha256_of
+from codec.io import DAMAGE, atomic_file, parse_json, sha256_of
 from codec.tokens import CodecStamp
 
 FORMAT_VERSION = 1
@@ -186,14 +186,14 @@ class AcousticBPE:
                 f"{path}: no such acoustic BPE model; recipes/train_units.py makes one"
             )
         try:
-            record = json.loads(path.read_text())
+            record = parse_json(path.read_text())
             if record["format"] != FORMAT_VERSION:
                 raise ValueError("it is of another format; update parlance or train again")
             stamp = record["codec"]
             stamp["codebook_sizes"] = tuple(stamp["codebook_sizes"])
             trained = Trained(CodecStamp(**stamp), bool(record["remove_runs"]))
             return cls(base64.b64decode(record["sentencepiece"], validate=True), trained)
-        except (IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (*DAMAGE, RuntimeError) as error:
             raise ValueError(
                 f"{path}: not an acoustic BPE model (or a damaged one) ({error})"
             ) from error

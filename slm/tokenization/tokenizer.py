@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int
 from tokenizers.pre_tokenizers import ByteLevel
 
-from codec.io import atomic_file
+from codec.io import DAMAGE, atomic_file, parse_json
 from codec.tokens import CodecStamp
 from codec.transcripts import check_unicode, lowercase_if_all_caps
 from slm.config import SpeechFormConfig, TextConfig, from_json
@@ -297,18 +297,18 @@ class SpeechTextTokenizer:
         if not path.is_file():  # Older voices: the LLM's tokens and codes, not normalized.
             return cls(vocabulary, text_tokenizer, TextConfig(normalize=False))
         try:
-            record = json.loads(path.read_text())
+            record = parse_json(path.read_text())
             text = from_json(TextConfig, record["text"])
             # Older voices have it under `units`.
             speech = from_json(SpeechFormConfig, record.get("speech") or record["units"])
-        except (KeyError, TypeError, ValueError) as error:
+        except DAMAGE as error:
             raise ValueError(
                 f"{path}: missing or damaged ({error}); copy the voice again"
             ) from error
         used = "bpe" in (speech.tts_form, speech.asr_form)
         bpe = AcousticBPE.load(Path(folder) / BPE_FILE) if used else None
         # Older voices have transcripts of each character's own tokens.
-        return cls(vocabulary, text_tokenizer, text, speech, bpe, record.get("bytes", False))
+        return cls(vocabulary, text_tokenizer, text, speech, bpe, record.get("bytes") is True)
 
 
 def _by_character(

@@ -18,8 +18,9 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
-from codec.io import atomic_file
+from codec.io import DAMAGE, atomic_file, parse_json
 from codec.tokens import CodecStamp
+from slm.config import from_json
 
 FILE_NAME = "vocabulary.json"
 FORMAT_VERSION = 2
@@ -198,7 +199,7 @@ class Vocabulary:
         if not path.is_file():
             raise ValueError(f"{path} is missing; is {folder} the ar/ folder of a voice?")
         try:
-            record = json.loads(path.read_text())
+            record = parse_json(path.read_text())
             if not isinstance(record, dict):
                 raise ValueError("no JSON object")
             if record.pop("format") not in READABLE:
@@ -206,8 +207,10 @@ class Vocabulary:
             del record["specials"]
             stamp = record.pop("codec")
             stamp["codebook_sizes"] = tuple(stamp["codebook_sizes"])
-            return cls(codec=CodecStamp(**stamp), **record)
-        except (IndexError, KeyError, TypeError, ValueError) as error:
+            stamp = CodecStamp(**stamp)
+            stamp.check()
+            return from_json(cls, {**record, "codec": stamp})
+        except DAMAGE as error:
             raise ValueError(
                 f"{path}: not a vocabulary map: {error}; copy the voice again"
             ) from error

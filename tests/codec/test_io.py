@@ -23,6 +23,8 @@ from codec.io import (
     atomic_folder,
     check_id,
     is_write_failure,
+    parse_json,
+    parse_yaml,
     path_of_id,
     sha256_of,
     sha256_of_tensors,
@@ -209,3 +211,34 @@ def test_a_symbolic_link_is_not_followed_out_of_the_folder(tmp_path: Path) -> No
         assert path_of_id(folder, name, ".wav") == folder / f"{name}.wav"
     with pytest.raises(ValueError, match=r"away: a symbolic link that leads out of .*; remove it"):
         path_of_id(folder, "away/a", ".wav")
+
+
+def test_json_and_yaml_have_a_limited_depth() -> None:
+    for parse in (parse_json, parse_yaml):
+        assert parse("[" * 99 + "]" * 99)
+        for depth in (101, 100_000):
+            with pytest.raises(ValueError, match="nested too deeply"):
+                parse("[" * depth + "]" * depth)
+    with pytest.raises(ValueError, match="Expecting"):
+        parse_json("[1")
+
+
+def test_aliases_of_yaml_are_limited() -> None:
+    assert parse_yaml("a: &x [1, 2]\nb: [*x, *x]") == {"a": [1, 2], "b": [[1, 2], [1, 2]]}
+    lines = ["a0: &a0 [x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    for text in ("\n".join(lines), "a: &a [*a]", "&a {b: *a}"):
+        with pytest.raises(ValueError, match="aliases"):
+            parse_yaml(text)
+    for text in ("a: [", "!!python/object/apply:os.getcwd []", "{[]: 1}", "2001-99-99"):
+        with pytest.raises(ValueError, match=r"\w"):
+            parse_yaml(text)
+
+
+def test_the_lock_of_a_folder_is_no_link(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / ".lock").symlink_to(tmp_path / "file")
+    with pytest.raises(OSError, match="lock"):
+        FileLock(tmp_path / "folder")
+    assert (tmp_path / "file").read_text() == "kept"

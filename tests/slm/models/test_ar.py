@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -315,5 +316,60 @@ def test_a_damaged_adapter_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lacks"):
         SpeechLM.load(tmp_path / "ar")
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         SpeechLM.load(tmp_path / "ar")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("megatron_core", "os"),
+        ("megatron_config", {"a": 1}),
+        ("peft_type", "PROMPT_TUNING"),
+        ("r", 2**40),
+        ("rank_pattern", {"(a+)+$": 2**40}),
+        ("target_modules", "(.*a){20}"),
+        ("init_lora_weights", "pissa"),
+        ("layer_replication", [[0, 2**30]]),
+    ],
+)
+def test_settings_of_adapters_that_voices_do_not_have(tmp_path: Path, key: str, value: Any) -> None:
+    """peft would import modules by name, match patterns, or allocate memory."""
+    make(tmp_path).save(tmp_path / "ar")
+    file = tmp_path / "ar" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(ValueError, match=rf"adapter_config\.json: a voice has no {key}"):
+        SpeechLM.load(tmp_path / "ar")
+
+
+@pytest.mark.parametrize("change", [{"text_size": 2**40}, {"num_merges": 2**40}])
+def test_a_vocabulary_of_another_size_is_refused_before_it_is_made(
+    tmp_path: Path, change: dict[str, int]
+) -> None:
+    make(tmp_path).save(tmp_path / "ar")
+    file = tmp_path / "ar" / "vocabulary.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ValueError, match=r"its vocabulary\.json has 10995116"):
+        SpeechLM.load(tmp_path / "ar")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": 2**30},
+        {"hidden_size": 2**20},
+        {"vocab_size": 2**40},
+        {"auto_map": {"AutoConfig": "a.B", "AutoModelForCausalLM": "a.B"}, "model_type": "own"},
+    ],
+)
+def test_an_llm_that_is_larger_than_its_file_or_has_code(
+    tmp_path: Path, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # transformers asks on the terminal whether to run a model's code.
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    base = save_base(tmp_path)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, **change}))
+    (base / "a.py").write_text("raise SystemExit")
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        load_base(base)

@@ -276,7 +276,15 @@ def test_damaged_folders_are_named(nar: NAR, tmp_path: Path) -> None:
         NAR.load(tmp_path)
 
 
-@pytest.mark.parametrize("config", ["[]", "{}", "{", '{"width": "x"}', "7"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        *("[]", "{}", "{", '{"width": "x"}', "7", "[" * 100_000),
+        '{"width": 1099511627776, "codebook_sizes": [8, 8]}',
+        '{"num_layers": 1099511627776, "codebook_sizes": [8, 8]}',
+    ],
+    ids=range(8),
+)
 def test_a_damaged_configuration_is_named(nar: NAR, tmp_path: Path, config: str) -> None:
     nar.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(config)

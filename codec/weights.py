@@ -1,0 +1,97 @@
+"""Weights files of strangers: a model's sizes are compared with them before memory is allocated."""
+
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+Module = TypeVar("Module", bound=nn.Module)
+
+VALUES_PER_BYTE = 4
+"""Maximum number of a model's values for each byte of its files: that of 2-bit weights."""
+SPARE_VALUES = 2**20
+"""Values that need not be in a file, such as windows and position tables."""
+MAX_TENSORS = 50_000
+"""Of a model whose number of stored tensors is not known."""
+
+
+def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a safetensors file by name; only its header is read.
+
+    Raises:
+        ValueError: a damaged file, also one that is shorter than its header states.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file}: not a complete safetensors file ({error}); copy it again"
+        ) from error
+
+
+def build_outline(build: Callable[[], Module], num_tensors: int) -> Module:
+    """A model on the meta device, without memory for its tensors.
+
+    Raises:
+        ValueError: its configuration asks for many more parameters than there are stored tensors,
+            or for tensors that cannot exist.
+    """
+    # Weight norm replaces a parameter by two, and tied tensors have two names.
+    thread, count, most = threading.get_ident(), 0, 64 + 2 * num_tensors
+
+    def check(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count
+        if threading.get_ident() != thread:
+            return
+        count += 1
+        if count > most:
+            raise ValueError(
+                f"its configuration asks for more tensors than its weights have ({num_tensors})"
+            )
+
+    hook = register_module_parameter_registration_hook(check)  # pyright: ignore[reportArgumentType]
+    try:
+        with torch.device("meta"):
+            return build()
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"its configuration asks for impossible sizes ({reason})") from error
+    finally:
+        hook.remove()
+
+
+def weights_of(folder: Path) -> list[Path]:
+    """The weights files of a folder that transformers saved; none for a hub id."""
+    files = sorted(folder.glob("*.safetensors"))
+    return files or sorted(folder.glob("pytorch_model*.bin"))
+
+
+def check_sizes(build: Callable[[], nn.Module], files: Iterable[Path]) -> None:
+    """Compares the sizes of a model of transformers with its files, whose tensors may have other
+    names.
+
+    Args:
+        files: the model's weights; none: nothing is compared.
+
+    Raises:
+        ValueError: a damaged file, or a configuration that asks for much more than the files have.
+    """
+    files = list(files)
+    if not files:
+        return
+    stored = [stored_shapes(file) for file in files if file.suffix == ".safetensors"]
+    is_known = len(stored) == len(files)
+    outline = build_outline(build, sum(map(len, stored)) if is_known else MAX_TENSORS)
+    tensors = {id(each): each for each in (*outline.parameters(), *outline.buffers())}
+    wanted = sum(each.numel() for each in tensors.values())
+    size = sum(file.stat().st_size for file in files)
+    if wanted > VALUES_PER_BYTE * size + SPARE_VALUES:
+        raise ValueError(
+            f"its configuration asks for {wanted} values, but its weights have {size} bytes"
+        )
