@@ -89,9 +89,14 @@ def append_json_lines(path: str | Path, records: Iterable[Any], *, sync: bool = 
 
     Args:
         sync: wait until the lines are on the disk.
+
+    Raises:
+        ValueError: the file is a symbolic link that leads out of its folder.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(path.parent)):
+        raise ValueError(f"{path}: a symbolic link that leads out of its folder; remove it")
     added = "".join(f"{to_json_line(record)}\n" for record in records).encode()
     with open(path, "a+b") as file:
         with suppress(OSError):  # Of file systems without locks.

@@ -509,7 +509,9 @@ def _network(model: str, config: Any) -> Any:
     from transformers import AutoModel
 
     with loading(model, "speech or text teacher"):
-        check_sizes(lambda: AutoModel.from_config(config), weights_of(Path(model)))
+        check_sizes(
+            lambda: AutoModel.from_config(config, trust_remote_code=False), weights_of(Path(model))
+        )
         loaded: Any = AutoModel.from_pretrained(
             model,
             config=config,

@@ -393,7 +393,7 @@ def load_transcriber(
             tokenizer = transformers.WhisperTokenizer.from_pretrained(model)
         else:
             build = transformers.AutoModelForCTC.from_config
-            check_sizes(lambda: build(config), weights_of(Path(model)))
+            check_sizes(lambda: build(config, trust_remote_code=False), weights_of(Path(model)))
             network, facts = transformers.AutoModelForCTC.from_pretrained(
                 model, dtype=dtype, output_loading_info=True, trust_remote_code=False
             )

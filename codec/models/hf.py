@@ -315,7 +315,9 @@ def load_baseline(model: str, device: str = "cpu") -> Baseline:
     kind = BASELINES[config.model_type]
     kind.check(model, config)
     with loading(model, "codec"):
-        check_sizes(lambda: AutoModel.from_config(config), weights_of(Path(model)))
+        check_sizes(
+            lambda: AutoModel.from_config(config, trust_remote_code=False), weights_of(Path(model))
+        )
         loaded: Any = AutoModel.from_pretrained(
             model,
             config=config,

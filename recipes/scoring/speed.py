@@ -151,7 +151,8 @@ def _random_baseline(kind: str) -> tuple[str, SpeechCodec]:
         raise ValueError(f"--random {kind}: must be one of {', '.join(PUBLISHED)}")
     published, settings = PUBLISHED[kind]
     torch.manual_seed(0)
-    network = AutoModel.from_config(AutoConfig.for_model(kind, **settings))
+    config = AutoConfig.for_model(kind, **settings)
+    network = AutoModel.from_config(config, trust_remote_code=False)
     codec = BASELINES[kind](network, published)
     return f"{published}, random weights", codec
 

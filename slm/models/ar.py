@@ -317,7 +317,7 @@ def load_base(
         _keep_layers(config, num_layers, str(name))
     with _named_errors(name), quiet_transformers():
         check_sizes(
-            lambda: AutoModelForCausalLM.from_config(config),
+            lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False),
             [path] if path.suffix == ".gguf" else weights_of(path),
         )
     # With `num_layers`, transformers would list the layers that are left out.

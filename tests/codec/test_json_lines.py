@@ -126,3 +126,19 @@ def test_an_incomplete_last_line_is_removed(tmp_path: Path, torn: bytes) -> None
         assert [line.value for line in lines] == [{"a": ODD}, {"a": 2}]
     append_json_lines(path, [{"a": 3}], sync=False)
     assert path.read_bytes() == before + b'{"a": 3}\n'
+
+
+def test_lines_are_not_appended_behind_a_link_out_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "out.jsonl").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"out\.jsonl: a symbolic link that leads out"):
+        append_json_lines(tmp_path / "a" / "out.jsonl", [1])
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_lines_have_a_limited_depth(tmp_path: Path) -> None:
+    for depth, error in ((100, None), (102, "nested too deeply"), (100_000, "nested too deeply")):
+        (tmp_path / "a.jsonl").write_text("[" * depth + "]" * depth)
+        (line,) = scan_json_lines(tmp_path / "a.jsonl")
+        assert (error or "") in (line.error or "")
+        assert (line.error is None) == (error is None)

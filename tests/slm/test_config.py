@@ -57,3 +57,20 @@ def test_the_shipped_voice_loads() -> None:
     assert (sampling.temperature, sampling.max_attempts) == (0.7, 3)
     nar = NARConfig.from_json(json.loads((shipped / "nar" / "config.json").read_text()))
     assert (nar.conv_kernel, nar.label_smoothing_neighbors, nar.prompt_matching) == (9, 10.0, True)
+
+
+@pytest.mark.parametrize(
+    ("cls", "values"),
+    [
+        (SamplingConfig, {"temperature": "hot"}),
+        (SamplingConfig, {"max_attempts": 1.5}),
+        (SamplingConfig, {"frames_per_token": [1.0]}),
+        (SamplingConfig, {"checks": "loop"}),
+        (NARConfig, {"width": True}),
+        (NARConfig, {"codebook_sizes": [8, None]}),
+    ],
+)
+def test_values_of_files_have_their_types(cls: type, values: dict) -> None:
+    (key,) = values
+    with pytest.raises(ValueError, match=rf"^{key}: .* is not of type"):
+        from_json(cls, values)

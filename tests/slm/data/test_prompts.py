@@ -54,7 +54,13 @@ def test_prompts_round_trip_by_name(tmp_path) -> None:
     assert not found["a"].continuation
 
 
-@pytest.mark.parametrize("change", [{"codes": [1, 2]}, {"codes": [["x"]]}, {"codes": None}, None])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"codes": [1, 2]}, {"codes": [["x"]]}, {"codes": None}, {"codes": [[2**70]]}),
+        *({"text": 5}, {"credit": None}, None),
+    ],
+)
 def test_a_damaged_prompt_is_named(tmp_path, change: dict | None) -> None:
     record = {"codes": [[1]], "text": "", "credit": ""}
     made = json.dumps({**record, **change} if change else {"codes": [[1]]})

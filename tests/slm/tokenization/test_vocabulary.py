@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,10 +111,23 @@ def test_a_damaged_map_is_named(tmp_path: Path, content: str) -> None:
         Vocabulary.load(tmp_path)
 
 
-def test_a_map_of_a_codec_without_codebooks_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("codec", "codebook_sizes", []),
+        ("codec", "codebook_sizes", [2**40] * 3),
+        ("codec", "frame_rate", float("nan")),
+        (None, "num_text", 200.0),
+        (None, "text_eos", "1"),
+        (None, "num_merges", None),
+    ],
+)
+def test_a_map_with_values_that_no_voice_has_is_named(
+    tmp_path: Path, part: str | None, key: str, value: Any
+) -> None:
     vocabulary_of(save_base(tmp_path / "base")).save(tmp_path)
     record = json.loads((tmp_path / FILE_NAME).read_text())
-    record["codec"]["codebook_sizes"] = []
+    (record[part] if part else record)[key] = value
     (tmp_path / FILE_NAME).write_text(json.dumps(record))
     with pytest.raises(ValueError, match=f"{FILE_NAME}: not a vocabulary map.*copy the voice"):
         Vocabulary.load(tmp_path)
