@@ -9,6 +9,7 @@ from codec.io import fits_type
 C = TypeVar("C")
 Family = Literal["seanet", "spectral", "lmspt"]
 WHISPER_RATE, WHISPER_HOP = 16_000, 320
+MAX_CODEBOOKS = 1024
 
 
 def at_least(least: int | float, **values: int | float | tuple[int, ...]) -> None:
@@ -410,10 +411,12 @@ class QuantizerConfig:
 
     def __post_init__(self) -> None:
         sizes = (self.codebook_size, *self.codebook_sizes)
-        if self.num_codebooks < 1 or not all(2 <= size <= 65_536 for size in sizes):
+        is_count = 1 <= self.num_codebooks <= MAX_CODEBOOKS
+        if not is_count or not all(2 <= size <= 65_536 for size in sizes):
             raise ValueError(
-                "quantizer: num_codebooks must be at least 1, codebook_size and codebook_sizes "
-                f"between 2 and 65536, got {self.num_codebooks} and {sizes}"
+                f"quantizer: num_codebooks must be at least 1 and at most {MAX_CODEBOOKS}, "
+                "codebook_size and codebook_sizes between 2 and 65536, got "
+                f"{self.num_codebooks} and {sizes}"
             )
         for name in ("codebook_sizes", "codebook_dimensions"):
             if getattr(self, name) and len(getattr(self, name)) != self.num_codebooks:

@@ -10,10 +10,14 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from codec.io import parse_json
+
 Module = TypeVar("Module", bound=nn.Module)
 
 VALUES_PER_BYTE = 4
 """Maximum number of a model's values for each byte of its files: that of 2-bit weights."""
+MAX_LAYERS = 10_000
+"""Maximum number of layers of a model of transformers."""
 SPARE_VALUES = 2**20
 """Values that need not be in a file, such as windows and position tables."""
 MAX_TENSORS = 50_000
@@ -64,6 +68,19 @@ def build_outline(build: Callable[[], Module], num_tensors: int) -> Module:
         raise ValueError(f"its configuration asks for impossible sizes ({reason})") from error
     finally:
         hook.remove()
+
+
+def check_layers(folder: Path) -> None:
+    """Raises ValueError for a config.json that no model can have: transformers makes lists of its
+    numbers of layers when it reads it. Does nothing for a hub id."""
+    file = folder / "config.json"
+    waiting = [parse_json(file.read_text(encoding="utf-8"))] if file.is_file() else []
+    while waiting:
+        node = waiting.pop()
+        for key, value in node.items() if isinstance(node, dict) else ():
+            if "layer" in key and type(value) in (int, float) and value > MAX_LAYERS:
+                raise ValueError(f"its {key} is {value}")
+            waiting.append(value)
 
 
 def weights_of(folder: Path) -> list[Path]:

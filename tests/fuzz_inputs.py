@@ -31,7 +31,7 @@ TEXTS = (
     *("x" * 300, "x" * 5000, "\ud800", "\u202e\u200b\ufeff", "\u0041\u030a" * 50, "\n", "-1"),
     *("{}", "[", "null", "${oc.env:HOME}", "${a}", "*a", "&a [*a]", "!!python/name:os.system"),
     *(f"touch {CANARY}", f"__import__('os').mkdir('{CANARY}')", "canary_module", "os.system"),
-    *("command", "url", "http://127.0.0.1:9/x", "file:///etc/passwd", "(a+)+$", "(.*a){20}", "all"),
+    *("command", "url", "http://127.0.0.1:9/x", "file:/etc/passwd", "(a+)+$", "(.*a){20}", "all"),
     *("LORA", "PREFIX_TUNING", "float64", "int8", "cuda", "meta", "llama", "bert", "gpt2"),
 )
 

@@ -23,7 +23,7 @@ from codec.audio import mel_filterbank
 from codec.io import check_source
 from codec.program import quiet_transformers
 from codec.transcripts import lowercase_if_all_caps, lowercase_words
-from codec.weights import check_sizes, weights_of
+from codec.weights import check_layers, check_sizes, weights_of
 
 logger = logging.getLogger(__name__)
 
@@ -496,6 +496,7 @@ def _config(model: str, kinds: Sequence[str], purpose: str) -> Any:
     from transformers import AutoConfig
 
     with loading(model, f"{purpose} teacher"):
+        check_layers(Path(model))
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     if config.model_type not in kinds:
         raise ValueError(

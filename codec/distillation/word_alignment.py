@@ -26,7 +26,7 @@ from codec.distillation.teachers import (
 )
 from codec.program import quiet_transformers
 from codec.transcripts import lowercase_words
-from codec.weights import check_sizes, weights_of
+from codec.weights import check_layers, check_sizes, weights_of
 
 CTC_KINDS = ("wav2vec2", "hubert", "wavlm")
 PAD_SECONDS = 1.0
@@ -382,6 +382,7 @@ def load_transcriber(
     network: Any
     normalize = False
     with loading(model, "transcriber"):
+        check_layers(Path(model))
         config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
         kind = config.model_type
         if kind != "whisper" and kind not in CTC_KINDS:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from codec.config import (
+    MAX_CODEBOOKS,
     AuxiliaryConfig,
     CodecConfig,
     ConvConfig,
@@ -87,7 +88,6 @@ AUXILIARY_DEFAULTS: dict[str, Any] = {
 # Keys of Hydra, which builds the original's modules.
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_")
 CODEBOOK_SIZES = (2, 65_536)
-MAX_CODEBOOKS = 1024
 # Residual units of a stage: the original reads this number of dilations.
 NUM_UNITS = 3
 # Maximum depth of nested `model` keys.

@@ -20,7 +20,7 @@ from codec.models.base import CHUNK_SECONDS, SpeechCodec
 from codec.modules.layers import Lengths, ceil_div
 from codec.program import quiet_transformers
 from codec.tokens import CodecStamp
-from codec.weights import check_sizes, weights_of
+from codec.weights import check_layers, check_sizes, weights_of
 
 MAX_ENTRIES = 1 << 16  # Token shards store codes as uint16.
 
@@ -306,6 +306,7 @@ def load_baseline(model: str, device: str = "cpu") -> Baseline:
     from transformers import AutoConfig, AutoModel
 
     with loading(model, "codec"):
+        check_layers(Path(model))
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     if config.model_type not in BASELINES:
         raise ValueError(

@@ -37,7 +37,7 @@ from codec.io import (
 )
 from codec.program import quiet_transformers
 from codec.tokens import CodecStamp
-from codec.weights import check_sizes, stored_shapes, weights_of
+from codec.weights import check_layers, check_sizes, stored_shapes, weights_of
 from slm.config import ARConfig, LoRAConfig
 from slm.data.ar import IGNORE, ARBatch
 from slm.data.interleaving import sequence_format
@@ -312,6 +312,7 @@ def load_base(
     elif not path.is_dir() and (path.is_absolute() or str(name).count("/") != 1):
         raise ValueError(f"{name}: no such folder of a text LLM, nor a hub id (owner/name)")
     with _named_errors(name):
+        check_layers(Path(source))
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
     if num_layers is not None:
         _keep_layers(config, num_layers, str(name))

@@ -11,6 +11,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tiny_slm import quiet, save_base, save_shard
@@ -242,3 +244,19 @@ def test_the_lock_of_a_folder_is_no_link(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="lock"):
         FileLock(tmp_path / "folder")
     assert (tmp_path / "file").read_text() == "kept"
+
+
+PARTS = st.sampled_from(["..", ".", "", "a", "\0", "\ud800", "x" * 250, "~", "\\..\\"])
+
+
+@settings(max_examples=150, derandomize=True, deadline=None, database=None)
+@given(st.text(max_size=20) | st.lists(PARTS, max_size=8).map("/".join))
+def test_any_id_is_refused_or_lies_in_the_folder(name: str) -> None:
+    folder = Path("/nowhere/out")
+    try:
+        path = path_of_id(folder, name, ".wav")
+    except ValueError:
+        return
+    assert Path(os.path.normpath(path)).is_relative_to(folder)
+    assert path.name.endswith(".wav")
+    assert len(os.fsencode(path.name)) <= 200

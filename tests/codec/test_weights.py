@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from codec.weights import build_outline, check_sizes, stored_shapes, weights_of
+from codec.weights import build_outline, check_layers, check_sizes, stored_shapes, weights_of
 
 
 def test_outlines_have_shapes_and_no_memory() -> None:
@@ -59,3 +59,14 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"model\.safetensors: not a complete"):
         stored_shapes(file)
+
+
+def test_numbers_of_layers_are_limited(tmp_path: Path) -> None:
+    check_layers(tmp_path)
+    for text in ('{"num_hidden_layers": 100, "layers": [1e9]}', '["layers"]', '{"layers": "x"}'):
+        (tmp_path / "config.json").write_text(text)
+        check_layers(tmp_path)
+    for text in ('{"n_layer": 1073741824}', '{"text_config": {"num_hidden_layers": 1e12}}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"its n\w+ is 1"):
+            check_layers(tmp_path)

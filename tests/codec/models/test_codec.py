@@ -288,6 +288,8 @@ def test_broken_folders_are_named(codec: Codec, tmp_path) -> None:
     assert "family" in damaged(config={"family": "organ"})
     assert "sample_rate" in damaged(config={"sample_rate": "fast"})
     many = {"num_codebooks": 2**40, "codebook_size": 8}
+    assert "at most 1024" in damaged(config={"quantizer": many})
+    many["num_codebooks"] = 1024
     assert "more tensors than its weights" in damaged(config={"quantizer": many})
     large = {"num_codebooks": 3, "codebook_size": 8, "codebook_dimension": 2**62}
     assert "config.json" in damaged(config={"quantizer": large})
