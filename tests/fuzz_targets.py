@@ -513,7 +513,7 @@ TARGETS = {
     for name, (make, read, options) in {
         "shards": (make_shards, read_shards, {}),
         "lists": (make_lists, read_lists, {"changes": lambda name: "json" in name}),
-        "configurations": (make_configurations, read_configurations, {}),
+        "configurations": (make_configurations, read_configurations, {"is_refused": True}),
         "checkpoints": (make_checkpoints, read_checkpoints, {}),
         "codecs": (make_codecs, read_codecs, {"changes": lambda name: "README" not in name}),
         "baselines": (make_baselines, read_baselines, {}),
