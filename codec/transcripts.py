@@ -29,9 +29,10 @@ def lowercase_if_all_caps(text: str, min_words: int = 2) -> str:
     """Lower case for a text all in capitals, as some corpora's transcripts are; else unchanged.
 
     Args:
-        min_words: texts of fewer words stay as they are; a single one may be a name.
+        min_words: texts of fewer words with letters stay as they are; a single one may be a name,
+            or a unit behind a number.
     """
-    num_words = sum(map(has_words, text.split()))
+    num_words = sum(any(map(str.isalpha, word)) for word in text.split())
     return text.lower() if text.isupper() and num_words >= min_words else text
 
 

@@ -65,7 +65,13 @@ from slm.generation.voice_activity import reason_without_speech
 from slm.models.ar import SpeechLM, digest_of
 from slm.models.nar import NAR
 from slm.tokenization.markup import read_markup
-from slm.tokenization.text_normalization import NO_TEXT, NormalizedText, clean_text, unread_signs
+from slm.tokenization.text_normalization import (
+    NO_TEXT,
+    NormalizedText,
+    clean_text,
+    remove_signs,
+    unread_signs,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -250,13 +256,14 @@ class Voice:
         if marked.removed:
             logger.warning("%s has tags that are removed: %s", what, " ".join(marked.removed))
         normalized = self.lm.tokenizer.normalize(marked.text)
-        normalized = replace(normalized, original=text, pauses=marked.pauses)
         self.coverage.check(normalized.text, what)
         signs = unread_signs(normalized.text) if self.lm.tokenizer.text.normalize else []
         if signs:
             logger.warning("%s has signs that are not read: %s", what, " ".join(signs))
-        self.coverage.log_unseen("".join(c for c in normalized.text if c not in signs))
-        return normalized
+            without = remove_signs(normalized.text, signs)
+            normalized = self.lm.tokenizer.from_normalized(without)
+        self.coverage.log_unseen(normalized.text)
+        return replace(normalized, original=text, pauses=marked.pauses)
 
     def prepare(self, text: str | NormalizedText, prompt: Prompt, seed: int = 0) -> Utterance:
         """Checks a text and encodes the models' input.

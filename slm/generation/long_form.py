@@ -39,7 +39,7 @@ _EMPTY = np.zeros(0, np.float32)
 _OPENING, _CLOSING = "\"'([{\u201c\u2018\u00ab", "\"')]}\u201d\u2019\u00bb"
 _SPACE = re.compile(r"\s+")
 _SENTENCE = re.compile(
-    rf"[.!?\u2026]+[{re.escape(_CLOSING)}]*(?=\s)|[\u3002\uff01\uff1f]+[{re.escape(_CLOSING)}]*"
+    rf"(?<![.!?\u2026])[.!?\u2026]++[{re.escape(_CLOSING)}]*(?=\s)|[\u3002\uff01\uff1f]+[{re.escape(_CLOSING)}]*"
 )
 _CLAUSE = re.compile(rf"[,;:\u2014\u2013][{re.escape(_CLOSING)}]*(?=\s)|[\u3001\uff0c\uff1b\uff1a]")
 _IN_WORD = re.compile(r"(?<=\w)(?:[^\w\s'\u2019]+|_+)(?=\w)")

@@ -4,8 +4,10 @@
 
 A break becomes a blank line with its own pause, `[word](respelling)` the respelling. A lexicon
 gives respellings of words wherever they occur. Other tags, such as those of SSML, are removed.
+Markdown (emphasis, headings, lists, code) and character references such as `&amp;` are read, too.
 """
 
+import html
 import re
 from collections.abc import Mapping
 from functools import lru_cache
@@ -14,6 +16,7 @@ from typing import NamedTuple
 
 from codec.json_lines import decode_utf8
 from codec.transcripts import has_words
+from slm.tokenization.text_normalization import IPA, clean_text
 
 LONGEST_BREAK = 10.0
 """Maximum pause of a break, in seconds."""
@@ -24,11 +27,25 @@ _STRENGTHS = {
 _BREAK = re.compile(r"<break\b([^<>]*)>(?:\s{0,9}</break>)?", re.I)
 _ATTRIBUTE = re.compile(r"(time|strength)\s*=\s*[\"']?([^\"'\s/>]+)", re.I)
 _TIME = re.compile(r"(\d{1,6}(?:\.\d{1,6})?|\.\d{1,6})(m?s)", re.I)
-_TAG = re.compile(r"</?([A-Za-z][\w:-]*)(?:\s[^<>]*|/)?>")
+_TAG = re.compile(r"<(?:/?([A-Za-z][\w:-]*)(?:\s[^<>]*|/)?|([!?])[^<>]*)>")
+_PARAGRAPH_TAGS = {"p", "div", "h1", "h2", "h3", "h4", "h5", "h6", "ul", "ol", "table"}
+_LINE_TAGS = {"br", "li", "tr", "td", "th", "hr", "s"}
+_REFERENCE = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z]\w{1,31});")
+_HEADING_OR_ITEM = re.compile(
+    r"^[^\S\n]{0,9}(?:#{1,6}|[*+\u2022\u2023\u25aa\u25cf\u25e6\u2043\u00b7-])[^\S\n]{1,9}"
+    r"(?=[^\s])([^\n]*)",
+    re.M,
+)
+_CODE = re.compile(r"(?<!`)(`{1,3})(?=[^\s`])([^`\n]{1,400})(?<=\S)\1(?!`)")
+_EMPHASIS = re.compile(r"(?<![\w*_])(\*{1,3}|_{1,3})(?=[^\s*_])([^*_\n]{1,400})(?<=\S)\1(?![\w*_])")
+_PHONETIC = re.compile(r"(?<![\w/])/([^\s/][^/\n]{0,80})/(?![\w/])")
+_MARKS = re.compile(
+    r"[<&*_`#/\u2022\u2023\u25aa\u25cf\u25e6\u2043]|\]\(|^[^\S\n]{0,9}[+\u00b7-]\s", re.M
+)
 PARAGRAPH = re.compile(r"\n\s*\n")
 """Blank lines between two paragraphs."""
 _PRONUNCIATION = re.compile(r"\[([^\[\]\n]+)\]\(([^()\[\]\n]+)\)")
-_LINK = re.compile(r"\w+://|www\.|mailto:|[#/]")
+_LINK = re.compile(r"[A-Za-z]{1,20}://|www\.|mailto:|[#/]")
 
 
 class MarkedText(NamedTuple):
@@ -54,7 +71,7 @@ def read_markup(text: str, lexicon: Mapping[str, str] | None = None) -> MarkedTe
     Raises:
         ValueError: a break whose time is no time.
     """
-    marked = lexicon or "<" in text or "](" in text or PARAGRAPH.search(text)
+    marked = lexicon or _MARKS.search(text) or PARAGRAPH.search(text)
     if not marked:
         return MarkedText(text, (), ())
     removed: set[str] = set()
@@ -65,8 +82,9 @@ def read_markup(text: str, lexicon: Mapping[str, str] | None = None) -> MarkedTe
         if number % 2:
             pause = (pause or 0.0) + _seconds(found)
             continue
-        removed.update(name.lower() for name in _TAG.findall(found))
-        for paragraph in PARAGRAPH.split(_TAG.sub("", found)):
+        removed.update((name or sign).lower() for name, sign in _TAG.findall(found))
+        found = _REFERENCE.sub(lambda m: html.unescape(m[0]), _TAG.sub(_space_of, found))
+        for paragraph in PARAGRAPH.split(_plain(clean_text(found))):
             part = _respelled(paragraph, lexicon or {}).strip()
             if not part:
                 continue
@@ -78,6 +96,29 @@ def read_markup(text: str, lexicon: Mapping[str, str] | None = None) -> MarkedTe
                 parts[-1:] = [" ".join([*parts[-1:], part])]
             pause = None
     return MarkedText("\n\n".join(parts), tuple(pauses), tuple(sorted(removed)))
+
+
+def _space_of(tag: re.Match[str]) -> str:
+    """What separates the words around a tag."""
+    name = (tag[1] or "").lower()
+    if name in _PARAGRAPH_TAGS:
+        return "\n\n"
+    joins = tag.string[max(0, tag.start() - 1) : tag.start()].strip()
+    return " " if joins and name in _LINE_TAGS else ""
+
+
+def _plain(text: str) -> str:
+    """Without Markdown and the slashes around phonemes; headings and list items end a sentence."""
+    text = _HEADING_OR_ITEM.sub(lambda m: _sentence(m[1]), text)
+    text = _CODE.sub(lambda m: m[2], text)
+    for _ in range(2):  # Emphasis in emphasis.
+        text = _EMPHASIS.sub(lambda m: m[2], text)
+    return _PHONETIC.sub(lambda m: m[0] if IPA.isdisjoint(m[1]) else m[1], text)
+
+
+def _sentence(line: str) -> str:
+    line = line.rstrip()
+    return line if line.endswith((".", ",", ";", ":", "!", "?")) else line + "."
 
 
 def _seconds(attributes: str) -> float:

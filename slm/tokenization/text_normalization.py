@@ -3,11 +3,13 @@
 `clean_text` comes first, for all languages: compatibility forms, format and control characters.
 Numbers, dates, times, money and units are read by wetext's offline rules (WeTextProcessing). It
 gets only the words that need it, after rules for what it misreads; all other words are unchanged.
+What is right, and what is known to be wrong, is in tests/golden/texts_en.jsonl.
 Texts with letters of other scripts are returned unchanged.
 """
 
 import re
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -71,6 +73,8 @@ _KEPT += "\u2116\u2120\u2122\u2126"
 """Characters that compatibility composition (NFKC) would misread: 10\\u00b2 is not 102."""
 _WIDE_PUNCTUATION = "\u2026\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65"
 """Punctuation of other scripts; part of their spelling."""
+_RAISED = re.compile("(?<=\\d)(?:\u02e2t|\u02b3d|t\u02b0)(?![^\\W\\d_])")
+"""Superscript endings of ordinals, of which some letters are composed already."""
 _FOLDED = {
     False: re.compile(f"[^{_KEPT}]+"),
     True: re.compile(f"[^{_KEPT}{_WIDE_PUNCTUATION}]+"),
@@ -92,6 +96,7 @@ def clean_text(text: str) -> str:
     text = "".join(c for c in text if c in kept or unicodedata.category(c) not in ("Cc", "Cf"))
     text = _SELECTORS.sub("", text)
     text = _FOLDED[foreign].sub(lambda m: unicodedata.normalize("NFKC", m[0]), text)
+    text = _RAISED.sub(lambda m: unicodedata.normalize("NFKC", m[0]), text)
     return _HYPHENS.sub("-", text)
 
 
@@ -99,17 +104,22 @@ _TITLES = {
     **{"Mr": "Mister", "Mrs": "Missus", "Dr": "Doctor", "Prof": "Professor", "Capt": "Captain"},
     **{"Lt": "Lieutenant", "Sgt": "Sergeant", "Gen": "General", "Col": "Colonel"},
     **{"Gov": "Governor", "Sen": "Senator", "Rev": "Reverend", "Hon": "Honorable"},
+    **{"Rep": "Representative", "Pres": "President", "Maj": "Major", "Adm": "Admiral"},
+    **{"Cmdr": "Commander", "Cpl": "Corporal", "Det": "Detective"},
     **{"St": "Saint", "Mt": "Mount", "Ft": "Fort"},
 }
 """Before a name."""
 _ABBREVIATIONS = {
     **{"Jr": "Junior", "Sr": "Senior", "St": "Street", "Ave": "Avenue", "Blvd": "Boulevard"},
     **{"vs": "versus", "etc": "et cetera", "e.g": "for example", "i.e": "that is"},
-    **{"approx": "approximately", "dept": "department"},
+    **{"E.g": "For example", "I.e": "That is", "approx": "approximately", "dept": "department"},
+    **{"Inc": "Incorporated", "Ltd": "Limited", "Corp": "Corporation", "Bros": "Brothers"},
 }
 _COUNTED = {
     **{"no": "number", "nos": "numbers", "vol": "volume", "p": "page", "pp": "pages"},
-    **{"ch": "chapter", "fig": "figure", "sec": "section"},
+    **{"ch": "chapter", "fig": "figure", "sec": "section", "eq": "equation"},
+    **{"apt": "apartment", "rm": "room", "ext": "extension", "est": "established"},
+    **{"tel": "telephone", "min": "minimum", "max": "maximum"},
 }
 """Before a number."""
 _MONEY = {
@@ -119,6 +129,8 @@ _MONEY = {
 }
 _OTHER_MONEY = {
     **{"\u00a5": "yen", "\u20b9": "rupees", "\u20a9": "won", "\u20bd": "rubles", "\u20ba": "lira"},
+    **{"A$": "Australian dollars", "C$": "Canadian dollars", "NZ$": "New Zealand dollars"},
+    **{"HK$": "Hong Kong dollars", "S$": "Singapore dollars", "R$": "reais"},
 }
 _CODES = {"USD": "$", "GBP": "\u00a3", "EUR": "\u20ac"}
 _LARGE = {"k": "thousand", "m": "million", "b": "billion", "t": "trillion"}
@@ -137,9 +149,19 @@ _LINK_SIGNS = {
     **{"?": "question mark", "=": "equals", "&": "and", "#": "hash", "%": "percent", "+": "plus"},
     **{"@": "at", ",": "comma", ";": "semicolon", "!": "exclamation mark", "*": "star"},
     **{"$": "dollar", "(": "open parenthesis", ")": "close parenthesis", "'": "apostrophe"},
+    **{"\\": "backslash"},
 }
-_INITIALS = {"http", "https", "ftp", "www", "html", "htm", "php", "pdf", "io", "ai"}
+_INITIALS = {
+    *("http", "https", "ftp", "www", "html", "htm", "php", "pdf", "io", "ai"),
+    *("txt", "md", "csv", "xml", "js", "usr"),
+}
 """Parts of links that are spelled letter by letter."""
+_FILE_TYPES = {
+    *("txt", "md", "pdf", "doc", "docx", "xls", "xlsx", "csv", "tsv", "json", "jsonl", "xml"),
+    *("html", "htm", "yaml", "yml", "toml", "ini", "log", "zip", "tar", "gz", "exe", "py", "js"),
+    *("ts", "sh", "png", "jpg", "jpeg", "gif", "svg", "mp3", "mp4", "wav", "flac", "ogg"),
+}
+"""Endings of file names."""
 _LONGEST_WORD = 20
 """Longer parts of links are spelled, too."""
 _AREAS = {
@@ -151,9 +173,18 @@ _PREFIXES = {"": "", "k": "kilo", "M": "mega"}
 _UNIT_NAMES = {
     **{"hr": "hour", "hrs": "hour", "mins": "minute", "sec": "second", "secs": "second"},
     **{"yr": "year", "yrs": "year", "wk": "week", "wks": "week", "kWh": "kilowatt hour"},
-    **{"tbsp": "tablespoon", "tsp": "teaspoon", "V": "volt", "W": "watt"},
+    **{"tbsp": "tablespoon", "tsp": "teaspoon", "V": "volt", "W": "watt", "kV": "kilovolt"},
+    **{"mA": "milliampere", "mAh": "milliampere hour", "Wh": "watt hour", "L": "liter"},
+    **{"dB": "decibel", "cal": "calorie", "kcal": "kilocalorie", "kJ": "kilojoule"},
+    **{"kbps": "kilobit per second", "Mbps": "megabit per second", "Gbps": "gigabit per second"},
+    **{"fps": "frame per second", "bpm": "beat per minute", "dpi": "dot per inch"},
+    **{"ms": "millisecond", "ns": "nanosecond", "ha": "hectare", "gal": "gallon", "px": "pixel"},
+    **{"kB": "kilobyte", "KB": "kilobyte", "TB": "terabyte", "PB": "petabyte"},
+    **{"ppm": "part per million", "psi": "pound per square inch", "kPa": "kilopascal"},
 }
 """Units that wetext does not read."""
+_PER_UNITS = {"ml": "milliliter", "dl": "deciliter", "l": "liter", "L": "liter", "kg": "kilogram"}
+_PERIODS = "second|minute|hour|day|night|week|month|quarter|year|person|mile|gallon|pound|page"
 _MICRO = {"m": "meters", "g": "grams", "s": "seconds", "l": "liters", "L": "liters"}
 _MONTH_NAMES = {
     **{"Jan": "January", "Feb": "February", "Mar": "March", "Apr": "April", "Jun": "June"},
@@ -166,6 +197,45 @@ _DIGIT_WORDS = "oh one two three four five six seven eight nine"
 _NUMERALS = f"""{_DIGIT_WORDS} ten eleven twelve thirteen fourteen fifteen sixteen seventeen
     eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred"""
 _BEFORE_THOUSAND = {*_NUMERALS.split(), "a", "the", "few", "several", "of", "per"}
+
+
+_ROMAN = (
+    r"(?=[IVXLCDM])M{0,3}(?:C[MD]|D?C{0,3})(?:X[CL]|L?X{0,3})(?:I[XV]|V?I{0,3})(?<=[IVXLCDM])\b"
+)
+_NUMBERED = (
+    "Chapter|Part|Act|Scene|Volume|Vol\\.|Book|Section|Article|Type|Phase|Stage|Class|Grade|Level|"
+    "Title|World War|Super Bowl|Appendix|Figure|Table|Episode|Season|Unit|Lesson|Canto|Annex|"
+    "Division|Group|Category|Tier|Psalm|Round|Step|Apollo|Mark"
+)
+"""Before a Roman numeral that is a number; after a name it is an ordinal."""
+_REIGNING = (
+    "Henry|Edward|George|William|Richard|James|Charles|John|Paul|Elizabeth|Mary|Louis|Philip|"
+    "Napoleon|Alexander|Nicholas|Peter|Catherine|Frederick|Wilhelm|Otto|Leopold|Albert|Ferdinand|"
+    "Francis|Pius|Benedict|Gregory|Leo|Innocent|Clement|Urban|Boniface|Ramses|Ramesses|Ptolemy|"
+    "Darius|Xerxes|Thutmose|Amenhotep|Robert|David|Harald|Olaf|Gustav|Christian|Umberto|"
+    "Alfonso|Pedro|Ivan|Mehmed|Murad|Selim|Suleiman|Constantine|Margaret|Anne|Isabella|Baldwin"
+)
+_NOT_NAMES = "The|An|Her|His|Its|Our|Your|This|That|These|Those|And|For|With|From|But|Jet|An"
+_CAPITAL_I = (
+    r"(?=\s*(?:[,.;:!?)\]\"]|'s\b|$)|\s+(?:of|the|began|begins|ended|ends|is|was|and|to|in)\b)"
+)
+"""After the numeral I, which is a pronoun elsewhere."""
+_DAYS = {
+    **{"Mon": "Monday", "Tue": "Tuesday", "Tues": "Tuesday", "Wed": "Wednesday"},
+    **{"Thu": "Thursday", "Thur": "Thursday", "Thurs": "Thursday", "Fri": "Friday"},
+    **{"Sat": "Saturday", "Sun": "Sunday"},
+}
+
+
+def _roman(numeral: str) -> int:
+    values = [{"I": 1, "V": 5, "X": 10, "L": 50, "C": 100, "D": 500, "M": 1000}[c] for c in numeral]
+    later = [*values[1:], 0]
+    return sum(-one if one < two else one for one, two in zip(values, later, strict=True))
+
+
+def _ordinal(number: int) -> str:
+    teen = number % 100 // 10 == 1
+    return f"{number}{'th' if teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
 
 
 def _names(words: dict[str, str]) -> str:
@@ -265,7 +335,63 @@ def _area(match: re.Match[str]) -> str:
 
 
 def _unit(match: re.Match[str]) -> str:
-    return f"{match[1]} {_UNIT_NAMES[match[2]]}{'' if _is_one(match) else 's'}"
+    name, per, period = _UNIT_NAMES[match[2]].partition(" per ")
+    return f"{match[1]} {name}{'' if _is_one(match) else 's'}{per}{period}"
+
+
+def _years(match: re.Match[str]) -> str:
+    """A range of years, or a year and its month."""
+    century, first, last = match[1], match[2], match[3]
+    if len(last) == 4:
+        return f"{century}{first} to {last}" if last > century + first else match[0]
+    if last > first:
+        return f"{century}{first} to {last}"
+    months = _MONTHS.split("|")
+    return f"{months[int(last) - 1]} {century}{first}" if 1 <= int(last) <= 12 else match[0]
+
+
+def _short_date(match: re.Match[str]) -> str:
+    year = int(match[3])
+    return f"{match[1]}/{match[2]}/{2000 + year if year < 50 else 1900 + year}"
+
+
+def _dotted_date(match: re.Match[str]) -> str:
+    day, month = int(match[1]), int(match[2])
+    valid = 1 <= day <= 31 and 1 <= month <= 12
+    return f"{match[3]}-{month:02}-{day:02}" if valid else match[0]
+
+
+def _height(match: re.Match[str]) -> str:
+    inches = f" {_inches(match[2])}" if match[2] else ""
+    return f"{match[1]} {'foot' if match[1] == '1' else 'feet'}{inches}"
+
+
+def _inches(number: str) -> str:
+    return f"{number} inch" if number == "1" else f"{number} inches"
+
+
+def _inch_mark(match: re.Match[str]) -> str:
+    """Inches, unless the sign closes a quotation."""
+    line = match.string.rfind("\n", 0, match.start()) + 1
+    line = max(line, match.start() - 1000)
+    if match.string.count('"', line, match.start()) % 2:
+        return match[0]
+    return f"{match[1]} inch"
+
+
+def _path(match: re.Match[str]) -> str:
+    """A path or a file name; others stay."""
+    name = match[0].rstrip(_AFTER)
+    ending = re.search(r"\.([A-Za-z\d]+)$", name)
+    if name[0] in "/~." or "\\" in name or (ending and ending[1].lower() in _FILE_TYPES):
+        return _link(match)
+    return match[0]
+
+
+def _digit_by_digit(match: re.Match[str]) -> str:
+    return match[1] + " ".join(
+        _DIGITS[int(sign)] if sign.isdecimal() else sign for sign in match[2] if sign.isalnum()
+    )
 
 
 def _sign(match: re.Match[str]) -> str:
@@ -281,6 +407,8 @@ def _ratio(match: re.Match[str]) -> str:
     return f"{one} {other}" if one == other or one + other == 100 else match[0]
 
 
+_GREEK = re.compile("(?<![^\\W\\d_])[\u0391-\u03a8\u03b1-\u03bb\u03bd-\u03c9](?![^\\W\\d_])")
+"""One Greek letter by itself is a sign; ohm and micro are units."""
 _DIGITS = ["zero", *_DIGIT_WORDS.split()[1:]]
 _NUMBER = r"\d+(?:,\d{3})*(?:\.\d+)?"
 _LINK = re.compile(
@@ -297,6 +425,41 @@ _CLOSED = r"(?=[\"')\]]*$)"
 """At the end of the text, where an abbreviation's full stop also ends the sentence."""
 _RULES = [
     (_LINK, _link),
+    (re.compile(r"(?<![^\s(\"'])(?:~|\.\.?)?/(?:[\w.~-]+/)*[\w.~-]+/?(?![^\s.,;:!?)\"'])"), _path),
+    (re.compile(r"\b[A-Z]:\\[^\s\"<>|]*"), _path),
+    (re.compile(r"(?<![\w.@/-])[\w-]+(?:\.[\w-]+)*\.[A-Za-z]\w{1,4}(?![\w/@-]|\.\w)"), _path),
+    (re.compile(r"(?<![\w@.])@(?=\w)"), lambda m: "at "),
+    (re.compile(r"[-=]>"), lambda m: "\u2192"),
+    (re.compile(r"<="), lambda m: "\u2264"),
+    (re.compile(r">="), lambda m: "\u2265"),
+    (re.compile(r"!="), lambda m: "\u2260"),
+    (
+        re.compile(
+            r"(\d)\s?\u00b0\s?(\d{1,2})\s?['\u2032\u2019](?:\s?(\d{1,2})\s?"
+            r"(?:[\"\u2033\u201d]|''|\u2032\u2032))?"
+        ),
+        lambda m: f"{m[1]} degrees {m[2]} minutes" + (f" {m[3]} seconds" if m[3] else ""),
+    ),
+    (
+        re.compile(
+            r"(?<![\w'.])(\d{1,2})\s?['\u2032\u2019]\s?(\d{1,2})\s?"
+            r"(?:[\"\u2033\u201d]|''|\u2032\u2032)"
+        ),
+        _height,
+    ),
+    (
+        re.compile(
+            r"(?<![\w'.])(\d{1,3})\s?(?:['\u2032\u2019](?=\s+(?:tall|high|long|wide|deep|x|by)\b)"
+            r"|\u2032(?!\u2032))()"
+        ),
+        _height,
+    ),
+    (
+        re.compile(r"(?<![\w'.])(\d{1,2})\s?ft\.?\s?(\d{1,2})\s?in\b\.?(?!\s+(?:the|a|an|my)\b)"),
+        _height,
+    ),
+    (re.compile(r"(\d)(?:\u2033|\u2032\u2032)"), lambda m: f"{m[1]} inches"),
+    (re.compile(r"(?<![\w\"])(\d{1,3}(?:\.\d{1,3})?)\"(?=\s+[a-z])"), _inch_mark),
     # Longer than any quantity.
     (re.compile(r"\d{25,}"), lambda m: " ".join(_DIGITS[int(digit)] for digit in m[0])),
     (re.compile("[\u2018\u2019\u201b\u02bc]|(?<=\\w)\u00b4(?=\\w)"), lambda m: "'"),
@@ -307,6 +470,19 @@ _RULES = [
     (re.compile(r"\b([CF])#(?!\w)"), lambda m: f"{m[1]} sharp"),
     (re.compile(r"\bC\+\+"), lambda m: "C plus plus"),
     (re.compile(r"\bw/o\b"), lambda m: "without"),
+    (re.compile(r"\bc/o\b"), lambda m: "care of"),
+    (re.compile(r"\b(and)/(or)\b", re.I), lambda m: f"{m[1]} {m[2]}"),
+    (
+        re.compile(rf"(\d(?:\s?[A-Za-z]{{1,12}})?)/(?=(?:{_PERIODS})s?\b)"),
+        lambda m: f"{m[1]} per ",
+    ),
+    (
+        re.compile(rf"(\d\s?(?:[mk]?g|k?cal|lbs?|oz|k?J))/({_names(_PER_UNITS)})\b"),
+        lambda m: f"{m[1]} per {_PER_UNITS[m[2]]}",
+    ),
+    (re.compile(r"(\d/\d{1,3})-(?=[a-z])"), lambda m: f"{m[1]} "),
+    (re.compile(r"(\d)-(?=[a-z]{3,20}\b(?!-\d))"), lambda m: f"{m[1]} "),
+    (re.compile(r"(?<=\d)\s/\s(?=\d)"), lambda m: " divided by "),
     (re.compile(r"\bw/\s?(?=\w)"), lambda m: "with "),
     (re.compile(r"(?<=[^\W\d_])([,;])(?=[^\W\d_])"), lambda m: f"{m[1]} "),
     (re.compile(r"(?<=[a-z])([!?])(?=[A-Z])"), lambda m: f"{m[1]} "),
@@ -323,6 +499,117 @@ _RULES = [
         ),
         lambda m: _MONTH_NAMES[m[1]],
     ),
+    # Roman numerals. I, C, D, L and M alone are letters in most places.
+    (
+        re.compile(rf"\b({_NUMBERED}) ({_ROMAN})(?<=\w\w|[\sVX].)(?!\.[A-Za-z])"),
+        lambda m: f"{m[1]} {_roman(m[2])}" if m[2] not in "CDLM" else m[0],
+    ),
+    (re.compile(rf"\b({_NUMBERED}) I{_CAPITAL_I}"), lambda m: f"{m[1]} 1"),
+    (
+        re.compile(r"\b(Chapter|Part|Act|Scene|Volume|Book|Section) ([ivx]{2,5})\b"),
+        lambda m: f"{m[1]} {_roman(m[2].upper())}",
+    ),
+    (
+        re.compile(rf"\b({_REIGNING}) ({_ROMAN})(?<=\w\w|.V)(?!\.\w)"),
+        lambda m: f"{m[1]} the {_ordinal(_roman(m[2]))}",
+    ),
+    (
+        re.compile(
+            r"\b((?:King|Queen|Pope|Emperor|Empress|Tsar|Czar|Kaiser|Prince) [A-Z][a-z]+) I"
+            rf"{_CAPITAL_I}"
+        ),
+        lambda m: f"{m[1]} the 1st",
+    ),
+    (
+        re.compile(r"\b(Charles|Louis|Pius|Leo|Gregory|Benedict|Clement|Boniface) X\b(?!\.)"),
+        lambda m: f"{m[1]} the 10th",
+    ),
+    (re.compile(rf"\b({_REIGNING}) I(?= of [A-Z])"), lambda m: f"{m[1]} the 1st"),
+    (
+        re.compile(rf"\b(?!(?:{_NOT_NAMES})\b)([A-Z][a-z]{{2,}}) (?=[IVX]{{2}})({_ROMAN})(?!\.\w)"),
+        lambda m: f"{m[1]} {_roman(m[2])}",
+    ),
+    (
+        re.compile(rf"\b({_ROMAN})(?:th|st|nd|rd)?(?= (?:century|centuries)\b)"),
+        lambda m: _ordinal(_roman(m[1])),
+    ),
+    # Days of the week.
+    (
+        re.compile(
+            rf"\b({_names(_DAYS)})\b\.?\s?[-\u2013]\s?({_names(_DAYS)})\b(?:\.(?=\s*[a-z\d,;:]))?"
+        ),
+        lambda m: f"{_DAYS[m[1]]} to {_DAYS[m[2]]}",
+    ),
+    (
+        re.compile(
+            rf"\b({_names(_DAYS)})(?:\.,?(?=\s+(?:and|at|to|or|from|\d|[a-z]))|(?=,\s+\w+\.?\s\d))"
+        ),
+        lambda m: _DAYS[m[1]] + ("," if m[0].endswith(",") else ""),
+    ),
+    (
+        re.compile(rf"\b({_MONTHS}) (\d{{1,2}})\s?[-\u2013]\s?(\d{{1,2}})(?![\w:/-])"),
+        lambda m: f"{m[1]} {_ordinal(int(m[2]))} to the {_ordinal(int(m[3]))}",
+    ),
+    # Dates: month first with slashes, day first with dots.
+    (re.compile(r"(?<![\w/.-])(\d{1,2})/(\d{1,2})/(\d\d)(?![\w/]|[.-]\d)"), _short_date),
+    (re.compile(r"(?<![\w/.-])(\d{1,2})\.(\d{1,2})\.([12]\d{3})(?![\w/]|[.-]\d)"), _dotted_date),
+    (
+        re.compile(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d)(?::00)?(?:\.0+)?(Z\b)?"),
+        lambda m: f"{m[1]} {m[2]}" + (" UTC" if m[3] else ""),
+    ),
+    (
+        re.compile(rf"{_ALONE}(1[1-9]|20)(\d\d)\s?[-\u2013]\s?(1[1-9]\d\d|20\d\d|\d\d){_ENDS}"),
+        _years,
+    ),
+    (re.compile(r"\bFY\s?(?=(?:19|20)\d\d\b)"), lambda m: "FY "),
+    # Numbers that are read digit by digit.
+    (re.compile(r"\b(ISBN(?:-1[03])?:? ?)(\d(?:[ -]?[\dXx]){9,12})\b"), _digit_by_digit),
+    (
+        re.compile(r"(?<![\w+])\+\d(?:[ .-]?\(?\d\)?){6,14}(?![\w]|[.-]\d)"),
+        lambda m: "plus " + _telephone(m),
+    ),
+    (re.compile(r"(?<![\w-])\d{5}-\d{4}(?![\w-])"), _telephone),
+    (re.compile(r"(?<![\w.,/-])0\d{2,4}[ -]\d{3,4}[ -]?\d{3,4}(?![\w/-]|[.,]\d)"), _telephone),
+    (
+        re.compile(
+            r"\b((?:[Cc]all|[Dd]ial|[Pp]hone|[Tt]ext) )(\d{3})"
+            r"(?=[.,;:!?)]|$|\s+(?:for|if|now|or|and)\b)"
+        ),
+        _digit_by_digit,
+    ),
+    (
+        re.compile(r"(?<![\w.,])(\d{1,3})((?: 000)+)(?![\w]|[.,]\d)"),
+        lambda m: m[0].replace(" ", ""),
+    ),
+    # Arithmetic.
+    (
+        re.compile(r"(?<=\d) - (?=\d{1,12}(?:\.\d{1,12})?\s?[=+*/\u00d7\u00f7])"),
+        lambda m: " minus ",
+    ),
+    (re.compile(r"(?<=\d) - (?=\d)"), lambda m: " to "),
+    (re.compile(r"(?<=\d)!(?=\s?[=+*/])"), lambda m: " factorial"),
+    (
+        re.compile(rf"{_ALONE}(\d{{1,9}}(?:\.\d{{1,9}})?)[eE]([+-]?)(\d{{1,3}}){_ENDS}"),
+        lambda m: f"{m[1]} times 10 to the power of {'minus ' if m[2] == '-' else ''}{m[3]}",
+    ),
+    (
+        re.compile(r"(?<![\w:.])(\d{1,6}):(\d{1,6})(?=\s(?:ratio|odds|scale|mix|mixture|split)\b)"),
+        lambda m: f"{m[1]} to {m[2]}",
+    ),
+    (re.compile(r"\b((?:ratio|odds|scale) of \d{1,6}):(?=\d)"), lambda m: f"{m[1]} to "),
+    (re.compile(r"(?<=\w) < (?=\w)"), lambda m: " is less than "),
+    (re.compile(r"(?<=\w) > (?=\w)"), lambda m: " is greater than "),
+    (re.compile(r"(?<![\d-])50-50(?![\d-])"), lambda m: "50 50"),
+    (re.compile(r"(\d\u00b0[CF]?)\s?-(?=\d)"), lambda m: f"{m[1]} to "),
+    (
+        re.compile(rf"{_ALONE}(\d{{1,9}}\.\d{{1,9}})-(?=\d{{1,9}}\.\d{{1,9}}(?![\w.-]))"),
+        lambda m: f"{m[1]} to ",
+    ),
+    (
+        re.compile(r"(\d\s?(?:mm|cm|m|km|in|ft)\.?)\s?[x\u00d7]\s?(?=\d)"),
+        lambda m: f"{m[1]} by ",
+    ),
+    (re.compile(r"\bPh\.?D\b\.?(?=\s|[,;:)]|$)"), lambda m: "P H D"),
     (re.compile(r"(\d)\s+%"), lambda m: f"{m[1]}%"),
     (re.compile(rf"(\d%?)-(?={_NUMBER}%)"), lambda m: f"{m[1]} to "),
     (re.compile(r"(?<![\w+])\+(?=[$\u00a3\u20ac]?\d)"), lambda m: "plus "),
@@ -330,6 +617,10 @@ _RULES = [
     (re.compile(r"(\d/\d+)(?:rd|th|nd)s?\b"), lambda m: m[1]),
     (re.compile("\u2044"), lambda m: "/"),
     (re.compile(rf"(?:(?<!\d)(\d+)\s?)?([{_FRACTIONS}])"), _fraction),
+    (
+        re.compile(r"(\d)\s?(sq|cu)\.?\s?(ft|in|mi|yd|mm|cm|km|m)\b(?:\.(?=\s+[a-z\d]|[,;:]))?"),
+        lambda m: f"{m[1]} {m[3]}" + ("\u00b2" if m[2] == "sq" else "\u00b3"),
+    ),
     (re.compile(r"(\d|\bper |/)\s?(mm|cm|km|m|ft|in|mi|yd)([\u00b2\u00b3])"), _area),
     (
         re.compile(rf"(?:(?<=[\d)])|(?<=\b[A-Za-z]))([{_SUPERSCRIPTS}]+)(?!\w)"),
@@ -359,7 +650,6 @@ _RULES = [
     (re.compile(r"(?<=\w) = (?=\w)"), lambda m: " equals "),
     (re.compile(r"(\d)\s?m/s\b"), lambda m: f"{m[1]} meters per second"),
     (re.compile(rf"(\d)\s?({_names(_UNIT_NAMES)})\b(?:\.(?=\s+[a-z\d]|[,;:]))?"), _unit),
-    (re.compile(r"(\d{4}-\d\d-\d\d)T(?=\d\d:)"), lambda m: f"{m[1]} "),
     (re.compile(r"\bUS\$(?=\d)"), lambda m: "$"),
     (
         re.compile(rf"{_ALONE}({_NUMBER})\s?({_names(_CODES)})\b"),
@@ -378,7 +668,7 @@ _RULES = [
         _money_range,
     ),
     (
-        re.compile(rf"([{''.join(_OTHER_MONEY)}])\s?({_NUMBER})(?:([kmbt])n?\b)?", re.I),
+        re.compile(rf"(?<![A-Za-z])({_names(_OTHER_MONEY)})\s?({_NUMBER})(?:([kKmMbBtT])n?\b)?"),
         lambda m: " ".join(
             filter(None, (m[2], _LARGE.get((m[3] or "").lower()), _OTHER_MONEY[m[1]]))
         ),
@@ -415,6 +705,7 @@ _RULES = [
         re.compile(rf"\b({_names(_COUNTED)})\.\s*(?=\d)", re.I),
         lambda m: _any_case(_COUNTED, m[1]) + " ",
     ),
+    (re.compile(r"([A-Z][a-z]+ )Dr\.(?=,|\s+[a-z]|\s*$)"), lambda m: f"{m[1]}Drive"),
     (re.compile(r"\b(Mrs?|Dr)\b\.?(?=\s+[a-z])", re.I), lambda m: _any_case(_TITLES, m[1])),
     (
         re.compile(rf"(?<![\w.])({_names(_TITLES)})\.(?=\s+[A-Z][A-Za-z'])"),
@@ -468,6 +759,15 @@ _RULES = [
         lambda m: f"{m[1]} degree" if _is_one(m) else f"{m[1]} degrees",
     ),
 ]
+_REST = [
+    (re.compile(r"\bkm/h\b"), lambda m: "kilometers per hour"),
+    (re.compile(r"\bm/s\b"), lambda m: "meters per second"),
+    (re.compile(r"(?<=\w)\s?/\s?(?=\w)"), lambda m: " slash "),
+    (re.compile(r"(?<=[^\W_])_{1,9}(?=[^\W_])"), lambda m: " underscore "),
+    (re.compile(r"(?<=[\w:])\\(?=\w)"), lambda m: " backslash "),
+    (re.compile(r"(?<=\w)\u00b7(?=\w)"), lambda m: ""),
+]
+"""Signs that are still there when all numbers are words."""
 _AFTER = ".,;:!?)]\"'"
 MOST_PASSES = 4
 """One pass may enable another: a title before a number is then before a word."""
@@ -481,9 +781,11 @@ _COMPANION = re.compile(
 """Words that wetext reads together with an adjacent number."""
 _MONTH_OF_DATE = re.compile(rf"(?<=\bof )({_MONTHS.lower()})\b")
 """wetext writes it in lower case."""
+_OH = re.compile(r"\bo(?= [a-z])")
+"""wetext's zero in times, 3:05."""
 
 
-_UNREAD = "#%&*@\\\u00b6\u2020\u2021"
+_UNREAD = "#%&*/@\\_{}\u00b6\u00b7\u2020\u2021\u2022\u2023\u2032\u2033\u203b\u2043"
 
 
 def _is_foreign(letter: str) -> bool:
@@ -505,20 +807,41 @@ def unread_signs(text: str) -> list[str]:
     )
 
 
+def remove_signs(text: str, signs: Iterable[str]) -> str:
+    """The text without these signs, and without lines that have nothing else."""
+    any_of = "[" + re.escape("".join(signs)) + "]"
+    text = re.sub(rf"\n[^\S\n]*{any_of}(?:{any_of}|[^\S\n])*(?=\n)", "", text)
+    text = re.sub(rf"[^\S\n]?{any_of}+(?=[\s.,;:!?)]|$)", "", text)
+    return re.sub(rf"{any_of}+[^\S\n]?", " ", text).strip()
+
+
 @lru_cache(maxsize=65_536)
 def normalize(text: str) -> str:
-    """English text with numbers and abbreviations in words; no other word is changed. Idempotent.
+    """English text with numbers, abbreviations and signs in words; no other word is changed.
+    Idempotent.
+
+    Dates with slashes have the month first (5/6/2020 is May 6), dates with dots the day.
 
     Raises:
         ValueError: wetext is not installed.
     """
     if not text.isascii() and any(map(_is_foreign, text)):
-        return text
+        named = _GREEK.sub(_greek_name, text)
+        if not re.search("[A-Za-z]", text) or any(map(_is_foreign, named)):
+            return text
+        text = named
     for _ in range(MOST_PASSES):
         before, text = text, _spell_out(text)
         if text == before:
             break
+    for pattern, spell in _REST:
+        text = pattern.sub(spell, text)
     return text
+
+
+def _greek_name(match: re.Match[str]) -> str:
+    before = " " if match.string[max(0, match.start() - 1) : match.start()].isdigit() else ""
+    return before + unicodedata.name(match[0]).split()[-1].lower()
 
 
 def _spell_out(text: str) -> str:
@@ -569,7 +892,10 @@ def _ask(text: str) -> str | None:
         return None  # It raises these for symbols that its grammar lacks.
     if not made:
         return None
-    words = _MONTH_OF_DATE.sub(lambda m: m[0].capitalize(), made).split(" ")
+    made = _MONTH_OF_DATE.sub(lambda m: m[0].capitalize(), made)
+    if not _OH.search(text):
+        made = _OH.sub("oh", made)
+    words = made.split(" ")
     for index, word in enumerate(words):
         before = re.sub(r"\W", "", words[index - 1]).lower() if index else ""
         if word.rstrip(".,;:!?)") == "thousand" and before not in _BEFORE_THOUSAND:
@@ -588,7 +914,7 @@ def _wetext() -> Any:
     return wetext.Normalizer(lang="en")
 
 
-_IPA = frozenset("\u02c8\u02cc\u02d0\u0259\u026a\u028a\u025b\u0254\u028c\u0251\u0283\u0292\u014b")
+IPA = frozenset("\u02c8\u02cc\u02d0\u0259\u026a\u028a\u025b\u0254\u028c\u0251\u0283\u0292\u014b")
 """Stress and length marks, and IPA letters that English text does not have."""
 
 
@@ -604,7 +930,7 @@ def phonemes(text: str, tied: bool = False) -> str:
     Raises:
         ValueError: the extra `phonemes` is not installed.
     """
-    if not _IPA.isdisjoint(text) or not any(letter.isalnum() for letter in text):
+    if not IPA.isdisjoint(text) or not any(letter.isalnum() for letter in text):
         return text
     backend, separator = _espeak(tied) if tied else _espeak()
     return backend.phonemize([text], separator=separator, strip=True)[0].strip()

@@ -419,8 +419,10 @@ def test_signs_that_are_not_read_are_named_once(
     voice: Voice, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        voice.prepare("the cat \u2122 sat", voice.prompts["ann"])
-    assert "the text has signs that are not read: \u2122" in caplog.text
+        prepared = voice.prepare("the cat \u2122 sat \U0001f600.", voice.prompts["ann"])
+    assert prepared.text.text == "the cat sat."
+    assert prepared.context == voice.prepare("the cat sat.", voice.prompts["ann"]).context
+    assert "the text has signs that are not read: \u2122 \U0001f600" in caplog.text
     assert caplog.text.count("\u2122") == 1
 
 

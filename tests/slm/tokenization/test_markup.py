@@ -24,6 +24,35 @@ def test_other_tags_are_removed_and_named() -> None:
     assert marked.removed == ("br", "prosody", "speak")
 
 
+def test_tags_that_separate_words() -> None:
+    marked = read_markup("<p>One<br>two<b>!</b></p><p>Three<!-- note --></p><?xml x?>")
+    assert marked.text == "One two!\n\nThree"
+    assert marked.removed == ("!", "?", "b", "br", "p")
+
+
+def test_markdown_and_character_references() -> None:
+    text = "# Part One\n\nA **very *old* red** `cat_x`:\n- Milk\n* Eggs!\n"
+    text += "\u2022 _5_ &amp; 6&nbsp;&lt;7"
+    assert read_markup(text).text == ("Part One.\n\nA very old red cat_x:\nMilk.\nEggs!\n5 & 6 <7.")
+    for plain in (
+        "2 * 3 * 4",
+        "a_b_c",
+        "-5 and - 5",
+        "#1 &c; x&y;",
+        "5*",
+        "**",
+        "http://a.org/b/c",
+    ):
+        assert read_markup(plain).text == plain
+
+
+def test_phonemes_may_have_slashes() -> None:
+    text = "say /t\u0259\u02c8me\u026a/ or [tomato](/t\u0259\u02c8m\u0251\u02d0/) and/or /usr/bin/"
+    assert read_markup(text).text == (
+        "say t\u0259\u02c8me\u026a or t\u0259\u02c8m\u0251\u02d0 and/or /usr/bin/"
+    )
+
+
 def test_respellings() -> None:
     lexicon = {"nguyen": "win", "new york": "noo york"}
     text = "Nguyen's [Nguyen](nwen), [here](https://a.org) in NEW YORK, [1] (so) Nguyens"

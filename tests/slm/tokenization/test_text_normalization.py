@@ -5,12 +5,21 @@ import json
 import random
 import re
 import sys
+import time
 
 import pytest
 from conftest import ROOT
 
+from codec.transcripts import lowercase_if_all_caps
 from slm.tokenization import text_normalization as spelling
-from slm.tokenization.text_normalization import clean_text, normalize, phonemes, unread_signs
+from slm.tokenization.markup import read_markup
+from slm.tokenization.text_normalization import (
+    clean_text,
+    normalize,
+    phonemes,
+    remove_signs,
+    unread_signs,
+)
 
 EXPECTED = {
     "Dr. Smith paid $3.50 on 21 Nov. 2026, at 5:30 p.m., for 2 lbs., etc.": (
@@ -86,7 +95,7 @@ def test_numbers_and_abbreviations_are_spelt_out(text: str) -> None:
         " the cat  sat\non a mat ",
         'don\'t "quote" [it]... J. K. Rowling, U.S.',
         "may I march in. No. I said",
-        "Wait #, %, @home, a \\ b",
+        "Wait #, %, @ home, a \\ b",
         "\u4f60\u597d 5",
         "\u041f\u044f\u0442\u044c 5, Mr. X",
     ],
@@ -129,6 +138,34 @@ def test_numbers_with_signs_and_suffixes(case: dict) -> None:
     assert not unread_signs(made)
 
 
+ENGLISH: dict[str, list[dict]] = {}
+for line in (ROOT / "tests" / "golden" / "texts_en.jsonl").read_text().strip().split("\n"):
+    ENGLISH.setdefault(json.loads(line)["kind"], []).append(json.loads(line))
+
+
+def as_read(text: str) -> str:
+    """A reading without the differences that are not heard; signs that are no pauses stay."""
+    text = re.sub(r"(?<=[a-z])\.(?=[a-z])", " ", text.lower())
+    text = re.sub(r"(?<![a-z'])'|'(?![a-z])", " ", text)
+    text = re.sub('[.,;:!?"()\\[\\]\u00a1\u00bf\u2013\u2014\u2026-]', " ", text)
+    return re.sub(r"\b([ap]) m\b", r"\1m", " ".join(text.split()))
+
+
+@pytest.mark.parametrize("kind", ENGLISH)
+def test_english_texts_of_a_kind(kind: str) -> None:
+    """Each text has a reading of `spoken`, or signs that are `named` in a warning and not read, or
+    a script that is `refused`; wrong readings that are known are listed as `read`."""
+    for case in ENGLISH[kind]:
+        marked = read_markup(clean_text(case["text"]))
+        made = normalize(lowercase_if_all_caps(marked.text))
+        assert normalize(made) == made, case
+        assert " ".join(unread_signs(made)) == case.get("named", ""), case
+        if "read" in case:
+            assert made == case["read"], case
+        elif "named" not in case and "refused" not in case:
+            assert as_read(made) in map(as_read, case["spoken"]), case
+
+
 LINKS = {
     "https://example.com": "h t t p s colon slash slash example dot com",
     "www.a-b.org/x_1?q=2&r#t": (
@@ -163,6 +200,24 @@ def test_long_runs_take_no_long_time() -> None:
     assert normalize("1;" * 300) == "; ".join(["one"] * 300) + ";"
 
 
+@pytest.mark.parametrize(
+    "run",
+    [*("a", "1", " ", ".", "-", "/", "_", "*", "&", "<a ", "[a](", "a.", "1,", "1/", "IX ", "\n ")],
+)
+def test_time_is_linear_in_runs(run: str) -> None:
+    """Ten times the length takes less than 60 times as long; 100 times is quadratic."""
+
+    def seconds(length: int) -> float:
+        text = "5" + run * (length // len(run)) + "b"
+        begin = time.thread_time()
+        read_markup(clean_text(text))
+        for pattern, spell in (*spelling._RULES, *spelling._REST):
+            pattern.sub(spell, text)
+        return time.thread_time() - begin
+
+    assert seconds(5000) < 60 * max(seconds(500), 1e-3)
+
+
 def test_words_joined_by_commas_are_words() -> None:
     assert normalize("red,green;a,b and 1,234") == (
         "red, green; a, b and one thousand two hundred and thirty four"
@@ -174,6 +229,12 @@ def test_signs_without_words_are_named_and_blank_lines_stay() -> None:
         *("*", "\u00b2"), "\u2122", "\U0001f600",
     ]  # fmt: skip
     assert normalize("Part 5\n\n6 cats") == "Part five\n\nsix cats"
+    assert unread_signs("a_b {x} c/d \u2022 \\") == ["/", "\\", "_", "{", "}", "\u2022"]
+
+
+def test_signs_are_removed_with_the_lines_that_consist_of_them() -> None:
+    text = "* Hi \U0001f44d! a~b\n* *\n~ c\n\nd ^"
+    assert remove_signs(text, "*~^\U0001f44d") == "Hi! a b\n c\n\nd"
 
 
 PARTS = [
