@@ -12,9 +12,9 @@ exchanged; any other in one that has loaded the libraries and imports this tree 
 changed as well, in a copy of the tree, so that programs that tests start see it.
 
 A mutant's tests run in this order: the one that killed it last time, those that execute its line,
-then, if it survives, the others. Results are kept in out/mutants/; a second run takes up what
-neither changed in the file nor in its tests. tests/equivalent_mutants.jsonl lists mutants that no
-test can kill, and why.
+then, if it survives, the others. Results are kept in out/mutants/; a second run repeats those of a
+changed file, and, where its tests changed, the survivors and those whose killing test changed.
+tests/equivalent_mutants.jsonl lists mutants that no test can kill, and why.
 """
 
 import argparse
@@ -416,7 +416,7 @@ def statement_lines(source: str) -> dict[int, range]:
 def test_file(file: Path, tree: Path, options: argparse.Namespace) -> Tested:
     """Runs the mutants of one file."""
     # Of the copy: the tree may change while this runs.
-    source, target = (tree / file).read_text(), tree / file
+    source, target, first = (tree / file).read_text(), tree / file, not options.every_test
     tests = mirrored_tests(file, tree)
     mutants = mutants_of(source, None if options.at else options.mutants, options.seed)
     if options.at:
@@ -424,9 +424,27 @@ def test_file(file: Path, tree: Path, options: argparse.Namespace) -> Tested:
     texts = [(tree / test).read_text() for test in tests]
     kept = RESULTS / f"{str(file).replace('/', '-')}.json"
     known = json.loads(kept.read_text()) if kept.is_file() else {}
-    keys = [digest_of(mutant.source, *texts, str(options.every_test)) for mutant in mutants]
+    current = digest_of(*texts)
+    functions = {
+        f"{test}::{node.name}": ast.dump(node)
+        for test, text in zip(tests, texts, strict=True)
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef)
+    }
+
+    def killer(outcome: dict[str, Any]) -> str | None:
+        """The test that killed a mutant, as it is now."""
+        text = functions.get((outcome["killed"] or "").partition("[")[0])
+        return text and digest_of(text)
+
+    keys = [digest_of(mutant.source, str(options.every_test)) for mutant in mutants]
+    # What a test killed that has not changed is not run again.
+    for key in {*keys} & known.keys():
+        outcome, same = known[key], killer(known[key])
+        if outcome["tests"] != current and (not same or same != outcome["killer"] or not first):
+            del known[key]
     printed = RESULTS / "printed.txt"
-    statements, first = statement_lines(source), not options.every_test
+    statements = statement_lines(source)
     progress = os.dup(2)
 
     def say(text: str) -> None:
@@ -453,7 +471,7 @@ def test_file(file: Path, tree: Path, options: argparse.Namespace) -> Tested:
             shutil.rmtree(tree.parent / "files", ignore_errors=True)
             failed = ["timeout"] if result is None else result["failed"]
             outcome |= {"killed": failed[0] if failed else None, "all": failed}
-        known[key] = known[place] = outcome
+        known[key] = known[place] = {**outcome, "tests": current, "killer": killer(outcome)}
         kept.write_text(json.dumps(known))
         mark = outcome["killed"] or f"survived: {mutant.new}"
         say(f"{file}:{mutant.line} {time.monotonic() - begun:.1f} s {mark}")
@@ -472,7 +490,8 @@ def test_file(file: Path, tree: Path, options: argparse.Namespace) -> Tested:
 
     base: dict[str, Any] = {"seconds": {}}
     if not tests:
-        known |= {key: {"killed": None, "covered": False} for key in keys}
+        unseen = {"killed": None, "covered": False, "tests": current, "killer": None}
+        known |= dict.fromkeys(keys, unseen)
     elif any(key not in known for key in keys):
         base = forked(collected, 3600, printed.with_name("collected.txt"))
         if base["failed"]:
@@ -483,7 +502,7 @@ def test_file(file: Path, tree: Path, options: argparse.Namespace) -> Tested:
                 importlib.import_module(module)
         known = base["known"]
         if any(key not in known for key in keys):
-            names = list(base["seconds"])
+            names = [min(base["seconds"], key=base["seconds"].get)]
             again = forked(lambda: with_import(tree, names, True), 900, printed)
             if again is None or again["failed"]:
                 say(f"{file}: its tests fail when they are imported anew: {again}")

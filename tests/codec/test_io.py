@@ -1,7 +1,9 @@
 """codec/io.py: files and folders are complete or as they were, and obey the umask."""
 
+import errno
 import fcntl
 import os
+import re
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
@@ -19,11 +22,14 @@ from tiny_slm import quiet, save_base, save_shard
 
 from codec import load_codec, write_audio
 from codec.io import (
+    MAX_NAME_BYTES,
     FileLock,
     atomic_file,
     atomic_files,
     atomic_folder,
     check_id,
+    check_source,
+    hub_reason,
     is_write_failure,
     parse_json,
     parse_yaml,
@@ -55,7 +61,7 @@ def modes(folder: Path) -> set[int]:
 
 def test_every_atomic_writer_obeys_the_umask(tmp_path: Path, umask: int) -> None:
     tensors = {"weight": torch.zeros(2)}
-    with atomic_file(tmp_path / "file" / "a.safetensors") as temporary:
+    with atomic_file(tmp_path / "file" / "new" / "a.safetensors") as temporary:
         save_file(tensors, temporary)
     with atomic_files(tmp_path / "files") as temporary:
         save_file(tensors, temporary / "a.safetensors")
@@ -188,6 +194,7 @@ def test_a_digest_of_tensors_is_of_names_and_bytes_in_the_given_order() -> None:
         ("\ud800", "has half of a surrogate pair"),
         ("/", "leads out of the folder"),
         ("/etc/passwd", "leads out of the folder"),
+        ("/passwd", "leads out of the folder"),
         ("..", "leads out of the folder"),
         ("a/../../b", "leads out of the folder"),
         ("", "names no file"),
@@ -199,6 +206,14 @@ def test_an_id_that_is_no_file_of_the_folder_is_refused(name: str, message: str)
     with pytest.raises(ValueError, match=message) as caught:
         check_id(name, ".wav")
     assert len(str(caught.value)) < 140
+
+
+def test_long_ids_are_shown_in_part() -> None:
+    for length, shown in ((38, "'/" + 38 * "x" + "'"), (40, "'/" + 39 * "x" + "'...")):
+        with pytest.raises(ValueError, match=f"the id {re.escape(shown)} leads"):
+            check_id("/" + length * "x")
+    # The longest one, and as many bytes in all as five of them.
+    check_id("/".join(["x" * MAX_NAME_BYTES] * 5))
 
 
 def test_a_symbolic_link_is_not_followed_out_of_the_folder(tmp_path: Path) -> None:
@@ -260,3 +275,65 @@ def test_any_id_is_refused_or_lies_in_the_folder(name: str) -> None:
     assert Path(os.path.normpath(path)).is_relative_to(folder)
     assert path.name.endswith(".wav")
     assert len(os.fsencode(path.name)) <= 200
+
+
+def test_files_of_a_folder_arrive_together_or_not_at_all(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new" / "below"
+    old.mkdir()
+    for folder in (old, new):
+        with pytest.raises(KeyError), atomic_files(folder) as temporary:
+            {}[(temporary / "a").touch()]
+    assert [*old.iterdir()] == []
+    assert not new.exists()
+    for folder in (old, new):
+        with atomic_files(folder) as temporary:
+            (temporary / "a").touch()
+        assert [path.name for path in folder.iterdir()] == ["a"]
+    with pytest.raises(ValueError, match="is a file"), atomic_files(old / "a"):
+        pass
+
+
+@pytest.mark.parametrize("error", [KeyError("weight"), FileNotFoundError(2, "No such file")])
+def test_errors_that_are_no_full_disk_stay_what_they_are(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, atomic_folder(tmp_path / "new"):
+        raise error
+    assert caught.value is error
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_lock_is_held_until_it_is_closed(tmp_path: Path) -> None:
+    lock = FileLock(tmp_path / "new" / "run")
+    with pytest.raises(ValueError, match=rf"another process .* \(pid {os.getpid()}\)"):
+        FileLock(tmp_path / "new" / "run")
+    lock.close()
+    lock.close()
+    with FileLock(tmp_path / "new" / "run"):
+        pass
+    FileLock(tmp_path / "new" / "run").close()
+
+
+def test_what_is_neither_a_folder_nor_a_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here" / "codec" / "deep").mkdir(parents=True)
+    for name in ("owner/name", "name", "here", "here/codec", "here/codec/deep", "codec/here"):
+        check_source(name)
+    for name in ("a/b/c", "/missing", "../missing", "here/other"):
+        with pytest.raises(ValueError, match="no such folder") as caught:
+            check_source(name)
+        assert ("is a folder here" in str(caught.value)) == (name == "here/other")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (HFValidationError("x"), "not a hub id"),
+        (LocalEntryNotFoundError("x"), "cannot be reached"),
+        (OSError(errno.ENOSPC, "No space left"), r"cannot be stored \(No space left\)"),
+        (OSError(errno.ECONNREFUSED, "refused"), "cannot be reached"),
+        (RuntimeError("x"), "cannot be reached"),
+    ],
+)
+def test_the_reason_of_the_hub(error: Exception, reason: str) -> None:
+    assert re.search(reason, hub_reason(error))

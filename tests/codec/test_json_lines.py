@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from codec.json_lines import (
+    MAX_LINE_BYTES,
     append_json_lines,
     decode_utf8,
     read_appended,
@@ -100,7 +101,11 @@ def test_files_that_are_missing_damaged_or_no_lists(
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=rf"{number}\.jsonl\.gz: damaged"):
             list(read_json_lines(path))
+    assert MAX_LINE_BYTES == 64 * 2**20
     monkeypatch.setattr("codec.json_lines.MAX_LINE_BYTES", 2**20)
+    longest = "x" * (2**20 - 3)
+    (tmp_path / "l.jsonl").write_text(f'"{longest}"\n2\n', encoding="utf-8")
+    assert values(tmp_path / "l.jsonl") == [longest, 2]
     (tmp_path / "l.jsonl").write_bytes(b"x" * (2**20 + 1))
     with pytest.raises(ValueError, match="line 1: longer than 1 MiB"):
         list(read_json_lines(tmp_path / "l.jsonl"))
@@ -111,11 +116,13 @@ def test_values_without_a_form_in_json() -> None:
     line = to_json_line(record)
     assert line.encode()
     assert json.loads(line) == {"loss": None, "deep": [None, [1.0, None]], "t": "\udcff"}
+    assert to_json_line(["\u00e4", float("nan")]) == '["\u00e4", null]'
+    assert to_json_line(["\u00e4", 1.5]) == '["\u00e4", 1.5]'
 
 
 @pytest.mark.parametrize("torn", [b'{"a": ', b'"' + b"\xc3", b"x" * 200_000])
 def test_an_incomplete_last_line_is_removed(tmp_path: Path, torn: bytes) -> None:
-    path = tmp_path / "new" / "l.jsonl"
+    path = tmp_path / "new" / "below" / "l.jsonl"
     assert read_appended(path) == []
     append_json_lines(path, [{"a": ODD}, {"a": 2}])
     before = path.read_bytes()
@@ -142,3 +149,23 @@ def test_lines_have_a_limited_depth(tmp_path: Path) -> None:
         (line,) = scan_json_lines(tmp_path / "a.jsonl")
         assert (error or "") in (line.error or "")
         assert (line.error is None) == (error is None)
+
+
+def test_nothing_but_an_incomplete_line(tmp_path: Path) -> None:
+    path = tmp_path / "l.jsonl"
+    for torn, kept in ((b'{"a', b""), (b'\n{"a', b"\n"), (b"", b"")):
+        path.write_bytes(torn)
+        assert read_appended(path) == []
+        append_json_lines(path, [3])
+        assert path.read_bytes() == kept + b"3\n"
+
+
+def test_lines_are_on_the_disk_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr("os.fsync", synced.append)
+    append_json_lines(tmp_path / "l.jsonl", [1], sync=False)
+    assert not synced
+    append_json_lines(tmp_path / "l.jsonl", [2])
+    assert len(synced) == 1

@@ -293,3 +293,21 @@ def test_columns_of_other_types_are_refused(
 def test_facts_that_no_codec_has_are_refused(shard: Path, metadata: dict[str, str]) -> None:
     with pytest.raises(DamagedShard, match=r"a\.parquet: corrupted token shard"):
         TokenShard.open(altered(shard, **metadata))
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"sample_rate": 0},
+        {"frame_rate": 0.0},
+        {"frame_rate": float("inf")},
+        {"num_codebooks": 1},
+        {"num_codebooks": 0, "codebook_sizes": ()},
+        {"codebook_sizes": (8, 0)},
+        {"codebook_sizes": (8, 65_537)},
+    ],
+)
+def test_facts_are_checked_one_by_one(facts: dict) -> None:
+    with pytest.raises(ValueError, match=r"not as expected|holds up to 65536"):
+        dataclasses.replace(STAMP, **facts).check()
+    dataclasses.replace(STAMP, sample_rate=1, frame_rate=0.5, codebook_sizes=(1, 65_536)).check()

@@ -34,3 +34,25 @@ def test_single_unit_has_no_interval() -> None:
     assert paired_difference(Sums(one, one), Sums(2 * one, one)) == (1.0, None, None)
     both = np.ones(2)
     assert paired_difference(Sums(both, both), Sums(2 * both, both)) == (1.0, 1.0, 1.0)
+
+
+def test_the_interval_is_pinned() -> None:
+    """By default of 95 % and with seed 0."""
+    random = np.random.default_rng(0)
+    words = random.integers(1, 20, 30)
+    first, second = (Sums(random.binomial(words, rate) * 1.0, words * 1.0) for rate in (0.1, 0.2))
+    for given, low, high in (
+        ({}, 0.011940, 0.118841),
+        ({"level": 0.5}, 0.044510, 0.081818),
+        ({"seed": 1}, 0.010417, 0.119266),
+    ):
+        found = paired_difference(first, second, **given)
+        assert found == pytest.approx((second.rate - first.rate, low, high), abs=1e-6)
+
+
+def test_resamples_without_a_reference_do_not_count() -> None:
+    """Of two units, one without a reference: a resample has the other once or twice."""
+    one, zero = np.array([1.0, 3.0]), np.zeros(2)
+    some, every = Sums(one, np.array([1.0, 0.0])), Sums(zero, np.ones(2))
+    assert paired_difference(some, every) == (-4, -4, -1)
+    assert paired_difference(every, some) == (4, 1, 4)

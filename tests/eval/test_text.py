@@ -35,6 +35,7 @@ def test_corpus_rate_is_of_summed_counts_not_a_mean_of_rates() -> None:
     [
         ("", "", 0.0, 0.0),
         ("", "many words", 2.0, 1.0),
+        ("", "one", 1.0, 1.0),
         ("many words", "", 1.0, 1.0),
         ("um", "", 0, 0),
     ],
@@ -60,6 +61,9 @@ def test_counts_add_up() -> None:
     total = WordErrors(hits=1, deletions=2) + WordErrors(hits=3, insertions=1)
     assert isinstance(total, WordErrors)
     assert (total.num_reference, total.num_hypothesis, total.num_errors) == (6, 5, 3)
+    each = WordErrors(hits=1, substitutions=2, deletions=3, insertions=4)
+    assert each + each == WordErrors(hits=2, substitutions=4, deletions=6, insertions=8)
+    assert (each.num_reference, each.num_hypothesis, each.num_errors) == (6, 7, 9)
     assert ErrorCounts().rate == 0
 
 

@@ -98,9 +98,21 @@ def test_lengths_are_one_integer_a_wave(lengths: object) -> None:
         plain(SpeechCodec.encode)(Loudness(), torch.zeros(1, 1, 9), lengths)
 
 
-def test_double_precision_is_encoded_as_single() -> None:
+def test_other_precisions_are_encoded_in_that_of_the_weights() -> None:
+    """Single precision stays: what a codec in half precision makes of it is up to its layers."""
+    seen = []
+
+    class Spy(Loudness):
+        def _encode_chunk(self, wave: Tensor, lengths: Tensor | None, books: range) -> Tensor:
+            seen.append(wave.dtype)
+            return super()._encode_chunk(wave, lengths, books)
+
     wave = torch.tensor([[[1.0, 3.0]]])
-    assert torch.equal(Loudness().encode(wave.double()).codes, Loudness().encode(wave).codes)
+    expected = Loudness().encode(wave).codes
+    for weights in (torch.float32, torch.bfloat16):
+        for given in (torch.float64, torch.float32):
+            assert torch.equal(Spy().to(weights).encode(wave.to(given)).codes, expected)
+    assert seen == [torch.float32, torch.float32, torch.bfloat16, torch.float32]
 
 
 class Smoothed(SpeechCodec):

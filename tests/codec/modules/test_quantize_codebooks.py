@@ -281,7 +281,7 @@ def test_codebooks_of_ranks_are_those_of_the_joined_batch(
     torch.manual_seed(0)
     config = replace(config, revival_ratio=0.5, kmeans_samples=10)
     batches = [torch.randn(1, 2, 24) * (1 + step) for step in range(4)]
-    parts = (slice(0, 5), slice(5, 14), slice(14, 24))
+    parts = (slice(0, 9), slice(9, 24))
     start = torch.randn(8, 2)
 
     def trained(share: slice) -> list[torch.Tensor]:
@@ -293,8 +293,7 @@ def test_codebooks_of_ranks_are_those_of_the_joined_batch(
         return list(codebook.state_dict().values())
 
     expected = trained(slice(None))
-    first, *others = Ranks(monkeypatch, 3).run(lambda rank: trained(parts[rank]))
+    first, other = Ranks(monkeypatch, 2).run(lambda rank: trained(parts[rank]))
     for one, each in zip(expected, first, strict=True):
         torch.testing.assert_close(each, one)
-    for other in others:
-        assert all(torch.equal(one, each) for one, each in zip(first, other, strict=True))
+    assert all(torch.equal(one, each) for one, each in zip(first, other, strict=True))

@@ -87,7 +87,7 @@ def test_silence_and_short_items_are_finite(samples: float) -> None:
 
 @pytest.mark.parametrize(
     ("rate", "noise", "expected"),
-    [(16_000, 1.0, 0.369240), (16_000, 0.4, 0.132869), (8010, 1.0, 0.402295)],
+    [(16_000, 1.0, 0.351596), (16_000, 0.4, 0.129348), (8010, 1.0, 0.383343)],
 )
 def test_its_value_is_pinned(rate: int, noise: float, expected: float) -> None:
     """Trained models depend on it. At 8010 Hz a frame has an odd number of samples."""
@@ -100,6 +100,6 @@ def test_its_value_is_pinned(rate: int, noise: float, expected: float) -> None:
     real = torch.from_numpy(np.stack(waves).astype(np.float32))[:, None]
     hiss = 0.5 * np.random.default_rng(2).standard_normal(real.shape)
     fake = real + torch.from_numpy(hiss.astype(np.float32))
-    real[1, :, :rate] *= 1e-3  # Segments that do not count.
+    real[:, :, :rate] *= 1e-3  # Segments that do not count.
     mixed = (1 - noise) * real + noise * fake
     assert stoi_loss(mixed, real, rate).item() == pytest.approx(expected, abs=2e-5)

@@ -145,3 +145,22 @@ def test_shares_of_tasks_are_exact_over_epochs() -> None:
         assert counts[20:].max() - counts[20:].min() <= 1
     assert (counts[10:20] == 3).all()
     assert np.array_equal(draw(5), Draw(pools, [10, 5, 7], seed=0)(5))
+
+
+def test_the_fullest_of_too_many_open_rows_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slm.data.batching.OPEN_ROWS", 1)
+    config = BatchConfig(positions=100, packed=10)
+    order = np.random.default_rng(0).permutation(4)
+    lengths = np.zeros(4, int)
+    # 7 opens a second row and closes it, so that 4 joins 6, and 3 has no room beside 7.
+    lengths[order] = (6, 7, 4, 3)
+    (rows,) = packed(np.arange(4), lengths, config, np.random.default_rng(0))
+    assert [lengths[row].tolist() for row in rows] == [[6, 4], [7], [3]]
+
+
+def test_epochs_of_a_seed_are_pinned() -> None:
+    """Resumed runs of older versions have the same batches."""
+    draw = Draw([np.arange(6), np.arange(6, 9)], [4, 2], seed=3)
+    assert [draw(epoch).tolist() for epoch in (0, 1)] == [[0, 1, 3, 5, 6, 8], [4, 2, 3, 2, 7, 7]]
+    plan = Plan(np.array([5, 5, 9, 9, 20]), BatchConfig(positions=20), seed=3)
+    assert [np.concatenate(batch).tolist() for batch in plan.epoch(1)] == [[0, 1], [4], [2, 3]]

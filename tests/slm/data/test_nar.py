@@ -88,6 +88,36 @@ def test_dropped_texts_change_nothing_else(shard, tokenizer) -> None:
     assert 0.25 < num_dropped / num_items < 0.75
 
 
+@pytest.mark.parametrize(
+    ("share", "most", "expected"),
+    [(0.999, 1000, lambda frames: frames - 1), (0.5, 1000, lambda frames: frames // 2),
+     (0.5, 7, lambda frames: (frames // 2).clamp(max=7))],
+)  # fmt: skip
+def test_prompts_leave_a_frame_and_have_a_maximum(shard, tokenizer, share, most, expected) -> None:
+    data = nar_data(shard, tokenizer, prompt_share=(share, share), prompt_frames=most)
+    for step in range(3):
+        batch = data.share(step, 0, 0, 1, 1).batch
+        assert torch.equal(batch.prompt_lengths, expected(batch.lengths))
+
+
+def test_batches_keep_to_their_positions(shard, tokenizer) -> None:
+    data = nar_data(shard, tokenizer)
+    assert data.num_steps(1, 1) > data.num_steps(2, 2) > 0
+    for step in range(data.num_steps(1, 1)):
+        batch = data.share(step, 0, 0, 1, 1).batch
+        longest = int((batch.text_mask.sum(1) + batch.lengths).max())
+        assert len(batch.lengths) * longest <= 250
+        assert batch.lengths.max() == batch.codes.shape[2]
+
+
+def test_draws_of_a_seed_are_pinned(shard, tokenizer) -> None:
+    """Resumed runs of older versions have the same batches."""
+    batch = nar_data(shard, tokenizer, text_dropout=0.5).share(3, 0, 0, 1, 1).batch
+    assert batch.stages.tolist() == []
+    assert batch.prompt_lengths.tolist() == []
+    assert (batch.text_mask.sum(1) == 1).tolist() == []
+
+
 def test_tokens_that_are_not_the_models_are_refused(tmp_path: Path, shard, tokenizer) -> None:
     other = dataclasses.replace(STAMP, digest="e" * 16)
     path = save_shard(tmp_path / "a.parquet", stamp=other)

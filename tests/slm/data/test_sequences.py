@@ -5,22 +5,39 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_slm import STAMP, quiet, save_base
+from tiny_slm import STAMP, quiet, save_base, save_shard
 
+from codec.tokens import TokenShard
 from codec.transcripts import lowercase_if_all_caps
+from slm.data.corpus import Ragged, usable
 from slm.data.coverage import Coverage
-from slm.data.prompts import Prompt, load_prompts
-from slm.data.sequences import ASR, CONTINUATION, TEXT, TTS, layout, tts_context
-from slm.models.ar import load_base
+from slm.data.sequences import (
+    ASR,
+    CONTINUATION,
+    TASKS,
+    TEXT,
+    TTS,
+    Context,
+    ForcedTokens,
+    PlainFormat,
+    layout,
+    tts_context,
+)
+from slm.models.ar import Base, load_base
 from slm.tokenization.text_normalization import join_texts, script_of
+from slm.tokenization.tokenizer import SpeechTextTokenizer
 from slm.tokenization.vocabulary import Vocabulary
 
 pytestmark = quiet()
 
 
 @pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
-    base = load_base(save_base(tmp_path_factory.mktemp("base")))
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return load_base(save_base(tmp_path_factory.mktemp("base")))
+
+
+@pytest.fixture(scope="module")
+def vocabulary(base: Base) -> Vocabulary:
     return Vocabulary.of(base.lm, base.tokenizer, STAMP)
 
 
@@ -95,11 +112,42 @@ def test_coverage_comes_back(tmp_path: Path) -> None:
         Coverage.load(tmp_path)
 
 
-def test_prompts_come_back(tmp_path: Path) -> None:
-    Prompt(codes=np.array([[1, 2], [3, 4]]), text="na\u00efve", credit="X").save(tmp_path, "ann")
-    prompt = load_prompts(tmp_path)["ann"]
-    assert prompt.codes.tolist() == [[1, 2], [3, 4]]
-    assert (prompt.text, prompt.credit) == ("na\u00efve", "X")
-    (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"bad\.json"):
-        load_prompts(tmp_path)
+class Halves(SpeechTextTokenizer):
+    """Every other code of speech has an id, as if pieces of acoustic BPE had two codes."""
+
+    def uses_bpe(self, task: str) -> bool:
+        return True
+
+    def speech_ids(self, task: str, codes: np.ndarray) -> np.ndarray:
+        return super().speech_ids(task, codes)[::2]
+
+
+@pytest.mark.parametrize("kind", [SpeechTextTokenizer, Halves])
+def test_plain_sequences_have_the_lengths_they_state(
+    base: Base, vocabulary: Vocabulary, tmp_path: Path, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slm.data.sequences.TEXTS_AT_ONCE", 2)
+    form = PlainFormat(kind(vocabulary, base.tokenizer))
+    corpus = usable(TokenShard.open(save_shard(tmp_path / "a.parquet", 5)))
+    codes = [corpus.codes(row)[0] for row in range(5)]
+    for task, name in enumerate(TASKS[:3]):
+        examples = form.examples(task, corpus, Ragged(codes, np.uint16), seed=0)
+        assert len(examples.lengths) == len(examples.targets) == 5
+        for row, (length, targets) in enumerate(
+            zip(examples.lengths, examples.targets, strict=True)
+        ):
+            made = examples[row]
+            assert (len(made.tokens), len(made.tokens) - made.num_context) == (length, targets)
+            text = form.tokenizer.text_ids("asr", [corpus.texts[row]])[0]
+            speech = form.tokenizer.speech_ids(name, codes[row].astype(np.int64))
+            expected = layout(task, vocabulary, [] if task == CONTINUATION else text, speech)
+            assert made.tokens.tolist() == expected.tokens.tolist()
+    assert form.num_forced(form.tokenizer.normalize("a cat")) == 0
+    assert (form.asr_tokens_per_second, form.scores_text) == (8.0, True)
+    assert form.asr_context(np.arange(4)).ids == form.asr_context(np.arange(4)).tokens
+
+
+def test_forced_tokens_count_the_end_tokens_before_them() -> None:
+    forced = ForcedTokens(((5, 6), (7,)), (1, 2, 3))
+    assert (forced.ids, forced.least) == ([0, 5, 6, 0, 7], 0)
+    assert Context([3, 4], forced).ids == [3, 4, 0, 5, 6, 0, 7]

@@ -16,6 +16,7 @@ from slm.models.ar import SpeechLM, load_base
 from slm.models.lm_head import (
     IdRange,
     PositionGroup,
+    _gathered,
     check_head,
     group_logits,
     next_logits,
@@ -221,6 +222,31 @@ def test_an_end_token_outside_the_range_has_the_last_column() -> None:
     assert IdRange(4, 9, 6).columns(torch.tensor([4, 8, 6])).tolist() == [0, 4, 2]
     assert IdRange(4, 9, 2).spans == [(4, 9), (2, 3)]
     assert IdRange(4, 9, None).spans == IdRange(4, 9, 6).spans == [(4, 9)]
+    assert IdRange(4, 9, 4).spans == [(4, 9)]
+    assert IdRange(4, 9, 9).spans == [(4, 9), (9, 10)]
+
+
+def test_parameters_that_zero_3_has_partitioned_are_gathered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    zero = pytest.importorskip("deepspeed.runtime.zero")
+    status = pytest.importorskip("deepspeed.runtime.zero.partition_parameters").ZeroParamStatus
+    asked = []
+    monkeypatch.setattr(
+        zero, "GatheredParameters", lambda *given, **more: asked.append((given, more))
+    )
+    head, owner = nn.Linear(2, 3), nn.Linear(1, 1)
+    with _gathered(head, owner):
+        assert not asked
+    head.weight.ds_id, head.weight.ds_status = 1, status.NOT_AVAILABLE
+    head.bias.ds_id, head.bias.ds_status = 2, status.AVAILABLE
+    _gathered(head, owner)
+    head.weight.ds_status = status.AVAILABLE
+    _gathered(head, owner)
+    first, second = asked
+    assert first[0][0][0] is head.weight
+    assert (len(first[0][0]), first[1]) == (1, {"fwd_module": owner, "enabled": True})
+    assert second == (([],), {"fwd_module": owner, "enabled": False})
 
 
 @pytest.mark.parametrize("tied", [True, False])

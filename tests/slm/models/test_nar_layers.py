@@ -9,7 +9,7 @@ from tiny_slm import SIZES
 
 from slm.config import NARConfig
 from slm.data.nar import nar_batch, text_bytes
-from slm.models.nar import NAR, LocalConv, PromptMatching, smoothed_labels
+from slm.models.nar import NAR, AdaptiveNorm, LocalConv, PromptMatching, smoothed_labels
 from tests.slm.models.test_nar import CONFIG, TEXTS, batch, make_nar, random_codes
 
 WITH = replace(CONFIG, conv_kernel=5, prompt_matching=True)
@@ -132,3 +132,44 @@ def test_label_smoothing_only_in_training() -> None:
 def test_invalid_settings_are_refused(values: dict, reported: str) -> None:
     with pytest.raises(ValueError, match=reported):
         NARConfig(**values)
+
+
+def test_stages_scale_and_shift_in_numbers() -> None:
+    norm = AdaptiveNorm(2, 2)
+    with torch.no_grad():
+        norm.scale[1], norm.shift[1] = torch.tensor([1.0, 3.0]), torch.tensor([0.5, -0.5])
+    hidden = torch.tensor([[[-3.0, 3.0]]])
+    torch.testing.assert_close(norm(hidden, 0), torch.tensor([[[-1.0, 1.0]]]))
+    torch.testing.assert_close(norm(hidden, 1), torch.tensor([[[-1.5, 3.5]]]))
+
+
+def test_positions_in_numbers() -> None:
+    nar = make_nar(CONFIG)
+    rates = 10_000 ** -(torch.arange(8) / 8)
+    for part in (torch.zeros(1, 400, 16), torch.ones(1, 400, 16)):
+        angles = 399 * rates
+        expected = part[0, 399] + torch.cat([angles.sin(), angles.cos()])
+        torch.testing.assert_close(nar._positioned(part)[0, 399], expected, atol=2e-5, rtol=0)
+
+
+def test_a_frame_of_zeros_stands_for_no_similar_one() -> None:
+    """One of three keys, beside the two frames of the prompt."""
+    torch.manual_seed(0)
+    reference = PromptMatching(width=4, num_heads=1, kernel=0, num_stages=2).requires_grad_(False)
+    below, above = torch.randn(1, 3, 4), torch.randn(1, 3, 4)
+    prompt = torch.tensor([[True, True, False]])
+    found = reference(below, above, torch.ones(1, 3, dtype=torch.bool), prompt, 1)
+    place = reference.place(reference.norm(below, 1))[0]
+    keys = torch.cat([torch.zeros(1, 4), place[:2]])
+    values = torch.cat([torch.zeros(1, 4), reference.value(above)[0, :2]])
+    attended = (place @ keys.T / 4**0.5).softmax(1) @ values
+    torch.testing.assert_close(found[0], reference.output(attended))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.0])
+def test_weak_entries_start_as_strong_as_others(scale: float) -> None:
+    nar = make_nar(CONFIG)
+    random = torch.Generator().manual_seed(0)
+    nar.init_from_codec([scale * torch.randn(size, 6, generator=random) for size in SIZES], seed=0)
+    spread = float(nar.codes.weight.detach().std())
+    assert spread == pytest.approx(0.5 if scale else 0.0, rel=0.1)

@@ -57,6 +57,7 @@ def test_sequences_become_shorter(units: AcousticBPE) -> None:
 
 def test_runs_are_kept_or_removed() -> None:
     assert without_runs(np.array([0, 0, 3, 3, 3, 0])).tolist() == [0, 3, 0]
+    assert without_runs(np.array([1, 1, 0])).tolist() == [1, 0]
     assert without_runs(np.zeros(0, np.int64)).size == 0
 
 
@@ -123,6 +124,7 @@ def test_the_digest_tells_units_apart() -> None:
         AcousticBPE.train(sequences(), dataclasses.replace(STAMP, digest="f" * 16), size=30),
     ]
     assert len({units.digest for units in made}) == 4
+    assert {len(units.digest) for units in made} == {16}
     assert AcousticBPE.train(sequences(), STAMP, size=30).digest == made[0].digest
 
 

@@ -11,7 +11,14 @@ import torch
 from tiny_slm import STAMP, quiet, save_base
 
 from slm.models.ar import load_base
-from slm.tokenization.vocabulary import FILE_NAME, Vocabulary, encode_texts, extend
+from slm.tokenization.vocabulary import (
+    FILE_NAME,
+    Vocabulary,
+    _draw_rows,
+    encode_texts,
+    extend,
+    row_parameters,
+)
 
 pytestmark = quiet()
 
@@ -210,3 +217,59 @@ def test_new_rows_follow_the_seed(tmp_path: Path) -> None:
 
     assert torch.equal(rows(1), rows(1))
     assert not torch.equal(rows(1), rows(2))
+
+
+def test_rows_are_the_mean_and_the_scaled_noise_of_the_seed() -> None:
+    """Of two features that vary together: the lower triangular factor of their covariance."""
+    old = torch.tensor([[0.0, 1.0], [2.0, 3.0], [0.0, 0.0], [2.0, 4.0]], dtype=torch.float64)
+    rows = _draw_rows(old, 3, 0.5, torch.Generator().manual_seed(7))
+    noise = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    factor = torch.tensor([[1.0, 0.0], [1.5, 0.5]], dtype=torch.float64)
+    expected = torch.tensor([1.0, 2.0]) + 0.5 * noise @ factor.T
+    torch.testing.assert_close(rows, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "tied"), BASES)
+def test_rows_that_an_adapter_trains(tmp_path: Path, kind: str, tied: bool) -> None:
+    lm = load_base(save_base(tmp_path, kind=kind, tied=tied)).lm
+    embedding, head = ("transformer.wte" if kind == "gpt2" else "model.embed_tokens"), "lm_head"
+    tables = [embedding] if tied else [embedding, head]
+    assert row_parameters(lm, range(3, 5)) == {name: [3, 4] for name in tables}
+    lm.lm_head.bias = torch.nn.Parameter(torch.zeros(len(lm.lm_head.weight)))
+    if tied:
+        assert row_parameters(lm, [3]) == {embedding: [3]}
+    else:
+        with pytest.raises(ValueError, match="has a bias, which the adapter cannot extend"):
+            row_parameters(lm, [3])
+
+
+def test_the_bias_of_new_rows_is_the_mean_of_the_old_ones(tmp_path: Path) -> None:
+    base = load_base(save_base(tmp_path, tied=False))
+    vocabulary = Vocabulary.of(base.lm, base.tokenizer, STAMP)
+    bias = torch.arange(float(vocabulary.text_size))
+    base.lm.lm_head.bias = torch.nn.Parameter(bias.clone())
+    extend(base.lm, vocabulary, seed=0)
+    found = base.lm.lm_head.bias.detach()
+    assert torch.equal(found[: vocabulary.text_size], bias)
+    assert found[vocabulary.text_size :].tolist() == [bias[: vocabulary.num_text].mean()] * (
+        vocabulary.size - vocabulary.text_size
+    )
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"num_text": 0}, "num_text 0 must be in 1..12"),
+        ({"num_text": 13}, "num_text 13 must be in 1..12"),
+        ({"text_eos": 10}, "end token 10 is not one of 10 text ids"),
+        ({"text_eos": -1}, "end token -1 is not"),
+        ({"codebook_size": 16}, "codebook size 16 is not the codec's 24"),
+        ({"num_merges": -1}, "num_merges must not be negative, got -1"),
+    ],
+)
+def test_ranges_of_ids_are_checked(facts: dict, message: str) -> None:
+    fitting = {"num_text": 10, "text_size": 12, "text_eos": 9, "codebook_size": 24, "codec": STAMP}
+    with pytest.raises(ValueError, match=message):
+        Vocabulary(**{**fitting, **facts})
+    for least in ({}, {"text_eos": 0}, {"text_eos": None}, {"num_text": 12}):
+        Vocabulary(**{**fitting, **least})
