@@ -38,7 +38,7 @@ MEBIBYTES = 600
 """Of memory in use, for one input, beyond that of the libraries and the valid files."""
 ADDRESS_SPACE = 6 * 2**30
 """That one input may ask for."""
-BATCH = 40
+BATCH = 10
 """Inputs of one run of hypothesis."""
 
 
@@ -53,6 +53,8 @@ class Oracle:
     folder: Path
     draw: fuzz_inputs.Draw | None = None
     problems: list[str] = field(default_factory=list)
+    changed: list[str] | None = None
+    """Names of the files that differ from the valid ones; None: none does, and all are read."""
     refused: int = 0
     is_watching: bool = False
 
@@ -81,6 +83,12 @@ class Oracle:
         except BaseException as error:
             self.problems.append(f"{type(error).__name__}: {error!s:.300} {_place(error)}")
         return None
+
+    def differs(self, *names: str) -> bool:
+        """Whether a file, or one of a folder, is to be read."""
+        return self.changed is None or any(
+            each.startswith(name) for each in self.changed for name in names
+        )
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         """A hook of the interpreter."""
@@ -200,7 +208,8 @@ def run(target: "Any", seconds: float, start: int, report: Path) -> dict[str, An
         before = _listing(sandbox)
         _reset_peak()
         used, started = _memory()[0], time.process_time()
-        oracle.problems, oracle.is_watching, oracle.draw = [], True, data.draw
+        oracle.problems, oracle.changed = [], changed
+        oracle.is_watching, oracle.draw = True, data.draw
         try:
             with limited_time():
                 target.read(oracle, inside, out)

@@ -57,6 +57,8 @@ def read_shards(oracle: Any, folder: Path, out: Path) -> None:
     from codec.tokens import TokenShard, read_notes
 
     for file in sorted(folder.glob("*.parquet")):
+        if not oracle.differs(file.name):
+            continue
         shard = oracle.attempt(TokenShard.open, file)
         if shard is not None:
             oracle.attempt(list, shard)
@@ -159,6 +161,8 @@ def read_configurations(oracle: Any, folder: Path, out: Path) -> None:
     arguments = [line for line in lines if "=" in line and not line.startswith("-")]
     for file in sorted(folder.glob("*.yaml")):
         cls = configurations()[file.name.partition("-")[0]]
+        if not oracle.differs(file.name):
+            continue
         oracle.attempt(load_config, cls, ["--config", str(file)], named=False)
     oracle.attempt(load_config, configurations()["tts"], arguments[:4], named=False)
 
@@ -186,9 +190,11 @@ def read_checkpoints(oracle: Any, folder: Path, out: Path) -> None:
     from codec.interop.speechtokenizer import import_speechtokenizer
 
     for name in ("a.pt", "b.pt"):
-        oracle.attempt(import_speechtokenizer, folder / "config.json", folder / name)
+        if oracle.differs("config.json", name):
+            oracle.attempt(import_speechtokenizer, folder / "config.json", folder / name)
     for name in ("c.safetensors", "d.pt"):
-        oracle.attempt(import_lmspt, folder / "lmspt.yaml", folder / name)
+        if oracle.differs("lmspt.yaml", name):
+            oracle.attempt(import_lmspt, folder / "lmspt.yaml", folder / name)
 
 
 # ---------------------------------------------------------------- codec folders
@@ -224,7 +230,7 @@ def read_codecs(oracle: Any, folder: Path, out: Path) -> None:
     from codec import load_codec
 
     for name in ("spectral", "half", "seanet", "lmspt"):
-        codec = oracle.attempt(load_codec, folder / name)
+        codec = oracle.attempt(load_codec, folder / name) if oracle.differs(f"{name}/") else None
         if codec is not None and codec.hop_length < 2000 and codec.sample_rate < 100_000:
             oracle.attempt(codec.encode, torch.zeros(1, 1, 4000), named=False)
 
@@ -240,7 +246,8 @@ def read_baselines(oracle: Any, folder: Path, out: Path) -> None:
     from codec import load_codec
 
     for name in ("encodec", "dac", "mimi"):
-        oracle.attempt(load_codec, folder / name)
+        if oracle.differs(f"{name}/"):
+            oracle.attempt(load_codec, folder / name)
 
 
 # ---------------------------------------------------------------- voices
@@ -275,12 +282,14 @@ def read_voice(oracle: Any, folder: Path, out: Path) -> None:
     from slm.models.ar import SpeechLM, load_base
     from slm.voice import Voice
 
-    oracle.attempt(VoiceSummary.read, folder / "a voice")
-    # The text LLM is beside the voice, so its errors may name that.
-    oracle.attempt(Voice.from_pretrained, folder / "a voice")
-    oracle.attempt(SpeechLM.load, folder / "full")
-    oracle.attempt(load_base, folder / "sharded")
-    oracle.attempt(load_base, folder / "pickled")
+    if oracle.differs("a voice/", "base/"):
+        oracle.attempt(VoiceSummary.read, folder / "a voice")
+        oracle.attempt(Voice.from_pretrained, folder / "a voice")
+    if oracle.differs("full/"):
+        oracle.attempt(SpeechLM.load, folder / "full")
+    for name in ("sharded", "pickled"):
+        if oracle.differs(f"{name}/"):
+            oracle.attempt(load_base, folder / name)
 
 
 def make_voice_files(folder: Path) -> None:
