@@ -56,6 +56,8 @@ OPEN_SIZES = ((0, 0), (0x7FFF_0000, 0x8000_FFFF), (0xFFFF_0000, 0xFFFF_FFFF))
 """Sizes in WAV headers of programs that write to a pipe and so do not know them."""
 MAX_PARTS = 1000
 """Maximum number of files joined to one, and of chunks before a WAV file's samples."""
+MAX_VALUES = 2**26
+"""Samples of all channels that are decoded at once: a header may state 1024 channels."""
 MANY = 2**62
 """Number of samples where it is not known."""
 
@@ -453,7 +455,8 @@ def _sndfile_source(files: list[Any], parts: list[_Part], path: Path) -> _Source
                 _skip(file, start)
             start = 0
             while count > 0:
-                raw = file.read(min(length, count), dtype="float32", always_2d=True)
+                size = min(length, count, MAX_VALUES // file.channels)
+                raw = file.read(size, dtype="float32", always_2d=True)
                 if len(raw) == 0:
                     break
                 count -= len(raw)

@@ -23,6 +23,9 @@ RANK_DELAY = 5.0
 """Seconds that a rank other than a machine's first one waits before it prints its error: when all
 ranks fail alike, the launcher has ended it by then."""
 
+MAX_MESSAGE = 4000
+"""Characters of an error message: it may have values of a file."""
+
 SYNONYMS = {
     "audio_filepath": ("audio",),
     "batch_size": ("batch", "batch_seconds", "frames"),
@@ -102,7 +105,9 @@ def run_program(program: Callable[[], None]) -> None:
             sys.exit(141)
         if os.environ.get("PARLANCE_TRACEBACK") == "1":
             raise
-        _finish(2, "" if isinstance(error, ReportedElsewhere) else f"error: {reason_of(error)}")
+        reason = reason_of(error)
+        reason = reason if len(reason) <= MAX_MESSAGE else f"{reason[:MAX_MESSAGE]}..."
+        _finish(2, "" if isinstance(error, ReportedElsewhere) else f"error: {reason}")
     except Exception:
         if not _is_first_rank():
             time.sleep(RANK_DELAY)

@@ -101,7 +101,11 @@ def _load(cut: "Cut", sample_rate: int, start: float, duration: float, allow_sil
     # lhotse builds a shell command of the file's name.
     if any(str(source.source).lower().endswith(".sph") for source in _sources(cut)):
         raise ValueError(f"{cut.id}: .sph files are not read in mixtures; convert them to WAV")
-    wave = cut.truncate(offset=start, duration=duration).load_audio()
+    try:
+        wave = cut.truncate(offset=start, duration=duration).load_audio()
+    except Exception as error:  # lhotse raises many kinds, with lines of details.
+        reason = reason_of(error)[:300]
+        raise ValueError(f"{cut.id}: cannot be read ({reason})") from error
     channel = cancelled_channel(wave.T)
     mono = np.clip(wave.mean(axis=0) if channel is None else wave[channel], -1, 1)
     mono = resample_wave(mono, cut.sampling_rate, sample_rate)

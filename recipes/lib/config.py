@@ -19,7 +19,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from codec.io import parse_yaml
+from codec.io import fits_type, parse_yaml
 from codec.program import did_you_mean
 from codec.training.run import leaves, plain
 from slm.config import REMOVED_FIELDS, RENAMED_FIELDS
@@ -223,6 +223,8 @@ def _element(hint: Any, value: Any, place: str) -> Any:
             value = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         except MissingMandatoryValue as error:
             raise ValueError(f"{place} lacks the key {error.full_key}") from None
+    if hint in (bool, int, float, str) and not fits_type(value, hint):
+        raise ValueError(f"{place}={_shown(value)}: expected {_type_name(hint)}")
     return _built(hint, value, place)
 
 

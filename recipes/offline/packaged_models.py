@@ -92,6 +92,11 @@ def unpack(archive: Path, folder: Path) -> None:
         OverflowError, RecursionError, RuntimeError,
     ) as error:  # fmt: skip
         raise ValueError(f"{archive}: damaged ({reason_of(error)}); delete it") from error
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # Of a position that the archive states.
+        raise ValueError(f"{archive}: damaged ({reason_of(error)}); delete it") from error
 
 
 def _unpack(archive: Path, folder: Path) -> None:

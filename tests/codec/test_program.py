@@ -44,6 +44,7 @@ def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     [
         ("ValueError('a=1: no such key')", 2, "error: a=1: no such key\n"),
         ("OSError('disk full')", 2, "error: disk full\n"),
+        ("ValueError('x' * 5000)", 2, f"error: {'x' * 4000}...\n"),
         ("ValueError('of another\\n library\\n')", 2, "error: of another library\n"),
         ("KeyboardInterrupt", 130, "interrupted\n"),
         ("Stopped('stopped at step 3')", 130, "stopped at step 3\n"),

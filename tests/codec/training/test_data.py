@@ -235,3 +235,12 @@ def test_no_file_name_of_a_mixture_goes_to_a_shell(cuts, tmp_path) -> None:
     with pytest.raises(ValueError, match="sph"):
         load_cut(last.mix(first), 16_000)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_mixture_that_lhotse_cannot_read_is_one_line(cuts, tmp_path) -> None:
+    first, _, last = cuts
+    first.recording.sources = []
+    with pytest.raises(ValueError, match=r"cannot be read \(") as caught:
+        load_cut(last.mix(first).with_id("mixed"), 16_000)
+    assert str(caught.value).startswith("mixed: ")
+    assert "\n" not in str(caught.value)

@@ -94,6 +94,7 @@ def test_nested_dataclasses_keep_their_types(file: Callable[[str], str]) -> None
         ("family=dac", "family=dac: expected one of: seanet, spectral"),
         ("optim.betas=[1]", "optim.betas=[1]: expected a list of two numbers"),
         ("optim.betas=[a,b]", "optim.betas=[a, b]: expected a list of two numbers"),
+        ("optim.betas=[{a: 1}, 2]", "optim.betas[0]={a: 1}: expected a number"),
         ("optim=3", "optim=3: expected keys below it, such as optim.lr"),
         ("steps.lr=3", "steps.lr: steps takes one value (a whole number), no keys below it"),
         ("extra.lrr=3", "extra.lrr: no such key; did you mean extra.lr"),
