@@ -10,6 +10,7 @@ finding. SECONDS are of processor time; `all` names all targets.
 """
 
 import json
+import logging
 import os
 import resource
 import shutil
@@ -17,6 +18,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -176,6 +178,8 @@ def run(target: "Any", seconds: float, start: int, report: Path) -> dict[str, An
     (sandbox.parent / "modules" / "canary_module.py").write_text(module)
     sys.path.append(str(sandbox.parent / "modules"))
     sys.dont_write_bytecode = True
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
     os.chdir(sandbox)
     target.make(inside)
     valid = {

@@ -2,11 +2,9 @@
 
 import io
 import json
-import logging
 import os
 import shutil
 import tarfile
-import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +17,6 @@ from conftest import ROOT, voiced
 from fuzz_inputs import TEXTS
 from hypothesis import strategies as st
 
-logging.disable(logging.CRITICAL)
-warnings.simplefilter("ignore")
 SEEDS = os.environ.get("FUZZ_SEEDS")
 """A folder of further recordings."""
 

@@ -19,6 +19,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -561,7 +562,9 @@ def _truncate_metrics(path: Path, last: int) -> None:
         return
     # Earlier versions wrote NaN.
     values = [line.value for line in read_appended(path, strict=False)]
-    write_json_lines(path, [each for each in values if each["step"] <= last])
+    steps = [each.get("step") if isinstance(each, dict) else None for each in values]
+    kept = [type(step) is int and step <= last for step in steps]
+    write_json_lines(path, compress(values, kept))
 
 
 def git_revision() -> str:

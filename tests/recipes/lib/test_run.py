@@ -290,6 +290,7 @@ def test_metrics_are_lines_and_resuming_drops_what_will_be_repeated(
             run.save(2)
     metrics = run.folder / "metrics.jsonl"
     with open(metrics, "a") as file:
+        file.write('{"step": {}}\n[]\n{"loss": 1}\n{"step": "1"}\n')  # Of another program.
         file.write('{"step": 4, "lo')  # Killed here.
     run.resume()
 
