@@ -169,3 +169,12 @@ def test_lines_are_on_the_disk_unless_told_otherwise(
     assert not synced
     append_json_lines(tmp_path / "l.jsonl", [2])
     assert len(synced) == 1
+
+
+def test_lines_of_a_log_that_cannot_be_used(tmp_path: Path) -> None:
+    path = tmp_path / "l.jsonl"
+    path.write_text("1\nno json\n3\n", encoding="utf-8")
+    assert [line.value for line in read_appended(path, strict=False)] == [1, 3]
+    for options in ({}, {"strict": True}):
+        with pytest.raises(ValueError, match=r"l\.jsonl, line 2: no JSON"):
+            read_appended(path, **options)
