@@ -326,9 +326,10 @@ class Run:
             return 0
         written = parse_json((newest[0] / SEAL).read_text())
         for key, value in _world(self.accelerator).items():
-            if written[key] != value:
+            before = written.get(key)
+            if before != value:
                 raise ValueError(
-                    f"{newest[0]}: written with {key} {written[key]}, but this launch has {value}; "
+                    f"{newest[0]}: written with {key} {before}, but this launch has {value}; "
                     "launch as before to resume, or choose another run folder"
                 )
         try:

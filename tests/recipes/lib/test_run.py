@@ -217,9 +217,11 @@ def test_a_launch_of_another_size_is_refused(run: Run, accelerator: Accelerator)
     prepare(accelerator)
     run.save(1)
     seal = run.folder / f"{CHECKPOINTS}1" / "whole.json"
-    seal.write_text(seal.read_text().replace('"num_processes": 1', '"num_processes": 4'))
-    with pytest.raises(ValueError, match="num_processes 4, but this launch has 1"):
-        run.resume()
+    before = seal.read_text()
+    for written, found in (('"num_processes": 4', "4"), ('"other": 1', "None")):
+        seal.write_text(before.replace('"num_processes": 1', written))
+        with pytest.raises(ValueError, match=f"num_processes {found}, but this launch has 1"):
+            run.resume()
 
 
 @pytest.mark.parametrize("part", ["weight", "buffer", "optimizer"])
