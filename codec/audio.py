@@ -12,7 +12,6 @@ import shutil
 import stat
 import struct
 import tempfile
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -26,6 +25,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from codec.io import temporary_name, write_errors
 
 logger = logging.getLogger(__name__)
 
@@ -723,33 +724,32 @@ def write_audio(
             without metadata (AU, W64) are written without, with a warning.
 
     Raises:
-        OSError: the file cannot be written, for instance because the disk is full.
+        WriteError: the file cannot be written, for instance because the disk is full.
         ValueError: the suffix names no format.
     """
     import soundfile
 
     path = Path(path)
     check_name(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = f"{os.getpid()}-{threading.get_ident()}"
-    partial = path.with_name(f".{path.stem}.{writer}.partial{path.suffix}")
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    partial = temporary_name(path, path.suffix)
+    kind, encoding = _format_of(path)
+    peak = 0.0
     try:
-        kind, encoding = _format_of(path)
-        with soundfile.SoundFile(partial, "w", sample_rate, 1, encoding, format=kind) as file:
+        with (
+            write_errors(path, soundfile.LibsndfileError),
+            soundfile.SoundFile(partial, "w", sample_rate, 1, encoding, format=kind) as file,
+        ):
             _write_tags(file, tags or {}, path)
-            peak = 0.0
             for block in [wave] if isinstance(wave, np.ndarray) else wave:
                 peak = max(peak, float(np.abs(block).max(initial=0.0)))
                 file.write(np.clip(block, -1.0, 1.0))
         os.replace(partial, path)
-        if peak > 1.0:
-            logger.warning("%s: samples up to %.3g were clipped to 1", path, peak)
-    except soundfile.LibsndfileError as error:
-        raise OSError(
-            f"{path}: cannot be written ({error.error_string}); is the disk full?"
-        ) from error
     finally:
         partial.unlink(missing_ok=True)
+    if peak > 1.0:
+        logger.warning("%s: samples up to %.3g were clipped to 1", path, peak)
 
 
 def _write_tags(file: Any, tags: Mapping[str, str], path: Path) -> None:

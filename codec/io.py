@@ -8,14 +8,16 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import threading
+import time
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from errno import EACCES, EDQUOT, ENOSPC, EROFS
+from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EROFS
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import TracebackType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
@@ -31,6 +33,103 @@ MAX_DEPTH = 100
 """Of lists and dictionaries in JSON and YAML."""
 MAX_NODES = 100_000
 """Values of a YAML file."""
+TEMPORARY = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)-\d+\.tmp(\.\w+)?")
+"""A temporary name: digest of the machine's name, process, thread."""
+FORGOTTEN_SECONDS = 24 * 3600
+"""A temporary file that was not modified for this long has no writer, on any machine."""
+
+
+class WriteError(OSError):
+    """A file or folder cannot be written, because the disk is full for instance."""
+
+
+@contextmanager
+def write_errors(path: Path, *kinds: type[Exception]) -> Iterator[None]:
+    """Turns errors of writers, most of which do not name the file, into `WriteError` with one line
+    that names `path` and the reason. Others pass.
+
+    Args:
+        kinds: classes of errors, besides those that `is_write_failure` recognizes, by which a
+            library reports a failed write.
+    """
+    try:
+        yield
+    except WriteError:
+        raise
+    except Exception as error:
+        is_full = isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG)
+        is_other = not isinstance(error, OSError | ValueError) and is_write_failure(error)
+        if is_full or is_other or isinstance(error, kinds):
+            raise WriteError(
+                f"{path}: cannot be written ({write_reason(error, path)}); make room on the disk "
+                "and start again"
+            ) from error
+        raise
+
+
+def write_reason(error: Exception, path: Path) -> str:
+    """Returns why `path` cannot be written, also where the library that wrote it reports an unknown
+    error on a full disk."""
+    number = error.errno if isinstance(error, OSError) else None
+    text = getattr(error, "error_string", error)  # Of soundfile: without the temporary name.
+    reason = os.strerror(number) if number else " ".join(str(text).split())[:200]
+    existing = next(each for each in (path, *path.parents) if each.exists())
+    full = os.strerror(ENOSPC)
+    if shutil.disk_usage(existing).free < 2**16 and full not in reason:
+        return f"{full}: {reason}"
+    return reason
+
+
+_swept: set[str] = set()
+_sweeping = threading.Lock()
+
+
+def temporary_name(path: Path, suffix: str = "") -> Path:
+    """Returns a hidden temporary name beside `path`, whose folder must exist. The first call for a
+    folder removes the temporary files there of processes that have ended (killed, for instance).
+
+    Args:
+        suffix: after ".tmp", for writers that derive the format from the name.
+    """
+    with _sweeping:  # Before this process has any there: all of its number are of earlier ones.
+        folder = str(path.parent.resolve())
+        if folder not in _swept:
+            _remove_leftovers(path.parent)
+            _swept.add(folder)
+    writer = f"{_machine()}-{os.getpid()}-{threading.get_ident()}"
+    return path.with_name(f".{path.name.removesuffix(suffix)}.{writer}.tmp{suffix}")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for each in os.scandir(folder):
+        found = TEMPORARY.fullmatch(each.name)
+        if found is None:
+            continue
+        with suppress(FileNotFoundError):  # Another process has removed it.
+            age = time.time() - each.stat(follow_symlinks=False).st_mtime
+            has_ended = found[1] == _machine() and not _is_running(int(found[2]))
+            if not has_ended and age < FORGOTTEN_SECONDS:
+                continue
+            if each.is_dir(follow_symlinks=False):
+                shutil.rmtree(each, ignore_errors=True)
+            else:
+                os.unlink(each)
+
+
+def _machine() -> str:
+    return sha256_of(platform.node(), 8)
+
+
+def _is_running(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 @contextmanager
@@ -38,16 +137,21 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """Yields a temporary name in the folder of `path`; its file is then synced and renamed.
 
     `path` is absent or complete at any moment, even if the process is killed. After an error the
-    temporary file is removed and an earlier `path` is unchanged.
+    temporary file is removed and an earlier `path` is unchanged. Two writers of one file do not
+    share a temporary name.
+
+    Raises:
+        WriteError: the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Two writers of one file must not share a temporary name.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
     try:
-        yield temporary
-        apply_umask(temporary)
-        fsync(temporary)
-        os.replace(temporary, path)
+        with write_errors(path):
+            yield temporary
+            apply_umask(temporary)
+            fsync(temporary)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -60,23 +164,27 @@ def atomic_files(folder: Path) -> Iterator[Path]:
 
     Raises:
         ValueError: `folder` is a file, or another writer is at work in it.
+        WriteError: the disk is full.
     """
     check_out_folder(folder)
     is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        # Inside: `folder` may be the only folder of its disk that can be written to.
-        with (
-            _only_writer(folder, folder / ".writing"),
-            TemporaryDirectory(prefix=".partial-", dir=folder) as temporary,
-        ):
-            yield Path(temporary)
-            files = sorted(Path(temporary).iterdir())
-            for file in files:
-                apply_umask(file)
-                fsync(file)
-            for file in files:
-                os.replace(file, folder / file.name)
+        with write_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            # Inside: `folder` may be the only folder of its disk that can be written to.
+            with _only_writer(folder, folder / ".writing"):
+                temporary = temporary_name(folder / "partial")
+                temporary.mkdir()
+                try:
+                    yield temporary
+                    files = sorted(temporary.iterdir())
+                    for file in files:
+                        apply_umask(file)
+                        fsync(file)
+                    for file in files:
+                        os.replace(file, folder / file.name)
+                finally:
+                    shutil.rmtree(temporary, ignore_errors=True)
     except BaseException:
         if is_new:
             with suppress(OSError):
@@ -92,17 +200,20 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
     Raises:
         ValueError: `folder` is a file, or another writer is at work on it.
-        OSError: the disk is full; torch and safetensors raise other types, which are converted.
+        WriteError: the disk is full.
     """
     check_out_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _only_writer(folder, folder.with_name(f".{folder.name}.writing")):
-        yield from _replacing(folder)
+    with write_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _only_writer(folder, folder.with_name(f".{folder.name}.writing")):
+            yield from _replacing(folder)
 
 
 def _replacing(folder: Path) -> Iterator[Path]:
     """`atomic_folder`, for the only writer."""
     partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
+    if old.exists() and not folder.exists():  # A process was killed between the two renames.
+        old.rename(folder)
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -114,14 +225,10 @@ def _replacing(folder: Path) -> Iterator[Path]:
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
-    except BaseException as error:
+    except BaseException:
         if old.exists() and not folder.exists():
             old.rename(folder)
         shutil.rmtree(partial, ignore_errors=True)
-        if is_write_failure(error) and not isinstance(error, OSError):
-            raise OSError(
-                f"{folder}: cannot be written ({error}); make room on the disk and start again"
-            ) from error
         raise
     shutil.rmtree(old, ignore_errors=True)
 
@@ -269,8 +376,9 @@ class FileLock:
                 f"{folder}: another process is running in this folder (pid {holder}); wait for it, "
                 "end it, or choose another folder"
             ) from None
-        os.truncate(self._descriptor, 0)
-        os.write(self._descriptor, str(os.getpid()).encode())
+        with suppress(OSError):  # A full disk; what is written there fails with its name.
+            os.truncate(self._descriptor, 0)
+            os.write(self._descriptor, str(os.getpid()).encode())
         # A forked data worker that outlives a killed parent must not keep the lock.
         reference = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: (held := reference()) and held.close())

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from codec.io import MAX_DEPTH, atomic_file, check_depth
+from codec.io import MAX_DEPTH, atomic_file, check_depth, write_errors
 
 MAX_LINE_BYTES = 2**26
 """A longer line is an error."""
@@ -92,12 +92,18 @@ def append_json_lines(path: str | Path, records: Iterable[Any], *, sync: bool = 
 
     Raises:
         ValueError: the file is a symbolic link that leads out of its folder.
+        WriteError: the disk is full.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(path.parent)):
         raise ValueError(f"{path}: a symbolic link that leads out of its folder; remove it")
     added = "".join(f"{to_json_line(record)}\n" for record in records).encode()
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _append(path, added, sync)
+
+
+def _append(path: Path, added: bytes, sync: bool) -> None:
     with open(path, "a+b") as file:
         with suppress(OSError):  # Of file systems without locks.
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -59,11 +59,15 @@ def launch_environments(config: str, ranks: int) -> list[dict[str, str]]:
 class ForkServer:
     """A process that has loaded the libraries and forks."""
 
-    def __init__(self) -> None:
+    def __init__(self, more: Sequence[str] = ()) -> None:
+        """
+        Args:
+            more: modules to load besides those of fork_server.py.
+        """
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = f"{TESTS.parent}{os.pathsep}{TESTS}"
         self._server = subprocess.Popen(
-            [sys.executable, str(TESTS / "launched" / "fork_server.py")],
+            [sys.executable, str(TESTS / "launched" / "fork_server.py"), *more],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -105,6 +109,18 @@ class ForkedRun:
         ]
         self._status: dict[int, int] = {}
         self._failed_at: float | None = None
+
+    @property
+    def stderr(self) -> Path:
+        """The file of standard error."""
+        return self._files[1]
+
+    def status_of_rank(self, rank: int) -> int | None:
+        """Exit status of one rank, None while it runs: without what `poll` does to the others."""
+        pid = self.pids[rank]
+        if pid not in self._status and (status := self._server.ask(pid=pid)) is not None:
+            self._status[pid] = status
+        return self._status.get(pid)
 
     def poll(self) -> int | None:
         """Exit status of the program: of its first rank that failed; None while it runs.

@@ -157,7 +157,8 @@ def train_loop(run: Run, config: OptimConfig, phases: Phases, meter: Meter, labe
     first = run.resume()
     bar = run.progress(config.steps, first, label)
     meter.read(run.accelerator)
-    with run.interruptible() as interrupted, run.profiled() as profile_step:
+    # The bar is closed first, so that the line of an error is the last one.
+    with run.interruptible() as interrupted, run.profiled() as profile_step, bar:
         for step in range(first, config.steps + 1):
             last = step == config.steps
             with meter.paused():
@@ -174,7 +175,6 @@ def train_loop(run: Run, config: OptimConfig, phases: Phases, meter: Meter, labe
                 if saves:
                     run.save(step)
             if stop:
-                bar.close()
                 raise Interrupted(step, stop)
             if last:
                 break
@@ -188,7 +188,6 @@ def train_loop(run: Run, config: OptimConfig, phases: Phases, meter: Meter, labe
                 run.log({f"train/{k}": v for k, v in (values | rate).items()}, step + 1)
                 _is_skipping(run, config, phases, step + 1, last=False)
             bar.update()
-    bar.close()
 
 
 def _is_skipping(run: Run, config: OptimConfig, phases: Phases, step: int, last: bool) -> bool:

@@ -18,7 +18,9 @@ import signal
 import subprocess
 import threading
 import time
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import compress
 from pathlib import Path
 from pickle import UnpicklingError
@@ -40,16 +42,23 @@ from codec.distillation.teachers import has_bf16
 from codec.io import (
     DAMAGE,
     FileLock,
+    WriteError,
     apply_umask,
     atomic_file,
     fsync,
     is_write_failure,
     parse_json,
     parse_yaml,
+    write_errors,
+    write_reason,
 )
 from codec.json_lines import append_json_lines, read_appended, write_json_lines
 from codec.program import ReportedElsewhere, reason_of
-from codec.training.workarounds import accelerator_options, default_deepspeed_device
+from codec.training.workarounds import (
+    accelerator_options,
+    default_deepspeed_device,
+    quiet_event_writer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +66,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "accelerate", "transformers", "peft", "deepspeed", "numpy", "lhotse")
 """Packages whose versions a run notes."""
 SEAL = "whole.json"
-"""File of a checkpoint with the sizes of its files and the launch that wrote it."""
+"""File of a checkpoint with sizes and checksums of its files, and the launch that wrote it."""
 PROFILE_SKIPPED = 2
 """Steps before the profiled ones: the first ones build caches."""
 PROFILE_ROWS = 40
@@ -159,6 +168,7 @@ def start_run(
     place = f"{world['num_processes']} process(es) on {accelerator.device.type}"
     logger.info("%s: %s, precision %s%s", folder, place, accelerator.mixed_precision, zero)
     if accelerator.log_with:
+        quiet_event_writer()
         accelerator.init_trackers("tensorboard")
     return Run(folder, accelerator, seed=seed, keep=keep, lock=lock, profile_steps=profile_steps)
 
@@ -215,14 +225,17 @@ class Run:
         """Writes values of a step, on the main process, to metrics.jsonl and to the tracker.
 
         JSON has no NaN and no infinity: metrics.jsonl has null, and the tracker gets no value.
+
+        Raises:
+            WriteError: the disk is full.
         """
         if not self.accelerator.is_main_process:
             return
         finite = {key: value for key, value in values.items() if math.isfinite(value)}
         append_json_lines(self.folder / "metrics.jsonl", [{"step": step, **values}], sync=False)
-        self.accelerator.log(
-            {self._prefix + key: value for key, value in finite.items()}, step=step
-        )
+        prefixed = {self._prefix + key: value for key, value in finite.items()}
+        with write_errors(Path(self.accelerator.logging_dir or self.folder) / "tensorboard"):
+            self.accelerator.log(prefixed, step=step)
 
     def progress(self, total: int, initial: int, label: str) -> tqdm:
         """A progress bar on standard error, shown by the main process only."""
@@ -241,7 +254,7 @@ class Run:
         leaves complete ones only.
 
         Raises:
-            OSError: the disk is full; the temporary files are removed, earlier checkpoints stay.
+            WriteError: the disk is full; the temporary files are removed, earlier checkpoints stay.
             ValueError: weights or optimizers hold a value that is not finite; on all ranks.
         """
         path = self._checkpoints / f"step-{step:08d}"
@@ -263,19 +276,21 @@ class Run:
                 fsync(self._checkpoints)
         except Exception as error:
             # No collective here: another rank may be waiting in one, and the launcher ends it.
+            reason = write_reason(error, temporary) if is_write_failure(error) else ""
             shutil.rmtree(temporary, ignore_errors=True)
-            if is_write_failure(error):
-                free = shutil.disk_usage(self.folder).free // 2**20
-                reason = str(error).splitlines()[0]
-                raise OSError(
-                    f"{path}: could not be written ({reason}; {free} MB free on this disk); "
-                    "earlier checkpoints are complete: make room and start again to resume"
+            if reason:
+                raise WriteError(
+                    f"{path}: could not be written ({reason}); earlier checkpoints are complete: "
+                    "make room on the disk and start again to resume"
                 ) from error
             raise
         if main:
-            for old in self._saved()[self._keep :]:
-                _remove(old)
+            self._remove_oldest()
         self.accelerator.wait_for_everyone()
+
+    def _remove_oldest(self) -> None:
+        for old in self._saved()[self._keep :]:
+            _remove(old)
 
     def _check_finite(self, step: int) -> None:
         """Raises `ValueError` on all ranks before a checkpoint with NaN replaces a good one."""
@@ -292,32 +307,35 @@ class Run:
             )
 
     def newest_name(self) -> str:
-        """Text for messages: the newest checkpoint, if there is one."""
+        """Text for messages: the newest checkpoint, if there is one, and how to resume before it,
+        since it may have diverged already."""
         saved = self._saved()
-        return f"{saved[0].name} is the newest checkpoint" if saved else "there is no checkpoint"
+        if not saved:
+            return "there is no checkpoint"
+        newest = f"{saved[0].name} is the newest checkpoint"
+        if len(saved) == 1:
+            return newest
+        return f"{newest} (remove {saved[0]} to resume from {saved[1].name})"
 
     def resume(self) -> int:
         """Loads the newest complete checkpoint and returns its step; 0 when there is none.
 
-        All ranks call it, after `accelerator.prepare`. Checkpoints with a missing or truncated file
-        are removed with a warning. Lines of metrics.jsonl after that step are removed: the run
-        writes them again.
+        All ranks call it, after `accelerator.prepare`. Checkpoints with a missing, truncated or
+        corrupted file are removed with a warning, if an earlier one is complete. Lines of
+        metrics.jsonl after that step are removed: the run writes them again.
 
         Raises:
-            ValueError: another number of processes or another ZeRO stage wrote the checkpoint.
+            ValueError: no checkpoint is complete, or another number of processes or another ZeRO
+                stage wrote it.
         """
         newest: list[Any] = [None]
+        failure: Exception | None = None
         if self.accelerator.is_main_process:
-            for leftover in self._checkpoints.glob(".step-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            for path in self._saved():
-                if newest[0] is None and _is_complete(path):
-                    newest = [path]
-                elif newest[0] is None:
-                    _remove(path)  # Else it would count as kept, and as saved at its step.
-            _truncate_metrics(
-                self.folder / "metrics.jsonl", _step_of(newest[0]) if newest[0] else -1
-            )
+            try:
+                newest = [self._prepare_resuming()]
+            except (ValueError, OSError) as error:
+                failure = error
+        share_failure(failure, self.accelerator)
         if self.accelerator.num_processes > 1:
             broadcast_object_list(newest)
         if newest[0] is None:
@@ -341,6 +359,31 @@ class Run:
             ) from error
         logger.info("resuming from %s", newest[0])
         return _step_of(newest[0])
+
+    def _prepare_resuming(self) -> Path | None:
+        """Returns the newest complete checkpoint; removes damaged ones and what a kill has left."""
+        for leftover in self._checkpoints.glob(".step-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        damaged: dict[Path, str] = {}
+        newest = None
+        for path in self._saved():
+            if damage := _damage(path):
+                damaged[path] = damage
+            else:
+                newest = path
+                break
+        if damaged and newest is None:
+            shown = "; ".join(f"{path.name}: {damage}" for path, damage in damaged.items())
+            raise ValueError(
+                f"{self._checkpoints}: no checkpoint is complete ({shown}); copy one there from "
+                "elsewhere, or remove this folder to train from the start"
+            )
+        for path, damage in damaged.items():
+            logger.warning("%s: %s, removed; the newest complete checkpoint is used", path, damage)
+            _remove(path)  # Else it would count as kept, and as saved at its step.
+        self._remove_oldest()
+        _truncate_metrics(self.folder / "metrics.jsonl", _step_of(newest) if newest else -1)
+        return newest
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[Callable[[], int]]:
@@ -507,26 +550,51 @@ def _world(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def _seal(folder: Path, facts: dict[str, Any]) -> None:
-    """Syncs a checkpoint's files and writes their sizes to its seal."""
+    """Syncs a checkpoint's files and writes their sizes and checksums to its seal."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    (folder / SEAL).write_text(json.dumps({**facts, "sizes": sizes}))
+    names = [str(path.relative_to(folder)) for path in files]
+    sizes = [path.stat().st_size for path in files]
+    content = {"sizes": sizes, "crc32": _checksums(files)}
+    listed = {key: dict(zip(names, values, strict=True)) for key, values in content.items()}
+    (folder / SEAL).write_text(json.dumps({**facts, **listed}))
     for path in [*files, folder / SEAL]:
         apply_umask(path)
         fsync(path)
 
 
-def _is_complete(folder: Path) -> bool:
+def _damage(folder: Path) -> str:
+    """What is wrong with a checkpoint, for messages; "" if it is complete."""
     try:
-        sizes = parse_json((folder / SEAL).read_text())["sizes"]
-        short = [name for name, size in sizes.items() if (folder / name).stat().st_size != size]
+        seal = parse_json((folder / SEAL).read_text())
+        for name, size in seal["sizes"].items():
+            if (folder / name).stat().st_size != size:
+                return f"incomplete ({name})"
+        stored = seal.get("crc32", {})  # Earlier versions have none.
+        found = _checksums([folder / name for name in stored])
+        for (name, checksum), other in zip(stored.items(), found, strict=True):
+            if checksum != other:
+                return f"corrupted ({name})"
+    except FileNotFoundError as error:
+        return f"incomplete ({Path(error.filename).name})"
+    except OSError:  # Not its content: it may be readable later.
+        raise
     except DAMAGE:
-        short = [SEAL]
-    if short:
-        logger.warning(
-            "%s: incomplete (%s), removed; the newest complete checkpoint is used", folder, short[0]
-        )
-    return not short
+        return f"incomplete ({SEAL})"
+    return ""
+
+
+def _checksums(files: Sequence[Path]) -> list[int]:
+    """CRC-32 of each file: against damage, not against intent. About 1 GB/s on one core."""
+
+    def checksum(path: Path) -> int:
+        value = 0
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                value = zlib.crc32(block, value)
+        return value
+
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(checksum, files))
 
 
 def _trained_state(accelerator: Accelerator) -> Iterator[torch.Tensor]:

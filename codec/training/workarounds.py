@@ -14,6 +14,7 @@ import gc
 import logging
 import os
 import sys
+import threading
 from typing import Any
 
 import torch
@@ -68,6 +69,28 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def quiet_event_writer() -> None:
+    """TensorBoard's writer is a thread that prints a traceback on a full disk, for an error that
+    the next call raises (tensorboard/summary/writer/event_file_writer.py)."""
+    before = threading.excepthook
+
+    def without_event_writer(arguments: threading.ExceptHookArgs) -> None:
+        if type(arguments.thread).__name__ != "_AsyncWriterThread":
+            before(arguments)
+
+    if before.__name__ != without_event_writer.__name__:
+        threading.excepthook = without_event_writer
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a collective failed because another process has ended. gloo has no class of errors
+    for it (https://github.com/pytorch/pytorch/blob/v2.11.0/torch/csrc/distributed/c10d)."""
+    if not torch.distributed.is_initialized():
+        return False
+    parts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote peer")
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in parts)
 
 
 def end_rank() -> None:

@@ -24,6 +24,10 @@ CODE = (
     r'except ImportError: pass")'
 )
 """A .pth file is one line."""
+KILLED = (
+    *(signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL),
+)
+"""Signals by which a process ends without a message of its own."""
 
 
 def install(folder: Path | None = None) -> Path:
@@ -46,6 +50,14 @@ def adapt(words: list[str]) -> None:
         if status is None:
             before(kind, error, trace)
             return
+        if status - 128 in KILLED:
+            name = signal.Signals(status - 128).name
+            why = ", perhaps for lack of memory" if name == "SIGKILL" else ""
+            print(
+                f"error: a process of this launch was ended by {name}{why}; the same command "
+                "continues from what is saved",
+                file=sys.stderr,
+            )
         sys.stdout.flush()
         os._exit(status)
 
@@ -56,17 +68,15 @@ def adapt(words: list[str]) -> None:
 
 
 def status_of(error: BaseException) -> int | None:
-    """Returns the exit status of the process that failed; None if it has none: a signal ended it,
-    or the launcher itself failed."""
+    """Returns the exit status of the process that failed first, 128 + N if signal N ended it; None
+    if the launcher itself failed."""
     status = 0
     failures: dict[int, Any] = getattr(error, "failures", {})  # torchrun's ChildFailedError.
     if failures:
         status = min(failures.values(), key=lambda failure: failure.timestamp).exitcode
     elif isinstance(error, subprocess.CalledProcessError):
         status = error.returncode
-    if status in (-signal.SIGINT, -signal.SIGTERM):
-        return 128 - status
-    return status if status > 0 else None
+    return 128 - status if status < 0 else status or None
 
 
 def _pass_on(number: int, frame: Any) -> None:

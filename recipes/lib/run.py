@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from codec import program
-from codec.training.workarounds import end_rank, keep_freed_memory
+from codec.training.workarounds import end_rank, is_lost_rank, keep_freed_memory
 from recipes.lib.config import load_config
 
 __all__ = ["finished", "load_config", "run_recipe", "split_profile"]
@@ -28,8 +28,21 @@ def run_recipe(main: Callable[[list[str]], None]) -> None:
     )
     for name in ("accelerate", "faster_whisper"):  # Ten lines a checkpoint, one a recording.
         logging.getLogger(name).setLevel(logging.WARNING)
-    program.run_program(lambda: main(sys.argv[1:]))
+    program.run_program(lambda: _with_other_ranks(main))
     end_rank()
+
+
+def _with_other_ranks(main: Callable[[list[str]], None]) -> None:
+    """Runs `main(argv)`; says so in a line if another process of the launch has ended."""
+    try:
+        main(sys.argv[1:])
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        raise OSError(
+            "another process of this launch has ended; see its message, and start the same command "
+            "again: it continues from what is saved"
+        ) from error
 
 
 def finished(what: str, path: str | Path, next_command: str) -> None:

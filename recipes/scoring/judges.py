@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from codec.io import parse_json, sha256_of
+from codec.io import WriteError, parse_json, sha256_of
 from codec.json_lines import append_json_lines, read_appended, write_json_lines
 from eval.benchmark import (
     Embed,
@@ -84,21 +84,25 @@ def score_all(folder: Path, tasks: Sequence[Task], key: str, label: str) -> list
 
     Raises:
         ValueError: no utterance could be scored.
+        WriteError: the disk is full.
     """
     digest = sha256_of(f"{key} {all_libraries()}", 12)
     stored = folder / "utterances" / f"{safe_name(label)}-{digest}.jsonl"
     before = [ScoredUtterance.from_record(line.value) for line in read_appended(stored)]
     done = {one.id: one for one in before}
     skipped: list[dict[str, str]] = []
-    for task in tqdm(tasks, label, unit="utterance"):
-        if task.id in done:
-            continue
-        try:
-            done[task.id] = task.score()
-        except (ValueError, OSError) as error:
-            skipped.append({"id": task.id, "reason": str(error)})
-            continue
-        append_json_lines(stored, [done[task.id].to_record()])
+    with tqdm(tasks, label, unit="utterance") as progress:
+        for task in progress:
+            if task.id in done:
+                continue
+            try:
+                done[task.id] = task.score()
+            except WriteError:
+                raise
+            except (ValueError, OSError) as error:
+                skipped.append({"id": task.id, "reason": str(error)})
+                continue
+            append_json_lines(stored, [done[task.id].to_record()])
     if skipped:
         logger.warning("%d of %d utterances of %s skipped", len(skipped), len(tasks), label)
     write_json_lines(folder / f"skipped-{safe_name(label)}.jsonl", skipped)

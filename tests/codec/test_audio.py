@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from codec.audio import (
     resample_wave,
     stream_audio,
 )
+from codec.io import WriteError
 
 RATE = 16_000
 
@@ -382,6 +384,19 @@ def test_threads_that_write_one_file(tmp_path) -> None:
     assert len(set(samples.tolist())) == 1
     assert len(samples) == 40_000
     assert [each.name for each in tmp_path.iterdir()] == ["a.wav"]
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
+def test_a_wave_that_the_disk_has_no_room_for_is_named(tmp_path, suffix) -> None:
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 50_000).astype(np.float32)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))
+    try:
+        with pytest.raises(WriteError, match=rf"a\.{suffix}: cannot be written .*make room"):
+            write_audio(tmp_path / f"a.{suffix}", noise, 16_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_resampling_keeps_the_tone_and_removes_what_does_not_fit() -> None:

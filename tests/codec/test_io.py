@@ -7,6 +7,7 @@ import re
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,10 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tiny_slm import quiet, save_base, save_shard
 
-from codec import load_codec, write_audio
+from codec import io, load_codec, write_audio
 from codec.io import (
     MAX_NAME_BYTES,
     FileLock,
+    WriteError,
     atomic_file,
     atomic_files,
     atomic_folder,
@@ -36,6 +38,7 @@ from codec.io import (
     path_of_id,
     sha256_of,
     sha256_of_tensors,
+    write_errors,
 )
 from codec.tokens import TokenShard
 from codec.training.config import OptimConfig
@@ -160,6 +163,92 @@ def test_everything_that_is_written_obeys_the_umask(
         if path.stat().st_mode & 0o777 != 0o666 & ~umask
     }
     assert not wrong
+
+
+def test_temporary_files_of_killed_processes_go_at_the_next_write(tmp_path: Path) -> None:
+    """Those of processes that run, and of other machines for a day, stay."""
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    here, other = io._machine(), "01234567"
+    ended = [f".a.jsonl.{here}-{pid}-140.tmp", f".b.{here}-{os.getpid()}-140.tmp.wav"]
+    folder, forgotten = f".partial.{here}-{pid}-1.tmp", f".f.{other}-{pid}-1.tmp"
+    stays = [f".c.{here}-{os.getppid()}-1.tmp", f".d.{other}-{pid}-1.tmp", ".e.tmp", "a.jsonl"]
+    for name in (*ended, forgotten, *stays):
+        (tmp_path / name).touch()
+    os.utime(tmp_path / forgotten, (0, 0))
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "half").touch()
+    with atomic_file(tmp_path / "new") as temporary:
+        temporary.touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*stays, "new"])
+    (tmp_path / ended[0]).touch()  # A folder is looked through once in each process.
+    with atomic_files(tmp_path) as temporary:
+        assert io.TEMPORARY.fullmatch(temporary.name)
+        (temporary / "newer").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [*stays, "new", "newer", ended[0]]
+    )
+
+
+def test_a_folder_whose_replacement_was_killed_comes_back(tmp_path: Path) -> None:
+    """Between the two renames neither the new nor the earlier one has the name."""
+    (tmp_path / ".voice.old").mkdir()
+    (tmp_path / ".voice.old" / "kept").touch()
+    (tmp_path / ".voice.partial").mkdir()
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "voice"):
+        raise ZeroDivisionError
+    assert [path.name for path in tmp_path.iterdir()] == ["voice"]
+    assert (tmp_path / "voice" / "kept").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (OSError(errno.ENOSPC, "anything"), "No space left on device"),
+        (OSError(errno.EDQUOT, "anything"), "quota exceeded"),
+        (SafetensorError("I/O error: (os error 28)"), "I/O error"),
+        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 1"), "pos 1"),
+        (LookupError("a library's own"), "a library's own"),
+    ],
+)
+def test_a_failed_write_names_file_and_reason(error: Exception, shown: str, tmp_path: Path) -> None:
+    with (
+        pytest.raises(WriteError, match=rf"a/b\.wav: cannot be written \(.*{shown}.*make room"),
+        write_errors(tmp_path / "a" / "b.wav", LookupError),
+    ):
+        raise error
+
+
+def test_a_full_disk_is_named_where_the_library_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(io.shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
+    with (
+        pytest.raises(WriteError, match=r"\(No space left on device: System error\.\)"),
+        write_errors(tmp_path, LookupError),
+    ):
+        raise LookupError("System error.")
+
+
+def test_a_full_disk_does_not_prevent_a_lock(tmp_path: Path) -> None:
+    """What is written under the lock fails then, and names its file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        held = FileLock(tmp_path)
+        with pytest.raises(ValueError, match="another process is running in this folder"):
+            FileLock(tmp_path)
+        held.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_errors_of_reading_pass(tmp_path: Path) -> None:
+    for error in (FileNotFoundError(errno.ENOENT, "input.wav"), ValueError("os error")):
+        with pytest.raises(type(error)), atomic_file(tmp_path / "out"):
+            raise error
 
 
 def test_other_errors_are_no_full_disk() -> None:

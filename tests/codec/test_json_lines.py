@@ -1,9 +1,11 @@
 import gzip
 import json
+import resource
 from pathlib import Path
 
 import pytest
 
+from codec.io import WriteError
 from codec.json_lines import (
     MAX_LINE_BYTES,
     append_json_lines,
@@ -178,3 +180,18 @@ def test_lines_of_a_log_that_cannot_be_used(tmp_path: Path) -> None:
     for options in ({}, {"strict": True}):
         with pytest.raises(ValueError, match=r"l\.jsonl, line 2: no JSON"):
             read_appended(path, **options)
+
+
+def test_a_full_disk_is_named_and_the_next_line_replaces_half_of_one(tmp_path: Path) -> None:
+    path = tmp_path / "l.jsonl"
+    append_json_lines(path, [{"n": 1}])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12, before[1]))
+    try:
+        with pytest.raises(WriteError, match=r"l\.jsonl: cannot be written \(File too large"):
+            append_json_lines(path, [{"n": 2}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_text().startswith('{"n": 1}\n')
+    append_json_lines(path, [{"n": 3}])
+    assert values(path) == [{"n": 1}, {"n": 3}]

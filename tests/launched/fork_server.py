@@ -1,6 +1,6 @@
 """Forks processes from one that has loaded the libraries; tests/forking.py sends it requests.
 
-usage: fork_server.py    reads a JSON request a line, and answers each with a line
+usage: fork_server.py [MODULE...]    reads a JSON request a line, and answers each with a line
 
 PyTorch, transformers, lhotse and DeepSpeed take several seconds to load; a fork has them.
 """
@@ -73,7 +73,7 @@ def run(argv: list[str], environment: dict[str, str], stdout: str, stderr: str) 
 
 
 if __name__ == "__main__":
-    for module in MODULES:
+    for module in (*MODULES, *sys.argv[1:]):
         importlib.import_module(module)
     with contextlib.suppress(ImportError):  # An extra.
         importlib.import_module("deepspeed")

@@ -4,7 +4,9 @@ step that is not finite is skipped."""
 import json
 import math
 import os
+import re
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,21 @@ def test_two_ranks_stop_at_the_same_step(tmp_path: Path, launch: Callable[..., A
     assert f"resuming from {saved}" in again.stderr
 
 
+def test_a_rank_whose_peer_was_killed_ends_with_one_line(
+    tmp_path: Path, start: Callable[..., ForkedRun]
+) -> None:
+    program = start("ddp", LAUNCHED, tmp_path)
+    program.run_until(lambda: (tmp_path / "metrics.jsonl").is_file() and len(lines(tmp_path)) >= 3)
+    os.kill(program.pids[1], signal.SIGKILL)
+    printed, deadline = program.stderr, time.monotonic() + 60
+    while "another process of this launch has ended" not in printed.read_text():
+        assert time.monotonic() < deadline, printed.read_text()
+        time.sleep(0.05)
+    assert program.wait().returncode
+    assert printed.read_text().count("error: ") == 1
+    assert "Traceback" not in printed.read_text()
+
+
 # What is not finite
 
 
@@ -210,9 +227,11 @@ def test_too_many_in_a_row_end_the_training_and_good_checkpoints_stay(
     bad = dict.fromkeys(range(4, 8), math.nan)
     message = (
         "the training diverged before step 7: loss or gradient was not finite in 3 steps in a row; "
-        "step-00000004 is the newest checkpoint; start in a new folder with a lower lr"
+        "step-00000004 is the newest checkpoint (remove "
+        f"{tmp_path / 'checkpoints' / 'step-00000004'} to resume from step-00000002); "
+        "start in a new folder with a lower lr"
     )
-    with pytest.raises(ValueError, match=f"^{message}$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         train_with(bad, tmp_path, accelerator, max_skipped_steps=2)
     assert saved(tmp_path) == [2, 4]
     assert [line["step"] for line in strict_lines(tmp_path)] == [1, 2, 3, 4, 4, 5, 6, 7]

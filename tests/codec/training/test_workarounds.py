@@ -3,9 +3,13 @@
 import platform
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+
+from codec.training.workarounds import is_lost_rank, quiet_event_writer
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
@@ -30,3 +34,28 @@ print(plain, faults())
     )
     plain, kept = map(int, done.stdout.split())
     assert kept < plain / 50
+
+
+def test_only_tensorboards_thread_prints_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    class _AsyncWriterThread(threading.Thread):
+        pass
+
+    printed = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+    quiet_event_writer()
+    hook = threading.excepthook
+    quiet_event_writer()
+    assert threading.excepthook is hook
+    for thread in (_AsyncWriterThread(), threading.Thread()):
+        hook(SimpleNamespace(thread=thread))  # type: ignore[arg-type]
+    assert [type(each.thread) for each in printed] == [threading.Thread]
+
+
+@pytest.mark.parametrize("is_launch", [True, False])
+def test_errors_of_a_collective_are_a_lost_rank(
+    is_launch: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: is_launch)
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:525] Connection closed by peer [::1]:4242")
+    assert is_lost_rank(lost) == is_launch
+    assert not is_lost_rank(RuntimeError("shapes do not fit"))

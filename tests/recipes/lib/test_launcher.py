@@ -109,8 +109,15 @@ def test_only_launches_of_recipes_are_adapted() -> None:
     assert sys.excepthook is hook
 
 
-def test_what_explains_nothing_keeps_the_launchers_traceback() -> None:
-    assert status_of(subprocess.CalledProcessError(-9, "recipe")) is None
+def test_a_process_that_is_killed_is_named(tmp_path: Path) -> None:
+    process = start(tmp_path, "os.kill(os.getpid(), 9)", "--num_processes", "1")
+    output, errors = process.communicate(timeout=120)
+    assert (process.returncode, output) == (137, "")
+    assert errors.startswith("error: a process of this launch was ended by SIGKILL")
+    assert errors.count("\n") == 1
+
+
+def test_an_error_of_the_launcher_itself_keeps_its_traceback() -> None:
     assert status_of(subprocess.CalledProcessError(-2, "recipe")) == 130
     assert status_of(subprocess.CalledProcessError(-15, "recipe")) == 143
     assert status_of(ValueError("of the launcher")) is None

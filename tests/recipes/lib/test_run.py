@@ -172,7 +172,11 @@ def test_only_the_newest_checkpoints_stay(run: Run, accelerator: Accelerator) ->
 
 
 @pytest.mark.parametrize(
-    "harm", ["missing file", "short file", "cut in half", "no seal", "half a seal", "other seal"]
+    "harm",
+    [
+        *("missing file", "short file", "cut in half", "flipped bit"),
+        *("no seal", "half a seal", "other seal"),
+    ],
 )
 def test_a_damaged_checkpoint_is_removed_and_the_one_before_used(
     run: Run, accelerator: Accelerator, harm: str, caplog: pytest.LogCaptureFixture
@@ -189,12 +193,17 @@ def test_a_damaged_checkpoint_is_removed_and_the_one_before_used(
     elif harm == "cut in half":
         content = (newest / "optimizer.bin").read_bytes()
         (newest / "optimizer.bin").write_bytes(content[: len(content) // 2])
+    elif harm == "flipped bit":
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
     elif harm == "no seal":
         seal.unlink()
     else:
         seal.write_text(seal.read_text()[:20] if harm == "half a seal" else "[]")
     assert run.resume() == 1
-    assert f"{newest}: incomplete (" in caplog.text
+    kind = "corrupted (model.safetensors)" if harm == "flipped bit" else "incomplete ("
+    assert f"{newest}: {kind}" in caplog.text
     assert "removed; the newest complete checkpoint is used" in caplog.text
     # It must not stand in for the one that is saved at its step, nor count as one that is kept.
     assert not newest.exists()
@@ -202,6 +211,44 @@ def test_a_damaged_checkpoint_is_removed_and_the_one_before_used(
     run.save(3)
     assert run.resume() == 3
     assert newest.is_dir()
+
+
+def test_if_no_checkpoint_is_complete_none_is_removed(run: Run, accelerator: Accelerator) -> None:
+    """A training of weeks must not begin again unasked."""
+    prepare(accelerator)
+    for number in (1, 2):
+        run.save(number)
+        (run.folder / f"{CHECKPOINTS}{number}" / "optimizer.bin").write_bytes(b"half")
+    run.log({"loss": 1.0}, 1)
+    with pytest.raises(ValueError, match=r"no checkpoint is complete \(step-00000002: incomplete"):
+        run.resume()
+    assert len(list((run.folder / "checkpoints").iterdir())) == 2
+    assert (run.folder / "metrics.jsonl").read_text()
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_checksums(
+    run: Run, accelerator: Accelerator
+) -> None:
+    prepare(accelerator)
+    run.save(1)
+    seal = run.folder / f"{CHECKPOINTS}1" / "whole.json"
+    content = json.loads(seal.read_text())
+    assert content.pop("crc32").keys() == content["sizes"].keys()
+    seal.write_text(json.dumps(content))
+    assert run.resume() == 1
+
+
+def test_a_kill_before_the_oldest_checkpoint_went_leaves_none_too_many(
+    run: Run, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(accelerator)
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "_keep", 3)
+        for number in (1, 2, 3):
+            run.save(number)
+    assert run.resume() == 3
+    names = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
+    assert names == ["step-00000002", "step-00000003"]
 
 
 def test_temporary_folders_of_a_killed_run_go(run: Run, accelerator: Accelerator) -> None:
@@ -242,6 +289,17 @@ def test_a_checkpoint_with_nan_is_not_written(
     assert [path.name for path in (run.folder / "checkpoints").iterdir()] == ["step-00000001"]
 
 
+def test_a_diverged_run_names_the_checkpoint_to_remove(run: Run, accelerator: Accelerator) -> None:
+    """Finite weights may have diverged all the same, and the same command would fail again."""
+    prepare(accelerator)
+    assert run.newest_name() == "there is no checkpoint"
+    run.save(1)
+    assert run.newest_name() == "step-00000001 is the newest checkpoint"
+    run.save(2)
+    newest = run.folder / f"{CHECKPOINTS}2"
+    assert run.newest_name().endswith(f" (remove {newest} to resume from step-00000001)")
+
+
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
@@ -274,7 +332,7 @@ def test_a_full_disk_leaves_earlier_checkpoints(tmp_path: Path) -> None:
     *said, step_loaded = done.stdout.splitlines()
     assert len(said) == 2
     for line in said:
-        assert line.startswith(f"OSError {tmp_path / (CHECKPOINTS + '2')}: could not be written")
+        assert line.startswith(f"WriteError {tmp_path / (CHECKPOINTS + '2')}: could not be written")
     assert step_loaded == "1"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from codec.io import WriteError
 from codec.json_lines import read_json_lines
 from eval.benchmark import ScoredUtterance
 from recipes.scoring.judges import Task, safe_name, score_all
@@ -40,3 +41,12 @@ def test_utterances_that_cannot_be_scored_are_listed(tmp_path: Path) -> None:
     assert kept.values == {"stoi": 0.5}
     (line,) = read_json_lines(tmp_path / "skipped-ours.jsonl")
     assert line.value == {"id": "a", "reason": "a.wav is silent"}
+
+
+def test_a_full_disk_ends_the_scoring_and_costs_no_utterance(tmp_path: Path) -> None:
+    def write() -> None:
+        raise WriteError("a.wav: cannot be written (No space left on device)")
+
+    with pytest.raises(WriteError, match=r"a\.wav"):
+        score_all(tmp_path, [Task("a", write)], "key", "label")  # type: ignore[arg-type]
+    assert not (tmp_path / "skipped-label.jsonl").exists()
