@@ -4,7 +4,6 @@ import platform
 import subprocess
 import sys
 import threading
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -47,7 +46,7 @@ def test_only_tensorboards_thread_prints_no_traceback(monkeypatch: pytest.Monkey
     quiet_event_writer()
     assert threading.excepthook is hook
     for thread in (_AsyncWriterThread(), threading.Thread()):
-        hook(SimpleNamespace(thread=thread))  # type: ignore[arg-type]
+        hook(threading.ExceptHookArgs((OSError, OSError(28, "full"), None, thread)))
     assert [type(each.thread) for each in printed] == [threading.Thread]
 
 
