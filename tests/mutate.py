@@ -217,6 +217,13 @@ def forked(work: Callable[[], Any], seconds: float, printed: Path) -> Any:
             os.waitpid(pid, 0)
 
 
+def import_all(modules: list[str]) -> None:
+    """Imports what can be imported; forks then need not."""
+    for module in modules:
+        with contextlib.suppress(Exception):
+            importlib.import_module(module)
+
+
 def run_pytest(tree: Path, tests: list[str], plugin: Any, *options: str) -> int:
     """Runs pytest in this process, which must be a fork; its exit status."""
     import pytest
@@ -280,8 +287,7 @@ class FileRun(Recorder):
         ]
         gc.freeze()
         self.base = forked(self._covered, 900, RESULTS / "printed.txt") or {"failed": ["timeout"]}
-        # Only the libraries: what is ours may be imported anew with a mutant.
-        self.base["modules"] = [name for name in sys.modules if name.split(".")[0] in LIBRARIES]
+        import_all(self.base.get("modules", []))
         source = self._target.read_text()
         compiled = module.__loader__.source_to_code
         old = compiled(source.encode(), str(self._target))
@@ -313,7 +319,9 @@ class FileRun(Recorder):
         for line, names in by_line.items():
             for name in names:
                 lines.setdefault(name, []).append(line)
-        return {**self._result(), "lines": lines, "starts": self._starts}
+        # Only the libraries, also those that tests load: what is ours may be imported anew.
+        modules = [name for name in sys.modules if name.split(".")[0] in LIBRARIES]
+        return {**self._result(), "lines": lines, "starts": self._starts, "modules": modules}
 
     def _note(self, event: str, _: tuple) -> None:
         self._starts |= event in ("subprocess.Popen", "os.fork", "os.posix_spawn")
@@ -497,9 +505,7 @@ def test_file(file: Path, tree: Path, options: argparse.Namespace) -> Tested:
         if base["failed"]:
             say(f"{file}: its tests fail without a mutant: {base['failed']}")
             return Tested(file, [])
-        for module in base["modules"]:
-            with contextlib.suppress(Exception):
-                importlib.import_module(module)
+        import_all(base["modules"])
         known = base["known"]
         if any(key not in known for key in keys):
             names = [min(base["seconds"], key=base["seconds"].get)]
