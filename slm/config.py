@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from codec.io import fits_type
 
-CHECKS = ("loop", "silence", "early", "leak")
+CHECKS = ("loop", "silence", "early", "leak", "mismatch")
 """Values of `SamplingConfig.checks`."""
 TTSTextForm = Literal["tokens", "characters", "phonemes"]
 ASRTextForm = Literal["tokens", "characters"]
@@ -343,9 +343,10 @@ class SamplingConfig:
     """A pattern that repeats for this long is a loop."""
     max_attempts: int = 3
     """Maximum attempts per item; a failed one is retried with another seed."""
-    checks: tuple[str, ...] = ("loop", "silence", "early", "leak")
+    checks: tuple[str, ...] = CHECKS
     """Failures besides empty and truncated speech. loop: a repeated pattern; silence: more than
-    `silence_seconds`; early: an end long before the text's; leak: the prompt's words repeated."""
+    `silence_seconds`; early: an end long before the text's; leak: the prompt's words repeated;
+    mismatch: other words than the text's, by the model's own ASR."""
     silence_seconds: float = 2.0
     """Maximum length of silence."""
     num_candidates: int = 1

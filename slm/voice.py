@@ -47,7 +47,7 @@ from slm.generation.asr import (
     transcribe,
     transcribe_pieces,
 )
-from slm.generation.checks import is_empty
+from slm.generation.checks import is_empty, speech_level
 from slm.generation.conversion import continue_speech, convert, encode_source
 from slm.generation.long_form import (
     LongText,
@@ -263,7 +263,9 @@ class Voice:
             without = remove_signs(normalized.text, signs)
             normalized = self.lm.tokenizer.from_normalized(without)
         self.coverage.log_unseen(normalized.text)
-        return replace(normalized, original=text, pauses=marked.pauses)
+        return replace(
+            normalized, original=text, pauses=marked.pauses, respelled=marked.respelled
+        )
 
     def prepare(self, text: str | NormalizedText, prompt: Prompt, seed: int = 0) -> Utterance:
         """Checks a text and encodes the models' input.
@@ -296,7 +298,7 @@ class Voice:
             if has_paragraphs(text.text) or not fits(text):
                 part_of = self.lm.tokenizer.from_normalized
                 pieces = split_text(text.text, lambda part: fits(part_of(part)), text.pauses)
-                texts = [part_of(piece.text) for piece in pieces]
+                texts = [replace(part_of(piece.text), respelled=text.respelled) for piece in pieces]
                 pauses = [piece.pause for piece in pieces]
         utterances = [self._utterance(one, prompt, seed) for one in texts]
         return LongText(text=text, utterances=utterances, pauses=pauses)
@@ -484,9 +486,10 @@ class Voice:
             source_text=source_text,
         )  # fmt: skip
         wave = self.decode(codes[:, :0], codes)[: encoded.num_samples]
+        level = speech_level(self.decode(prompt.codes[:, :0], prompt.codes), rate)
         return Speech(
             wave=wave, codes=codes, text=text, prompt_text=prompt.text, sample_rate=rate,
-            failure="empty" if is_empty(wave) else None, tries=1, seed=0,
+            failure="empty" if is_empty(wave, rate, level) else None, tries=1, seed=0,
         )  # fmt: skip
 
     def _with_speech(self, blocks: Iterable[np.ndarray], name: str) -> Iterator[np.ndarray]:

@@ -333,13 +333,15 @@ def failed_checks(
     Args:
         transcript: the judge's, for the checks of words; None: without them.
     """
-    if checks.is_empty(wave):
-        return ["empty"]
     rate, first, prompt = voice.codec.frame_rate, codes[0], item.prompt
+    sample_rate = voice.codec.sample_rate
+    prompt_wave = voice.decode(prompt.codes[:, :0], prompt.codes)
+    if checks.is_empty(wave, sample_rate, checks.speech_level(prompt_wave, sample_rate)):
+        return ["empty"]
     loop_length = max(8, round(STANDARD.loop_seconds * rate))
     found = {
         "loop": checks.has_loop(first, loop_length, CHECK_EVERY),
-        "silence": checks.longest_silence(wave, voice.codec.sample_rate) > STANDARD.silence_seconds,
+        "silence": checks.longest_silence(wave, sample_rate) > STANDARD.silence_seconds,
         "leak": checks.repeats_codes(first, prompt.codes[0], rate),
         "early": False,
     }

@@ -4,6 +4,7 @@ Their thresholds were set on natural English speech at 25 Hz with 1,024 codes, w
 the docstrings state the false positives. The share of failures that they find was not measured.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Literal
@@ -11,12 +12,16 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-Failure = Literal["silence", "leak", "early", "cut", "loop", "empty"]
-SEVERITY: tuple[Failure, ...] = ("silence", "leak", "early", "cut", "loop", "empty")
+Failure = Literal["silence", "leak", "mismatch", "early", "cut", "loop", "empty"]
+SEVERITY: tuple[Failure, ...] = (
+    "silence", "leak", "mismatch", "early", "cut", "loop", "empty"
+)  # fmt: skip
 """Least severe first: speech with a long pause is complete; an empty wave is worst."""
 
 SILENCE_RMS = 1e-4
-"""A wave below this level is empty."""
+"""A wave whose speech is below this level is empty."""
+MAX_DROP_DECIBELS = 25.0
+"""So is one whose speech is this far below its prompt's."""
 SILENCE_DECIBELS = 40.0
 """Level of silence, below the level of the wave's speech."""
 WINDOW_SECONDS = 0.02
@@ -31,6 +36,9 @@ MIN_LEAK = 12
 but at least MIN_LEAK."""
 MAX_ERROR_RATE = 0.35
 """Maximum character error rate at which a transcript is trusted."""
+MAX_MISMATCH = 0.4
+"""Character error rate of the model's own transcript, without spaces, at which speech does not
+match its text."""
 MISSING_SHARE = 0.2
 MIN_MISSING = 10
 """Letters missing at the text's end: MISSING_SHARE of the text, but at least MIN_MISSING."""
@@ -69,9 +77,25 @@ def has_loop(tokens: Int[np.ndarray, " _"], loop_tokens: int, every: int) -> boo
     return any(is_loop(tokens[:end], loop_tokens) for end in ends)
 
 
-def is_empty(wave: Float[np.ndarray, " _"]) -> bool:
-    """Whether a wave is silent throughout."""
-    return wave.size == 0 or float(np.sqrt(np.mean(wave**2))) < SILENCE_RMS
+def speech_level(wave: Float[np.ndarray, " _"], sample_rate: int) -> float:
+    """Level of a wave's speech in decibels relative to full scale: the 95th percentile of its
+    windows' RMS levels, which pauses and clicks do not change; -inf for a wave without samples."""
+    levels = _window_levels(wave, sample_rate)
+    level = float(np.quantile(levels, 0.95)) if levels.size else 0.0
+    return 20 * math.log10(level) if level else -math.inf
+
+
+def is_empty(
+    wave: Float[np.ndarray, " _"], sample_rate: int, prompt_level: float = -math.inf
+) -> bool:
+    """Whether a wave has no speech by its level.
+
+    Args:
+        prompt_level: `speech_level` of the prompt. Of 490 generations by models/small 4 are at
+            least 33 dB below it, and silent; all others are at most 9 dB below.
+    """
+    least = max(20 * math.log10(SILENCE_RMS), prompt_level - MAX_DROP_DECIBELS)
+    return speech_level(wave, sample_rate) < least
 
 
 def longest_silence(wave: Float[np.ndarray, " _"], sample_rate: int) -> float:
@@ -80,14 +104,24 @@ def longest_silence(wave: Float[np.ndarray, " _"], sample_rate: int) -> float:
 
     Of 800 natural recordings one has more than 2 s, 7 more than 1 s.
     """
-    window = max(1, round(WINDOW_SECONDS * sample_rate))
-    count = len(wave) // window
-    if count == 0:
+    window = _window(sample_rate)
+    if len(wave) < window:
         return 0.0
-    loudness = np.sqrt(np.square(wave[: count * window].reshape(count, window)).mean(1))
+    loudness = _window_levels(wave, sample_rate)
     quiet = loudness < np.quantile(loudness, 0.95) * 10 ** (-SILENCE_DECIBELS / 20)
     edges = np.flatnonzero(np.diff(np.concatenate([[0], quiet.astype(int), [0]])))
     return float((edges[1::2] - edges[::2]).max(initial=0)) * window / sample_rate
+
+
+def _window(sample_rate: int) -> int:
+    return max(1, round(WINDOW_SECONDS * sample_rate))
+
+
+def _window_levels(wave: np.ndarray, sample_rate: int) -> Float[np.ndarray, " _"]:
+    """RMS of each whole window; of all samples, if they fill none."""
+    window = min(_window(sample_rate), max(1, len(wave)))
+    count = len(wave) // window
+    return np.sqrt(np.square(wave[: count * window].reshape(count, window)).mean(1))
 
 
 def is_early(
@@ -110,7 +144,7 @@ def is_early(
 
 def num_letters(text: str) -> int:
     """Number of letters and digits."""
-    return sum(letter.isalnum() for letter in text)
+    return len(_letters(text))
 
 
 def repeats_codes(
@@ -155,6 +189,21 @@ def lacks_end(transcript: str, text: str) -> bool:
     if errors[prefix] > MAX_ERROR_RATE * len(found):
         return False
     return len(asked) - prefix >= max(MIN_MISSING, MISSING_SHARE * len(asked))
+
+
+def mismatches(transcript: str, text: str) -> bool:
+    """Whether a transcript has little in common with the text, by their letters and digits.
+
+    NUMBERS
+    """
+    found, asked = _letters(transcript), _letters(text)
+    if not asked:
+        return False
+    return int(prefix_errors(found, asked)[-1]) >= MAX_MISMATCH * len(asked)
+
+
+def _letters(text: str) -> str:
+    return "".join(filter(str.isalnum, text.lower()))
 
 
 def prefix_errors(found: str, asked: str) -> Int[np.ndarray, " _"]:

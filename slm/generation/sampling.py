@@ -5,6 +5,7 @@ under the same seeds, on every machine.
 """
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 BOUNDS_FRAME_RATE = 25.0
 """Frame rate of `SamplingConfig.frames_per_token`."""
+MIN_SPEECH_SECONDS = 0.25
+"""Minimum length of any text's speech; a short word takes that long."""
 CHECK_EVERY = 16
 """Sampled tokens between two checks for a loop."""
 MIN_TEXT_LOOP = 24
@@ -113,10 +116,11 @@ def text_only(lm: SpeechLM) -> AllowedIds:
 def speech_bounds(
     num_text_tokens: int, frame_rate: float, config: SamplingConfig
 ) -> tuple[int, int]:
-    """Minimum and maximum frames of a text, without the prompt's."""
+    """Minimum and maximum frames of a text, without the prompt's; at least MIN_SPEECH_SECONDS."""
     per_token = frame_rate / BOUNDS_FRAME_RATE
     low, high = (num_text_tokens * bound * per_token for bound in config.frames_per_token)
-    return int(low), int(high + config.spare_seconds * frame_rate) + 1
+    least = max(int(low), math.ceil(MIN_SPEECH_SECONDS * frame_rate))
+    return least, max(least, int(high + config.spare_seconds * frame_rate) + 1)
 
 
 def text_bound(num_frames: int, tokenizer: SpeechTextTokenizer) -> int:

@@ -7,6 +7,7 @@ evaluate     all checks; a failed attempt is repeated with another seed
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -17,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from codec.program import counted
+from codec.transcripts import has_words
 from slm.config import SamplingConfig
 from slm.data.coverage import Coverage
 from slm.data.prompts import Prompt
@@ -28,8 +30,10 @@ from slm.generation.checks import (
     is_empty,
     lacks_end,
     longest_silence,
+    mismatches,
     repeats_codes,
     severity,
+    speech_level,
 )
 from slm.generation.rerank import can_transcribe, text_scores, transcripts
 from slm.generation.sampling import Request, first_codes, generate, retry, speech_only
@@ -121,6 +125,8 @@ class Attempt:
     codes: Int[np.ndarray, "Q T"] | None = None
     """All codebooks; None: not decoded yet."""
     wave: Float[np.ndarray, " S"] | None = None
+    prompt_level: float = -math.inf
+    """Level of the prompt's speech, decoded with the wave; see `speech_level`."""
 
     @property
     def transcribed(self) -> Int[np.ndarray, " _"]:
@@ -278,10 +284,12 @@ def finish(models: Models, attempts: Sequence[Attempt], sampling: SamplingConfig
         [one.seed for one in attempts],
         sampling,
     )
-    return [
-        replace(one, codes=new, wave=decode(models.codec, one.utterance.prompt.codes, new))
-        for one, new in zip(attempts, codes, strict=True)
-    ]
+    made = []
+    for one, new in zip(attempts, codes, strict=True):
+        prompt, wave = _decode(models.codec, one.utterance.prompt.codes, new)
+        level = speech_level(prompt, models.codec.sample_rate)
+        made.append(replace(one, codes=new, wave=wave, prompt_level=level))
+    return made
 
 
 def evaluate(
@@ -297,7 +305,7 @@ def evaluate(
     failures: list[Failure | None] = []
     for one in attempts:
         utterance, prompt, failure = one.utterance, one.utterance.prompt, one.failure
-        if one.wave is not None and is_empty(one.wave):
+        if one.wave is not None and is_empty(one.wave, models.codec.sample_rate, one.prompt_level):
             failure = "empty"
         elif failure is None and "early" in checks and is_early(
             len(one.first), utterance.bounds, utterance.text.text, prompt.codes.shape[1],
@@ -311,22 +319,39 @@ def evaluate(
             failure = "silence" if silence > sampling.silence_seconds else None
         failures.append(failure)
 
-    if not {"early", "leak"} & set(checks) or not can_transcribe(lm):
+    if not {"early", "leak", "mismatch"} & set(checks) or not can_transcribe(lm):
         return failures
     rows = [
         row
         for row, (one, failure) in enumerate(zip(attempts, failures, strict=True))
         if failure is None and one.wave is not None
     ]
-    outputs = transcripts(lm, [attempts[row].transcribed for row in rows]) if rows else []
-    for row, transcript in zip(rows, map(lm.tokenizer.in_words, outputs), strict=True):
+    found = _transcribed(lm, [attempts[row].transcribed for row in rows])
+    wrong: dict[int, Failure] = {}
+    for row, transcript in zip(rows, found, strict=True):
         utterance = attempts[row].utterance
         text, prompt_text = utterance.text.text, utterance.prompt_text.text
         if "leak" in checks and begins_with_prompt(transcript, prompt_text, text):
             failures[row] = "leak"
         elif "early" in checks and lacks_end(transcript, text):
             failures[row] = "early"
+        elif "mismatch" not in checks or utterance.text.respelled:
+            continue
+        elif not has_words(transcript):
+            wrong[row] = "empty"
+        elif mismatches(transcript, text):
+            wrong[row] = "mismatch"
+    # An ASR that does not recognize the prompt either is no judge.
+    found = _transcribed(lm, [attempts[row].utterance.prompt.codes[0] for row in wrong])
+    for (row, failure), transcript in zip(wrong.items(), found, strict=True):
+        if not mismatches(transcript, attempts[row].utterance.prompt_text.text):
+            failures[row] = failure
     return failures
+
+
+def _transcribed(lm: SpeechLM, codes: Sequence[np.ndarray]) -> list[str]:
+    """Transcripts in words."""
+    return [lm.tokenizer.in_words(text) for text in transcripts(lm, codes)] if codes else []
 
 
 def complete(
@@ -349,16 +374,24 @@ def complete(
     )
 
 
-@torch.inference_mode()
 def decode(codec: Decoder, prompt: np.ndarray, new: np.ndarray) -> np.ndarray:
     """The wave of the new part (S,); the prompt is decoded with it, as the codec's left context.
 
     Divided by its peak if that is above 1, as after a loud prompt: a file would clip it.
     """
+    return _decode(codec, prompt, new)[1]
+
+
+@torch.inference_mode()
+def _decode(codec: Decoder, prompt: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The waves of the prompt and of the new part, both divided by the new part's peak if that is
+    above 1."""
     joined = np.concatenate([prompt, new], axis=1).astype(np.int64)
     if joined.shape[1] == 0:
-        return np.zeros(0, np.float32)
+        return np.zeros(0, np.float32), np.zeros(0, np.float32)
     wave = codec.decode(torch.from_numpy(joined)[None].to(codec.device))
-    wave = wave[0, 0, prompt.shape[1] * codec.hop_length :].float().cpu().numpy()
-    peak = float(np.abs(wave).max(initial=0.0))
-    return wave / np.float32(peak) if peak > 1.0 else wave
+    wave = wave[0, 0].float().cpu().numpy()
+    start = prompt.shape[1] * codec.hop_length
+    peak = float(np.abs(wave[start:]).max(initial=0.0))
+    wave = wave / np.float32(peak) if peak > 1.0 else wave
+    return wave[:start], wave[start:]

@@ -57,6 +57,8 @@ class MarkedText(NamedTuple):
     """Seconds of the pause at each blank line; None: that of a paragraph."""
     removed: tuple[str, ...]
     """Names of other tags, sorted."""
+    respelled: bool = False
+    """Whether words are respelled."""
 
 
 def read_markup(text: str, lexicon: Mapping[str, str] | None = None) -> MarkedText:
@@ -78,6 +80,7 @@ def read_markup(text: str, lexicon: Mapping[str, str] | None = None) -> MarkedTe
     parts: list[str] = []
     pauses: list[float | None] = []
     pause: float | None = None
+    respelled = False
     for number, found in enumerate(_BREAK.split(text)):
         if number % 2:
             pause = (pause or 0.0) + _seconds(found)
@@ -86,6 +89,7 @@ def read_markup(text: str, lexicon: Mapping[str, str] | None = None) -> MarkedTe
         found = _REFERENCE.sub(lambda m: html.unescape(m[0]), _TAG.sub(_space_of, found))
         for paragraph in PARAGRAPH.split(_plain(clean_text(found))):
             part = _respelled(paragraph, lexicon or {}).strip()
+            respelled |= part != paragraph.strip()
             if not part:
                 continue
             if parts and has_words(part) and has_words(parts[-1]):
@@ -95,7 +99,7 @@ def read_markup(text: str, lexicon: Mapping[str, str] | None = None) -> MarkedTe
                 # A part without words, such as ***, belongs to the part before it.
                 parts[-1:] = [" ".join([*parts[-1:], part])]
             pause = None
-    return MarkedText("\n\n".join(parts), tuple(pauses), tuple(sorted(removed)))
+    return MarkedText("\n\n".join(parts), tuple(pauses), tuple(sorted(removed)), respelled)
 
 
 def _space_of(tag: re.Match[str]) -> str:

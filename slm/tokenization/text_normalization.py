@@ -33,6 +33,8 @@ class NormalizedText:
     """Tokens of `text` in the LLM's own tokenizer: the unit of length bounds."""
     pauses: tuple[float | None, ...] = ()
     """Seconds of the pause at each blank line of `text`; None and missing: that of a paragraph."""
+    respelled: bool = False
+    """Whether words are respelled by markup or lexicon: a transcript may spell them otherwise."""
 
     @property
     def words(self) -> list[str]:
