@@ -112,8 +112,8 @@ def _parser() -> ArgumentParser:
     add("--tries", type=int, dest="max_attempts", help=argparse.SUPPRESS)
     add(
         "--checks", type=_checks, metavar="NAMES",
-        help=f"checks that trigger a retry: some of {','.join(CHECKS)}, or none; early and leak "
-        "transcribe the result if the voice has ASR, for up to half of the AR's time",
+        help=f"checks that trigger a retry: some of {','.join(CHECKS)}, or none; early, leak "
+        "and mismatch transcribe the result if the voice has ASR, for up to half of the AR's time",
     )  # fmt: skip
 
     for command in (tts, asr):

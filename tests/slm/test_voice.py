@@ -445,6 +445,8 @@ def test_markup_is_read_before_the_text(
     assert [one.text.text for one in text.utterances] == ["the cat", "sat"]
     assert text.pauses == [0.3, 0.0]
     assert text.text.original == marked
+    assert all(one.text.respelled for one in text.utterances)
+    assert not voice.prepare("the cat", voice.prompts["ann"]).text.respelled
     assert "the text has tags that are removed: speak" in caplog.text
     assert "signs" not in caplog.text
 

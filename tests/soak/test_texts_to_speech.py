@@ -91,7 +91,9 @@ def test_speech_of_each_kind_of_text(kind: str, voice: Voice, judge: Any) -> Non
 
 def test_table_of_failures() -> None:
     rows = [row for kind in TEXTS for row in json.loads((OUT / f"{kind}.json").read_text())]
-    print("\nkind  n  repeated  reported (fine by the judge)  not reported: silent  wrong  mean error")
+    print(
+        "\nkind  n  repeated  reported (fine by the judge)  not reported: silent  wrong  mean error"
+    )
     for kind in (*TEXTS, "all"):
         of_kind = [row for row in rows if kind in (row["kind"], "all")]
         reported = [row for row in of_kind if row["failure"] is not None]

@@ -13,9 +13,11 @@ from slm.generation.checks import (
     is_loop,
     lacks_end,
     longest_silence,
+    mismatches,
     prefix_errors,
     repeats_codes,
     severity,
+    speech_level,
 )
 
 RATE = 16000
@@ -61,10 +63,41 @@ def test_silence_is_relative_to_the_level_of_speech(level: float) -> None:
 
 
 def test_silent_waves_are_empty() -> None:
-    assert is_empty(np.zeros(0, np.float32))
-    assert is_empty(noise(1, 1e-5))
-    assert not is_empty(noise(1, 1e-3))
+    assert is_empty(np.zeros(0, np.float32), RATE)
+    assert is_empty(noise(1, 1e-5), RATE)
+    assert not is_empty(noise(1, 1e-3), RATE)
+    # A click in silence is no speech.
+    click = np.zeros(RATE, np.float32)
+    click[100] = 1.0
+    assert is_empty(click, RATE)
     assert longest_silence(np.zeros(3, np.float32), RATE) == 0.0
+
+
+def test_speech_far_below_its_prompts_level_is_empty() -> None:
+    prompt = speech_level(noise(1, 0.1), RATE)
+    assert prompt == pytest.approx(-20, abs=0.5)
+    # Pauses do not change the level.
+    with_pause = np.concatenate([noise(1, 0.1), noise(9, 0)])
+    assert speech_level(with_pause, RATE) == pytest.approx(prompt, abs=0.5)
+    assert is_empty(noise(1, 0.1 * 10 ** (-26 / 20)), RATE, prompt)
+    assert not is_empty(noise(1, 0.1 * 10 ** (-24 / 20)), RATE, prompt)
+    # Less than a window of samples has a level, too.
+    assert not is_empty(noise(0.005, 0.1), RATE, prompt)
+    assert is_empty(noise(0.005, 0.001), RATE, prompt)
+    assert speech_level(np.zeros(0, np.float32), RATE) == -np.inf
+
+
+def test_mismatch_is_the_share_of_wrong_letters() -> None:
+    assert not mismatches("the cat sat", "The cat sat.")
+    assert not mismatches("thec at, sat", "The cat sat.")
+    assert mismatches("", "Hello.")
+    assert mismatches("a dog ran", "The cat sat.")
+    # Of ten letters three may be wrong.
+    assert not mismatches("abcdefgxxx", "abcdefghij")
+    assert mismatches("abcdefxxxx", "abcdefghij")
+    # More than the text's words is none of them, too.
+    assert mismatches("the cat sat on the mat", "The cat sat.")
+    assert not mismatches("anything", "...")
 
 
 def test_early_is_far_below_the_prompts_rate() -> None:

@@ -232,6 +232,50 @@ def test_the_models_own_asr_checks_what_passed(
     assert asked_for == []
 
 
+def test_speech_far_below_its_prompt_is_empty(
+    tokenizer: SpeechTextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    voice = models(tokenizer, ann=[GOOD, OTHER])
+    quiet_codes = torch.tensor(GOOD)
+
+    def decode(codec: Codec, codes: torch.Tensor, lengths: torch.Tensor | None = None) -> Any:
+        level = torch.where(torch.isin(codes, quiet_codes), 0.01, 0.3)
+        return level.repeat_interleave(codec.hop_length, dim=2)
+
+    monkeypatch.setattr(Codec, "decode", decode)
+    (made,) = synthesize(voice, asked(voice.lm, utterance(ANN)), replace(SHORT, checks=()))
+    assert (said(made), made.tries, made.failure) == (OTHER, 2, None)
+
+
+def test_other_words_than_the_texts_are_a_mismatch(
+    tokenizer: SpeechTextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = {tuple(OTHER): "hurled", tuple(GOOD): "helo", (23, ANN): "a dog"}
+    monkeypatch.setattr(
+        speaking, "transcripts", lambda _lm, codes: [heard[tuple(one.tolist())] for one in codes]
+    )
+    once = replace(SHORT, max_attempts=1)
+    text = utterance(ANN, text="hello")
+
+    def failure(config: SamplingConfig = once, one: Utterance = text) -> str | None:
+        voice = models(tokenizer, asr=1.0, ann=[OTHER, GOOD])
+        (made,) = synthesize(voice, asked(voice.lm, one), config)
+        return made.failure
+
+    voice = models(tokenizer, asr=1.0, ann=[OTHER, GOOD])
+    (made,) = synthesize(voice, asked(voice.lm, text), SHORT)
+    assert (said(made), made.tries, made.failure) == (GOOD, 2, None)
+    assert failure() == "mismatch"
+    heard[tuple(OTHER)] = ""
+    assert failure() == "empty"
+    assert failure(replace(once, checks=("leak", "early"))) is None
+    # Markup may spell words in a way that no transcript does.
+    assert failure(one=replace(text, text=replace(text.text, respelled=True))) is None
+    # An ASR that does not recognize the prompt is no judge of the speech.
+    heard[23, ANN] = "eight hogs"
+    assert failure() is None
+
+
 def scored(monkeypatch: pytest.MonkeyPatch, scores: dict[int, float]) -> None:
     """Scores by the first code; transcripts are empty."""
     monkeypatch.setattr(

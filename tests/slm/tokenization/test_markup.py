@@ -60,6 +60,8 @@ def test_respellings() -> None:
     assert read_markup(text).text == text.replace("[Nguyen](nwen)", "nwen").replace(
         "[here](https://a.org)", "here"
     )
+    assert read_markup(text, lexicon).respelled
+    assert not read_markup("one <break/> two, here", lexicon).respelled
 
 
 @pytest.mark.parametrize("tag", ['<break time="5"/>', "<break time='11s'>", '<break strength="x">'])
