@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 BOUNDS_FRAME_RATE = 25.0
 """Frame rate of `SamplingConfig.frames_per_token`."""
-MIN_SPEECH_SECONDS = 0.25
-"""Minimum length of any text's speech; a short word takes that long."""
+MIN_SPEECH_SECONDS = 0.3
+"""Minimum length of any text's speech; a short word takes longer."""
 CHECK_EVERY = 16
 """Sampled tokens between two checks for a loop."""
 MIN_TEXT_LOOP = 24

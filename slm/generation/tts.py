@@ -8,7 +8,7 @@ evaluate     all checks; a failed attempt is repeated with another seed
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -23,16 +23,20 @@ from slm.config import SamplingConfig
 from slm.data.coverage import Coverage
 from slm.data.prompts import Prompt
 from slm.data.sequences import NO_FORCED_TOKENS, ForcedTokens
+from slm.generation.asr import encode
 from slm.generation.checks import (
+    MAX_MISMATCH,
+    SHORT_TEXT,
     Failure,
     begins_with_prompt,
     is_early,
     is_empty,
     lacks_end,
     longest_silence,
-    mismatches,
+    num_letters,
     repeats_codes,
     severity,
+    share_of_wrong_letters,
     speech_level,
 )
 from slm.generation.rerank import can_transcribe, text_scores, transcripts
@@ -327,7 +331,7 @@ def evaluate(
         if failure is None and one.wave is not None
     ]
     found = _transcribed(lm, [attempts[row].transcribed for row in rows])
-    wrong: dict[int, Failure] = {}
+    unmatched: dict[int, str] = {}
     for row, transcript in zip(rows, found, strict=True):
         utterance = attempts[row].utterance
         text, prompt_text = utterance.text.text, utterance.prompt_text.text
@@ -335,18 +339,45 @@ def evaluate(
             failures[row] = "leak"
         elif "early" in checks and lacks_end(transcript, text):
             failures[row] = "early"
-        elif "mismatch" not in checks or utterance.text.respelled:
-            continue
-        elif not has_words(transcript):
-            wrong[row] = "empty"
-        elif mismatches(transcript, text):
-            wrong[row] = "mismatch"
-    # An ASR that does not recognize the prompt either is no judge.
-    found = _transcribed(lm, [attempts[row].utterance.prompt.codes[0] for row in wrong])
-    for (row, failure), transcript in zip(wrong.items(), found, strict=True):
-        if not mismatches(transcript, attempts[row].utterance.prompt_text.text):
-            failures[row] = failure
+        elif "mismatch" in checks and not utterance.text.respelled:
+            unmatched[row] = transcript
+    for row, failure in _mismatches(models, {row: attempts[row] for row in unmatched}, unmatched):
+        failures[row] = failure
     return failures
+
+
+def _mismatches(
+    models: Models, attempts: Mapping[int, Attempt], transcripts: Mapping[int, str]
+) -> Iterator[tuple[int, Failure]]:
+    """The keys of attempts whose words are not the text's, and their failures.
+
+    Of a short text the wave is transcribed as well, and the mean counts: a word has too few letters
+    for one transcript, which the NAR and the codec have no part in.
+    """
+    wrong = {
+        key: share_of_wrong_letters(transcripts[key], one.utterance.text.text)
+        for key, one in attempts.items()
+    }
+    # At 0 and at twice the limit a second transcript hardly changes the decision.
+    again = [
+        key
+        for key, one in attempts.items()
+        if 0 < wrong[key] < 2 * MAX_MISMATCH
+        and num_letters(one.utterance.text.text) < SHORT_TEXT
+        and not one.utterance.prompt.continuation
+    ]
+    waves = [one.wave for one in (attempts[key] for key in again) if one.wave is not None]
+    codes = [one[0] for one in encode(models.codec, waves)] if waves else []
+    for key, transcript in zip(again, _transcribed(models.lm, codes), strict=True):
+        second = share_of_wrong_letters(transcript, attempts[key].utterance.text.text)
+        wrong[key] = (wrong[key] + second) / 2
+    suspects = [key for key, share in wrong.items() if share >= MAX_MISMATCH]
+    # An ASR that does not recognize the prompt either is no judge.
+    prompts = [attempts[key].utterance for key in suspects]
+    heard = _transcribed(models.lm, [one.prompt.codes[0] for one in prompts])
+    for key, one, transcript in zip(suspects, prompts, heard, strict=True):
+        if share_of_wrong_letters(transcript, one.prompt_text.text) < MAX_MISMATCH:
+            yield key, "mismatch" if has_words(transcripts[key]) else "empty"
 
 
 def _transcribed(lm: SpeechLM, codes: Sequence[np.ndarray]) -> list[str]:

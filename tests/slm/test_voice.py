@@ -38,8 +38,8 @@ def test_only_the_new_part_is_returned(voice: Voice) -> None:
     speech = voice.tts("a cat", prompt, "the dog", seed=1)
     assert speech.codes.shape[0] == 3
     assert len(speech.wave) == speech.codes.shape[1] * voice.codec.hop_length
-    # The bounds count the text alone.
-    assert 2 <= speech.codes.shape[1] <= 6
+    # The bounds count the text alone; the prompt has 25 frames.
+    assert speech.codes.shape[1] == 8
     assert speech.wave.dtype == np.float32
 
 
@@ -213,9 +213,10 @@ def test_a_seed_out_of_range_is_named(voice: Voice, seed: int) -> None:
 
 
 def test_what_is_longer_than_all_training_is_refused(voice: Voice) -> None:
-    ends = Prompt(codes=np.zeros((3, 55), np.int64), text="red hen")
-    assert voice.prepare("cat", ends).bounds[0] == 1  # 56 of 60 frames
-    with pytest.raises(ValueError, match=r"2\.2 s of prompt.*no more than 2\.4 s; split the text"):
+    ends = Prompt(codes=np.zeros((3, 52), np.int64), text="red hen")
+    assert voice.prepare("cat", ends).bounds[0] == 8  # 60 of 60 frames
+    ends = Prompt(codes=np.zeros((3, 53), np.int64), text="red hen")
+    with pytest.raises(ValueError, match=r"2\.1 s of prompt.*no more than 2\.4 s; split the text"):
         voice.prepare(TEXT, ends)
 
 
@@ -230,7 +231,8 @@ def test_only_a_continuation_has_no_transcript(voice: Voice) -> None:
 
 
 def test_a_silent_wave_is_a_failure(voice: Voice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slm.generation.tts.decode", lambda *_: np.zeros(100, np.float32))
+    silence = np.zeros(100, np.float32)
+    monkeypatch.setattr("slm.generation.tts._decode", lambda *_: (silence, silence))
     assert voice.tts("a cat", "ann").failure == "empty"
 
 

@@ -169,11 +169,11 @@ def test_bounds_follow_text_and_frame_rate() -> None:
     config = SamplingConfig(frames_per_token=(2.0, 20.0), spare_seconds=0.0)
     assert speech_bounds(10, 25.0, config) == (20, 201)
     assert speech_bounds(10, 50.0, config) == (40, 401)
-    # A word takes a quarter of a second.
-    assert speech_bounds(1, 25.0, config)[0] == speech_bounds(3, 25.0, config)[0] == 7
-    assert speech_bounds(4, 25.0, config)[0] == 8
+    # A word takes 0.3 s.
+    assert speech_bounds(1, 25.0, config)[0] == speech_bounds(4, 25.0, config)[0] == 8
+    assert speech_bounds(5, 25.0, config)[0] == 10
     short = replace(config, frames_per_token=(0.0, 0.1), spare_seconds=0.0)
-    assert speech_bounds(1, 25.0, short) == (7, 7)
+    assert speech_bounds(1, 25.0, short) == (8, 8)
 
 
 def test_a_text_that_cannot_fit_is_refused() -> None:

@@ -250,15 +250,22 @@ def test_speech_far_below_its_prompt_is_empty(
 def test_other_words_than_the_texts_are_a_mismatch(
     tokenizer: SpeechTextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard = {tuple(OTHER): "hurled", tuple(GOOD): "helo", (23, ANN): "a dog"}
+    heard = {tuple(OTHER): "yours", tuple(GOOD): "hello", (23, ANN): "a dog", (30,): "hello"}
     monkeypatch.setattr(
         speaking, "transcripts", lambda _lm, codes: [heard[tuple(one.tolist())] for one in codes]
     )
-    once = replace(SHORT, max_attempts=1)
+    encoded = []
+
+    def encode(_codec: Any, waves: Any) -> list[np.ndarray]:
+        encoded.append(len(waves))
+        return [np.array([[30], [31]])] * len(waves)
+
+    monkeypatch.setattr(speaking, "encode", encode)
     text = utterance(ANN, text="hello")
 
-    def failure(config: SamplingConfig = once, one: Utterance = text) -> str | None:
+    def failure(one: Utterance = text, **changed: Any) -> str | None:
         voice = models(tokenizer, asr=1.0, ann=[OTHER, GOOD])
+        config = replace(SHORT, max_attempts=1, **changed)
         (made,) = synthesize(voice, asked(voice.lm, one), config)
         return made.failure
 
@@ -266,14 +273,28 @@ def test_other_words_than_the_texts_are_a_mismatch(
     (made,) = synthesize(voice, asked(voice.lm, text), SHORT)
     assert (said(made), made.tries, made.failure) == (GOOD, 2, None)
     assert failure() == "mismatch"
+    assert not encoded
     heard[tuple(OTHER)] = ""
     assert failure() == "empty"
-    assert failure(replace(once, checks=("leak", "early"))) is None
+    assert failure(checks=("leak", "early")) is None
     # Markup may spell words in a way that no transcript does.
-    assert failure(one=replace(text, text=replace(text.text, respelled=True))) is None
+    assert failure(replace(text, text=replace(text.text, respelled=True))) is None
     # An ASR that does not recognize the prompt is no judge of the speech.
     heard[23, ANN] = "eight hogs"
     assert failure() is None
+    heard[23, ANN] = "a dog"
+
+    # A short text's wave is transcribed as well; the mean of both counts.
+    heard[tuple(OTHER)], heard[30,] = "hellish", "hello"  # 3 of 5 letters, and none
+    assert failure() is None
+    assert encoded == [1]
+    heard[30,] = "hill"  # 2 of 5
+    assert failure() == "mismatch"
+    assert encoded == [1, 1]
+    long = utterance(ANN, text="hello hello hello hello")
+    heard[tuple(OTHER)] = "hello hello hello yours"
+    assert failure(long) is None
+    assert encoded == [1, 1]
 
 
 def scored(monkeypatch: pytest.MonkeyPatch, scores: dict[int, float]) -> None:
