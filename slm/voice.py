@@ -263,9 +263,7 @@ class Voice:
             without = remove_signs(normalized.text, signs)
             normalized = self.lm.tokenizer.from_normalized(without)
         self.coverage.log_unseen(normalized.text)
-        return replace(
-            normalized, original=text, pauses=marked.pauses, respelled=marked.respelled
-        )
+        return replace(normalized, original=text, pauses=marked.pauses, respelled=marked.respelled)
 
     def prepare(self, text: str | NormalizedText, prompt: Prompt, seed: int = 0) -> Utterance:
         """Checks a text and encodes the models' input.

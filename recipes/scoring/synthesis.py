@@ -344,6 +344,7 @@ def failed_checks(
         "silence": checks.longest_silence(wave, sample_rate) > STANDARD.silence_seconds,
         "leak": checks.repeats_codes(first, prompt.codes[0], rate),
         "early": False,
+        "mismatch": False,
     }
     try:
         bounds = voice.prepare(item.text, prompt).bounds
@@ -361,6 +362,7 @@ def failed_checks(
         )
         found["early"] |= checks.lacks_end(hypothesis, text)
         found["leak"] |= checks.begins_with_prompt(hypothesis, before, text)
+        found["mismatch"] = checks.share_of_wrong_letters(hypothesis, text) >= checks.MAX_MISMATCH
     return [name for name, failed in found.items() if failed]
 
 

@@ -4,8 +4,7 @@ names, numbers, lists, questions, plain and hard sentences, judged by Whisper ba
     silent   the judge finds no word, or the level is 40 dB under the prompt's
     wrong    the judge's character error rate is 0.8 or more
 
-`pytest -s tests/soak/test_texts_to_speech.py` prints the table; out/soak/texts_to_speech/ receives
-every generation's row.
+The table is out/soak/texts_to_speech.md; out/soak/texts_to_speech/ has a row of every generation.
 """
 
 import json
@@ -95,24 +94,34 @@ def test_speech_of_each_kind_of_text(kind: str, voice: Voice, judge: Any) -> Non
 
 def test_table_of_failures() -> None:
     rows = [row for kind in TEXTS for row in json.loads((OUT / f"{kind}.json").read_text())]
-    print(
-        "\nkind  n  repeated  reported (fine by the judge)  not reported: silent  wrong  mean error"
-    )
+    lines = [
+        "| texts | generations | repeated | reported | of them fine | silent, not reported "
+        "| wrong, not reported | mean error rate |",
+        "|---" * 8 + "|",
+    ]
     for kind in (*TEXTS, "all"):
         of_kind = [row for row in rows if kind in (row["kind"], "all")]
         reported = [row for row in of_kind if row["failure"] is not None]
         passed = [row for row in of_kind if row["failure"] is None]
-        print(
+        cells = (
             kind, len(of_kind), sum(row["tries"] > 1 for row in of_kind), len(reported),
-            f"({sum(row['error_rate'] <= FINE for row in reported)})",
+            sum(row["error_rate"] <= FINE for row in reported),
             sum(row["silent"] for row in passed),
             sum(row["error_rate"] >= WRONG for row in passed if not row["silent"]),
             f"{sum(row['error_rate'] for row in of_kind) / len(of_kind):.3f}",
         )  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     missed = [
-        row for row in rows
+        row
+        for row in rows
         if row["failure"] is None and (row["silent"] or row["error_rate"] >= WRONG)
+    ]
+    lines += [
+        "", "Not reported:", *(
+            f"- {row['text']!r}, {row['prompt']}, seed {row['seed']}, {row['seconds']:.2f} s: "
+            f"{row['judge']!r}"
+            for row in missed
+        ),
     ]  # fmt: skip
-    for row in missed:
-        print({key: row[key] for key in ("text", "prompt", "seed", "judge", "drop", "seconds")})
+    OUT.with_suffix(".md").write_text("\n".join(lines) + "\n")
     assert len(missed) <= MAX_UNREPORTED * len(rows)
