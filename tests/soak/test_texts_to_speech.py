@@ -6,7 +6,9 @@ names, numbers, lists, questions, plain and hard sentences, judged by Whisper ba
 
 Whisper does not know isolated words well: "three" becomes "I'm sorry". What seems silent or wrong
 is therefore judged again behind its prompt, and is neither if there at least half of its letters
-are right. The table is out/soak/texts_to_speech.md; out/soak/texts_to_speech/ has a row of every generation.
+are right.
+
+The table is out/soak/texts_to_speech.md; out/soak/texts_to_speech/ has a row of every generation.
 """
 
 import json
