@@ -362,7 +362,9 @@ def failed_checks(
         )
         found["early"] |= checks.lacks_end(hypothesis, text)
         found["leak"] |= checks.begins_with_prompt(hypothesis, before, text)
-        found["mismatch"] = checks.share_of_wrong_letters(hypothesis, text) >= checks.MAX_MISMATCH
+        if not (found["early"] or found["leak"]):
+            wrong = checks.share_of_wrong_letters(hypothesis, text)
+            found["mismatch"] = wrong >= checks.MAX_MISMATCH
     return [name for name, failed in found.items() if failed]
 
 

@@ -119,7 +119,7 @@ def _window(sample_rate: int) -> int:
 
 
 def _window_levels(wave: np.ndarray, sample_rate: int) -> Float[np.ndarray, " _"]:
-    """RMS of each whole window; of all samples, if they fill none."""
+    """RMS of each complete window; of all samples, if they fill none."""
     window = min(_window(sample_rate), max(1, len(wave)))
     count = len(wave) // window
     return np.sqrt(np.square(wave[: count * window].reshape(count, window)).mean(1))

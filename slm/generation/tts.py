@@ -373,9 +373,9 @@ def _mismatches(
         wrong[key] = (wrong[key] + second) / 2
     suspects = [key for key, share in wrong.items() if share >= MAX_MISMATCH]
     # An ASR that does not recognize the prompt either is no judge.
-    prompts = [attempts[key].utterance for key in suspects]
-    heard = _transcribed(models.lm, [one.prompt.codes[0] for one in prompts])
-    for key, one, transcript in zip(suspects, prompts, heard, strict=True):
+    utterances = [attempts[key].utterance for key in suspects]
+    of_prompts = _transcribed(models.lm, [one.prompt.codes[0] for one in utterances])
+    for key, one, transcript in zip(suspects, utterances, of_prompts, strict=True):
         if share_of_wrong_letters(transcript, one.prompt_text.text) < MAX_MISMATCH:
             yield key, "mismatch" if has_words(transcripts[key]) else "empty"
 

@@ -30,7 +30,7 @@ def test_settings_change_what_their_names_say() -> None:
     assert next(iter(found)) == "given"
     assert found["one-try"] == replace(given, max_attempts=1)
     assert found["no-window"] == replace(given, repetition_window=0)
-    assert found["no-leak"].checks == ("loop", "silence", "early")
+    assert found["no-leak"].checks == ("loop", "silence", "early", "mismatch")
     assert found["no-controls"] == replace(given, checks=(), max_attempts=1, repetition_window=0)
     assert {name: found[name].num_candidates for name in found if name.startswith("cand")} == {
         "candidates-4": 4, "candidates-8": 8,

@@ -275,6 +275,8 @@ def test_digits_in_the_transcript_are_not_a_missing_end() -> None:
     wave = np.ones(16000, np.float32)
     assert failed_checks(stub, item, codes, wave, "The house was built in 1984.") == []
     assert failed_checks(stub, item, codes, wave, "The house was") == ["early"]
+    other = "A horse is never built, but grows slowly in the fields."
+    assert failed_checks(stub, item, codes, wave, other) == ["mismatch"]
 
 
 def test_synthesis_resumes(folder: Path) -> None:
