@@ -80,7 +80,7 @@ def quiet_event_writer() -> None:
         if type(arguments.thread).__name__ != "_AsyncWriterThread":
             before(arguments)
 
-    if before.__name__ != without_event_writer.__name__:
+    if getattr(before, "__name__", None) != without_event_writer.__name__:
         threading.excepthook = without_event_writer
 
 

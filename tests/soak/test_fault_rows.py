@@ -1,15 +1,18 @@
 """Small inputs that once gave wrong results with status 0, one test a row, as a user meets them.
 
-Commands use models/small and the prompt `kathleen`. The recordings are made on the spot;
-PARLANCE_FAULTS names a folder with `audio/` and `texts.jsonl` to use instead. Rows 1, 2, 5, 9, 10,
-12 and 17 to 19 are tested by the files that mirror the tree alone.
+Commands use models/small and the prompt `kathleen`; rows about training use tiny models. The
+recordings are made on the spot; PARLANCE_FAULTS names a folder with `audio/` and `texts.jsonl` to
+use instead.
 """
 
 import io
 import json
 import logging
 import os
+import re
 import shutil
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +20,11 @@ import pytest
 import soundfile
 import torch
 from conftest import ROOT, plain
+from tiny_semantic import tiny_semantic
 from tiny_slm import STAMP, quiet, run_slm, save_base, save_shard
 
 from codec import Codec, load_codec
-from codec.audio import read_audio, write_audio
+from codec.audio import read_audio, recordings_in, write_audio
 from recipes.prepare_data import main as prepare_data
 from recipes.tts import main as train_tts
 from slm.config import ARConfig, LoRAConfig
@@ -160,6 +164,80 @@ def level(wave: np.ndarray) -> float:
     return 10 * np.log10(max(part.mean() for part in parts) + 1e-12)
 
 
+SHORT = ["Hello.", "Hi.", "Yes.", "No.", "Stop!", "Why?", "OK.", "One.", "Good morning.", "Go on.",
+         "Thank you.", "Wait."]  # fmt: skip
+
+
+def test_row_01_short_texts(voice: Voice, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    prompt = voice.prompts[PROMPT]
+    loud = level(voice.codec.decode(torch.from_numpy(prompt.codes.astype(np.int64))[None])
+                 [0, 0].detach().numpy())  # fmt: skip
+    failures = 0
+    for text in SHORT:
+        made = voice.tts(text, PROMPT, seed=0)
+        if made.failure is None:
+            assert len(made.wave) > 0.15 * RATE, text
+            assert level(made.wave) > loud - 30, text
+            assert voice.asr([made.wave])[0], text
+        failures += made.failure is not None
+    assert failures < len(SHORT) / 2
+    status = tts("--text", "Hello.", "--prompt", PROMPT, "--seed", "0", "--out", tmp_path / "a.wav")
+    record = json.loads(capsys.readouterr().out)
+    assert status == (3 if record["failure"] else 0)
+
+
+@pytest.mark.parametrize("stage", ["ar", "nar", "semantic"])
+def test_row_02_trainings_that_diverge(
+    stage: str, inputs: list[str], tmp_path: Path, launch: Callable, request
+) -> None:
+    out = tmp_path / "run"
+    if stage == "semantic":
+        script, given = "train_semantic.py", request.getfixturevalue("semantic_settings")
+        key, folder = "optim", out
+        given = [*given, "optim.max_skipped_steps=1"]
+    else:
+        script, given = "tts.py", [*inputs, *SMALL]
+        key, folder = {"ar": "optim", "nar": "nar_optim"}[stage], out / stage
+    absurd = [f"{key}.lr=1e30", f"{key}.clip_norm=0", f"{key}.warmup_steps=1"]
+    run = launch(None, ROOT / "recipes" / script, f"out={out}", *given, *absurd)
+    assert run.returncode == 2, run.stderr[-2000:]
+    assert "the training diverged before step" in run.stderr.splitlines()[-1]
+    assert not list(out.rglob("README.md"))
+    for path in out.rglob("*.safetensors"):
+        from safetensors.torch import load_file
+
+        assert all(torch.isfinite(each).all() for each in load_file(path).values()), path
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+
+
+@pytest.fixture
+def semantic_settings(tmp_path: Path, write_wav: Callable[..., Path]) -> list[str]:
+    from lhotse import CutSet, Recording, SupervisionSegment
+
+    cuts = []
+    for seed, text in enumerate(["a red hen", "the cat sat", "a mat", "run far", "in the sun"]):
+        cut = Recording.from_file(write_wav(tmp_path / f"{seed}.wav", 1.2, seed=seed)).to_cut()
+        cut.supervisions = [
+            SupervisionSegment(id=cut.id, recording_id=cut.id, start=0, duration=1.2, text=text)
+        ]
+        cuts.append(cut)
+    CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
+    (tmp_path / "semantic").mkdir()
+    _, whisper = tiny_semantic(tmp_path / "semantic")
+    given = {
+        "train": tmp_path / "cuts.jsonl.gz", "dev": tmp_path / "cuts.jsonl.gz",
+        "whisper": whisper, "codec.lmspt.dimension": 8, "codec.spectral.num_mels": 20,
+        "codec.spectral.encoder_width": 16, "codec.spectral.encoder_depths": "[1,1,1]",
+        "codec.spectral.decoder_width": 16, "codec.spectral.decoder_depths": "[1,1,1]",
+        "codec.quantizer.num_codebooks": 2, "codec.quantizer.codebook_size": 16,
+        "codec.lmspt.auxiliary.kind": "none", "codec.lmspt.whisper.adapter_width": 8,
+        "codec.lmspt.semantic_subtraction": "false", "batch.positions": 70,
+        "optim.steps": 6, "optim.save_every": 3, "optim.eval_every": 6, "optim.log_every": 1,
+    }  # fmt: skip
+    return [f"{key}={value}" for key, value in given.items()]
+
+
 def test_row_03_segments_and_unknown_keys(
     speech: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -201,6 +279,25 @@ def test_row_04_line_separators(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert [one["text"] for one in results] == ["Good\u2028morning."]
 
 
+@pytest.fixture
+def umask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("umask")
+def test_row_05_files_that_others_can_read(inputs: list[str], tmp_path: Path) -> None:
+    train_tts([f"out={tmp_path / 'run'}", *inputs, *SMALL, "tts_eval.num_items=0"])
+    tts("--text", "Good morning.", "--prompt", PROMPT, "--out", tmp_path / "a.wav")
+    assert run_slm("export", "--voice", tmp_path / "run" / "voice", tmp_path / "lm") == 0
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len([path for path in files if path.suffix == ".safetensors"]) > 3
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {
+        path.name: "0o644" for path in files
+    }
+
+
 def test_row_06_links_in_sentences(voice: Voice) -> None:
     alone = voice.normalize("https://example.com").text
     assert alone == "h t t p s colon slash slash example dot com"
@@ -237,6 +334,53 @@ def transcripts(capsys: pytest.CaptureFixture, *paths: Path) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.parametrize(
+    "name", ["espeak_stdout.wav", "zero_data.wav", "ffpipe.w64", "ffpipe.flac"]
+)
+def test_row_09_sizes_that_a_pipe_leaves_open(
+    name: str, audio: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert len(read_audio(audio / name, RATE)) > 1.7 * RATE
+    (record,) = transcripts(capsys, audio / name)
+    assert record["failure"] is None
+    assert len(record["text"].split()) >= 3
+    read_through_pipe(audio / name, tmp_path)
+
+
+def read_through_pipe(path: Path, folder: Path) -> None:
+    """A recording from a pipe is the recording."""
+    os.mkfifo(folder / "pipe")
+    writer = threading.Thread(target=(folder / "pipe").write_bytes, args=(path.read_bytes(),))
+    writer.start()
+    wave = read_audio(folder / "pipe", RATE)
+    writer.join()
+    np.testing.assert_array_equal(wave, read_audio(path, RATE))
+
+
+@pytest.mark.parametrize("name", ["m4a.m4a", "webm.webm", "m4a_as_mp3.mp3"])
+def test_row_10_formats_of_phones_and_browsers(
+    name: str,
+    audio: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert len(read_audio(audio / name, RATE)) > 1.7 * RATE
+    (record,) = transcripts(capsys, audio / name)
+    assert record["failure"] is None
+    assert len(record["text"].split()) >= 3
+    read_through_pipe(audio / name, tmp_path)
+    assert audio / name in recordings_in(audio)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.xyz").touch()
+    recordings_in(tmp_path / "folder")
+    assert "skipped: .xyz" in caplog.text
+    monkeypatch.setattr("codec.audio.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}.*ffmpeg -i"):
+        read_audio(audio / name, RATE)
+
+
 def test_row_11_tokenizers_larger_than_the_table(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", pad_rows=-3)
     lm = SpeechLM.create(ARConfig(base=str(base), lora=LoRAConfig(rank=2)), STAMP, seed=0)
@@ -246,6 +390,16 @@ def test_row_11_tokenizers_larger_than_the_table(tmp_path: Path) -> None:
         torch.manual_seed(seed)
         states.append(SpeechLM.load(tmp_path / "ar").state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+
+
+def test_row_12_a_run_folder_that_moves(inputs: list[str], tmp_path: Path) -> None:
+    given = [*inputs, *SMALL, "tts_eval.num_items=0"]
+    train_tts([f"out={tmp_path / 'here'}", *given])
+    there = (tmp_path / "here").rename(tmp_path / "there")
+    shutil.rmtree(there / "nar")
+    train_tts([f"out={there}", *given])
+    assert (there / "voice" / "nar").is_dir()
+    assert not (tmp_path / "here").exists()
 
 
 def test_row_13_ids_that_are_no_file_names(tmp_path: Path) -> None:
@@ -300,6 +454,38 @@ def test_row_16_channels_that_cancel_and_joined_files(
     assert np.abs(wave).max() > 0.2
     assert level(joined[: len(joined) // 2]) - level(joined[len(joined) // 2 :]) < 1.0
     assert abs(len(joined) / len(wave) - 2) < 0.1
+
+
+def test_row_17_loud_prompts(voice: Voice, speech: np.ndarray, tmp_path: Path) -> None:
+    loud = np.clip(speech * 1.0 / np.abs(speech).max() * 3, -1, 1)
+    write_audio(tmp_path / "loud.wav", loud, RATE)
+    for seed in range(3):
+        made = voice.tts("Good morning to you all.", tmp_path / "loud.wav", "her beautiful", seed)
+        assert 0 < np.abs(made.wave).max() <= 1.0
+        voice.save(made, tmp_path / "o.wav")
+        written, _ = soundfile.read(tmp_path / "o.wav")
+        np.testing.assert_allclose(written, made.wave, atol=2 / 32768)
+
+
+def test_row_18_paragraphs_are_pauses(voice: Voice) -> None:
+    text = voice.prepare_long("Chapter One\n\nIt was a cold day.", voice.prompts[PROMPT])
+    assert [one.text.text for one in text.utterances] == ["Chapter One", "It was a cold day."]
+    assert text.pauses == [0.8, 0.0]
+    wave = voice.tts("Chapter One\n\nIt was a cold day.", PROMPT).wave
+    parts = np.abs(wave[: len(wave) // 160 * 160]).reshape(-1, 160).max(1)
+    quiet = "".join("01"[int(each)] for each in parts < 0.06 * parts.max())  # -24 dB, by 10 ms.
+    assert max(map(len, re.findall("1+", quiet))) >= 70
+
+
+def test_row_19_long_words(voice: Voice, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    prompt = voice.prompts[PROMPT]
+    text = ",".join(["red", "green", "blue"] * 100)
+    assert len(voice.prepare_long(text, prompt).utterances) > 3
+    link = "https://example.com/" + "ab1" * 113
+    assert len(voice.prepare_long(f"Visit {link} now.", prompt).utterances) > 3
+    word = "abc" * 400
+    assert tts("--text", word, "--prompt", PROMPT, "--out", tmp_path / "a.wav") == 2
+    one_line(capsys, word[:20])
 
 
 def test_row_20_what_is_refused_at_the_start(

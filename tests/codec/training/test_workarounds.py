@@ -1,5 +1,6 @@
 """Workarounds that a machine without a GPU can check."""
 
+import functools
 import platform
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def test_only_tensorboards_thread_prints_no_traceback(monkeypatch: pytest.Monkey
         pass
 
     printed = []
-    monkeypatch.setattr(threading, "excepthook", printed.append)
+    monkeypatch.setattr(threading, "excepthook", functools.partial(printed.append))
     quiet_event_writer()
     hook = threading.excepthook
     quiet_event_writer()
