@@ -85,7 +85,7 @@ _sweeping = threading.Lock()
 
 
 def temporary_name(path: Path, suffix: str = "") -> Path:
-    """Returns a hidden temporary name beside `path`, whose folder must exist. The first call for a
+    """Returns a hidden temporary name in the folder of `path`, which must exist. The first call for a
     folder removes the temporary files there of processes that have ended (killed, for instance).
 
     Args:
@@ -105,7 +105,7 @@ def _remove_leftovers(folder: Path) -> None:
         found = TEMPORARY.fullmatch(each.name)
         if found is None:
             continue
-        with suppress(FileNotFoundError):  # Another process has removed it.
+        with suppress(OSError):  # Another process has removed it, or another user owns it.
             age = time.time() - each.stat(follow_symlinks=False).st_mtime
             has_ended = found[1] == _machine() and not _is_running(int(found[2]))
             if not has_ended and age < FORGOTTEN_SECONDS:
@@ -241,7 +241,7 @@ def _only_writer(folder: Path, file: Path) -> Iterator[None]:
         ValueError: another process or thread holds it.
     """
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

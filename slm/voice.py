@@ -9,6 +9,7 @@ Its folder:
 """
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -47,7 +48,7 @@ from slm.generation.asr import (
     transcribe,
     transcribe_pieces,
 )
-from slm.generation.checks import is_empty, speech_level
+from slm.generation.checks import is_empty, is_empty_level, speech_level
 from slm.generation.conversion import continue_speech, convert, encode_source
 from slm.generation.long_form import (
     LongText,
@@ -235,8 +236,8 @@ class Voice:
     ) -> Iterator[Float[np.ndarray, " _"]]:
         """Streaming TTS: consecutive waves (S,), while codebook 1 is being generated.
 
-        Without retries, checks and best-of-N, because a chunk cannot be replaced; a failure is
-        logged.
+        Without retries, best-of-N and most checks, because a chunk cannot be replaced; a failure
+        is logged.
 
         Raises:
             ValueError: as `tts`, and for chunk_seconds that are not positive and finite.
@@ -261,6 +262,7 @@ class Voice:
         if signs:
             logger.warning("%s has signs that are not read: %s", what, " ".join(signs))
             without = remove_signs(normalized.text, signs)
+            self.coverage.check(without, what)
             normalized = self.lm.tokenizer.from_normalized(without)
         self.coverage.log_unseen(normalized.text)
         return replace(normalized, original=text, pauses=marked.pauses, respelled=marked.respelled)
@@ -345,11 +347,18 @@ class Voice:
     def _chunks(
         self, utterance: Utterance, seconds: float, failures: list[str]
     ) -> Iterator[np.ndarray]:
+        rate, codes = self.codec.sample_rate, utterance.prompt.codes
+        level, failure = -math.inf, None
         for chunk in stream(self.models, utterance, self.sampling, seconds):
             yield chunk.wave
-            if chunk.failure is not None:
-                failures.append(chunk.failure)
-                logger.warning("%r: %s", utterance.text.original, chunk.failure)
+            level = max(level, speech_level(chunk.wave, rate))
+            failure = chunk.failure
+        prompt_level = speech_level(self.decode(codes[:, :0], codes), rate)
+        if is_empty_level(level, prompt_level):
+            failure = "empty"
+        if failure is not None:
+            failures.append(failure)
+            logger.warning("%r: %s", utterance.text.original, failure)
 
     def save(self, speech: Speech, path: str | Path) -> None:
         """Writes the wave to an audio file with `tags`, atomically."""

@@ -57,6 +57,7 @@ from codec.program import ReportedElsewhere, reason_of
 from codec.training.workarounds import (
     accelerator_options,
     default_deepspeed_device,
+    is_lost_rank,
     quiet_event_writer,
 )
 
@@ -353,6 +354,10 @@ class Run:
         try:
             self.accelerator.load_state(str(newest[0]))
         except (*DAMAGE, RuntimeError, SafetensorError, UnpicklingError) as error:
+            # Its checksums are right: the disk, the memory or another rank may be at fault.
+            is_other = isinstance(error, OSError | torch.OutOfMemoryError)
+            if is_other or is_lost_rank(error):
+                raise
             raise ValueError(
                 f"{newest[0]}: does not fit this run, or is damaged ({reason_of(error)[:300]}); "
                 "remove it to resume from the one before"

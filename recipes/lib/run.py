@@ -33,7 +33,7 @@ def run_recipe(main: Callable[[list[str]], None]) -> None:
 
 
 def _with_other_ranks(main: Callable[[list[str]], None]) -> None:
-    """Runs `main(argv)`; says so in a line if another process of the launch has ended."""
+    """Runs `main(argv)`; one line states if another process of the launch has ended."""
     try:
         main(sys.argv[1:])
     except RuntimeError as error:

@@ -95,8 +95,12 @@ def is_empty(
         prompt_level: `speech_level` of the prompt. Of 490 generations of short texts four are
             33 to 37 dB below it, and silent; the others are at most 9 dB below.
     """
-    least = max(20 * math.log10(SILENCE_RMS), prompt_level - MAX_DROP_DECIBELS)
-    return speech_level(wave, sample_rate) < least
+    return is_empty_level(speech_level(wave, sample_rate), prompt_level)
+
+
+def is_empty_level(level: float, prompt_level: float) -> bool:
+    """`is_empty` by the `speech_level` of the wave; NaN is empty."""
+    return not level >= max(20 * math.log10(SILENCE_RMS), prompt_level - MAX_DROP_DECIBELS)
 
 
 def longest_silence(wave: Float[np.ndarray, " _"], sample_rate: int) -> float:

@@ -204,10 +204,12 @@ _BEFORE_THOUSAND = {*_NUMERALS.split(), "a", "the", "few", "several", "of", "per
 _ROMAN = (
     r"(?=[IVXLCDM])M{0,3}(?:C[MD]|D?C{0,3})(?:X[CL]|L?X{0,3})(?:I[XV]|V?I{0,3})(?<=[IVXLCDM])\b"
 )
+_SMALL_ROMAN = r"(?=[IVXL])(?:XL|L?X{0,3})(?:I[XV]|V?I{0,3})(?<=[IVXL])\b"
+"""To 89; what has C, D or M behind a name is an abbreviation (MD, CD, DC)."""
 _NUMBERED = (
     "Chapter|Part|Act|Scene|Volume|Vol\\.|Book|Section|Article|Type|Phase|Stage|Class|Grade|Level|"
     "Title|World War|Super Bowl|Appendix|Figure|Table|Episode|Season|Unit|Lesson|Canto|Annex|"
-    "Division|Group|Category|Tier|Psalm|Round|Step|Apollo|Mark"
+    "Division|Group|Category|Tier|Psalm|Round|Step|Apollo"
 )
 """Before a Roman numeral that is a number; after a name it is an ordinal."""
 _REIGNING = (
@@ -217,10 +219,8 @@ _REIGNING = (
     "Darius|Xerxes|Thutmose|Amenhotep|Robert|David|Harald|Olaf|Gustav|Christian|Umberto|"
     "Alfonso|Pedro|Ivan|Mehmed|Murad|Selim|Suleiman|Constantine|Margaret|Anne|Isabella|Baldwin"
 )
-_NOT_NAMES = "The|An|Her|His|Its|Our|Your|This|That|These|Those|And|For|With|From|But|Jet|An"
-_CAPITAL_I = (
-    r"(?=\s*(?:[,.;:!?)\]\"]|'s\b|$)|\s+(?:of|the|began|begins|ended|ends|is|was|and|to|in)\b)"
-)
+_NOT_NAMES = "The|An|Her|His|Its|Our|Your|This|That|These|Those|And|For|With|From|But|Jet"
+_CAPITAL_I = r"(?=\s*(?:[,.;:!?)\]\"]|'s\b|$)|\s+(?:of|the|began|begins|ended|ends)\b)"
 """After the numeral I, which is a pronoun elsewhere."""
 _DAYS = {
     **{"Mon": "Monday", "Tue": "Tuesday", "Tues": "Tuesday", "Wed": "Wednesday"},
@@ -503,16 +503,17 @@ _RULES = [
     ),
     # Roman numerals. I, C, D, L and M alone are letters in most places.
     (
-        re.compile(rf"\b({_NUMBERED}) ({_ROMAN})(?<=\w\w|[\sVX].)(?!\.[A-Za-z])"),
-        lambda m: f"{m[1]} {_roman(m[2])}" if m[2] not in "CDLM" else m[0],
+        re.compile(rf"\b({_NUMBERED}) (?![IL]\b)({_SMALL_ROMAN})(?!\.[A-Za-z])"),
+        lambda m: f"{m[1]} {_roman(m[2])}",
     ),
+    (re.compile(r"\bWorld War I\b(?!\.\w)"), lambda m: "World War 1"),
     (re.compile(rf"\b({_NUMBERED}) I{_CAPITAL_I}"), lambda m: f"{m[1]} 1"),
     (
         re.compile(r"\b(Chapter|Part|Act|Scene|Volume|Book|Section) ([ivx]{2,5})\b"),
         lambda m: f"{m[1]} {_roman(m[2].upper())}",
     ),
     (
-        re.compile(rf"\b({_REIGNING}) ({_ROMAN})(?<=\w\w|.V)(?!\.\w)"),
+        re.compile(rf"\b({_REIGNING}) (?!V\.\s*[A-Z]|[ILX]\b)({_SMALL_ROMAN})(?!\.\w)"),
         lambda m: f"{m[1]} the {_ordinal(_roman(m[2]))}",
     ),
     (
@@ -528,7 +529,10 @@ _RULES = [
     ),
     (re.compile(rf"\b({_REIGNING}) I(?= of [A-Z])"), lambda m: f"{m[1]} the 1st"),
     (
-        re.compile(rf"\b(?!(?:{_NOT_NAMES})\b)([A-Z][a-z]{{2,}}) (?=[IVX]{{2}})({_ROMAN})(?!\.\w)"),
+        re.compile(
+            rf"\b(?!(?:{_NOT_NAMES})\b)([A-Z][a-z]{{2,}}) (?=[IVX]{{2}})"
+            rf"(?!XX\b|IV (?:fluid|drip|line|bag|drug|therap))({_SMALL_ROMAN})(?!\.\w)"
+        ),
         lambda m: f"{m[1]} {_roman(m[2])}",
     ),
     (
@@ -544,7 +548,8 @@ _RULES = [
     ),
     (
         re.compile(
-            rf"\b({_names(_DAYS)})(?:\.,?(?=\s+(?:and|at|to|or|from|\d|[a-z]))|(?=,\s+\w+\.?\s\d))"
+            rf"\b({_names(_DAYS)})(?:\.,?(?=\s+(?:and|at|to|or|from|\d|[a-z]))|(?=,\s+"
+            rf"(?:{_MONTHS}|{_names(_MONTH_NAMES)})\b\.?\s\d))"
         ),
         lambda m: _DAYS[m[1]] + ("," if m[0].endswith(",") else ""),
     ),
@@ -611,7 +616,7 @@ _RULES = [
         re.compile(r"(\d\s?(?:mm|cm|m|km|in|ft)\.?)\s?[x\u00d7]\s?(?=\d)"),
         lambda m: f"{m[1]} by ",
     ),
-    (re.compile(r"\bPh\.?D\b\.?(?=\s|[,;:)]|$)"), lambda m: "P H D"),
+    (re.compile(r"\bPh\.?D\b(?:\.(?=[,;:)]|\s+[a-z]))?(?=[\s.,;:)]|$)"), lambda m: "P H D"),
     (re.compile(r"(\d)\s+%"), lambda m: f"{m[1]}%"),
     (re.compile(rf"(\d%?)-(?={_NUMBER}%)"), lambda m: f"{m[1]} to "),
     (re.compile(r"(?<![\w+])\+(?=[$\u00a3\u20ac]?\d)"), lambda m: "plus "),
@@ -704,7 +709,7 @@ _RULES = [
         lambda m: f"{m[1] or m[3]} {_LARGE[(m[2] or m[4]).lower()]}",
     ),
     (
-        re.compile(rf"\b({_names(_COUNTED)})\.\s*(?=\d)", re.I),
+        re.compile(rf"(?<!\d)(?<!\d\s)\b({_names(_COUNTED)})\.[^\S\n]*(?=\d)", re.I),
         lambda m: _any_case(_COUNTED, m[1]) + " ",
     ),
     (re.compile(r"([A-Z][a-z]+ )Dr\.(?=,|\s+[a-z]|\s*$)"), lambda m: f"{m[1]}Drive"),
@@ -810,7 +815,10 @@ def unread_signs(text: str) -> list[str]:
 
 
 def remove_signs(text: str, signs: Iterable[str]) -> str:
-    """The text without these signs, and without lines that have nothing else."""
+    """The text without these signs, and without lines that have nothing else; unchanged if it is of
+    another script, of which no rule reads the signs."""
+    if any(map(_is_foreign, text)):
+        return text
     any_of = "[" + re.escape("".join(signs)) + "]"
     text = re.sub(rf"\n[^\S\n]*{any_of}(?:{any_of}|[^\S\n])*(?=\n)", "", text)
     text = re.sub(rf"[^\S\n]?{any_of}+(?=[\s.,;:!?)]|$)", "", text)

@@ -76,6 +76,14 @@ def test_every_atomic_writer_obeys_the_umask(tmp_path: Path, umask: int) -> None
     assert found == {name: {0o666 & ~umask} for name in found}
 
 
+def test_a_writers_lock_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".writing").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic links"):
+        atomic_files(tmp_path / "out").__enter__()
+    assert not (tmp_path / "elsewhere").exists()
+
+
 @pytest.mark.parametrize("writer", [atomic_files, atomic_folder])
 def test_a_folder_has_one_writer_at_a_time(tmp_path: Path, writer, monkeypatch) -> None:
     folder = tmp_path / "export"

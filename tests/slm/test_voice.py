@@ -4,6 +4,7 @@ import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -234,6 +235,24 @@ def test_a_silent_wave_is_a_failure(voice: Voice, monkeypatch: pytest.MonkeyPatc
     silence = np.zeros(100, np.float32)
     monkeypatch.setattr("slm.generation.tts._decode", lambda *_: (silence, silence))
     assert voice.tts("a cat", "ann").failure == "empty"
+
+
+def test_a_silent_stream_is_a_failure(voice: Voice, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = voice.prepare_long("a cat", voice.prompts["ann"])
+    plain = type(voice.codec).decode
+    found: list[str] = []
+    list(voice.stream_prepared(text, failures=found))
+    assert "empty" not in found
+    frames = voice.prompts["ann"].codes.shape[1] * voice.codec.hop_length
+
+    def decode(*given: Any, **named: Any) -> torch.Tensor:
+        wave = plain(*given, **named).clone()
+        wave[..., frames:] *= 0.01
+        return wave
+
+    monkeypatch.setattr(type(voice.codec), "decode", decode)
+    list(voice.stream_prepared(text, failures=found))
+    assert found[-1] == "empty"
 
 
 def test_asr_batch_is_what_single_waves_give(voice: Voice) -> None:

@@ -142,7 +142,7 @@ def test_tensors_that_cannot_be_used(golden: dict[str, Any]) -> None:
         ("dimension", 2**31 - 1, "of another shape: encoder"),
         ("dimension", 2**31, "dimension must be"),
         ("strides", [2] * 80, "tensors of more than"),
-        ("n_q", 2**30, "n_q asks for 1073741824"),
+        ("n_q", 2**30, "num_codebooks must be at least 1 and at most 1024.*got 1073741824"),
         ("n_residual_layers", 2**30, "n_residual_layers asks for"),
         ("lstm_layers", 1000, "lstm_layers asks for"),
         ("strides", [2] * 10**5, "strides asks for 100000"),

@@ -101,6 +101,7 @@ def test_a_voice_of_any_codec_speaks(kind: str, base: Path, tmp_path: Path) -> N
     tts([
         f"out={tmp_path / 'run'}", f"ar.base={base}", f"codec={tmp_path / 'codec'}",
         f"train={shard}", f"dev={shard}", "ar.tasks.asr=0", *STEP,
+        "tts_eval.prompt_seconds=0.05",  # With LM-SPT's frame rate utterances have 0.4 s.
     ])  # fmt: skip
     (wave,) = (tmp_path / "run" / "speak" / "cross").glob("*.wav")
     assert soundfile.info(wave).samplerate == codec.sample_rate

@@ -81,6 +81,8 @@ def test_speech_far_below_its_prompts_level_is_empty() -> None:
     assert speech_level(with_pause, RATE) == pytest.approx(prompt, abs=1)
     assert is_empty(noise(1, 0.1 * 10 ** (-26 / 20)), RATE, prompt)
     assert not is_empty(noise(1, 0.1 * 10 ** (-24 / 20)), RATE, prompt)
+    # What is no number is no speech.
+    assert is_empty(np.full(RATE, np.nan, np.float32), RATE)
     # Less than a window of samples has a level, too.
     assert not is_empty(noise(0.005, 0.1), RATE, prompt)
     assert is_empty(noise(0.005, 0.001), RATE, prompt)

@@ -235,6 +235,8 @@ def test_signs_without_words_are_named_and_blank_lines_stay() -> None:
 def test_signs_are_removed_with_the_lines_that_consist_of_them() -> None:
     text = "* Hi \U0001f44d! a~b\n* *\n~ c\n\nd ^"
     assert remove_signs(text, "*~^\U0001f44d") == "Hi! a b\n c\n\nd"
+    # No rule reads the signs of other scripts.
+    assert remove_signs("\u0438 50%", "%") == "\u0438 50%"
 
 
 PARTS = [
