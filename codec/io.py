@@ -85,8 +85,8 @@ _sweeping = threading.Lock()
 
 
 def temporary_name(path: Path, suffix: str = "") -> Path:
-    """Returns a hidden temporary name in the folder of `path`, which must exist. The first call for a
-    folder removes the temporary files there of processes that have ended (killed, for instance).
+    """Returns a hidden temporary name in the folder of `path`, which must exist. The first call for
+    a folder removes the temporary files there of processes that have ended (killed, for instance).
 
     Args:
         suffix: after ".tmp", for writers that derive the format from the name.

@@ -507,6 +507,7 @@ _RULES = [
         lambda m: f"{m[1]} {_roman(m[2])}",
     ),
     (re.compile(r"\bWorld War I\b(?!\.\w)"), lambda m: "World War 1"),
+    (re.compile(r"\bMark I(?= tanks?\b)"), lambda m: "Mark 1"),
     (re.compile(rf"\b({_NUMBERED}) I{_CAPITAL_I}"), lambda m: f"{m[1]} 1"),
     (
         re.compile(r"\b(Chapter|Part|Act|Scene|Volume|Book|Section) ([ivx]{2,5})\b"),
