@@ -1,7 +1,7 @@
 """Checks of generated speech: pure functions.
 
 Their thresholds were set on natural English speech at 25 Hz with 1,024 codes, which should pass;
-the docstrings state the false positives. The share of failures that they find was not measured.
+the docstrings state the false positives. What they find in short texts is in LOG.md (Short texts).
 """
 
 import math
