@@ -35,7 +35,7 @@ MAX_NODES = 100_000
 """Values of a YAML file."""
 TEMPORARY = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)-\d+\.tmp(\.\w+)?")
 """A temporary name: digest of the machine's name, process, thread."""
-FORGOTTEN_SECONDS = 24 * 3600
+MAX_TEMPORARY_SECONDS = 24 * 3600
 """A temporary file that was not modified for this long has no writer, on any machine."""
 
 
@@ -108,7 +108,7 @@ def _remove_leftovers(folder: Path) -> None:
         with suppress(OSError):  # Another process has removed it, or another user owns it.
             age = time.time() - each.stat(follow_symlinks=False).st_mtime
             has_ended = found[1] == _machine() and not _is_running(int(found[2]))
-            if not has_ended and age < FORGOTTEN_SECONDS:
+            if not has_ended and age < MAX_TEMPORARY_SECONDS:
                 continue
             if each.is_dir(follow_symlinks=False):
                 shutil.rmtree(each, ignore_errors=True)

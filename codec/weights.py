@@ -1,4 +1,4 @@
-"""Weights files of strangers: a model's sizes are compared with them before memory is allocated."""
+"""Untrusted weights files: a model's sizes are compared with them before memory is allocated."""
 
 import threading
 from collections.abc import Callable, Iterable

@@ -1,4 +1,4 @@
-"""Reads hostile variants of valid files, and reports what a stranger's file must not cause.
+"""Reads hostile variants of valid files, and reports what an untrusted file must not cause.
 
     python tests/fuzz.py TARGET[,TARGET...] SECONDS SEED FOLDER
 

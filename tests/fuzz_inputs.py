@@ -136,7 +136,7 @@ def changed_bytes(draw: Draw, data: bytes) -> bytes:
 
 
 def changed_file(draw: Draw, data: bytes, name: str) -> bytes:
-    """A file with changes to its bytes, or by its format, which the name's end tells."""
+    """A file with changes to its bytes, or by its format (that of the name's suffix)."""
     if draw(st.integers(0, 2)) == 0:
         return changed_bytes(draw, data)
     change = next((one for end, one in FORMATS.items() if name.endswith(end)), changed_bytes)

@@ -1,4 +1,4 @@
-"""Readers of files of strangers, each with valid files, for tests/fuzz.py."""
+"""Readers of untrusted files, each with valid files, for tests/fuzz.py."""
 
 import io
 import json

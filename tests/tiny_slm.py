@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 WORDS = "the cat sat on a mat and dog ran far away from red hen in sun now"
 
 
+SMALL = [
+    "ar.lora.rank=2", "batch.positions=300", "nar_batch.positions=300",
+    "nar.num_layers=1", "nar.num_heads=2", "nar.width=16", "nar.feedforward=16",
+    *(f"{optim}.{key}" for optim in ("optim", "nar_optim") for key in
+      ("steps=6", "save_every=2", "eval_every=4", "log_every=2", "eval_batches=2")),
+]  # fmt: skip
+"""Overrides of recipes/tts.py for a miniature AR and NAR."""
+
+
 def save_base(
     folder: Path,
     *,
@@ -175,3 +184,14 @@ def quiet() -> list[pytest.MarkDecorator]:
         # peft sets right by itself what GPT-2's transposed layers need.
         pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
     ]
+
+
+def voice_inputs(root: Path, codec: Path) -> list[str]:
+    """A tiny LLM, codec and tokens, as overrides of recipes/tts.py."""
+    from codec import load_codec
+
+    stamp = load_codec(codec).stamp
+    save_shard(root / "train.parquet", 16, stamp)
+    save_shard(root / "dev.parquet", 6, stamp, seed=1)
+    tokens = (f"{name}={root / name}.parquet" for name in ("train", "dev"))
+    return [f"ar.base={save_base(root / 'base')}", f"codec={codec}", *tokens]

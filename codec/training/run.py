@@ -360,7 +360,7 @@ class Run:
                 raise
             raise ValueError(
                 f"{newest[0]}: does not fit this run, or is damaged ({reason_of(error)[:300]}); "
-                "remove it to resume from the one before"
+                f"{self.newest_name()}"
             ) from error
         logger.info("resuming from %s", newest[0])
         return _step_of(newest[0])

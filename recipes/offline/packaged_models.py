@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from codec.io import apply_umask, sha256_of
+from codec.io import WriteError, apply_umask, sha256_of, write_errors
 from codec.program import reason_of
 
 logger = logging.getLogger(__name__)
@@ -86,14 +86,15 @@ def unpack(archive: Path, folder: Path) -> None:
         ValueError: a file would lie outside `folder`, or the archive is damaged.
     """
     try:
-        _unpack(archive, folder)
+        with write_errors(folder):
+            _unpack(archive, folder)
     except (
         tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError,
         OverflowError, RecursionError, RuntimeError,
     ) as error:  # fmt: skip
         raise ValueError(f"{archive}: damaged ({reason_of(error)}); delete it") from error
     except OSError as error:
-        if error.filename is not None:
+        if error.filename is not None or isinstance(error, WriteError):
             raise
         # Of a position that the archive states.
         raise ValueError(f"{archive}: damaged ({reason_of(error)}); delete it") from error

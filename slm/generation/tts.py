@@ -372,7 +372,7 @@ def _mismatches(
         second = share_of_wrong_letters(transcript, attempts[key].utterance.text.text)
         wrong[key] = (wrong[key] + second) / 2
     suspects = [key for key, share in wrong.items() if share >= MAX_MISMATCH]
-    # An ASR that does not recognize the prompt either is no judge.
+    # An ASR that does not recognize the prompt either is not used.
     utterances = [attempts[key].utterance for key in suspects]
     of_prompts = _transcribed(models.lm, [one.prompt.codes[0] for one in utterances])
     for key, one, transcript in zip(suspects, utterances, of_prompts, strict=True):

@@ -10,9 +10,8 @@ import pytest
 import soundfile
 from conftest import ROOT, voiced
 from forking import ForkedRun
-from tiny_slm import quiet, save_base, save_shard
+from tiny_slm import SMALL, quiet, save_shard, voice_inputs
 
-from codec import load_codec
 from recipes.asr import ASRConfig
 from recipes.asr import main as asr
 from recipes.lib.run import load_config
@@ -25,28 +24,12 @@ from slm.voice import Voice
 pytestmark = quiet()
 
 CONFIGS = ROOT / "recipes" / "configs"
-SMALL = [
-    "ar.lora.rank=2", "batch.positions=300", "nar_batch.positions=300",
-    "nar.num_layers=1", "nar.num_heads=2", "nar.width=16", "nar.feedforward=16",
-    *(f"{optim}.{key}" for optim in ("optim", "nar_optim") for key in
-      ("steps=6", "save_every=2", "eval_every=4", "log_every=2", "eval_batches=2")),
-]  # fmt: skip
 FILES = ("ar/adapter_model.safetensors", "nar/model.safetensors")
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_codec_folder: Path) -> list[str]:
-    """An LLM, a codec and tokens, as overrides."""
-    root = tmp_path_factory.mktemp("inputs")
-    stamp = load_codec(tiny_codec_folder).stamp
-    save_shard(root / "train.parquet", 16, stamp)
-    save_shard(root / "dev.parquet", 6, stamp, seed=1)
-    return [
-        f"ar.base={save_base(root / 'base')}",
-        f"codec={tiny_codec_folder}",
-        f"train={root / 'train.parquet'}",
-        f"dev={root / 'dev.parquet'}",
-    ]
+    return voice_inputs(tmp_path_factory.mktemp("inputs"), tiny_codec_folder)
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "tts").glob("*.yaml")), ids=lambda p: p.name)

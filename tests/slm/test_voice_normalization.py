@@ -61,12 +61,12 @@ def test_batches_and_streams(folder: Path, calls: Counter[str]) -> None:
 def test_command_line(folder: Path, calls: Counter[str], tmp_path: Path) -> None:
     prompt = Voice.from_pretrained(folder).prompts["ann"].text
     arguments = ["--voice", folder, "--prompt", "ann", "--out", tmp_path / "o.wav"]
-    # The voice is untrained: its speech may fail a check.
-    assert run_slm("tts", *arguments, "--text", TEXT) in (0, CHECKS_FAILED)
+    # What an untrained voice generates within its brief bounds is cut.
+    assert run_slm("tts", *arguments, "--text", TEXT) == CHECKS_FAILED
     assert calls == {TEXT: 1, prompt: 1}
     calls.clear()
     lines = [{"id": str(i), "text": f"{i} cats", "prompt": "ann"} for i in range(3)]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
     arguments = ["--voice", folder, "--list", tmp_path / "list.jsonl", "--out", tmp_path / "out"]
-    assert run_slm("tts", *arguments) in (0, CHECKS_FAILED)
+    assert run_slm("tts", *arguments) == CHECKS_FAILED
     assert calls == {"0 cats": 1, "1 cats": 1, "2 cats": 1, prompt: 1}

@@ -21,7 +21,7 @@ import soundfile
 import torch
 from conftest import ROOT, plain
 from tiny_semantic import tiny_semantic
-from tiny_slm import STAMP, quiet, run_slm, save_base, save_shard
+from tiny_slm import SMALL, STAMP, quiet, run_slm, save_base, voice_inputs
 
 from codec import Codec, load_codec
 from codec.audio import read_audio, recordings_in, write_audio
@@ -36,12 +36,6 @@ BASE = ROOT / "models" / "smollm2-135m-instruct"
 RATE = 16_000
 PROMPT = "kathleen"
 GIVEN = os.environ.get("PARLANCE_FAULTS")
-SMALL = [
-    "ar.lora.rank=2", "batch.positions=300", "nar_batch.positions=300",
-    "nar.num_layers=1", "nar.num_heads=2", "nar.width=16", "nar.feedforward=16",
-    *(f"{optim}.{key}" for optim in ("optim", "nar_optim") for key in
-      ("steps=6", "save_every=2", "eval_every=4", "log_every=2", "eval_batches=2")),
-]  # fmt: skip
 pytestmark = [
     *quiet(),
     pytest.mark.skipif(not BASE.is_dir(), reason="the voice's text LLM is fetched by make models"),
@@ -134,14 +128,7 @@ def audio(speech: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory, tiny_codec_folder: Path) -> list[str]:
-    """A tiny LLM, codec and tokens, as overrides of recipes/tts.py."""
-    root = tmp_path_factory.mktemp("inputs")
-    stamp = load_codec(tiny_codec_folder).stamp
-    save_shard(root / "train.parquet", 16, stamp)
-    save_shard(root / "dev.parquet", 6, stamp, seed=1)
-    base = save_base(root / "base")
-    tokens = (f"train={root / 'train.parquet'}", f"dev={root / 'dev.parquet'}")
-    return [f"ar.base={base}", f"codec={tiny_codec_folder}", *tokens]
+    return voice_inputs(tmp_path_factory.mktemp("inputs"), tiny_codec_folder)
 
 
 def tts(*arguments: str | Path) -> int:
@@ -340,15 +327,15 @@ def transcripts(capsys: pytest.CaptureFixture, *paths: Path) -> list[dict]:
 def test_row_09_sizes_that_a_pipe_leaves_open(
     name: str, audio: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert len(read_audio(audio / name, RATE)) > 1.7 * RATE
-    (record,) = transcripts(capsys, audio / name)
+    check_read(audio / name, tmp_path, capsys)
+
+
+def check_read(path: Path, folder: Path, capsys: pytest.CaptureFixture) -> None:
+    """A recording is read to its end and transcribed, and is the same from a pipe."""
+    assert len(read_audio(path, RATE)) > 1.7 * RATE
+    (record,) = transcripts(capsys, path)
     assert record["failure"] is None
     assert len(record["text"].split()) >= 3
-    read_through_pipe(audio / name, tmp_path)
-
-
-def read_through_pipe(path: Path, folder: Path) -> None:
-    """A recording from a pipe is the recording."""
     os.mkfifo(folder / "pipe")
     writer = threading.Thread(target=(folder / "pipe").write_bytes, args=(path.read_bytes(),))
     writer.start()
@@ -366,11 +353,7 @@ def test_row_10_formats_of_phones_and_browsers(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    assert len(read_audio(audio / name, RATE)) > 1.7 * RATE
-    (record,) = transcripts(capsys, audio / name)
-    assert record["failure"] is None
-    assert len(record["text"].split()) >= 3
-    read_through_pipe(audio / name, tmp_path)
+    check_read(audio / name, tmp_path, capsys)
     assert audio / name in recordings_in(audio)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.xyz").touch()

@@ -106,7 +106,7 @@ def whole(
 
 
 def error_line(printed: str, most: int = 1) -> str:
-    """The last line of what is printed; at most so many are of errors."""
+    """The last line of what is printed, of which at most this number are errors."""
     assert "Traceback" not in printed, printed[-3000:]
     lines = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert 1 <= len(lines) <= most, printed[-3000:]

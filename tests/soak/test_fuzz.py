@@ -1,4 +1,4 @@
-"""Readers of strangers' files, with files that hypothesis has changed (tests/fuzz.py).
+"""Readers of untrusted files, with files that hypothesis has changed (tests/fuzz.py).
 
 FUZZ_SECONDS of processor time for each reader (default 120), FUZZ_SEED (default 0), FUZZ_SEEDS: a
 folder of further recordings. The table and the files of findings are in out/soak/fuzz/.
@@ -15,7 +15,7 @@ from fuzz_targets import TARGETS
 COLUMNS = ("target", "inputs", "refused", "seconds", "slowest_seconds", "largest_mebibytes")
 
 
-def test_no_file_of_a_stranger_crashes_runs_code_or_leaves_its_folder() -> None:
+def test_no_untrusted_file_crashes_runs_code_or_leaves_its_folder() -> None:
     seconds, seed = os.environ.get("FUZZ_SECONDS", "120"), os.environ.get("FUZZ_SEED", "0")
     folder = ROOT / "out" / "soak" / "fuzz"
     # No pytest there: readers run as users have them, without checks of types.

