@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -398,8 +398,8 @@ def _ogg_parts(file: BinaryIO, size: int) -> list[_Part]:
             starts.append(position)
         is_first = bool(head[5] & 2)
         position += 27 + head[26] + sum(head[27 : 27 + head[26]])
-    stops = [*starts[1:], size]
-    return [_Part(start, stop) for start, stop in zip(starts, stops, strict=True)]
+    edges = [*(starts or [0]), size]
+    return [_Part(start, stop) for start, stop in pairwise(edges)]
 
 
 def _mp3_parts(file: BinaryIO, size: int) -> list[_Part]:

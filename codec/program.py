@@ -230,7 +230,9 @@ class ArgumentParser(argparse.ArgumentParser):
         self.has_commands = True
         return super().add_subparsers(**options)
 
-    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Iterable[str] | None = None, namespace: Any = None
+    ) -> Any:
         """Parses arguments as argparse does; an unknown flag is reported before any other error."""
         words = sys.argv[1:] if args is None else list(args)
         known = self._option_string_actions

@@ -1,7 +1,7 @@
 """Untrusted weights files: a model's sizes are compared with them before memory is allocated."""
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -68,6 +68,34 @@ def build_outline(build: Callable[[], Module], num_tensors: int) -> Module:
         raise ValueError(f"its configuration asks for impossible sizes ({reason})") from error
     finally:
         hook.remove()
+
+
+def check_shapes(
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], file: Path, may_lack: str | None = None
+) -> None:
+    """Raises `ValueError` that names the first difference between a model's tensors and the
+    `shapes` of a file.
+
+    Args:
+        may_lack: suffix of tensors that the file need not have.
+    """
+    expected = model.state_dict()
+    for name, tensor in expected.items():
+        if name not in shapes:
+            if may_lack is not None and name.endswith(may_lack):
+                continue
+            raise ValueError(
+                f"{file}: the tensor {name} is missing; is its configuration of another model?"
+            )
+        if shapes[name] != tuple(tensor.shape):
+            raise ValueError(
+                f"{file}: the tensor {name} has shape {shapes[name]}, its configuration asks for "
+                f"{tuple(tensor.shape)}"
+            )
+    if unknown := sorted(shapes.keys() - expected.keys()):
+        raise ValueError(
+            f"{file}: has the unknown tensor {unknown[0]}; is its configuration of another model?"
+        )
 
 
 def check_layers(folder: Path) -> None:

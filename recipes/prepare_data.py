@@ -101,7 +101,7 @@ def entries_of_list(
         for key in stored:
             if key not in LIST_KEYS and key not in ignored:
                 raise ValueError(
-                    f"{where}: {key}: no such key{did_you_mean(key, LIST_KEYS)}; the keys are "
+                    f"{where}: {key!r}: no such key{did_you_mean(key, LIST_KEYS)}; the keys are "
                     f"{', '.join(LIST_KEYS)}"
                 )
         if not isinstance(stored.get("audio"), str):

@@ -24,6 +24,7 @@ from codec.distillation.word_alignment import align_ctc
 from codec.io import DAMAGE, atomic_files, parse_json
 from codec.modules.layers import ConvNeXtBlock
 from codec.program import reason_of
+from codec.weights import build_outline, check_shapes, stored_shapes
 
 APOSTROPHE = "\N{RIGHT SINGLE QUOTATION MARK}"
 BLANK, SPACE = 0, 1
@@ -193,11 +194,17 @@ class CodeRecognizer(nn.Module):
         folder = Path(folder)
         try:
             about = parse_json((folder / "reader.json").read_text())
-            state = load_file(folder / "reader.safetensors")
-            entries = state["entries"]
-            network = RecognizerNetwork(entries.shape[1], about["width"], about["letters"])
-            recognizer = cls(network, entries)
-            recognizer.load_state_dict(state)
+            file = folder / "reader.safetensors"
+            shapes = stored_shapes(file)
+
+            def build() -> CodeRecognizer:
+                size, dimension = shapes["entries"]
+                network = RecognizerNetwork(dimension, about["width"], about["letters"])
+                return cls(network, torch.zeros(size, dimension))
+
+            check_shapes(build_outline(build, len(shapes)), shapes, file)
+            recognizer = build()
+            recognizer.load_state_dict(load_file(file))
         except (*DAMAGE, RuntimeError, SafetensorError) as error:
             raise ValueError(
                 f"{folder}: no complete recognizer of codes ({reason_of(error)}); "

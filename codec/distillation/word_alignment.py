@@ -383,7 +383,7 @@ def load_transcriber(
     normalize = False
     with loading(model, "transcriber"):
         check_layers(Path(model))
-        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config: Any = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
         kind = config.model_type
         if kind != "whisper" and kind not in CTC_KINDS:
             raise ValueError(f"a {kind} model; whisper, {', '.join(CTC_KINDS)} can transcribe")

@@ -135,6 +135,7 @@ def match_tensors(
         for name in shapes.keys() & found.keys()
         if found[name].layout != torch.strided
         or found[name].is_meta
+        or _is_expanded(found[name])
         or not (name in flags or found[name].is_floating_point())
     ]
     problems = {
@@ -158,6 +159,11 @@ def match_tensors(
     if messages := [f"{what}: {first_three(which)}" for what, which in problems.items() if which]:
         raise ValueError(f"does not match its configuration: tensors {'; '.join(messages)}")
     return found
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether a tensor has more elements than its storage: terabytes may be a few bytes of file."""
+    return tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
 
 
 def integer(key: str, value: Any, least: int = 1, most: int = 2**31 - 1) -> int:

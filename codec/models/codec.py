@@ -33,7 +33,7 @@ from codec.modules.quantize import Quantized, ResidualVQ, SplitVQ
 from codec.modules.seanet import SEANetDecoder, SEANetEncoder, semantic_head
 from codec.modules.vocos import SpectralDecoder, SpectralEncoder
 from codec.tokens import CodecStamp
-from codec.weights import build_outline, stored_shapes
+from codec.weights import build_outline, check_shapes, stored_shapes
 
 SUMS = "entry_sum"
 """Suffix of a codebook's EMA sums, which a folder in half precision omits."""
@@ -272,7 +272,7 @@ class Codec(PyTorchModelHubMixin, SpeechCodec, library_name="parlance", tags=["s
             outline = build_outline(lambda: cls(config), len(shapes))
         except ValueError as error:
             raise ValueError(f"{model_id}/config.json: {error}") from error
-        check_shapes(outline, shapes, file)
+        check_shapes(outline, shapes, file, may_lack=SUMS)
         codec = cls(config)
         load_weights(codec, file)
         codec.source = model_id
@@ -339,32 +339,10 @@ def _check_file(file: Path) -> None:
         raise ValueError(f"{file}: no such file; a codec folder has config.json and {WEIGHTS_FILE}")
 
 
-def check_shapes(codec: nn.Module, shapes: Mapping[str, tuple[int, ...]], file: Path) -> None:
-    """Raises `ValueError` that names the first difference between a codec's tensors and the
-    `shapes` of a file. EMA sums of codebooks may be missing."""
-    expected = codec.state_dict()
-    for name, tensor in expected.items():
-        if name not in shapes:
-            if name.endswith(SUMS):
-                continue
-            raise ValueError(
-                f"{file}: the tensor {name} is missing; is config.json of another codec?"
-            )
-        if shapes[name] != tuple(tensor.shape):
-            raise ValueError(
-                f"{file}: the tensor {name} has shape {shapes[name]}, config.json asks "
-                f"for {tuple(tensor.shape)}"
-            )
-    if unknown := sorted(shapes.keys() - expected.keys()):
-        raise ValueError(
-            f"{file}: has the unknown tensor {unknown[0]}; is config.json of another codec?"
-        )
-
-
 def load_weights(codec: nn.Module, file: Path) -> None:
     """Loads every tensor of the codec. Raises `ValueError` that names the first mismatch."""
     _check_file(file)
-    check_shapes(codec, stored_shapes(file), file)
+    check_shapes(codec, stored_shapes(file), file, may_lack=SUMS)
     found = load_file(file)
     for name, tensor in found.items():
         if not bool(tensor.isfinite().all()):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from codec.io import DAMAGE, apply_umask_to_weights, parse_json
-from codec.weights import build_outline, stored_shapes
+from codec.weights import build_outline, check_shapes, stored_shapes
 from slm.config import NARConfig
 from slm.data.nar import NUM_TEXT_SYMBOLS, NARBatch, nar_batch, text_bytes
 from slm.models.ar import Scores, score
@@ -407,17 +407,14 @@ class NAR(
             config = parse_json((folder / "config.json").read_text())
             if not isinstance(config, dict):
                 raise ValueError("its config.json is no JSON object")
-            shapes = stored_shapes(folder / "model.safetensors")
+            file = folder / "model.safetensors"
+            shapes = stored_shapes(file)
             if "stages.weight" in shapes:
                 raise ValueError("its norms are of an earlier revision; train it again")
-            outline = build_outline(lambda: cls(config), len(shapes)).state_dict()
-            if wrong := [key for key, value in outline.items() if shapes.get(key) != value.shape]:
-                raise ValueError(
-                    f"the tensor {wrong[0]} has the shape {shapes.get(wrong[0])}, config.json asks "
-                    f"for {tuple(outline[wrong[0]].shape)}"
-                )
+            outline = build_outline(lambda: cls(config), len(shapes))
+            check_shapes(outline, shapes, file)
             nar = cls(config)
-            nar.load_state_dict(load_file(folder / "model.safetensors"))
+            nar.load_state_dict(load_file(file))
         except (*DAMAGE, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{folder}: incomplete or damaged NAR: {reason[:300]}") from error

@@ -399,6 +399,15 @@ def test_a_wave_that_the_disk_has_no_room_for_is_named(tmp_path, suffix) -> None
     assert not list(tmp_path.iterdir())
 
 
+def test_an_ogg_file_without_a_first_page_is_named(tmp_path) -> None:
+    write_audio(tmp_path / "a.ogg", tone(1.0, 16_000).astype(np.float32), 16_000)
+    content = bytearray((tmp_path / "a.ogg").read_bytes())
+    content[5] &= ~2
+    (tmp_path / "a.ogg").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.ogg: "):
+        read_audio(tmp_path / "a.ogg", 16_000)
+
+
 def test_resampling_keeps_the_tone_and_removes_what_does_not_fit() -> None:
     wave = tone(1.0, 48_000, 440.0) + tone(1.0, 48_000, 12_000.0)
     out = resample_wave(wave.astype(np.float32), 48_000, 16_000)

@@ -1,5 +1,6 @@
 """The CTC recognizer over codes: labels, decoding, word boundaries, and its folder."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,12 @@ def test_a_recognizer_is_saved_and_loaded(tmp_path: Path) -> None:
     again = CodeRecognizer.load(tmp_path / "reader")
     assert torch.equal(again.log_probs(codes(0, 3, 2)), reader.log_probs(codes(0, 3, 2)))
     assert again.letters == "ab'"
+    # Refused by the sizes, before memory is allocated.
+    for width, message in ((2**20, r"asks for \(1048576, 6, 1\)"), (2**40, "impossible sizes")):
+        about = json.dumps({"width": width, "letters": "ab'"})
+        (tmp_path / "reader" / "reader.json").write_text(about)
+        with pytest.raises(ValueError, match=f"no complete recognizer .*{message}"):
+            CodeRecognizer.load(tmp_path / "reader")
     (tmp_path / "reader" / "reader.json").write_text("{")
     for folder in ("reader", "none"):
         with pytest.raises(ValueError, match="no complete recognizer of codes"):
