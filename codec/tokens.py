@@ -358,6 +358,7 @@ def _open_file(path: Path) -> tuple[CodecStamp, "pa.Table"]:
         table = table.cast(pa.schema([_schema(stamp, {}).field(name) for name in names]))
         if any(table[name].null_count for name in names):
             raise ValueError("a value is not there")
+        table.validate(full=True)  # Texts are UTF-8.
     return stamp, table
 
 

@@ -215,6 +215,8 @@ def cut_of(entry: ListedRecording) -> "Cut":
     # Without an offset, the stated duration of a recording may differ a little from the file's.
     if entry.offset is None and segment >= 0.98 * duration - 0.1:
         segment = duration
+    if segment * header.sample_rate < 1:
+        raise ValueError(f"{path}: its segment of {segment:g} s is shorter than a sample")
     if segment < duration:
         cut = cut.truncate(offset=entry.offset or 0.0, duration=segment).with_id(entry.id)
     cut.supervisions = [

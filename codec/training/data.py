@@ -4,6 +4,7 @@ step needs no sampler state, and any number of loader processes yields the same 
 import logging
 import signal
 from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -48,6 +49,9 @@ def read_cuts(path: str | Path) -> "CutSet":
     if len(cuts) == 0:
         raise ValueError(f"{path}: the list of cuts is empty")
     for cut in cuts:
+        for part in _parts(cut):
+            if not all(isinstance(time, int | float) and isfinite(time) for time in _times(part)):
+                raise ValueError(f"{path}: {cut.id!r} has a start or duration that is no number")
         for source in _sources(cut):
             if source.type not in SOURCE_TYPES:
                 raise ValueError(
@@ -82,9 +86,20 @@ def load_cut(
         raise ValueError(f"{cut.id}: cannot be read ({reason_of(error)})") from error
 
 
+def _parts(cut: Any) -> Sequence[Any]:
+    """The cut, or the tracks of a mixture."""
+    return getattr(cut, "tracks", [cut])
+
+
+def _times(part: Any) -> tuple[Any, Any, Any]:
+    """Start and duration of a cut, and its offset in a mixture, in seconds."""
+    cut = getattr(part, "cut", part)
+    return cut.start, cut.duration, getattr(part, "offset", 0.0)
+
+
 def _sources(cut: Any) -> "Iterator[AudioSource]":
     """The sources of a cut, or of all parts of a mixture."""
-    for part in getattr(cut, "tracks", [cut]):
+    for part in _parts(cut):
         recording = _recording(getattr(part, "cut", part))
         yield from recording.sources if recording else ()
 

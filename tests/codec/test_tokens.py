@@ -277,6 +277,15 @@ def test_columns_of_other_types_are_refused(
         TokenShard.open(shard)[0]
 
 
+def test_texts_that_are_not_utf_8_are_refused(shard: Path) -> None:
+    table = pq.read_table(shard)
+    texts = pa.array([b"\xff", b"b"], pa.binary()).view(pa.string())
+    index = table.schema.get_field_index("text")
+    pq.write_table(table.set_column(index, "text", texts), shard)
+    with pytest.raises(DamagedShard, match=r"a\.parquet: corrupted token shard"):
+        TokenShard.open(shard)
+
+
 @pytest.mark.parametrize(
     "metadata",
     [

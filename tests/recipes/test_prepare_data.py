@@ -230,6 +230,15 @@ def test_bad_lists(tmp_path: Path, line: str, message: str) -> None:
         run("list", tmp_path / "l.jsonl", "--out", tmp_path / "out")
 
 
+def test_a_segment_without_a_sample_is_left_out(tmp_path: Path, write_wav: Write) -> None:
+    write_wav(tmp_path / "a.wav", 0.3)
+    lines = [{"audio": "a.wav", "text": "x", "id": str(i), "duration": i} for i in (1e-9, 0.3)]
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run("list", tmp_path / "l.jsonl", "--out", tmp_path / "out", "--no-check")
+    assert [cut.id for cut in read_cuts(tmp_path / "out" / "all.jsonl.gz")] == ["0.3"]
+    assert "is shorter than a sample" in (tmp_path / "out" / "skipped.jsonl").read_text()
+
+
 def test_missing_sources(tmp_path: Path) -> None:
     for kind in ("list", "folder", "librispeech", "vctk"):
         with pytest.raises(ValueError, match="no such"):

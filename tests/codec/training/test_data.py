@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import numpy as np
 import pytest
@@ -212,6 +213,17 @@ def test_lists_of_cuts(cuts, tmp_path) -> None:
     for name in ("broken.jsonl.gz", "half.jsonl.gz"):
         with pytest.raises(ValueError, match=f"{name}: a corrupted list of cuts"):
             read_cuts(tmp_path / name)
+
+
+@pytest.mark.parametrize("key", ["start", "duration", "offset"])
+@pytest.mark.parametrize("value", ['"a"', "1e999", "[]"])
+def test_lists_with_times_that_are_no_numbers(cuts, tmp_path, key: str, value: str) -> None:
+    first, _, last = cuts
+    made = last.mix(first).with_id("mixed")
+    line = json.dumps(made.to_dict() | {"tracks": [t.to_dict() for t in made.tracks]})
+    (tmp_path / "cuts.jsonl").write_text(re.sub(f'"{key}": [0-9.]+', f'"{key}": {value}', line))
+    with pytest.raises(ValueError, match=r"cuts\.jsonl: (a corrupted|'mixed' has a start or dur)"):
+        read_cuts(tmp_path / "cuts.jsonl")
 
 
 @pytest.mark.parametrize("kind", ["command", "url"])
