@@ -4,6 +4,7 @@ step needs no sampler state, and any number of loader processes yields the same 
 import logging
 import signal
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
@@ -113,11 +114,9 @@ def _load(cut: "Cut", sample_rate: int, start: float, duration: float, allow_sil
             source, sample_rate, start=cut.start + start,
             duration=None if end_of_file else duration, allow_silence=allow_silence,
         )  # fmt: skip
-    # lhotse builds a shell command of the file's name.
-    if any(str(source.source).lower().endswith(".sph") for source in _sources(cut)):
-        raise ValueError(f"{cut.id}: .sph files are not read in mixtures; convert them to WAV")
     try:
-        wave = cut.truncate(offset=start, duration=duration).load_audio()
+        with _libsndfile():
+            wave = cut.truncate(offset=start, duration=duration).load_audio()
     except Exception as error:  # lhotse raises many kinds, with lines of details.
         reason = reason_of(error)[:300]
         raise ValueError(f"{cut.id}: cannot be read ({reason})") from error
@@ -126,6 +125,20 @@ def _load(cut: "Cut", sample_rate: int, start: float, duration: float, allow_sil
     mono = resample_wave(mono, cut.sampling_rate, sample_rate)
     check_recording(mono, cut.id, allow_silence=allow_silence)
     return mono
+
+
+@contextmanager
+def _libsndfile() -> Iterator[None]:
+    """lhotse reads with libsndfile alone: its other readers start programs, some of them with the
+    file's name in a shell command."""
+    from lhotse.audio.backend import get_current_audio_backend, set_current_audio_backend
+
+    before = get_current_audio_backend()
+    set_current_audio_backend("LibsndfileBackend")
+    try:
+        yield
+    finally:
+        set_current_audio_backend(before)
 
 
 def _single_file(cut: Any) -> str | None:
