@@ -22,6 +22,8 @@ Transcribe = Callable[[Float[np.ndarray, " S"], int], str]
 Embed = Callable[[Float[np.ndarray, " S"], int], Float[np.ndarray, " E"]]
 """A wave (S,) and its sample rate to a speaker embedding (E,). Raises ValueError for silence."""
 
+PARTS = ("reconstruction", "tokens", "tts", "asr", "vc", "speed", "ratings")
+"""What a number is about."""
 WORD_METRICS = ("wer", "wil", "mer", "cer")
 ASR_PREFIX = "asr_"
 """Prefix of the word metrics of a system's own transcripts, as opposed to a judge's."""
@@ -31,8 +33,11 @@ ASR_PREFIX = "asr_"
 class Row:
     """A number with its provenance."""
 
+    part: str = ""
+    """One of PARTS; "": written before there were parts."""
     system: str
     list: str
+    """Name of the list, or NAME/COLUMN=VALUE for the utterances of a group."""
     utterance: str | None
     """None: a number of the list."""
     metric: str
@@ -53,6 +58,7 @@ class Row:
 class Provenance:
     """Origin of the rows of a run: system, seed, digests and scoring models."""
 
+    part: str = ""
     system: str
     seed: int = 0
     git: str = ""
@@ -78,6 +84,10 @@ class ScoredUtterance:
     """Metrics that are not defined for this utterance, with the reason."""
     seed: int | None = None
     """Seed of its generation; None: the list's."""
+    text: str = ""
+    """Reference text."""
+    audio: str | None = None
+    """Path of the scored wave; None: there is none."""
 
     def to_record(self) -> dict[str, Any]:
         """Returns the scores as plain values of JSON."""
@@ -101,6 +111,7 @@ def score_asr(
         words=text.word_errors(reference, hypothesis, language),
         characters=text.character_errors(reference, hypothesis, language),
         transcript=hypothesis,
+        text=reference,
     )
 
 
@@ -112,6 +123,7 @@ def score_reconstruction(
     sample_rate: int,
     transcribe: Transcribe,
     embed: Embed | None = None,
+    language: str = "en",
 ) -> ScoredUtterance:
     """Returns WER, CER, STOI, PESQ, mel distance and speaker similarity of a reconstruction.
 
@@ -145,7 +157,8 @@ def score_reconstruction(
     values = {"failure": float(failed)}
     missing = dict.fromkeys(measures, reason) if failed else _measure(measures, values)
     hypothesis = "" if failed else transcribe(reconstruction, sample_rate)
-    return replace(score_asr(utterance, reference, hypothesis), values=values, missing=missing)
+    scored = score_asr(utterance, reference, hypothesis, language)
+    return replace(scored, values=values, missing=missing)
 
 
 def score_tts(
@@ -157,6 +170,7 @@ def score_tts(
     embed: Embed | None = None,
     prompt: tuple[Float[np.ndarray, " P"], int] | None = None,
     failure: str | None = None,
+    language: str = "en",
 ) -> ScoredUtterance:
     """Returns WER, CER, similarity to the prompt's speaker, length in seconds and failure of
     synthesized speech.
@@ -179,7 +193,8 @@ def score_tts(
             values,
         )
     hypothesis = "" if silent else transcribe(wave, sample_rate)
-    return replace(score_asr(utterance, target, hypothesis), values=values, missing=missing)
+    scored = score_asr(utterance, target, hypothesis, language)
+    return replace(scored, values=values, missing=missing)
 
 
 def _measure(
@@ -221,7 +236,7 @@ def rows_of(
         seed = provenance.seed if one is None or one.seed is None else one.seed
         rows.append(
             Row(
-                system=provenance.system, list=list_name, utterance=one and one.id, metric=metric,
+                part=provenance.part, system=provenance.system, list=list_name, utterance=one and one.id, metric=metric,
                 value=value, n=n, seed=seed, git=provenance.git, config=provenance.config,
                 model=provenance.model, library=library_of(metric, provenance), machine=machine(),
             )

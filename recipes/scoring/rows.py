@@ -24,7 +24,9 @@ def read_rows(path: str | Path) -> list[Row]:
     for number, stored, _ in read_appended(path):
         where = f"{path}, line {number} is no row of scores"
         try:
-            rows.append(Row(**{name: stored[name] for name in known}))
+            rows.append(
+                Row(**{name: stored[name] for name in known if name in stored or name != "part"})
+            )
         except KeyError as error:
             raise ValueError(f"{where}: no {error}") from error
         except (ValueError, TypeError) as error:
