@@ -236,8 +236,9 @@ def rows_of(
         seed = provenance.seed if one is None or one.seed is None else one.seed
         rows.append(
             Row(
-                part=provenance.part, system=provenance.system, list=list_name, utterance=one and one.id, metric=metric,
-                value=value, n=n, seed=seed, git=provenance.git, config=provenance.config,
+                part=provenance.part, system=provenance.system, list=list_name,
+                utterance=one and one.id, metric=metric, value=value, n=n, seed=seed,
+                git=provenance.git, config=provenance.config,
                 model=provenance.model, library=library_of(metric, provenance), machine=machine(),
             )
         )  # fmt: skip

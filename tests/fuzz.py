@@ -77,7 +77,7 @@ class Oracle:
                 self.problems.append(f"names no file: {text[:200]!r} {_place(error)}")
             link: BaseException | None = error
             while link is not None:
-                if isinstance(link, MemoryError) or "allocate" in str(link):
+                if isinstance(link, MemoryError) or "allocate" in str(link.args):
                     self.problems.append(f"memory: {link!r:.200} {_place(error)}")
                 link = link.__cause__ or link.__context__
         except TooLong:

@@ -117,9 +117,11 @@ def _load(cut: "Cut", sample_rate: int, start: float, duration: float, allow_sil
     try:
         with _libsndfile():
             wave = cut.truncate(offset=start, duration=duration).load_audio()
-    except Exception as error:  # lhotse raises many kinds, with lines of details.
-        reason = reason_of(error)[:300]
-        raise ValueError(f"{cut.id}: cannot be read ({reason})") from error
+    except Exception as error:  # lhotse raises many kinds, and again with lines of details.
+        first = error
+        while isinstance(first.__context__, Exception):
+            first = first.__context__
+        raise ValueError(f"{cut.id}: cannot be read ({reason_of(first)[:300]})") from first
     channel = cancelled_channel(wave.T)
     mono = np.clip(wave.mean(axis=0) if channel is None else wave[channel], -1, 1)
     mono = resample_wave(mono, cut.sampling_rate, sample_rate)
