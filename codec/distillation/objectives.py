@@ -133,8 +133,9 @@ def distill_losses(
 ) -> dict[str, Float[Tensor, ""]]:
     """Losses `distill_speech` and `distill_text`, and their weighted sum `distill`.
 
-    With two teachers the sum is halved (DM-Codec, 2410.15017, section 2.1, equation 3; 11 in the
-    published version).
+    Where `config` names both teachers, the sum is halved, also if one has weight 0 and no target
+    (DM-Codec, 2410.15017, equations 3 and 11). One teacher alone counts fully (equation 10 with the
+    loss of the language model; SpeechTokenizer).
 
     Raises:
         ValueError: a teacher's frames do not match the codec's.
@@ -152,7 +153,7 @@ def distill_losses(
         else:
             parts[name] = d_axis_loss(student, target.values, target.mask)
     total = torch.stack([getattr(config, name).weight * part for name, part in parts.items()]).sum()
-    if len(parts) == 2:
+    if config.combined:
         total = total / 2
     return {f"distill_{name}": part for name, part in parts.items()} | {"distill": total}
 

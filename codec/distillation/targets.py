@@ -49,14 +49,13 @@ class Teachers:
         if config.cache:
             from codec.distillation.feature_cache import FeatureCache
 
-            named = {"speech": config.speech, "text": config.text}
             self.cache = FeatureCache.open(
                 config.cache,
-                **{name: (each.model, each.layer) for name, each in named.items() if each.model},
+                **{name: (each.model, each.layer) for name, each in config.active.items()},
             )
-        if config.speech.model:
+        if "speech" in config.active:
             self._load_speech()
-        if config.text.model:
+        if "text" in config.active:
             self._load_text()
 
     def known(self, cuts: Sequence["Cut"]) -> list["Cut"]:
@@ -81,9 +80,9 @@ class Teachers:
     def __call__(self, crops: Crops) -> dict[str, Target]:
         """Targets by teacher, of T = ceil(S / hop_length) frames."""
         targets = {}
-        if self.config.speech.model:
+        if "speech" in self.config.active:
             targets["speech"] = self._speech_target(crops)
-        if self.config.text.model:
+        if "text" in self.config.active:
             targets["text"] = self._text_target(crops)
         return targets
 

@@ -235,7 +235,11 @@ class Quantized(NamedTuple):
 
     @property
     def commitment(self) -> Float[Tensor, ""]:
-        """Mean over codebooks."""
+        """Mean over codebooks, as in SpeechTokenizer's released code.
+
+        DM-Codec (arXiv 2410.15017, equation 9) sums over codebooks and dimensions: Q x D times this
+        value, 8 x 1024 = 8192 in the published configuration.
+        """
         return self.commitments.mean()
 
     @property

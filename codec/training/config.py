@@ -33,7 +33,8 @@ class LossWeights:
     stoi: float = 0.0
     """1 less the short-time objective intelligibility (STOI)."""
     commitment: float = 0.25
-    """Distance of the latent to its codebook entries."""
+    """Squared distance of the latent to its codebook entries: a mean over codebooks and
+    dimensions, as in the released code; 2410.15017, equation 9, has their sum."""
     codebook: float = 0.0
     """Distance of the entries to the latent, where codebooks are trained by gradient."""
     adversarial: float = 0.0
@@ -68,7 +69,9 @@ class LossConfig:
     mel_form: Literal["speechtokenizer", "lmspt"] = "speechtokenizer"
     """Natural logs of HTK mels, or log10 of squared Slaney mels whose frames are centered."""
     mel_l2_weight: float = 0.0
-    """Weight of the squared log-mel difference, added to the absolute one (the papers': 1)."""
+    """Weight of the L2 norm of the log-mel difference (the root of its mean square), added to the
+    L1 norm (the mean of its magnitude). The papers' is 1 (2410.15017, equation 5), the released
+    code's 0."""
     mel_linear_weight: float = 0.0
     """Weight of the absolute difference of the mels before the logarithm (LM-SPT's: 1)."""
     magnitude_windows: tuple[int, ...] = (2048, 512, 128)
@@ -139,7 +142,7 @@ class SpeechTeacherConfig:
     layer: str = "mean"
     """Hidden states used as targets: mean of all, last, or one by its number."""
     weight: float = 1.0
-    """Weight of this teacher (lambda_SM of 2410.15017, equation 11)."""
+    """Weight of this teacher (lambda_SM of 2410.15017, equation 11); 0: its loss is left out."""
     objective: Literal["d_axis", "t_axis", "units"] = "d_axis"
     """Cosine over time per feature, L1 and cosine per frame, or pseudo-labels' cross-entropy."""
     cosine_weight: float = 1.0
@@ -169,7 +172,7 @@ class TextTeacherConfig:
     layer: str = "mean"
     """Hidden states used as targets: mean of all, last, or one by its number."""
     weight: float = 1.0
-    """Weight of this teacher (lambda_LM of 2410.15017, equation 11)."""
+    """Weight of this teacher (lambda_LM of 2410.15017, equation 11); 0: its loss is left out."""
     objective: Literal["d_axis", "t_axis"] = "d_axis"
     """Cosine over time per feature, or L1 and cosine per frame."""
     cosine_weight: float = 1.0
@@ -194,14 +197,16 @@ class TextTeacherConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistillConfig:
-    """Teachers. With both, each has half the weight (2410.15017, equation 11)."""
+    """Teachers. Where both are named, their weighted sum is halved, also if one has weight 0
+    (2410.15017, equation 11)."""
 
     speech: SpeechTeacherConfig = field(default_factory=SpeechTeacherConfig)
     """Speech teacher."""
     text: TextTeacherConfig = field(default_factory=TextTeacherConfig)
     """Text teacher."""
     shared_head: bool = False
-    """One projection for both teachers (DM-Codec's released code), which need the same width."""
+    """One projection for both teachers, which need the same width: DM-Codec's W (2410.15017,
+    section 2.1), also in its released code."""
     cache: str = ""
     """Folder of recipes/cache_teachers.py; empty: the teachers run during training.
 
@@ -212,7 +217,7 @@ class DistillConfig:
     """Teachers compute in bfloat16 where the hardware does."""
 
     def __post_init__(self) -> None:
-        if self.shared_head and not (self.speech.model and self.text.model):
+        if self.shared_head and not self.combined:
             raise ValueError("distill.shared_head is for two teachers: name both, or leave it out")
         if self.cache and not self.any:
             raise ValueError("distill.cache holds teachers' features, but distill names no teacher")
@@ -227,6 +232,17 @@ class DistillConfig:
         """Whether there is a teacher."""
         return bool(self.speech.model or self.text.model)
 
+    @property
+    def combined(self) -> bool:
+        """Whether both teachers are named: their losses are combined by equation 11."""
+        return bool(self.speech.model and self.text.model)
+
+    @property
+    def active(self) -> dict[str, SpeechTeacherConfig | TextTeacherConfig]:
+        """The named teachers whose weight is not 0, by name."""
+        teachers = {"speech": self.speech, "text": self.text}
+        return {name: each for name, each in teachers.items() if each.model and each.weight}
+
 
 def _check_layer(name: str, layer: str) -> None:
     if layer not in ("mean", "last") and not layer.isdecimal():
@@ -234,9 +250,8 @@ def _check_layer(name: str, layer: str) -> None:
 
 
 def _check_weights(name: str, teacher: SpeechTeacherConfig | TextTeacherConfig) -> None:
-    if teacher.weight <= 0:
-        raise ValueError(f"distill.{name}.weight must be positive; without the teacher: no model")
-    at_least(0, **{f"distill__{name}__cosine_weight": teacher.cosine_weight})
+    for key in ("weight", "cosine_weight"):
+        at_least(0, **{f"distill__{name}__{key}": getattr(teacher, key)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -64,11 +64,15 @@ def mel_loss(
     linear_weight: float = 0.0,
     form: str = "speechtokenizer",
 ) -> Float[Tensor, ""]:
-    """Weighted sum over resolutions of the L1 (and squared) difference of log-mel spectrograms,
-    and of the L1 difference of the mels before the logarithm.
+    """Weighted sum over resolutions of norms of the log-mel difference d, and of the L1 difference
+    of the mels before the logarithm.
 
-    Source: SpeechTokenizer's released trainer; `l2_weight` 1 is the papers' form (2308.16692, A).
-    LM-SPT's released trainer: form `lmspt` and `linear_weight` 1.
+    The norms are means over the N bins of an item, so that they do not depend on a crop's length:
+    the L1 term is |d|_1 / N, the L2 term |d|_2 / sqrt(N), the root of the mean square.
+
+    Source: SpeechTokenizer's released trainer has the L1 term alone; `l2_weight` 1 is the papers'
+    form (DM-Codec, 2410.15017, equation 5; 2308.16692, appendix). LM-SPT's released trainer: form
+    `lmspt` and `linear_weight` 1.
     """
     total = fake.new_zeros(())
     for scale in scales:
@@ -76,7 +80,9 @@ def mel_loss(
         a, b = _log(fakes, form), _log(reals, form)
         term = functional.l1_loss(a, b)
         if l2_weight:
-            term = term + l2_weight * functional.mse_loss(a, b)
+            # The norm's gradient is 0, not undefined, where both are silent.
+            norms = torch.linalg.vector_norm(a - b, dim=(1, 2)) / a[0].numel() ** 0.5
+            term = term + l2_weight * norms.mean()
         if linear_weight:
             term = term + linear_weight * functional.l1_loss(fakes, reals)
         total = total + scale.weight * term

@@ -138,7 +138,7 @@ class TrainCodecConfig:
     losses: LossConfig = field(default_factory=LossConfig)
     """Losses and their weights."""
     distill: DistillConfig = field(default_factory=DistillConfig)
-    """Teachers, used if losses.weights.distill is not 0."""
+    """Teachers, used if losses.weights.distill and their own weights are not 0."""
     resynthesis: ResynthesisConfig = field(default_factory=ResynthesisConfig)
     """Resynthesis distillation (LM-SPT), used if losses.weights.resynthesis is not 0."""
     data: CropConfig = field(default_factory=CropConfig)
@@ -152,10 +152,9 @@ class TrainCodecConfig:
                 "losses.weights.distill needs a teacher: name distill.speech.model or "
                 "distill.text.model, or set it to 0"
             )
-        if bool(self.losses.weights.resynthesis) != bool(self.resynthesis.model):
+        if self.losses.weights.resynthesis and not self.resynthesis.model:
             raise ValueError(
-                "resynthesis.model names the teacher of losses.weights.resynthesis: set both, or "
-                "none"
+                "losses.weights.resynthesis needs a teacher: name resynthesis.model, or set it to 0"
             )
         if self.freeze_semantic and not self.start_from:
             raise ValueError(
@@ -164,7 +163,8 @@ class TrainCodecConfig:
             )
         if self.semantic_codes and not self.freeze_semantic:
             raise ValueError("semantic_codes need a frozen codebook: set freeze_semantic")
-        if self.freeze_semantic and (self.losses.weights.distill or self.resynthesis.model):
+        weights = self.losses.weights
+        if self.freeze_semantic and (weights.distill or weights.resynthesis):
             raise ValueError(
                 "freeze_semantic leaves no semantic codebook to teach: set losses.weights.distill "
                 "and losses.weights.resynthesis to 0"
@@ -184,7 +184,7 @@ def check_codec(
             "quantizer.learning gradient: nothing trains the entries but losses.weights.codebook; "
             "give it a weight, or set learning to ema"
         )
-    if resynthesis.model and resynthesis.decoder == "auxiliary":
+    if losses.weights.resynthesis and resynthesis.decoder == "auxiliary":
         if codec.family != "lmspt":
             raise ValueError(
                 f"resynthesis.decoder auxiliary is for codec.family lmspt: {codec.family} has no "
@@ -194,7 +194,7 @@ def check_codec(
             raise ValueError(
                 f"start_from {started} has no auxiliary decoder: start from the folder codec/ of "
                 "the run that trained it, which still has it, set resynthesis.decoder to main, or "
-                "losses.weights.resynthesis to 0 (and resynthesis.model to nothing)"
+                "losses.weights.resynthesis to 0"
             )
         if codec.lmspt.auxiliary.kind == "none":
             raise ValueError(
@@ -216,10 +216,10 @@ def build_models(config: TrainCodecConfig, device: str | torch.device) -> Traini
     adversarial = config.losses.needs_discriminators
     discriminators = Discriminators(config.discriminators) if adversarial else None
     teachers = None
-    if config.losses.weights.distill:
+    if config.losses.weights.distill and config.distill.active:
         teachers = Teachers(config.distill, codec.config, device)
     resynthesis = None
-    if config.resynthesis.model:
+    if config.losses.weights.resynthesis:
         resynthesis = Resynthesis(config.resynthesis, codec.config, device)
     # Last, so that one seed gives the codec the same initial weights with any teacher and none.
     student = Student(

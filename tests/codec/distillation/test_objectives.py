@@ -137,8 +137,50 @@ def test_two_teachers_count_half_each() -> None:
     assert float(parts["distill_speech"]) == pytest.approx(one)
     assert float(parts["distill_text"]) == pytest.approx(PERFECT)
     assert float(parts["distill"]) == pytest.approx((3 * one + 5 * PERFECT) / 2)
-    alone = distill_losses({"speech": student}, {"speech": target}, BOTH)
-    assert float(alone["distill"]) == pytest.approx(3 * one)
+    alone = DistillConfig(speech=BOTH.speech)
+    found = distill_losses({"speech": student}, {"speech": target}, alone)
+    assert float(found["distill"]) == pytest.approx(3 * one)
+
+
+@pytest.mark.parametrize(("speech", "text"), [(0.0, 1.0), (1.0, 0.0), (0.2, 0.8), (0.5, 0.5)])
+def test_equation_11_of_dm_codec(speech: float, text: float) -> None:
+    """Half of the weighted sum, also where one weight is 0 and that teacher is not computed."""
+    config = DistillConfig(
+        speech=SpeechTeacherConfig(model="s", weight=speech),
+        text=TextTeacherConfig(model="t", weight=text, transcriber="w"),
+    )
+    projected, by_name = features(seed=1), {"speech": features(seed=2), "text": features(seed=3)}
+    targets = {name: Target(each, everywhere(each)) for name, each in by_name.items()}
+    losses = {  # Equations 1 and 2.
+        name: -torch.log(
+            torch.sigmoid((projected * a).sum(1) / (projected.norm(dim=1) * a.norm(dim=1)))
+        ).mean()
+        for name, a in by_name.items()
+    }
+    expected = 0.5 * (speech * losses["speech"] + text * losses["text"])
+    targets = {name: targets[name] for name in config.active}
+    found = distill_losses(dict.fromkeys(targets, projected), targets, config)
+    assert float(found["distill"]) == pytest.approx(float(expected), rel=1e-5)
+    assert found.keys() == {"distill", *(f"distill_{name}" for name in config.active)}
+
+
+def test_dm_codec_projects_for_both_teachers_by_one_matrix() -> None:
+    """Section 2.1: Q' = W Q for the language model's and for the speech model's loss."""
+    config = DistillConfig(
+        speech=SpeechTeacherConfig(model="s", codebooks="mean"),
+        text=TextTeacherConfig(model="t", transcriber="w"),
+        shared_head=True,
+    )
+    codec = seanet()
+    student = Student(codec, config, {"speech": 6, "text": 6}).eval()
+    out = student(torch.randn(2, 1, 800, generator=torch.Generator().manual_seed(0)))
+    w, bias = codec.semantic_head.weight, codec.semantic_head.bias
+    for name, entry in (
+        ("text", out.quantized.entries[0]),
+        ("speech", torch.stack(out.quantized.entries).mean(0)),
+    ):
+        by_hand = torch.einsum("of,bft->bto", w, entry) + bias
+        torch.testing.assert_close(out.projections[name], by_hand)
 
 
 @pytest.mark.parametrize("objective", ["t_axis", "units"])

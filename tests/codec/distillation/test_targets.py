@@ -254,8 +254,8 @@ def test_recordings_that_the_cache_lacks(
 def test_inconsistent_settings_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DistillConfig(**settings)
-    with pytest.raises(ValueError, match=r"distill\.speech\.weight must be positive"):
-        SpeechTeacherConfig(model="h", weight=0.0)
+    with pytest.raises(ValueError, match=r"distill\.speech\.weight must be at least 0, got -0\.1"):
+        SpeechTeacherConfig(model="h", weight=-0.1)
     with pytest.raises(ValueError, match=r"distill\.text\.cosine_weight must be at least 0"):
         TextTeacherConfig(model="b", cosine_weight=-1.0)
     with pytest.raises(ValueError, match=r"losses\.weights\.distill must be at least 0"):

@@ -45,6 +45,19 @@ def test_commitment_pulls_the_latent_towards_its_entries() -> None:
     assert quantizer(stepped).commitment < out.commitment
 
 
+def test_equation_9_of_dm_codec_is_the_commitment_times_codebooks_and_dimensions() -> None:
+    quantizer, latent = ResidualVQ(8, CONFIG).train(), latents(50)
+    quantizer(latent)
+    out = quantizer.eval()(latent)
+    residuals = latent
+    total = torch.zeros(4, 50)  # Of each vector: the sum over codebooks of |q_i - q_ci|_2^2.
+    for book, codes in zip(quantizer.codebooks, out.codes.unbind(1), strict=True):
+        entries = book.decode(codes)
+        total += torch.linalg.norm(residuals - entries, dim=1) ** 2
+        residuals = residuals - entries
+    torch.testing.assert_close(3 * 8 * out.commitment, total.mean())
+
+
 def test_codebooks_are_initialized_in_order_on_the_residual() -> None:
     quantizer = ResidualVQ(8, CONFIG).train()
     first, second, third = quantizer.codebooks

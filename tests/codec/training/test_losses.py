@@ -55,15 +55,34 @@ def test_mel_filters_are_kept_apart_by_resolution(waves) -> None:
     assert mel_loss(fake, real, scales[:1], sample_rate=16_000) == first
 
 
-def test_weights_of_scales_and_of_the_squared_term_count(waves) -> None:
+def test_weights_of_scales_and_of_the_norm_count(waves) -> None:
     real, fake = waves
     one = [MelScaleConfig(window=512, hop=128, num_mels=20, weight=1.0)]
     three = [MelScaleConfig(window=512, hop=128, num_mels=20, weight=3.0)]
     plain = mel_loss(fake, real, one, sample_rate=16_000)
     torch.testing.assert_close(mel_loss(fake, real, three, sample_rate=16_000), 3 * plain)
     a, b = (log_mel(wave, one[0], 16_000) for wave in (fake, real))
-    squared = mel_loss(fake, real, one, sample_rate=16_000, l2_weight=1.0)
-    torch.testing.assert_close(squared, plain + (a - b).square().mean())
+    both = mel_loss(fake, real, one, sample_rate=16_000, l2_weight=2.0)
+    norms = [(a - b)[item].square().mean().sqrt() for item in range(2)]
+    torch.testing.assert_close(both, plain + 2 * torch.stack(norms).mean())
+
+
+def test_equation_5_of_dm_codec(waves) -> None:
+    """The norms of paper_losses.yaml, as means over N bins: |d|_1 / N + |d|_2 / sqrt(N)."""
+    file = ROOT / "recipes" / "configs" / "codec" / "paper_losses.yaml"
+    losses = load_config(TrainCodecConfig, ["--config", str(file)]).losses
+    assert [scale.window for scale in losses.mel_scales] == [2**i for i in range(11, 4, -1)]
+    assert all(scale.hop * 4 == scale.window for scale in losses.mel_scales)
+    assert {scale.num_mels for scale in losses.mel_scales} == {64}
+    assert losses.mel_l2_weight == 1
+    real, fake = waves[0][:1], waves[1][:1]
+    expected = 0.0
+    for scale in losses.mel_scales:
+        d = log_mel(fake, scale, 16_000) - log_mel(real, scale, 16_000)
+        norms = torch.linalg.norm(d.flatten(), 1), torch.linalg.norm(d.flatten(), 2)
+        expected += scale.weight * float(norms[0] / d.numel() + norms[1] / d.numel() ** 0.5)
+    found = mel_loss(fake, real, losses.mel_scales, sample_rate=16_000, l2_weight=1.0)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -117,15 +136,20 @@ def test_terms_of_the_mel_loss_add_up(waves) -> None:
             for each in (a, b)
         ]
         torch.testing.assert_close(plain, (logs[0] - logs[1]).abs().mean())
-        torch.testing.assert_close(all_three - linear, 3 * (logs[0] - logs[1]).square().mean())
+        norms = (logs[0] - logs[1]).square().mean((1, 2)).sqrt()
+        torch.testing.assert_close(all_three - linear, 3 * norms.mean())
 
 
 def test_silence_has_a_finite_gradient_in_either_form(waves) -> None:
     real, _ = waves
     for form in ("speechtokenizer", "lmspt"):
-        silent = torch.zeros_like(real, requires_grad=True)
-        mel_loss(silent, real, SCALES, sample_rate=16_000, linear_weight=1.0, form=form).backward()
-        assert bool(silent.grad.isfinite().all())
+        for target in (real, torch.zeros_like(real)):
+            silent = torch.zeros_like(real, requires_grad=True)
+            mel_loss(
+                silent, target, SCALES,
+                sample_rate=16_000, l2_weight=1.0, linear_weight=1.0, form=form,
+            ).backward()  # fmt: skip
+            assert bool(silent.grad.isfinite().all())
 
 
 def test_a_negative_weight_of_the_mels_is_refused() -> None:
