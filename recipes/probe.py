@@ -35,7 +35,7 @@ from eval.benchmark import (
     score_asr,
 )
 from eval.text import LIBRARIES
-from eval.tokens import Probe, ProbeConfig, ProbeCorpus, ProbeResult, train_probe
+from eval.text_probe import Probe, ProbeConfig, ProbeCorpus, ProbeResult, train_probe
 from recipes.lib.config import check_seed_of_recipe
 from recipes.scoring.rows import append_rows
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from codec.tokens import CodecStamp, TokenRow, write_shard
-from eval.tokens import ProbeConfig, ProbeCorpus
+from eval.text_probe import ProbeConfig, ProbeCorpus
 from recipes import probe as program
 from recipes.scoring.rows import read_rows
 

@@ -1,8 +1,8 @@
 """SLMTokBench's text alignment: a BiLSTM CTC probe that transcribes a tokenizer's codes.
 
 Source: SpeechTokenizer (arXiv 2308.16692), section 4, which gives the network (two layers of 1,024
-units on token embeddings, characters as labels) but not its training; that is ours. The paper's
-other measure, a bound on the mutual information of codes and text (vCLUB), is not implemented.
+units on token embeddings, characters as labels) but not its training; that is ours. Its
+log-likelihoods of texts are the input of the bounds in eval/mutual_information.py.
 
 CTC labels are a to z, the apostrophe and the space. Error rates are those of eval/text.py, with its
 normalization of both texts.
@@ -30,6 +30,8 @@ LABELS = " '" + string.ascii_lowercase
 """Characters of labels 1, 2, ...; label 0 is CTC's blank."""
 MAX_BATCH_FRAMES = 20_000
 """Frames of a batch in inference, including padding."""
+MAX_CTC_STATES = 20_000_000
+"""Frames times CTC states (2 L + 1) of the texts that are scored against one utterance at once."""
 
 
 def label_text(text: str) -> str | None:
@@ -67,12 +69,20 @@ def summed_ctc_loss(
         targets: labels of each item, without blanks.
         lengths: frames of each item.
     """
+    return ctc_losses(log_probabilities, targets, lengths).sum()
+
+
+def ctc_losses(
+    log_probabilities: Float[Tensor, "B T V"], targets: Sequence[list[int]], lengths: list[int]
+) -> Float[Tensor, " B"]:
+    """Returns the negative log-likelihood of each target in nats; arguments as of
+    `summed_ctc_loss`."""
     return functional.ctc_loss(
         log_probabilities.transpose(0, 1),
         torch.tensor([label for target in targets for label in target]),
         torch.tensor(lengths),
         torch.tensor([len(target) for target in targets]),
-        reduction="sum",
+        reduction="none",
     )
 
 
@@ -147,6 +157,20 @@ class ProbeResult(NamedTuple):
     """Utterances without a loss: no labels (`label_text`), or more labels than frames."""
     texts: list[str]
     """Recognized text of each utterance."""
+
+
+class TextLikelihoods(NamedTuple):
+    """Log-likelihoods q(y | x) in nats of texts y given codes x, summed over all CTC paths."""
+
+    matching: Float[np.ndarray, " N"]
+    """Of each text given its own codes."""
+    others: Float[np.ndarray, "N K"]
+    """Of each text given the codes of K other utterances; -inf where these have too few frames."""
+    num_characters: Int[np.ndarray, " N"]
+    """Labels of each text."""
+    indices: list[int]
+    """Places of the N utterances in the corpus; those without labels, or with more labels than
+    frames, are left out."""
 
 
 class ProbeNetwork(nn.Module):
@@ -255,26 +279,77 @@ class Probe:
         )
 
     @torch.inference_mode()
+    def likelihoods(
+        self,
+        corpus: ProbeCorpus,
+        *,
+        num_others: int | None = None,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> TextLikelihoods:
+        """Returns the likelihood of each text given its own codes and those of other utterances.
+
+        The time is that of N * (1 + num_others) CTC losses.
+
+        Args:
+            num_others: K; a sample without replacement for each text. Default: all N - 1.
+            seed: of the sample.
+
+        Raises:
+            ValueError: fewer than two utterances can be aligned, codes are outside the codebooks,
+                or num_others is below 1.
+        """
+        _check(corpus)
+        targets = [labels_of_text(text) or [] for text in corpus.texts]
+        frames = [np.shape(codes)[-1] * self.repeats for codes in corpus.codes]
+        fits = [
+            0 < min_ctc_frames(target) <= num for target, num in zip(targets, frames, strict=True)
+        ]
+        indices = np.flatnonzero(fits).tolist()
+        if len(indices) < 2:
+            raise ValueError(f"{len(indices)} of {len(targets)} utterances can be aligned; need 2")
+        if num_others is not None and num_others < 1:
+            raise ValueError(f"num_others must be at least 1, got {num_others}")
+        num, kept = len(indices), [targets[index] for index in indices]
+        size = min(num - 1, num_others or num - 1)
+        generator = np.random.default_rng(seed)
+        # Row j: utterances other than j, whose codes are given when text j is scored.
+        samples = [generator.choice(num - 1, size, replace=False) for _ in range(num)]
+        given = np.stack([row + (row >= text) for text, row in enumerate(samples)])
+        matching, others = np.empty(num), np.full((num, size), -np.inf)
+        scores = self._log_probabilities([corpus.codes[index] for index in indices])
+        for utterance, own in tqdm(scores, "likelihoods", num, disable=not progress):
+            texts, columns = np.nonzero(given == utterance)
+            found = _log_likelihoods(own, [kept[utterance], *(kept[text] for text in texts)])
+            matching[utterance] = found[0]
+            others[texts, columns] = found[1:]
+        return TextLikelihoods(matching, others, np.array([len(each) for each in kept]), indices)
+
+    @torch.inference_mode()
     def _decode(
         self, codes: Sequence[np.ndarray], targets: Sequence[list[int] | None]
     ) -> list[tuple[str, float | None]]:
         """Text of each utterance, and the loss in nats of each target that can be aligned."""
+        results: list[tuple[str, float | None]] = [("", None)] * len(codes)
+        for index, scores in self._log_probabilities(codes):
+            target, loss = targets[index], None
+            if target is not None and min_ctc_frames(target) <= len(scores):
+                loss = float(summed_ctc_loss(scores[None], [target], [len(scores)]))
+            results[index] = (decode_labels(scores.argmax(1).tolist()), loss)
+        return results
+
+    def _log_probabilities(
+        self, codes: Sequence[np.ndarray]
+    ) -> Iterator[tuple[int, Float[Tensor, "T V"]]]:
+        """Yields the index of each utterance that has frames, and its log-probabilities."""
         self.network.eval()
         prepared = self._prepare(codes)
         lengths = [each.shape[1] for each in prepared]
         order = [index for index in np.argsort(lengths, kind="stable").tolist() if lengths[index]]
-        results: list[tuple[str, float | None]] = [("", None)] * len(prepared)
         for chosen in _grouped(order, lengths, MAX_BATCH_FRAMES):
             scores = self.network(*_padded([prepared[index] for index in chosen], self.device))
-            best = scores.argmax(2).tolist()
             for place, index in enumerate(chosen):
-                length, target, loss = lengths[index], targets[index], None
-                if target is not None and min_ctc_frames(target) <= length:
-                    loss = float(
-                        summed_ctc_loss(scores[place : place + 1, :length], [target], [length])
-                    )
-                results[index] = (decode_labels(best[place][:length]), loss)
-        return results
+                yield index, scores[place, : lengths[index]]
 
     @property
     def device(self) -> torch.device:
@@ -317,17 +392,44 @@ def train_probe(
     _check(train)
     if dev is not None:
         _check(dev)
-    if frame_rate <= 0:
-        raise ValueError(f"frame_rate must be positive, got {frame_rate}")
-    _check_tables(tables, codebook_sizes)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        network = ProbeNetwork(codebook_sizes, config, tables).to(device)
-        repeats = max(1, math.ceil(config.min_frame_rate / frame_rate))
-        probe = Probe(network, codebook_sizes, repeats)
+        probe = untrained_probe(codebook_sizes, frame_rate, config, tables, device)
         items = _usable(train, probe)
         _fit(probe, items, config, dev, progress)
     return probe
+
+
+def untrained_probe(
+    codebook_sizes: Sequence[int],
+    frame_rate: float | int,
+    config: ProbeConfig,
+    tables: Sequence[Float[Tensor, "_ D"]] | None = None,
+    device: str = "cpu",
+) -> Probe:
+    """Returns a probe with random weights, into which stored weights of `Probe.network` can be
+    loaded; arguments and errors as of `train_probe`."""
+    if frame_rate <= 0:
+        raise ValueError(f"frame_rate must be positive, got {frame_rate}")
+    _check_tables(tables, codebook_sizes)
+    network = ProbeNetwork(codebook_sizes, config, tables).to(device)
+    return Probe(network, codebook_sizes, max(1, math.ceil(config.min_frame_rate / frame_rate)))
+
+
+def _log_likelihoods(
+    scores: Float[Tensor, "T V"], texts: Sequence[list[int]]
+) -> Float[np.ndarray, " N"]:
+    """Log-likelihood of each text given one utterance's log-probabilities."""
+    num_frames, found = len(scores), np.full(len(texts), -np.inf)
+    fitting = [place for place, text in enumerate(texts) if min_ctc_frames(text) <= num_frames]
+    fitting.sort(key=lambda place: len(texts[place]))
+    sizes = [num_frames * (2 * len(text) + 1) for text in texts]
+    for chosen in _grouped(fitting, sizes, MAX_CTC_STATES):
+        batch = scores.expand(len(chosen), -1, -1)
+        lengths = [num_frames] * len(chosen)
+        losses = ctc_losses(batch, [texts[place] for place in chosen], lengths)
+        found[chosen] = -losses.double().cpu().numpy()
+    return found
 
 
 def _usable(train: ProbeCorpus, probe: Probe) -> list[tuple[Tensor, list[int]]]:
@@ -343,7 +445,7 @@ def _usable(train: ProbeCorpus, probe: Probe) -> list[tuple[Tensor, list[int]]]:
             items.append((codes, target))
     if not items:
         # More repetitions of each frame help.
-        hint = "; raise min_frame_rate (recipes/probe.py: --setting paper)"
+        hint = "; raise min_frame_rate (--setting paper)"
         raise ValueError(
             f"none of {len(train.texts)} utterances can be trained on: {probe.num_unspelled} have "
             f"no labels (only digits or other scripts), {probe.num_too_short} fewer frames than "

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from eval.tokens import (
+from eval.text_probe import (
     LABELS,
     Probe,
     ProbeConfig,
@@ -257,3 +257,37 @@ def test_double_letters_need_a_frame_between() -> None:
     loss = float(summed_ctc_loss(uniform, [[3, 3, 4]], [4]))
     assert loss == pytest.approx(4 * math.log(1 + len(LABELS)))
     assert float(summed_ctc_loss(uniform, [[3, 3, 4]], [3])) == math.inf
+
+
+def test_likelihoods_are_those_of_single_ctc_losses() -> None:
+    """Row j has text j given the codes of others; texts that do not fit them have -inf."""
+    torch.manual_seed(0)
+    probe = Probe(ProbeNetwork([SIZE], short()), [SIZE], repeats=2)
+    data = ProbeCorpus(
+        [np.arange(5), np.arange(1, 9), np.array([3, 4]), np.arange(3), np.arange(1)],
+        ["abc", "aab a bad cad", "ab", "7", "abc"],
+    )
+    found = probe.likelihoods(data)
+    assert found.indices == [0, 1, 2]
+    assert found.num_characters.tolist() == [3, 13, 2]
+    labels = [labels_of_text(data.texts[index]) or [] for index in found.indices]
+    for text in range(3):
+        own = -probe.score(ProbeCorpus([data.codes[text]], [data.texts[text]])).loss
+        assert found.matching[text] == pytest.approx(own * len(labels[text]), rel=1e-5)
+        crossed = []
+        for codes in (one for one in range(3) if one != text):
+            if min_ctc_frames(labels[text]) > 2 * data.codes[codes].size:
+                crossed.append(-math.inf)
+            else:
+                pair = ProbeCorpus([data.codes[codes]], [data.texts[text]])
+                crossed.append(-probe.score(pair).loss * len(labels[text]))
+        assert sorted(found.others[text]) == pytest.approx(sorted(crossed), rel=1e-5)
+    assert np.isneginf(found.others[1]).all()
+    sampled = probe.likelihoods(data, num_others=1, seed=3)
+    assert sampled.others.shape == (3, 1)
+    assert all(one in row for one, row in zip(sampled.others[:, 0], found.others, strict=True))
+    assert np.array_equal(probe.likelihoods(data, num_others=1, seed=3).others, sampled.others)
+    with pytest.raises(ValueError, match="1 of 2 utterances can be aligned; need 2"):
+        probe.likelihoods(ProbeCorpus(data.codes[2:4], data.texts[2:4]))
+    with pytest.raises(ValueError, match="num_others must be at least 1, got 0"):
+        probe.likelihoods(data, num_others=0)
