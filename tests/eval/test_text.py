@@ -49,12 +49,120 @@ def test_empty_texts(reference: str, hypothesis: str, wer_value: float, wil: flo
     )
 
 
-def test_other_scripts() -> None:
-    greeting = "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440!"
-    assert wer([greeting], ["\u043f\u0440\u0438\u0432\u0435\u0442 \u043c\u0438\u0440"], "ru") == 0
-    chinese = "\u4f60\u597d\u4e16\u754c"
-    assert word_errors(chinese, "\u4f60\u597d\u4e16", "zh").wer == pytest.approx(1 / 4)
-    assert cer(["na\u00efve"], ["naive"]) == 0
+# Language, two ways to write one text, a text with one wrong unit, and the number of units.
+SENTENCES = {
+    "en": (
+        "Mr. Smith's 21 colours.",
+        "mister smith is twenty one colors",
+        "mr smith is 21 flowers",
+        5,
+    ),
+    "de": (
+        "M\u00fcller kaufte 1984 (lacht) zw\u00f6lf \u00c4pfel f\u00fcr 3,5 Euro.",
+        "mu\u0308ller kaufte neunzehnhundertvierundachtzig 12 \u00c4PFEL, "
+        "f\u00fcr drei Komma f\u00fcnf Euro",
+        "Muller kaufte 1984 12 \u00c4pfel f\u00fcr 3,5 Euro",
+        10,
+    ),
+    "fr": (
+        "L\u2019\u00e9t\u00e9, 21 gar\u00e7ons ont mang\u00e9 1\u202f234 p\u00eaches !",
+        "l'\u00e9t\u00e9 vingt-et-un gar\u00e7ons ont mang\u00e9 mille deux cent "
+        "trente-quatre p\u00eaches",
+        "L'\u00e9t\u00e9 21 gar\u00e7ons ont mang\u00e9 1234 p\u00e9ch\u00e9s",
+        14,
+    ),
+    "es": (
+        "\u00bfCu\u00e1ntos a\u00f1os tienes? Tengo 25 a\u00f1os.",
+        "cu\u00e1ntos a\u00f1os tienes tengo veinticinco a\u00f1os",
+        "Cu\u00e1ntos anos tienes, tengo 25 a\u00f1os",
+        6,
+    ),
+    "zh": (
+        "\u6211\u6709\uff11\uff12\u500b\u860b\u679c\u3002",
+        "\u6211\u6709\u5341\u4e8c\u4e2a \u82f9\u679c",
+        "\u6211\u67091\uff13\u4e2a\u82f9\u679c",
+        7,
+    ),
+    "ja": (
+        "\u79c1\u306f12\u500b\u306e\u30ea\u30f3\u30b4\u3092\u98df\u3079\u305f\u3002",
+        "\u79c1\u306f \u5341\u4e8c\u500b\u306e\uff98\uff9d\uff7a\uff9e\u3092\u98df\u3079\u305f",
+        "\u79c1\u306f12\u500b\u306e\u30ea\u30f3\u30b3\u3092\u98df\u3079\u305f",
+        13,
+    ),
+    "hi": (
+        "\u0928\u092e\u0938\u094d\u0924\u0947 \u0926\u0941\u0928\u093f\u092f\u093e, "
+        "\u0967\u0968 \u0926\u093f\u0928",
+        "\u0928\u092e\u0938\u094d\u0924\u0947 \u0926\u0941\u0928\u093f\u092f\u093e 12 "
+        "\u0926\u093f\u0928",
+        "\u0928\u092e\u0938\u094d\u0924\u0940 \u0926\u0941\u0928\u093f\u092f\u093e 12 "
+        "\u0926\u093f\u0928",
+        4,
+    ),
+    "th": (
+        "\u0e1b\u0e25\u0e32 3",
+        "\u0e1b\u0e25\u0e32\u0e2a\u0e32\u0e21",
+        "\u0e1b\u0e25\u0e39 3",
+        6,
+    ),
+    "ar": (
+        "\u0645\u064e\u0631\u062d\u0628\u0627 \u0663",
+        "\u0645\u0631\u062d\u0628\u0627\u060c \u062b\u0644\u0627\u062b\u0629",
+        "\u0645\u0631\u062d\u0628 3",
+        2,
+    ),
+    "tr": ("ISPARTA'da \u0130zmir", "\u0131sparta da izmir", "isparta da izmir", 3),
+    "uk": ("\u043f\u02bc\u044f\u0442\u044c", "5", "\u043f'\u044f\u0442\u0438", 2),
+    "ru": (
+        "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440!",
+        "\u043f\u0440\u0438\u0432\u0435\u0442 \u043c\u0438\u0440",
+        "\u043f\u0440\u0438\u0432\u0435\u0442 \u043f\u0438\u0440",
+        2,
+    ),
+}
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("language", SENTENCES)
+def test_one_text_written_in_two_ways_and_a_real_error(language: str) -> None:
+    text, same, wrong, count = SENTENCES[language]
+    assert word_errors(text, same, language).num_words == count
+    assert wer([text, same], [same, text], language) == 0
+    assert cer([text, same], [same, text], language) == 0
+    errors = 2 if language == "th" else 1
+    assert wer([text], [wrong], language) == pytest.approx(errors / count)
+    assert wer([wrong], [text], language) > 0
+
+
+def test_chinese_is_scored_by_characters() -> None:
+    text, wrong = (
+        "\u4eca\u5929\u5929\u6c14\u5f88\u597d",
+        "\u4eca \u5929\u5929\u6c23\u5f88\u574f\u3002",
+    )
+    assert wer([text], [wrong], "zh_CN") == cer([text], [wrong], "zh-TW") == pytest.approx(1 / 6)
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "language"),
+    [
+        ("1.234.567", "eine million zweihundertvierunddrei\u00dfigtausend"
+         "f\u00fcnfhundertsiebenundsechzig", "de"),
+        ("0171", "null eins sieben eins", "de_CH"),
+        ("90", "nonante", "fr-CH"),
+        ("90", "quatre vingt dix", "fr"),
+        ("1,23,456.5", "123456 5", "hi"),
+        ("1.000,5", "1000 5", "hr"),
+        ("3,5 kg", "tiga lima kg", "id"),
+        ("\u2764\ufe0f gut", "gut", "de"),
+        ("na\u00efve", "naive", "en-US"),
+    ],
+)  # fmt: skip
+def test_numbers_and_regions(text: str, words: str, language: str) -> None:
+    assert whisper_normalize(text, language) == words
+
+
+def test_unknown_languages_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'german' is not known; the codes are .*de, el, en"):
+        wer(["a"], ["a"], "german")
 
 
 def test_counts_add_up() -> None:
