@@ -293,7 +293,11 @@ def all_libraries() -> str:
 
 
 def _versions(names: Iterable[str]) -> list[str]:
-    return [f"{name} {importlib.metadata.version(name)}" for name in names]
+    return [f"{name} {_version(name)}" for name in names]
+
+
+# Each call reads and parses a file, and every row names its libraries.
+_version = cache(importlib.metadata.version)
 
 
 @cache

@@ -3,6 +3,7 @@
     python recipes/benchmark.py reconstruction --codec DIR --cuts CUTS --judge DIR --out OUT
     python recipes/benchmark.py tts --list RESULTS.jsonl --judge DIR --out OUT
     python recipes/benchmark.py asr --list TRANSCRIPTS.jsonl --out OUT
+    python recipes/benchmark.py tokens --codec DIR --train CUTS --dev CUTS --judge DIR --out OUT
     python recipes/benchmark.py speed --codec DIR --random mimi --out OUT
 
 An interrupted run resumes: the scores of each utterance lie in OUT/utterances/, one file per system
@@ -39,6 +40,7 @@ from eval.benchmark import (
     table,
 )
 from recipes.lib.run import finished, run_recipe
+from recipes.scoring import tokens
 from recipes.scoring.judges import (
     Judges,
     Task,
@@ -54,12 +56,19 @@ from recipes.scoring.speed import add_command, benchmark_speed
 logger = logging.getLogger(__name__)
 
 
-def report_rows(kind: str, out: Path, rows: Iterable[Row]) -> None:
-    """Appends new rows to OUT/rows.jsonl, and prints the table of `rows`."""
+def report_rows(
+    kind: str, out: Path, rows: Iterable[Row], columns: Sequence[str] | None = None
+) -> None:
+    """Appends new rows to OUT/rows.jsonl, and prints the table of `rows`.
+
+    Args:
+        columns: metrics of the table (default: all).
+    """
     new = list(rows)
     known = set(read_rows(out / "rows.jsonl"))
     append_rows(out / "rows.jsonl", [row for row in new if row not in known])
-    print(table(new))
+    present = {row.metric for row in new}
+    print(table(new, columns and [one for one in columns if one in present]))
     again = (
         f"python recipes/benchmark.py {kind} ... --out {out}   (adds the scores of another system)"
     )
@@ -370,9 +379,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             kind.add_argument("--prompts", type=Path, help="folder of the prompts")
         else:
             kind.add_argument("--references", type=Path, help="list of audio or id, and text")
+    tokens.add_command(kinds)
     add_command(kinds)
     args = parser.parse_args(argv)
-    if args.kind == "speed":
+    if args.kind in ("tokens", "speed"):
         return args
     if getattr(args, "auxiliary", False) and args.codebooks is not None:
         raise ValueError("--auxiliary decodes one codebook: leave --codebooks out")
@@ -389,6 +399,9 @@ def main(argv: Sequence[str]) -> None:
         benchmark_reconstruction(args)
     elif args.kind == "tts":
         benchmark_tts(args)
+    elif args.kind == "tokens":
+        rows = tokens.benchmark_tokens(args)
+        report_rows(args.kind, args.out, rows, tokens.TOKEN_COLUMNS)
     elif args.kind == "speed":
         report_rows(args.kind, args.out, benchmark_speed(args))
     else:
