@@ -2,7 +2,7 @@
 
     python recipes/export_tokens.py cuts=data/dev.jsonl.gz codec=out/codec out=out/tokens/dev
     accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 8 \\
-        recipes/export_tokens.py --config recipes/configs/export/paper.yaml
+        recipes/export_tokens.py --config recipes/configs/export/speechtokenizer.yaml
 
 The same command resumes an interrupted export. Recordings that cannot be read are skipped and
 listed in skipped.jsonl in the folder of the shards; retry_skipped=true tries them again.

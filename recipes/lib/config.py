@@ -54,6 +54,7 @@ REMOVED_KEYS = {
 """Parts of keys of older versions, and the values with which they are ignored."""
 
 RECIPES = {
+    "ablations": "ablate.py",
     "asr": "asr.py",
     "codec": "train_codec.py",
     "export": "export_tokens.py",
@@ -66,6 +67,7 @@ RECIPES = {
 def load_config(cls: type[C], argv: Sequence[str], description: str = "") -> C:
     """Returns the dataclass `cls`: its defaults, then each `--config FILE`, then each `key=value`.
 
+    A file's key `extends` names files, relative to it, that it is based on.
     `--help` prints every key with its type, default and docstring, and exits. Keys of older
     versions are read, with a warning.
 
@@ -233,7 +235,8 @@ def help_text(cls: type, description: str) -> str:
     lines = [
         *([description.strip(), ""] if description else []),
         "usage: [--config FILE.yaml]... [key=value]...",
-        "Later files and then key=value win over earlier ones. Keys, types and defaults:",
+        "Later files and then key=value win over earlier ones. `extends: [FILE, ...]` in a file",
+        "names files that it is based on. Keys, types and defaults:",
         "",
     ]
     for key, kind, default, text in _keys(cls):
@@ -260,7 +263,12 @@ def _split(argv: Sequence[str], known: Collection[str]) -> tuple[list[Path], lis
     return files, overrides
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+EXTENDS = "extends"
+"""Key of a configuration file: files, relative to it, whose keys it has where it sets no others."""
+
+
+def _read_yaml(file: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Returns a file's keys on top of those of the files that it extends."""
     if not file.is_file():
         raise ValueError(f"{file}: no such configuration file")
     try:
@@ -276,7 +284,20 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: not valid YAML: {_first_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: a configuration file holds `key: value` lines, not a list")
-    return typing.cast(dict[str, Any], content)
+    own = typing.cast(dict[str, Any], content)
+    if EXTENDS not in own:
+        return own
+    names = own.pop(EXTENDS)
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{file}: {EXTENDS} names a file, or a list of files")
+    above = (*extending, file.resolve())
+    bases = [(file.parent / name).resolve() for name in names]
+    if circular := [base for base in bases if base in above]:
+        raise ValueError(f"{file}: extends {circular[0].name}, which extends it")
+    layers = [_read_yaml(file.parent / name, above) for name in names]
+    merged = OmegaConf.to_container(OmegaConf.merge(*layers, own), resolve=False)
+    return typing.cast(dict[str, Any], merged)
 
 
 def _merged(

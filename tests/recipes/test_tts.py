@@ -12,8 +12,11 @@ from conftest import ROOT, voiced
 from forking import ForkedRun
 from tiny_slm import SMALL, quiet, save_shard, voice_inputs
 
+from codec.training.run import leaves, resolved
 from recipes.asr import ASRConfig
 from recipes.asr import main as asr
+from recipes.export_tokens import ExportConfig
+from recipes.lib.codec_training import TrainCodecConfig
 from recipes.lib.run import load_config
 from recipes.tools.overfit_check import main as overfit_check
 from recipes.tts import TTSConfig
@@ -38,6 +41,33 @@ def test_every_tts_config_is_read(path: Path) -> None:
     if path.name == "paper.yaml":
         sizes = (config.nar.num_layers, config.nar.num_heads, config.nar.width)
         assert (*sizes, config.nar.feedforward) == (12, 16, 1024, 4096)
+
+
+@pytest.mark.parametrize(("kind", "cls"), [("tts", TTSConfig), ("asr", ASRConfig)])
+def test_presets_of_tokenizers_differ_in_the_tokens_alone(kind: str, cls: type) -> None:
+    """Each is of the codec's and the export's preset of its name; the LLM and the steps are
+    LM-SPT's (2506.16738, section 4.1)."""
+    codecs = {
+        "speechtokenizer": "speechtokenizer", "dmcodec": "dmcodec_lm_sm", "lmspt": "lmspt_25hz",
+        "lmspt_12.5hz": "lmspt_12.5hz",
+    }  # fmt: skip
+    first = None
+    for name in [*codecs, "valle"][: 5 if kind == "tts" else 4]:
+        config = load_config(cls, ["--config", str(CONFIGS / kind / f"{name}.yaml")])
+        export = load_config(ExportConfig, ["--config", str(CONFIGS / "export" / f"{name}.yaml")])
+        assert (config.codec, config.train) == (export.codec, str(export.out))
+        assert config.dev == str(export.out.parent / "dev")
+        if name in codecs:
+            file = CONFIGS / "codec" / f"{codecs[name]}.yaml"
+            codec = load_config(TrainCodecConfig, ["--config", str(file)])
+            assert export.codec == f"{codec.out}/codec"
+            rate = codec.codec.sample_rate / codec.codec.hop_length
+            assert kind == "asr" or config.nar.prompt_frames == int(3 * rate)
+        assert (config.ar.base, config.optim.steps) == ("Qwen/Qwen2.5-0.5B-Instruct", 10_000)
+        tokens = {"out", "codec", "train", "dev", "nar.prompt_frames"}
+        rest = {key: value for key, value in leaves(resolved(config)) if key not in tokens}
+        first = first or rest
+        assert rest == first
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "asr").glob("*.yaml")), ids=lambda p: p.name)

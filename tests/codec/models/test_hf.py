@@ -13,7 +13,7 @@ from conftest import voiced
 from safetensors.torch import load_file, save_file
 from tiny_baselines import MODELS, save_baseline
 from tiny_slm import quiet, save_voice
-from transformers import Xcodec2FeatureExtractor
+from transformers import EncodecModel, Xcodec2FeatureExtractor
 
 from codec import Codec, Codes, load_codec
 from codec.__main__ import main
@@ -79,6 +79,17 @@ def test_what_they_are(
     assert codec.device.type == "cpu"
     assert not codec.train().training
     assert not any(parameter.requires_grad for parameter in codec.parameters())
+
+
+@torch.no_grad()
+def test_an_encodec_of_its_first_codebooks(folders: Any, tmp_path: Path) -> None:
+    """As recipes/configs/export/valle.yaml makes VALL-E's of 8 codebooks of the hub's of 32."""
+    few = EncodecModel.from_pretrained(folders["encodec"], target_bandwidths=[0.3, 0.6])
+    few.save_pretrained(tmp_path / "few")
+    codec, whole = load_codec(tmp_path / "few"), load_codec(folders["encodec"])
+    assert codec.codebook_sizes == (16,) * 2
+    wave = speech(codec, 0.5)
+    assert torch.equal(codec.encode(wave).codes, whole.encode(wave, num_codebooks=2).codes)
 
 
 def encoded_by_transformers(codec: Baseline, kind: str, wave: torch.Tensor) -> torch.Tensor:

@@ -88,8 +88,7 @@ def test_dm_codec_with_the_speech_teacher_at_weight_0(
     settings: list[str], tmp_path: Path, launch: Callable
 ) -> None:
     """The end (0, 1) of table 3: HuBERT is not even loaded, and equation 11 halves what is left."""
-    papers = ["--config", str(CONFIGS / "paper_losses.yaml")]
-    config = ["--config", str(CONFIGS / "dmcodec_lm_sm.yaml"), *papers, "distill.speech.weight=0"]
+    config = ["--config", str(CONFIGS / "dmcodec_lm_sm.yaml"), "distill.speech.weight=0"]
     train(launch, *config, *settings, *text_models(tmp_path))
     values = logged(tmp_path)
     assert values["train/distill"] == values["train/distill_text"] / 2 > 0
@@ -111,10 +110,9 @@ def test_dm_codec_with_both_teachers_on_two_ranks(
     settings: list[str], tmp_path: Path, launch: Callable
 ) -> None:
     """As released: one head for both, which the checkpoints hold as the codec's own."""
-    config = ["--config", str(CONFIGS / "dmcodec_lm_sm.yaml")]
-    released = ["distill.shared_head=true", "distill.text.align=index"]
+    config = ["--config", str(CONFIGS / "dmcodec_lm_sm_released.yaml")]
     models = [speech_model(tmp_path), *text_models(tmp_path)]
-    train(launch, *config, *settings, *models, *released, ranks=2)
+    train(launch, *config, *settings, *models, ranks=2)
     values = logged(tmp_path)
     both = values["train/distill_speech"] + values["train/distill_text"]
     assert values["train/distill"] == pytest.approx(both / 2, rel=1e-5)
@@ -124,6 +122,53 @@ def test_dm_codec_with_both_teachers_on_two_ranks(
     head = trained_head(tmp_path)
     assert torch.equal(state["codec.semantic_head.weight"], head)
     assert not torch.equal(head, initial_head("dmcodec_lm_sm.yaml", settings))
+
+
+def preset(name: str) -> TrainCodecConfig:
+    return load_config(TrainCodecConfig, ["--config", str(CONFIGS / f"{name}.yaml")])
+
+
+LIBRISPEECH, CLEAN_100 = 281_241, 28_539
+"""Recordings of the training sets."""
+
+
+@pytest.mark.parametrize(
+    ("name", "recordings", "epochs", "batch", "lr", "decay"),
+    [
+        ("speechtokenizer", LIBRISPEECH, 20, 2 * 20, 4e-4, 0.98),
+        ("speechtokenizer_released", LIBRISPEECH, 10, 6, 1e-4, None),
+        ("dmcodec_lm", CLEAN_100, 100, 6, 1e-4, 0.98),
+        ("dmcodec_lm_released", CLEAN_100, 10, 6, 1e-4, None),
+        ("dmcodec_lm_sm", CLEAN_100, 100, 6, 1e-4, 0.98),
+        ("dmcodec_lm_sm_released", CLEAN_100, 10, 6, 1e-4, None),
+    ],
+)
+def test_presets_state_the_papers_training_and_the_released_one(
+    name: str, recordings: int, epochs: int, batch: int, lr: float, decay: float | None
+) -> None:
+    config, paper = preset(name), decay is not None
+    losses, optim, distill = config.losses, config.optim, config.distill
+    assert optim.steps == pytest.approx(epochs * recordings / batch, abs=1)
+    assert (optim.lr, optim.discriminator_lr, config.data.seconds) == (lr, lr, 3.0)
+    assert config.train.endswith("train.jsonl.gz" if "speech" in name else "clean-100.jsonl.gz")
+    assert config.seed == (0 if "speech" in name else 42)
+    if paper:
+        assert (optim.schedule, optim.decay) == ("decay", decay)
+        assert optim.decay_steps == pytest.approx(recordings / batch, abs=1)
+    else:
+        assert (optim.schedule, optim.final_lr_share) == ("cosine", 0)
+    assert (losses.mel_l2_weight, len(losses.mel_scales)) == ((1.0, 7) if paper else (0.0, 4))
+    assert losses.adversarial_form == ("hinge" if paper else "least_squares")
+    assert losses.normalize_features is paper
+    if name.startswith("dmcodec_lm_sm"):
+        assert distill.shared_head
+        assert distill.speech.codebooks == ("mean" if paper else "first")
+    if name.startswith("dmcodec"):
+        assert (distill.text.codebooks, distill.text.align) == (
+            "first",
+            "ctc" if paper else "index",
+        )
+    assert (distill.any, config.losses.weights.distill) == (True, 120.0)
 
 
 def test_a_weight_needs_a_teacher(settings: list[str]) -> None:

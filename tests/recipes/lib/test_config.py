@@ -71,6 +71,34 @@ def test_defaults_then_files_then_settings(file: Callable[[str], str]) -> None:
         config.steps = 1
 
 
+def test_a_file_extends_others(tmp_path: Path) -> None:
+    def write(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        return path
+
+    write("a.yaml", "steps: 5\noptim: {lr: 0.1}\nscales: [{window: 1}, {window: 2}]\nextra: null\n")
+    write("b.yaml", "steps: 6\nfamily: seanet\n")
+    below = write("c/c.yaml", "extends: [../a.yaml, ../b.yaml]\noptim: {betas: [0.5, 0.6]}\n")
+    top = write("d.yaml", "extends: c/c.yaml\nout: x\nscales: [{window: 3}]\n")
+    config = load_config(Config, ["--config", str(top)])
+    assert config == Config(
+        out=Path("x"), steps=6, family="seanet", optim=Optim(lr=0.1, betas=(0.5, 0.6)),
+        scales=(Scale(window=3),),
+    )  # fmt: skip
+    for text, message in [
+        ("extends: 3\n", f"{below}: extends names a file, or a list of files"),
+        ("extends: [../d.yaml]\n", f"{below}: extends d.yaml, which extends it"),
+        ("extends: [none.yaml]\n", f"{below.parent}/none.yaml: no such configuration file"),
+        ("step: 3\n", f"{top}: step: no such key; did you mean steps?"),
+    ]:
+        below.write_text(text)
+        with pytest.raises(ValueError, match=r".") as caught:
+            load_config(Config, ["--config", str(top)])
+        assert str(caught.value).startswith(message)
+
+
 def test_nested_dataclasses_keep_their_types(file: Callable[[str], str]) -> None:
     config = load_config(
         Config,
