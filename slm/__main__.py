@@ -126,9 +126,9 @@ def _parser() -> ArgumentParser:
     )  # fmt: skip
 
     add = vc.add_argument
-    add("--source", required=True, help="recording to convert, of any length")
+    add("--source", help="recording to convert, of any length")
     add(
-        "--target", required=True,
+        "--target",
         help=f"target speaker: a recording, or a shipped prompt's name; {consent}",
     )  # fmt: skip
     add(
@@ -137,7 +137,11 @@ def _parser() -> ArgumentParser:
         "ASR, which also transcribes a long source",
     )  # fmt: skip
     add("--target-text", metavar="TEXT", help="transcript of the target; default: as above")
-    add("--out", required=True, help="output file, such as .wav")
+    add(
+        "--list", metavar="JSONL",
+        help="lines with id, source, target and optional source_text and target_text",
+    )  # fmt: skip
+    add("--out", required=True, help="output file, such as .wav; with --list a folder")
 
     add = continuation.add_argument
     add("--prompt", required=True, help=prompt_help)
@@ -399,15 +403,35 @@ def _asr(arguments: argparse.Namespace) -> None:
 
 
 def _vc(arguments: argparse.Namespace) -> None:
+    from codec.io import FileLock
     from codec.transcripts import has_words
     from slm.batch_tts import prompt_source
+    from slm.batch_vc import convert_list, read_vc_list
     from slm.export.voice_folder import VoiceSummary
     from slm.voice import check_name
 
-    check_name(arguments.out)
-    _check_place(arguments.out)
+    one = (arguments.source, arguments.target, arguments.source_text, arguments.target_text)
+    if arguments.list is None and None in one[:2]:
+        raise ValueError("give --source and --target, or --list")
+    if arguments.list is not None and any(value is not None for value in one):
+        raise ValueError("give either --source and --target, or --list, not both")
+    listed = Path(arguments.list) if arguments.list is not None else None
+    lines = read_vc_list(listed) if listed is not None else []
+    if listed is None:
+        check_name(arguments.out)
+    _check_place(arguments.out, is_folder=listed is not None)
     summary = VoiceSummary.read(arguments.voice)
     summary.check_task("conversion")
+    if listed is not None:
+        out = Path(arguments.out)
+        voice = _load(arguments)
+        try:
+            with FileLock(out):
+                num_failed = convert_list(voice, lines, listed.parent, out)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted; the same command continues") from None
+        _end(failed=num_failed > 0)
+        return
     _check_recording(arguments.source)
     _check_prompt(summary, arguments.target)
     if arguments.target_text is not None and not has_words(arguments.target_text):

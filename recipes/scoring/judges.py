@@ -2,20 +2,16 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from codec.io import WriteError, parse_json, sha256_of
-from codec.json_lines import append_json_lines, read_appended, write_json_lines
+from codec.io import parse_json, sha256_of
 from eval.benchmark import (
     Embed,
-    ScoredUtterance,
     Transcribe,
-    all_libraries,
 )
 from eval.speaker import SpeakerEncoder
 from eval.transcribe import Judge
@@ -34,13 +30,6 @@ class Judges(NamedTuple):
     judge_name: str
     """Name, digest and arithmetic of the ASR; "" where there is none."""
     speaker_name: str
-
-
-class Task(NamedTuple):
-    """An utterance to score."""
-
-    id: str
-    score: Callable[[], ScoredUtterance]
 
 
 def load_judges(
@@ -70,50 +59,6 @@ def load_judges(
 
 def _no_transcript(_wave: np.ndarray, _rate: int) -> str:
     return ""
-
-
-def score_all(folder: Path, tasks: Sequence[Task], key: str, label: str) -> list[ScoredUtterance]:
-    """Returns the scores of the tasks; computes those that FOLDER/utterances/ does not have yet.
-
-    A recording that cannot be scored is left out and listed in FOLDER/skipped-LABEL.jsonl.
-
-    Args:
-        key: everything that the scores depend on besides library versions; scores of another key
-            are in another file.
-        label: name of the system, for files and logs.
-
-    Raises:
-        ValueError: no utterance could be scored.
-        WriteError: the disk is full.
-    """
-    digest = sha256_of(f"{key} {all_libraries()}", 12)
-    stored = folder / "utterances" / f"{safe_name(label)}-{digest}.jsonl"
-    before = [ScoredUtterance.from_record(line.value) for line in read_appended(stored)]
-    done = {one.id: one for one in before}
-    skipped: list[dict[str, str]] = []
-    with tqdm(tasks, label, unit="utterance") as progress:
-        for task in progress:
-            if task.id in done:
-                continue
-            try:
-                done[task.id] = task.score()
-            except WriteError:
-                raise
-            except (ValueError, OSError) as error:
-                skipped.append({"id": task.id, "reason": str(error)})
-                continue
-            append_json_lines(stored, [done[task.id].to_record()])
-    if skipped:
-        logger.warning("%d of %d utterances of %s skipped", len(skipped), len(tasks), label)
-    write_json_lines(folder / f"skipped-{safe_name(label)}.jsonl", skipped)
-    scored = [done[task.id] for task in tasks if task.id in done]
-    for metric in sorted({metric for one in scored for metric in one.missing}):
-        count = sum(metric in one.missing for one in scored)
-        logger.warning("%s is not defined for %d utterances of %s", metric, count, label)
-    if not scored:
-        reasons = "; ".join(one["reason"] for one in skipped[:2])
-        raise ValueError(f"no utterance of {label} could be scored: {reasons}")
-    return scored
 
 
 def digest_of_voice(folder: str | Path) -> str:

@@ -60,7 +60,7 @@ class Times(NamedTuple):
     decode: list[float]
 
 
-def add_command(kinds: Any) -> None:
+def add_speed_command(kinds: Any) -> None:
     """Adds `speed` to the subparsers of benchmark.py."""
     about = "time of encoding and decoding, codecs in alternation; ratios are to the first codec"
     command = kinds.add_parser("speed", help=about, description=about.capitalize() + ".")

@@ -46,7 +46,9 @@ from eval.text import whisper_normalize
 from eval.text_probe import Probe, ProbeConfig, ProbeCorpus, train_probe, untrained_probe
 from eval.token_stability import unchanged_codes
 from recipes.lib.config import check_seed_of_recipe
-from recipes.scoring.judges import Judges, Task, load_judges, safe_name, score_all
+from recipes.scoring.judges import Judges, load_judges, safe_name
+from recipes.scoring.reconstruction import decode_codes
+from recipes.scoring.scores import score_all
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
@@ -123,7 +125,7 @@ class Step(NamedTuple):
     """Numbers of the list."""
 
 
-def add_command(kinds: Any) -> None:
+def add_tokens_command(kinds: Any) -> None:
     """Adds `tokens` to the subparsers of benchmark.py."""
     about = "what the tokens of codecs hold: SLMTokBench, SNMI and stability"
     command = kinds.add_parser("tokens", help=about, description=about.capitalize() + ".")
@@ -525,19 +527,28 @@ def _score_originals(args: argparse.Namespace, system: TokenSystem, judges: Judg
         return score_asr(row.id, row.text, transcript, args.language)
 
     for one in system.dev:
-        tasks = _tasks(_rows_with_text(one.shard, args.limit), one, score)
+        listed = _rows_with_text(one.shard, args.limit)
         key = f"{_digests(one)} {rate} {judges.judge_name} {args.language}"
-        scored = score_all(args.out, tasks, key, "original")
+        scored = _score_rows(args.out, "original", key, listed, one, score)
         origin = _origin(args, "original", system, judges)
         for name, part in _views(args, one, scored).items():
             rows += rows_of(name, part, origin)
     return rows
 
 
-def _tasks(
-    rows: Sequence[TokenRow], one: TokenList, score: Callable[[TokenRow, "Cut"], ScoredUtterance]
-) -> list[Task]:
-    return [Task(row.id, lambda row=row: score(row, one.cuts[row.id])) for row in rows]
+def _score_rows(
+    out: Path, name: str, key: str, rows: Sequence[TokenRow], one: TokenList,
+    score: Callable[[TokenRow, "Cut"], ScoredUtterance],
+) -> list[ScoredUtterance]:  # fmt: skip
+    """Stored scores of rows and their cuts."""
+
+    def score_row(
+        row: TokenRow, systems: Sequence[str]
+    ) -> Iterator[tuple[str, ScoredUtterance]]:
+        for system in systems:
+            yield system, score(row, one.cuts[row.id])
+
+    return score_all(out, rows, {name: key}, lambda: score_row)[name]
 
 
 def _score_resynthesis(
@@ -550,7 +561,7 @@ def _score_resynthesis(
 
     def score(row: TokenRow, cut: "Cut") -> ScoredUtterance:
         original = load_cut(cut, rate)
-        decoded = resynthesized(codec, row.codes[:count], original.size)
+        decoded = decode_codes(codec, row.codes[:count], original.size)
         path = Path("waves") / safe_name(name) / f"{safe_name(row.id)}.wav"
         write_audio(args.out / path, np.nan_to_num(decoded), rate)
         scored = score_tts(
@@ -561,21 +572,12 @@ def _score_resynthesis(
         return replace(scored, values=values, audio=path.as_posix())
 
     for one in system.dev:
-        tasks = _tasks(_rows_with_text(one.shard, args.limit), one, score)
+        listed = _rows_with_text(one.shard, args.limit)
         key = f"{_digests(one)} {count} {judges.judge_name} {judges.speaker_name} {args.language}"
-        scored = score_all(args.out, tasks, key, f"{name} resynthesis")
+        scored = _score_rows(args.out, f"{name} resynthesis", key, listed, one, score)
         for view, part in _views(args, one, scored).items():
             rows += rows_of(view, part, _origin(args, name, system, judges))
     return rows
-
-
-def resynthesized(
-    codec: SpeechCodec, codes: Integer[np.ndarray, "q T"], num_samples: int
-) -> Float[np.ndarray, " S"]:
-    """Returns the decoder's output (S,) for the first codebooks, of at most `num_samples`."""
-    with torch.inference_mode():
-        batch = torch.from_numpy(codes.astype(np.int64))[None].to(codec.device)
-        return codec.decode(batch)[0, 0, :num_samples].float().cpu().numpy()
 
 
 def _score_stability(args: argparse.Namespace, system: TokenSystem) -> list[Row]:
@@ -601,9 +603,9 @@ def _score_stability(args: argparse.Namespace, system: TokenSystem) -> list[Row]
         systems[f"{system.name}-{num}"] = list(range(1, num + 1))
         systems |= {f"{system.name} codebook {book}": [book] for book in range(2, num + 1)}
     for one in system.dev:
-        tasks = _tasks([one.shard[index] for index in range(len(one.shard))], one, score)
+        listed = [one.shard[index] for index in range(len(one.shard))]
         key = f"{_digests(one)} {system.stamp.digest} {args.seed} {SNR_DB} {GAIN_DB}"
-        scored = score_all(args.out, tasks, key, f"{system.name} stability")
+        scored = _score_rows(args.out, f"{system.name} stability", key, listed, one, score)
         for name, books in systems.items():
             own = [replace(each, values=_shares(each.values, books)) for each in scored]
             for view, part in _views(args, one, own).items():

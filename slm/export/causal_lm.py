@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from codec.io import atomic_folder
+from codec.io import atomic_folder, parse_json
+from codec.program import reason_of
 from slm.data.interleaving import InterleavedFormat
 from slm.data.sequences import asr_context, tts_context
 from slm.export.voice_folder import short_path
 from slm.models.ar import SpeechLM
+from slm.tokenization.tokenizer import SpeechTextTokenizer
 from slm.tokenization.vocabulary import Vocabulary, encode_texts
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,27 @@ def export(lm: SpeechLM, folder: str | Path) -> None:
             (partial / MARK).write_text(json.dumps({"format": FORMAT_VERSION, "base": _base(lm)}))
     finally:
         lm.lm.generation_config = kept
+
+
+def load_export(folder: str | Path) -> SpeechLM:
+    """Returns an exported LLM with its forms of text and speech, for `slm.generation.asr`.
+
+    Raises:
+        ValueError: the folder is no export.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(folder)
+    if not (folder / MARK).is_file():
+        raise ValueError(f"{folder}: is no LLM that `slm export` wrote ({MARK} is missing)")
+    try:
+        lm: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        text_tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: cannot be loaded ({reason_of(error)[:300]})") from error
+    tokenizer = SpeechTextTokenizer.load(folder, text_tokenizer)
+    origin = {**parse_json((folder / MARK).read_text())["base"], "adapter": False}
+    return SpeechLM(lm.eval(), tokenizer, origin)
 
 
 def _base(lm: SpeechLM) -> dict[str, Any]:

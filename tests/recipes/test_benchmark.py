@@ -14,6 +14,8 @@ from eval import speech
 from eval.benchmark import Row
 from recipes import benchmark as program
 from recipes.scoring import judges as scoring
+from recipes.scoring import scores
+from recipes.scoring.lists import read_entries
 from recipes.scoring.rows import read_rows
 
 RATE = 16000
@@ -66,7 +68,7 @@ def test_asr_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_bad_lists(tmp_path: Path, lines: str, message: str) -> None:
     (tmp_path / "l.jsonl").write_text(lines)
     with pytest.raises(ValueError, match=message):
-        program.read_entries(tmp_path / "l.jsonl", ("id", "text"))
+        read_entries(tmp_path / "l.jsonl", ("id", "text"))
 
 
 class FakeJudge:
@@ -187,7 +189,7 @@ def test_changed_inputs_are_scored_again(
     assert [heard(), heard()] == [1, 0]
     write_list(listed, [{**entry, "text": "hello you"}])
     assert [heard(), heard()] == [1, 0]
-    monkeypatch.setattr(scoring, "all_libraries", lambda: "jiwer 99")
+    monkeypatch.setattr(scores, "all_libraries", lambda: "jiwer 99")
     assert [heard(), heard()] == [1, 0]
 
 

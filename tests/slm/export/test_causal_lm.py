@@ -12,8 +12,9 @@ from tiny_slm import STAMP, quiet, save_base
 from slm.config import ARConfig, LoRAConfig, SpeechFormConfig, TextConfig
 from slm.data.coverage import Coverage
 from slm.data.sequences import asr_context, tts_context
-from slm.export.causal_lm import SAMPLES, export
+from slm.export.causal_lm import SAMPLES, export, load_export
 from slm.export.voice_folder import voice_card
+from slm.generation.asr import transcribe
 from slm.models.ar import SpeechLM
 from slm.tokenization.acoustic_bpe import AcousticBPE
 from slm.tokenization.vocabulary import encode_texts
@@ -233,3 +234,13 @@ def test_an_export_has_no_absolute_paths(tmp_path: Path) -> None:
     card = voice_card(lm.origin, STAMP, Coverage.of(["a cat"], longest_frames=9), {})
     assert f"# A voice trained from {name}" in card
     assert str(tmp_path) not in card
+
+
+def test_an_export_transcribes_as_the_voice_did(tmp_path: Path) -> None:
+    lm = trained(tmp_path)
+    export(lm, tmp_path / "out")
+    codes = [np.random.default_rng(seed).integers(0, 8, 20 + seed) for seed in range(3)]
+    loaded = load_export(tmp_path / "out")
+    assert transcribe(loaded, codes) == transcribe(lm, codes)
+    with pytest.raises(ValueError, match=r"is no LLM that `slm export` wrote"):
+        load_export(tmp_path / "base")

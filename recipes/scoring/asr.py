@@ -1,0 +1,315 @@
+"""Scores transcripts of any system: `python recipes/benchmark.py asr`."""
+
+import argparse
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from codec.audio import read_audio
+from codec.io import sha256_of
+from eval.benchmark import ASR_PREFIX, ScoredUtterance, score_asr
+from recipes.scoring.judges import digest_of_voice, load_judges, safe_name, state_of_files
+from recipes.scoring.lists import entry_name, locate, read_entries
+from recipes.scoring.options import (
+    Columns,
+    ScoredSystem,
+    check_options,
+    chosen,
+    list_options,
+    named,
+    named_command,
+    provenance,
+    report,
+)
+from recipes.scoring.scores import score_all
+from recipes.scoring.systems import run_lines, words_of
+
+logger = logging.getLogger(__name__)
+
+PART = "asr"
+ASR_RATE = 16_000
+"""Hz, of what a speech-to-text model of --model reads."""
+
+
+class Recording(NamedTuple):
+    """A recording to transcribe, and its text."""
+
+    id: str
+    text: str
+    audio: Path
+
+
+class Transcripts(NamedTuple):
+    """The transcripts of a list by one system."""
+
+    system: str
+    model: str
+    """Digest of the system; "": unknown."""
+    list_name: str
+    file: Path
+    scored: list[ScoredUtterance]
+    columns: Sequence[Mapping[str, Any]]
+    """Entry of each utterance."""
+
+
+def add_command(kinds: Any) -> None:
+    """Adds `asr` to the subparsers of benchmark.py."""
+    about = "transcripts of any system"
+    command = kinds.add_parser(
+        PART, parents=[list_options()], help=about, description=about.capitalize()
+    )
+    add = command.add_argument
+    add(
+        "--list", action="append", default=[], metavar="[SYSTEM=]LIST", dest="lists",
+        help="transcripts to score: JSON Lines (id, text, hypothesis), or what `slm asr` prints, "
+        "with --references; repeatable",
+    )  # fmt: skip
+    add("--references", type=Path, help="list of audio or id, and text")
+    add("--list-name", help="name of the lists in the rows (default: the file's)")
+    add(
+        "--recordings", type=Path, metavar="LIST",
+        help="recordings to transcribe: JSON Lines (id, audio, text), or a folder of recordings "
+        "with a .txt beside each",
+    )  # fmt: skip
+    add(
+        "--voice", action="append", default=[], metavar="[SYSTEM=]DIR",
+        help="with --recordings: voice that transcribes; with one --list: its voice; repeatable",
+    )  # fmt: skip
+    add(
+        "--slm", action="append", default=[], metavar="[SYSTEM=]DIR",
+        help="with --recordings and --codec: LLM that `slm export` wrote; repeatable",
+    )  # fmt: skip
+    add("--codec", help="codec of --slm: folder or hub id")
+    add(
+        "--model", action="append", default=[], metavar="[SYSTEM=]MODEL",
+        help="with --recordings: speech-to-text model, as --judge of the other parts; repeatable",
+    )  # fmt: skip
+    add(
+        "--run", action="append", default=[], metavar="[SYSTEM=]COMMAND",
+        help="with --recordings: command for each; {audio}, {language} and {id} are replaced, and "
+        "its standard output is the transcript; repeatable",
+    )  # fmt: skip
+    add("--model-digest", default="", help="digest of the system of --list")
+    add("--threads", type=int, help="of each process (default: the cores' share)")
+
+
+def benchmark_asr(args: argparse.Namespace) -> None:
+    """Scores the systems of the command line.
+
+    Raises:
+        ValueError: a list or option is invalid, a text or transcript is missing, or no recording
+            can be scored.
+    """
+    check_options(args)
+    makers = [*args.voice, *args.slm, *args.model, *args.run]
+    if bool(args.lists) == (args.recordings is not None):
+        raise ValueError("give --list with transcripts, or --recordings and a system")
+    if args.recordings is not None and not makers:
+        raise ValueError("--recordings needs a system: --voice, --slm, --model or --run")
+    if args.lists and (len(args.voice) > 1 or args.slm or args.model or args.run):
+        raise ValueError("--slm, --model, --run and several --voice need --recordings")
+    if args.slm and args.codec is None:
+        raise ValueError("--slm needs the codec that it was trained on: --codec")
+    if args.name is not None and max(len(args.lists), len(makers)) > 1:
+        raise ValueError("--name names one system; write SYSTEM=... for several")
+    columns = Columns(args)
+    made = [listed(args, one) for one in args.lists]
+    if args.recordings is not None:
+        made += transcribed(args)
+    found = []
+    for each in made:
+        own = {
+            one.id: columns.of(one.id, entry)
+            for one, entry in zip(each.scored, each.columns, strict=True)
+        }
+        columns.check(own, each.list_name)
+        inputs = [each.file] if each.file.is_file() else []
+        if args.references is not None:
+            inputs.append(args.references)
+        origin = provenance(args, PART, each.system, inputs, model=each.model)
+        found.append(
+            ScoredSystem(
+                list_name=each.list_name, scored=each.scored, origin=origin, constants={},
+                columns=own, references={one.id: one.audio for one in each.scored},
+                prefix=ASR_PREFIX,
+            )
+        )  # fmt: skip
+    report(PART, args.out, found)
+
+
+def listed(args: argparse.Namespace, argument: str) -> Transcripts:
+    """Returns the transcripts of --list; what is not in the list has lost its words.
+
+    Raises:
+        ValueError: a text or transcript is missing.
+    """
+    name, value = named(argument)
+    path = Path(value)
+    entries = {entry_name(entry, path): entry for entry in read_entries(path, ("text",))}
+    if args.references is None:
+        pairs = {name: (one["text"], one.get("hypothesis")) for name, one in entries.items()}
+        lacking = [name for name, one in entries.items() if "hypothesis" not in one]
+        if lacking:
+            raise ValueError(
+                f"{path}: {lacking[0]} has no hypothesis; --references names a list with the texts"
+            )
+    else:
+        texts = {
+            entry_name(entry, args.references): entry["text"]
+            for entry in read_entries(args.references, ("text",))
+        }
+        foreign = [name for name in entries if name not in texts]
+        if foreign:
+            raise ValueError(f"{args.references}: has no text for {foreign[0]}")
+        pairs = {name: (text, _hypothesis(entries.get(name))) for name, text in texts.items()}
+    pairs = dict(chosen(list(pairs.items()), args))
+    missing = sum(hypothesis is None for _, hypothesis in pairs.values())
+    if missing:
+        logger.warning("%d of %d have no transcript: deletions", missing, len(pairs))
+    scored = [
+        score_asr(name, text, hypothesis or "", args.language)
+        for name, (text, hypothesis) in pairs.items()
+    ]
+    system = args.name or name
+    model = digest_of_voice(args.voice[0]) if args.voice else args.model_digest
+    list_name = args.list_name or path.name.partition(".jsonl")[0]
+    own = [entries.get(one.id, {}) for one in scored]
+    return Transcripts(system, model, list_name, path, scored, own)
+
+
+def _hypothesis(entry: dict[str, Any] | None) -> str | None:
+    return None if entry is None else entry.get("hypothesis", entry["text"])
+
+
+def transcribed(args: argparse.Namespace) -> list[Transcripts]:
+    """Returns the transcripts of --recordings by each system, which are kept in OUT."""
+    entries = chosen(read_entries(args.recordings, ("text", "audio")), args)
+    items = [
+        Recording(
+            entry_name(one, args.recordings), one["text"], locate(one["audio"], args.recordings)
+        )
+        for one in entries
+    ]  # fmt: skip
+    name = args.list_name or args.recordings.name.partition(".jsonl")[0]
+    state = f"{state_of_files([item.audio for item in items])} {[item.text for item in items]}"
+    found: list[Transcripts] = []
+
+    def add(system: str, model: str, scored: list[ScoredUtterance]) -> None:
+        if any(one.system == system for one in found):
+            raise ValueError(f"two systems are called {system}; write SYSTEM=...")
+        by_id = {item.id: entry for item, entry in zip(items, entries, strict=True)}
+        own = [by_id[one.id] for one in scored]
+        found.append(Transcripts(system, model, name, args.recordings, scored, own))
+
+    for kind, arguments in (("voice", args.voice), ("slm", args.slm), ("model", args.model)):
+        for system, source in map(named, arguments):
+            system = args.name or system
+            options = TranscriberOptions(
+                kind=kind, source=source, codec=args.codec, threads=args.threads,
+                language=args.language,
+            )  # fmt: skip
+            model = options.digest()
+            key = f"{state} {model} {options} "
+            make = partial(RecordingScorer, options)
+            scored = score_all(args.out, items, {system: key}, make, args.processes)[system]
+            add(system, model, scored)
+    for system, command in map(named_command, args.run):
+        system = args.name or system
+        words = words_of(command, ("audio", "id", "language"), ("audio",))
+        lines = [
+            {"id": item.id, "audio": str(item.audio), "language": args.language} for item in items
+        ]
+        made = run_lines(words, lines, args.out / "runs" / safe_name(system), args.processes)
+        scored = [
+            replace(
+                score_asr(item.id, item.text, one["hypothesis"] or "", args.language),
+                values={"failure": float(one["failure"] is not None)}, audio=str(item.audio),
+            )
+            for item, one in zip(items, made, strict=True)
+        ]  # fmt: skip
+        add(system, args.model_digest or sha256_of(command, 16), scored)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TranscriberOptions:
+    """A system that transcribes, not loaded yet."""
+
+    kind: str
+    """voice, slm or model."""
+    source: str
+    """Folder or hub id."""
+    codec: str | None
+    threads: int
+    language: str
+
+    def digest(self) -> str:
+        """Returns a digest of its weights."""
+        if self.kind == "voice":
+            return digest_of_voice(self.source)
+        if self.kind == "model":
+            return load_judges(self.source, None, language=self.language).judge_name
+        files = sorted(Path(self.source).glob("*.safetensors"))
+        return sha256_of(" ".join(sha256_of(file, 16) for file in files), 16)
+
+    def load(self) -> Callable[[Path], str]:
+        """Returns a recording's path to its transcript.
+
+        Raises:
+            ValueError: the system cannot be loaded.
+        """
+        import torch
+
+        torch.set_num_threads(self.threads)
+        if self.kind == "model":
+            judges = load_judges(
+                self.source, None, num_threads=self.threads, language=self.language
+            )
+            return lambda path: judges.transcribe(read_audio(path, ASR_RATE), ASR_RATE)
+        if self.kind == "voice":
+            from slm import Voice
+
+            voice = Voice.from_pretrained(self.source)
+            return lambda path: voice.transcribe_file(path).text
+        from codec import load_codec
+        from slm.export.causal_lm import load_export
+        from slm.generation.asr import audible_pieces, join_transcripts, transcribe
+        from slm.generation.asr import transcribe_pieces as in_pieces
+
+        assert self.codec is not None
+        codec, lm = load_codec(self.codec), load_export(self.source)
+        lm.vocabulary.check_codec(codec.stamp, self.codec)
+        longest = round(MAX_PIECE_SECONDS * codec.sample_rate)
+
+        def transcript(path: Path) -> str:
+            pieces = audible_pieces([read_audio(path, codec.sample_rate)], longest)
+            return join_transcripts(in_pieces(codec, pieces, partial(transcribe, lm))).text
+
+        return transcript
+
+
+MAX_PIECE_SECONDS = 15.0
+"""Maximum length of what an exported LLM transcribes at once; it has no record of its training
+data's lengths."""
+
+
+class RecordingScorer:
+    """Transcribes a recording with a system, and scores the transcript."""
+
+    def __init__(self, options: TranscriberOptions):
+        self._transcribe = options.load()
+        self._language = options.language
+
+    def __call__(
+        self, item: Recording, names: Sequence[str]
+    ) -> Iterator[tuple[str, ScoredUtterance]]:
+        """Yields the scores of the one system. A missing recording is an error; silence has no
+        words."""
+        if not item.audio.is_file():
+            raise ValueError(f"{item.audio}: no such recording")
+        scored = score_asr(item.id, item.text, self._transcribe(item.audio), self._language)
+        for name in names:
+            yield name, replace(scored, audio=str(item.audio))

@@ -1,0 +1,289 @@
+"""Options that the parts of the benchmark share, and what follows from them."""
+
+import argparse
+import json
+import os
+import random
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from codec.io import sha256_of
+from codec.json_lines import read_appended, write_json_lines
+from codec.program import counted
+from codec.training.run import git_revision
+from eval.benchmark import Provenance, Row, ScoredUtterance, rows_of, table
+from recipes.lib.run import finished
+from recipes.scoring.judges import Judges, load_judges
+from recipes.scoring.lists import read_columns
+from recipes.scoring.rows import append_rows, read_rows
+
+T = TypeVar("T")
+
+
+class Named(NamedTuple):
+    """A value of the command line and its name: NAME=VALUE."""
+
+    name: str
+    value: str
+
+
+def named(argument: str) -> Named:
+    """Returns the parts of NAME=VALUE. A value alone is named after its last path component without
+    its suffix."""
+    name, equals, value = argument.partition("=")
+    if equals and name and "/" not in name and not Path(argument).exists():
+        return Named(name, value)
+    return Named(Path(argument).name.partition(".jsonl")[0] or argument, argument)
+
+
+def named_command(argument: str) -> Named:
+    """Returns the parts of NAME=COMMAND. A command alone is named after its program."""
+    name, equals, command = argument.partition("=")
+    if equals and re.fullmatch(r"[\w.-]+", name):
+        return Named(name, command)
+    return Named(Path((argument.split() or [""])[0]).name, argument)
+
+
+def list_options() -> argparse.ArgumentParser:
+    """Returns the options of what is scored."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder for rows.jsonl, clips.jsonl and waves")
+    add("--name", help="name of the system in the rows, where there is one")
+    add("--limit", type=int, metavar="N", help="score only the first N items of each list")
+    add("--sample", type=int, metavar="N", help="score N random items of each list (see --seed)")
+    add("--seed", type=int, default=0, help="of the sample (default: 0)")
+    add("--language", default="en", help="of the texts (default: en)")
+    add(
+        "--by", action="append", default=[], metavar="COLUMN",
+        help="a row for each value of a column of the list too, such as sex; repeatable",
+    )  # fmt: skip
+    add("--columns", type=Path, help="JSON Lines with id and more columns for --by")
+    add(
+        "--processes", type=int, default=1,
+        help="processes that score, each with its own models (default: 1)",
+    )  # fmt: skip
+    return parser
+
+
+def judge_options() -> argparse.ArgumentParser:
+    """Returns the options of the models that score."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add = parser.add_argument
+    add("--judge", help="ASR: Whisper folder (CTranslate2), or transformers folder or hub id")
+    add("--speaker", help="speaker encoder: folder or hub id (default: no similarity)")
+    add("--threads", type=int, help="of each process (default: the cores' share)")
+    return parser
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raises ValueError for an option that is out of range."""
+    for option in ("limit", "sample", "processes", "threads"):
+        value = getattr(args, option, None)
+        if value is not None and value < 1:
+            raise ValueError(f"--{option} must be at least 1, got {value}")
+    if args.limit is not None and args.sample is not None:
+        raise ValueError("--limit and --sample: give one of them")
+    if getattr(args, "threads", 1) is None:
+        args.threads = max(1, (os.cpu_count() or 1) // args.processes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgeOptions:
+    """The models that score, not loaded yet."""
+
+    judge: str | None
+    speaker: str | None
+    threads: int
+    language: str
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "JudgeOptions":
+        """Returns those of the command line."""
+        return cls(
+            judge=args.judge, speaker=args.speaker, threads=args.threads, language=args.language
+        )
+
+    def load(self) -> Judges:
+        """Returns the models, and sets the number of threads of torch.
+
+        Raises:
+            ValueError: one cannot be loaded.
+        """
+        import torch
+
+        torch.set_num_threads(self.threads)
+        return load_judges(
+            self.judge, self.speaker, num_threads=self.threads, language=self.language
+        )
+
+
+def chosen(items: Sequence[T], args: argparse.Namespace) -> list[T]:
+    """Returns the items of --limit or --sample, in the list's order."""
+    if args.sample is None or args.sample >= len(items):
+        return list(items[: args.limit])
+    places = random.Random(args.seed).sample(range(len(items)), args.sample)
+    return [items[place] for place in sorted(places)]
+
+
+class Columns:
+    """Values of the columns of --by."""
+
+    def __init__(self, args: argparse.Namespace):
+        """
+        Raises:
+            ValueError: --columns is no such list.
+        """
+        self.names: list[str] = list(dict.fromkeys(args.by))
+        self._more = read_columns(args.columns) if args.columns is not None else {}
+        self._file = args.columns
+
+    def of(self, utterance: str, own: Mapping[str, Any]) -> dict[str, str]:
+        """Returns the columns of an utterance; `own` are those of the list itself."""
+        known = {**own, **self._more.get(utterance, {})}
+        return {name: str(known[name]) for name in self.names if known.get(name) not in (None, "")}
+
+    def check(self, found: Mapping[str, Mapping[str, str]], where: str) -> None:
+        """Raises ValueError if no utterance has a column.
+
+        Args:
+            found: columns of each utterance.
+            where: name of the list, for the message.
+        """
+        for name in self.names:
+            if not any(name in columns for columns in found.values()):
+                raise ValueError(
+                    f"--by {name}: no item of {where} has this column; --columns names a list of "
+                    "id and columns"
+                )
+
+
+def provenance(
+    args: argparse.Namespace, part: str, system: str, inputs: Iterable[Path],
+    judges: Judges | None = None, model: str = "", seed: int = 0, **options: Any,
+) -> Provenance:  # fmt: skip
+    """Returns the provenance of the rows of a system.
+
+    Args:
+        inputs: lists that were scored; the configuration's digest is of them and the options.
+        model: digest of the system.
+        options: settings of the part.
+    """
+    shared = {key: getattr(args, key) for key in ("limit", "sample", "language")}
+    if args.sample is not None:
+        shared["seed"] = args.seed
+    settings = {
+        "part": part, "lists": [sha256_of(path, 16) for path in inputs], **shared, **options
+    }  # fmt: skip
+    return Provenance(
+        part=part,
+        system=system,
+        seed=seed,
+        git=git_revision(),
+        config=sha256_of(json.dumps(settings, sort_keys=True, default=str), 16),
+        model=model,
+        judge=judges.judge_name if judges else "",
+        speaker=judges.speaker_name if judges else "",
+    )
+
+
+class SystemList(NamedTuple):
+    """What one system made of a list."""
+
+    system: str
+    model: str
+    """Digest of the system; "": unknown."""
+    list_name: str
+    file: Path
+    """The list or folder that names the items."""
+    entries: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredSystem:
+    """A system's scores of a list."""
+
+    list_name: str
+    scored: Sequence[ScoredUtterance]
+    origin: Provenance
+    constants: Mapping[str, float]
+    """Numbers of the system, such as its bit rate."""
+    columns: Mapping[str, Mapping[str, str]]
+    """Columns of each utterance."""
+    references: Mapping[str, str | None]
+    """Original, prompt or target recording of each utterance."""
+    prefix: str = ""
+    """Of the word metrics (eval.benchmark.ASR_PREFIX)."""
+
+    def rows(self) -> list[Row]:
+        """Returns the rows of the utterances, of the list, and of each group of its columns."""
+        rows = rows_of(self.list_name, self.scored, self.origin, self.constants, self.prefix)
+        names = dict.fromkeys(name for columns in self.columns.values() for name in columns)
+        for name in names:
+            groups: dict[str, list[ScoredUtterance]] = {}
+            for one in self.scored:
+                value = self.columns.get(one.id, {}).get(name)
+                if value is not None:
+                    groups.setdefault(value, []).append(one)
+            for value, members in sorted(groups.items()):
+                label = f"{self.list_name}/{name}={value}"
+                made = rows_of(label, members, self.origin, prefix=self.prefix)
+                rows += [row for row in made if row.utterance is None]
+        return rows
+
+    def clips(self, out: Path) -> list[dict[str, Any]]:
+        """Returns the lines of clips.jsonl; paths below `out` are relative to it."""
+
+        def place(path: str | None) -> str | None:
+            if path is None:
+                return None
+            where = Path(path).resolve()
+            root = out.resolve()
+            return where.relative_to(root).as_posix() if where.is_relative_to(root) else str(where)
+
+        return [
+            {
+                "part": self.origin.part,
+                "list": self.list_name,
+                "system": self.origin.system,
+                "id": one.id,
+                "text": one.text or None,
+                "transcript": one.transcript or None,
+                "audio": place(one.audio),
+                "reference_audio": place(self.references.get(one.id)),
+                "columns": dict(self.columns.get(one.id, {})),
+            }
+            for one in self.scored
+        ]
+
+
+CLIPS = "clips.jsonl"
+"""Texts, transcripts and waves of all scored utterances, beside rows.jsonl."""
+
+
+def report(part: str, out: Path, systems: Sequence[ScoredSystem]) -> None:
+    """Writes OUT/rows.jsonl and OUT/clips.jsonl, and prints the table."""
+    report_rows(part, out, [row for system in systems for row in system.rows()])
+    new = [clip for system in systems for clip in system.clips(out)]
+
+    def key(clip: Mapping[str, Any]) -> tuple[Any, ...]:
+        return (clip["part"], clip["list"], clip["system"])
+
+    scored = {key(clip) for clip in new}
+    before = [line.value for line in read_appended(out / CLIPS)]
+    write_json_lines(out / CLIPS, [clip for clip in before if key(clip) not in scored] + new)
+
+
+def report_rows(part: str, out: Path, rows: Iterable[Row]) -> None:
+    """Appends new rows to OUT/rows.jsonl, and prints the table of `rows`."""
+    new = list(rows)
+    known = set(read_rows(out / "rows.jsonl"))
+    append_rows(out / "rows.jsonl", [row for row in new if row not in known])
+    print(table(new))
+    again = (
+        f"python recipes/benchmark.py {part} ... --out {out}   (adds the scores of another system)"
+    )
+    finished(f"scores of {counted(len(new), 'row')}", out / "rows.jsonl", again)
