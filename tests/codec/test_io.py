@@ -5,6 +5,7 @@ import fcntl
 import os
 import re
 import resource
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,6 +69,8 @@ def test_every_atomic_writer_obeys_the_umask(tmp_path: Path, umask: int) -> None
         save_file(tensors, temporary)
     with atomic_files(tmp_path / "files") as temporary:
         save_file(tensors, temporary / "a.safetensors")
+        lock = tmp_path / "files" / ".writing"
+        assert lock.stat().st_mode & 0o777 == 0o666 & ~umask
     with atomic_folder(tmp_path / "folder") as temporary:
         (temporary / "below").mkdir()
         save_file(tensors, temporary / "below" / "a.safetensors")
@@ -108,6 +111,9 @@ def test_a_folder_has_one_writer_at_a_time(tmp_path: Path, writer, monkeypatch) 
             writer(folder).__enter__()
     assert len(calls) == 3
     assert (folder / "model").read_text() == "of the second"
+    with writer(folder) as partial:
+        (partial / "model").touch()
+        next(tmp_path.rglob(".*writing")).unlink()
     assert [path.name for path in tmp_path.rglob("*")] == ["export", "model"]
 
 
@@ -182,10 +188,13 @@ def test_temporary_files_of_killed_processes_go_at_the_next_write(tmp_path: Path
     here, other = io._machine(), "01234567"
     ended = [f".a.jsonl.{here}-{pid}-140.tmp", f".b.{here}-{os.getpid()}-140.tmp.wav"]
     folder, forgotten = f".partial.{here}-{pid}-1.tmp", f".f.{other}-{pid}-1.tmp"
+    link, day = tmp_path / f".l.{here}-{pid}-1.tmp", 24 * 3600
+    link.symlink_to(tmp_path / "nowhere")
     stays = [f".c.{here}-{os.getppid()}-1.tmp", f".d.{other}-{pid}-1.tmp", ".e.tmp", "a.jsonl"]
     for name in (*ended, forgotten, *stays):
         (tmp_path / name).touch()
-    os.utime(tmp_path / forgotten, (0, 0))
+    os.utime(tmp_path / forgotten, 2 * (time.time() - day - 5,))
+    os.utime(tmp_path / stays[1], 2 * (time.time() - day + 600,))
     (tmp_path / folder).mkdir()
     (tmp_path / folder / "half").touch()
     with atomic_file(tmp_path / "new") as temporary:
@@ -235,6 +244,12 @@ def test_a_full_disk_is_named_where_the_library_does_not(
     monkeypatch.setattr(io.shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
     with (
         pytest.raises(WriteError, match=r"\(No space left on device: System error\.\)"),
+        write_errors(tmp_path, LookupError),
+    ):
+        raise LookupError("System error.")
+    monkeypatch.setattr(io.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+    with (
+        pytest.raises(WriteError, match=r"cannot be written \(System error\.\)"),
         write_errors(tmp_path, LookupError),
     ):
         raise LookupError("System error.")
@@ -347,6 +362,14 @@ def test_aliases_of_yaml_are_limited() -> None:
     for text in ("a: [", "!!python/object/apply:os.getcwd []", "{[]: 1}", "2001-99-99"):
         with pytest.raises(ValueError, match=r"\w"):
             parse_yaml(text)
+
+
+def test_the_number_of_values_is_limited() -> None:
+    hundred, thousand = f"&a [{'x, ' * 99}]", f"&b [&s x, {'*s, ' * 999}]"
+    below = f"{hundred}, {thousand}, {'*b, ' * 98}{'*a, ' * 7}"
+    assert len(parse_yaml(f"[{below}{'x, ' * 100}]")) == 207  # With aliases 100,000 values.
+    with pytest.raises(ValueError, match="has more than 100000 values"):
+        parse_yaml(f"[{below}{'x, ' * 101}]")
 
 
 def test_the_lock_of_a_folder_is_no_link(tmp_path: Path) -> None:

@@ -83,7 +83,10 @@ def test_fewer_merges_than_asked_for_where_there_are_no_more() -> None:
 def test_large_codebooks() -> None:
     """Their codes fill two of Unicode's planes."""
     codes = np.array([0, 0xFFFD, 0xFFFE, 0xFFFF, 0xFFFF, 0])
-    assert units_module._codes(units_module._text(codes)).tolist() == codes.tolist()
+    text = units_module._text(codes)
+    assert units_module._codes(text).tolist() == codes.tolist()
+    # The last two characters of each plane are none of Unicode's.
+    assert [ord(each) for each in text[1:3]] == [0xFFFFD, 0x100000]
     stamp = dataclasses.replace(STAMP, codebook_sizes=(65_536, 16, 16))
     units = AcousticBPE.train([np.tile([0xFFFF, 0xFFFE, 0], 20)], stamp, size=2)
     assert len(units.encode(np.tile([0xFFFF, 0xFFFE, 0], 5))) == 5
