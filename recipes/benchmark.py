@@ -25,8 +25,11 @@ def main(argv: Sequence[str]) -> None:
     """Runs one part of the benchmark."""
     parser = ArgumentParser(description="Scores systems on lists.")
     kinds = parser.add_subparsers(dest="kind", required=True)
-    for part in (reconstruction, tts, asr, vc, speed):
-        part.add_command(kinds)
+    reconstruction.add_reconstruction_command(kinds)
+    tts.add_tts_command(kinds)
+    asr.add_asr_command(kinds)
+    vc.add_vc_command(kinds)
+    speed.add_command(kinds)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.kind == "reconstruction":

@@ -106,6 +106,8 @@ def entries_of_list(
                 )
         if not isinstance(stored.get("audio"), str):
             raise ValueError(f"{where}: needs an object with the key audio")
+        if any(character < " " for character in stored["audio"]):
+            raise ValueError(f"{where}: audio has a control character: {stored['audio']!r}")
         if not isinstance(stored.get("text"), str):
             raise ValueError(f'{where}: needs the key text ("" where there is no transcript)')
         offset, duration = _seconds(stored, where)

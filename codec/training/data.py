@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 SOURCE_TYPES = ("file", "memory", "shar")
 """Types of recordings in lists of cuts. lhotse has two more: shell commands and addresses."""
+MAX_MIXED_SECONDS = 3600
+"""Maximum length of what lhotse reads, in memory: a list may state any padding."""
 WORKER_SECONDS = 60
 """A loader process ends this long after SIGTERM, if its main process has not ended it before."""
 
@@ -114,6 +116,11 @@ def _load(cut: "Cut", sample_rate: int, start: float, duration: float, allow_sil
             source, sample_rate, start=cut.start + start,
             duration=None if end_of_file else duration, allow_silence=allow_silence,
         )  # fmt: skip
+    if duration > MAX_MIXED_SECONDS:
+        raise ValueError(
+            f"{cut.id}: a mixture or archive of {duration:g} s; at most {MAX_MIXED_SECONDS} s are "
+            "read at once"
+        )
     try:
         with _libsndfile():
             wave = cut.truncate(offset=start, duration=duration).load_audio()

@@ -21,11 +21,11 @@ from recipes.scoring.options import (
     list_options,
     named,
     named_command,
-    provenance,
-    report,
+    origin_of,
+    write_scores,
 )
 from recipes.scoring.scores import score_all
-from recipes.scoring.systems import run_lines, words_of
+from recipes.scoring.systems import command_words, run_lines
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ ASR_RATE = 16_000
 """Hz, of what a speech-to-text model of --model reads."""
 
 
-class Recording(NamedTuple):
+class ListedAudio(NamedTuple):
     """A recording to transcribe, and its text."""
 
     id: str
@@ -55,7 +55,7 @@ class Transcripts(NamedTuple):
     """Entry of each utterance."""
 
 
-def add_command(kinds: Any) -> None:
+def add_asr_command(kinds: Any) -> None:
     """Adds `asr` to the subparsers of benchmark.py."""
     about = "transcripts of any system"
     command = kinds.add_parser(
@@ -72,7 +72,7 @@ def add_command(kinds: Any) -> None:
     add(
         "--recordings", type=Path, metavar="LIST",
         help="recordings to transcribe: JSON Lines (id, audio, text), or a folder of recordings "
-        "with a .txt beside each",
+        "with a .txt for each",
     )  # fmt: skip
     add(
         "--voice", action="append", default=[], metavar="[SYSTEM=]DIR",
@@ -129,7 +129,7 @@ def benchmark_asr(args: argparse.Namespace) -> None:
         inputs = [each.file] if each.file.is_file() else []
         if args.references is not None:
             inputs.append(args.references)
-        origin = provenance(args, PART, each.system, inputs, model=each.model)
+        origin = origin_of(args, PART, each.system, inputs, model=each.model)
         found.append(
             ScoredSystem(
                 list_name=each.list_name, scored=each.scored, origin=origin, constants={},
@@ -137,7 +137,7 @@ def benchmark_asr(args: argparse.Namespace) -> None:
                 prefix=ASR_PREFIX,
             )
         )  # fmt: skip
-    report(PART, args.out, found)
+    write_scores(PART, args.out, found)
 
 
 def listed(args: argparse.Namespace, argument: str) -> Transcripts:
@@ -188,7 +188,7 @@ def transcribed(args: argparse.Namespace) -> list[Transcripts]:
     """Returns the transcripts of --recordings by each system, which are kept in OUT."""
     entries = chosen(read_entries(args.recordings, ("text", "audio")), args)
     items = [
-        Recording(
+        ListedAudio(
             entry_name(one, args.recordings), one["text"], locate(one["audio"], args.recordings)
         )
         for one in entries
@@ -218,7 +218,7 @@ def transcribed(args: argparse.Namespace) -> list[Transcripts]:
             add(system, model, scored)
     for system, command in map(named_command, args.run):
         system = args.name or system
-        words = words_of(command, ("audio", "id", "language"), ("audio",))
+        words = command_words(command, ("audio", "id", "language"), ("audio",))
         lines = [
             {"id": item.id, "audio": str(item.audio), "language": args.language} for item in items
         ]
@@ -304,7 +304,7 @@ class RecordingScorer:
         self._language = options.language
 
     def __call__(
-        self, item: Recording, names: Sequence[str]
+        self, item: ListedAudio, names: Sequence[str]
     ) -> Iterator[tuple[str, ScoredUtterance]]:
         """Yields the scores of the one system. A missing recording is an error; silence has no
         words."""

@@ -4,21 +4,21 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from codec.audio import AUDIO_SUFFIXES
 from codec.json_lines import read_json_lines
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a")
 TEXT_KEYS = ("text", "hypothesis", "audio", "prompt", "prompt_text", "source", "target")
 
 
 def read_entries(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns the entries of a JSON Lines list, or of a folder of waves with a .txt beside each.
+    """Returns the entries of a JSON Lines list, or of a folder of waves with a .txt for each.
 
     Raises:
         ValueError: a line is no JSON, lacks a needed key or repeats an id; a wave has no text; the
             list is empty.
     """
     if path.is_dir():
-        return entries_of_folder(path)
+        return entries_of_waves(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such list")
     entries: list[dict[str, Any]] = []
@@ -41,9 +41,9 @@ def read_entries(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
     return entries
 
 
-def entries_of_folder(folder: Path) -> list[dict[str, Any]]:
-    """Returns id, text and audio of the waves of a folder, with the texts of the .txt files beside
-    them.
+def entries_of_waves(folder: Path) -> list[dict[str, Any]]:
+    """Returns id, text and audio of the waves of a folder, with the texts of the .txt files next
+    to them.
 
     Raises:
         ValueError: there is no wave, or one has no text.
@@ -108,7 +108,7 @@ def recordings_of(cuts: Iterable[Any]) -> list[Path]:
 
 
 def columns_of_cut(cut: Any) -> dict[str, Any]:
-    """Returns what a cut and its first supervision say of the utterance: speaker, gender, language
+    """Returns the columns of a cut and of its first supervision: speaker, gender, language
     and custom fields."""
     found: dict[str, Any] = dict(getattr(cut, "custom", None) or {})
     for part in cut.supervisions[:1]:

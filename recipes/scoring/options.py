@@ -161,11 +161,11 @@ class Columns:
                 )
 
 
-def provenance(
+def origin_of(
     args: argparse.Namespace, part: str, system: str, inputs: Iterable[Path],
     judges: Judges | None = None, model: str = "", seed: int = 0, **options: Any,
 ) -> Provenance:  # fmt: skip
-    """Returns the provenance of the rows of a system.
+    """Returns the origin_of of the rows of a system.
 
     Args:
         inputs: lists that were scored; the configuration's digest is of them and the options.
@@ -261,10 +261,10 @@ class ScoredSystem:
 
 
 CLIPS = "clips.jsonl"
-"""Texts, transcripts and waves of all scored utterances, beside rows.jsonl."""
+"""Texts, transcripts and waves of all scored utterances, next to rows.jsonl."""
 
 
-def report(part: str, out: Path, systems: Sequence[ScoredSystem]) -> None:
+def write_scores(part: str, out: Path, systems: Sequence[ScoredSystem]) -> None:
     """Writes OUT/rows.jsonl and OUT/clips.jsonl, and prints the table."""
     report_rows(part, out, [row for system in systems for row in system.rows()])
     new = [clip for system in systems for clip in system.clips(out)]

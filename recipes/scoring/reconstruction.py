@@ -31,8 +31,8 @@ from recipes.scoring.options import (
     judge_options,
     list_options,
     named,
-    provenance,
-    report,
+    origin_of,
+    write_scores,
 )
 from recipes.scoring.scores import score_all
 
@@ -64,7 +64,7 @@ class CodecSystem:
         return len(self.codebook_sizes)
 
 
-def add_command(kinds: Any) -> None:
+def add_reconstruction_command(kinds: Any) -> None:
     """Adds `reconstruction` to the subparsers of benchmark.py."""
     about = "recordings and their reconstructions by codecs"
     parents = [list_options(), judge_options()]
@@ -110,7 +110,7 @@ def benchmark_reconstruction(args: argparse.Namespace) -> None:
         columns.check(own, listed.name)
         files = {cut.id: str(next(iter(recordings_of([cut])), "")) or None for cut in cuts}
         origin = partial(
-            provenance, args, PART, inputs=[Path(listed.value)], judges=judges,
+            origin_of, args, PART, inputs=[Path(listed.value)], judges=judges,
             codebooks=args.codebooks, auxiliary=args.auxiliary,
         )  # fmt: skip
         shared = {"list_name": listed.name, "columns": own}
@@ -128,7 +128,7 @@ def benchmark_reconstruction(args: argparse.Namespace) -> None:
                     constants=constants(system, cuts, args.out), references=files,
                 )
             )  # fmt: skip
-    report(PART, args.out, found)
+    write_scores(PART, args.out, found)
 
 
 def codec_systems(args: argparse.Namespace) -> list[CodecSystem]:
@@ -195,7 +195,7 @@ class CutScorer:
                 waves[rate] = load_cut(cut, rate)
             if folder not in codes:
                 codes[folder] = self._codes(cut, waves[rate], system)
-            coded = decoded(
+            coded = decode_codes(
                 self._codec(system), codes[folder][: system.num_codebooks], waves[rate].size,
                 auxiliary=system.auxiliary,
             )  # fmt: skip
@@ -219,7 +219,7 @@ class CutScorer:
         count = max(
             each.num_codebooks for each in self._systems.values() if each.folder == system.folder
         )
-        codes = encoded(self._codec(system), wave, count)
+        codes = encode_wave(self._codec(system), wave, count)
         path = code_file(self._out, system, cut)
         with atomic_file(path) as temporary, open(temporary, "wb") as file:
             np.save(file, codes.astype(np.uint16))
@@ -231,7 +231,7 @@ def code_file(out: Path, system: CodecSystem, cut: Any) -> Path:
     return out / "codes" / safe_name(system.digest) / f"{safe_name(cut.id)}.npy"
 
 
-def encoded(
+def encode_wave(
     codec: Any, wave: Float[np.ndarray, " S"], num_codebooks: int
 ) -> Int[np.ndarray, "Q T"]:
     """Returns the codes (Q, T) of a wave (S,) at the codec's sample rate."""
@@ -242,7 +242,7 @@ def encoded(
     return codes.codes[0, :, : int(codes.lengths[0])].cpu().numpy()
 
 
-def decoded(
+def decode_codes(
     codec: Any, codes: Int[np.ndarray, "Q T"], num_samples: int, *, auxiliary: bool = False
 ) -> Float[np.ndarray, " s"]:
     """Returns the wave of codes (Q, T), of at most `num_samples`, at the codec's sample rate.

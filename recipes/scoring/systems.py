@@ -27,7 +27,7 @@ FIELD = re.compile(r"\{(\w+)\}")
 RESULTS = "results.jsonl"
 
 
-def words_of(command: str, fields: Sequence[str], needed: Sequence[str]) -> list[str]:
+def command_words(command: str, fields: Sequence[str], needed: Sequence[str]) -> list[str]:
     """Returns the words of a command template.
 
     Args:
@@ -135,8 +135,8 @@ def _run(
         raise ValueError(f"--run: {words[0]!r} cannot be started ({error})") from error
     failure = None
     if run.returncode:
-        said = run.stderr.decode("utf-8", "replace").strip().splitlines()
-        failure = f"status {run.returncode}" + (f": {said[-1][:200]}" if said else "")
+        printed = run.stderr.decode("utf-8", "replace").strip().splitlines()
+        failure = f"status {run.returncode}" + (f": {printed[-1][:200]}" if printed else "")
     if not makes_wave:
         text = run.stdout.decode("utf-8", "replace").strip()
         return {"hypothesis": None if failure else text, "failure": failure}

@@ -29,11 +29,11 @@ from recipes.scoring.options import (
     list_options,
     named,
     named_command,
-    provenance,
-    report,
+    origin_of,
+    write_scores,
 )
 from recipes.scoring.scores import score_all
-from recipes.scoring.systems import run_lines, words_of
+from recipes.scoring.systems import command_words, run_lines
 
 PART = "tts"
 LENGTHS = (3, 10, 25, 75)
@@ -53,7 +53,7 @@ class SpeechItem(NamedTuple):
     seed: int | None
 
 
-def add_command(kinds: Any) -> None:
+def add_tts_command(kinds: Any) -> None:
     """Adds `tts` to the subparsers of benchmark.py."""
     about = "synthesized texts of any system"
     parents = [list_options(), judge_options()]
@@ -62,7 +62,7 @@ def add_command(kinds: Any) -> None:
     add(
         "--list", action="append", default=[], metavar="[SYSTEM=]LIST", dest="lists",
         help="waves to score: JSON Lines (id, text, audio, perhaps prompt, failure, seed), or a "
-        "folder of recordings with a .txt beside each; repeatable",
+        "folder of recordings with a .txt for each; repeatable",
     )  # fmt: skip
     add("--list-name", help="name of the lists in the rows (default: the file's)")
     add(
@@ -109,7 +109,7 @@ def benchmark_tts(args: argparse.Namespace) -> None:
         }
         columns.check(own, each.list_name)
         seed = min((one.seed for one in scored if one.seed is not None), default=0)
-        origin = provenance(
+        origin = origin_of(
             args, PART, each.system, [each.file] if each.file.is_file() else [], judges,
             each.model, seed, rate=args.rate,
         )  # fmt: skip
@@ -120,7 +120,7 @@ def benchmark_tts(args: argparse.Namespace) -> None:
                 references=prompts,
             )
         )  # fmt: skip
-    report(PART, args.out, found)
+    write_scores(PART, args.out, found)
 
 
 def system_lists(args: argparse.Namespace) -> list[SystemList]:
@@ -145,10 +145,10 @@ def system_lists(args: argparse.Namespace) -> list[SystemList]:
         chosen_entries = chosen(entries, args)
         for system, folder in map(named, args.voice):
             system = args.name or system
-            found.append(_spoken(args, system, folder, chosen_entries, name))
+            found.append(_synthesized(args, system, folder, chosen_entries, name))
         for system, command in runs:
             system = args.name or system
-            words = words_of(
+            words = command_words(
                 command, ("id", "text", "prompt", "prompt_text", "language", "out"),
                 ("text", "out"),
             )  # fmt: skip
@@ -186,7 +186,7 @@ def _prompt_of(entry: Mapping[str, Any], args: argparse.Namespace) -> dict[str, 
     return {"prompt": str(locate(entry["prompt"], args.texts, args.prompts))}
 
 
-def _spoken(
+def _synthesized(
     args: argparse.Namespace, system: str, folder: str, entries: Sequence[Mapping[str, Any]],
     name: str,
 ) -> SystemList:  # fmt: skip

@@ -1,7 +1,7 @@
 """Scores voice conversion of any system: `python recipes/benchmark.py vc`.
 
-What is said is scored against the source's text (or the judge's transcript of the source), whose
-voice it is against source and target.
+Words are scored against the source's text (or the judge's transcript of the source), speaker
+similarity against source and target.
 """
 
 import argparse
@@ -35,12 +35,12 @@ from recipes.scoring.options import (
     list_options,
     named,
     named_command,
-    provenance,
-    report,
+    origin_of,
+    write_scores,
 )
-from recipes.scoring.reconstruction import decoded, encoded
+from recipes.scoring.reconstruction import decode_codes, encode_wave
 from recipes.scoring.scores import score_all
-from recipes.scoring.systems import run_lines, words_of
+from recipes.scoring.systems import command_words, run_lines
 
 PART = "vc"
 RATE = 16_000
@@ -52,7 +52,7 @@ class ConvertedItem(NamedTuple):
 
     id: str
     text: str | None
-    """What the source says; None: the judge transcribes it."""
+    """Text of the source; None: the judge transcribes it."""
     audio: Path | None
     """None: nothing was made."""
     source: Path
@@ -60,7 +60,7 @@ class ConvertedItem(NamedTuple):
     failure: str | None
 
 
-def add_command(kinds: Any) -> None:
+def add_vc_command(kinds: Any) -> None:
     """Adds `vc` to the subparsers of benchmark.py."""
     about = "voice conversion by any system"
     parents = [list_options(), judge_options()]
@@ -118,7 +118,7 @@ def benchmark_vc(args: argparse.Namespace) -> None:
             item.id: columns.of(item.id, entry) for item, entry in zip(items, entries, strict=True)
         }
         columns.check(own, each.list_name)
-        origin = provenance(
+        origin = origin_of(
             args, PART, each.system, [each.file], judges, each.model, codebooks=args.codebooks
         )
         targets: dict[str, str | None] = {item.id: str(item.target) for item in items}
@@ -128,7 +128,7 @@ def benchmark_vc(args: argparse.Namespace) -> None:
                 references=targets,
             )
         )  # fmt: skip
-    report(PART, args.out, found)
+    write_scores(PART, args.out, found)
 
 
 def converted(args: argparse.Namespace) -> list[SystemList]:
@@ -202,7 +202,7 @@ def _made(args: argparse.Namespace) -> list[SystemList]:
             entries.append({**line, "audio": audio, "failure": made["failure"]})
         add(system, digest_of_voice(folder), entries)
     for system, command in map(named_command, args.run):
-        words = words_of(
+        words = command_words(
             command, ("id", "source", "target", "text", "out"), ("source", "target", "out")
         )
         out = args.out / "runs" / safe_name(args.name or system)
@@ -222,12 +222,12 @@ def swap(codec: Any, line: Mapping[str, Any], num_codebooks: int, out: Path) -> 
         source, target = (read_audio(line[key], rate) for key in ("source", "target"))
     except ValueError as error:
         return {**line, "audio": None, "failure": str(error)}
-    first = encoded(codec, source, 1)
-    others = encoded(codec, target, num_codebooks)[1:]
+    first = encode_wave(codec, source, 1)
+    others = encode_wave(codec, target, num_codebooks)[1:]
     repeats = -(-first.shape[1] // others.shape[1])
     codes = np.concatenate([first, np.tile(others, repeats)[:, : first.shape[1]]])
     path = out / f"{safe_name(line['id'])}.wav"
-    write_audio(path, decoded(codec, codes, source.size), rate)
+    write_audio(path, decode_codes(codec, codes, source.size), rate)
     return {**line, "audio": str(path), "failure": None}
 
 

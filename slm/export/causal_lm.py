@@ -67,8 +67,12 @@ def load_export(folder: str | Path) -> SpeechLM:
     if not (folder / MARK).is_file():
         raise ValueError(f"{folder}: is no LLM that `slm export` wrote ({MARK} is missing)")
     try:
-        lm: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-        text_tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        lm: Any = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        text_tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: cannot be loaded ({reason_of(error)[:300]})") from error
     tokenizer = SpeechTextTokenizer.load(folder, text_tokenizer)

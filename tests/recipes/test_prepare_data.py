@@ -217,6 +217,7 @@ def test_texts_in_another_encoding_are_named(tmp_path: Path, write_wav: Write) -
             '{"audio": "a.wav", "text": "", "x": 1}',
             "'x': no such key; the keys are audio, text",
         ),
+        ('{"audio": "a\\n.wav"}', r"line 1: audio has a control character: 'a\\n.wav'"),
         ('{"audio": "a.wav", "text": "", "\\n": 1}', r"line 1: '\\n': no such key"),
         ('{"audio": "a.wav", "text": "a \\ud800"}', "line 1: has half of a surrogate pair"),
         ('{"audio": "a.wav", "text": "", "split": "../../evil"}', "line 1: split must be a plain"),

@@ -249,6 +249,13 @@ def test_no_file_name_of_a_mixture_goes_to_a_shell(cuts, tmp_path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_the_length_of_a_padded_cut_is_limited(cuts) -> None:
+    padded = cuts[0].pad(duration=1e6)
+    with pytest.raises(ValueError, match=r"archive of 1e\+06 s; at most 3600 s are read at once"):
+        load_cut(padded, 16_000)
+    assert load_cut(padded, 16_000, duration=0.5).shape == (8000,)
+
+
 def test_a_mixture_that_lhotse_cannot_read_is_one_line(cuts, tmp_path) -> None:
     first, _, last = cuts
     first.recording.sources = []

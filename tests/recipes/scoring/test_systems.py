@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.scoring.systems import run_lines, words_of
+from recipes.scoring.systems import command_words, run_lines
 
 LINES = [{"id": "a", "text": "one; touch $(x) two"}, {"id": "b/c", "text": "'"}]
 TO_FILE = f"{sys.executable} -S -c 'import sys; open(sys.argv[2], chr(119)).write(sys.argv[1])'"
@@ -13,7 +13,7 @@ TO_FILE = f"{sys.executable} -S -c 'import sys; open(sys.argv[2], chr(119)).writ
 
 
 def test_fields_are_replaced_within_words_and_no_shell_reads_them(tmp_path: Path) -> None:
-    words = words_of(f"{TO_FILE} say:{{text}}! {{out}}", ("text", "out"), ("text", "out"))
+    words = command_words(f"{TO_FILE} say:{{text}}! {{out}}", ("text", "out"), ("text", "out"))
     made = run_lines(words, LINES, tmp_path / "runs")
     assert [Path(one["audio"]).read_text() for one in made] == [
         f"say:{line['text']}!" for line in LINES
@@ -31,7 +31,7 @@ def test_what_is_made_is_kept_until_the_command_or_the_line_changes(tmp_path: Pa
 
     def runs(command: str, lines: list[dict[str, str]], processes: int = 1) -> int:
         log.write_text("")
-        made = run_lines(words_of(command, ("id",), ()), lines, tmp_path / "runs", processes)
+        made = run_lines(command_words(command, ("id",), ()), lines, tmp_path / "runs", processes)
         assert [one["id"] for one in made] == [line["id"] for line in lines]
         assert [one["hypothesis"] for one in made] == ["1"] * len(lines)
         return len(log.read_text())
@@ -46,7 +46,7 @@ def test_what_is_made_is_kept_until_the_command_or_the_line_changes(tmp_path: Pa
 def test_failures_are_of_their_line(tmp_path: Path) -> None:
     script = "import sys; sys.exit(sys.argv[1])"
     made = run_lines(
-        words_of(f"{sys.executable} -S -c '{script}' {{text}} {{out}}", ("text", "out"), ()),
+        command_words(f"{sys.executable} -S -c '{script}' {{text}} {{out}}", ("text", "out"), ()),
         LINES[:1], tmp_path,
     )  # fmt: skip
     assert made[0]["audio"] is None
@@ -66,7 +66,7 @@ def test_failures_are_of_their_line(tmp_path: Path) -> None:
 )
 def test_bad_commands(command: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        words_of(command, ("text", "out"), ("text", "out"))
+        command_words(command, ("text", "out"), ("text", "out"))
 
 
 def test_a_missing_program_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,156 @@
+"""recipes/scoring/tts.py: lists, folders and commands; groups; samples."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from codec.json_lines import read_json_lines
+from recipes import benchmark as program
+from recipes.scoring import judges as scoring
+from recipes.scoring.rows import read_rows
+from recipes.scoring.tts import length_group
+
+COPY = f"{sys.executable} -S -c 'import shutil, sys; shutil.copy(*sys.argv[1:3])'"
+COPY += " {prompt} {out}"
+"""A system that repeats the prompt, whatever the {text}."""
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """`--judge` is a judge that reads "hello world"; the list has a line per call."""
+    calls: list[str] = []
+
+    def load(judge: str | None, _speaker: str | None, **_: object) -> scoring.Judges:
+        def transcribe(_wave: np.ndarray, _rate: int) -> str:
+            calls.append("")
+            return "hello world"
+
+        def embed(wave: np.ndarray, _rate: int) -> np.ndarray:
+            return np.array([1.0, float(np.abs(wave).mean())])
+
+        return scoring.Judges(transcribe, embed, f"judge {judge}", "encoder")
+
+    monkeypatch.setattr("recipes.scoring.options.load_judges", load)
+    return calls
+
+
+Run = Callable[..., SimpleNamespace]
+
+
+@pytest.fixture
+def run(tmp_path: Path, judged: list[str]) -> Run:
+    """`run("tts", ...)` and the rows of lists (by system, list and metric) and clips that it
+    writes."""
+
+    def start(*arguments: str | Path, out: str = "out") -> SimpleNamespace:
+        judged.clear()
+        program.main([*map(str, arguments), "--judge", "x", "--out", str(tmp_path / out)])
+        rows = read_rows(tmp_path / out / "rows.jsonl")
+        of_lists = {(r.system, r.list, r.metric): r.value for r in rows if r.utterance is None}
+        clips = [line.value for line in read_json_lines(tmp_path / out / "clips.jsonl")]
+        return SimpleNamespace(rows=of_lists, clips=clips, calls=len(judged))
+
+    return start
+
+
+def write(path: Path, *entries: dict) -> Path:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def test_a_command_synthesizes_and_is_scored(tmp_path: Path, run: Run, write_wav) -> None:
+    write_wav(tmp_path / "p.wav", 1.0)
+    texts = write(
+        tmp_path / "texts.jsonl",
+        {"id": "a", "text": "hello world", "prompt": "p.wav", "sex": "F"},
+        {"id": "b", "text": "hello there", "prompt": "p.wav", "sex": "M"},
+        {"id": "c", "text": "hello", "prompt": "none.wav"},
+    )
+    command = ["tts", "--texts", texts, "--run", f"copy={COPY} {{text}}", "--by", "sex"]
+    first = run(*command, "--by", "length")
+    assert first.rows["copy", "texts", "wer"] == pytest.approx((0 + 1 + 1) / 5)
+    assert first.rows["copy", "texts", "failure"] == pytest.approx(1 / 3)
+    assert first.rows["copy", "texts/sex=F", "wer"] == 0
+    assert first.rows["copy", "texts/sex=M", "wer"] == 0.5
+    assert first.rows["copy", "texts/length=1-3 words", "wer"] == pytest.approx(2 / 5)
+    assert first.rows["copy", "texts", "similarity"] == pytest.approx(1, abs=1e-6)
+    assert first.calls == 2
+    assert first.clips[0] == {
+        "part": "tts", "list": "texts", "system": "copy", "id": "a", "text": "hello world",
+        "transcript": "hello world", "audio": "runs/copy/a.wav",
+        "reference_audio": str(tmp_path / "p.wav"),
+        "columns": {"sex": "F", "length": "1-3 words"},
+    }  # fmt: skip
+    assert first.clips[2]["audio"] is None
+    again = run(*command)
+    assert again.calls == 0
+    assert [clip["id"] for clip in again.clips] == ["a", "b", "c"]
+
+
+def test_folders_of_waves_and_several_systems(tmp_path: Path, run: Run, write_wav) -> None:
+    for system in ("one", "two"):
+        for name in ("x", "y"):
+            write_wav(tmp_path / system / "speaker" / f"{name}.wav", 0.6)
+            (tmp_path / system / "speaker" / f"{name}.txt").write_text(f"hello {name}\n")
+    command = ["tts", "--list", tmp_path / "one", "--list", f"2nd={tmp_path / 'two'}"]
+    found = run(*command, "--list-name", "dev", "--sample", "1", "--seed", "0")
+    assert {key[:2] for key in found.rows} == {("one", "dev"), ("2nd", "dev")}
+    assert [clip["id"] for clip in found.clips] == ["speaker/y", "speaker/y"]
+    (tmp_path / "two" / "speaker" / "y.txt").unlink()
+    with pytest.raises(ValueError, match=r"y\.wav: has no text; write it to .*y\.txt"):
+        run(*command)
+
+
+def test_the_sample_of_a_seed_is_the_same_for_every_system(
+    tmp_path: Path, run: Run, write_wav
+) -> None:
+    write_wav(tmp_path / "w.wav", 0.5)
+    entries = [{"id": str(i), "text": "hello", "audio": "w.wav"} for i in range(20)]
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.jsonl", *entries)
+    lists = ["--list", f"a={tmp_path / 'a.jsonl'}", "--list", f"b={tmp_path / 'b.jsonl'}"]
+    found = run("tts", *lists, "--list-name", "l", "--sample", "4", "--seed", "1")
+    ids = {
+        system: [clip["id"] for clip in found.clips if clip["system"] == system]
+        for system in ("a", "b")
+    }
+    assert ids["a"] == ids["b"]
+    other = run("tts", *lists[:2], "--sample", "4", "--seed", "2", out="other")
+    assert ids["a"] != [clip["id"] for clip in other.clips]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --list with waves, or --texts with --voice or --run"),
+        (["--texts", "t.jsonl"], "--texts needs a system"),
+        (["--list", "l.jsonl", "--run", "x"], "--run and several --voice synthesize --texts"),
+        (["--texts", "t.jsonl", "--run", "say {out}"], r"the command has no \{text\}"),
+        (["--list", "l.jsonl", "--by", "sex"], "--by sex: no item of l has this column"),
+        (["--list", "l.jsonl", "--sample", "0"], "--sample must be at least 1"),
+        (["--list", "l.jsonl", "--sample", "1", "--limit", "1"], "give one of them"),
+        (["--list", "l.jsonl", "--list", "l.jsonl"], "two systems are called"),
+    ],
+)
+def test_bad_options(
+    tmp_path: Path, run: Run, write_wav, monkeypatch: pytest.MonkeyPatch, arguments: list[str],
+    message: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    write_wav(tmp_path / "w.wav", 0.5)
+    write(tmp_path / "t.jsonl", {"id": "a", "text": "hello"})
+    write(tmp_path / "l.jsonl", {"id": "a", "text": "hello", "audio": "w.wav"})
+    with pytest.raises(ValueError, match=message):
+        run("tts", *arguments)
+
+
+def test_groups_of_lengths() -> None:
+    assert [length_group("word " * count) for count in (1, 3, 4, 10, 11, 75, 76, 500)] == [
+        "1-3 words", "1-3 words", "4-10 words", "4-10 words", "11-25 words", "26-75 words",
+        "76 words or more", "76 words or more",
+    ]  # fmt: skip
