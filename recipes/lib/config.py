@@ -392,8 +392,11 @@ def _plain(value: Any) -> Any:
 
 def _shown(value: Any) -> str:
     """A value as it is written in YAML, on one line."""
-    text = yaml.safe_dump(_plain(value), default_flow_style=True, sort_keys=False, width=math.inf)
-    return text.removesuffix("\n...\n").strip()
+    options: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "width": math.inf}
+    text = yaml.safe_dump(_plain(value), **options).removesuffix("\n...\n").strip()
+    if "\n" in text:  # Between double quotes line ends are escaped.
+        text = yaml.safe_dump(_plain(value), **options, default_style='"').strip()
+    return text
 
 
 KINDS = {

@@ -127,6 +127,7 @@ def test_nested_dataclasses_keep_their_types(file: Callable[[str], str]) -> None
         ("steps.lr=3", "steps.lr: steps takes one value (a whole number), no keys below it"),
         ("extra.lrr=3", "extra.lrr: no such key; did you mean extra.lr"),
         ("steps=null", "steps=null: expected a whole number"),
+        ("steps='a\n\n\nb'", r'steps="a\n\nb": expected a whole number'),
         ("steps=[", "steps=[: the value is not valid YAML"),
         ("optim.lr=-1", "optim.lr must be positive, got -1"),
         ("scales=[{windw: 3}]", "scales[0].windw: no such key; did you mean window?"),

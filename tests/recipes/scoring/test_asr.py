@@ -11,9 +11,8 @@ from recipes.scoring import asr
 from recipes.scoring.judges import Judges
 from recipes.scoring.rows import read_rows
 
-NAME = (
-    f"{sys.executable} -S -c 'import sys, pathlib; print(pathlib.Path(sys.argv[1]).stem)' {{audio}}"
-)
+NAME = f"{sys.executable} -S -c 'import sys, pathlib; print(pathlib.Path(sys.argv[1]).stem)'"
+NAME += " {audio}"
 """Transcribes a recording as its file's name."""
 
 
@@ -65,9 +64,8 @@ def test_a_missing_recording_is_left_out_and_listed(tmp_path: Path, recordings: 
     (tmp_path / "bravo.wav").unlink()
     script = f"{sys.executable} -S -c 'import sys; open(sys.argv[1]); print(sys.argv[1])' {{audio}}"
     out = tmp_path / "out"
-    program.main(
-        ["asr", "--recordings", str(recordings), "--run", f"s={script}", "--out", str(out)]
-    )
+    command = ["asr", "--recordings", str(recordings), "--run", f"s={script}"]
+    program.main([*command, "--out", str(out)])
     assert scores(out)["s", "list", "failure"] == 0.5
     assert scores(out)["s", "list", "asr_wer"] >= 1  # All words of what failed are deletions.
 

@@ -1,6 +1,5 @@
 """recipes/scoring/vc.py: swapped codebooks, words and speakers of conversions."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from recipes.scoring.rows import read_rows
 
 
 @pytest.fixture(autouse=True)
-def judged(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def judged(monkeypatch: pytest.MonkeyPatch) -> None:
     def embed(wave: np.ndarray, _rate: int) -> np.ndarray:
         return np.array([1.0, 10 * float(np.abs(wave).mean())])
 
@@ -23,7 +22,6 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return scoring.Judges(lambda _wave, _rate: "hello world", embed, "judge", "encoder")
 
     monkeypatch.setattr("recipes.scoring.options.load_judges", load)
-    yield
 
 
 def test_codebooks_are_swapped_and_scored(
