@@ -13,6 +13,7 @@ An interrupted run resumes: the scores of each utterance lie in OUT/utterances/,
 and judge.
 """
 
+import argparse
 from collections.abc import Sequence
 
 from codec.program import ArgumentParser
@@ -21,19 +22,28 @@ from recipes.scoring import asr, reconstruction, speed, tokens, tts, vc
 from recipes.scoring.options import report_rows
 
 
-def main(argv: Sequence[str]) -> None:
-    """Runs one part of the benchmark."""
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Returns the arguments of one part."""
     parser = ArgumentParser(description="Scores systems on lists.")
     kinds = parser.add_subparsers(dest="kind", required=True)
     reconstruction.add_reconstruction_command(kinds)
+    tokens.add_tokens_command(kinds)
     tts.add_tts_command(kinds)
     asr.add_asr_command(kinds)
     vc.add_vc_command(kinds)
-    speed.add_command(kinds)
-    args = parser.parse_args(argv)
+    speed.add_speed_command(kinds)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs one part of the benchmark."""
+    args = parse_arguments(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.kind == "reconstruction":
         reconstruction.benchmark_reconstruction(args)
+    elif args.kind == "tokens":
+        rows = tokens.benchmark_tokens(args)
+        report_rows(args.kind, args.out, rows, tokens.TOKEN_COLUMNS)
     elif args.kind == "tts":
         tts.benchmark_tts(args)
     elif args.kind == "asr":

@@ -277,12 +277,19 @@ def write_scores(part: str, out: Path, systems: Sequence[ScoredSystem]) -> None:
     write_json_lines(out / CLIPS, [clip for clip in before if key(clip) not in scored] + new)
 
 
-def report_rows(part: str, out: Path, rows: Iterable[Row]) -> None:
-    """Appends new rows to OUT/rows.jsonl, and prints the table of `rows`."""
+def report_rows(
+    part: str, out: Path, rows: Iterable[Row], columns: Sequence[str] | None = None
+) -> None:
+    """Appends new rows to OUT/rows.jsonl, and prints the table of `rows`.
+
+    Args:
+        columns: metrics of the table (default: all).
+    """
     new = list(rows)
     known = set(read_rows(out / "rows.jsonl"))
     append_rows(out / "rows.jsonl", [row for row in new if row not in known])
-    print(table(new))
+    present = {row.metric for row in new}
+    print(table(new, columns and [one for one in columns if one in present]))
     again = (
         f"python recipes/benchmark.py {part} ... --out {out}   (adds the scores of another system)"
     )

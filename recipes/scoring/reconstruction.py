@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 
 from codec import load_codec
 from codec.audio import resample_wave, write_audio
@@ -243,7 +243,7 @@ def encode_wave(
 
 
 def decode_codes(
-    codec: Any, codes: Int[np.ndarray, "Q T"], num_samples: int, *, auxiliary: bool = False
+    codec: Any, codes: Integer[np.ndarray, "Q T"], num_samples: int, *, auxiliary: bool = False
 ) -> Float[np.ndarray, " s"]:
     """Returns the wave of codes (Q, T), of at most `num_samples`, at the codec's sample rate.
 

@@ -542,9 +542,7 @@ def _score_rows(
 ) -> list[ScoredUtterance]:  # fmt: skip
     """Stored scores of rows and their cuts."""
 
-    def score_row(
-        row: TokenRow, systems: Sequence[str]
-    ) -> Iterator[tuple[str, ScoredUtterance]]:
+    def score_row(row: TokenRow, systems: Sequence[str]) -> Iterator[tuple[str, ScoredUtterance]]:
         for system in systems:
             yield system, score(row, one.cuts[row.id])
 

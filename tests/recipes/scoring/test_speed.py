@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from codec import load_codec
 from eval.benchmark import Row
-from recipes.benchmark import _parse, main
+from recipes.benchmark import main, parse_arguments
 from recipes.scoring import speed
 from recipes.scoring.rows import read_rows
 
@@ -106,7 +106,9 @@ def test_recording_is_truncated_and_a_short_one_refused(
     wave = write_wav(tmp_path / "hello.wav", 0.4)
     rows = run(tmp_path, "--codec", tiny_codec_folder, "--wave", wave)
     assert {row.list for row in rows} == {"hello.wav, 0.3 s"}
-    args = _parse(["speed", "--wave", str(wave), "--seconds", "0.3", "--out", str(tmp_path)])
+    args = parse_arguments(
+        ["speed", "--wave", str(wave), "--seconds", "0.3", "--out", str(tmp_path)]
+    )
     assert speed.speech(args, 24_000).shape == (7200,)
     args.wave = None
     assert speed.speech(args, 16_000).shape == (4800,)
