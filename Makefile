@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python -a -x $(BIN)/pip || { rm -rf .venv; $(PYTHON) -m venv .venv; } || \
 	  { rm -rf .venv; echo 'error: $(PYTHON) cannot make .venv; install python3-venv' >&2; exit 2; }
 	@$(BIN)/python -c "$$CAN_BUILD_PESQ" || \
-	  { echo 'error: pesq is built from source: install gcc and python3-dev' >&2; exit 2; }
+	  { echo 'error: pesq and pyworld are built from source: install g++ and python3-dev' >&2; exit 2; }
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt \
 	  -e '.[eval,demo,deepspeed,dev]'
 	$(BIN)/python -m recipes.lib.launcher

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from eval import speaker, speech, text, transcribe
+from eval.metrics import MEASURES
 
 Transcribe = Callable[[Float[np.ndarray, " S"], int], str]
 """A wave (S,) and its sample rate to a transcript."""
@@ -282,14 +283,15 @@ def library_of(metric: str, origin: Provenance) -> str:
     elif metric.startswith("similarity"):
         names, extra = speaker.LIBRARIES, origin.speaker
     else:
-        names, extra = speech.LIBRARIES.get(metric, ("numpy",)), ""
+        measure = MEASURES.get(metric)
+        names, extra = (measure.libraries, measure.setting) if measure else (("numpy",), "")
     return ", ".join(_versions(names) + [extra] * bool(extra))
 
 
 def all_libraries() -> str:
     """Returns all libraries that score, with their versions."""
     names = {*text.LIBRARIES, *transcribe.LIBRARIES, *speaker.LIBRARIES, "numpy"}
-    return ", ".join(_versions(sorted(names.union(*speech.LIBRARIES.values()))))
+    return ", ".join(_versions(sorted(names.union(*(one.libraries for one in MEASURES.values())))))
 
 
 def _versions(names: Iterable[str]) -> list[str]:
