@@ -10,8 +10,11 @@ from codec.json_lines import read_json_lines
 TEXT_KEYS = ("text", "hypothesis", "audio", "prompt", "prompt_text", "source", "target")
 
 
-def read_entries(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
+def read_entries(path: Path, needed: Sequence[str], *, unique: bool = True) -> list[dict[str, Any]]:
     """Returns the entries of a JSON Lines list, or of a folder of waves with a .txt for each.
+
+    Args:
+        unique: ids, or names of recordings without one, must differ.
 
     Raises:
         ValueError: a line is no JSON, lacks a needed key or repeats an id; a wave has no text; the
@@ -32,7 +35,7 @@ def read_entries(path: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
             if not isinstance(value, str) and (key == "text" or value is not None):
                 raise ValueError(f"{path}, line {number}: {key} is not a text: {value!r}")
         name = entry_name(entry, path)
-        if name in seen:
+        if unique and name in seen:
             raise ValueError(f"{path}, line {number}: {name!r} is there twice")
         seen.add(name)
         entries.append(entry)

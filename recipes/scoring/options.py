@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+
 from codec.io import sha256_of
 from codec.json_lines import read_appended, write_json_lines
 from codec.program import counted
 from codec.training.run import git_revision
-from eval.benchmark import Provenance, Row, ScoredUtterance, rows_of, table
+from eval.benchmark import Embed, Provenance, Row, ScoredUtterance, rows_of, table
 from recipes.lib.run import finished
 from recipes.scoring.judges import Judges, load_judges
 from recipes.scoring.lists import read_columns
@@ -116,9 +118,29 @@ class JudgeOptions:
         import torch
 
         torch.set_num_threads(self.threads)
-        return load_judges(
+        judges = load_judges(
             self.judge, self.speaker, num_threads=self.threads, language=self.language
         )
+        return judges if judges.embed is None else judges._replace(embed=remembered(judges.embed))
+
+
+NUM_REMEMBERED = 512
+"""Embeddings of `remembered`."""
+
+
+def remembered(embed: Embed) -> Embed:
+    """Returns a function that embeds a wave once: prompts and originals come several times."""
+    known: dict[str, np.ndarray] = {}
+
+    def once(wave: np.ndarray, sample_rate: int) -> np.ndarray:
+        key = f"{sample_rate} {sha256_of(wave.tobytes())}"
+        if key not in known:
+            if len(known) == NUM_REMEMBERED:
+                del known[next(iter(known))]
+            known[key] = embed(wave, sample_rate)
+        return known[key]
+
+    return once
 
 
 def chosen(items: Sequence[T], args: argparse.Namespace) -> list[T]:

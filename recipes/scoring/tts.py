@@ -33,6 +33,12 @@ from recipes.scoring.options import (
     write_scores,
 )
 from recipes.scoring.scores import score_all
+from recipes.scoring.speaker_references import (
+    SpeakerRecording,
+    SpeakerReferences,
+    check_speakers,
+    read_speakers,
+)
 from recipes.scoring.systems import command_words, run_lines
 
 PART = "tts"
@@ -51,6 +57,7 @@ class SpeechItem(NamedTuple):
     failure: str | None
     """What the system reports."""
     seed: int | None
+    speaker: str | None
 
 
 def add_tts_command(kinds: Any) -> None:
@@ -80,6 +87,11 @@ def add_tts_command(kinds: Any) -> None:
     )  # fmt: skip
     add("--model-digest", default="", help="digest of the system of --list")
     add("--rate", type=int, default=16000, help="in Hz, of scoring (default: 16000)")
+    add(
+        "--speakers", type=Path, metavar="LIST",
+        help="recordings of speakers: JSON Lines (audio, speaker, perhaps sex), for the similarity "
+        "to the item's `speaker` and to others",
+    )  # fmt: skip
     add("--prompts", type=Path, help="folder of the prompts, if their paths are relative to it")
 
 
@@ -93,15 +105,21 @@ def benchmark_tts(args: argparse.Namespace) -> None:
     options = JudgeOptions.of(args)
     listed = system_lists(args)
     judges, columns = options.load(), Columns(args)
+    speakers = [] if args.speakers is None else read_speakers(args.speakers)
+    if speakers and args.speaker is None:
+        raise ValueError("--speakers needs a speaker encoder: --speaker")
+    known = f"{speakers} {state_of_files([one.audio for one in speakers])}"
     found: list[ScoredSystem] = []
     for each in listed:
         entries = chosen(each.entries, args)
+        if speakers:
+            check_speakers(entries, speakers, args.speakers)
         items = [item_of(entry, each.file, args.prompts) for entry in entries]
         files = [path for item in items for path in (item.audio, item.prompt) if path is not None]
         inputs = sha256_of(str([tuple(map(str, item)) for item in items]), 16)
         key = f"{each.system} {each.model} {inputs} {state_of_files(files)} {judges.judge_name}"
-        key += f" {judges.speaker_name} {args.language} {args.rate}"
-        make = partial(SpeechScorer, options, args.rate)
+        key += f" {judges.speaker_name} {args.language} {args.rate} {known}"
+        make = partial(SpeechScorer, options, args.rate, tuple(speakers))
         scored = score_all(args.out, items, {each.system: key}, make, args.processes)[each.system]
         own = {
             item.id: columns.of(item.id, {"length": length_group(item.text), **entry})
@@ -226,6 +244,7 @@ def item_of(entry: Mapping[str, Any], path: Path, prompts: Path | None) -> Speec
     return SpeechItem(
         entry["id"], entry["text"], None if audio is None else locate(audio, path),
         locate(prompt, path, prompts) if prompt else None, failure, entry.get("seed"),
+        None if entry.get("speaker") is None else str(entry["speaker"]),
     )  # fmt: skip
 
 
@@ -244,9 +263,11 @@ class SpeechScorer:
     """Scores synthesized speech. A missing, silent or non-finite wave is a failure, whose words
     are all deletions."""
 
-    def __init__(self, options: JudgeOptions, rate: int):
+    def __init__(self, options: JudgeOptions, rate: int, speakers: Sequence[SpeakerRecording] = ()):
         self._judges: Judges = options.load()
         self._language, self._rate = options.language, rate
+        embed = self._judges.embed
+        self._references = SpeakerReferences(speakers, embed, rate) if embed is not None else None
 
     def __call__(
         self, item: SpeechItem, names: Sequence[str]
@@ -264,6 +285,12 @@ class SpeechScorer:
             item.id, item.text, wave, self._rate, self._judges.transcribe, self._judges.embed,
             prompt, failure, self._language,
         )  # fmt: skip
+        values = dict(scored.values)
+        if "similarity" in values and item.speaker is not None and self._references is not None:
+            assert self._judges.embed is not None
+            embedding = self._judges.embed(wave, self._rate)
+            exclude = [item.prompt] if item.prompt is not None else []
+            values |= self._references.of(item.speaker, embedding, exclude)
         audio = str(item.audio) if item.audio is not None and wave.size else None
         for name in names:
-            yield name, replace(scored, seed=item.seed, audio=audio)
+            yield name, replace(scored, values=values, seed=item.seed, audio=audio)

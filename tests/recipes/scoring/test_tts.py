@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from codec import read_audio
 from codec.json_lines import read_json_lines
 from recipes import benchmark as program
 from recipes.scoring import judges as scoring
@@ -122,6 +123,31 @@ def test_the_sample_of_a_seed_is_the_same_for_every_system(
     assert ids["a"] == ids["b"]
     other = run("tts", *lists[:2], "--sample", "4", "--seed", "2", out="other")
     assert ids["a"] != [clip["id"] for clip in other.clips]
+
+
+def test_similarity_to_the_speaker_and_to_others(tmp_path: Path, run: Run, write_wav) -> None:
+    for index, name in enumerate(("w", "p", "sub/p", "he", "she")):
+        write_wav(tmp_path / f"{name}.wav", 0.5, seed=index)
+    speakers = [("p", "anna", "F"), ("sub/p", "anna", "F"), ("he", "bob", "M"), ("she", "eve", "F")]
+    listed = write(
+        tmp_path / "speakers.jsonl",
+        *({"audio": f"{a}.wav", "speaker": s, "sex": x} for a, s, x in speakers),
+    )
+    item = {"id": "a", "text": "hello", "audio": "w.wav", "prompt": "p.wav", "speaker": "anna"}
+    made = write(tmp_path / "l.jsonl", item, {**item, "id": "b", "speaker": "unknown"})
+    options = ["--list", made, "--name", "s", "--speaker", "y", "--speakers", listed]
+    found = run("tts", *options)
+
+    def to(first: str, second: str) -> float:
+        waves = [read_audio(tmp_path / f"{name}.wav", 16_000) for name in (first, second)]
+        left, right = ([1.0, float(np.abs(wave).mean())] for wave in waves)
+        return float(np.dot(left, right) / np.linalg.norm(left) / np.linalg.norm(right))
+
+    assert found.rows["s", "l", "similarity_speaker"] == pytest.approx(to("w", "sub/p"))
+    assert found.rows["s", "l", "similarity_others"] == pytest.approx(to("w", "she"))
+    write(made, {**item, "speaker": "nobody"})
+    with pytest.raises(ValueError, match="has no speaker of the list"):
+        run("tts", *options)
 
 
 @pytest.mark.parametrize(
