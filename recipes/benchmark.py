@@ -8,6 +8,8 @@
     python recipes/benchmark.py asr --recordings LIST.jsonl --voice DIR --out OUT
     python recipes/benchmark.py vc --pairs PAIRS.jsonl --voice DIR --judge DIR --out OUT
     python recipes/benchmark.py speed --codec DIR --random mimi --out OUT
+    python recipes/benchmark.py report OUT... --html FILE
+    python recipes/benchmark.py ratings FILES... --out OUT
 
 An interrupted run resumes: the scores of each utterance lie in OUT/utterances/, one file per system
 and judge.
@@ -18,7 +20,7 @@ from collections.abc import Sequence
 
 from codec.program import ArgumentParser
 from recipes.lib.run import run_recipe
-from recipes.scoring import asr, reconstruction, speed, tokens, tts, vc
+from recipes.scoring import asr, ratings, reconstruction, report, speed, tokens, tts, vc
 from recipes.scoring.options import report_rows
 
 
@@ -32,12 +34,17 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     asr.add_asr_command(kinds)
     vc.add_vc_command(kinds)
     speed.add_speed_command(kinds)
+    report.add_report_command(kinds)
+    ratings.add_ratings_command(kinds)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs one part of the benchmark."""
     args = parse_arguments(argv)
+    if args.kind == "report":
+        report.write_report(args)
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     if args.kind == "reconstruction":
         reconstruction.benchmark_reconstruction(args)
@@ -50,6 +57,8 @@ def main(argv: Sequence[str]) -> None:
         asr.benchmark_asr(args)
     elif args.kind == "vc":
         vc.benchmark_vc(args)
+    elif args.kind == "ratings":
+        ratings.score_ratings(args)
     else:
         report_rows(args.kind, args.out, speed.benchmark_speed(args))
 

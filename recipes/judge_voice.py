@@ -5,12 +5,12 @@
       num_items=50 seeds=2 compare=[controls,candidates] out=out/small/judged
 
 Every item is synthesized twice: as the continuation of its own first seconds, and with another
-recording of its speaker as the prompt (cross). OUT gets rows.jsonl, results.jsonl, table.md,
-differences.jsonl, audio/SETTING/LIST/ID.wav and audio/prompts/LIST/ID.wav.
+recording of its speaker as the prompt (cross). OUT gets rows.jsonl, results.jsonl, clips.jsonl,
+table.md, differences.jsonl, audio/SETTING/LIST/ID.wav and audio/prompts/LIST/ID.wav.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from recipes.scoring.eval_items import (
     normalized_texts,
     select_items,
 )
-from recipes.scoring.judges import digest_of_voice
+from recipes.scoring.judges import digest_of_voice, safe_name
 from recipes.scoring.rows import append_rows
 from recipes.scoring.synthesis import (
     METRICS,
@@ -139,7 +139,7 @@ def main(argv: list[str]) -> None:
         judge_voice(config, out)
     finished(
         "scores (rows.jsonl, table.md), results per item (results.jsonl) and waves (audio/)", out,
-        f"python recipes/tools/listening_page.py judged={out} out={out}/listen.html",
+        f"python recipes/benchmark.py report {out} --html {out}/report.html",
     )  # fmt: skip
 
 
@@ -176,11 +176,27 @@ def judge_voice(config: JudgeVoiceConfig, out: Path) -> None:
             scored[setting].append(one)
             scores += rows_of(list_name(name, items), one.scored, own)
         write_results(out / "results.jsonl", scored, voice.codec.frame_rate)
+        write_json_lines(out / "clips.jsonl", clips_of(scored))
     codec = provenance(config, "codec", judges, voice.codec.stamp.digest)
     scores += codec_rows(voice, "continuation", once["continuation"], scorers, codec)
     with atomic_file(out / "rows.jsonl") as temporary:
         append_rows(temporary, scores)
     report(out, scores, scored, origin, config.seeds)
+
+
+def clips_of(scored: Mapping[str, Sequence[ScoredList]]) -> Iterator[dict[str, Any]]:
+    """Yields the lines of clips.jsonl, which `benchmark.py report` plays."""
+    for setting, lists in scored.items():
+        for one in lists:
+            for item, result in zip(one.items, one.results, strict=True):
+                folder = f"audio/{setting}/{one.name}"
+                yield {
+                    "part": "", "list": list_name(one.name, one.items), "system": setting,
+                    "id": item.id, "text": item.text, "transcript": result.scored.transcript,
+                    "audio": result.audio and f"{folder}/{result.audio}",
+                    "columns": {"speaker": item.speaker},
+                    "reference_audio": f"audio/prompts/{one.name}/{safe_name(item.id)}.wav",
+                }  # fmt: skip
 
 
 def repeated(items: Sequence[EvalItem], times: int) -> list[EvalItem]:

@@ -1,8 +1,11 @@
 """Pictures of spectrograms."""
 
+import io
 from pathlib import Path
 
+import numpy as np
 import torch
+from jaxtyping import Float
 
 from codec import read_audio
 from codec.training.config import MelScaleConfig
@@ -33,3 +36,21 @@ def draw_spectrograms(waves: dict[str, Path], out: Path) -> None:
     axes[-1].set_xlabel("seconds")
     figure.tight_layout()
     figure.savefig(out, dpi=110)
+
+
+def spectrogram_picture(
+    wave: Float[np.ndarray, " S"], sample_rate: int, *, height: int = 80
+) -> bytes:  # fmt: skip
+    """Returns the log-mel spectrogram of a wave (S,) as a small WebP picture without axes."""
+    from matplotlib.image import imsave
+
+    scale = MelScaleConfig(window=1024, hop=max(256, wave.size // 400), num_mels=height)
+    padded = np.pad(wave, (0, max(0, scale.window - wave.size)))
+    mel = log_mel(torch.from_numpy(padded)[None, None], scale, sample_rate)[0].numpy()
+    peak = float(mel.max())
+    floor = max(peak - 9.0, float(mel.min()))  # About 80 dB below.
+    file = io.BytesIO()
+    settings = {"quality": 60, "method": 4}
+    imsave(file, mel, vmin=floor, vmax=peak + 1e-6, cmap="magma", origin="lower", format="webp",
+           pil_kwargs=settings)  # fmt: skip
+    return file.getvalue()

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from eval import stats
 from eval.stats import Sums, paired_difference
 
 
@@ -56,3 +57,31 @@ def test_resamples_without_a_reference_do_not_count() -> None:
     some, every = Sums(one, np.array([1.0, 0.0])), Sums(zero, np.ones(2))
     assert paired_difference(some, every) == (-4, -4, -1)
     assert paired_difference(every, some) == (4, 1, 4)
+
+
+def test_resampled_rates_are_paired_and_agree_with_paired_difference() -> None:
+    random = np.random.default_rng(0)
+    words = random.integers(1, 20, 60).astype(float)
+    first = Sums(random.integers(0, 4, 60).astype(float), words)
+    second = Sums(first.numerators + words / 10, words)
+    rates = stats.resampled_rates([first, second])
+    assert rates.shape == (stats.NUM_RESAMPLES, 2)
+    assert np.allclose(rates[:, 1] - rates[:, 0], 0.1)
+    alone = paired_difference(Sums(np.zeros(60), np.ones(60)), first)
+    assert np.quantile(rates[:, 0], [0.025, 0.975]) == pytest.approx(alone[1:], abs=0.004)
+    with pytest.raises(ValueError, match=r"columns of \[59, 60\] units"):
+        stats.resampled_rates([first, Sums(words[1:], words[1:])])
+
+
+def test_crossed_interval_has_the_variance_of_raters_and_items() -> None:
+    random = np.random.default_rng(0)
+    raters, items = random.normal(0, 3, 40), random.normal(0, 1, 50)
+    found = stats.crossed_interval(50 + raters[:, None] + items[None])
+    assert found.value == pytest.approx(50 + raters.mean() + items.mean())
+    assert found.low is not None
+    assert found.high is not None
+    expected = 1.96 * np.sqrt(raters.var() / 40 + items.var() / 50)
+    assert (found.high - found.low) / 2 == pytest.approx(expected, rel=0.05)
+    assert stats.crossed_interval(np.array([[3.0]])) == (3.0, None, None)
+    with pytest.raises(ValueError, match="no scores"):
+        stats.crossed_interval(np.zeros((0, 3)))

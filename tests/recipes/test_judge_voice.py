@@ -101,6 +101,14 @@ def test_evaluation_in_two_settings_resumes(
         if one["audio"] is not None:
             assert (out / "audio" / one["setting"] / one["list"] / one["audio"]).is_file()
     assert len(list((out / "audio" / "prompts" / "cross").glob("*.wav"))) == 4
+    clips = [json.loads(line) for line in (out / "clips.jsonl").read_text().splitlines()]
+    assert [(clip["system"], clip["id"]) for clip in clips] == [
+        (one["setting"], one["id"]) for one in results
+    ]
+    for clip in clips:
+        assert (out / clip["reference_audio"]).is_file()
+        assert clip["audio"] is None or (out / clip["audio"]).is_file()
+        assert clip["list"] in {row.list for row in rows}
     records = [json.loads(line) for line in (out / "differences.jsonl").read_text().splitlines()]
     assert {record["setting"] for record in records} == {"no-controls"}
     assert {"value", "low", "high", "n", "seeds"} <= records[0].keys()
