@@ -133,8 +133,8 @@ def write_listening_page(results: Results, args: argparse.Namespace) -> None:
     stored = json.dumps(content).replace("<", "\\u003c")
     heading = "Listening test"
     body = (
-        f"<main><h1>{heading}</h1><p>{escape(INSTRUCTIONS[args.test_kind])} Use headphones in a quiet "
-        "room. Answers stay in this browser until you save them as a file.</p>"
+        f"<main><h1>{heading}</h1><p>{escape(INSTRUCTIONS[args.test_kind])} Use headphones in a "
+        "quiet room. Answers stay in this browser until you save them as a file.</p>"
         '<div id="trial"><noscript><p>This test needs JavaScript.</p></noscript></div></main>'
     )
     data = f'<script type="application/json" id="test">{stored}</script>\n'
