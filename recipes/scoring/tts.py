@@ -106,13 +106,13 @@ def benchmark_tts(args: argparse.Namespace) -> None:
     listed = system_lists(args)
     judges, columns = options.load(), Columns(args)
     speakers = [] if args.speakers is None else read_speakers(args.speakers)
-    if speakers and args.speaker is None:
+    if args.speakers is not None and args.speaker is None:
         raise ValueError("--speakers needs a speaker encoder: --speaker")
     known = f"{speakers} {state_of_files([one.audio for one in speakers])}"
     found: list[ScoredSystem] = []
     for each in listed:
         entries = chosen(each.entries, args)
-        if speakers:
+        if args.speakers is not None:
             check_speakers(entries, speakers, args.speakers)
         items = [item_of(entry, each.file, args.prompts) for entry in entries]
         files = [path for item in items for path in (item.audio, item.prompt) if path is not None]
