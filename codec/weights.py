@@ -1,9 +1,10 @@
 """Untrusted weights files: a model's sizes are compared with them before memory is allocated."""
 
 import threading
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -109,6 +110,34 @@ def check_layers(folder: Path) -> None:
             if "layer" in key and type(value) in (int, float) and value > MAX_LAYERS:
                 raise ValueError(f"its {key} is {value}")
             waiting.append(value)
+
+
+def check_pickled(file: Path) -> None:
+    """Compares the tensors of a file of torch.save with the file's size, before their memory is
+    allocated; no code of the file is run.
+
+    Raises:
+        ValueError: a file of torch before 1.6, or tensors that need more memory than the file has
+            bytes. torch.load raises other errors.
+    """
+    size, storages = file.stat().st_size, {}
+    try:
+        waiting: list[Any] = [torch.load(file, map_location="meta", weights_only=True)]
+    except RuntimeError:
+        raise ValueError("not a complete file of torch.save") from None
+    if not zipfile.is_zipfile(file):
+        raise ValueError("a file of torch before 1.6; load and save it with a newer one")
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, torch.Tensor):
+            storage = node.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+        elif isinstance(node, dict):
+            waiting += node.values()
+        elif isinstance(node, list | tuple):
+            waiting += node
+    if sum(storages.values()) > size:
+        raise ValueError(f"its tensors need {sum(storages.values())} bytes, but it has {size}")
 
 
 def weights_of(folder: Path) -> list[Path]:

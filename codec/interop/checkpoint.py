@@ -12,6 +12,7 @@ from torch import Tensor
 from codec.config import CodecConfig
 from codec.io import parse_json
 from codec.models.codec import Codec
+from codec.weights import check_pickled
 
 # PyTorch's new and old names of weight norm's tensors.
 WEIGHT_NORM = {
@@ -76,6 +77,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             found: Any = load_file(file)
         else:
+            check_pickled(file)
             found = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror or error})") from error

@@ -505,7 +505,9 @@ def _claim(
         try:
             before, now = dict(leaves(parse_yaml(path.read_text()))), dict(leaves(content))
         except (ValueError, OSError) as error:
-            raise ValueError(f"{path}: damaged ({error}); choose another folder") from error
+            raise ValueError(
+                f"{path}: damaged ({reason_of(error)}); choose another folder"
+            ) from error
         if current_keys is not None:
             before = current_keys(before, now)
         # An earlier version behaved as the defaults of the keys that it lacked.

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from codec.io import DAMAGE, atomic_file, parse_json
+from codec.program import reason_of
 from codec.transcripts import check_unicode, has_words
 from slm.config import from_json
 from slm.tokenization.text_normalization import SIGN_LETTERS, clean_text, script_of
@@ -79,5 +80,5 @@ class Coverage:
             return from_json(cls, parse_json(path.read_text()))
         except DAMAGE as error:
             raise ValueError(
-                f"{path}: missing or damaged ({error}); save the voice again"
+                f"{path}: missing or damaged ({reason_of(error)}); save the voice again"
             ) from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from codec.io import DAMAGE, atomic_file, atomic_folder, hub_reason, parse_json
+from codec.program import reason_of
 from codec.tokens import CodecStamp
 from slm.config import SamplingConfig, from_json
 from slm.data.coverage import Coverage
@@ -84,7 +85,9 @@ class VoiceSummary:
         try:
             tasks = parse_json((folder / "ar" / BASE_FILE).read_text()).get("tasks", {})
         except DAMAGE as error:
-            raise ValueError(f"{folder}/ar/{BASE_FILE}: missing or damaged ({error})") from error
+            raise ValueError(
+                f"{folder}/ar/{BASE_FILE}: missing or damaged ({reason_of(error)})"
+            ) from error
         return cls(
             folder=folder,
             prompts=frozenset(path.stem for path in (folder / "prompts").glob("*.json")),
@@ -121,7 +124,8 @@ def load_sampling(folder: Path) -> SamplingConfig | None:
         return from_json(SamplingConfig, record)
     except DAMAGE as error:
         raise ValueError(
-            f"{path}: no sampling settings ({error}); correct it, or remove it for the defaults"
+            f"{path}: no sampling settings ({reason_of(error)}); correct it, or remove it for the "
+            "defaults"
         ) from error
 
 

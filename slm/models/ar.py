@@ -35,9 +35,9 @@ from codec.io import (
     parse_json,
     sha256_of_tensors,
 )
-from codec.program import quiet_transformers
+from codec.program import quiet_transformers, reason_of
 from codec.tokens import CodecStamp
-from codec.weights import check_layers, check_sizes, stored_shapes, weights_of
+from codec.weights import check_layers, check_pickled, check_sizes, stored_shapes, weights_of
 from slm.config import ARConfig, LoRAConfig
 from slm.data.ar import IGNORE, ARBatch
 from slm.data.interleaving import sequence_format
@@ -317,6 +317,9 @@ def load_base(
     if num_layers is not None:
         _keep_layers(config, num_layers, str(name))
     with _named_errors(name), quiet_transformers():
+        for file in weights_of(path):
+            if file.suffix == ".bin":
+                check_pickled(file)
         check_sizes(
             lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=False),
             [path] if path.suffix == ".gguf" else weights_of(path),
@@ -432,7 +435,8 @@ class Letters(NamedTuple):
                 raise ValueError("shares lie in [0, 1]")
         except DAMAGE as error:
             raise ValueError(
-                f"{path}: no letters of codes ({error}); recipes/make_clips.py writes them"
+                f"{path}: no letters of codes ({reason_of(error)}); recipes/make_clips.py writes "
+                "them"
             ) from error
         return cls(letters, shares)
 
@@ -483,7 +487,9 @@ def _read_object(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
         if wrong := [key for key, kind in kinds.items() if not fits_type(record[key], kind)]:
             raise ValueError(f"its {wrong[0]} is {record[wrong[0]]!r}"[:200])
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: missing or damaged ({error}); copy the voice again") from error
+        raise ValueError(
+            f"{path}: missing or damaged ({reason_of(error)}); copy the voice again"
+        ) from error
     return record
 
 
@@ -515,6 +521,8 @@ def _find_base(folder: Path, origin: Mapping[str, Any], base: str | Path | None)
     if base is not None:
         return base
     named, relative = origin["name"], origin.get("relative")
+    if not isinstance(relative, str | None):
+        raise ValueError(f"{folder / BASE_FILE}: damaged (its relative is {relative!r:.100})")
     candidates = [folder / relative] if relative else []
     candidates += [folder.parent / named, Path(named)]
     for candidate in candidates:

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Int, Integer
 
 from codec.io import DAMAGE, atomic_file, parse_json, sha256_of
+from codec.program import reason_of
 from codec.tokens import CodecStamp
 
 FORMAT_VERSION = 1
@@ -191,11 +192,13 @@ class AcousticBPE:
                 raise ValueError("it is of another format; update parlance or train again")
             stamp = record["codec"]
             stamp["codebook_sizes"] = tuple(stamp["codebook_sizes"])
-            trained = Trained(CodecStamp(**stamp), bool(record["remove_runs"]))
+            codec = CodecStamp(**stamp)
+            codec.check()
+            trained = Trained(codec, bool(record["remove_runs"]))
             return cls(base64.b64decode(record["sentencepiece"], validate=True), trained)
         except (*DAMAGE, RuntimeError) as error:
             raise ValueError(
-                f"{path}: not an acoustic BPE model (or a damaged one) ({error})"
+                f"{path}: not an acoustic BPE model (or a damaged one) ({reason_of(error)})"
             ) from error
 
 

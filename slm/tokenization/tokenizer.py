@@ -19,6 +19,7 @@ from jaxtyping import Int
 from tokenizers.pre_tokenizers import ByteLevel
 
 from codec.io import DAMAGE, atomic_file, parse_json
+from codec.program import reason_of
 from codec.tokens import CodecStamp
 from codec.transcripts import check_unicode, lowercase_if_all_caps
 from slm.config import SpeechFormConfig, TextConfig, from_json
@@ -303,7 +304,7 @@ class SpeechTextTokenizer:
             speech = from_json(SpeechFormConfig, record.get("speech") or record["units"])
         except DAMAGE as error:
             raise ValueError(
-                f"{path}: missing or damaged ({error}); copy the voice again"
+                f"{path}: missing or damaged ({reason_of(error)}); copy the voice again"
             ) from error
         used = "bpe" in (speech.tts_form, speech.asr_form)
         bpe = AcousticBPE.load(Path(folder) / BPE_FILE) if used else None

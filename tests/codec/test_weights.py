@@ -8,7 +8,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from codec.weights import build_outline, check_layers, check_sizes, stored_shapes, weights_of
+from codec.weights import (
+    build_outline,
+    check_layers,
+    check_sizes,
+    stored_shapes,
+    weights_of,
+)
 
 
 def test_outlines_have_shapes_and_no_memory() -> None:
