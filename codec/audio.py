@@ -457,7 +457,10 @@ def _sndfile_source(files: list[Any], parts: list[_Part], path: Path) -> _Source
             start = 0
             while count > 0:
                 size = min(length, count, MAX_VALUES // file.channels)
-                raw = file.read(size, dtype="float32", always_2d=True)
+                try:
+                    raw = file.read(size, dtype="float32", always_2d=True)
+                except ValueError as error:  # Of positions behind the stated end.
+                    raise ValueError(f"{path}: cannot be read as audio ({error})") from error
                 if len(raw) == 0:
                     break
                 count -= len(raw)

@@ -1,6 +1,7 @@
 """codec/weights.py: sizes are refused before memory is allocated."""
 
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from codec.weights import (
     build_outline,
     check_layers,
+    check_pickled,
     check_sizes,
     stored_shapes,
     weights_of,
@@ -76,3 +78,25 @@ def test_numbers_of_layers_are_limited(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=r"its n\w+ is 1"):
             check_layers(tmp_path)
+
+
+def test_tensors_larger_than_their_file_are_refused_before_memory_is_allocated(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "a.bin"
+    torch.save({"generator": {"a": torch.zeros(3, 4)}, "step": [torch.ones(2)]}, file)
+    check_pickled(file)
+    with zipfile.ZipFile(file) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    pickled = next(name for name in parts if name.endswith("data.pkl"))
+    # The number of values in the storage of `a`, 12, as pickle writes it in one byte: K, 12.
+    changed = parts[pickled].replace(b"K\x0ct", b"\x8a\x05\x00\x00\x00\x00\x01t")
+    assert changed != parts[pickled]
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, changed if name == pickled else content)
+    with pytest.raises(ValueError, match=r"its tensors need 17179869\d+ bytes, but it has \d+"):
+        check_pickled(file)
+    torch.save({"a": torch.zeros(2)}, file, _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match=r"a file of torch before 1\.6"):
+        check_pickled(file)
