@@ -8,6 +8,7 @@
     python recipes/benchmark.py asr --recordings LIST.jsonl --voice DIR --out OUT
     python recipes/benchmark.py vc --pairs PAIRS.jsonl --voice DIR --judge DIR --out OUT
     python recipes/benchmark.py speed --codec DIR --random mimi --out OUT
+    python recipes/benchmark.py compare OUT_A OUT_B
     python recipes/benchmark.py report OUT... --html FILE
     python recipes/benchmark.py ratings FILES... --out OUT
 
@@ -20,7 +21,7 @@ from collections.abc import Sequence
 
 from codec.program import ArgumentParser
 from recipes.lib.run import run_recipe
-from recipes.scoring import asr, ratings, reconstruction, report, speed, tokens, tts, vc
+from recipes.scoring import asr, compare, ratings, reconstruction, report, speed, tokens, tts, vc
 from recipes.scoring.options import report_rows
 
 
@@ -34,6 +35,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     asr.add_asr_command(kinds)
     vc.add_vc_command(kinds)
     speed.add_speed_command(kinds)
+    compare.add_compare_command(kinds)
     report.add_report_command(kinds)
     ratings.add_ratings_command(kinds)
     return parser.parse_args(argv)
@@ -44,6 +46,9 @@ def main(argv: Sequence[str]) -> None:
     args = parse_arguments(argv)
     if args.kind == "report":
         report.write_report(args)
+        return
+    if args.kind == "compare":
+        compare.print_comparison(args)
         return
     args.out.mkdir(parents=True, exist_ok=True)
     if args.kind == "reconstruction":

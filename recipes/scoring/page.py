@@ -31,15 +31,17 @@ def html_page(title: str, body: str, script: str, data: str = "") -> str:
 
 
 def html_table(
-    caption: str, heads: Sequence[str], rows: Iterable[str], *, sortable: bool = False
-) -> str:
+    caption: str, heads: Sequence[str], rows: Iterable[str], *, sortable: bool = False,
+    left: int = 1,
+) -> str:  # fmt: skip
     """Returns a table in a frame that scrolls sideways.
 
     Args:
         rows: `tr` elements.
+        left: number of the first columns, which are texts.
     """
     kind = ' class="sortable"' if sortable else ""
-    first = "".join(f'<th scope="col"{"" if place else " class=left"}>{escape(head)}</th>'
+    first = "".join(f'<th scope="col"{" class=left" if place < left else ""}>{escape(head)}</th>'
                     for place, head in enumerate(heads))  # fmt: skip
     return (
         f'<div class="wide" tabindex="0" role="region" aria-label="{escape(caption)}">'

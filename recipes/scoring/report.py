@@ -19,6 +19,7 @@ from eval.stats import Interval, Sums, resampled_rates
 from recipes.lib.run import finished
 from recipes.scoring.charts import Line, distribution, line_chart, style_of
 from recipes.scoring.clips import ClipSet, choose_clips, marked_words, pictures, player, read_waves
+from recipes.scoring.compare import comparison_sections
 from recipes.scoring.page import html_page, html_table, markdown_text
 from recipes.scoring.ratings import KINDS, write_listening_page
 from recipes.scoring.results import (
@@ -28,6 +29,7 @@ from recipes.scoring.results import (
     ScoredClip,
     read_results,
     sums_of,
+    title_of,
 )
 
 HEADINGS = {
@@ -60,12 +62,14 @@ class ScoreTable(NamedTuple):
     columns: list[Column]
     cells: dict[str, dict[Column, Cell]]
     """By system, the originals first."""
+    grouped: bool = False
+    """Of the values of a column, such as sex; the keys of `cells` name value and system."""
 
     def heading(self, column: Column) -> str:
         """Returns a column's measure; with a number where it was scored in several ways."""
         ways = [one for one in self.columns if one.metric == column.metric]
         number = f" ({ways.index(column) + 1})" if len(ways) > 1 else ""
-        return f"{column.metric}{number}{ARROWS[HIGHER_IS_BETTER.get(column.metric)]}"
+        return f"{title_of(column.metric)}{number}{ARROWS[HIGHER_IS_BETTER.get(column.metric)]}"
 
 
 def add_report_command(kinds: Any) -> None:
@@ -134,7 +138,24 @@ def score_tables(results: Results) -> list[ScoreTable]:
                 interval = intervals.get((column, name), Interval(row.value, None, None))
                 cells[name][column] = Cell(row, interval, name in best)
         tables.append(ScoreTable(part, list_name, columns, cells))
-    return tables
+    return _joined_groups(tables)
+
+
+def _joined_groups(tables: Sequence[ScoreTable]) -> list[ScoreTable]:
+    """Returns the tables, those of lists LIST/COLUMN=VALUE as one for each column."""
+    joined: dict[tuple[str, str], ScoreTable] = {}
+    for table in tables:
+        group = re.fullmatch(r"(.+)/([^/=]+)=(.*)", table.list_name, re.DOTALL)
+        if group is None:
+            joined[table.part, table.list_name] = table
+            continue
+        name = f"{group[1]} by {group[2]}"
+        own = joined.setdefault((table.part, name), ScoreTable(table.part, name, [], {}, True))
+        for system, cells in table.cells.items():
+            moved = {column._replace(list=name): cell for column, cell in cells.items()}
+            own.cells[f"{group[3]}: {system}"] = moved
+            own.columns.extend(column for column in moved if column not in own.columns)
+    return [*joined.values()]
 
 
 def _place(part: str) -> int:
@@ -215,15 +236,18 @@ def number_of(value: float) -> str:
 
 def report_page(results: Results, tables: Sequence[ScoreTable], args: argparse.Namespace) -> str:
     """Returns the page as HTML."""
-    names = dict.fromkeys(name for table in tables for name in table.cells)
+    plain = [table for table in tables if not table.grouped]
+    names = dict.fromkeys(name for table in plain for name in table.cells)
     styles = {name: number for number, name in enumerate(names)}
     chosen = choose_clips(results.clips, args.clips, args.seed)
+    comparisons = comparison_sections(results)
     sections: dict[str, str] = {}
     for part in dict.fromkeys(table.part for table in tables):
         own = [table for table in tables if table.part == part]
         sections[HEADINGS.get(part, part)] = (
             "".join(_score_section(table) for table in own)
-            + _chart_section(results, own, styles)
+            + comparisons.get(part, "")
+            + _chart_section(results, [table for table in plain if table.part == part], styles)
             + _clip_section([one for one in chosen if one.part == part], results)
         )
     if args.runs:
@@ -294,7 +318,7 @@ def _chart_section(
             ]
             # One value for all, such as no failure, is no curve.
             if len({value for line in lines for value in line.x}) > 1:
-                title = f"{table.list_name}: cumulative distribution of {column.metric}"
+                title = f"{table.list_name}: cumulative distribution of {title_of(column.metric)}"
                 charts.append(line_chart(lines, title, table.heading(column), "share"))
     section = _figures("Distributions over utterances", charts, names, styles)
     curves, families = [], {}
@@ -332,7 +356,7 @@ def _rate_curves(
                 lines.append(Line(stem, styles[names[-1]], *zip(*sorted(points), strict=True)))
         values = {value for line in lines for value in line.y}
         if len(values) > 1 and column.metric in HIGHER_IS_BETTER:
-            title = f"{table.list_name}: {column.metric} by bit rate"
+            title = f"{table.list_name}: {title_of(column.metric)} by bit rate"
             label = table.heading(column)
             charts.append(line_chart(lines, title, "kbit/s", label, markers=True))
     return charts
@@ -408,7 +432,7 @@ def _texts(clip: ScoredClip) -> str:
 
 def _scores_of(clip_set: ClipSet, system: str, results: Results) -> str:
     found = [
-        f"{column.metric} {number_of(systems[system][clip_set.id].value)}"
+        f"{title_of(column.metric)} {number_of(systems[system][clip_set.id].value)}"
         for column, systems in results.scores.items()
         if (column.part, column.list) == (clip_set.part, clip_set.list)
         and clip_set.id in systems.get(system, {})
@@ -453,4 +477,6 @@ def _provenance_section(tables: Sequence[ScoreTable]) -> str:
         + "".join(f'<td class="left">{escape(str(value))}</td>' for value in line[1:]) + "</tr>"
         for line in seen
     ]  # fmt: skip
-    return html_table("Origin of the numbers: digests and revisions", heads, rows, sortable=True)
+    return html_table(
+        "Origin of the numbers: digests and revisions", heads, rows, sortable=True, left=len(heads)
+    )

@@ -10,6 +10,7 @@ import numpy as np
 
 from codec.json_lines import read_appended
 from eval.benchmark import ASR_PREFIX, WORD_METRICS, Row
+from eval.metrics import MEASURES
 from eval.stats import Sums
 from recipes.scoring.rows import read_rows
 
@@ -80,6 +81,11 @@ def is_rate(metric: str) -> bool:
     """Whether the utterances of a list count by their words (characters). WIL and MER of a list are
     of summed counts, which the rows lack: their means by words are close to it."""
     return metric.removeprefix(ASR_PREFIX) in WORD_METRICS
+
+
+def title_of(metric: str) -> str:
+    """Returns the heading of a measure."""
+    return MEASURES[metric].title if metric in MEASURES else metric
 
 
 def sums_of(scores: Iterable[UtteranceScore]) -> Sums:

@@ -131,7 +131,7 @@ def test_page_loads_nothing_and_texts_are_harmless(page: Page) -> None:
 
 def test_values_of_the_page_are_those_of_the_rows(page: Page) -> None:
     heads, *rows = page.rows[:5]
-    assert heads == ["system", "n", "wer \u2193", "stoi \u2191", "bitrate"]
+    assert heads == ["system", "n", "WER \u2193", "STOI \u2191", "bit rate"]
     assert [row[0] for row in rows] == ["original", "codec-1", "codec-8", EVIL]
     assert rows[1][2].startswith("0.200 [")
     assert rows[0][3] == ""
@@ -140,7 +140,7 @@ def test_values_of_the_page_are_those_of_the_rows(page: Page) -> None:
     cells = [one for one in page.all("td") if one.get("class") == "best"]
     assert cells[0]["data-value"] == repr((0.1 + 0.2 + 0.3) / 3)
     captions = [one["aria-label"] for one in page.all("div") if one.get("role") == "region"]
-    assert {"List dev", "List dev/sex=F"} <= set(captions)
+    assert {"List dev", "List dev by sex"} <= set(captions)
 
 
 def test_clips_have_players_pictures_and_marked_errors(page: Page) -> None:
@@ -153,8 +153,8 @@ def test_clips_have_players_pictures_and_marked_errors(page: Page) -> None:
         assert file.frames / file.samplerate == pytest.approx(0.4, abs=0.01)
     assert len([one for one in page.all("img") if (one["alt"] or "").startswith("Spec")]) == 8
     charts = [one["aria-label"] for one in page.all("svg") if one.get("class") == "chart"]
-    assert "dev: wer by bit rate" in charts
-    assert "dev: cumulative distribution of stoi" in charts
+    assert "dev: WER by bit rate" in charts
+    assert "dev: cumulative distribution of STOI" in charts
     assert "train/loss by step" in charts
 
 
@@ -168,9 +168,10 @@ def test_word_errors_are_marked() -> None:
 def test_markdown_has_intervals_and_bold(folder: Path, capsys) -> None:
     run("report", folder)
     printed = capsys.readouterr().out
-    assert printed.startswith("### Reconstruction: dev\n\n| system | n | wer \u2193 | stoi")
+    assert printed.startswith("### Reconstruction: dev\n\n| system | n | WER \u2193 | STOI")
     assert "| codec-1 | 3 | **0.200** [0.100, 0.300] | 0.433 [0.200, 0.600] | 250 |" in printed
-    assert "### Reconstruction: dev/sex=F" in printed
+    assert "### Reconstruction: dev by sex\n\n| system | n | WER" in printed
+    assert "| F: codec-8 | 3 | 0.250 |" in printed
     assert "| original | 3 | 0.167 [0.000, 0.300] |  |  |" in printed
 
 
@@ -178,8 +179,8 @@ def test_scores_of_two_judges_have_two_columns(folder: Path, capsys) -> None:
     add_rows(folder, "codec-8", "wer", [0.0, 0.0, 0.0], library="another judge")
     run("report", folder)
     printed = capsys.readouterr().out
-    assert "| wer (1) \u2193 |" in printed
-    assert "| wer (2) \u2193 |" in printed
+    assert "| WER (1) \u2193 |" in printed
+    assert "| WER (2) \u2193 |" in printed
 
 
 def test_bad_input(folder: Path, tmp_path: Path) -> None:
