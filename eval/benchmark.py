@@ -9,13 +9,13 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from eval import speaker, speech, text, transcribe
+from eval import metrics, quality, speaker, speech, text, transcribe
 from eval.metrics import MEASURES
 
 Transcribe = Callable[[Float[np.ndarray, " S"], int], str]
@@ -26,6 +26,8 @@ Embed = Callable[[Float[np.ndarray, " S"], int], Float[np.ndarray, " E"]]
 PARTS = ("reconstruction", "tokens", "tts", "asr", "vc", "speed", "ratings")
 """What a number is about."""
 WORD_METRICS = ("wer", "wil", "mer", "cer")
+BASIC_MEASURES = ("stoi", "pesq", "mel_distance")
+"""Measures of waves by default."""
 ASR_PREFIX = "asr_"
 """Prefix of the word metrics of a system's own transcripts, as opposed to a judge's."""
 
@@ -125,14 +127,16 @@ def score_reconstruction(
     transcribe: Transcribe,
     embed: Embed | None = None,
     language: str = "en",
+    measures: Sequence[str] = BASIC_MEASURES,
 ) -> ScoredUtterance:
-    """Returns WER, CER, STOI, PESQ, mel distance and speaker similarity of a reconstruction.
+    """Returns WER, CER, speaker similarity and other measures of a reconstruction.
 
     A reconstruction that is silent, holds NaN or differs in length is a failure: all its words are
     deletions, and it has no other score.
 
     Args:
         reference: the transcript.
+        measures: names in `eval.metrics.PAIRED` and `UNPAIRED`.
 
     Raises:
         ValueError: the original is silent, empty or not finite.
@@ -146,17 +150,18 @@ def score_reconstruction(
     except ValueError as error:
         reason, reconstruction = str(error), np.zeros_like(original)
     failed = not reconstruction.any()
-    measures: dict[str, Callable[[], float]] = {
-        "stoi": lambda: speech.stoi(original, reconstruction, sample_rate),
-        "pesq": lambda: speech.pesq_wb(original, reconstruction, sample_rate),
-        "mel_distance": lambda: speech.mel_distance(original, reconstruction, sample_rate),
-    }
+    functions: dict[str, Callable[[], float]] = {}
+    for name in measures:
+        if name in metrics.PAIRED:
+            functions[name] = partial(metrics.PAIRED[name], original, reconstruction, sample_rate)
+        else:
+            functions[name] = partial(metrics.UNPAIRED[name], reconstruction, sample_rate)
     if embed is not None:
-        measures["similarity"] = lambda: speaker.similarity(
+        functions["similarity"] = lambda: speaker.similarity(
             embed(original, sample_rate), embed(reconstruction, sample_rate)
         )
     values = {"failure": float(failed)}
-    missing = dict.fromkeys(measures, reason) if failed else _measure(measures, values)
+    missing = dict.fromkeys(functions, reason) if failed else _measure(functions, values)
     hypothesis = "" if failed else transcribe(reconstruction, sample_rate)
     scored = score_asr(utterance, reference, hypothesis, language)
     return replace(scored, values=values, missing=missing)
@@ -172,9 +177,10 @@ def score_tts(
     prompt: tuple[Float[np.ndarray, " P"], int] | None = None,
     failure: str | None = None,
     language: str = "en",
+    measures: Sequence[str] = (),
 ) -> ScoredUtterance:
-    """Returns WER, CER, similarity to the prompt's speaker, length in seconds and failure of
-    synthesized speech.
+    """Returns WER, CER, similarity to the prompt's speaker, length in seconds, failure and other
+    measures of synthesized speech.
 
     A wave that is silent or not finite is a failure, whose words are all deletions.
 
@@ -182,19 +188,26 @@ def score_tts(
         target: the text that was synthesized.
         prompt: a wave and its sample rate.
         failure: what the synthesizer reports, if it failed.
+        measures: names in `eval.metrics.UNPAIRED`, and `speaking_rate`.
     """
     silent = not (wave.any() and np.isfinite(wave).all())
     values = {"failure": float(failure is not None or silent), "seconds": wave.size / sample_rate}
-    missing: dict[str, str] = {}
-    if silent:
-        missing["similarity"] = "the wave is silent"
-    elif embed is not None and prompt is not None:
-        missing = _measure(
-            {"similarity": lambda: speaker.similarity(embed(*prompt), embed(wave, sample_rate))},
-            values,
-        )
     hypothesis = "" if silent else transcribe(wave, sample_rate)
     scored = score_asr(utterance, target, hypothesis, language)
+    functions: dict[str, Callable[[], float]] = {
+        name: partial(metrics.UNPAIRED[name], wave, sample_rate)
+        for name in measures
+        if name != "speaking_rate"
+    }
+    if "speaking_rate" in measures and scored.words is not None:
+        num_words = scored.words.num_words
+        functions["speaking_rate"] = lambda: quality.speaking_rate(num_words, wave, sample_rate)
+    if embed is not None and prompt is not None:
+        functions["similarity"] = lambda: speaker.similarity(
+            embed(*prompt), embed(wave, sample_rate)
+        )
+    reason = "the wave is silent"
+    missing = dict.fromkeys(functions, reason) if silent else _measure(functions, values)
     return replace(scored, values=values, missing=missing)
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -79,6 +79,19 @@ def judge_options() -> argparse.ArgumentParser:
     add("--speaker", help="speaker encoder: folder or hub id (default: no similarity)")
     add("--threads", type=int, help="of each process (default: the cores' share)")
     return parser
+
+
+def add_measures(add: Callable[..., Any], names: Sequence[str]) -> None:
+    """Adds `--measures`, those of waves, besides words and speakers.
+
+    Args:
+        add: a parser's `add_argument`.
+        names: those that there are, which are the default.
+    """
+    add(
+        "--measures", nargs="*", choices=names, default=list(names), metavar="MEASURE",
+        help=f"measures of waves (default: all): {', '.join(names)}",
+    )  # fmt: skip
 
 
 def check_options(args: argparse.Namespace) -> None:

@@ -19,13 +19,15 @@ from codec.io import atomic_file, sha256_of, sha256_of_tensors
 from codec.modules.quantize import codebook_usage, count_codes
 from codec.tokenize import text_of
 from codec.training.data import load_cut, read_cuts
-from eval.benchmark import ScoredUtterance, score_asr, score_reconstruction
+from eval.benchmark import ScoredUtterance, score_reconstruction, score_tts
+from eval.metrics import PAIRED, UNPAIRED
 from recipes.scoring.judges import Judges, safe_name, state_of_files
 from recipes.scoring.lists import columns_of_cut, recordings_of
 from recipes.scoring.options import (
     Columns,
     JudgeOptions,
     ScoredSystem,
+    add_measures,
     check_options,
     chosen,
     judge_options,
@@ -84,6 +86,7 @@ def add_reconstruction_command(kinds: Any) -> None:
     )  # fmt: skip
     add("--auxiliary", action="store_true", help="LM-SPT's decoder of the semantic codebook alone")
     add("--device", default="cpu", help="cpu or cuda")
+    add_measures(add, (*PAIRED, *UNPAIRED))
 
 
 def benchmark_reconstruction(args: argparse.Namespace) -> None:
@@ -100,11 +103,11 @@ def benchmark_reconstruction(args: argparse.Namespace) -> None:
     for listed in map(named, args.cuts):
         cuts = chosen(list(read_cuts(listed.value)), args)
         state = f"{sha256_of(Path(listed.value), 16)} {state_of_files(recordings_of(cuts))}"
-        base = f"{state} {judges.judge_name} {args.language}"
+        base = f"{state} {judges.judge_name} {args.language} {sorted(args.measures)}"
         keys = {ORIGINAL: base}
         for system in systems:
             keys[system.name] = f"{base} {judges.speaker_name} {system.digest}"
-        make = partial(CutScorer, tuple(systems), options, args.out)
+        make = partial(CutScorer, tuple(systems), options, args.out, tuple(args.measures))
         scored = score_all(args.out, cuts, keys, make, args.processes)
         own = {cut.id: columns.of(cut.id, columns_of_cut(cut)) for cut in cuts}
         columns.check(own, listed.name)
@@ -175,10 +178,13 @@ def codec_systems(args: argparse.Namespace) -> list[CodecSystem]:
 class CutScorer:
     """Scores a cut: the recording itself, and its reconstruction by each system."""
 
-    def __init__(self, systems: Sequence[CodecSystem], options: JudgeOptions, out: Path):
+    def __init__(
+        self, systems: Sequence[CodecSystem], options: JudgeOptions, out: Path,
+        measures: Sequence[str],
+    ):  # fmt: skip
         self._systems = {system.name: system for system in systems}
         self._judges: Judges = options.load()
-        self._language, self._out = options.language, out
+        self._language, self._out, self._measures = options.language, out, measures
         self._codecs: dict[str, Any] = {}
 
     def __call__(self, cut: Any, names: Sequence[str]) -> Iterator[tuple[str, ScoredUtterance]]:
@@ -186,8 +192,12 @@ class CutScorer:
         text, waves, codes = text_of(cut), {}, {}
         for name in names:
             if name == ORIGINAL:
-                transcript = self._judges.transcribe(load_cut(cut, JUDGE_RATE), JUDGE_RATE)
-                yield name, score_asr(cut.id, text, transcript, self._language)
+                scored = score_tts(
+                    cut.id, text, load_cut(cut, JUDGE_RATE), JUDGE_RATE, self._judges.transcribe,
+                    language=self._language,
+                    measures=[each for each in self._measures if each in UNPAIRED],
+                )  # fmt: skip
+                yield name, scored
                 continue
             system = self._systems[name]
             rate, folder = system.sample_rate, system.folder
@@ -203,7 +213,7 @@ class CutScorer:
             write_audio(path, np.nan_to_num(coded), rate)
             scored = score_reconstruction(
                 cut.id, text, waves[rate], coded, rate, self._judges.transcribe,
-                self._judges.embed, self._language,
+                self._judges.embed, self._language, self._measures,
             )  # fmt: skip
             yield name, replace(scored, audio=str(path))
 

@@ -16,6 +16,7 @@ from codec.io import sha256_of
 from codec.json_lines import write_json_lines
 from codec.program import CHECKS_FAILED
 from eval.benchmark import ScoredUtterance, score_tts
+from eval.metrics import UNPAIRED
 from recipes.scoring.judges import Judges, digest_of_voice, safe_name, state_of_files
 from recipes.scoring.lists import locate, read_entries
 from recipes.scoring.options import (
@@ -23,6 +24,7 @@ from recipes.scoring.options import (
     JudgeOptions,
     ScoredSystem,
     SystemList,
+    add_measures,
     check_options,
     chosen,
     judge_options,
@@ -86,6 +88,7 @@ def add_tts_command(kinds: Any) -> None:
         "{id} are replaced, and it writes the wave {out}; repeatable",
     )  # fmt: skip
     add("--model-digest", default="", help="digest of the system of --list")
+    add_measures(add, (*UNPAIRED, "speaking_rate"))
     add("--rate", type=int, default=16000, help="in Hz, of scoring (default: 16000)")
     add(
         "--speakers", type=Path, metavar="LIST",
@@ -118,8 +121,8 @@ def benchmark_tts(args: argparse.Namespace) -> None:
         files = [path for item in items for path in (item.audio, item.prompt) if path is not None]
         inputs = sha256_of(str([tuple(map(str, item)) for item in items]), 16)
         key = f"{each.system} {each.model} {inputs} {state_of_files(files)} {judges.judge_name}"
-        key += f" {judges.speaker_name} {args.language} {args.rate} {known}"
-        make = partial(SpeechScorer, options, args.rate, tuple(speakers))
+        key += f" {judges.speaker_name} {args.language} {args.rate} {known} {sorted(args.measures)}"
+        make = partial(SpeechScorer, options, args.rate, tuple(args.measures), tuple(speakers))
         scored = score_all(args.out, items, {each.system: key}, make, args.processes)[each.system]
         own = {
             item.id: columns.of(item.id, {"length": length_group(item.text), **entry})
@@ -263,9 +266,12 @@ class SpeechScorer:
     """Scores synthesized speech. A missing, silent or non-finite wave is a failure, whose words
     are all deletions."""
 
-    def __init__(self, options: JudgeOptions, rate: int, speakers: Sequence[SpeakerRecording] = ()):
+    def __init__(
+        self, options: JudgeOptions, rate: int, measures: Sequence[str],
+        speakers: Sequence[SpeakerRecording],
+    ):  # fmt: skip
         self._judges: Judges = options.load()
-        self._language, self._rate = options.language, rate
+        self._language, self._rate, self._measures = options.language, rate, measures
         embed = self._judges.embed
         self._references = SpeakerReferences(speakers, embed, rate) if embed is not None else None
 
@@ -283,7 +289,7 @@ class SpeechScorer:
             prompt = (read_audio(item.prompt, self._rate), self._rate)
         scored = score_tts(
             item.id, item.text, wave, self._rate, self._judges.transcribe, self._judges.embed,
-            prompt, failure, self._language,
+            prompt, failure, self._language, self._measures,
         )  # fmt: skip
         values = dict(scored.values)
         if "similarity" in values and item.speaker is not None and self._references is not None:

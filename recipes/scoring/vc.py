@@ -21,6 +21,7 @@ from codec.io import sha256_of
 from codec.json_lines import write_json_lines
 from codec.program import CHECKS_FAILED
 from eval.benchmark import ScoredUtterance, score_tts
+from eval.metrics import UNPAIRED
 from eval.speaker import similarity
 from recipes.scoring.judges import Judges, digest_of_voice, safe_name, state_of_files
 from recipes.scoring.lists import locate, read_entries
@@ -29,6 +30,7 @@ from recipes.scoring.options import (
     JudgeOptions,
     ScoredSystem,
     SystemList,
+    add_measures,
     check_options,
     chosen,
     judge_options,
@@ -92,6 +94,7 @@ def add_vc_command(kinds: Any) -> None:
         "replaced, and it writes the wave {out}; repeatable",
     )  # fmt: skip
     add("--model-digest", default="", help="digest of the system of --list")
+    add_measures(add, tuple(UNPAIRED))
 
 
 def benchmark_vc(args: argparse.Namespace) -> None:
@@ -111,8 +114,8 @@ def benchmark_vc(args: argparse.Namespace) -> None:
         files = [path for item in items for path in (item.audio, item.source, item.target) if path]
         inputs = sha256_of(str([tuple(map(str, item)) for item in items]), 16)
         key = f"{each.system} {each.model} {inputs} {state_of_files(files)} {judges.judge_name}"
-        key += f" {judges.speaker_name} {args.language}"
-        make = partial(ConversionScorer, options)
+        key += f" {judges.speaker_name} {args.language} {sorted(args.measures)}"
+        make = partial(ConversionScorer, options, tuple(args.measures))
         scored = score_all(args.out, items, {each.system: key}, make, args.processes)[each.system]
         own = {
             item.id: columns.of(item.id, entry) for item, entry in zip(items, entries, strict=True)
@@ -246,9 +249,9 @@ class ConversionScorer:
     """Scores conversions: words against the source's, similarity to target (`similarity`) and
     source (`similarity_source`), and their difference (`similarity_gain`)."""
 
-    def __init__(self, options: JudgeOptions):
+    def __init__(self, options: JudgeOptions, measures: Sequence[str]):
         self._judges: Judges = options.load()
-        self._language = options.language
+        self._language, self._measures = options.language, measures
 
     def __call__(
         self, item: ConvertedItem, names: Sequence[str]
@@ -267,7 +270,7 @@ class ConversionScorer:
                 failure = failure or str(error)
         scored = score_tts(
             item.id, text, wave, RATE, self._judges.transcribe, self._judges.embed,
-            (target, RATE), failure, self._language,
+            (target, RATE), failure, self._language, self._measures,
         )  # fmt: skip
         values = dict(scored.values)
         if self._judges.embed is not None and "similarity" in values:

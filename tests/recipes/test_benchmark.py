@@ -10,8 +10,8 @@ import torch
 from tiny_lmspt import SPECTRAL, made
 
 from codec import read_audio
-from eval import speech
-from eval.benchmark import Row
+from eval import metrics, speech
+from eval.benchmark import BASIC_MEASURES, Row
 from recipes import benchmark as program
 from recipes.scoring import judges as scoring
 from recipes.scoring import scores
@@ -112,6 +112,7 @@ def test_reconstruction_resumes(
     (tmp_path / "in" / "1.wav").write_bytes(b"")
     out = tmp_path / "out"
     command = ["reconstruction", "--codec", str(tiny_codec_folder), "--cuts", str(cuts)]
+    command += ["--measures", *BASIC_MEASURES]
     command += ["--judge", judge, "--out", str(out), "--codebooks", "2", "--name", "tiny"]
     stop = {"after": 1}
     real = speech.stoi
@@ -122,7 +123,7 @@ def test_reconstruction_resumes(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(speech, "stoi", stoi)
+    monkeypatch.setitem(metrics.PAIRED, "stoi", stoi)
     with pytest.raises(KeyboardInterrupt):
         program.main(command)
     assert not (out / "rows.jsonl").exists()
@@ -163,7 +164,20 @@ def test_tts_program_counts_silence_as_failure(
     ]
     listed = write_list(tmp_path / "results.jsonl", entries)
     out = tmp_path / "out"
-    program.main(["tts", "--list", str(listed), "--judge", judge, "--out", str(out), "--name", "v"])
+    program.main(
+        [
+            "tts",
+            "--list",
+            str(listed),
+            "--judge",
+            judge,
+            "--out",
+            str(out),
+            "--name",
+            "v",
+            "--measures",
+        ]
+    )
     found = whole(read_rows(out / "rows.jsonl"))
     assert (found["failure"].value, found["wer"].value, found["wer"].n) == (0.75, 0.75, 4)
     assert not (out / "skipped-v.jsonl").read_text()
@@ -176,7 +190,16 @@ def test_changed_inputs_are_scored_again(
     write_wav(tmp_path / "a.wav", 1.0)
     entry = {"id": "a", "text": "hello world", "audio": "a.wav", "seed": 5}
     listed = write_list(tmp_path / "results.jsonl", [entry])
-    command = ["tts", "--list", str(listed), "--judge", judge, "--out", str(tmp_path / "out")]
+    command = [
+        "tts",
+        "--measures",
+        "--list",
+        str(listed),
+        "--judge",
+        judge,
+        "--out",
+        str(tmp_path / "out"),
+    ]
 
     def heard(*arguments: str) -> int:
         FakeJudge.calls = 0
@@ -198,7 +221,7 @@ def test_changed_recordings_are_scored_again(
 ) -> None:
     cuts = prepare_cuts(tmp_path / "in", write_wav, count=1)
     command = ["reconstruction", "--codec", str(tiny_codec_folder), "--cuts", str(cuts)]
-    command += ["--judge", judge, "--out", str(tmp_path / "out")]
+    command += ["--measures", "--judge", judge, "--out", str(tmp_path / "out")]
     program.main(command)
     program.main(command)
     assert FakeJudge.calls == 2
@@ -216,7 +239,7 @@ def test_rows_have_provenance(
     (tmp_path / "voice").mkdir()
     shutil.copytree(tiny_codec_folder, tmp_path / "voice" / "codec")
     shared = ["--list", listed, "--voice", str(tmp_path / "voice"), "--out", str(tmp_path / "out")]
-    program.main(["tts", *shared, "--judge", judge])
+    program.main(["tts", *shared, "--judge", judge, "--measures", "speaking_rate"])
     program.main(["asr", *shared])
     rows = read_rows(tmp_path / "out" / "rows.jsonl")
     assert {"wer", "asr_wer"} <= {row.metric for row in rows}
@@ -232,7 +255,7 @@ def test_auxiliary_decoder_is_scored(tmp_path, judge, tiny_codec_folder, write_w
     cuts = prepare_cuts(tmp_path / "in", write_wav, count=1)
     codec = made(SPECTRAL)
     codec.save_pretrained(tmp_path / "lmspt")
-    command = ["reconstruction", "--auxiliary", "--cuts", str(cuts), "--judge", judge]
+    command = ["reconstruction", "--measures", "--auxiliary", "--cuts", str(cuts), "--judge", judge]
     program.main([*command, "--codec", str(tmp_path / "lmspt"), "--out", str(tmp_path)])
     rows = [row for row in read_rows(tmp_path / "rows.jsonl") if row.metric == "bitrate"]
     assert [(row.system, row.value) for row in rows] == [("lmspt-auxiliary", 100 * 6)]

@@ -50,7 +50,8 @@ def run(tmp_path: Path, judged: list[str]) -> Run:
 
     def start(*arguments: str | Path, out: str = "out") -> SimpleNamespace:
         judged.clear()
-        program.main([*map(str, arguments), "--judge", "x", "--out", str(tmp_path / out)])
+        command = [*map(str, arguments), "--judge", "x", "--measures", "speaking_rate"]
+        program.main([*command, "--out", str(tmp_path / out)])
         rows = read_rows(tmp_path / out / "rows.jsonl")
         of_lists = {(r.system, r.list, r.metric): r.value for r in rows if r.utterance is None}
         clips = [line.value for line in read_json_lines(tmp_path / out / "clips.jsonl")]

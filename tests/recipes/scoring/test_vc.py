@@ -36,7 +36,7 @@ def test_codebooks_are_swapped_and_scored(
     write_json_lines(tmp_path / "pairs.jsonl", pairs)
     out = tmp_path / "out"
     command = ["vc", "--pairs", str(tmp_path / "pairs.jsonl"), "--out", str(out)]
-    command += ["--judge", "x", "--speaker", "y"]
+    command += ["--judge", "x", "--speaker", "y", "--measures"]
     program.main([*command, "--codec", f"tiny={tiny_codec_folder}"])
     rows = {(r.utterance, r.metric): r.value for r in read_rows(out / "rows.jsonl")}
     assert (rows["a", "wer"], rows["b", "wer"], rows[None, "wer"]) == (0.5, 0, 0.25)
@@ -65,6 +65,7 @@ def test_conversions_that_are_missing_lose_all_words(tmp_path: Path, write_wav) 
     made = [{"id": "a", "audio": "s.wav", **entry}, {"id": "b", "audio": None, **entry}]
     write_json_lines(tmp_path / "made.jsonl", made)
     command = ["vc", "--list", str(tmp_path / "made.jsonl"), "--judge", "x", "--name", "n"]
+    command += ["--measures"]
     program.main([*command, "--out", str(tmp_path)])
     rows = {(r.utterance, r.metric): r for r in read_rows(tmp_path / "rows.jsonl")}
     assert rows[None, "wer"].value == 0.5
