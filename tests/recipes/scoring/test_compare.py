@@ -104,3 +104,15 @@ def test_systems_of_one_name_keep_apart(tmp_path: Path) -> None:
     assert results.folders[str(first)] == {ORIGINAL, "codec-8 (a)"}
     (found,) = compare_systems(results)
     assert [*found.systems] == ["codec-8 (a)", "codec-8 (b)"]
+    # Other scores of one model, then another model on another list.
+    for name, given in (("c", {"model": "1"}), ("d", {"model": "3", "list": "other"})):
+        third = out(tmp_path / name, rows_for("codec-8", [0.5, 0.6], **given))
+        assert read_results([first, third]).folders[str(third)] == {f"codec-8 ({name})"}
+
+
+def test_alpha_is_divided_by_pairs_and_measures(tmp_path: Path) -> None:
+    folder = out(tmp_path / "o", *(rows_for(name, [0.1, 0.2]) for name in "abc"))
+    (found,) = compare_systems(read_results([folder]))
+    assert found.comparisons == 3
+    assert len(found.differences) == 3
+    assert found.epsilons["a", "b"] >= 0.5  # Equal systems.
