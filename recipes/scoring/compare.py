@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from eval.metrics import HIGHER_IS_BETTER
 from eval.stats import (
@@ -119,10 +120,11 @@ def compare_systems(results: Results, *, seed: int = 0) -> list[Comparison]:
     lists: dict[tuple[str, str], list[Column]] = {}
     for column in shared:
         lists.setdefault((column.part, column.list), []).append(column)
+    work = [(column, sum(_pairs(shared[one]) for one in columns))
+            for columns in lists.values() for column in columns]  # fmt: skip
     return [
-        _compared(column, shared[column], seed, sum(_pairs(shared[one]) for one in columns))
-        for columns in lists.values()
-        for column in columns
+        _compared(column, shared[column], seed, comparisons)
+        for column, comparisons in tqdm(work, "comparisons", unit="measure")
     ]
 
 
@@ -167,16 +169,14 @@ def _check_folders(results: Results, shared: Iterable[Column]) -> None:
         for column in shared
     ]
     for folder, own in results.folders.items():
-        own = own - {*REFERENCES}
-        if not any(own & systems and len(systems) > 1 for systems in together) or (
-            len(results.folders) > 1 and not any(own & one and one - own for one in together)
-        ):
-            others = ", ".join(name for name in results.folders if name != folder)
+        others = [systems for name, systems in results.folders.items() if name != folder] or [own]
+        if not any(own & one and other & one for one in together for other in others):
+            names = ", ".join(name for name in results.folders if name != folder)
             lists = sorted({f"{c.part} {c.list}".strip() for c, s in results.scores.items()
                             if own & set(s)})  # fmt: skip
             raise ValueError(
                 f"{folder} ({'; '.join(lists) or 'no utterances'}) shares no utterance of a part, "
-                f"a list and a measure with {others or 'another system'}: score systems on the "
+                f"a list and a measure with {names or 'another system'}: score systems on the "
                 "same list, under the same name"
             )
 

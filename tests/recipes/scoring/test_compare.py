@@ -90,6 +90,9 @@ def test_other_judges_and_lists_are_user_errors(tmp_path: Path) -> None:
     out(listed, rows_for("d", [0.1, 0.2], list="other"))
     with pytest.raises(ValueError, match=r"a \(tts dev\) shares no utterance .*/c"):
         compare_systems(read_results([first, listed]))
+    both = [out(tmp_path / name, rows_for("a", [0.1, 0.2]), rows_for("b", [0.3, 0.4]))
+            for name in "ef"]  # fmt: skip
+    assert len(compare_systems(read_results(both))) == 1
     with pytest.raises(ValueError, match="with another system"):
         compare_systems(read_results([first]))
     with pytest.raises(ValueError, match=r"has no rows\.jsonl"):
