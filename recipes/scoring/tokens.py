@@ -78,7 +78,8 @@ TOKEN_COLUMNS = (
 SNR_DB = 20.0
 GAIN_DB = -6.0
 SHIFT_SECONDS = 0.005
-CUTS_PER_PART = 500
+CUTS_PER_PART = 100
+"""After an interruption at most this many are encoded again."""
 
 
 class TokenList(NamedTuple):
