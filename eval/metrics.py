@@ -101,6 +101,19 @@ MEASURES: dict[str, Measure] = {
     "mushra": Measure(title="MUSHRA", higher_is_better=True, high=100.0),
     "mos": Measure(title="MOS", higher_is_better=True, low=1.0, high=5.0),
     "smos": Measure(title="SMOS", higher_is_better=True, low=1.0, high=5.0),
+    "probe_loss": Measure(title="loss of the probe", unit="nats / character"),
+    "mi_vclub": Measure(
+        title="mutual information (vCLUB)", higher_is_better=True, low=-math.inf,
+        unit="nats / utterance",
+    ),
+    "mi_info_nce": Measure(
+        title="mutual information (InfoNCE)", higher_is_better=True, low=-math.inf,
+        unit="nats / utterance",
+    ),
+    "snmi": Measure(title="SNMI", higher_is_better=True, high=1.0),
+    "snmi_chance": Measure(title="SNMI by chance", high=1.0),
+    "snmi_ceiling": Measure(title="SNMI of equal codes", high=1.0),
+    "snmi_acoustic": Measure(title="SNMI of codebooks 2 to Q", high=1.0),
     "bitrate": Measure(title="bit rate", unit="bit/s"),
     "codebooks": Measure(title="codebooks"),
 }  # fmt: skip
@@ -108,6 +121,13 @@ MEASURES: dict[str, Measure] = {
 for _metric in ("wer", "wil", "mer", "cer"):
     MEASURES[f"asr_{_metric}"] = replace(
         MEASURES[_metric], title=f"{MEASURES[_metric].title} of the system's own transcripts"
+    )
+    MEASURES[f"probe_{_metric}"] = replace(
+        MEASURES[_metric], title=f"{MEASURES[_metric].title} of the probe"
+    )
+for _change in ("noise", "gain", "resampling", "shift"):
+    MEASURES[f"kept_{_change}"] = Measure(
+        title=f"codes kept: {_change}", higher_is_better=True, high=1.0, unit="share of codes"
     )
 for _metric, _libraries in (speech.LIBRARIES | quality.LIBRARIES).items():
     MEASURES[_metric] = replace(MEASURES[_metric], libraries=_libraries)

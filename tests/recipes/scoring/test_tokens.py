@@ -12,6 +12,7 @@ import torch
 from codec import load_codec
 from codec.tokens import CodecStamp, TokenRow, TokenShard, write_shard
 from eval.benchmark import Row
+from eval.metrics import HIGHER_IS_BETTER, MEASURES
 from eval.text_probe import ProbeConfig
 from recipes import prepare_data
 from recipes.benchmark import main
@@ -270,6 +271,13 @@ def test_lists_of_cuts_are_encoded_resynthesized_and_changed(
     assert 0 < whole["tiny-1", "dev", "kept_noise"].value < 1
     assert run(out, *command) == rows
     assert FakeJudge.calls == 4 + 2 * 2 * 4
+
+
+def test_reports_and_comparisons_know_the_printed_measures() -> None:
+    assert set(program.TOKEN_COLUMNS) <= MEASURES.keys()
+    better = [f"kept_{change}" for change in program.CHANGES] + ["mi_vclub", "mi_info_nce", "snmi"]
+    assert [HIGHER_IS_BETTER[metric] for metric in better] == [True] * len(better)
+    assert not HIGHER_IS_BETTER["probe_cer"]
 
 
 def test_changes_of_a_recording_are_those_named() -> None:
