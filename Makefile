@@ -3,7 +3,7 @@
 # make demo     the shipped voice synthesizes, transcribes and converts: see out/voice/; set PROMPT=me.wav TEXT="..."
 # make demo-train  from recordings to a voice, in miniature: see out/demo/ afterwards
 # make train-small  the voice of models/small from lists of cuts in out/small/cuts: hours on two cores
-# make smoke    the recipes with miniature models: codec, tokens, then a voice under ZeRO-2 on two processes
+# make smoke    the recipes with miniature models: codec, tokens, then a voice under ZeRO-2 on two processes, then an ablation
 # make test     the tests: no network, no models
 # make soak     long tests: kills, full disks, fuzzing, thousands of requests; tables in out/soak/
 # make mutate FILES="codec/tokens.py slm/data/prompts.py"  changes each file in 25 places, runs its tests, lists survivors
@@ -64,7 +64,7 @@ train-small: setup
 	OMP_WAIT_POLICY=passive $(BIN)/python recipes/train_small.py
 
 smoke: setup
-	$(BIN)/python recipes/offline_models.py $(DEMO_MODELS)
+	$(BIN)/python recipes/offline_models.py $(DEMO_MODELS) whisper-tiny.en-transformers
 	$(BIN)/python recipes/prepare_data.py prompts --out out/smoke/cuts --dev-cuts 40
 	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/train_codec.py \
 	  --config recipes/configs/codec/smoke.yaml
@@ -72,6 +72,7 @@ smoke: setup
 	  cuts=out/smoke/cuts/$$split.jsonl.gz out=out/smoke/tokens/$$split; done
 	$(BIN)/accelerate launch --config_file recipes/accelerate/zero2.yaml --num_processes 2 \
 	  --num_cpu_threads_per_process 1 recipes/tts.py --config recipes/configs/tts/smoke.yaml
+	$(BIN)/python recipes/ablate.py --plan recipes/configs/ablations/smoke.yaml
 
 test: setup
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \

@@ -255,6 +255,7 @@ def config_class(path: Path) -> type:
 
     folder = path.relative_to(ROOT / "recipes" / "configs").parts[0]
     stems = {"codec": "train_codec", "export": "export_tokens", "semantic": "train_semantic"}
+    stems["ablations"] = "ablate"
     module = importlib.import_module(f"recipes.{stems.get(folder, folder)}")
     source = (ROOT / "recipes" / f"{stems.get(folder, folder)}.py").read_text()
     (loaded,) = set(re.findall(r"load_(?:voice_)?config\(\s*(\w+)", source))

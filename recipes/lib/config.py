@@ -296,8 +296,16 @@ def _read_yaml(file: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     if circular := [base for base in bases if base in above]:
         raise ValueError(f"{file}: extends {circular[0].name}, which extends it")
     layers = [_read_yaml(file.parent / name, above) for name in names]
-    merged = OmegaConf.to_container(OmegaConf.merge(*layers, own), resolve=False)
-    return typing.cast(dict[str, Any], merged)
+    return functools.reduce(_on_top, [*layers, own])
+
+
+def _on_top(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Returns the keys of both; those of `above` win, except that keys below a key are merged."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        merged[key] = _on_top(below[key], value) if both else value
+    return merged
 
 
 def _merged(
