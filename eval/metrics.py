@@ -96,6 +96,12 @@ MEASURES: dict[str, Measure] = {
     "similarity_others": Measure(
         title="similarity to others", low=-1.0, high=1.0
     ),
+    "similarity_source": Measure(
+        title="similarity to the source", higher_is_better=False, low=-1.0, high=1.0
+    ),
+    "similarity_gain": Measure(
+        title="similarity to target minus source", higher_is_better=True, low=-2.0, high=2.0
+    ),
     "speaking_rate": Measure(title="speaking rate", unit="words or characters / s"),
     "seconds": Measure(title="seconds", unit="s"),
     "mushra": Measure(title="MUSHRA", higher_is_better=True, high=100.0),
@@ -114,6 +120,9 @@ MEASURES: dict[str, Measure] = {
     "snmi_chance": Measure(title="SNMI by chance", high=1.0),
     "snmi_ceiling": Measure(title="SNMI of equal codes", high=1.0),
     "snmi_acoustic": Measure(title="SNMI of codebooks 2 to Q", high=1.0),
+    "entropy_bitrate": Measure(title="entropy-coded bit rate", unit="bit/s"),
+    "codebook_use": Measure(title="codebook use", high=1.0, unit="share of entries"),
+    "codebook_perplexity": Measure(title="codebook perplexity", low=1.0),
     "bitrate": Measure(title="bit rate", unit="bit/s"),
     "codebooks": Measure(title="codebooks"),
 }  # fmt: skip
@@ -131,7 +140,7 @@ for _change in ("noise", "gain", "resampling", "shift"):
     )
 for _metric, _libraries in (speech.LIBRARIES | quality.LIBRARIES).items():
     MEASURES[_metric] = replace(MEASURES[_metric], libraries=_libraries)
-for _metric in ("similarity", "similarity_speaker", "similarity_others"):
+for _metric in [name for name in MEASURES if name.startswith("similarity")]:
     MEASURES[_metric] = replace(MEASURES[_metric], libraries=speaker.LIBRARIES)
 
 PAIRED = {name: one.paired for name, one in MEASURES.items() if one.paired}

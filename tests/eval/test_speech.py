@@ -108,6 +108,24 @@ def test_mel_distances_are_zero_for_the_same_and_the_log_for_half() -> None:
     assert found == pytest.approx(7 * np.log10(2), rel=1e-3)
 
 
+def test_multi_scale_mel_distance_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One scale with plain Fourier transforms: Hann windows of 64, hop 16, mirrored ends."""
+    from torchaudio.functional import melscale_fbanks
+
+    monkeypatch.setattr(speech, "MEL_SCALES", ((64, 10),))
+    clean = np.random.default_rng(0).standard_normal(800)
+    bands = melscale_fbanks(33, 0.0, 8000.0, 10, 16000, norm="slaney", mel_scale="slaney").numpy()
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(64) / 64)
+    logs = []
+    for wave in (clean, noisy(clean, 0.3)):
+        padded = np.pad(wave, 32, mode="reflect")
+        frames = np.stack([padded[start : start + 64] for start in range(0, 801, 16)])
+        logs.append(np.log10(np.abs(np.fft.rfft(frames * window)) @ bands))
+    expected = np.abs(logs[0] - logs[1]).mean()
+    found = multi_scale_mel_distance(clean, noisy(clean, 0.3), 16000)
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
 def tone(f0: float, seconds: float = 1.0) -> np.ndarray:
     times = np.arange(round(seconds * 16000)) / 16000
     return sum(0.1 * np.sin(2 * np.pi * f0 * k * times) / k for k in range(1, 12))

@@ -6,6 +6,6 @@ from simulated_scores import coverage
 
 @pytest.mark.parametrize("kind", ["means", "rates"])
 def test_bootstrap_intervals_cover(kind: str) -> None:
-    found = coverage(kind, num_draws=1000, number=100)
+    found = coverage(kind, num_draws=1000, number=300)
     print(f"{kind}: {found:.3f}")  # noqa: T201
     assert 0.93 <= found <= 0.97
