@@ -71,6 +71,8 @@ class Provenance:
     """Name and digest of the ASR behind the word metrics."""
     speaker: str = ""
     """Name and digest of the speaker encoder."""
+    language: str = "en"
+    """Of the texts: it selects their normalizer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -289,12 +291,12 @@ def rows_of(
 def library_of(metric: str, origin: Provenance) -> str:
     """Returns the libraries behind a metric with their versions, and the model that scored."""
     if metric.removeprefix(ASR_PREFIX) in WORD_METRICS and metric not in WORD_METRICS:
-        names, extra = text.LIBRARIES, ""
+        names, extra = text.text_libraries(origin.language), ""
     elif metric in (*WORD_METRICS, "wrong", "fault"):
-        names = text.LIBRARIES + (transcribe.LIBRARIES if origin.judge else ())
+        names = text.text_libraries(origin.language) + transcribe.judge_libraries(origin.judge)
         extra = origin.judge
     elif metric.startswith("similarity"):
-        names, extra = speaker.LIBRARIES, origin.speaker
+        names, extra = speaker.speaker_libraries(origin.speaker), origin.speaker
     else:
         measure = MEASURES.get(metric)
         names, extra = (measure.libraries, measure.setting) if measure else (("numpy",), "")
@@ -303,7 +305,8 @@ def library_of(metric: str, origin: Provenance) -> str:
 
 def all_libraries() -> str:
     """Returns all libraries that score, with their versions."""
-    names = {*text.LIBRARIES, *transcribe.LIBRARIES, *speaker.LIBRARIES, "numpy"}
+    names = {*text.ALL_LIBRARIES, *transcribe.LIBRARIES, *speaker.LIBRARIES, "numpy"}
+    names |= {*transcribe.TRANSFORMERS_LIBRARIES, *speaker.ONNX_LIBRARIES}
     return ", ".join(_versions(sorted(names.union(*(one.libraries for one in MEASURES.values())))))
 
 

@@ -13,6 +13,8 @@ from functools import cache
 from typing import TypeVar
 
 LIBRARIES = ("jiwer", "whisper-normalizer")
+"""Of English."""
+ALL_LIBRARIES = (*LIBRARIES, "regex", "num2words", "wetext")
 
 Counts = TypeVar("Counts", bound="ErrorCounts")
 
@@ -21,13 +23,14 @@ def _codes(names: str) -> frozenset[str]:
     return frozenset(names.split())
 
 
-LANGUAGES = _codes(
-    "af am ar as az ba be bg bn bo br bs ca cs cy da de el en eo es et eu fa fi fo fr ga gl gu ha "
+WHISPER_LANGUAGES = _codes(
+    "af am ar as az ba be bg bn bo br bs ca cs cy da de el en es et eu fa fi fo fr gl gu ha "
     "haw he hi hr ht hu hy id is it ja jw ka kk km kn ko la lb ln lo lt lv mg mi mk ml mn mr ms mt "
     "my ne nl nn no oc pa pl ps pt ro ru sa sd si sk sl sn so sq sr su sv sw ta te tg th tk tl tr "
     "tt uk ur uz vi yi yo yue zh"
 )
-"""Codes of Whisper's languages, and of Esperanto and Irish."""
+LANGUAGES = WHISPER_LANGUAGES | _codes("eo ga")
+"""Codes that are known: Whisper's, Esperanto and Irish."""
 _ALIASES = {"nb": "no", "jv": "jw", "iw": "he", "in": "id", "cmn": "zh", "fil": "tl"}
 
 _UNSPACED = _codes("zh yue ja th lo my km")

@@ -9,12 +9,13 @@ from typing import NamedTuple
 import numpy as np
 
 from codec.io import parse_json, sha256_of
+from codec.weights import check_layers, check_sizes
 from eval.benchmark import (
     Embed,
     Transcribe,
 )
-from eval.speaker import SpeakerEncoder
-from eval.transcribe import Judge
+from eval.speaker import XVectorEncoder, load_speaker_encoder
+from eval.transcribe import TransformersJudge, load_judge
 
 logger = logging.getLogger(__name__)
 
@@ -39,22 +40,33 @@ def load_judges(
     num_threads: int = 2,
     language: str = "en",
 ) -> Judges:
-    """Loads the ASR (a CTranslate2 Whisper folder) and the speaker encoder, where they are named.
+    """Loads the ASR and the speaker encoder, where they are named: folders or hub ids, see
+    `eval.transcribe.load_judge` and `eval.speaker.load_speaker_encoder`.
 
     Raises:
-        ValueError: a folder does not hold its model.
+        ValueError: a model cannot be found, is of another kind, or lacks the language.
     """
     transcribe, embed, judge_name, speaker_name = _no_transcript, None, "", ""
     if judge is not None:
-        whisper = Judge(judge, num_threads=num_threads, language=language)
-        transcribe = whisper.transcribe
-        digest = sha256_of(Path(judge) / "model.bin", 16)
-        judge_name = f"{Path(judge).name}@{digest} {whisper.compute_type}"
+        check_layers(Path(judge))
+        asr = load_judge(judge, num_threads=num_threads, language=language)
+        _check_size(asr)
+        transcribe, judge_name = asr.transcribe, asr.name
     if speaker is not None:
-        embed = SpeakerEncoder.from_folder(speaker).embed
-        digest = sha256_of(Path(speaker) / "model.safetensors", 16)
-        speaker_name = f"{Path(speaker).name}@{digest}"
+        check_layers(Path(speaker))
+        encoder = load_speaker_encoder(speaker)
+        _check_size(encoder)
+        embed, speaker_name = encoder.embed, encoder.name
     return Judges(transcribe, embed, judge_name, speaker_name)
+
+
+def _check_size(scorer: object) -> None:
+    """Raises ValueError for a configuration that asks for much more memory than its weights."""
+    if isinstance(scorer, TransformersJudge | XVectorEncoder):
+        try:
+            check_sizes(scorer.build, scorer.source.weights)
+        except ValueError as error:
+            raise ValueError(f"{scorer.source.folder}: {error}") from error
 
 
 def _no_transcript(_wave: np.ndarray, _rate: int) -> str:

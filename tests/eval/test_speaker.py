@@ -1,12 +1,24 @@
+import hashlib
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import save_file
+from tiny_teachers import SPEECH_SIZES, save_speech_teacher, save_text_teacher
 
-from eval.speaker import SpeakerEncoder, similarity
+from eval import speaker
+from eval.speaker import (
+    LIBRARIES,
+    SpeakerEncoder,
+    load_speaker_encoder,
+    similarity,
+    speaker_libraries,
+)
 
 RATE = 16000
 
@@ -98,3 +110,97 @@ def test_folder_round_trip_and_invalid_folders(encoder: SpeakerEncoder, tmp_path
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"no valid speaker encoder.*linear\.bias"):
         SpeakerEncoder.from_folder(tmp_path)
+
+
+# Filter banks (B,T,80) to the mean of their squares (B,80). Made once with onnx 1.23: a Mul of the
+# input "feats" with itself and a ReduceMean over axis 1, opset 13.
+ONNX = ROOT / "tests" / "golden" / "mean_power.onnx"
+
+
+@pytest.fixture(scope="module")
+def xvectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMForXVector
+
+    folder = tmp_path_factory.mktemp("xvectors") / "wavlm-sv"
+    torch.manual_seed(0)
+    model = WavLMForXVector(
+        WavLMConfig(**SPEECH_SIZES, tdnn_dim=(8,) * 5, xvector_output_dim=6, num_labels=3)
+    )
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and "position" not in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("default")
+def test_x_vectors_of_transformers(xvectors: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = load_speaker_encoder(xvectors)
+    assert re.fullmatch("wavlm-sv@[0-9a-f]{16} transformers", encoder.name)
+    first, other = encoder.embed(tone(1.0), RATE), encoder.embed(tone(1.0, 300.0), RATE)
+    assert first.shape == (6,)
+    assert np.linalg.norm(first) == pytest.approx(1.0, abs=1e-5)
+    assert similarity(first, encoder.embed(tone(1.0) * 0.5, RATE)) > 0.9999  # As it was trained.
+    assert similarity(first, other) < 0.999
+    monkeypatch.setattr(speaker, "PIECE_SECONDS", 1.0)
+    both = encoder.embed(np.concatenate([tone(1.0), tone(1.0, 300.0)]), RATE)
+    assert similarity(both, first + other) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.filterwarnings("default")
+def test_onnx_files_of_wespeaker(tmp_path: Path) -> None:
+    encoder = load_speaker_encoder(ONNX)
+    assert (
+        encoder.name == "mean_power@" + hashlib.sha256(ONNX.read_bytes()).hexdigest()[:16] + " onnx"
+    )
+    wave = np.random.default_rng(0).normal(0, 0.05, RATE).astype(np.float32)
+    wave[::2] += tone(0.5)
+    features = encoder.features(wave)
+    assert features.shape == (98, 80)  # 25 ms windows every 10 ms.
+    np.testing.assert_allclose(features.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(encoder.features(wave * 0.5), features, atol=1e-3)  # A logarithm.
+    vector = encoder.embed(wave, RATE)
+    expected = np.square(features).mean(0)
+    np.testing.assert_allclose(vector, expected / np.linalg.norm(expected), rtol=1e-4)
+    shutil.copy(ONNX, tmp_path / "model.onnx")
+    np.testing.assert_array_equal(load_speaker_encoder(tmp_path).embed(wave, RATE), vector)
+    shutil.copy(ONNX, tmp_path / "other.onnx")
+    with pytest.raises(ValueError, match="holds 2 ONNX files; name one"):
+        load_speaker_encoder(tmp_path)
+    (tmp_path / "broken.onnx").write_bytes(b"nothing of a model")
+    with pytest.raises(ValueError, match="cannot be loaded as a speaker encoder"):
+        load_speaker_encoder(tmp_path / "broken.onnx")
+
+
+@pytest.mark.filterwarnings("default")
+def test_kinds_of_encoders(
+    encoder: SpeakerEncoder, xvectors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "ge2e"
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        json.dumps({"hidden_size": 16, "num_layers": 1, "embedding_size": 8})
+    )
+    save_file(encoder.state_dict(), folder / "model.safetensors")
+    kinds = [load_speaker_encoder(one) for one in (folder, xvectors, ONNX)]
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
+    assert kinds[0].name == f"ge2e@{digest}"  # As in earlier rows.
+    assert speaker_libraries(kinds[0].name) == LIBRARIES
+    assert len({speaker_libraries(one.name) for one in kinds}) == 3
+    for one in kinds[1:]:
+        with pytest.raises(ValueError, match="silent"):
+            one.embed(np.zeros(RATE, np.float32), RATE)
+        with pytest.raises(ValueError, match=r"0\.4 s"):
+            one.embed(tone(0.2), RATE)
+        assert one.embed(tone(0.41), RATE).shape == one.embed(tone(1.0, rate=48000), 48000).shape
+    with pytest.raises(ValueError, match=r"a bert model is no speaker encoder; .*wavlm"):
+        load_speaker_encoder(save_text_teacher(tmp_path / "bert"))
+    headless = load_speaker_encoder(save_speech_teacher(tmp_path / "wavlm", "wavlm"))
+    with pytest.raises(ValueError, match="it has no x-vector head"):
+        headless.embed(tone(1.0), RATE)
+    with pytest.raises(ValueError, match="no such folder; `make models`"):
+        load_speaker_encoder(tmp_path / "none")
+    monkeypatch.setattr(speaker, "NUM_FILTER_BANKS", 40)
+    with pytest.raises(ValueError, match=r"feats has the shape \['B', 'T', 80\], not \(1, T, 40\)"):
+        load_speaker_encoder(ONNX)

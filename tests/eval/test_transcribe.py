@@ -1,12 +1,28 @@
+import hashlib
+import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
+from tiny_teachers import save_ctc, save_speech_teacher, save_text_teacher
+from tiny_whisper import save_whisper
 
-from eval.transcribe import SAMPLE_RATE, Judge, blocks_at_pauses, max_tokens
+from codec.distillation.word_alignment import load_transcriber
+from eval.transcribe import (
+    LIBRARIES,
+    SAMPLE_RATE,
+    TRANSFORMERS_LIBRARIES,
+    Judge,
+    blocks_at_pauses,
+    judge_libraries,
+    load_judge,
+    max_tokens,
+)
 
 
 class FakeWhisper:
@@ -81,6 +97,98 @@ def test_broken_model_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"nothing of a model")
     with pytest.raises(ValueError, match="cannot read the judge"):
         _ = Judge(tmp_path, device="cpu").model
+
+
+@pytest.fixture(scope="module")
+def whispers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of transformers: multilingual and english."""
+    from transformers import WhisperFeatureExtractor
+
+    folder = tmp_path_factory.mktemp("whispers")
+    for name in ("multilingual", "english"):
+        save_whisper(folder / name, name == "multilingual")
+        WhisperFeatureExtractor().save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.filterwarnings("default")
+def test_whisper_of_transformers(whispers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = load_judge(whispers / "multilingual", language="de-AT", num_threads=1)
+    assert re.fullmatch("multilingual@[0-9a-f]{16} transformers float(16|32)", judge.name)
+    assert judge_libraries(judge.name) == TRANSFORMERS_LIBRARIES
+    asked: list[dict[str, Any]] = []
+    generate = judge.model.generate
+    monkeypatch.setattr(
+        judge.model, "generate", lambda **given: asked.append(given) or generate(**given)
+    )
+    first = judge.transcribe(noise(1.0), SAMPLE_RATE)
+    assert first
+    assert first == judge.transcribe(noise(1.0), SAMPLE_RATE)
+    assert (asked[0]["language"], asked[0]["task"]) == ("de", "transcribe")
+    assert asked[0]["num_beams"] > 1
+    assert not asked[0]["do_sample"]
+    english = load_judge(whispers / "english", num_threads=1)
+    assert english.transcribe(noise(0.1), SAMPLE_RATE) != ""
+    assert english.transcribe(np.zeros(SAMPLE_RATE, np.float32), SAMPLE_RATE) == ""
+    with pytest.raises(ValueError, match="NaN"):
+        english.transcribe(np.array([0.1, np.nan], np.float32), SAMPLE_RATE)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_ctc_of_transformers_is_greedy(norm: str, tmp_path: Path) -> None:
+    folder = save_ctc(tmp_path / "ctc", norm)
+    wave = noise(2.0)
+    aligned = load_transcriber(str(folder)).words(torch.from_numpy(wave)[None, None])[0]
+    judge = load_judge(folder, language="fi", num_threads=1)
+    assert judge.transcribe(wave, SAMPLE_RATE) == " ".join(word.text for word in aligned)
+    assert len(aligned) > 1
+
+
+@pytest.mark.filterwarnings("default")
+def test_long_recordings_of_transformers_judges(whispers: Path) -> None:
+    judge = load_judge(whispers / "english")
+    wave, sizes = noise(70.0), []
+    wave[25 * SAMPLE_RATE : 26 * SAMPLE_RATE] = 0
+    vars(judge)["_texts"] = lambda block: sizes.append(block.size) or [f" {len(sizes)}"]
+    assert judge.transcribe(wave, SAMPLE_RATE) == "1 2 3"
+    assert 25 <= sizes[0] / SAMPLE_RATE <= 26
+    assert sum(sizes) == wave.size
+    assert max(sizes) <= 30 * SAMPLE_RATE
+
+
+@pytest.mark.filterwarnings("default")
+def test_models_that_do_not_transcribe(whispers: Path, tmp_path: Path) -> None:
+    bert = save_text_teacher(tmp_path / "bert")
+    with pytest.raises(ValueError, match=r"a bert model is no speech recognizer; .*whisper"):
+        load_judge(bert)
+    headless = load_judge(save_speech_teacher(tmp_path / "wavlm", "wavlm"))
+    with pytest.raises(ValueError, match="it has no CTC head"):
+        headless.transcribe(noise(1.0), SAMPLE_RATE)
+    (tmp_path / "bert" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="cannot be loaded as a speech recognizer"):
+        load_judge(bert)
+    with pytest.raises(ValueError, match="english transcribes English only, and --language is fr"):
+        load_judge(whispers / "english", language="fr")
+    with pytest.raises(ValueError, match="multilingual does not know the language ga"):
+        load_judge(whispers / "multilingual", language="ga")
+    with pytest.raises(ValueError, match="does not know the language yue"):
+        load_judge(whispers / "multilingual", language="yue")
+
+
+def test_ctranslate2_folders_by_their_vocabulary(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"weights")
+    (tmp_path / "vocabulary.txt").write_text("a\n" * 51864)
+    judge = load_judge(tmp_path, device="cpu")
+    # The string of earlier rows: the name, SHA-256 of model.bin, and the arithmetic.
+    digest = hashlib.sha256(b"weights").hexdigest()[:16]
+    assert judge.name == f"{tmp_path.name}@{digest} int8"
+    assert (judge_libraries(judge.name), judge_libraries("")) == (LIBRARIES, ())
+    with pytest.raises(ValueError, match="transcribes English only"):
+        load_judge(tmp_path, language="zh")
+    (tmp_path / "vocabulary.txt").unlink()
+    (tmp_path / "vocabulary.json").write_text(json.dumps(["a"] * 51865))
+    assert load_judge(tmp_path, language="zh-CN", device="cpu").language == "zh"
 
 
 MODEL = ROOT / "models" / "whisper-base"

@@ -282,8 +282,8 @@ def test_a_finished_voice_is_scored_anew_with_other_settings(
     ("settings", "message"),
     [
         ("tts_eval.sampling.num_candidates=2 ar.tasks.asr=0", "own ASR reranks"),
-        ("tts_eval.judge=/no/judge", "/no/judge holds no"),
-        ("tts_eval.speaker=/no/encoder", "/no/encoder/config.json is missing"),
+        ("tts_eval.judge=/no/judge", "/no/judge: no such folder; `make models`"),
+        ("tts_eval.speaker=/no/encoder", "/no/encoder: no such folder; `make models`"),
         ("tts_eval.sexes=/no/sexes.json", "/no/sexes.json: cannot be read"),
         ("tts_eval.aligner=/no/aligner", "/no/aligner"),
     ],

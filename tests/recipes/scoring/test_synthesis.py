@@ -99,7 +99,7 @@ class FakeVoice(Voice):
 class FakeJudge:
     """Transcribes half the words from a prompt, and the other half from new speech."""
 
-    compute_type = "int8"
+    name = "judge@digest int8"
 
     def __init__(self, *_: object, **__: object) -> None:
         pass
@@ -114,9 +114,10 @@ class FakeJudge:
 class FakeEncoder:
     """Embeds the mean amplitude: 0.3 in prompts, 0.9 in new speech, 0.5 in the recordings."""
 
-    @classmethod
-    def from_folder(cls, _folder: object) -> "FakeEncoder":
-        return cls()
+    name = "encoder@digest"
+
+    def __init__(self, *_: object) -> None:
+        pass
 
     def embed(self, wave: np.ndarray, _rate: int) -> np.ndarray:
         angle = np.pi * float(wave.mean())
@@ -137,8 +138,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(FakeVoice, "batches", [])
     monkeypatch.setattr(voice, "Voice", SimpleNamespace(from_pretrained=load))
-    monkeypatch.setattr(judges, "Judge", FakeJudge)
-    monkeypatch.setattr(judges, "SpeakerEncoder", FakeEncoder)
+    monkeypatch.setattr(judges, "load_judge", FakeJudge)
+    monkeypatch.setattr(judges, "load_speaker_encoder", FakeEncoder)
     return tmp_path / "run"
 
 
