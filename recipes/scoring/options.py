@@ -222,6 +222,7 @@ def origin_of(
         model=model,
         judge=judges.judge_name if judges else "",
         speaker=judges.speaker_name if judges else "",
+        language=args.language,
     )
 
 

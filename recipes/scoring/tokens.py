@@ -506,6 +506,7 @@ def _origin(
         model="" if name == "original" else system.stamp.digest,
         judge=judges.judge_name if judges else "",
         speaker=judges.speaker_name if judges else "",
+        language=args.language,
     )
 
 
