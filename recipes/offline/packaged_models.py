@@ -89,7 +89,7 @@ def unpack(archive: Path, folder: Path) -> None:
         with write_errors(folder):
             _unpack(archive, folder)
     except (
-        tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError,
+        tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, LookupError, NotImplementedError,
         OverflowError, RecursionError, RuntimeError,
     ) as error:  # fmt: skip
         raise ValueError(f"{archive}: damaged ({reason_of(error)}); delete it") from error

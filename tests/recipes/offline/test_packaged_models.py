@@ -329,6 +329,10 @@ def test_damaged_archives_are_named(tmp_path: Path, local_index: Path) -> None:
             file.write_bytes(content)
             with pytest.raises(ValueError, match=f"{file.name}: damaged"):
                 unpack(file, tmp_path / "out")
+    with zipfile.ZipFile(tmp_path / "b.whl", "w") as archive:
+        archive.writestr(zipfile.ZipInfo(""), b"a file without a name")
+    with pytest.raises(ValueError, match=r"b\.whl: damaged"):
+        unpack(tmp_path / "b.whl", tmp_path / "out")
 
 
 def test_a_full_disk_is_no_damage_of_the_archive(
