@@ -89,8 +89,8 @@ def unpack(archive: Path, folder: Path) -> None:
         with write_errors(folder):
             _unpack(archive, folder)
     except (
-        tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, LookupError, NotImplementedError,
-        OverflowError, RecursionError, RuntimeError,
+        tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, LookupError,
+        NotImplementedError, OverflowError, RecursionError, RuntimeError,
     ) as error:  # fmt: skip
         raise ValueError(f"{archive}: damaged ({reason_of(error)}); delete it") from error
     except OSError as error:
