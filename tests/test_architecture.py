@@ -366,7 +366,7 @@ def test_set_up_names_a_missing_compiler(tmp_path: Path) -> None:
     whole = "touch .venv/bin/pip; chmod +x .venv/bin/pip; cp python3 .venv/bin/python"
     status, lines = set_up(tmp_path, whole, CC="no-compiler")
     assert status == 2
-    assert lines == ["error: pesq is built from source: install gcc and python3-dev"]
+    assert lines == ["error: pesq and pyworld are built from source: install g++ and python3-dev"]
 
 
 def test_every_version_is_pinned() -> None:
