@@ -131,7 +131,7 @@ class AblationPlan:
             raise ValueError(f"accelerate: no file recipes/accelerate/{self.accelerate}.yaml")
 
 
-class Step(NamedTuple):
+class AblationStep(NamedTuple):
     """A command of a row, and the digest of all that its results depend on."""
 
     name: str
@@ -182,7 +182,7 @@ def reconstruction_command(plan: AblationPlan, row: AblationRow, codec: str) -> 
     return [sys.executable, str(HERE / "benchmark.py"), *arguments]
 
 
-def steps_of(plan: AblationPlan, row: AblationRow) -> list[Step]:
+def steps_of(plan: AblationPlan, row: AblationRow) -> list[AblationStep]:
     """Returns the steps of a row in their order.
 
     Raises:
@@ -221,7 +221,7 @@ def steps_of(plan: AblationPlan, row: AblationRow) -> list[Step]:
     for name, what, command in commands:
         # The training's configuration is in the state already, its launch depends on the machine.
         state += [name] if name == "train" else command[1:]
-        steps.append(Step(name, Command(what, command), sha256_of("\n".join(state), 16)))
+        steps.append(AblationStep(name, Command(what, command), sha256_of("\n".join(state), 16)))
     return steps
 
 
@@ -234,10 +234,10 @@ class Record:
         if self._file.is_file():
             self._done = parse_json(self._file.read_text(encoding="utf-8"))
 
-    def __contains__(self, step: Step) -> bool:
+    def __contains__(self, step: AblationStep) -> bool:
         return self._done.get(step.name) == step.digest
 
-    def add(self, step: Step) -> None:
+    def add(self, step: AblationStep) -> None:
         """Records that a step is complete."""
         self._done[step.name] = step.digest
         self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -265,7 +265,7 @@ def run_steps(plan: AblationPlan, rows: Sequence[AblationRow]) -> None:
             record.add(step)
 
 
-class Scores(NamedTuple):
+class RowScores(NamedTuple):
     """A metric of a row."""
 
     value: float
@@ -273,15 +273,15 @@ class Scores(NamedTuple):
     """Numerator and denominator of each utterance."""
 
 
-def read_scores(rows: Sequence[Row], name: str) -> dict[str, Scores]:
+def read_scores(rows: Sequence[Row], name: str) -> dict[str, RowScores]:
     """Returns the newest scores of a plan's row by metric: those of its reconstructions (system
     NAME) and of codebook 1 in `benchmark.py tokens` (system NAME-1)."""
     systems = {name: "reconstruction", f"{name}-1": "tokens"}
-    found: dict[str, Scores] = {}
+    found: dict[str, RowScores] = {}
     own = [row for row in rows if systems.get(row.system) == row.part and "/" not in row.list]
     for newest in {row.metric: row for row in own if row.utterance is None}.values():
         origin = (newest.list, newest.metric, newest.config, newest.model)
-        found[newest.metric] = Scores(
+        found[newest.metric] = RowScores(
             newest.value,
             {
                 row.utterance: (row.value * row.n, float(row.n))
@@ -293,7 +293,7 @@ def read_scores(rows: Sequence[Row], name: str) -> dict[str, Scores]:
     return found
 
 
-def difference(metric: str, baseline: Scores, other: Scores) -> str:
+def difference(metric: str, baseline: RowScores, other: RowScores) -> str:
     """Returns "-0.31 [-0.60, -0.02]*, eps 0.12" for the utterances that both have; "" if there are
     none. Epsilon is that of almost stochastic order of `other` over the baseline, for metrics that
     have a better direction."""
@@ -319,10 +319,10 @@ def difference(metric: str, baseline: Scores, other: Scores) -> str:
     return f"{text}, eps {epsilon:.2f}"
 
 
-def scaled(scores: Mapping[str, Scores]) -> dict[str, Scores]:
+def scaled(scores: Mapping[str, RowScores]) -> dict[str, RowScores]:
     """Returns the scores in the table's units."""
     return {
-        metric: Scores(
+        metric: RowScores(
             100 * one.value, {name: (100 * top, low) for name, (top, low) in one.sums.items()}
         )
         if metric in PERCENT
