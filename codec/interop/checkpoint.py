@@ -97,6 +97,9 @@ def read_state(file: Path) -> dict[str, Tensor]:
         or not all(isinstance(tensor, Tensor) for tensor in found.values())
     ):
         raise ValueError("neither a state_dict nor a trainer's checkpoint with a generator")
+    for name, tensor in found.items():
+        if tensor.is_complex() or tensor.layout != torch.strided:
+            raise ValueError(f"{name} is not a plain tensor of real numbers ({tensor.dtype})")
     return {str(name): tensor for name, tensor in found.items()}
 
 

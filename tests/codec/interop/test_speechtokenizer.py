@@ -1,6 +1,7 @@
 """Checkpoints of SpeechTokenizer and DM-Codec in and out."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,15 @@ def test_a_checkpoint_with_more_than_tensors(
     assert "save the state_dict of its generator alone" in message
     assert message.isprintable()
     assert "weights_only" not in message
+
+
+def test_tensors_that_are_no_real_numbers_are_named(
+    golden: dict[str, Any], published: tuple[Path, Path]
+) -> None:
+    name, tensor = next(iter(golden["state_dict"].items()))
+    torch.save({**golden["state_dict"], name: tensor.to(torch.complex64)}, published[1])
+    with pytest.raises(ValueError, match=f"{re.escape(name)} is not a plain tensor of real num"):
+        import_speechtokenizer(*published)
 
 
 def test_bad_configurations_are_named(published: tuple[Path, Path], golden: dict[str, Any]) -> None:
