@@ -137,7 +137,7 @@ def benchmark_asr(args: argparse.Namespace) -> None:
                 prefix=ASR_PREFIX,
             )
         )  # fmt: skip
-    write_scores(PART, args.out, found)
+    write_scores(PART, args, found)
 
 
 def listed(args: argparse.Namespace, argument: str) -> Transcripts:

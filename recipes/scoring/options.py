@@ -270,8 +270,12 @@ class ScoredSystem:
                 rows += [row for row in made if row.utterance is None]
         return rows
 
-    def clips(self, out: Path) -> list[dict[str, Any]]:
-        """Returns the lines of clips.jsonl; paths below `out` are relative to it."""
+    def clips(self, out: Path, language: str) -> list[dict[str, Any]]:
+        """Returns the lines of clips.jsonl; paths below `out` are relative to it.
+
+        Args:
+            language: of the texts, unless there is a column `language`.
+        """
 
         def place(path: str | None) -> str | None:
             if path is None:
@@ -290,7 +294,7 @@ class ScoredSystem:
                 "transcript": one.transcript or None,
                 "audio": place(one.audio),
                 "reference_audio": place(self.references.get(one.id)),
-                "columns": dict(self.columns.get(one.id, {})),
+                "columns": {"language": language, **self.columns.get(one.id, {})},
             }
             for one in self.scored
         ]
@@ -300,10 +304,11 @@ CLIPS = "clips.jsonl"
 """Texts, transcripts and waves of all scored utterances, next to rows.jsonl."""
 
 
-def write_scores(part: str, out: Path, systems: Sequence[ScoredSystem]) -> None:
+def write_scores(part: str, args: argparse.Namespace, systems: Sequence[ScoredSystem]) -> None:
     """Writes OUT/rows.jsonl and OUT/clips.jsonl, and prints the table."""
+    out = args.out
     report_rows(part, out, [row for system in systems for row in system.rows()])
-    new = [clip for system in systems for clip in system.clips(out)]
+    new = [clip for system in systems for clip in system.clips(out, args.language)]
 
     def key(clip: Mapping[str, Any]) -> tuple[Any, ...]:
         return (clip["part"], clip["list"], clip["system"])

@@ -131,7 +131,7 @@ def benchmark_reconstruction(args: argparse.Namespace) -> None:
                     constants=constants(system, cuts, args.out), references=files,
                 )
             )  # fmt: skip
-    write_scores(PART, args.out, found)
+    write_scores(PART, args, found)
 
 
 def codec_systems(args: argparse.Namespace) -> list[CodecSystem]:

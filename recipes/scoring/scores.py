@@ -33,7 +33,7 @@ class Item(Protocol):
 Score = Callable[[Any, Sequence[str]], Iterator[tuple[str, ScoredUtterance]]]
 """An item and names of systems to the scores of each system, in that order. What it raises as
 ValueError or OSError is why the item is left out for the remaining systems."""
-SystemScores = Iterable[tuple[str, ScoredUtterance | str]]
+ItemScores = Iterable[tuple[str, ScoredUtterance | str]]
 """The scores of each system, or the reason why there are none."""
 
 
@@ -100,7 +100,7 @@ def score_all(
 
 def _scored(
     work: Sequence[tuple[Item, list[str]]], make: Callable[[], Score], processes: int
-) -> Iterator[tuple[Item, SystemScores]]:
+) -> Iterator[tuple[Item, ItemScores]]:
     """The items and their scores, as they become ready."""
     if processes <= 1:
         if work:
@@ -119,7 +119,7 @@ def _scored(
         pool.shutdown(cancel_futures=True)
 
 
-def _attempt(score: Score, item: Item, systems: Sequence[str]) -> SystemScores:
+def _attempt(score: Score, item: Item, systems: Sequence[str]) -> ItemScores:
     left = list(systems)
     try:
         for system, scored in score(item, systems):
@@ -140,6 +140,6 @@ def _load(make: Callable[[], Score]) -> None:
     _loaded = make()
 
 
-def _attempt_loaded(item: Item, systems: Sequence[str]) -> SystemScores:
+def _attempt_loaded(item: Item, systems: Sequence[str]) -> ItemScores:
     assert _loaded is not None
     return list(_attempt(_loaded, item, systems))

@@ -141,7 +141,7 @@ def benchmark_tts(args: argparse.Namespace) -> None:
                 references=prompts,
             )
         )  # fmt: skip
-    write_scores(PART, args.out, found)
+    write_scores(PART, args, found)
 
 
 def system_lists(args: argparse.Namespace) -> list[SystemList]:

@@ -131,7 +131,7 @@ def benchmark_vc(args: argparse.Namespace) -> None:
                 references=targets,
             )
         )  # fmt: skip
-    write_scores(PART, args.out, found)
+    write_scores(PART, args, found)
 
 
 def converted(args: argparse.Namespace) -> list[SystemList]:

@@ -86,7 +86,7 @@ def test_a_command_synthesizes_and_is_scored(tmp_path: Path, run: Run, write_wav
         "part": "tts", "list": "texts", "system": "copy", "id": "a", "text": "hello world",
         "transcript": "hello world", "audio": "runs/copy/a.wav",
         "reference_audio": str(tmp_path / "p.wav"),
-        "columns": {"sex": "F", "length": "1-3 words"},
+        "columns": {"language": "en", "sex": "F", "length": "1-3 words"},
     }  # fmt: skip
     assert first.clips[2]["audio"] is None
     again = run(*command)
