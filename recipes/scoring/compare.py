@@ -40,10 +40,10 @@ DOMINATES = 0.005
 EXPLANATION = (
     "Epsilon of almost stochastic order (del Barrio et al. 2018, Dror et al. 2019) that the row's "
     "system is better than the column's: 0.00\u2605 almost stochastically dominant, below 0.50 "
-    "better, which is weak evidence: of two equal systems, 100 utterances each, it is below 0.50 in "
-    "one direction in 16 % of draws. Epsilons and the paired bootstrap intervals of differences are at alpha, 0.05 divided "
-    "by the number of pairs and measures of the list (Bonferroni); a difference is settled if its "
-    "interval excludes 0."
+    "better, which is weak evidence: of two equal systems with 100 utterances each it is below "
+    "0.50 in one direction in 16 % of draws. Epsilons and the paired bootstrap intervals of "
+    "differences are at alpha, 0.05 divided by the number of pairs and measures of the list "
+    "(Bonferroni); a difference is settled if its interval excludes 0."
 )
 _DIFFERENCE_HEADS = ("difference", "interval", "settled", "utterances needed")
 
