@@ -75,7 +75,7 @@ class FakeJudge:
     """Counts its calls."""
 
     calls = 0
-    compute_type = "none"
+    name = "judge@0 none"
 
     def __init__(self, *_: object, **__: object) -> None:
         pass
@@ -89,7 +89,7 @@ class FakeJudge:
 def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "judge").mkdir()
     (tmp_path / "judge" / "model.bin").touch()
-    monkeypatch.setattr(scoring, "Judge", FakeJudge)
+    monkeypatch.setattr(scoring, "load_judge", FakeJudge)
     FakeJudge.calls = 0
     return str(tmp_path / "judge")
 

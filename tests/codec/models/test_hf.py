@@ -379,7 +379,7 @@ def test_one_is_benchmarked(
     tmp_path: Path, folders: dict[str, Path], write_wav: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Judge:
-        compute_type = "none"
+        name = "judge@0 none"
 
         def __init__(self, *_: object, **__: object) -> None:
             pass
@@ -387,12 +387,12 @@ def test_one_is_benchmarked(
         def transcribe(self, *_: object) -> str:
             return "hello"
 
-    monkeypatch.setattr(scoring, "Judge", Judge)
+    monkeypatch.setattr(scoring, "load_judge", Judge)
     (tmp_path / "judge").mkdir()
     (tmp_path / "judge" / "model.bin").touch()
     cuts = prepare_cuts(tmp_path / "in", write_wav, count=1)
     command = ["reconstruction", "--codec", str(folders["dac"]), "--cuts", str(cuts)]
-    command += ["--judge", str(tmp_path / "judge"), "--out", str(tmp_path)]
+    command += ["--judge", str(tmp_path / "judge"), "--out", str(tmp_path), "--measures"]
     benchmark.main([*command, "--codebooks", "2"])
     rows = [row for row in read_rows(tmp_path / "rows.jsonl") if row.metric == "bitrate"]
     assert [(row.system, row.value) for row in rows] == [("dac-2", 50 * 2 * 4)]

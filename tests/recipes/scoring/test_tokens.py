@@ -211,7 +211,7 @@ class FakeJudge:
     """Counts its calls."""
 
     calls = 0
-    compute_type = "none"
+    name = "judge@0 none"
 
     def __init__(self, *_: object, **__: object) -> None:
         pass
@@ -226,7 +226,7 @@ def test_lists_of_cuts_are_encoded_resynthesized_and_changed(
 ) -> None:
     (tmp_path / "judge").mkdir()
     (tmp_path / "judge" / "model.bin").touch()
-    monkeypatch.setattr(scoring, "Judge", FakeJudge)
+    monkeypatch.setattr(scoring, "load_judge", FakeJudge)
     FakeJudge.calls, cuts = 0, {}
     for part in ("train", "dev"):
         entries = []
