@@ -92,7 +92,10 @@ class ScoredUtterance:
     text: str = ""
     """Reference text."""
     audio: str | None = None
-    """Path of the scored wave; None: there is none."""
+    """Path of the scored wave, absolute or relative to the folder of the scores; None: there is
+    none."""
+    failure: str | None = None
+    """Why the system has failed, if it has."""
 
     def to_record(self) -> dict[str, Any]:
         """Returns the scores as plain values of JSON."""
@@ -126,7 +129,7 @@ def score_reconstruction(
     original: Float[np.ndarray, " S"],
     reconstruction: Float[np.ndarray, " R"],
     sample_rate: int,
-    transcribe: Transcribe,
+    transcribe: Transcribe | None,
     embed: Embed | None = None,
     language: str = "en",
     measures: Sequence[str] = BASIC_MEASURES,
@@ -138,6 +141,7 @@ def score_reconstruction(
 
     Args:
         reference: the transcript.
+        transcribe: None: no words are scored.
         measures: names in `eval.metrics.PAIRED` and `UNPAIRED`.
 
     Raises:
@@ -164,9 +168,8 @@ def score_reconstruction(
         )
     values = {"failure": float(failed)}
     missing = dict.fromkeys(functions, reason) if failed else _measure(functions, values)
-    hypothesis = "" if failed else transcribe(reconstruction, sample_rate)
-    scored = score_asr(utterance, reference, hypothesis, language)
-    return replace(scored, values=values, missing=missing)
+    scored = _score_words(utterance, reference, transcribe, reconstruction, sample_rate, language)
+    return replace(scored, values=values, missing=missing, failure=reason if failed else None)
 
 
 def score_tts(
@@ -174,7 +177,7 @@ def score_tts(
     target: str,
     wave: Float[np.ndarray, " S"],
     sample_rate: int,
-    transcribe: Transcribe,
+    transcribe: Transcribe | None,
     embed: Embed | None = None,
     prompt: tuple[Float[np.ndarray, " P"], int] | None = None,
     failure: str | None = None,
@@ -188,14 +191,15 @@ def score_tts(
 
     Args:
         target: the text that was synthesized.
+        transcribe: None: no words are scored.
         prompt: a wave and its sample rate.
         failure: what the synthesizer reports, if it failed.
         measures: names in `eval.metrics.UNPAIRED`, and `speaking_rate`.
     """
     silent = not (wave.any() and np.isfinite(wave).all())
     values = {"failure": float(failure is not None or silent), "seconds": wave.size / sample_rate}
-    hypothesis = "" if silent else transcribe(wave, sample_rate)
-    scored = score_asr(utterance, target, hypothesis, language)
+    wave = np.zeros_like(wave) if silent else wave
+    scored = _score_words(utterance, target, transcribe, wave, sample_rate, language)
     functions: dict[str, Callable[[], float]] = {
         name: partial(metrics.UNPAIRED[name], wave, sample_rate)
         for name in measures
@@ -210,7 +214,19 @@ def score_tts(
         )
     reason = "the wave is silent"
     missing = dict.fromkeys(functions, reason) if silent else _measure(functions, values)
-    return replace(scored, values=values, missing=missing)
+    failure = failure or (reason if silent else None)
+    return replace(scored, values=values, missing=missing, failure=failure)
+
+
+def _score_words(
+    utterance: str, reference: str, transcribe: Transcribe | None, wave: Float[np.ndarray, " S"],
+    sample_rate: int, language: str,
+) -> ScoredUtterance:  # fmt: skip
+    """The word and character errors of a judge's transcript; silence has no words."""
+    if transcribe is None:
+        return ScoredUtterance(id=utterance, text=reference)
+    hypothesis = transcribe(wave, sample_rate) if wave.any() else ""
+    return score_asr(utterance, reference, hypothesis, language)
 
 
 def _measure(

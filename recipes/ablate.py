@@ -33,10 +33,8 @@ from recipes.lib.config import load_config as read_config
 from recipes.lib.config import naming_key
 from recipes.lib.run import finished, load_config, run_recipe
 from recipes.scoring.judges import safe_name
-from recipes.scoring.rows import read_rows
+from recipes.scoring.rows import ORIGINAL, read_rows
 
-ORIGINAL = "original"
-"""The system of the recordings themselves in rows.jsonl."""
 PERCENT = ("wer", "wil", "mer", "cer", "probe_wer", "probe_cer")
 """Metrics that the table shows in percent."""
 

@@ -32,7 +32,7 @@ from recipes.scoring.eval_items import (
     select_items,
 )
 from recipes.scoring.judges import digest_of_voice, safe_name
-from recipes.scoring.rows import append_rows
+from recipes.scoring.rows import CLIPS, append_rows
 from recipes.scoring.synthesis import (
     METRICS,
     ScoredList,
@@ -176,7 +176,7 @@ def judge_voice(config: JudgeVoiceConfig, out: Path) -> None:
             scored[setting].append(one)
             scores += rows_of(list_name(name, items), one.scored, own)
         write_results(out / "results.jsonl", scored, voice.codec.frame_rate)
-        write_json_lines(out / "clips.jsonl", clips_of(scored))
+        write_json_lines(out / CLIPS, clips_of(scored))
     codec = provenance(config, "codec", judges, voice.codec.stamp.digest)
     scores += codec_rows(voice, "continuation", once["continuation"], scorers, codec)
     with atomic_file(out / "rows.jsonl") as temporary:
@@ -191,7 +191,7 @@ def clips_of(scored: Mapping[str, Sequence[ScoredList]]) -> Iterator[dict[str, A
             for item, result in zip(one.items, one.results, strict=True):
                 folder = f"audio/{setting}/{one.name}"
                 yield {
-                    "part": "", "list": list_name(one.name, one.items), "system": setting,
+                    "part": "tts", "list": list_name(one.name, one.items), "system": setting,
                     "id": item.id, "text": item.text, "transcript": result.scored.transcript,
                     "audio": result.audio and f"{folder}/{result.audio}",
                     "columns": {"speaker": item.speaker},

@@ -65,6 +65,29 @@ def write_wav() -> Callable[..., Path]:
     return write
 
 
+class CountingJudge:
+    """An ASR judge that reads the same in every wave."""
+
+    name = "judge@0 none"
+
+    def __init__(self) -> None:
+        self.transcript, self.calls = "hello world", 0
+
+    def transcribe(self, _wave: np.ndarray, _rate: int) -> str:
+        self.calls += 1
+        return self.transcript
+
+
+@pytest.fixture
+def judge(monkeypatch: pytest.MonkeyPatch) -> CountingJudge:
+    """The judge of every `--judge`."""
+    from recipes.scoring import judges
+
+    counting = CountingJudge()
+    monkeypatch.setattr(judges, "load_judge", lambda *_, **__: counting)
+    return counting
+
+
 @pytest.fixture(scope="session")
 def tiny_codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved codec of 3 codebooks of 32 entries at 25 Hz, with random weights."""

@@ -11,13 +11,17 @@ from typing import Any, NamedTuple
 from codec.audio import read_audio
 from codec.io import sha256_of
 from eval.benchmark import ASR_PREFIX, ScoredUtterance, score_asr
-from recipes.scoring.judges import digest_of_voice, load_judges, safe_name, state_of_files
+from recipes.scoring.judges import digest_of_voice, load_judges, state_of_files
 from recipes.scoring.lists import entry_name, locate, read_entries
 from recipes.scoring.options import (
     Columns,
     ScoredSystem,
+    add_list_sources,
+    check_distinct,
     check_options,
+    check_sources,
     chosen,
+    list_name_of,
     list_options,
     named,
     named_command,
@@ -25,7 +29,7 @@ from recipes.scoring.options import (
     write_scores,
 )
 from recipes.scoring.scores import score_all
-from recipes.scoring.systems import command_words, run_lines
+from recipes.scoring.systems import command_words, run_folder, run_lines
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +55,8 @@ class Transcripts(NamedTuple):
     list_name: str
     file: Path
     scored: list[ScoredUtterance]
-    columns: Sequence[Mapping[str, Any]]
-    """Entry of each utterance."""
+    entries: Mapping[str, Mapping[str, Any]]
+    """The list's own columns by utterance."""
 
 
 def add_asr_command(kinds: Any) -> None:
@@ -62,13 +66,11 @@ def add_asr_command(kinds: Any) -> None:
         PART, parents=[list_options()], help=about, description=about.capitalize()
     )
     add = command.add_argument
-    add(
-        "--list", action="append", default=[], metavar="[SYSTEM=]LIST", dest="lists",
-        help="transcripts to score: JSON Lines (id, text, hypothesis), or what `slm asr` prints, "
-        "with --references; repeatable",
+    add_list_sources(
+        add, "transcripts to score: JSON Lines (id, text, hypothesis), or what `slm asr` prints, "
+        "with --references",
     )  # fmt: skip
     add("--references", type=Path, help="list of audio or id, and text")
-    add("--list-name", help="name of the lists in the rows (default: the file's)")
     add(
         "--recordings", type=Path, metavar="LIST",
         help="recordings to transcribe: JSON Lines (id, audio, text), or a folder of recordings "
@@ -92,7 +94,6 @@ def add_asr_command(kinds: Any) -> None:
         help="with --recordings: command for each; {audio}, {language} and {id} are replaced, and "
         "its standard output is the transcript; repeatable",
     )  # fmt: skip
-    add("--model-digest", default="", help="digest of the system of --list")
     add("--threads", type=int, help="of each process (default: the cores' share)")
 
 
@@ -104,28 +105,16 @@ def benchmark_asr(args: argparse.Namespace) -> None:
             can be scored.
     """
     check_options(args)
-    makers = [*args.voice, *args.slm, *args.model, *args.run]
-    if bool(args.lists) == (args.recordings is not None):
-        raise ValueError("give --list with transcripts, or --recordings and a system")
-    if args.recordings is not None and not makers:
-        raise ValueError("--recordings needs a system: --voice, --slm, --model or --run")
-    if args.lists and (len(args.voice) > 1 or args.slm or args.model or args.run):
-        raise ValueError("--slm, --model, --run and several --voice need --recordings")
+    check_sources(args, "recordings", ("voice", "slm", "model", "run"))
     if args.slm and args.codec is None:
         raise ValueError("--slm needs the codec that it was trained on: --codec")
-    if args.name is not None and max(len(args.lists), len(makers)) > 1:
-        raise ValueError("--name names one system; write SYSTEM=... for several")
     columns = Columns(args)
     made = [listed(args, one) for one in args.lists]
     if args.recordings is not None:
         made += transcribed(args)
+    check_distinct((each.system, each.list_name) for each in made)
     found = []
     for each in made:
-        own = {
-            one.id: columns.of(one.id, entry)
-            for one, entry in zip(each.scored, each.columns, strict=True)
-        }
-        columns.check(own, each.list_name)
         inputs = [each.file] if each.file.is_file() else []
         if args.references is not None:
             inputs.append(args.references)
@@ -133,8 +122,8 @@ def benchmark_asr(args: argparse.Namespace) -> None:
         found.append(
             ScoredSystem(
                 list_name=each.list_name, scored=each.scored, origin=origin, constants={},
-                columns=own, references={one.id: one.audio for one in each.scored},
-                prefix=ASR_PREFIX,
+                columns=columns.of(each.scored, each.entries, each.list_name),
+                references={one.id: one.audio for one in each.scored}, prefix=ASR_PREFIX,
             )
         )  # fmt: skip
     write_scores(PART, args, found)
@@ -175,9 +164,8 @@ def listed(args: argparse.Namespace, argument: str) -> Transcripts:
     ]
     system = args.name or name
     model = digest_of_voice(args.voice[0]) if args.voice else args.model_digest
-    list_name = args.list_name or path.name.partition(".jsonl")[0]
-    own = [entries.get(one.id, {}) for one in scored]
-    return Transcripts(system, model, list_name, path, scored, own)
+    own = {one.id: entries.get(one.id, {}) for one in scored}
+    return Transcripts(system, model, args.list_name or list_name_of(path), path, scored, own)
 
 
 def _hypothesis(entry: dict[str, Any] | None) -> str | None:
@@ -186,52 +174,54 @@ def _hypothesis(entry: dict[str, Any] | None) -> str | None:
 
 def transcribed(args: argparse.Namespace) -> list[Transcripts]:
     """Returns the transcripts of --recordings by each system, which are kept in OUT."""
-    entries = chosen(read_entries(args.recordings, ("text", "audio")), args)
+    listed = read_entries(args.recordings, ("text", "audio"))
+    entries = {entry_name(one, args.recordings): one for one in chosen(listed, args)}
     items = [
-        ListedAudio(
-            entry_name(one, args.recordings), one["text"], locate(one["audio"], args.recordings)
-        )
-        for one in entries
-    ]  # fmt: skip
-    name = args.list_name or args.recordings.name.partition(".jsonl")[0]
+        ListedAudio(name, one["text"], locate(one["audio"], args.recordings))
+        for name, one in entries.items()
+    ]
+    list_name = args.list_name or list_name_of(args.recordings)
     state = f"{state_of_files([item.audio for item in items])} {[item.text for item in items]}"
     found: list[Transcripts] = []
 
     def add(system: str, model: str, scored: list[ScoredUtterance]) -> None:
-        if any(one.system == system for one in found):
-            raise ValueError(f"two systems are called {system}; write SYSTEM=...")
-        by_id = {item.id: entry for item, entry in zip(items, entries, strict=True)}
-        own = [by_id[one.id] for one in scored]
-        found.append(Transcripts(system, model, name, args.recordings, scored, own))
+        found.append(Transcripts(system, model, list_name, args.recordings, scored, entries))
 
-    for kind, arguments in (("voice", args.voice), ("slm", args.slm), ("model", args.model)):
-        for system, source in map(named, arguments):
+    for kind in ("voice", "slm", "model"):
+        for system, source in map(named, getattr(args, kind)):
             system = args.name or system
             options = TranscriberOptions(
                 kind=kind, source=source, codec=args.codec, threads=args.threads,
                 language=args.language,
             )  # fmt: skip
             model = options.digest()
-            key = f"{state} {model} {options} "
+            keys = {system: f"{state} {kind} {model} {args.language}"}
             make = partial(RecordingScorer, options)
-            scored = score_all(args.out, items, {system: key}, make, args.processes)[system]
-            add(system, model, scored)
+            add(system, model, score_all(args.out, items, keys, make, args.processes)[system])
     for system, command in map(named_command, args.run):
         system = args.name or system
         words = command_words(command, ("audio", "id", "language"), ("audio",))
         lines = [
             {"id": item.id, "audio": str(item.audio), "language": args.language} for item in items
         ]
-        made = run_lines(words, lines, args.out / "runs" / safe_name(system), args.processes)
+        folder = run_folder(args.out, system, list_name)
+        made = run_lines(words, lines, folder, args.processes)
         scored = [
-            replace(
-                score_asr(item.id, item.text, one["hypothesis"] or "", args.language),
-                values={"failure": float(one["failure"] is not None)}, audio=str(item.audio),
-            )
+            scored_transcript(item, one["hypothesis"], one["failure"], args.language)
             for item, one in zip(items, made, strict=True)
-        ]  # fmt: skip
+        ]
         add(system, args.model_digest or sha256_of(command, 16), scored)
     return found
+
+
+def scored_transcript(
+    item: ListedAudio, hypothesis: str | None, failure: str | None, language: str
+) -> ScoredUtterance:
+    """Returns the scores of a transcript. All words are deletions where the system has failed."""
+    scored = score_asr(item.id, item.text, hypothesis or "", language)
+    audio = str(item.audio.resolve()) if item.audio.is_file() else None
+    values = {"failure": float(failure is not None)}
+    return replace(scored, values=values, audio=audio, failure=failure)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -252,8 +242,11 @@ class TranscriberOptions:
             return digest_of_voice(self.source)
         if self.kind == "model":
             return load_judges(self.source, None, language=self.language).judge_name
-        files = sorted(Path(self.source).glob("*.safetensors"))
-        return sha256_of(" ".join(sha256_of(file, 16) for file in files), 16)
+        from codec import load_codec
+
+        assert self.codec is not None
+        files = [sha256_of(file, 16) for file in sorted(Path(self.source).glob("*.safetensors"))]
+        return sha256_of(" ".join([*files, load_codec(self.codec).stamp.digest]), 16)
 
     def load(self) -> Callable[[Path], str]:
         """Returns a recording's path to its transcript.
@@ -268,7 +261,9 @@ class TranscriberOptions:
             judges = load_judges(
                 self.source, None, num_threads=self.threads, language=self.language
             )
-            return lambda path: judges.transcribe(read_audio(path, ASR_RATE), ASR_RATE)
+            judge = judges.transcribe
+            assert judge is not None
+            return lambda path: judge(read_audio(path, ASR_RATE), ASR_RATE)
         if self.kind == "voice":
             from slm import Voice
 
@@ -306,10 +301,13 @@ class RecordingScorer:
     def __call__(
         self, item: ListedAudio, names: Sequence[str]
     ) -> Iterator[tuple[str, ScoredUtterance]]:
-        """Yields the scores of the one system. A missing recording is an error; silence has no
-        words."""
-        if not item.audio.is_file():
-            raise ValueError(f"{item.audio}: no such recording")
-        scored = score_asr(item.id, item.text, self._transcribe(item.audio), self._language)
+        """Yields the scores of the one system. A recording that is missing, or that the system
+        refuses, is a failure."""
+        hypothesis, failure = None, None
+        try:
+            hypothesis = self._transcribe(item.audio)
+        except (ValueError, OSError) as error:
+            failure = str(error)
+        scored = scored_transcript(item, hypothesis, failure, self._language)
         for name in names:
-            yield name, replace(scored, audio=str(item.audio))
+            yield name, scored

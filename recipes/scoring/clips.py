@@ -12,7 +12,8 @@ from jaxtyping import Float
 
 from codec.audio import audio_info, read_audio, resample_wave, write_audio
 from eval.text import whisper_normalize
-from recipes.scoring.results import ORIGINAL, ScoredClip
+from recipes.scoring.results import ScoredClip
+from recipes.scoring.rows import ORIGINAL
 
 MEDIA_TYPES = {".opus": "audio/ogg", ".flac": "audio/flac", ".webp": "image/webp"}
 NUM_BINS = 240

@@ -23,7 +23,6 @@ from eval.stats import (
 from recipes.scoring.page import html_table, markdown_text
 from recipes.scoring.results import (
     ANCHOR,
-    ORIGINAL,
     Column,
     Results,
     UtteranceScore,
@@ -31,6 +30,7 @@ from recipes.scoring.results import (
     sums_of,
     title_of,
 )
+from recipes.scoring.rows import ORIGINAL
 
 REFERENCES = (ORIGINAL, ANCHOR)
 """Systems that are not compared."""

@@ -88,7 +88,7 @@ class PromptCutter:
             end, count = gaps[best], best + 1
         else:
             end = quietest_point(wave, rate, seconds * (1 - TOLERANCE), seconds * (1 + TOLERANCE))
-            if self._judges.judge_name:
+            if self._judges.transcribe is not None:
                 hypothesis = self._judges.transcribe(wave[: round(end * rate)], rate)
                 count = count_prefix_words(words, hypothesis)
             else:

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from codec.io import parse_json, sha256_of
 from codec.weights import check_layers, check_sizes
 from eval.benchmark import (
@@ -25,8 +23,8 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._ -]{0,119}")
 class Judges(NamedTuple):
     """The ASR and the speaker encoder that score, and their names in rows."""
 
-    transcribe: Transcribe
-    """Returns "" where there is no ASR."""
+    transcribe: Transcribe | None
+    """None: there is no ASR."""
     embed: Embed | None
     judge_name: str
     """Name, digest and arithmetic of the ASR; "" where there is none."""
@@ -46,7 +44,7 @@ def load_judges(
     Raises:
         ValueError: a model cannot be found, is of another kind, or lacks the language.
     """
-    transcribe, embed, judge_name, speaker_name = _no_transcript, None, "", ""
+    transcribe, embed, judge_name, speaker_name = None, None, "", ""
     if judge is not None:
         check_layers(Path(judge))
         asr = load_judge(judge, num_threads=num_threads, language=language)
@@ -67,10 +65,6 @@ def _check_size(scorer: object) -> None:
             check_sizes(scorer.build, scorer.source.weights)
         except ValueError as error:
             raise ValueError(f"{scorer.source.folder}: {error}") from error
-
-
-def _no_transcript(_wave: np.ndarray, _rate: int) -> str:
-    return ""
 
 
 def digest_of_voice(folder: str | Path) -> str:

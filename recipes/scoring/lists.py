@@ -35,6 +35,8 @@ def read_entries(path: Path, needed: Sequence[str], *, unique: bool = True) -> l
             if not isinstance(value, str) and (key == "text" or value is not None):
                 raise ValueError(f"{path}, line {number}: {key} is not a text: {value!r}")
         name = entry_name(entry, path)
+        if "id" in entry:
+            entry["id"] = name
         if unique and name in seen:
             raise ValueError(f"{path}, line {number}: {name!r} is there twice")
         seen.add(name)

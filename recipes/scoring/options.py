@@ -20,7 +20,7 @@ from eval.benchmark import Embed, Provenance, Row, ScoredUtterance, rows_of, tab
 from recipes.lib.run import finished
 from recipes.scoring.judges import Judges, load_judges
 from recipes.scoring.lists import read_columns
-from recipes.scoring.rows import append_rows, read_rows
+from recipes.scoring.rows import CLIPS, ORIGINAL, append_rows, read_rows
 
 T = TypeVar("T")
 
@@ -38,7 +38,12 @@ def named(argument: str) -> Named:
     name, equals, value = argument.partition("=")
     if equals and name and "/" not in name and not Path(argument).exists():
         return Named(name, value)
-    return Named(Path(argument).name.partition(".jsonl")[0] or argument, argument)
+    return Named(list_name_of(Path(argument)) or argument, argument)
+
+
+def list_name_of(path: Path) -> str:
+    """Returns the name of a list, or of a folder."""
+    return re.sub(r"\.(jsonl(\.gz)?|parquet)$", "", path.name)
 
 
 def named_command(argument: str) -> Named:
@@ -79,6 +84,56 @@ def judge_options() -> argparse.ArgumentParser:
     add("--speaker", help="speaker encoder: folder or hub id (default: no similarity)")
     add("--threads", type=int, help="of each process (default: the cores' share)")
     return parser
+
+
+def add_list_sources(add: Callable[..., Any], what: str) -> None:
+    """Adds `--list` and what belongs to it.
+
+    Args:
+        add: a parser's `add_argument`.
+        what: content of the lists.
+    """
+    add(
+        "--list", action="append", default=[], metavar="[SYSTEM=]LIST", dest="lists",
+        help=f"{what}; repeatable",
+    )  # fmt: skip
+    add("--list-name", help="name of the lists in the rows (default: the file's)")
+    add("--model-digest", default="", help="digest of the system of --list")
+
+
+def check_sources(args: argparse.Namespace, inputs: str, makers: Sequence[str]) -> None:
+    """Raises ValueError unless there are lists, or inputs and systems that make something of them.
+
+    One --voice may name the system of one --list.
+
+    Args:
+        inputs: option of the inputs.
+        makers: options of systems.
+    """
+    names = ", ".join(f"--{maker}" for maker in makers)
+    used = {maker: len(getattr(args, maker)) for maker in makers if getattr(args, maker)}
+    if bool(args.lists) == (getattr(args, inputs) is not None):
+        raise ValueError(f"give --list, or --{inputs} and a system ({names})")
+    if not args.lists and not used:
+        raise ValueError(f"--{inputs} needs a system: {names}")
+    is_digest = used == {"voice": 1} and len(args.lists) == 1
+    if args.lists and used and not is_digest:
+        raise ValueError(f"--{next(iter(used))} is a system for --{inputs}, not for --list")
+    if args.name is not None and max(len(args.lists), sum(used.values())) > 1:
+        raise ValueError("--name names one system; write SYSTEM=... for several")
+
+
+def check_distinct(names: Iterable[tuple[str, str]]) -> None:
+    """Raises ValueError if a list has two systems of one name.
+
+    Args:
+        names: of systems and their lists.
+    """
+    seen: set[tuple[str, str]] = set()
+    for system, list_name in names:
+        if (system, list_name) in seen or system == ORIGINAL:
+            raise ValueError(f"two systems of {list_name} are called {system}; write SYSTEM=...")
+        seen.add((system, list_name))
 
 
 def add_measures(add: Callable[..., Any], names: Sequence[str]) -> None:
@@ -174,33 +229,55 @@ class Columns:
         """
         self.names: list[str] = list(dict.fromkeys(args.by))
         self._more = read_columns(args.columns) if args.columns is not None else {}
-        self._file = args.columns
 
-    def of(self, utterance: str, own: Mapping[str, Any]) -> dict[str, str]:
-        """Returns the columns of an utterance; `own` are those of the list itself."""
-        known = {**own, **self._more.get(utterance, {})}
-        return {name: str(known[name]) for name in self.names if known.get(name) not in (None, "")}
-
-    def check(self, found: Mapping[str, Mapping[str, str]], where: str) -> None:
-        """Raises ValueError if no utterance has a column.
+    def of(
+        self, scored: Sequence[ScoredUtterance], entries: Mapping[str, Mapping[str, Any]],
+        list_name: str,
+    ) -> dict[str, dict[str, str]]:  # fmt: skip
+        """Returns the columns of each utterance; all have `length` (see `length_group`).
 
         Args:
-            found: columns of each utterance.
-            where: name of the list, for the message.
+            entries: the list's own columns by utterance.
+
+        Raises:
+            ValueError: no utterance has a column.
         """
+        found: dict[str, dict[str, str]] = {}
+        for one in scored:
+            known = {"length": length_group(one), **entries[one.id], **self._more.get(one.id, {})}
+            found[one.id] = {
+                name: str(known[name]) for name in self.names if known.get(name) not in (None, "")
+            }
         for name in self.names:
             if not any(name in columns for columns in found.values()):
                 raise ValueError(
-                    f"--by {name}: no item of {where} has this column; --columns names a list of "
-                    "id and columns"
+                    f"--by {name}: no item of {list_name} has this column; --columns names a list "
+                    "of id and columns"
                 )
+        return found
+
+
+LENGTHS = (3, 10, 25, 75)
+"""Limits in words of the groups of the column `length`; 75 words take about 30 s."""
+
+
+def length_group(scored: ScoredUtterance) -> str:
+    """Returns the group of the reference's number of words (of characters, in scripts without
+    spaces), such as `4-10 words`."""
+    count = len(scored.text.split()) if scored.words is None else scored.words.num_words
+    low = 1
+    for high in LENGTHS:
+        if count <= high:
+            return f"{low}-{high} words"
+        low = high + 1
+    return f"{low} words or more"
 
 
 def origin_of(
     args: argparse.Namespace, part: str, system: str, inputs: Iterable[Path],
     judges: Judges | None = None, model: str = "", seed: int = 0, **options: Any,
 ) -> Provenance:  # fmt: skip
-    """Returns the origin_of of the rows of a system.
+    """Returns the provenance of the rows of a system.
 
     Args:
         inputs: lists that were scored; the configuration's digest is of them and the options.
@@ -226,18 +303,6 @@ def origin_of(
     )
 
 
-class SystemList(NamedTuple):
-    """What one system made of a list."""
-
-    system: str
-    model: str
-    """Digest of the system; "": unknown."""
-    list_name: str
-    file: Path
-    """The list or folder that names the items."""
-    entries: list[dict[str, Any]]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredSystem:
     """A system's scores of a list."""
@@ -250,7 +315,7 @@ class ScoredSystem:
     columns: Mapping[str, Mapping[str, str]]
     """Columns of each utterance."""
     references: Mapping[str, str | None]
-    """Original, prompt or target recording of each utterance."""
+    """Original, prompt or target recording of each utterance, absolute or relative to OUT."""
     prefix: str = ""
     """Of the word metrics (eval.benchmark.ASR_PREFIX)."""
 
@@ -280,8 +345,8 @@ class ScoredSystem:
         def place(path: str | None) -> str | None:
             if path is None:
                 return None
-            where = Path(path).resolve()
             root = out.resolve()
+            where = (root / path).resolve()
             return where.relative_to(root).as_posix() if where.is_relative_to(root) else str(where)
 
         return [
@@ -293,15 +358,12 @@ class ScoredSystem:
                 "text": one.text or None,
                 "transcript": one.transcript or None,
                 "audio": place(one.audio),
+                "failure": one.failure,
                 "reference_audio": place(self.references.get(one.id)),
                 "columns": {"language": language, **self.columns.get(one.id, {})},
             }
             for one in self.scored
         ]
-
-
-CLIPS = "clips.jsonl"
-"""Texts, transcripts and waves of all scored utterances, next to rows.jsonl."""
 
 
 def write_scores(part: str, args: argparse.Namespace, systems: Sequence[ScoredSystem]) -> None:

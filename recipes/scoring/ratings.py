@@ -29,8 +29,8 @@ from recipes.lib.run import finished
 from recipes.scoring.clips import ClipSet, audio_file, choose_clips, data_uri, read_at
 from recipes.scoring.judges import safe_name
 from recipes.scoring.page import html_page
-from recipes.scoring.results import ANCHOR, ORIGINAL, Results
-from recipes.scoring.rows import append_rows, read_rows
+from recipes.scoring.results import ANCHOR, Results
+from recipes.scoring.rows import ORIGINAL, append_rows, read_rows
 
 logger = logging.getLogger(__name__)
 

@@ -28,6 +28,7 @@ from recipes.scoring.options import (
     JudgeOptions,
     ScoredSystem,
     add_measures,
+    check_distinct,
     check_options,
     chosen,
     judge_options,
@@ -36,11 +37,10 @@ from recipes.scoring.options import (
     origin_of,
     write_scores,
 )
+from recipes.scoring.rows import ORIGINAL
 from recipes.scoring.scores import score_all
 
 PART = "reconstruction"
-ORIGINAL = "original"
-"""The system of the recordings themselves."""
 JUDGE_RATE = 16_000
 """Hz at which recordings are judged."""
 
@@ -107,28 +107,30 @@ def benchmark_reconstruction(args: argparse.Namespace) -> None:
         keys = {ORIGINAL: base}
         for system in systems:
             keys[system.name] = f"{base} {judges.speaker_name} {system.digest}"
-        make = partial(CutScorer, tuple(systems), options, args.out, tuple(args.measures))
+        place = f"{safe_name(listed.name)}-{sha256_of(state, 8)}"
+        make = partial(CutScorer, tuple(systems), options, args.out, place, tuple(args.measures))
         scored = score_all(args.out, cuts, keys, make, args.processes)
-        own = {cut.id: columns.of(cut.id, columns_of_cut(cut)) for cut in cuts}
-        columns.check(own, listed.name)
-        files = {cut.id: str(next(iter(recordings_of([cut])), "")) or None for cut in cuts}
+        entries = {cut.id: columns_of_cut(cut) for cut in cuts}
+        originals = {one.id: one.audio for one in scored[ORIGINAL]}
         origin = partial(
             origin_of, args, PART, inputs=[Path(listed.value)], judges=judges,
             codebooks=args.codebooks, auxiliary=args.auxiliary,
         )  # fmt: skip
-        shared = {"list_name": listed.name, "columns": own}
-        recordings = [replace(one, audio=files[one.id]) for one in scored[ORIGINAL]]
         found.append(
             ScoredSystem(
-                **shared, scored=recordings, origin=origin(ORIGINAL), constants={}, references={}
+                list_name=listed.name, scored=scored[ORIGINAL], origin=origin(ORIGINAL),
+                constants={}, columns=columns.of(scored[ORIGINAL], entries, listed.name),
+                references={},
             )
-        )
+        )  # fmt: skip
         for system in systems:
+            own = scored[system.name]
             found.append(
                 ScoredSystem(
-                    **shared, scored=scored[system.name],
+                    list_name=listed.name, scored=own,
                     origin=origin(system.name, model=system.digest),
-                    constants=constants(system, cuts, args.out), references=files,
+                    constants=constants(system, cuts, args.out / "codes" / place),
+                    columns=columns.of(own, entries, listed.name), references=originals,
                 )
             )  # fmt: skip
     write_scores(PART, args, found)
@@ -168,10 +170,7 @@ def codec_systems(args: argparse.Namespace) -> list[CodecSystem]:
         if len(systems) > 1:
             raise ValueError("--name names one system; write --codec NAME=DIR for several")
         systems = [replace(systems[0], name=args.name)]
-    names = [system.name for system in systems]
-    twice = next((name for name in names if names.count(name) > 1 or name == ORIGINAL), None)
-    if twice is not None:
-        raise ValueError(f"--codec: two systems are called {twice}; write NAME=DIR")
+    check_distinct((system.name, "--codec") for system in systems)
     return systems
 
 
@@ -179,25 +178,34 @@ class CutScorer:
     """Scores a cut: the recording itself, and its reconstruction by each system."""
 
     def __init__(
-        self, systems: Sequence[CodecSystem], options: JudgeOptions, out: Path,
+        self, systems: Sequence[CodecSystem], options: JudgeOptions, out: Path, place: str,
         measures: Sequence[str],
     ):  # fmt: skip
+        """
+        Args:
+            place: folder name of the list, below those of systems and codecs.
+        """
         self._systems = {system.name: system for system in systems}
         self._judges: Judges = options.load()
-        self._language, self._out, self._measures = options.language, out, measures
+        self._language, self._measures = options.language, measures
+        self._out, self._place = out, place
         self._codecs: dict[str, Any] = {}
 
     def __call__(self, cut: Any, names: Sequence[str]) -> Iterator[tuple[str, ScoredUtterance]]:
         """Yields the scores of each system."""
         text, waves, codes = text_of(cut), {}, {}
         for name in names:
+            place = Path("waves") / safe_name(name) / self._place / f"{safe_name(cut.id)}.wav"
+            path = self._out / place
             if name == ORIGINAL:
+                wave = load_cut(cut, JUDGE_RATE)
+                write_audio(path, wave, JUDGE_RATE)
                 scored = score_tts(
-                    cut.id, text, load_cut(cut, JUDGE_RATE), JUDGE_RATE, self._judges.transcribe,
+                    cut.id, text, wave, JUDGE_RATE, self._judges.transcribe,
                     language=self._language,
                     measures=[each for each in self._measures if each in UNPAIRED],
                 )  # fmt: skip
-                yield name, scored
+                yield name, replace(scored, audio=place.as_posix())
                 continue
             system = self._systems[name]
             rate, folder = system.sample_rate, system.folder
@@ -209,13 +217,12 @@ class CutScorer:
                 self._codec(system), codes[folder][: system.num_codebooks], waves[rate].size,
                 auxiliary=system.auxiliary,
             )  # fmt: skip
-            path = self._out / "waves" / safe_name(name) / f"{safe_name(cut.id)}.wav"
             write_audio(path, np.nan_to_num(coded), rate)
             scored = score_reconstruction(
                 cut.id, text, waves[rate], coded, rate, self._judges.transcribe,
                 self._judges.embed, self._language, self._measures,
             )  # fmt: skip
-            yield name, replace(scored, audio=str(path))
+            yield name, replace(scored, audio=place.as_posix())
 
     def _codec(self, system: CodecSystem) -> Any:
         if system.folder not in self._codecs:
@@ -230,15 +237,15 @@ class CutScorer:
             each.num_codebooks for each in self._systems.values() if each.folder == system.folder
         )
         codes = encode_wave(self._codec(system), wave, count)
-        path = code_file(self._out, system, cut)
+        path = code_file(self._out / "codes" / self._place, system, cut)
         with atomic_file(path) as temporary, open(temporary, "wb") as file:
             np.save(file, codes.astype(np.uint16))
         return codes
 
 
-def code_file(out: Path, system: CodecSystem, cut: Any) -> Path:
-    """Returns the file of a cut's codes."""
-    return out / "codes" / safe_name(system.digest) / f"{safe_name(cut.id)}.npy"
+def code_file(folder: Path, system: CodecSystem, cut: Any) -> Path:
+    """Returns the file of a cut's codes in the folder of its list."""
+    return folder / safe_name(system.digest) / f"{safe_name(cut.id)}.npy"
 
 
 def encode_wave(
@@ -272,7 +279,7 @@ def decode_codes(
     return resample_wave(wave, rate, codec.sample_rate)[:num_samples]
 
 
-def constants(system: CodecSystem, cuts: Sequence[Any], out: Path) -> Mapping[str, float]:
+def constants(system: CodecSystem, cuts: Sequence[Any], folder: Path) -> Mapping[str, float]:
     """Returns bit rate, number of codebooks and, of the codes of the list, the entropy-coded bit
     rate (first order, each codebook alone) in bit/s, the share of entries in use and their
     perplexity, as means over codebooks."""
@@ -281,7 +288,7 @@ def constants(system: CodecSystem, cuts: Sequence[Any], out: Path) -> Mapping[st
     found = {"bitrate": system.frame_rate * bits, "codebooks": float(len(sizes))}
     counts = torch.zeros(len(sizes), max(sizes), dtype=torch.long)
     for cut in cuts:
-        path = code_file(out, system, cut)
+        path = code_file(folder, system, cut)
         if path.is_file():
             codes = torch.from_numpy(np.load(path).astype(np.int64))[None, : len(sizes)]
             counts += count_codes(codes, max(sizes))

@@ -23,7 +23,6 @@ from recipes.scoring.compare import comparison_sections
 from recipes.scoring.page import html_page, html_table, markdown_text
 from recipes.scoring.ratings import KINDS, write_listening_page
 from recipes.scoring.results import (
-    ORIGINAL,
     Column,
     Results,
     ScoredClip,
@@ -31,6 +30,7 @@ from recipes.scoring.results import (
     sums_of,
     title_of,
 )
+from recipes.scoring.rows import ORIGINAL
 
 HEADINGS = {
     "reconstruction": "Reconstruction",

@@ -12,10 +12,8 @@ from codec.json_lines import read_appended
 from eval.benchmark import ASR_PREFIX, WORD_METRICS, Row
 from eval.metrics import MEASURES
 from eval.stats import Sums
-from recipes.scoring.rows import read_rows
+from recipes.scoring.rows import CLIPS, read_rows
 
-ORIGINAL = "original"
-"""The system of the recordings themselves: the judges' own errors."""
 ANCHOR = "anchor-3.5kHz"
 """The low anchor of MUSHRA."""
 
@@ -177,7 +175,7 @@ def _clips(
 ) -> Iterable[ScoredClip]:  # fmt: skip
     seen: dict[tuple[str, ...], ScoredClip] = {}
     for folder in rows:
-        for number, line, _ in read_appended(folder / "clips.jsonl"):
+        for number, line, _ in read_appended(folder / CLIPS):
             try:
                 system = labels.get((folder, line["system"]), line["system"])
                 clip = ScoredClip(
@@ -188,9 +186,7 @@ def _clips(
                     columns=line.get("columns") or {},
                 )  # fmt: skip
             except (KeyError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f"{folder / 'clips.jsonl'}, line {number} is no clip: {error}"
-                ) from error
+                raise ValueError(f"{folder / CLIPS}, line {number} is no clip: {error}") from error
             seen[clip.part, clip.list, clip.system, clip.id] = clip
     return seen.values()
 

@@ -1,4 +1,4 @@
-"""rows.jsonl: the file of rows of scores."""
+"""rows.jsonl: the file of rows of scores. Names that all programs use which write or read it."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, fields
@@ -6,6 +6,11 @@ from pathlib import Path
 
 from codec.json_lines import append_json_lines, read_appended
 from eval.benchmark import Row
+
+CLIPS = "clips.jsonl"
+"""Texts, transcripts and waves of all scored utterances, next to rows.jsonl."""
+ORIGINAL = "original"
+"""The system of the recordings themselves: the judges' own errors."""
 
 
 def append_rows(path: str | Path, rows: Iterable[Row]) -> None:

@@ -164,6 +164,7 @@ def provenance(
         model: digest of the system that is scored.
     """
     return Provenance(
+        part="tts",
         system=system,
         seed=config.seed,
         git=git_revision(),
@@ -301,24 +302,23 @@ def score_codes(
         if item.prompt.continuation and not textless:
             transcribed = _decode_with_prompt(voice, item, codes)
 
-    def transcribe(_wave: np.ndarray, rate: int) -> str:
-        return "" if textless else judges.transcribe(transcribed, rate)
-
+    judge = None if textless else judges.transcribe
     text = "" if textless else item.text
-    scored = score_tts(item.id, text, wave, rate, transcribe, judges.embed, prompt, failure)
+    scored = score_tts(
+        item.id, text, wave, rate, judge and (lambda _, rate: judge(transcribed, rate)),
+        judges.embed, prompt, failure,
+    )  # fmt: skip
     values = dict(scored.values)
     if scorers.similarity is not None and wave.size:
         values |= scorers.similarity.of(item, wave)
     if textless:
-        return dataclasses.replace(scored, values=values, words=None, characters=None), []
-    transcript = scored.transcript if judges.judge_name else None
+        return dataclasses.replace(scored, values=values), []
+    transcript = scored.transcript if scored.words is not None else None
     # Maximum length reached: only the voice reports that.
     failed = ["cut"] * (failure == "cut") + failed_checks(voice, item, codes, wave, transcript)
     values["fault"] = float(bool(failed))
-    if not judges.judge_name:
-        return dataclasses.replace(scored, values=values, words=None, characters=None), failed
-    assert scored.words is not None
-    values["wrong"] = float(scored.words.wer > WRONG_WER)
+    if scored.words is not None:
+        values["wrong"] = float(scored.words.wer > WRONG_WER)
     return dataclasses.replace(scored, values=values), failed
 
 
@@ -423,6 +423,7 @@ def transcribe_items(
     voice: Voice, rows: Sequence[TokenRow], origin: Provenance, batch: int = 8
 ) -> list[Row]:
     """Returns the scores of the voice's own ASR; all words of a refused row are deletions."""
+    origin = dataclasses.replace(origin, part="asr")
     if not origin.model and voice.folder is not None:
         origin = dataclasses.replace(origin, model=digest_of_voice(voice.folder))
     texts: list[str] = []

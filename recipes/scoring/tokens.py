@@ -47,7 +47,9 @@ from eval.text_probe import Probe, ProbeConfig, ProbeCorpus, train_probe, untrai
 from eval.token_stability import unchanged_codes
 from recipes.lib.config import check_seed_of_recipe
 from recipes.scoring.judges import Judges, load_judges, safe_name
+from recipes.scoring.options import named
 from recipes.scoring.reconstruction import decode_codes
+from recipes.scoring.rows import ORIGINAL
 from recipes.scoring.scores import score_all
 
 if TYPE_CHECKING:
@@ -212,7 +214,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"--dev: two lists have the name {name}; write NAME=LIST")
-    codecs = [name for name, _ in _codecs(args)]
+    codecs = [name for name, _ in map(named, args.codec)]
     for name in codecs:
         if codecs.count(name) > 1:
             raise ValueError(f"--codec: two have the name {name}; write NAME=DIR")
@@ -224,21 +226,9 @@ def _named(argument: str) -> tuple[str, str]:
     return (name, value) if equals else ("", argument)
 
 
-def _named_path(argument: str) -> tuple[str, str]:
-    """As `_named`, unless the argument is an existing path."""
-    return ("", argument) if Path(argument).exists() else _named(argument)
-
-
 def _lists(args: argparse.Namespace) -> list[tuple[str, Path]]:
     """Names and paths of the dev lists."""
-    named = map(_named_path, args.dev)
-    return [(name or Path(path).name.partition(".")[0], Path(path)) for name, path in named]
-
-
-def _codecs(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """Names and sources of the codecs."""
-    named = map(_named_path, args.codec)
-    return [(name or Path(source).name, source) for name, source in named]
+    return [(name, Path(path)) for name, path in map(named, args.dev)]
 
 
 def _systems(args: argparse.Namespace) -> Iterator[TokenSystem]:
@@ -256,7 +246,7 @@ def _systems(args: argparse.Namespace) -> Iterator[TokenSystem]:
     if not args.codec:
         raise ValueError("--codec: name a codec that encodes the lists of cuts")
     cuts = {path: list(read_cuts(path)) for _, path in lists}
-    for name, source in _codecs(args):
+    for name, source in map(named, args.codec):
         codec = load_codec(source, device=args.device)
         stamp = codec.stamp
         encoded = []
@@ -279,7 +269,7 @@ def _system_of_shards(args: argparse.Namespace, lists: Sequence[tuple[str, Path]
         raise ValueError("--codec: token shards are of one codec; name lists of cuts")
     codec, stamp = None, TokenShard.open(lists[0][1]).stamp
     name = Path(stamp.id).name
-    for given, source in _codecs(args):
+    for given, source in map(named, args.codec):
         codec, name = load_codec(source, device=args.device), given
         stamp = codec.stamp
     shards = [TokenList(one, TokenShard.open(path, expect=stamp), {}) for one, path in lists]
@@ -503,7 +493,7 @@ def _origin(
         seed=seed,
         git=git_revision(),
         config=sha256_of(json.dumps(settings, sort_keys=True), 16),
-        model="" if name == "original" else system.stamp.digest,
+        model="" if name == ORIGINAL else system.stamp.digest,
         judge=judges.judge_name if judges else "",
         speaker=judges.speaker_name if judges else "",
         language=args.language,
@@ -522,17 +512,18 @@ def _views(
 
 def _score_originals(args: argparse.Namespace, system: TokenSystem, judges: Judges) -> list[Row]:
     """Rows of the judge's error rates on the recordings themselves."""
-    rate, rows = system.stamp.sample_rate, []
+    rate, rows, judge = system.stamp.sample_rate, [], judges.transcribe
+    assert judge is not None
 
     def score(row: TokenRow, cut: "Cut") -> ScoredUtterance:
-        transcript = judges.transcribe(load_cut(cut, rate), rate)
+        transcript = judge(load_cut(cut, rate), rate)
         return score_asr(row.id, row.text, transcript, args.language)
 
     for one in system.dev:
         listed = _rows_with_text(one.shard, args.limit)
         key = f"{_digests(one)} {rate} {judges.judge_name} {args.language}"
-        scored = _score_rows(args.out, "original", key, listed, one, score)
-        origin = _origin(args, "original", system, judges)
+        scored = _score_rows(args.out, ORIGINAL, key, listed, one, score)
+        origin = _origin(args, ORIGINAL, system, judges)
         for name, part in _views(args, one, scored).items():
             rows += rows_of(name, part, origin)
     return rows

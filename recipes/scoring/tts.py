@@ -1,51 +1,52 @@
 """Scores synthesized speech: `python recipes/benchmark.py tts`."""
 
 import argparse
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from codec.audio import read_audio
 from codec.io import sha256_of
-from codec.json_lines import write_json_lines
-from codec.program import CHECKS_FAILED
 from eval.benchmark import ScoredUtterance, score_tts
 from eval.metrics import UNPAIRED
-from recipes.scoring.judges import Judges, digest_of_voice, safe_name, state_of_files
-from recipes.scoring.lists import locate, read_entries
+from recipes.scoring.judges import Judges, digest_of_voice, state_of_files
+from recipes.scoring.lists import read_entries
 from recipes.scoring.options import (
-    Columns,
     JudgeOptions,
-    ScoredSystem,
-    SystemList,
+    add_list_sources,
     add_measures,
     check_options,
+    check_sources,
     chosen,
     judge_options,
+    list_name_of,
     list_options,
     named,
     named_command,
-    origin_of,
-    write_scores,
 )
-from recipes.scoring.scores import score_all
 from recipes.scoring.speaker_references import (
     SpeakerRecording,
     SpeakerReferences,
     check_speakers,
     read_speakers,
 )
-from recipes.scoring.systems import command_words, run_lines
+from recipes.scoring.systems import command_words, run_folder, run_lines, run_voice
+from recipes.scoring.waves import (
+    Entry,
+    SystemList,
+    given_list,
+    located,
+    score_lists,
+    wave_or_failure,
+)
 
 PART = "tts"
-LENGTHS = (3, 10, 25, 75)
-"""Limits in words of the groups of the column `length`; 75 words take about 30 s."""
+VOICE_KEYS = ("id", "text", "prompt", "prompt_text")
+"""Keys of a line of `slm tts --list`."""
+FIELDS = (*VOICE_KEYS, "language", "out")
+"""Fields of --run."""
 
 
 class SpeechItem(NamedTuple):
@@ -68,12 +69,10 @@ def add_tts_command(kinds: Any) -> None:
     parents = [list_options(), judge_options()]
     command = kinds.add_parser(PART, parents=parents, help=about, description=about.capitalize())
     add = command.add_argument
-    add(
-        "--list", action="append", default=[], metavar="[SYSTEM=]LIST", dest="lists",
-        help="waves to score: JSON Lines (id, text, audio, perhaps prompt, failure, seed), or a "
-        "folder of recordings with a .txt for each; repeatable",
+    add_list_sources(
+        add, "waves to score: JSON Lines (id, text, audio, perhaps prompt, failure, seed), or a "
+        "folder of recordings with a .txt for each",
     )  # fmt: skip
-    add("--list-name", help="name of the lists in the rows (default: the file's)")
     add(
         "--texts", type=Path, metavar="LIST",
         help="texts to synthesize with --voice or --run: JSON Lines (id, text, prompt)",
@@ -87,7 +86,6 @@ def add_tts_command(kinds: Any) -> None:
         help="with --texts: command for each line; {text}, {prompt}, {prompt_text}, {language} and "
         "{id} are replaced, and it writes the wave {out}; repeatable",
     )  # fmt: skip
-    add("--model-digest", default="", help="digest of the system of --list")
     add_measures(add, (*UNPAIRED, "speaking_rate"))
     add("--rate", type=int, default=16000, help="in Hz, of scoring (default: 16000)")
     add(
@@ -105,161 +103,71 @@ def benchmark_tts(args: argparse.Namespace) -> None:
         ValueError: a list or option is invalid, or no item can be scored.
     """
     check_options(args)
-    options = JudgeOptions.of(args)
-    listed = system_lists(args)
-    judges, columns = options.load(), Columns(args)
-    speakers = [] if args.speakers is None else read_speakers(args.speakers)
+    check_sources(args, "texts", ("voice", "run"))
     if args.speakers is not None and args.speaker is None:
         raise ValueError("--speakers needs a speaker encoder: --speaker")
-    known = f"{speakers} {state_of_files([one.audio for one in speakers])}"
-    found: list[ScoredSystem] = []
-    for each in listed:
-        entries = chosen(each.entries, args)
-        if args.speakers is not None:
-            check_speakers(entries, speakers, args.speakers)
-        items = [item_of(entry, each.file, args.prompts) for entry in entries]
-        files = [path for item in items for path in (item.audio, item.prompt) if path is not None]
-        inputs = sha256_of(str([tuple(map(str, item)) for item in items]), 16)
-        key = f"{each.system} {each.model} {inputs} {state_of_files(files)} {judges.judge_name}"
-        key += f" {judges.speaker_name} {args.language} {args.rate} {known} {sorted(args.measures)}"
-        make = partial(SpeechScorer, options, args.rate, tuple(args.measures), tuple(speakers))
-        scored = score_all(args.out, items, {each.system: key}, make, args.processes)[each.system]
-        own = {
-            item.id: columns.of(item.id, {"length": length_group(item.text), **entry})
-            for item, entry in zip(items, entries, strict=True)
-        }
-        columns.check(own, each.list_name)
-        seed = min((one.seed for one in scored if one.seed is not None), default=0)
-        origin = origin_of(
-            args, PART, each.system, [each.file] if each.file.is_file() else [], judges,
-            each.model, seed, rate=args.rate,
-        )  # fmt: skip
-        prompts = {item.id: str(item.prompt) if item.prompt else None for item in items}
-        found.append(
-            ScoredSystem(
-                list_name=each.list_name, scored=scored, origin=origin, constants={}, columns=own,
-                references=prompts,
-            )
-        )  # fmt: skip
-    write_scores(PART, args, found)
-
-
-def system_lists(args: argparse.Namespace) -> list[SystemList]:
-    """Returns the lists of --list, and what --voice and --run make of --texts.
-
-    Raises:
-        ValueError: the options do not fit together, or a list is invalid.
-    """
-    runs = [named_command(run) for run in args.run]
-    if bool(args.lists) == (args.texts is not None):
-        raise ValueError("give --list with waves, or --texts with --voice or --run")
-    if args.texts is not None and not (args.voice or runs):
-        raise ValueError("--texts needs a system: --voice or --run")
-    if args.lists and (runs or len(args.voice) > 1):
-        raise ValueError("--run and several --voice synthesize --texts, not --list")
-    if args.name is not None and max(len(args.lists), len(args.voice) + len(runs)) > 1:
-        raise ValueError("--name names one system; write SYSTEM=... for several")
-    found = [_given(args, argument) for argument in args.lists]
+    options = JudgeOptions.of(args)
+    speakers = [] if args.speakers is None else read_speakers(args.speakers)
+    lists = [given_list(args, one, ("id", "text", "audio")) for one in args.lists]
     if args.texts is not None:
-        entries = read_entries(args.texts, ("id", "text"))
-        name = args.list_name or args.texts.name.partition(".jsonl")[0]
-        chosen_entries = chosen(entries, args)
-        for system, folder in map(named, args.voice):
-            system = args.name or system
-            found.append(_synthesized(args, system, folder, chosen_entries, name))
-        for system, command in runs:
-            system = args.name or system
-            words = command_words(
-                command, ("id", "text", "prompt", "prompt_text", "language", "out"),
-                ("text", "out"),
-            )  # fmt: skip
-            lines = [
-                {"language": args.language, **one, **_prompt_of(one, args)}
-                for one in chosen_entries
-            ]
-            made = run_lines(words, lines, args.out / "runs" / safe_name(system), args.processes)
-            model = args.model_digest or sha256_of(command, 16)
-            found.append(SystemList(system, model, name, args.texts, made))
-    names = [(each.system, each.list_name) for each in found]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"two systems are called {twice[0]}; write SYSTEM=...")
+        lists += synthesized(args)
+    if args.speakers is not None:
+        for each in lists:
+            check_speakers(each.entries, speakers, args.speakers)
+    score_lists(
+        args, PART, lists, original, partial(item_of, prompts=args.prompts),
+        partial(SpeechScorer, options, args.rate, tuple(args.measures), tuple(speakers)),
+        options.load(), "prompt",
+        f"{speakers} {state_of_files([one.audio for one in speakers])}",
+        rate=args.rate, measures=sorted(args.measures),
+    )  # fmt: skip
+
+
+def synthesized(args: argparse.Namespace) -> list[SystemList]:
+    """Returns what --voice and --run make of --texts."""
+    entries = chosen(read_entries(args.texts, ("id", "text")), args)
+    for entry in entries:
+        prompt = located(entry, "prompt", args.texts, args.prompts)
+        if prompt is not None and prompt.is_file():  # Else the name of a voice's own prompt.
+            entry["prompt"] = str(prompt)
+    name, found = args.list_name or list_name_of(args.texts), []
+
+    def add(system: str, model: str, made: list[Entry]) -> None:
+        found.append(SystemList(system, model, name, args.texts, made))
+
+    for system, voice in map(named, args.voice):
+        system = args.name or system
+        lines = [{key: one[key] for key in VOICE_KEYS if one.get(key)} for one in entries]
+        folder = run_folder(args.out, system, name)
+        records = run_voice("tts", voice, lines, folder, "--seed", str(args.seed))
+        made = [
+            {**one, **{key: records[one["id"]][key] for key in ("audio", "failure", "seed")}}
+            for one in entries
+        ]
+        add(system, digest_of_voice(voice), made)
+    for system, command in map(named_command, args.run):
+        system = args.name or system
+        words = command_words(command, FIELDS, ("text", "out"))
+        lines = [{"language": args.language, **one} for one in entries]
+        made = run_lines(words, lines, run_folder(args.out, system, name), args.processes)
+        add(system, args.model_digest or sha256_of(command, 16), made)
     return found
 
 
-def _given(args: argparse.Namespace, argument: str) -> SystemList:
-    """A list of waves that exist."""
-    name, value = named(argument)
-    path = Path(value)
-    needed = ("id", "text", "audio")
-    is_named = argument != value
-    folder = path if path.is_dir() else path.resolve().parent
-    system = args.name or (name if is_named else folder.name)
-    model = digest_of_voice(args.voice[0]) if args.voice else args.model_digest
-    listed = args.list_name or path.name.partition(".jsonl")[0]
-    return SystemList(system, model, listed, path, read_entries(path, needed))
-
-
-def _prompt_of(entry: Mapping[str, Any], args: argparse.Namespace) -> dict[str, str]:
-    """The prompt's path, if the entry has one."""
-    if not entry.get("prompt"):
-        return {}
-    return {"prompt": str(locate(entry["prompt"], args.texts, args.prompts))}
-
-
-def _synthesized(
-    args: argparse.Namespace, system: str, folder: str, entries: Sequence[Mapping[str, Any]],
-    name: str,
-) -> SystemList:  # fmt: skip
-    """What a voice makes of the texts, by `slm tts --list`, which resumes."""
-    out = args.out / "runs" / safe_name(system)
-    listed = out / "texts.jsonl"
-    keys = ("id", "text", "prompt", "prompt_text")
-    lines = []
-    for entry in entries:
-        line = {key: entry[key] for key in keys if entry.get(key)}
-        place = _prompt_of(entry, args).get("prompt")
-        lines.append(line | ({"prompt": place} if place and Path(place).is_file() else {}))
-    write_json_lines(listed, lines)
-    command = [sys.executable, "-m", "slm", "tts", "--voice", folder, "--list", str(listed)]
-    command += ["--out", str(out), "--seed", str(args.seed)]
-    run = subprocess.run(command, check=False, stdout=sys.stderr)
-    if run.returncode not in (0, CHECKS_FAILED):
-        raise ValueError(f"--voice {folder}: slm tts ended with status {run.returncode}")
-    made = {entry["id"]: entry for entry in read_entries(out / "results.jsonl", ("id", "audio"))}
-    found = []
-    for entry in entries:
-        record = made.get(entry["id"], {"audio": None, "failure": "refused"})
-        audio = None if record["audio"] is None else str(out / record["audio"])
-        found.append(
-            {**entry, **_prompt_of(entry, args), "audio": audio, "failure": record["failure"],
-             "seed": record.get("seed")}
-        )  # fmt: skip
-    return SystemList(system, digest_of_voice(folder), name, args.texts, found)
+def original(entry: Entry) -> Entry | None:
+    """Returns the entry of the recording of a text, if the list has it as `recording`."""
+    if not entry.get("recording"):
+        return None
+    return {**entry, "audio": entry["recording"], "failure": None, "seed": None}
 
 
 def item_of(entry: Mapping[str, Any], path: Path, prompts: Path | None) -> SpeechItem:
     """Returns an entry with its files located."""
-    audio, prompt = entry.get("audio"), entry.get("prompt")
-    failure = entry.get("failure")
-    if audio is None:
-        failure = failure or "refused"
     return SpeechItem(
-        entry["id"], entry["text"], None if audio is None else locate(audio, path),
-        locate(prompt, path, prompts) if prompt else None, failure, entry.get("seed"),
+        entry["id"], entry["text"], located(entry, "audio", path),
+        located(entry, "prompt", path, prompts), entry.get("failure"), entry.get("seed"),
         None if entry.get("speaker") is None else str(entry["speaker"]),
     )  # fmt: skip
-
-
-def length_group(text: str) -> str:
-    """Returns the group of a text's number of words, such as `words 4-10`."""
-    count = len(text.split())
-    low = 1
-    for high in LENGTHS:
-        if count <= high:
-            return f"{low}-{high} words"
-        low = high + 1
-    return f"{low} words or more"
 
 
 class SpeechScorer:
@@ -279,24 +187,26 @@ class SpeechScorer:
         self, item: SpeechItem, names: Sequence[str]
     ) -> Iterator[tuple[str, ScoredUtterance]]:
         """Yields the scores of the one system."""
-        failure, wave, prompt = item.failure, np.zeros(0, np.float32), None
-        if item.audio is not None:
+        wave, failure = wave_or_failure(item.audio, self._rate, item.failure)
+        embed, prompt, missing = self._judges.embed, None, {}
+        if embed is not None and item.prompt is not None:
             try:
-                wave = read_audio(item.audio, self._rate)
-            except ValueError as error:  # Missing, silent or NaN.
-                failure = failure or str(error)
-        if wave.size and self._judges.embed is not None and item.prompt is not None:
-            prompt = (read_audio(item.prompt, self._rate), self._rate)
+                prompt = (read_audio(item.prompt, self._rate), self._rate)
+            except ValueError as error:  # Perhaps the name of a voice's own prompt.
+                missing = {"similarity": str(error)}
         scored = score_tts(
-            item.id, item.text, wave, self._rate, self._judges.transcribe, self._judges.embed,
-            prompt, failure, self._language, self._measures,
+            item.id, item.text, wave, self._rate, self._judges.transcribe, embed, prompt, failure,
+            self._language, self._measures,
         )  # fmt: skip
         values = dict(scored.values)
-        if "similarity" in values and item.speaker is not None and self._references is not None:
-            assert self._judges.embed is not None
-            embedding = self._judges.embed(wave, self._rate)
+        if embed is not None and self._references is not None and wave.size and item.speaker:
             exclude = [item.prompt] if item.prompt is not None else []
-            values |= self._references.of(item.speaker, embedding, exclude)
-        audio = str(item.audio) if item.audio is not None and wave.size else None
+            try:
+                embedding = embed(wave, self._rate)
+                values |= self._references.of(item.speaker, embedding, exclude)
+            except ValueError as error:  # Too short.
+                missing |= {"similarity_speaker": str(error)}
+        audio = str(item.audio.resolve()) if item.audio is not None and wave.size else None
+        missing = {**scored.missing, **missing}
         for name in names:
-            yield name, replace(scored, values=values, seed=item.seed, audio=audio)
+            yield name, replace(scored, values=values, missing=missing, seed=item.seed, audio=audio)

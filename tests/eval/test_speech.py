@@ -210,6 +210,16 @@ def test_every_measure_of_waves_has_a_direction_and_libraries() -> None:
     assert "seconds" not in HIGHER_IS_BETTER
 
 
+@pytest.mark.parametrize("name", PAIRED)
+def test_a_measure_is_the_same_at_every_call(name: str) -> None:
+    clean, coded = talk(1.0), talk(1.0) + np.float32(0.01) * talk(1.0, seed=3)
+    before = np.random.get_state()[1].tolist()  # noqa: NPY002
+    first = PAIRED[name](clean, coded, 16_000)
+    PAIRED[name](coded, clean, 16_000)  # Results of the last waves are kept.
+    assert PAIRED[name](clean, coded, 16_000) == first
+    assert np.random.get_state()[1].tolist() == before  # noqa: NPY002
+
+
 def test_a_copy_has_the_best_value_within_the_range() -> None:
     clean = talk(1.0)
     coded = noisy(clean, 0.02)

@@ -148,7 +148,7 @@ def use_fake_judge() -> None:
     from recipes.scoring import judges
 
     class FakeJudge:
-        compute_type = "none"
+        name = "judge@0 none"
 
         def __init__(self, *_: Any, **__: Any) -> None:
             pass
@@ -156,7 +156,7 @@ def use_fake_judge() -> None:
         def transcribe(self, _wave: Any, _rate: int) -> str:
             return "hello world"
 
-    judges.Judge = FakeJudge  # type: ignore[misc, assignment]
+    judges.load_judge = FakeJudge  # type: ignore[assignment]
 
 
 def main(argv: list[str]) -> int:

@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import CountingJudge
 from tiny_lmspt import SPECTRAL, made
 
 from codec import read_audio
+from codec.json_lines import read_json_lines
 from eval import metrics, speech
 from eval.benchmark import BASIC_MEASURES, Row
 from recipes import benchmark as program
-from recipes.scoring import judges as scoring
+from recipes.prepare_data import main as prepare
 from recipes.scoring import scores
 from recipes.scoring.lists import read_entries
 from recipes.scoring.rows import read_rows
@@ -71,49 +73,24 @@ def test_bad_lists(tmp_path: Path, lines: str, message: str) -> None:
         read_entries(tmp_path / "l.jsonl", ("id", "text"))
 
 
-class FakeJudge:
-    """Counts its calls."""
-
-    calls = 0
-    name = "judge@0 none"
-
-    def __init__(self, *_: object, **__: object) -> None:
-        pass
-
-    def transcribe(self, _wave: np.ndarray, _rate: int) -> str:
-        FakeJudge.calls += 1
-        return "hello world"
-
-
-@pytest.fixture
-def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    (tmp_path / "judge").mkdir()
-    (tmp_path / "judge" / "model.bin").touch()
-    monkeypatch.setattr(scoring, "load_judge", FakeJudge)
-    FakeJudge.calls = 0
-    return str(tmp_path / "judge")
-
-
 def prepare_cuts(folder: Path, write_wav, count: int = 3) -> Path:
-    from recipes.prepare_data import main
-
     entries = []
     for index in range(count):
         write_wav(folder / f"{index}.wav", 1.5, seed=index)
         entries.append({"audio": f"{index}.wav", "text": "Hello world."})
-    main(["list", str(write_list(folder / "l.jsonl", entries)), "--out", str(folder / "cuts")])
+    prepare(["list", str(write_list(folder / "l.jsonl", entries)), "--out", str(folder / "cuts")])
     return folder / "cuts" / "all.jsonl.gz"
 
 
 def test_reconstruction_resumes(
-    tmp_path: Path, judge: str, tiny_codec_folder: Path, write_wav, capsys, monkeypatch
+    tmp_path: Path, judge: CountingJudge, tiny_codec_folder: Path, write_wav, capsys, monkeypatch
 ) -> None:
     cuts = prepare_cuts(tmp_path / "in", write_wav)
     (tmp_path / "in" / "1.wav").write_bytes(b"")
     out = tmp_path / "out"
     command = ["reconstruction", "--codec", str(tiny_codec_folder), "--cuts", str(cuts)]
     command += ["--measures", *BASIC_MEASURES]
-    command += ["--judge", judge, "--out", str(out), "--codebooks", "2", "--name", "tiny"]
+    command += ["--judge", "judge", "--out", str(out), "--codebooks", "2", "--name", "tiny"]
     stop = {"after": 1}
     real = speech.stoi
 
@@ -127,10 +104,10 @@ def test_reconstruction_resumes(
     with pytest.raises(KeyboardInterrupt):
         program.main(command)
     assert not (out / "rows.jsonl").exists()
-    assert FakeJudge.calls == 3  # two originals, one reconstruction
+    assert judge.calls == 3  # two originals, one reconstruction
     stop["after"] = 9
     program.main(command)
-    assert FakeJudge.calls == 4
+    assert judge.calls == 4
     rows = read_rows(out / "rows.jsonl")
     coded = whole([row for row in rows if row.system == "tiny"])
     assert coded["bitrate"].value == pytest.approx(25 * 2 * 5)
@@ -138,10 +115,10 @@ def test_reconstruction_resumes(
     assert len(coded["wer"].model) == 16
     assert {row.utterance for row in rows} == {None, "0", "2"}
     assert json.loads((out / "skipped-tiny.jsonl").read_text())["id"] == "1"
-    assert sorted(path.name for path in (out / "waves" / "tiny").iterdir()) == ["0.wav", "2.wav"]
+    assert sorted(one.name for one in (out / "waves" / "tiny").rglob("*.wav")) == ["0.wav", "2.wav"]
     capsys.readouterr()
     program.main(command)
-    assert FakeJudge.calls == 4
+    assert judge.calls == 4
     assert read_rows(out / "rows.jsonl") == rows
     assert "| tiny | all | 2 |" in capsys.readouterr().out
     for count in ("0", "4"):
@@ -150,7 +127,7 @@ def test_reconstruction_resumes(
 
 
 def test_tts_program_counts_silence_as_failure(
-    tmp_path: Path, judge: str, write_wav, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, judge: CountingJudge, write_wav, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import soundfile
 
@@ -170,7 +147,7 @@ def test_tts_program_counts_silence_as_failure(
             "--list",
             str(listed),
             "--judge",
-            judge,
+            "judge",
             "--out",
             str(out),
             "--name",
@@ -185,7 +162,7 @@ def test_tts_program_counts_silence_as_failure(
 
 
 def test_changed_inputs_are_scored_again(
-    tmp_path: Path, judge: str, write_wav, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, judge: CountingJudge, write_wav, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_wav(tmp_path / "a.wav", 1.0)
     entry = {"id": "a", "text": "hello world", "audio": "a.wav", "seed": 5}
@@ -196,15 +173,15 @@ def test_changed_inputs_are_scored_again(
         "--list",
         str(listed),
         "--judge",
-        judge,
+        "judge",
         "--out",
         str(tmp_path / "out"),
     ]
 
     def heard(*arguments: str) -> int:
-        FakeJudge.calls = 0
+        judge.calls = 0
         program.main([*command, *arguments])
-        return FakeJudge.calls
+        return judge.calls
 
     assert [heard(), heard()] == [1, 0]
     assert [heard("--model-digest", "m2"), heard("--model-digest", "m2")] == [1, 0]
@@ -217,21 +194,21 @@ def test_changed_inputs_are_scored_again(
 
 
 def test_changed_recordings_are_scored_again(
-    tmp_path: Path, judge: str, tiny_codec_folder: Path, write_wav
+    tmp_path: Path, judge: CountingJudge, tiny_codec_folder: Path, write_wav
 ) -> None:
     cuts = prepare_cuts(tmp_path / "in", write_wav, count=1)
     command = ["reconstruction", "--codec", str(tiny_codec_folder), "--cuts", str(cuts)]
-    command += ["--measures", "--judge", judge, "--out", str(tmp_path / "out")]
+    command += ["--measures", "--judge", "judge", "--out", str(tmp_path / "out")]
     program.main(command)
     program.main(command)
-    assert FakeJudge.calls == 2
+    assert judge.calls == 2
     write_wav(tmp_path / "in" / "0.wav", 1.5, seed=9)
     program.main(command)
-    assert FakeJudge.calls == 4
+    assert judge.calls == 4
 
 
 def test_rows_have_provenance(
-    tmp_path: Path, judge: str, tiny_codec_folder: Path, write_wav
+    tmp_path: Path, judge: CountingJudge, tiny_codec_folder: Path, write_wav
 ) -> None:
     write_wav(tmp_path / "a.wav", 1.0)
     entry = {"id": "a", "text": "hello world", "audio": "a.wav", "seed": 5, "hypothesis": "hello"}
@@ -239,7 +216,7 @@ def test_rows_have_provenance(
     (tmp_path / "voice").mkdir()
     shutil.copytree(tiny_codec_folder, tmp_path / "voice" / "codec")
     shared = ["--list", listed, "--voice", str(tmp_path / "voice"), "--out", str(tmp_path / "out")]
-    program.main(["tts", *shared, "--judge", judge, "--measures", "speaking_rate"])
+    program.main(["tts", *shared, "--judge", "judge", "--measures", "speaking_rate"])
     program.main(["asr", *shared])
     rows = read_rows(tmp_path / "out" / "rows.jsonl")
     assert {"wer", "asr_wer"} <= {row.metric for row in rows}
@@ -255,11 +232,20 @@ def test_auxiliary_decoder_is_scored(tmp_path, judge, tiny_codec_folder, write_w
     cuts = prepare_cuts(tmp_path / "in", write_wav, count=1)
     codec = made(SPECTRAL)
     codec.save_pretrained(tmp_path / "lmspt")
-    command = ["reconstruction", "--measures", "--auxiliary", "--cuts", str(cuts), "--judge", judge]
+    command = [
+        "reconstruction",
+        "--measures",
+        "--auxiliary",
+        "--cuts",
+        str(cuts),
+        "--judge",
+        "judge",
+    ]
     program.main([*command, "--codec", str(tmp_path / "lmspt"), "--out", str(tmp_path)])
     rows = [row for row in read_rows(tmp_path / "rows.jsonl") if row.metric == "bitrate"]
     assert [(row.system, row.value) for row in rows] == [("lmspt-auxiliary", 100 * 6)]
-    wave = read_audio(tmp_path / "waves" / "lmspt-auxiliary" / "0.wav", 16_000)
+    (file,) = (tmp_path / "waves" / "lmspt-auxiliary").rglob("0.wav")
+    wave = read_audio(file, 16_000)
     original = torch.from_numpy(read_audio(tmp_path / "in" / "0.wav", 16_000))
     expected = codec.resynthesize(codec.encode(original[None, None]).codes)
     np.testing.assert_allclose(wave, expected[0, 0, : len(wave)].clip(-1, 1), atol=1e-4)
@@ -267,3 +253,37 @@ def test_auxiliary_decoder_is_scored(tmp_path, judge, tiny_codec_folder, write_w
     for more, message in (([], "no auxiliary"), (["--codebooks", "1"], "leave --codebooks out")):
         with pytest.raises(ValueError, match=message):
             program.main([*command, *more])
+
+
+def test_lists_with_the_same_ids_stay_apart(
+    tmp_path: Path, judge: CountingJudge, tiny_codec_folder: Path, write_wav
+) -> None:
+    lists = []
+    for index, name in enumerate("ab"):
+        write_wav(tmp_path / name / "0.wav", 1.0 + index, seed=index)
+        entry = {"audio": "0.wav", "text": "Hello world."}
+        listed = write_list(tmp_path / name / "l.jsonl", [entry])
+        prepare(["list", str(listed), "--out", str(tmp_path / name)])
+        lists += ["--cuts", f"{name}={tmp_path / name / 'all.jsonl.gz'}"]
+    command = ["reconstruction", "--codec", f"tiny={tiny_codec_folder}", "--codebooks", "1", "3"]
+    command += ["--measures", "--judge", "judge"]
+    program.main([*command, *lists, "--out", str(tmp_path / "both")])
+    assert judge.calls == 2 * 3
+    clips = [line.value for line in read_json_lines(tmp_path / "both" / "clips.jsonl")]
+    audio = [tmp_path / "both" / clip["audio"] for clip in clips]
+    assert len(set(audio)) == len(audio) == 6
+    seconds = {clip["list"]: read_audio(file, RATE).size / RATE
+               for clip, file in zip(clips, audio, strict=True)}  # fmt: skip
+    assert seconds == pytest.approx({"a": 1.0, "b": 2.0}, abs=0.05)
+
+    def constants(folder: str) -> dict[tuple[str, str, str], float]:
+        rows = read_rows(tmp_path / folder / "rows.jsonl")
+        kept = ("entropy_bitrate", "codebook_use", "codebook_perplexity")
+        return {(r.system, r.list, r.metric): r.value for r in rows if r.metric in kept}
+
+    program.main([*command, *lists[:2], "--out", str(tmp_path / "one")])
+    alone = constants("one")
+    assert alone
+    (tmp_path / "both" / "rows.jsonl").unlink()
+    program.main([*command, *lists, "--out", str(tmp_path / "both")])
+    assert {key: value for key, value in constants("both").items() if key[1] == "a"} == alone

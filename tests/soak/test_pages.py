@@ -8,8 +8,7 @@ import pytest
 from browser import CHROMIUM, Browser
 
 from recipes.benchmark import main
-from recipes.scoring.results import ORIGINAL
-from recipes.scoring.rows import Row, append_rows, read_rows
+from recipes.scoring.rows import ORIGINAL, Row, append_rows, read_rows
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 SYSTEMS = {"codec-1": 0.4, "codec-8": 0.1}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import voiced
+from conftest import CountingJudge, voiced
 from safetensors.torch import load_file, save_file
 from tiny_baselines import MODELS, save_baseline
 from tiny_slm import quiet, save_voice
@@ -24,7 +24,6 @@ from recipes import benchmark
 from recipes.export_tokens import main as export_tokens
 from recipes.lib.codec_training import TrainCodecConfig, build_models
 from recipes.lib.voice_training import finish_voice
-from recipes.scoring import judges as scoring
 from recipes.scoring.rows import read_rows
 from slm.config import SamplingConfig
 from slm.voice import Voice
@@ -376,23 +375,11 @@ def test_a_voice_synthesizes_with_one(tmp_path: Path) -> None:
 
 
 def test_one_is_benchmarked(
-    tmp_path: Path, folders: dict[str, Path], write_wav: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, folders: dict[str, Path], write_wav: Any, judge: CountingJudge
 ) -> None:
-    class Judge:
-        name = "judge@0 none"
-
-        def __init__(self, *_: object, **__: object) -> None:
-            pass
-
-        def transcribe(self, *_: object) -> str:
-            return "hello"
-
-    monkeypatch.setattr(scoring, "load_judge", Judge)
-    (tmp_path / "judge").mkdir()
-    (tmp_path / "judge" / "model.bin").touch()
     cuts = prepare_cuts(tmp_path / "in", write_wav, count=1)
     command = ["reconstruction", "--codec", str(folders["dac"]), "--cuts", str(cuts)]
-    command += ["--judge", str(tmp_path / "judge"), "--out", str(tmp_path), "--measures"]
+    command += ["--judge", "judge", "--out", str(tmp_path), "--measures"]
     benchmark.main([*command, "--codebooks", "2"])
     rows = [row for row in read_rows(tmp_path / "rows.jsonl") if row.metric == "bitrate"]
     assert [(row.system, row.value) for row in rows] == [("dac-2", 50 * 2 * 4)]

@@ -60,23 +60,33 @@ def test_a_command_and_a_model_transcribe(
     assert scores(out) == found
 
 
-def test_a_missing_recording_is_left_out_and_listed(tmp_path: Path, recordings: Path) -> None:
+def test_all_words_of_what_a_system_cannot_transcribe_are_deletions(
+    tmp_path: Path, recordings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "bravo.wav").unlink()
-    script = f"{sys.executable} -S -c 'import sys; open(sys.argv[1]); print(sys.argv[1])' {{audio}}"
+    script = "import sys, pathlib; print(pathlib.Path(open(sys.argv[1]).name).stem)"
+    judges = Judges(lambda _wave, _rate: "alpha", None, "tiny@0", "")
+    monkeypatch.setattr(asr, "load_judges", lambda *_, **__: judges)
     out = tmp_path / "out"
-    command = ["asr", "--recordings", str(recordings), "--run", f"s={script}"]
-    program.main([*command, "--out", str(out)])
-    assert scores(out)["s", "list", "failure"] == 0.5
-    assert scores(out)["s", "list", "asr_wer"] >= 1  # All words of what failed are deletions.
+    command = ["asr", "--recordings", str(recordings), "--model", "m=whisper"]
+    command += ["--run", f"s={sys.executable} -S -c '{script}' {{audio}}", "--out", str(out)]
+    program.main(command)
+    for system in ("m", "s"):
+        assert scores(out)[system, "list", "failure"] == 0.5
+        assert scores(out)[system, "list", "asr_wer"] == pytest.approx(2 / 3)
+    clips = [line.value for line in read_json_lines(out / "clips.jsonl")]
+    failures = {(clip["system"], clip["id"]): clip["failure"] for clip in clips}
+    assert failures["m", "1"] is failures["s", "1"] is None
+    assert all("bravo.wav" in failures[system, "2"] for system in ("m", "s"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give --list with transcripts, or --recordings and a system"),
+        ([], "give --list, or --recordings and a system"),
         (["--recordings", "l.jsonl"], "--recordings needs a system"),
         (["--recordings", "l.jsonl", "--slm", "x"], "--slm needs the codec"),
-        (["--list", "l.jsonl", "--model", "x"], "need --recordings"),
+        (["--list", "l.jsonl", "--model", "x"], "--model is a system for --recordings"),
         (["--recordings", "none", "--run", "x {audio}"], "none: no such list"),
     ],
 )

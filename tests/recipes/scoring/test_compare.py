@@ -9,8 +9,8 @@ import pytest
 from eval.benchmark import Row
 from recipes.benchmark import main
 from recipes.scoring.compare import compare_systems, comparison_table
-from recipes.scoring.results import ORIGINAL, read_results
-from recipes.scoring.rows import append_rows
+from recipes.scoring.results import read_results
+from recipes.scoring.rows import ORIGINAL, append_rows
 
 JUDGE = "jiwer 4, whisper-x"
 

@@ -35,7 +35,8 @@ VOICE = stand_in(Voice, codec=SimpleNamespace(sample_rate=RATE, frame_rate=25.0)
 
 
 def judges(transcript: str = "") -> Judges:
-    return Judges(lambda wave, rate: transcript, None, "judge" if transcript else "", "")
+    transcribe = (lambda wave, rate: transcript) if transcript else None
+    return Judges(transcribe, None, "judge" if transcript else "", "")
 
 
 def row(name: str, frames: int, speaker: str = "s", text: str = TEXT, pause: int = -1) -> TokenRow:

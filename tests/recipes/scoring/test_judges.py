@@ -36,7 +36,7 @@ def test_any_judge_is_loaded_and_named(tmp_path: Path) -> None:
     assert (judges.embed, judges.speaker_name) == (None, "")
     wave = np.random.default_rng(0).uniform(-0.1, 0.1, 16000).astype(np.float32)
     assert judges.transcribe(wave, 16000)
-    assert load_judges(None, None).transcribe(wave, 16000) == ""
+    assert load_judges(None, None).transcribe is None
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 2**14}))
     with pytest.raises(ValueError, match=r"ctc: its configuration asks for \d+ values"):

@@ -15,8 +15,8 @@ import soundfile
 from eval.benchmark import Row
 from recipes.benchmark import main
 from recipes.scoring.ratings import low_pass
-from recipes.scoring.results import ANCHOR, ORIGINAL, read_results
-from recipes.scoring.rows import append_rows, read_rows
+from recipes.scoring.results import ANCHOR, read_results
+from recipes.scoring.rows import ORIGINAL, append_rows, read_rows
 
 SYSTEMS = ("codec-one", "codec-two")
 

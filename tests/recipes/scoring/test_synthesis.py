@@ -382,7 +382,7 @@ def textless_items() -> list[EvalItem]:
 def test_textless_continuation_is_scored_by_similarity(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    scorers = Scorers(Judges(lambda *_: "", FakeEncoder().embed, "", "encoder"))
+    scorers = Scorers(Judges(None, FakeEncoder().embed, "", "encoder"))
     stub, origin = FakeVoice(Path()), Provenance(system="slm", speaker="encoder", seed=4)
     found = synthesize_items(stub, TEXTLESS, textless_items(), scorers, tmp_path, origin)
     results = {one.scored.id: one for one in found.results}
@@ -408,7 +408,7 @@ def test_textless_continuation_is_scored_by_similarity(
 
 def test_codec_rows_are_the_upper_limit_of_textless_continuation() -> None:
     def values(embed) -> dict[str, float]:
-        scorers = Scorers(Judges(lambda *_: "", embed, "", "encoder"))
+        scorers = Scorers(Judges(None, embed, "", "encoder"))
         items, origin = textless_items()[:1], Provenance(system="codec", speaker="encoder")
         rows = codec_rows(FakeVoice(Path()), TEXTLESS, items, scorers, origin)
         return {row.metric: row.value for row in rows if row.utterance is None}

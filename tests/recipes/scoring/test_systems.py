@@ -19,9 +19,7 @@ def test_fields_are_replaced_within_words_and_no_shell_reads_them(tmp_path: Path
         f"say:{line['text']}!" for line in LINES
     ]
     assert [one["failure"] for one in made] == [None, None]
-    assert {path.parent for path in map(Path, (one["audio"] for one in made))} == {
-        tmp_path / "runs"
-    }
+    assert {Path(one["audio"]).parent for one in made} == {tmp_path / "runs"}
 
 
 def test_what_is_made_is_kept_until_the_command_or_the_line_changes(tmp_path: Path) -> None:
@@ -53,6 +51,15 @@ def test_failures_are_of_their_line(tmp_path: Path) -> None:
     assert made[0]["failure"] == f"status 1: {LINES[0]['text']}"
     made = run_lines(["true", "{out}"], LINES[:1], tmp_path)
     assert made[0]["failure"] == "no wave was written"
+
+
+def test_failures_are_tried_again(tmp_path: Path) -> None:
+    flag, script = tmp_path / "flag", "import sys; print(open(sys.argv[1]).read())"
+    words = [sys.executable, "-S", "-c", script, str(flag)]
+    assert run_lines(words, LINES[:1], tmp_path / "r")[0]["failure"] is not None
+    flag.write_text("well")
+    (made,) = run_lines(words, LINES[:1], tmp_path / "r")
+    assert (made["hypothesis"], made["failure"]) == ("well", None)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import CountingJudge
 
 from codec import load_codec
 from codec.tokens import CodecStamp, TokenRow, TokenShard, write_shard
@@ -16,7 +17,6 @@ from eval.metrics import HIGHER_IS_BETTER, MEASURES
 from eval.text_probe import ProbeConfig
 from recipes import prepare_data
 from recipes.benchmark import main
-from recipes.scoring import judges as scoring
 from recipes.scoring import tokens as program
 from recipes.scoring.rows import read_rows
 
@@ -207,27 +207,10 @@ def test_invalid_arguments_are_refused(
         run(tmp_path / "out", *lists, *given)
 
 
-class FakeJudge:
-    """Counts its calls."""
-
-    calls = 0
-    name = "judge@0 none"
-
-    def __init__(self, *_: object, **__: object) -> None:
-        pass
-
-    def transcribe(self, _wave: np.ndarray, _rate: int) -> str:
-        FakeJudge.calls += 1
-        return "alpha"
-
-
 def test_lists_of_cuts_are_encoded_resynthesized_and_changed(
-    tmp_path: Path, tiny_codec_folder: Path, write_wav, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_codec_folder: Path, write_wav, judge: CountingJudge
 ) -> None:
-    (tmp_path / "judge").mkdir()
-    (tmp_path / "judge" / "model.bin").touch()
-    monkeypatch.setattr(scoring, "load_judge", FakeJudge)
-    FakeJudge.calls, cuts = 0, {}
+    judge.transcript, cuts = "alpha", {}
     for part in ("train", "dev"):
         entries = []
         for number in range(4):
@@ -242,7 +225,7 @@ def test_lists_of_cuts_are_encoded_resynthesized_and_changed(
     out = tmp_path / "out"
     command = ["--codec", tiny_codec_folder, "--codec", f"again={tiny_codec_folder}"]
     command += ["--train", cuts["train"], "--dev", f"dev={cuts['dev']}", "--epochs", 1]
-    command += ["--hidden", 4, "--judge", tmp_path / "judge"]
+    command += ["--hidden", 4, "--judge", "judge"]
     rows = run(out, *command)
     whole = of_lists(rows)
     codec = load_codec(tiny_codec_folder)
@@ -252,7 +235,7 @@ def test_lists_of_cuts_are_encoded_resynthesized_and_changed(
     assert sorted(stored.ids) == ["dev0", "dev1", "dev2", "dev3"]
     # The judge's transcript is right for two of four; the originals are judged once.
     assert whole["original", "dev", "wer"].value == 0.5
-    assert FakeJudge.calls == 4 + 2 * 2 * 4
+    assert judge.calls == 4 + 2 * 2 * 4
     for system in ("tiny-1", "tiny-3", "again-1", "again-3"):
         assert whole[system, "dev", "wer"].value == 0.5
         assert whole[system, "dev", "snmi"].n == 4
@@ -270,7 +253,7 @@ def test_lists_of_cuts_are_encoded_resynthesized_and_changed(
         assert all(0 <= value <= 1 for value in values)
     assert 0 < whole["tiny-1", "dev", "kept_noise"].value < 1
     assert run(out, *command) == rows
-    assert FakeJudge.calls == 4 + 2 * 2 * 4
+    assert judge.calls == 4 + 2 * 2 * 4
 
 
 def test_reports_and_comparisons_know_the_printed_measures() -> None:

@@ -11,10 +11,11 @@ import pytest
 
 from codec import read_audio
 from codec.json_lines import read_json_lines
+from eval.benchmark import ScoredUtterance, score_asr
 from recipes import benchmark as program
 from recipes.scoring import judges as scoring
+from recipes.scoring.options import length_group
 from recipes.scoring.rows import read_rows
-from recipes.scoring.tts import length_group
 
 COPY = f"{sys.executable} -S -c 'import shutil, sys; shutil.copy(*sys.argv[1:3])'"
 COPY += " {prompt} {out}"
@@ -84,11 +85,12 @@ def test_a_command_synthesizes_and_is_scored(tmp_path: Path, run: Run, write_wav
     assert first.calls == 2
     assert first.clips[0] == {
         "part": "tts", "list": "texts", "system": "copy", "id": "a", "text": "hello world",
-        "transcript": "hello world", "audio": "runs/copy/a.wav",
+        "transcript": "hello world", "audio": "runs/copy/texts/a.wav", "failure": None,
         "reference_audio": str(tmp_path / "p.wav"),
         "columns": {"language": "en", "sex": "F", "length": "1-3 words"},
     }  # fmt: skip
     assert first.clips[2]["audio"] is None
+    assert first.clips[2]["failure"].startswith("status 1: FileNotFoundError")
     again = run(*command)
     assert again.calls == 0
     assert [clip["id"] for clip in again.clips] == ["a", "b", "c"]
@@ -154,14 +156,17 @@ def test_similarity_to_the_speaker_and_to_others(tmp_path: Path, run: Run, write
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give --list with waves, or --texts with --voice or --run"),
-        (["--texts", "t.jsonl"], "--texts needs a system"),
-        (["--list", "l.jsonl", "--run", "x"], "--run and several --voice synthesize --texts"),
+        ([], r"give --list, or --texts and a system \(--voice, --run\)"),
+        (["--texts", "t.jsonl"], "--texts needs a system: --voice, --run"),
+        (["--list", "l.jsonl", "--run", "x"], "--run is a system for --texts, not for --list"),
+        (["--list", "l.jsonl", "--voice", "a", "--voice", "b"], "--voice is a system for --texts"),
+        (["--list", "l.jsonl", "--list", "x=l.jsonl", "--name", "n"], "--name names one system"),
+        (["--list", "original=l.jsonl"], "two systems of l are called original"),
         (["--texts", "t.jsonl", "--run", "say {out}"], r"the command has no \{text\}"),
         (["--list", "l.jsonl", "--by", "sex"], "--by sex: no item of l has this column"),
         (["--list", "l.jsonl", "--sample", "0"], "--sample must be at least 1"),
         (["--list", "l.jsonl", "--sample", "1", "--limit", "1"], "give one of them"),
-        (["--list", "l.jsonl", "--list", "l.jsonl"], "two systems are called"),
+        (["--list", "l.jsonl", "--list", "l.jsonl"], "two systems of l are called"),
     ],
 )
 def test_bad_options(
@@ -177,7 +182,40 @@ def test_bad_options(
 
 
 def test_groups_of_lengths() -> None:
-    assert [length_group("word " * count) for count in (1, 3, 4, 10, 11, 75, 76, 500)] == [
+    texts = ["word " * count for count in (1, 3, 4, 10, 11, 75, 76, 500)]
+    assert [length_group(ScoredUtterance(id="a", text=text)) for text in texts] == [
         "1-3 words", "1-3 words", "4-10 words", "4-10 words", "11-25 words", "26-75 words",
         "76 words or more", "76 words or more",
     ]  # fmt: skip
+    assert length_group(score_asr("a", "\u4eca\u5929\u5929\u6c14", "", "zh")) == "4-10 words"
+
+
+def test_recordings_of_the_texts_and_prompts_that_are_no_files(
+    tmp_path: Path, run: Run, write_wav
+) -> None:
+    for name in ("w", "r", "p"):
+        write_wav(tmp_path / f"{name}.wav", 0.5)
+    item = {"text": "hello there", "audio": "w.wav", "prompt": "anna"}
+    made = write(
+        tmp_path / "l.jsonl",
+        {"id": 1, **item, "prompt": "p.wav", "recording": "r.wav"}, {"id": 2, **item},
+    )  # fmt: skip
+    found = run("tts", "--list", made, "--name", "s", "--speaker", "y")
+    assert found.rows["original", "l", "wer"] == found.rows["s", "l", "wer"] == 0.5
+    audio = {(clip["system"], clip["id"]): clip["audio"] for clip in found.clips}
+    assert audio == {
+        ("original", "1"): str(tmp_path / "r.wav"),
+        ("s", "1"): str(tmp_path / "w.wav"), ("s", "2"): str(tmp_path / "w.wav"),
+    }  # fmt: skip
+    rows = read_rows(tmp_path / "out" / "rows.jsonl")
+    similar = [row for row in rows if (row.system, row.metric) == ("s", "similarity")]
+    assert [row.utterance for row in similar] == ["1", None]
+
+
+def test_without_a_judge_no_words_are_scored(tmp_path: Path, write_wav) -> None:
+    write_wav(tmp_path / "w.wav", 0.5)
+    made = write(tmp_path / "l.jsonl", {"id": "a", "text": "hello", "audio": "w.wav"})
+    command = ["tts", "--list", str(made), "--measures", "--name", "s", "--out", str(tmp_path)]
+    program.main(command)
+    metrics = {row.metric for row in read_rows(tmp_path / "rows.jsonl")}
+    assert metrics == {"failure", "seconds"}

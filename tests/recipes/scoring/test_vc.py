@@ -14,18 +14,26 @@ from recipes.scoring.rows import read_rows
 
 
 @pytest.fixture(autouse=True)
-def judged(monkeypatch: pytest.MonkeyPatch) -> None:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the waves that the judge has read."""
+    sizes: list[int] = []
+
+    def transcribe(wave: np.ndarray, _rate: int) -> str:
+        sizes.append(wave.size)
+        return "hello world"
+
     def embed(wave: np.ndarray, _rate: int) -> np.ndarray:
         return np.array([1.0, 10 * float(np.abs(wave).mean())])
 
     def load(_judge: str, _speaker: str, **_: object) -> scoring.Judges:
-        return scoring.Judges(lambda _wave, _rate: "hello world", embed, "judge", "encoder")
+        return scoring.Judges(transcribe, embed, "judge", "encoder")
 
     monkeypatch.setattr("recipes.scoring.options.load_judges", load)
+    return sizes
 
 
 def test_codebooks_are_swapped_and_scored(
-    tmp_path: Path, tiny_codec_folder: Path, write_wav
+    tmp_path: Path, tiny_codec_folder: Path, write_wav, calls: list[int]
 ) -> None:
     write_wav(tmp_path / "s.wav", 1.0, seed=1)
     write_wav(tmp_path / "t.wav", 0.4, seed=2)
@@ -38,15 +46,24 @@ def test_codebooks_are_swapped_and_scored(
     command = ["vc", "--pairs", str(tmp_path / "pairs.jsonl"), "--out", str(out)]
     command += ["--judge", "x", "--speaker", "y", "--measures"]
     program.main([*command, "--codec", f"tiny={tiny_codec_folder}"])
-    rows = {(r.utterance, r.metric): r.value for r in read_rows(out / "rows.jsonl")}
+    found = {(r.system, r.utterance, r.metric): r.value for r in read_rows(out / "rows.jsonl")}
+    rows = {key[1:]: value for key, value in found.items() if key[0] == "tiny"}
+    assert found["original", None, "wer"] == 0.5  # Of the source with a text.
+    assert found["original", "a", "similarity_source"] == pytest.approx(1)
     assert (rows["a", "wer"], rows["b", "wer"], rows[None, "wer"]) == (0.5, 0, 0.25)
     for name in ("a", "b"):
         gain = rows[name, "similarity"] - rows[name, "similarity_source"]
         assert rows[name, "similarity_gain"] == pytest.approx(gain)
+    wave = out / "runs" / "tiny" / "pairs" / "a.wav"
+    before = wave.stat().st_mtime_ns
+    calls.clear()
+    program.main([*command, "--codec", f"tiny={tiny_codec_folder}"])
+    assert wave.stat().st_mtime_ns == before  # Nothing is made or scored twice.
+    assert not calls
     codec = load_codec(tiny_codec_folder)
     rate = codec.sample_rate
     source, target = (read_audio(tmp_path / f"{n}.wav", rate) for n in ("s", "t"))
-    made = read_audio(out / "runs" / "tiny" / "a.wav", rate)
+    made = read_audio(out / "runs" / "tiny" / "pairs" / "a.wav", rate)
     assert made.size == source.size
     first, others = encode_wave(codec, source, 1), encode_wave(codec, target, 3)[1:]
     codes = np.concatenate([first, np.tile(others, 3)[:, : first.shape[1]]])
@@ -54,9 +71,10 @@ def test_codebooks_are_swapped_and_scored(
 
     expected = codec.decode(torch.from_numpy(codes)[None])[0, 0, : made.size].numpy()
     np.testing.assert_allclose(made, expected.clip(-1, 1), atol=1e-4)
-    (clip, _) = [line.value for line in read_json_lines(out / "clips.jsonl")]
+    clips = [line.value for line in read_json_lines(out / "clips.jsonl")]
+    clip = next(one for one in clips if one["system"] == "tiny")
     assert clip["reference_audio"] == str(tmp_path / "t.wav")
-    assert clip["audio"] == "runs/tiny/a.wav"
+    assert clip["audio"] == "runs/tiny/pairs/a.wav"
 
 
 def test_conversions_that_are_missing_lose_all_words(tmp_path: Path, write_wav) -> None:
@@ -67,7 +85,8 @@ def test_conversions_that_are_missing_lose_all_words(tmp_path: Path, write_wav) 
     command = ["vc", "--list", str(tmp_path / "made.jsonl"), "--judge", "x", "--name", "n"]
     command += ["--measures"]
     program.main([*command, "--out", str(tmp_path)])
-    rows = {(r.utterance, r.metric): r for r in read_rows(tmp_path / "rows.jsonl")}
+    scored = [row for row in read_rows(tmp_path / "rows.jsonl") if row.system == "n"]
+    rows = {(row.utterance, row.metric): row for row in scored}
     assert rows[None, "wer"].value == 0.5
     assert rows[None, "failure"].value == 0.5
     assert rows[None, "similarity_gain"].value == pytest.approx(0, abs=1e-6)
@@ -77,9 +96,9 @@ def test_conversions_that_are_missing_lose_all_words(tmp_path: Path, write_wav) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give --list with conversions, or --pairs and a system"),
+        ([], r"give --list, or --pairs and a system \(--codec, --voice, --run\)"),
         (["--pairs", "p.jsonl"], "--pairs needs a system"),
-        (["--list", "p.jsonl", "--voice", "v"], "convert --pairs, not --list"),
+        (["--list", "p.jsonl", "--codec", "v"], "--codec is a system for --pairs, not for --list"),
         (["--pairs", "p.jsonl", "--run", "x {source} {out}"], r"the command has no \{target\}"),
     ],
 )
