@@ -120,7 +120,7 @@ def estoi(
 
 @contextmanager
 def _numpy_seed() -> Iterator[None]:
-    """pystoi adds noise of numpy's global generator to ESTOI, which must be the same in every run."""
+    """pystoi adds noise of numpy's global generator to ESTOI; it must be the same in every run."""
     state = np.random.get_state()  # noqa: NPY002
     np.random.seed(0)  # noqa: NPY002
     try:

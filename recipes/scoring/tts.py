@@ -115,7 +115,7 @@ def benchmark_tts(args: argparse.Namespace) -> None:
         for each in lists:
             check_speakers(each.entries, speakers, args.speakers)
     score_lists(
-        args, PART, lists, original, partial(item_of, prompts=args.prompts),
+        args, PART, lists, recorded, partial(item_of, prompts=args.prompts),
         partial(SpeechScorer, options, args.rate, tuple(args.measures), tuple(speakers)),
         options.load(), "prompt",
         f"{speakers} {state_of_files([one.audio for one in speakers])}",
@@ -154,7 +154,7 @@ def synthesized(args: argparse.Namespace) -> list[SystemList]:
     return found
 
 
-def original(entry: Entry) -> Entry | None:
+def recorded(entry: Entry) -> Entry | None:
     """Returns the entry of the recording of a text, if the list has it as `recording`."""
     if not entry.get("recording"):
         return None

@@ -111,7 +111,7 @@ def benchmark_vc(args: argparse.Namespace) -> None:
     if args.pairs is not None:
         lists += converted(args)
     score_lists(
-        args, PART, lists, original, item_of_pair,
+        args, PART, lists, unconverted, item_of_pair,
         partial(ConversionScorer, options, tuple(args.measures)), options.load(), "target",
         codebooks=args.codebooks, measures=sorted(args.measures),
     )  # fmt: skip
@@ -171,7 +171,7 @@ def swap(codec: Any, num_codebooks: int, pair: Mapping[str, Any], out: Path) -> 
     return {"audio": str(out), "failure": None}
 
 
-def original(entry: Entry) -> Entry | None:
+def unconverted(entry: Entry) -> Entry | None:
     """Returns the entry of the source itself, if its text is known."""
     if entry.get("text") is None:
         return None
