@@ -64,8 +64,12 @@ def _train_on_rank(quantizer: str, out: str) -> None:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         torch.distributed.init_process_group("gloo")
-    torch.manual_seed(1)  # At seed 0 one vector is equally near two entries, within rounding.
+    torch.manual_seed(1)
     codec = Codec(replace(TINY, quantizer=QUANTIZERS[quantizer])).train()
+    for name, parameter in codec.named_parameters():
+        # They make latents of random weights nearly equal: rounding would choose their entries.
+        if name.endswith("bias"):
+            torch.nn.init.zeros_(parameter)
     codec.auxiliary.requires_grad_(False)
     model = codec
     if world > 1:
