@@ -54,8 +54,7 @@ def main(argv: Sequence[str]) -> None:
     if args.kind == "reconstruction":
         reconstruction.benchmark_reconstruction(args)
     elif args.kind == "tokens":
-        rows = tokens.benchmark_tokens(args)
-        report_rows(args.kind, args.out, rows, tokens.TOKEN_COLUMNS)
+        tokens.benchmark_tokens(args)
     elif args.kind == "tts":
         tts.benchmark_tts(args)
     elif args.kind == "asr":

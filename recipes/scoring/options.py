@@ -54,21 +54,28 @@ def named_command(argument: str) -> Named:
     return Named(Path((argument.split() or [""])[0]).name, argument)
 
 
-def list_options() -> argparse.ArgumentParser:
-    """Returns the options of what is scored."""
+def sample_options() -> argparse.ArgumentParser:
+    """Returns the options of every part that scores lists."""
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for rows.jsonl, clips.jsonl and waves")
-    add("--name", help="name of the system in the rows, where there is one")
     add("--limit", type=int, metavar="N", help="score only the first N items of each list")
     add("--sample", type=int, metavar="N", help="score N random items of each list (see --seed)")
-    add("--seed", type=int, default=0, help="of the sample (default: 0)")
+    add("--seed", type=int, default=0, help="of all that is random (default: 0)")
     add("--language", default="en", help="of the texts (default: en)")
     add(
         "--by", action="append", default=[], metavar="COLUMN",
         help="a row for each value of a column of the list too, such as sex; repeatable",
     )  # fmt: skip
     add("--columns", type=Path, help="JSON Lines with id and more columns for --by")
+    return parser
+
+
+def list_options() -> argparse.ArgumentParser:
+    """Returns the options of the parts whose systems make waves or transcripts."""
+    parser = argparse.ArgumentParser(add_help=False, parents=[sample_options()])
+    add = parser.add_argument
+    add("--name", help="name of the system in the rows, where there is one")
     add(
         "--processes", type=int, default=1,
         help="processes that score, each with its own models (default: 1)",
@@ -158,7 +165,7 @@ def check_options(args: argparse.Namespace) -> None:
     if args.limit is not None and args.sample is not None:
         raise ValueError("--limit and --sample: give one of them")
     if getattr(args, "threads", 1) is None:
-        args.threads = max(1, (os.cpu_count() or 1) // args.processes)
+        args.threads = max(1, (os.cpu_count() or 1) // getattr(args, "processes", 1))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -368,16 +375,21 @@ class ScoredSystem:
 
 def write_scores(part: str, args: argparse.Namespace, systems: Sequence[ScoredSystem]) -> None:
     """Writes OUT/rows.jsonl and OUT/clips.jsonl, and prints the table."""
-    out = args.out
-    report_rows(part, out, [row for system in systems for row in system.rows()])
-    new = [clip for system in systems for clip in system.clips(out, args.language)]
+    report_rows(part, args.out, [row for system in systems for row in system.rows()])
+    write_clips(args, systems)
+
+
+def write_clips(args: argparse.Namespace, systems: Sequence[ScoredSystem]) -> None:
+    """Writes OUT/clips.jsonl, in which the clips of systems and lists that were scored before are
+    replaced."""
+    new = [clip for system in systems for clip in system.clips(args.out, args.language)]
 
     def key(clip: Mapping[str, Any]) -> tuple[Any, ...]:
         return (clip["part"], clip["list"], clip["system"])
 
     scored = {key(clip) for clip in new}
-    before = [line.value for line in read_appended(out / CLIPS)]
-    write_json_lines(out / CLIPS, [clip for clip in before if key(clip) not in scored] + new)
+    before = [line.value for line in read_appended(args.out / CLIPS)]
+    write_json_lines(args.out / CLIPS, [clip for clip in before if key(clip) not in scored] + new)
 
 
 def report_rows(

@@ -8,9 +8,8 @@ import argparse
 import json
 import logging
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -30,14 +29,12 @@ from codec.models.codec import check_device
 from codec.tokenize import export_tokens, num_parts, summarize
 from codec.tokens import CodecStamp, TokenRow, TokenShard
 from codec.training.data import load_cut, read_cuts
-from codec.training.run import git_revision
 from eval.benchmark import (
     ASR_PREFIX,
     Provenance,
     Row,
     ScoredUtterance,
     all_libraries,
-    rows_of,
     score_asr,
     score_tts,
 )
@@ -46,8 +43,21 @@ from eval.text import whisper_normalize
 from eval.text_probe import Probe, ProbeConfig, ProbeCorpus, train_probe, untrained_probe
 from eval.token_stability import unchanged_codes
 from recipes.lib.config import check_seed_of_recipe
-from recipes.scoring.judges import Judges, load_judges, safe_name
-from recipes.scoring.options import named
+from recipes.scoring.judges import Judges, safe_name
+from recipes.scoring.lists import columns_of_cut
+from recipes.scoring.options import (
+    Columns,
+    JudgeOptions,
+    ScoredSystem,
+    check_options,
+    chosen,
+    judge_options,
+    named,
+    origin_of,
+    report_rows,
+    sample_options,
+    write_clips,
+)
 from recipes.scoring.reconstruction import decode_codes
 from recipes.scoring.rows import ORIGINAL
 from recipes.scoring.scores import score_all
@@ -57,6 +67,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PART = "tokens"
 SETTINGS = {
     "small": ProbeConfig(
         hidden=128,
@@ -131,7 +142,10 @@ class Step(NamedTuple):
 def add_tokens_command(kinds: Any) -> None:
     """Adds `tokens` to the subparsers of benchmark.py."""
     about = "what the tokens of codecs hold: SLMTokBench, SNMI and stability"
-    command = kinds.add_parser("tokens", help=about, description=about.capitalize() + ".")
+    command = kinds.add_parser(
+        PART, help=about, description=about.capitalize() + ".",
+        parents=[sample_options(), judge_options()],
+    )  # fmt: skip
 
     def add(flag: str, text: str, **options: Any) -> None:
         command.add_argument(flag, help=text, **options)
@@ -142,13 +156,6 @@ def add_tokens_command(kinds: Any) -> None:
     add("--train", f"{lists} to train the probe", type=Path, required=True)
     add("--dev", f"{lists} to score; repeatable", action="append", required=True,
         metavar="[NAME=]LIST")  # fmt: skip
-    add("--group", "also score the utterances whose speaker or id begins with this regular "
-        "expression", action="append", default=[], metavar="NAME=PATTERN")  # fmt: skip
-    add("--judge", "ASR judge of resynthesized speech (default: none is judged)", type=Path)
-    add("--speaker", "speaker encoder folder, for similarity (default: none)", type=Path)
-    add("--threads", "of the judge (default: 2)", type=int, default=2)
-    add("--language", "of the judge and of text normalization (default: en)", default="en")
-    add("--limit", "score only the first N items of each list", type=int)
     add("--train-limit", "train on the first N items only", type=int)
     add("--setting", "small: a few hours and one core; paper: SpeechTokenizer's network, a hundred "
         "hours and a GPU (default: small)", choices=SETTINGS, default="small")  # fmt: skip
@@ -158,13 +165,11 @@ def add_tokens_command(kinds: Any) -> None:
     add("--hidden", "default: that of --setting", type=int)
     add("--negatives", "other utterances per text in the bounds of mutual information "
         "(default: 100)", type=int, default=100)  # fmt: skip
-    add("--seed", "default: 0", type=int, default=0)
     add("--device", "cpu or cuda", default="cpu")
-    add("--out", "folder for rows.jsonl and all else", type=Path, required=True)
 
 
-def benchmark_tokens(args: argparse.Namespace) -> list[Row]:
-    """Returns the rows of each codec with its first codebook and with all, on each list.
+def benchmark_tokens(args: argparse.Namespace) -> None:
+    """Scores each codec with its first codebook and with all, on each list.
 
     Codebooks 2 and on have rows of the share of codes that stay, as systems `NAME codebook Q`.
 
@@ -172,45 +177,41 @@ def benchmark_tokens(args: argparse.Namespace) -> list[Row]:
         ValueError: an option, a list or a model is invalid.
     """
     _check_arguments(args)
-    judges = load_judges(args.judge, args.speaker, num_threads=args.threads, language=args.language)
+    judges, columns = JudgeOptions.of(args).load(), Columns(args)
     rows: list[Row] = []
+    judged_systems: list[ScoredSystem] = []
     with FileLock(args.out / "tokens"):
         for number, system in enumerate(_systems(args)):
             shared = sorted(_ids(system.dev) & set(system.train.shard.ids))
             if shared:
                 raise ValueError(f"--dev: {shared[0]} is in --train as well ({len(shared)} such)")
             waves = system.codec is not None and all(one.cuts for one in system.dev)
-            if waves and args.judge is not None and not number:
-                rows += _score_originals(args, system, judges)
+            judged = waves and args.judge is not None
+            if judged and not number:
+                judged_systems += _score_originals(args, columns, system, judges)
             if waves:
-                rows += _score_stability(args, system)
+                rows += _score_stability(args, columns, system)
             for count in system.counts:
-                rows += _score_text(args, system, count)
-                if waves and args.judge is not None:
-                    rows += _score_resynthesis(args, system, count, judges)
-    return rows
+                rows += _score_text(args, columns, system, count)
+                if judged:
+                    judged_systems += _score_resynthesis(args, columns, system, count, judges)
+    rows += [row for each in judged_systems for row in each.rows()]
+    report_rows(PART, args.out, rows, TOKEN_COLUMNS)
+    write_clips(args, judged_systems)
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
     """Raises ValueError for invalid arguments, before any file is read."""
-    for key in ("epochs", "hidden", "limit", "train_limit", "negatives", "threads"):
+    for key in ("epochs", "hidden", "train_limit", "negatives"):
         value = getattr(args, key)
         if value is not None and value < 1:
             raise ValueError(f"--{key.replace('_', '-')} must be at least 1, got {value}")
+    check_options(args)
     check_seed_of_recipe(args.seed, "--seed")
     check_device(args.device)
     if args.speaker is not None and args.judge is None:
         raise ValueError("--speaker: similarity is scored together with --judge; name both")
-    for group in args.group:
-        name, pattern = _named(group)
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"--group {group}: not a regular expression ({error})") from error
-        if not name:
-            raise ValueError(f"--group {group}: write NAME=PATTERN")
     names = [name for name, _ in _lists(args)]
-    names += [f"{name}/{_named(group)[0]}" for name in names for group in args.group]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"--dev: two lists have the name {name}; write NAME=LIST")
@@ -218,12 +219,6 @@ def _check_arguments(args: argparse.Namespace) -> None:
     for name in codecs:
         if codecs.count(name) > 1:
             raise ValueError(f"--codec: two have the name {name}; write NAME=DIR")
-
-
-def _named(argument: str) -> tuple[str, str]:
-    """Splits NAME=VALUE; the name is "" if there is none."""
-    name, equals, value = argument.partition("=")
-    return (name, value) if equals else ("", argument)
 
 
 def _lists(args: argparse.Namespace) -> list[tuple[str, Path]]:
@@ -251,9 +246,8 @@ def _systems(args: argparse.Namespace) -> Iterator[TokenSystem]:
         stamp = codec.stamp
         encoded = []
         for number, (list_name, path) in enumerate(lists):
-            limit = args.limit if number else args.train_limit
-            own = cuts[path][:limit]
-            digest = sha256_of(f"{sha256_of(path)} {limit}", 8)
+            own = chosen(cuts[path], args) if number else cuts[path][: args.train_limit]
+            digest = sha256_of(f"{sha256_of(path)} {[cut.id for cut in own]}", 8)
             folder = args.out / "tokens" / f"{safe_name(name)}-{stamp.digest[:8]}"
             folder /= f"{safe_name(list_name)}-{digest}"
             logger.info("encoding %s with %s", path, name)
@@ -280,13 +274,13 @@ def _ids(lists: Sequence[TokenList]) -> set[str]:
     return {one for each in lists for one in each.shard.ids}
 
 
-def _rows_with_text(shard: TokenShard, limit: int | None) -> list[TokenRow]:
-    """The first rows of a shard, without those that have no transcript.
+def _rows_with_text(shard: TokenShard, indices: Iterable[int]) -> list[TokenRow]:
+    """The rows of a shard at `indices`, without those that have no transcript.
 
     Raises:
         ValueError: none of them has a transcript.
     """
-    rows = [shard[index] for index in range(len(shard))[:limit] if shard.texts[index].strip()]
+    rows = [shard[index] for index in indices if shard.texts[index].strip()]
     if not rows:
         raise ValueError(
             f"{shard.files[0].parent}: has no transcripts; name cuts with transcripts, or their "
@@ -295,22 +289,29 @@ def _rows_with_text(shard: TokenShard, limit: int | None) -> list[TokenRow]:
     return rows
 
 
+def _scored_rows(args: argparse.Namespace, one: TokenList) -> list[TokenRow]:
+    """The rows of --limit or --sample that have a transcript."""
+    return _rows_with_text(one.shard, chosen(range(len(one.shard)), args))
+
+
 def _corpus(rows: Sequence[TokenRow], count: int) -> ProbeCorpus:
     return ProbeCorpus([row.codes[:count] for row in rows], [row.text for row in rows])
 
 
-def _score_text(args: argparse.Namespace, system: TokenSystem, count: int) -> list[Row]:
+def _score_text(
+    args: argparse.Namespace, columns: Columns, system: TokenSystem, count: int
+) -> list[Row]:
     """Rows of the probe, the bounds of mutual information and SNMI with `count` codebooks."""
     label, plan = f"{system.name}-{count}", _probe_plan(args, system, count)
     probe = cache(lambda: _trained_probe(plan, args, system, count))
     bits = sum(math.log2(size) for size in system.stamp.codebook_sizes[:count])
     constants = {"codebooks": float(count), "bitrate": system.stamp.frame_rate * bits}
     libraries = f"{all_libraries()}, torch {torch.__version__}"
-    origin = _origin(args, label, system, seed=args.seed, config=plan.digest)
+    origin = _origin(args, label, system, seed=args.seed, probe=plan.digest)
     rows: list[Row] = []
     for one in system.dev:
-        utterances = _rows_with_text(one.shard, args.limit)
-        key = f"{_digests(one)} {args.limit} {args.seed} {args.language} {libraries}"
+        utterances = _scored_rows(args, one)
+        key = f"{_digests(one)} {args.limit} {args.sample} {args.seed} {args.language} {libraries}"
         step = _stored(
             args.out / "steps", f"{label} {one.name} probe",
             f"{plan.digest} {args.negatives} {key}",
@@ -320,12 +321,13 @@ def _score_text(args: argparse.Namespace, system: TokenSystem, count: int) -> li
             args.out / "steps", f"{label} {one.name} snmi", f"{count} {key}",
             lambda utterances=utterances: _snmi_scores(utterances, count, args),
         )  # fmt: skip
-        made = rows_of(one.name, step.utterances, origin, step.constants | constants, ASR_PREFIX)
+        made = _of_list(
+            columns, one, step.utterances, origin, step.constants | constants, ASR_PREFIX
+        ).rows()
         number = int(snmi.constants.pop("n", 0))
+        of_list = next(row for row in made if row.utterance is None and row.list == one.name)
         for name, value in snmi.constants.items():
-            made.append(replace(made[-1], metric=name, value=value, n=number))
-        for group, part in list(_views(args, one, step.utterances).items())[1:]:
-            made += rows_of(group, part, origin, constants, ASR_PREFIX)
+            made.append(replace(of_list, metric=name, value=value, n=number))
         rows += map(_with_libraries, made)
     return rows
 
@@ -363,7 +365,7 @@ def _trained_probe(
         probe = untrained_probe(sizes, rate, plan.config, plan.vectors, args.device)
         probe.network.load_state_dict(load_file(plan.path, device=args.device))
         return probe
-    train = _rows_with_text(system.train.shard, args.train_limit)
+    train = _rows_with_text(system.train.shard, range(len(system.train.shard))[: args.train_limit])
     probe = train_probe(
         _corpus(train, count), codebook_sizes=sizes, frame_rate=rate, config=plan.config,
         tables=plan.vectors, device=args.device,
@@ -447,22 +449,21 @@ def _snmi_scores(rows: Sequence[TokenRow], count: int, args: argparse.Namespace)
     return Step([], constants)
 
 
-def _groups(args: argparse.Namespace, one: TokenList) -> dict[str, set[str]]:
-    """Ids of the utterances of each --group.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = {}
-    for name, pattern in map(_named, args.group):
-        keys = zip(one.shard.speakers, one.shard.ids, strict=True)
-        ids = {pair[1] for pair in keys if any(re.match(pattern, part) for part in pair)}
-        if not ids:
-            raise ValueError(
-                f"--group {name}: no speaker or id in {one.name} begins with {pattern}"
-            )
-        found[name] = ids
-    return found
+def _of_list(
+    columns: Columns, one: TokenList, scored: Sequence[ScoredUtterance], origin: Provenance,
+    constants: Mapping[str, float] | None = None, prefix: str = "",
+    references: Mapping[str, str | None] | None = None,
+) -> ScoredSystem:  # fmt: skip
+    """The scores of a list, with the columns of its cuts or shards."""
+    if one.cuts:
+        entries = {each.id: columns_of_cut(one.cuts[each.id]) for each in scored}
+    else:
+        keys = zip(one.shard.ids, one.shard.speakers, one.shard.languages, strict=True)
+        entries = {name: {"speaker": who, "language": language} for name, who, language in keys}
+    return ScoredSystem(
+        list_name=one.name, scored=scored, origin=origin, constants=constants or {},
+        columns=columns.of(scored, entries, one.name), references=references or {}, prefix=prefix,
+    )  # fmt: skip
 
 
 def _with_libraries(row: Row) -> Row:
@@ -477,83 +478,68 @@ def _with_libraries(row: Row) -> Row:
 
 
 def _origin(
-    args: argparse.Namespace,
-    name: str,
-    system: TokenSystem,
-    judges: Judges | None = None,
-    *,
-    seed: int = 0,
-    config: str = "",
-) -> Provenance:
-    lists = [_digests(one) for one in (system.train, *system.dev)]
-    settings = {"lists": lists, "limit": args.limit, "language": args.language, "config": config}
-    return Provenance(
-        part="tokens",
-        system=name,
-        seed=seed,
-        git=git_revision(),
-        config=sha256_of(json.dumps(settings, sort_keys=True), 16),
-        model="" if name == ORIGINAL else system.stamp.digest,
-        judge=judges.judge_name if judges else "",
-        speaker=judges.speaker_name if judges else "",
-        language=args.language,
-    )
+    args: argparse.Namespace, name: str, system: TokenSystem, judges: Judges | None = None,
+    seed: int = 0, **options: Any,
+) -> Provenance:  # fmt: skip
+    files = [file for one in (system.train, *system.dev) for file in one.shard.files]
+    model = "" if name == ORIGINAL else system.stamp.digest
+    return origin_of(args, PART, name, files, judges, model, seed, **options)
 
 
-def _views(
-    args: argparse.Namespace, one: TokenList, scored: Sequence[ScoredUtterance]
-) -> dict[str, list[ScoredUtterance]]:
-    """The scores of the list and of each group, without empty groups."""
-    views = {one.name: list(scored)}
-    for group, ids in _groups(args, one).items():
-        views[f"{one.name}/{group}"] = [each for each in scored if each.id in ids]
-    return {name: part for name, part in views.items() if part}
-
-
-def _score_originals(args: argparse.Namespace, system: TokenSystem, judges: Judges) -> list[Row]:
-    """Rows of the judge's error rates on the recordings themselves."""
-    rate, rows, judge = system.stamp.sample_rate, [], judges.transcribe
+def _score_originals(
+    args: argparse.Namespace, columns: Columns, system: TokenSystem, judges: Judges
+) -> list[ScoredSystem]:
+    """The judge's error rates on the recordings themselves."""
+    rate, judge = system.stamp.sample_rate, judges.transcribe
     assert judge is not None
 
-    def score(row: TokenRow, cut: "Cut") -> ScoredUtterance:
-        transcript = judge(load_cut(cut, rate), rate)
-        return score_asr(row.id, row.text, transcript, args.language)
+    def score(row: TokenRow, cut: "Cut", path: Path) -> ScoredUtterance:
+        wave = load_cut(cut, rate)
+        write_audio(args.out / path, wave, rate)
+        scored = score_asr(row.id, row.text, judge(wave, rate), args.language)
+        return replace(scored, audio=path.as_posix())
 
+    found = []
     for one in system.dev:
-        listed = _rows_with_text(one.shard, args.limit)
         key = f"{_digests(one)} {rate} {judges.judge_name} {args.language}"
-        scored = _score_rows(args.out, ORIGINAL, key, listed, one, score)
-        origin = _origin(args, ORIGINAL, system, judges)
-        for name, part in _views(args, one, scored).items():
-            rows += rows_of(name, part, origin)
-    return rows
+        scored = _score_rows(args, ORIGINAL, key, _scored_rows(args, one), one, score)
+        found.append(_of_list(columns, one, scored, _origin(args, ORIGINAL, system, judges)))
+    return found
 
 
 def _score_rows(
-    out: Path, name: str, key: str, rows: Sequence[TokenRow], one: TokenList,
-    score: Callable[[TokenRow, "Cut"], ScoredUtterance],
+    args: argparse.Namespace, name: str, key: str, rows: Sequence[TokenRow], one: TokenList,
+    score: Callable[[TokenRow, "Cut", Path], ScoredUtterance],
 ) -> list[ScoredUtterance]:  # fmt: skip
-    """Stored scores of rows and their cuts."""
+    """Stored scores of rows and their cuts.
+
+    Args:
+        score: called with a row, its cut, and the path below OUT of a wave that it may write.
+    """
 
     def score_row(row: TokenRow, systems: Sequence[str]) -> Iterator[tuple[str, ScoredUtterance]]:
         for system in systems:
-            yield system, score(row, one.cuts[row.id])
+            yield system, score(row, one.cuts[row.id], _wave_of(system, one, row.id))
 
-    return score_all(out, rows, {name: key}, lambda: score_row)[name]
+    return score_all(args.out, rows, {name: key}, lambda: score_row)[name]
+
+
+def _wave_of(name: str, one: TokenList, item: str) -> Path:
+    """Path below OUT of a wave of a system."""
+    return Path("waves") / safe_name(name) / safe_name(one.name) / f"{safe_name(item)}.wav"
 
 
 def _score_resynthesis(
-    args: argparse.Namespace, system: TokenSystem, count: int, judges: Judges
-) -> list[Row]:
-    """Rows of what the decoder makes of the first `count` codebooks: WER, CER and similarity."""
-    name, rate, rows = f"{system.name}-{count}", system.stamp.sample_rate, []
+    args: argparse.Namespace, columns: Columns, system: TokenSystem, count: int, judges: Judges
+) -> list[ScoredSystem]:
+    """WER, CER and similarity of what the decoder makes of the first `count` codebooks."""
+    name, rate, found = f"{system.name}-{count}", system.stamp.sample_rate, []
     assert system.codec is not None
     codec = system.codec
 
-    def score(row: TokenRow, cut: "Cut") -> ScoredUtterance:
+    def score(row: TokenRow, cut: "Cut", path: Path) -> ScoredUtterance:
         original = load_cut(cut, rate)
         decoded = decode_codes(codec, row.codes[:count], original.size)
-        path = Path("waves") / safe_name(name) / f"{safe_name(row.id)}.wav"
         write_audio(args.out / path, np.nan_to_num(decoded), rate)
         scored = score_tts(
             row.id, row.text, decoded, rate, judges.transcribe, judges.embed, (original, rate),
@@ -563,20 +549,20 @@ def _score_resynthesis(
         return replace(scored, values=values, audio=path.as_posix())
 
     for one in system.dev:
-        listed = _rows_with_text(one.shard, args.limit)
         key = f"{_digests(one)} {count} {judges.judge_name} {judges.speaker_name} {args.language}"
-        scored = _score_rows(args.out, f"{name} resynthesis", key, listed, one, score)
-        for view, part in _views(args, one, scored).items():
-            rows += rows_of(view, part, _origin(args, name, system, judges))
-    return rows
+        scored = _score_rows(args, name, key, _scored_rows(args, one), one, score)
+        references = {each.id: _wave_of(ORIGINAL, one, each.id).as_posix() for each in scored}
+        origin = _origin(args, name, system, judges)
+        found.append(_of_list(columns, one, scored, origin, references=references))
+    return found
 
 
-def _score_stability(args: argparse.Namespace, system: TokenSystem) -> list[Row]:
+def _score_stability(args: argparse.Namespace, columns: Columns, system: TokenSystem) -> list[Row]:
     """Rows of the share of codes that stay: of codebook 1, of all, and of each of the others."""
     assert system.codec is not None
     codec, num, rows = system.codec, system.stamp.num_codebooks, []
 
-    def score(row: TokenRow, cut: "Cut") -> ScoredUtterance:
+    def score(row: TokenRow, cut: "Cut", _: Path) -> ScoredUtterance:
         wave = load_cut(cut, codec.sample_rate)
         seed = int(sha256_of(f"{args.seed} {row.id}", 8), 16)
         changed = changed_recordings(wave, codec.sample_rate, seed)
@@ -596,11 +582,10 @@ def _score_stability(args: argparse.Namespace, system: TokenSystem) -> list[Row]
     for one in system.dev:
         listed = [one.shard[index] for index in range(len(one.shard))]
         key = f"{_digests(one)} {system.stamp.digest} {args.seed} {SNR_DB} {GAIN_DB}"
-        scored = _score_rows(args.out, f"{system.name} stability", key, listed, one, score)
+        scored = _score_rows(args, f"{system.name} stability", key, listed, one, score)
         for name, books in systems.items():
             own = [replace(each, values=_shares(each.values, books)) for each in scored]
-            for view, part in _views(args, one, own).items():
-                rows += rows_of(view, part, _origin(args, name, system, seed=args.seed))
+            rows += _of_list(columns, one, own, _origin(args, name, system, seed=args.seed)).rows()
     return rows
 
 

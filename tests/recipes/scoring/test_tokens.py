@@ -11,6 +11,7 @@ import torch
 from conftest import CountingJudge
 
 from codec import load_codec
+from codec.json_lines import read_json_lines
 from codec.tokens import CodecStamp, TokenRow, TokenShard, write_shard
 from eval.benchmark import Row
 from eval.metrics import HIGHER_IS_BETTER, MEASURES
@@ -18,7 +19,7 @@ from eval.text_probe import ProbeConfig
 from recipes import prepare_data
 from recipes.benchmark import main
 from recipes.scoring import tokens as program
-from recipes.scoring.rows import read_rows
+from recipes.scoring.rows import CLIPS, ORIGINAL, read_rows
 
 STAMP = CodecStamp(
     id="out/tiny",
@@ -66,10 +67,9 @@ def test_shards_have_rows_of_text_alignment_with_provenance(
     lists: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = shard(tmp_path / "b.parquet", ["anna-8", "anna-9"])
-    groups = ["--group", "a=anna", "--group", "end=.*-[1-8]$"]
-    rows = run(tmp_path / "out", *lists, "--dev", f"other={other}", *groups, "--seed", 3)
+    rows = run(tmp_path / "out", *lists, "--dev", f"other={other}", "--by", "speaker", "--seed", 3)
     whole = of_lists(rows)
-    sizes = {"dev": 3, "dev/a": 2, "dev/end": 3, "other": 2, "other/a": 2, "other/end": 1}
+    sizes = {"dev": 3, "dev/speaker=anna": 2, "dev/speaker=bert": 1, "other": 2}
     for system, count in (("tiny-1", 1), ("tiny-2", 2)):
         for name, n in sizes.items():
             assert whole[system, name, "probe_cer"].n == n
@@ -85,11 +85,11 @@ def test_shards_have_rows_of_text_alignment_with_provenance(
     assert {row.seed for row in rows} == {3}
     assert all("torch" in row.library for row in rows if row.metric.startswith(("probe_", "mi_")))
     assert "jiwer" in whole["tiny-1", "dev", "probe_cer"].library
-    utterances = {row.utterance for row in rows if row.list == "dev/a"}
-    assert utterances == {None, "anna-1", "anna-2"}
+    utterances = {row.utterance for row in rows if row.list == "dev"}
+    assert utterances == {None, "anna-1", "anna-2", "bert-1"}
     printed = capsys.readouterr().out
     assert "| system | list | n | probe_cer | probe_wer | mi_vclub |" in printed
-    assert "| tiny-2 | other/end |" in printed
+    assert "| tiny-2 | dev/speaker=bert |" in printed
 
 
 def test_nothing_is_computed_twice(
@@ -185,10 +185,8 @@ def test_utterances_without_transcripts_are_left_out(lists: list[str], tmp_path:
         (["--negatives", "0"], "--negatives must be at least 1, got 0"),
         (["--seed", "-1"], "--seed=-1: expected a whole number from 0 to"),
         (["--device", "cuba"], "device 'cuba' cannot be used here"),
-        (["--group", "c=carl"], "no speaker or id in dev begins with carl"),
-        (["--group", "carl"], "write NAME=PATTERN"),
-        (["--group", "c=("], "not a regular expression"),
-        (["--group", "a=anna", "--group", "a=bert"], "two lists have the name dev/a; write"),
+        (["--by", "age"], "--by age: no item of dev has this column"),
+        (["--limit", "2", "--sample", "2"], "--limit and --sample: give one of them"),
         (["--dev", "dev={train}"], "two lists have the name dev; write NAME=LIST"),
         (["--dev", "again={train}"], "t-0 is in --train as well \\(12 such\\)"),
         (["--dev", "{foreign}"], "made by codec"),
@@ -240,7 +238,7 @@ def test_lists_of_cuts_are_encoded_resynthesized_and_changed(
         assert whole[system, "dev", "wer"].value == 0.5
         assert whole[system, "dev", "snmi"].n == 4
         assert 0 <= whole[system, "dev", "snmi"].value <= 1
-        assert len(list((out / "waves" / system).iterdir())) == 4
+        assert len(list((out / "waves" / system / "dev").iterdir())) == 4
     assert ("tiny-3", "dev", "snmi_acoustic") in whole
     assert ("tiny-1", "dev", "snmi_acoustic") not in whole
     for change in program.CHANGES:
@@ -252,6 +250,12 @@ def test_lists_of_cuts_are_encoded_resynthesized_and_changed(
         assert whole["tiny-3", "dev", f"kept_{change}"].value == pytest.approx(np.mean(values))
         assert all(0 <= value <= 1 for value in values)
     assert 0 < whole["tiny-1", "dev", "kept_noise"].value < 1
+    clips = [line.value for line in read_json_lines(out / CLIPS)]
+    assert len(clips) == 4 + 2 * 2 * 4
+    assert {clip["reference_audio"] for clip in clips if clip["system"] == "tiny-3"} == {
+        clip["audio"] for clip in clips if clip["system"] == ORIGINAL
+    }
+    assert all((out / clip["audio"]).is_file() for clip in clips)
     assert run(out, *command) == rows
     assert judge.calls == 4 + 2 * 2 * 4
 
