@@ -156,15 +156,17 @@ def judge_voice(config: JudgeVoiceConfig, out: Path) -> None:
             f"{', '.join(reranked)}; leave them out"
         )
     shard = TokenShard.open(config.tokens, expect=voice.codec.stamp)
-    known = normalized_texts(TokenShard.open(config.train)) if config.train is not None else ()
-    rows = select_items(shard, config.num_items, known)
+    language, known = config.language, set[str]()
+    if config.train is not None:
+        known = normalized_texts(TokenShard.open(config.train), language)
+    rows = select_items(shard, config.num_items, known, language)
     scorers = load_scorers(config, voice, shard)
     judges = scorers.judges
     once = eval_lists(rows, shard, voice, judges, config.prompt_seconds, config.aligner)
     lists = {name: repeated(items, config.seeds) for name, items in once.items()}
     for name, items in lists.items():
         write_prompts(voice, items, out / "audio" / "prompts" / name)
-    origin = provenance(config, "given", judges, digest_of_voice(config.voice))
+    origin = provenance(config, "given", judges, digest_of_voice(config.voice), language)
     scores = transcribe_items(voice, rows, origin) if has_asr else []
     scored: dict[str, list[ScoredList]] = {}
     for setting, voice.sampling in several.items():
@@ -177,7 +179,7 @@ def judge_voice(config: JudgeVoiceConfig, out: Path) -> None:
             scores += rows_of(list_name(name, items), one.scored, own)
         write_results(out / "results.jsonl", scored, voice.codec.frame_rate)
         write_json_lines(out / CLIPS, clips_of(scored))
-    codec = provenance(config, "codec", judges, voice.codec.stamp.digest)
+    codec = provenance(config, "codec", judges, voice.codec.stamp.digest, language)
     scores += codec_rows(voice, "continuation", once["continuation"], scorers, codec)
     with atomic_file(out / "rows.jsonl") as temporary:
         append_rows(temporary, scores)

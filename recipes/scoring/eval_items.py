@@ -124,7 +124,9 @@ def count_prefix_words(words: Sequence[str], hypothesis: str) -> int:
     return 1 + int(np.argmin(errors))
 
 
-def select_items(shard: TokenShard, count: int, exclude: Collection[str] = ()) -> list[TokenRow]:
+def select_items(
+    shard: TokenShard, count: int, exclude: Collection[str] = (), language: str = "en"
+) -> list[TokenRow]:
     """Returns at most `count` rows with a text, evenly spaced.
 
     Args:
@@ -143,7 +145,7 @@ def select_items(shard: TokenShard, count: int, exclude: Collection[str] = ()) -
     new = [
         index
         for index in usable
-        if not exclude or whisper_normalize(shard.texts[index]) not in exclude
+        if not exclude or whisper_normalize(shard.texts[index], language) not in exclude
     ]
     if not new:
         logger.warning("all texts of %s are in the training set", shard.files[0].parent)
@@ -152,9 +154,9 @@ def select_items(shard: TokenShard, count: int, exclude: Collection[str] = ()) -
     return [shard[usable[i]] for i in dict.fromkeys(picks.tolist())]
 
 
-def normalized_texts(shard: TokenShard) -> set[str]:
+def normalized_texts(shard: TokenShard, language: str = "en") -> set[str]:
     """Returns the distinct texts of a shard, normalized."""
-    return {whisper_normalize(text) for text in set(shard.texts)}
+    return {whisper_normalize(text, language) for text in set(shard.texts)}
 
 
 def list_name(name: str, items: Sequence[EvalItem] | Sequence[TokenRow]) -> str:

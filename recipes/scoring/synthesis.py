@@ -88,6 +88,8 @@ class TTSEvalConfig:
     sexes: str | None = None
     """JSON file, speaker to sex: `similarity_others` is to speakers of the same sex; null: to any
     others."""
+    language: str = "en"
+    """Of the texts, for the judge and the normalization of what is compared."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Sampling of the codes."""
 
@@ -102,6 +104,8 @@ class Scorers(NamedTuple):
     judges: Judges
     similarity: SpeakerSimilarity | None = None
     """None: only the similarity to the prompt, if there is a speaker encoder."""
+    language: str = "en"
+    """Of the texts."""
 
 
 class Result(NamedTuple):
@@ -147,15 +151,16 @@ class ScoredList(NamedTuple):
 
 def load_scorers(config: TTSEvalConfig, voice: Voice, dev: TokenShard) -> Scorers:
     """Loads the models that `config` names; speakers are those of `dev`."""
-    judges = load_judges(config.judge, config.speaker)
-    if judges.embed is None:
-        return Scorers(judges)
-    sexes = Path(config.sexes) if config.sexes is not None else None
-    return Scorers(judges, SpeakerSimilarity(voice, dev, judges.embed, sexes))
+    judges = load_judges(config.judge, config.speaker, language=config.language)
+    similarity = None
+    if judges.embed is not None:
+        sexes = Path(config.sexes) if config.sexes is not None else None
+        similarity = SpeakerSimilarity(voice, dev, judges.embed, sexes)
+    return Scorers(judges, similarity, config.language)
 
 
 def provenance(
-    config: Any, system: str, judges: Judges | None = None, model: str = ""
+    config: Any, system: str, judges: Judges | None = None, model: str = "", language: str = "en"
 ) -> Provenance:
     """Returns the provenance of a run's rows.
 
@@ -172,6 +177,7 @@ def provenance(
         model=model,
         judge=judges.judge_name if judges else "",
         speaker=judges.speaker_name if judges else "",
+        language=language,
     )
 
 
@@ -233,7 +239,7 @@ def _key_of(
     inputs = [[item.id, item.text, item.prompt.text, item.prompt.codes.tolist()] for item in items]
     parts = [
         inputs, dataclasses.asdict(voice.sampling), batch, origin.seed, origin.git,
-        origin.model, origin.judge, origin.speaker, all_libraries(), machine(),
+        origin.model, origin.judge, origin.speaker, origin.language, all_libraries(), machine(),
         state_of_files(files),
     ]  # fmt: skip
     return sha256_of(json.dumps(parts), 16)
@@ -306,7 +312,7 @@ def score_codes(
     text = "" if textless else item.text
     scored = score_tts(
         item.id, text, wave, rate, judge and (lambda _, rate: judge(transcribed, rate)),
-        judges.embed, prompt, failure,
+        judges.embed, prompt, failure, scorers.language,
     )  # fmt: skip
     values = dict(scored.values)
     if scorers.similarity is not None and wave.size:
@@ -315,7 +321,9 @@ def score_codes(
         return dataclasses.replace(scored, values=values), []
     transcript = scored.transcript if scored.words is not None else None
     # Maximum length reached: only the voice reports that.
-    failed = ["cut"] * (failure == "cut") + failed_checks(voice, item, codes, wave, transcript)
+    failed = ["cut"] * (failure == "cut") + failed_checks(
+        voice, item, codes, wave, transcript, scorers.language
+    )
     values["fault"] = float(bool(failed))
     if scored.words is not None:
         values["wrong"] = float(scored.words.wer > WRONG_WER)
@@ -324,7 +332,7 @@ def score_codes(
 
 def failed_checks(
     voice: Voice, item: EvalItem, codes: Int[np.ndarray, "Q T"], wave: Float[np.ndarray, " S"],
-    transcript: str | None,
+    transcript: str | None, language: str = "en",
 ) -> list[str]:  # fmt: skip
     """Runs all checks of slm/generation/checks.py; returns the names of those that fail.
 
@@ -358,7 +366,7 @@ def failed_checks(
     if transcript is not None:
         # Normalized, because Whisper writes numbers in digits.
         hypothesis, text, before = (
-            whisper_normalize(one) for one in (transcript, item.text, prompt.text)
+            whisper_normalize(one, language) for one in (transcript, item.text, prompt.text)
         )
         found["early"] |= checks.lacks_end(hypothesis, text)
         found["leak"] |= checks.begins_with_prompt(hypothesis, before, text)
@@ -429,7 +437,10 @@ def transcribe_items(
     texts: list[str] = []
     for start in tqdm(range(0, len(rows), batch), "asr", unit="batch"):
         texts += _transcripts(voice, rows[start : start + batch])
-    scored = [score_asr(row.id, row.text, text) for row, text in zip(rows, texts, strict=True)]
+    scored = [
+        score_asr(row.id, row.text, text, origin.language)
+        for row, text in zip(rows, texts, strict=True)
+    ]
     return rows_of(list_name("dev-asr", rows), scored, origin, prefix=ASR_PREFIX)
 
 

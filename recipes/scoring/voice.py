@@ -81,7 +81,7 @@ def check_scores(config: Any, train: TokenShard, dev: TokenShard | None) -> None
             f"tts_eval.sampling.num_candidates is {evaluation.sampling.num_candidates}, and the "
             "voice's own ASR reranks candidates; set it to 1, or train with ar.tasks.asr"
         )
-    load_judges(evaluation.judge, evaluation.speaker)
+    load_judges(evaluation.judge, evaluation.speaker, language=evaluation.language)
     if evaluation.sexes is not None:
         read_sexes(Path(evaluation.sexes), dev)
     if evaluation.aligner is not None and counts.tts:
@@ -104,20 +104,21 @@ def score_voice(
     if not texts and not any(counts):
         return
     voice = Voice.from_pretrained(folder / "voice", device=run.accelerator.device.type)
-    origin = provenance(config, "slm", model=digest_of_voice(folder / "voice"))
-    known = normalized_texts(train) if any(counts) else set()
+    language = config.tts_eval.language
+    origin = provenance(config, "slm", model=digest_of_voice(folder / "voice"), language=language)
+    known = normalized_texts(train, language) if any(counts) else set()
     rows: list[Row] = []
     if dev is not None and counts.asr:
-        rows += transcribe_items(voice, select_items(dev, counts.asr, known), origin)
+        rows += transcribe_items(voice, select_items(dev, counts.asr, known, language), origin)
     if dev is not None and (counts.tts or counts.textless):
         evaluation, out = config.tts_eval, folder / "speak"
         rate, seconds = voice.codec.frame_rate, evaluation.prompt_seconds
         voice.sampling = evaluation.sampling
         scorers = load_scorers(evaluation, voice, dev)
         judges = scorers.judges
-        judged = provenance(config, "slm", judges, origin.model)
-        codec = provenance(config, "codec", judges, voice.codec.stamp.digest)
-        items = select_items(dev, evaluation.num_items, known)
+        judged = provenance(config, "slm", judges, origin.model, language)
+        codec = provenance(config, "codec", judges, voice.codec.stamp.digest, language)
+        items = select_items(dev, evaluation.num_items, known, language)
         lists = {}
         if counts.tts:
             lists = eval_lists(items, dev, voice, judges, seconds, evaluation.aligner)

@@ -100,9 +100,10 @@ class FakeJudge:
     """Transcribes half the words from a prompt, and the other half from new speech."""
 
     name = "judge@digest int8"
+    languages: ClassVar[list[object]] = []
 
-    def __init__(self, *_: object, **__: object) -> None:
-        pass
+    def __init__(self, *_: object, **options: object) -> None:
+        self.languages.append(options["language"])
 
     def transcribe(self, wave: np.ndarray, _rate: int) -> str:
         first, rest = TEXT.split()[:2], TEXT.split()[2:]
@@ -153,11 +154,14 @@ def write_dev(folder: Path, texts: dict[str, str], name: str = "dev") -> TokenSh
     return TokenShard.open(path)
 
 
-def score(folder: Path, texts: dict[str, str], device: str = "cpu", batch: int = 8) -> list[Row]:
+def score(
+    folder: Path, texts: dict[str, str], device: str = "cpu", batch: int = 8, language: str = "en"
+) -> list[Row]:
     dev = write_dev(folder, texts)
     settings = TTSEvalConfig(
-        judge=str(folder.parent / "judge"), speaker=str(folder.parent / "encoder"), batch=batch
-    )
+        judge=str(folder.parent / "judge"), speaker=str(folder.parent / "encoder"), batch=batch,
+        language=language,
+    )  # fmt: skip
     accelerator = SimpleNamespace(device=SimpleNamespace(type=device))
     run = stand_in(Run, accelerator=accelerator, log=lambda *_: None)
     config = TTSConfig(seed=4, tts_eval=settings)
@@ -222,6 +226,19 @@ def test_rows_have_provenance(folder: Path) -> None:
     assert seeds == {"a": 4 + 7919, "b": 5 + 7919, None: 4}
     (folder / "voice" / "ar" / "model.safetensors").write_text("trained on")
     assert judges.digest_of_voice(folder / "voice") != models["slm"]
+
+
+@pytest.mark.parametrize(("language", "wrong"), [("en", 0.0), ("de", 1.0)])
+def test_judge_and_normalization_have_the_language(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, language: str, wrong: float
+) -> None:
+    monkeypatch.setattr(FakeJudge, "languages", [])
+    rows = score(folder, {"a": "Älpha"}, language=language)
+    assert set(FakeJudge.languages) == {language}
+    own = next(row for row in rows if row.metric == "asr_wer" and row.utterance is None)
+    judged = next(row for row in rows if row.metric == "wer" and row.utterance is None)
+    assert own.value == wrong
+    assert own.library.split(",")[0] == judged.library.split(",")[0]
 
 
 def test_checks_run_whatever_the_voice_reports(folder: Path) -> None:
