@@ -321,7 +321,7 @@ def _read_metadata(path: Path) -> dict[str, str]:
         raw = pq.read_schema(path).metadata or {}
     except FileNotFoundError:
         raise
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeError) as error:
         raise DamagedShard(
             f"{path}: corrupted token shard (truncated, or not Parquet); export it again"
         ) from error

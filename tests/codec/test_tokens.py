@@ -286,6 +286,14 @@ def test_texts_that_are_not_utf_8_are_refused(shard: Path) -> None:
         TokenShard.open(shard)
 
 
+def test_names_of_columns_that_are_not_utf_8_are_refused(shard: Path) -> None:
+    content = shard.read_bytes()
+    assert content.count(b"speaker") > 1
+    shard.write_bytes(content.replace(b"speaker", b"\xffpeaker"))
+    with pytest.raises(DamagedShard, match=r"a\.parquet: corrupted token shard"):
+        TokenShard.open(shard)
+
+
 @pytest.mark.parametrize(
     "metadata",
     [
