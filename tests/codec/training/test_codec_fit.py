@@ -215,5 +215,12 @@ def test_crops_too_short_for_a_window_are_refused(
         check_training_setup(models, short, LOSSES, accelerator)
 
 
+def test_deepspeed_is_refused() -> None:
+    accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value="DEEPSPEED"))
+    models = TrainingModels(Student(Codec(TINY)), None)
+    with pytest.raises(ValueError, match="do not train under DeepSpeed; launch with"):
+        check_training_setup(models, CropConfig(), LOSSES, accelerator)
+
+
 if __name__ == "__main__":
     _train_on_rank(*sys.argv[1:])
