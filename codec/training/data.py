@@ -15,7 +15,14 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from codec.audio import cancelled_channel, check_recording, read_audio, resample_wave
+from codec.audio import (
+    MAX_RATE,
+    MIN_RATE,
+    cancelled_channel,
+    check_recording,
+    read_audio,
+    resample_wave,
+)
 from codec.json_lines import append_json_lines
 from codec.program import reason_of
 
@@ -121,6 +128,9 @@ def _load(cut: "Cut", sample_rate: int, start: float, duration: float, allow_sil
             f"{cut.id}: a mixture or archive of {duration:g} s; at most {MAX_MIXED_SECONDS} s are "
             "read at once"
         )
+    for rate in (getattr(part, "cut", part).sampling_rate for part in _parts(cut)):
+        if not MIN_RATE <= rate <= MAX_RATE:
+            raise ValueError(f"{cut.id}: {rate} Hz; {MIN_RATE} to {MAX_RATE} Hz are read")
     try:
         with _libsndfile():
             wave = cut.truncate(offset=start, duration=duration).load_audio()

@@ -256,6 +256,15 @@ def test_the_length_of_a_padded_cut_is_limited(cuts) -> None:
     assert load_cut(padded, 16_000, duration=0.5).shape == (8000,)
 
 
+@pytest.mark.parametrize("part", [0, 1])
+def test_the_sample_rates_of_a_mixture_are_limited(cuts, part: int) -> None:
+    padded = cuts[0].pad(duration=cuts[0].duration + 1)
+    track = padded.tracks[part].cut
+    (track if part else track.recording).sampling_rate = 2**63
+    with pytest.raises(ValueError, match=f"{padded.id}: {2**63} Hz; 4000 to 384000 Hz are read"):
+        load_cut(padded, 16_000)
+
+
 def test_a_mixture_that_lhotse_cannot_read_is_one_line(cuts, tmp_path) -> None:
     first, _, last = cuts
     first.recording.sources = []
