@@ -95,7 +95,7 @@ def check_shapes(
             )
     if unknown := sorted(shapes.keys() - expected.keys()):
         raise ValueError(
-            f"{file}: has the unknown tensor {unknown[0]}; is its configuration of another model?"
+            f"{file}: has the unknown tensor {unknown[0]!r}; is its configuration of another model?"
         )
 
 
