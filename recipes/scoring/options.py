@@ -336,7 +336,8 @@ class ScoredSystem:
                 value = self.columns.get(one.id, {}).get(name)
                 if value is not None:
                     groups.setdefault(value, []).append(one)
-            for value, members in sorted(groups.items()):
+            for value in sorted(groups, key=_natural):
+                members = groups[value]
                 label = f"{self.list_name}/{name}={value}"
                 made = rows_of(label, members, self.origin, prefix=self.prefix)
                 rows += [row for row in made if row.utterance is None]
@@ -371,6 +372,12 @@ class ScoredSystem:
             }
             for one in self.scored
         ]
+
+
+def _natural(value: str) -> list[tuple[int, str]]:
+    """Sorts numbers within texts by their value: `4-10 words` before `11-25 words`."""
+    return [(int(part or 0), "") if part.isdecimal() else (0, part)
+            for part in re.split(r"(\d+)", value)]  # fmt: skip
 
 
 def write_scores(part: str, args: argparse.Namespace, systems: Sequence[ScoredSystem]) -> None:

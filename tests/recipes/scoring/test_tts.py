@@ -70,24 +70,26 @@ def test_a_command_synthesizes_and_is_scored(tmp_path: Path, run: Run, write_wav
     write_wav(tmp_path / "p.wav", 1.0)
     texts = write(
         tmp_path / "texts.jsonl",
-        {"id": "a", "text": "hello world", "prompt": "p.wav", "sex": "F"},
-        {"id": "b", "text": "hello there", "prompt": "p.wav", "sex": "M"},
+        {"id": "a", "text": "hello world", "prompt": "p.wav", "sex": "F", "age": 10},
+        {"id": "b", "text": "hello there", "prompt": "p.wav", "sex": "M", "age": 9},
         {"id": "c", "text": "hello", "prompt": "none.wav"},
     )
     command = ["tts", "--texts", texts, "--run", f"copy={COPY} {{text}}", "--by", "sex"]
-    first = run(*command, "--by", "length")
+    first = run(*command, "--by", "length", "--by", "age")
     assert first.rows["copy", "texts", "wer"] == pytest.approx((0 + 1 + 1) / 5)
     assert first.rows["copy", "texts", "failure"] == pytest.approx(1 / 3)
     assert first.rows["copy", "texts/sex=F", "wer"] == 0
     assert first.rows["copy", "texts/sex=M", "wer"] == 0.5
     assert first.rows["copy", "texts/length=1-3 words", "wer"] == pytest.approx(2 / 5)
     assert first.rows["copy", "texts", "similarity"] == pytest.approx(1, abs=1e-6)
+    ages = [key[1] for key in first.rows if "age=" in key[1] and key[2] == "wer"]
+    assert ages == ["texts/age=9", "texts/age=10"]
     assert first.calls == 2
     assert first.clips[0] == {
         "part": "tts", "list": "texts", "system": "copy", "id": "a", "text": "hello world",
         "transcript": "hello world", "audio": "runs/copy/texts/a.wav", "failure": None,
         "reference_audio": str(tmp_path / "p.wav"),
-        "columns": {"language": "en", "sex": "F", "length": "1-3 words"},
+        "columns": {"language": "en", "sex": "F", "length": "1-3 words", "age": "10"},
     }  # fmt: skip
     assert first.clips[2]["audio"] is None
     assert first.clips[2]["failure"].startswith("status 1: FileNotFoundError")
