@@ -262,7 +262,7 @@ def _visqol_mappers() -> tuple[Any, Any]:
     from visqol import VisqolApi
     from visqol.quality_mapper import SpeechSimilarityToQualityMapper
 
-    if "numba" in sys.modules:  # Optional: the same numbers in an eighth of the time.
+    if "numba" in sys.modules:  # Otherwise it uses all cores.
         sys.modules["numba"].set_num_threads(1)
     api = VisqolApi()
     # Without `use_lattice_model` a missing library would silently change the mapper.
