@@ -4,7 +4,7 @@
 # make demo-train  from recordings to a voice, in miniature: see out/demo/ afterwards
 # make train-small  the voice of models/small from lists of cuts in out/small/cuts: hours on two cores
 # make smoke    the recipes with miniature models: codec, tokens, then a voice under ZeRO-2 on two processes, then an ablation
-# make test     the tests: no network, no models
+# make test     the tests: no network, no models; GPUs are hidden
 # make soak     long tests: kills, full disks, fuzzing, thousands of requests; tables in out/soak/
 # make mutate FILES="codec/tokens.py slm/data/prompts.py"  changes each file in 25 places, runs its tests, lists survivors
 # make lint     ruff, pyright, codespell
@@ -73,6 +73,9 @@ smoke: setup
 	$(BIN)/accelerate launch --config_file recipes/accelerate/zero2.yaml --num_processes 2 \
 	  --num_cpu_threads_per_process 1 recipes/tts.py --config recipes/configs/tts/smoke.yaml
 	$(BIN)/python recipes/ablate.py --plan recipes/configs/ablations/smoke.yaml
+
+# The tests are for CPUs, and for what is printed where there is no GPU.
+test soak mutate: export CUDA_VISIBLE_DEVICES :=
 
 test: setup
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \

@@ -2,9 +2,13 @@
 encoder-decoders through transformers (beam search, temperature 0), CTC models through transformers
 (greedy)."""
 
+import ctypes
+import logging
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, files
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,8 @@ from eval.models import (
 )
 from eval.speech import resample_for_scoring
 from eval.text import WHISPER_LANGUAGES, language_code
+
+logger = logging.getLogger(__name__)
 
 LIBRARIES = ("faster-whisper", "ctranslate2")
 TRANSFORMERS_LIBRARIES = ("transformers", "torch")
@@ -45,6 +51,10 @@ ENCODER_DECODERS = ("whisper", "moonshine", "speech_to_text", "speech-encoder-de
 """Model types of transformers that transcribe without a prompt."""
 MULTILINGUAL_TOKENS = 51865
 """Size of the vocabulary of a multilingual Whisper; English-only ones have one token less."""
+PROBE_SECONDS = 1.0
+CUBLAS_PACKAGE = "nvidia-cublas-cu12"
+CUBLAS = ("libcublasLt.so.12", "libcublas.so.12")
+"""Libraries of CUDA 12 that CTranslate2 opens by name; torch's are those of CUDA 13."""
 REMEDY = (
     "`make models` makes models/whisper-base; docs/evaluation.md, Judges, has larger and other ones"
 )
@@ -117,18 +127,38 @@ class Judge(_Judge):
         """Name, digest and arithmetic, as in rows."""
         return f"{self.source.label} {self.compute_type}"
 
-    @cached_property
+    @property
     def compute_type(self) -> str:
-        """Arithmetic of CTranslate2: int8 on CPUs, float16 on GPUs."""
-        return "int8" if self._device == "cpu" else "float16"
+        """Arithmetic of CTranslate2: int8 on CPUs, float16 on GPUs.
+
+        Raises:
+            ValueError: the device is cuda, and it cannot be used.
+        """
+        return "int8" if self._on_gpu is None else "float16"
 
     @cached_property
-    def _device(self) -> str:
-        if self.device != "auto":
-            return self.device
-        import ctranslate2
-
-        return "cuda" if ctranslate2.get_cuda_device_count() else "cpu"
+    def _on_gpu(self) -> Any | None:
+        """The model on a GPU, if it can transcribe there; None: on the CPU."""
+        if self.device == "cpu" or (self.device == "auto" and not _num_gpus()):
+            return None
+        _preload_cublas()
+        noise = np.random.default_rng(0).normal(0, 0.01, round(PROBE_SECONDS * SAMPLE_RATE))
+        try:
+            model = self._load("cuda", "float16")
+            self._transcribe(model, noise.astype(np.float32))
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            remedy = f"; `pip install {CUBLAS_PACKAGE}` has it" if "libcublas" in reason else ""
+            if self.device == "cuda":
+                raise ValueError(
+                    f"the judge in {self.folder} cannot use the GPU: {reason}{remedy}"
+                ) from error
+            logger.warning(
+                "%s: transcribes on the CPU in int8, because the GPU failed: %s%s",
+                self.source.name, reason, remedy,
+            )  # fmt: skip
+            return None
+        return model
 
     @cached_property
     def model(self) -> Any:
@@ -137,21 +167,29 @@ class Judge(_Judge):
         Raises:
             ValueError: it cannot be loaded.
         """
-        from faster_whisper import WhisperModel
-
+        if self._on_gpu is not None:
+            return self._on_gpu
         try:
-            return WhisperModel(
-                str(self.folder),
-                device=self._device,
-                compute_type=self.compute_type,
-                cpu_threads=self.num_threads,
-                local_files_only=True,
-            )
+            return self._load("cpu", "int8")
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"cannot read the judge in {self.folder}: {error}") from error
 
+    def _load(self, device: str, compute_type: str) -> Any:
+        from faster_whisper import WhisperModel
+
+        return WhisperModel(
+            str(self.folder),
+            device=device,
+            compute_type=compute_type,
+            cpu_threads=self.num_threads,
+            local_files_only=True,
+        )
+
     def _texts(self, block: Float[np.ndarray, " S"]) -> list[str]:
-        segments, _ = self.model.transcribe(
+        return self._transcribe(self.model, block)
+
+    def _transcribe(self, model: Any, block: Float[np.ndarray, " S"]) -> list[str]:
+        segments, _ = model.transcribe(
             block,
             language=self.language,
             beam_size=self.beam_size,
@@ -316,6 +354,24 @@ def load_judge(
     if vocabulary is not None:
         _check_language(found.name, vocabulary, code)
     return whisper
+
+
+def _num_gpus() -> int:
+    import ctranslate2
+
+    return ctranslate2.get_cuda_device_count()
+
+
+def _preload_cublas() -> None:
+    """Loads CUBLAS of CUBLAS_PACKAGE, where it is installed: the linker does not search its folder,
+    but finds a library that is loaded."""
+    try:
+        found = {file.name: file.locate() for file in files(CUBLAS_PACKAGE) or ()}
+    except PackageNotFoundError:
+        return
+    for name in CUBLAS:
+        with suppress(KeyError, OSError):  # What is missing is in CTranslate2's message.
+            ctypes.CDLL(str(found[name]), mode=ctypes.RTLD_GLOBAL)
 
 
 def judge_libraries(name: str) -> tuple[str, ...]:

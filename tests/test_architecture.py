@@ -369,6 +369,17 @@ def test_set_up_names_a_missing_compiler(tmp_path: Path) -> None:
     assert lines == ["error: pesq and pyworld are built from source: install g++ and python3-dev"]
 
 
+@pytest.mark.skipif(not shutil.which("make"), reason="no make")
+@pytest.mark.parametrize("target", ["test", "soak", "mutate"])
+def test_tests_see_no_gpu(target: str, tmp_path: Path) -> None:
+    (tmp_path / "python").write_text('#!/bin/sh\necho "GPUs: [${CUDA_VISIBLE_DEVICES-all}]"\n')
+    (tmp_path / "python").chmod(0o755)
+    command = ["make", "-s", "-o", "setup", target, f"BIN={tmp_path}"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == "GPUs: []\n"
+
+
 def test_every_version_is_pinned() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     assert lines

@@ -37,9 +37,14 @@ def load_judges(
     *,
     num_threads: int = 2,
     language: str = "en",
+    device: str = "auto",
 ) -> Judges:
     """Loads the ASR and the speaker encoder, where they are named: folders or hub ids, see
-    `eval.transcribe.load_judge` and `eval.speaker.load_speaker_encoder`.
+    `eval.transcribe.load_judge` and `eval.speaker.load_speaker_encoder`. On a GPU a Whisper in
+    CTranslate2's format first transcribes a second of noise; if it fails, it is on the CPU.
+
+    Args:
+        device: of the ASR; cpu, cuda or auto.
 
     Raises:
         ValueError: a model cannot be found, is of another kind, or lacks the language.
@@ -47,7 +52,7 @@ def load_judges(
     transcribe, embed, judge_name, speaker_name = None, None, "", ""
     if judge is not None:
         check_layers(Path(judge))
-        asr = load_judge(judge, num_threads=num_threads, language=language)
+        asr = load_judge(judge, num_threads=num_threads, language=language, device=device)
         _check_size(asr)
         transcribe, judge_name = asr.transcribe, asr.name
     if speaker is not None:

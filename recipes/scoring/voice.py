@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,7 +82,9 @@ def check_scores(config: Any, train: TokenShard, dev: TokenShard | None) -> None
             f"tts_eval.sampling.num_candidates is {evaluation.sampling.num_candidates}, and the "
             "voice's own ASR reranks candidates; set it to 1, or train with ar.tasks.asr"
         )
-    load_judges(evaluation.judge, evaluation.speaker, language=evaluation.language)
+    # One rank scores: the others need no memory of its GPU.
+    device = "auto" if int(os.environ.get("RANK", 0)) == 0 else "cpu"
+    load_judges(evaluation.judge, evaluation.speaker, language=evaluation.language, device=device)
     if evaluation.sexes is not None:
         read_sexes(Path(evaluation.sexes), dev)
     if evaluation.aligner is not None and counts.tts:

@@ -1,6 +1,9 @@
+import ctypes
 import hashlib
 import json
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,6 +101,107 @@ def test_broken_model_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"nothing of a model")
     with pytest.raises(ValueError, match="cannot read the judge"):
         _ = Judge(tmp_path, device="cpu").model
+
+
+class FakeGPU:
+    """faster_whisper on a machine with one GPU, which lacks libraries or the memory, or works."""
+
+    def __init__(self, failure: Exception | None) -> None:
+        self.failure, self.loaded = failure, []
+
+    def __call__(self, _folder: str, *, device: str, compute_type: str, **_: Any) -> Any:
+        self.loaded.append((device, compute_type))
+        whisper, plain = FakeWhisper(), FakeWhisper.transcribe
+
+        def transcribe(wave: np.ndarray, **options: Any) -> Any:
+            if device == "cuda" and self.failure:
+                raise self.failure
+            return plain(whisper, wave, **options)
+
+        whisper.transcribe = transcribe
+        return whisper
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[FakeGPU, Judge]]:
+    """`on_gpu(failure)`: a GPU that fails with it, or not, and a judge there."""
+
+    def make(failure: Exception | None, device: str = "auto") -> tuple[FakeGPU, Judge]:
+        gpu = FakeGPU(failure)
+        counts = SimpleNamespace(get_cuda_device_count=lambda: 1)
+        monkeypatch.setitem(sys.modules, "ctranslate2", counts)
+        monkeypatch.setitem(sys.modules, "faster_whisper", SimpleNamespace(WhisperModel=gpu))
+        (tmp_path / "model.bin").touch()
+        return gpu, Judge(tmp_path, device=device)
+
+    return make
+
+
+NO_CUBLAS = RuntimeError("Library libcublas.so.12 is not found or cannot be loaded")
+
+
+def test_a_gpu_transcribes_a_second_before_rows_have_its_name(
+    on_gpu: Callable[..., tuple[FakeGPU, Judge]], caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu, judge = on_gpu(None)
+    assert judge.name.endswith(" float16")
+    assert [block.size for block in judge.model.blocks] == [SAMPLE_RATE]
+    assert judge.transcribe(noise(1.0), SAMPLE_RATE) == "hello you"
+    assert gpu.loaded == [("cuda", "float16")]
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (NO_CUBLAS, f"{NO_CUBLAS}; `pip install nvidia-cublas-cu12` has it"),
+        (ValueError("the target device\ndoes not support float16"), "the target device does not"),
+    ],
+)
+def test_without_its_libraries_the_judge_is_on_the_cpu_and_rows_state_it(
+    on_gpu: Callable[..., tuple[FakeGPU, Judge]], caplog: pytest.LogCaptureFixture,
+    failure: Exception, reason: str,
+) -> None:  # fmt: skip
+    gpu, judge = on_gpu(failure)
+    assert judge.name.endswith(" int8")
+    assert judge.transcribe(noise(1.0), SAMPLE_RATE) == "hello you"
+    assert gpu.loaded == [("cuda", "float16"), ("cpu", "int8")]
+    [line] = caplog.messages
+    assert f"transcribes on the CPU in int8, because the GPU failed: {reason}" in line
+    assert "\n" not in line
+
+
+def test_a_gpu_that_is_asked_for_by_name_is_used_or_an_error(
+    on_gpu: Callable[..., tuple[FakeGPU, Judge]],
+) -> None:
+    gpu, judge = on_gpu(NO_CUBLAS, "cuda")
+    with pytest.raises(ValueError, match=r"cannot use the GPU: Library .*pip install nvidia-c"):
+        _ = judge.name
+    gpu, judge = on_gpu(NO_CUBLAS, "cpu")
+    assert judge.transcribe(noise(1.0), SAMPLE_RATE) == "hello you"
+    assert gpu.loaded == [("cpu", "int8")]
+
+
+def test_cublas_of_a_package_is_loaded_for_the_gpu(
+    on_gpu: Callable[..., tuple[FakeGPU, Judge]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("nvidia_cublas_cu12-12.9.dist-info", "nvidia/cublas/lib"):
+        (tmp_path / name).mkdir(parents=True)
+    info = tmp_path / "nvidia_cublas_cu12-12.9.dist-info"
+    (info / "METADATA").write_text("Name: nvidia-cublas-cu12\nVersion: 12.9\n")
+    libraries = [f"nvidia/cublas/lib/{name}" for name in ("libcublas.so.12", "libcublasLt.so.12")]
+    (info / "RECORD").write_text("".join(f"{name},,\n" for name in libraries))
+    for name in libraries:
+        (tmp_path / name).touch()
+    loaded: list[str] = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda path, mode: loaded.append(path))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert on_gpu(None)[1].name.endswith(" float16")
+    # libcublas needs libcublasLt.
+    assert loaded == [str(tmp_path / name) for name in reversed(libraries)]
+    loaded.clear()
+    assert on_gpu(None, "cpu")[1].name.endswith(" int8")
+    assert not loaded
 
 
 @pytest.fixture(scope="module")

@@ -310,6 +310,21 @@ def test_wrong_sexes_are_reported_before_training(tmp_path: Path, tiny_codec_fol
     check_scores(VoiceConfig(tts_eval=speak), shard, None)
 
 
+def test_only_the_rank_that_scores_tries_its_gpu(
+    tmp_path: Path, tiny_codec_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stamp = load_codec(tiny_codec_folder).stamp
+    shard = TokenShard.open(save_shard(tmp_path / "tokens.parquet", 6, stamp))
+    devices = []
+    monkeypatch.setattr(
+        "recipes.scoring.voice.load_judges", lambda *_, device, **__: devices.append(device)
+    )
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        check_scores(VoiceConfig(), shard, shard)
+    assert devices == ["auto", "cpu"]
+
+
 def test_texts_without_a_weight_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "a.txt").write_text("A held-out text.")
     config = VoiceConfig(texts=str(tmp_path / "missing.txt"), texts_dev=str(tmp_path / "a.txt"))
