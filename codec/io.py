@@ -7,6 +7,7 @@ Imports no torch, as codec/tokens.py, which depends on it.
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -17,12 +18,15 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from errno import EACCES, EDQUOT, EFBIG, ENOSPC, EROFS
+from functools import cache
 from pathlib import Path
 from types import TracebackType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
 MAX_NAME_BYTES = 200
@@ -243,15 +247,13 @@ def _only_writer(folder: Path, file: Path) -> Iterator[None]:
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(descriptor, wait=False)
         except BlockingIOError:
             os.close(descriptor)
             raise ValueError(
                 f"{folder}: another process is writing this folder; wait for it, or choose another "
                 "folder"
             ) from None
-        except OSError:  # Of file systems without locks.
-            pass
         # Its holder may have removed it before it was locked here.
         if _is_file_of(descriptor, file):
             break
@@ -261,6 +263,29 @@ def _only_writer(folder: Path, file: Path) -> Iterator[None]:
     finally:
         file.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def lock_file(descriptor: int, *, wait: bool) -> None:
+    """Locks an open file until it is closed. File systems without locks, as some mounts of Lustre
+    and of object stores are, get none: the first time, a warning states it.
+
+    Raises:
+        BlockingIOError: another process or thread holds the lock, and `wait` is false.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError as error:  # ENOLCK, ENOSYS, ENOTSUP, and others of such mounts.
+        _warn_once_of_no_locks(error.strerror)
+
+
+@cache
+def _warn_once_of_no_locks(reason: str) -> None:
+    logger.warning(
+        "this file system has no file locks (%s): start no two programs that write one folder",
+        reason,
+    )
 
 
 def _is_file_of(descriptor: int, path: Path) -> bool:
@@ -369,7 +394,7 @@ class FileLock:
         self._descriptor: int | None = None
         self._descriptor = os.open(folder / ".lock", flags, 0o666)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(self._descriptor, wait=False)
         except BlockingIOError:
             holder = os.read(self._descriptor, 32).decode(errors="replace") or "unknown"
             raise ValueError(

@@ -5,18 +5,16 @@ with or without a byte order mark; a name that ends with .gz is gzipped. Numbers
 """
 
 import codecs
-import fcntl
 import gzip
 import json
 import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from codec.io import MAX_DEPTH, atomic_file, check_depth, write_errors
+from codec.io import MAX_DEPTH, atomic_file, check_depth, lock_file, write_errors
 
 MAX_LINE_BYTES = 2**26
 """A longer line is an error."""
@@ -105,8 +103,7 @@ def append_json_lines(path: str | Path, records: Iterable[Any], *, sync: bool = 
 
 def _append(path: Path, added: bytes, sync: bool) -> None:
     with open(path, "a+b") as file:
-        with suppress(OSError):  # Of file systems without locks.
-            fcntl.flock(file, fcntl.LOCK_EX)
+        lock_file(file.fileno(), wait=True)
         file.truncate(_complete_size(file))
         file.write(added)
         file.flush()

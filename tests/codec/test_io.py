@@ -41,6 +41,7 @@ from codec.io import (
     sha256_of_tensors,
     write_errors,
 )
+from codec.json_lines import append_json_lines
 from codec.tokens import TokenShard
 from codec.training.config import OptimConfig
 from codec.training.run import start_run
@@ -430,6 +431,31 @@ def test_a_lock_is_held_until_it_is_closed(tmp_path: Path) -> None:
     with FileLock(tmp_path / "new" / "run"):
         pass
     FileLock(tmp_path / "new" / "run").close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+def test_file_systems_without_locks_are_used_with_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    def refuse(_descriptor: int, _operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    io._warn_once_of_no_locks.cache_clear()
+    for _ in range(2):
+        with FileLock(tmp_path / "run") as lock:
+            append_json_lines(tmp_path / "run" / "metrics.jsonl", [{"step": 1}])
+            with atomic_folder(tmp_path / "run" / "voice") as partial:
+                (partial / "card").touch()
+            with atomic_files(tmp_path / "run" / "ar") as partial:
+                (partial / "weights").touch()
+        lock.close()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 2
+    assert sorted(path.name for path in (tmp_path / "run").glob("*")) == [
+        *(".lock", "ar", "metrics.jsonl", "voice"),
+    ]
+    [line] = caplog.messages
+    assert f"no file locks ({os.strerror(number)})" in line
 
 
 def test_what_is_neither_a_folder_nor_a_hub_id(
