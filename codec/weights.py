@@ -9,9 +9,13 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from codec.io import parse_json
+from codec.program import reason_of
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -36,7 +40,7 @@ def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{file}: not a complete safetensors file ({error}); copy it again"
+            f"{file}: not a complete safetensors file ({reason_of(error)}); copy it again"
         ) from error
 
 
@@ -44,13 +48,13 @@ def build_outline(build: Callable[[], Module], num_tensors: int) -> Module:
     """A model on the meta device, without memory for its tensors.
 
     Raises:
-        ValueError: its configuration asks for many more parameters than there are stored tensors,
-            or for tensors that cannot exist.
+        ValueError: its configuration asks for many more parameters and buffers than there are
+            stored tensors, or for tensors that cannot exist.
     """
     # Weight norm replaces a parameter by two, and tied tensors have two names.
     thread, count, most = threading.get_ident(), 0, 64 + 2 * num_tensors
 
-    def check(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    def check(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
         nonlocal count
         if threading.get_ident() != thread:
             return
@@ -60,7 +64,10 @@ def build_outline(build: Callable[[], Module], num_tensors: int) -> Module:
                 f"its configuration asks for more tensors than its weights have ({num_tensors})"
             )
 
-    hook = register_module_parameter_registration_hook(check)  # pyright: ignore[reportArgumentType]
+    hooks = [
+        register_module_parameter_registration_hook(check),  # pyright: ignore[reportArgumentType]
+        register_module_buffer_registration_hook(check),  # pyright: ignore[reportArgumentType]
+    ]
     try:
         with torch.device("meta"):
             return build()
@@ -68,7 +75,8 @@ def build_outline(build: Callable[[], Module], num_tensors: int) -> Module:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"its configuration asks for impossible sizes ({reason})") from error
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def check_shapes(

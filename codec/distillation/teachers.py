@@ -529,12 +529,15 @@ def _network(model: str, config: Any) -> Any:
 
 @contextmanager
 def loading(model: str, purpose: str) -> Iterator[None]:
-    """Turns every exception of transformers and tokenizers into a ValueError of one line."""
+    """Turns every exception of transformers and tokenizers into a ValueError of one line that
+    begins with the model."""
     check_source(model)
     try:
         with quiet_transformers():
             yield
     except Exception as error:  # tokenizers raises bare Exceptions.
+        if isinstance(error, ValueError) and str(error).startswith(f"{model}: "):
+            raise
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{model}: cannot be loaded as a {purpose}; give a hub id (owner/name) or a folder "

@@ -303,11 +303,16 @@ def load_baseline(model: str, device: str = "cpu") -> Baseline:
 
     Raises `ValueError` if it is missing, corrupted, or not one of `BASELINES`.
     """
+    with loading(model, "codec"):
+        return _loaded(model).to(device)
+
+
+def _loaded(model: str) -> Baseline:
+    """Raises errors of all kinds: properties of a configuration do too."""
     from transformers import AutoConfig, AutoModel
 
-    with loading(model, "codec"):
-        check_layers(Path(model))
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    check_layers(Path(model))
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     if config.model_type not in BASELINES:
         raise ValueError(
             f"{model}: model type {config.model_type} is not a supported codec of transformers "
@@ -315,25 +320,24 @@ def load_baseline(model: str, device: str = "cpu") -> Baseline:
         )
     kind = BASELINES[config.model_type]
     kind.check(model, config)
-    with loading(model, "codec"):
-        check_sizes(
-            lambda: AutoModel.from_config(config, trust_remote_code=False), weights_of(Path(model))
-        )
-        loaded: Any = AutoModel.from_pretrained(
-            model,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
+    check_sizes(
+        lambda: AutoModel.from_config(config, trust_remote_code=False), weights_of(Path(model))
+    )
+    loaded: Any = AutoModel.from_pretrained(
+        model,
+        config=config,
+        dtype=torch.float32,
+        use_safetensors=True,
+        output_loading_info=True,
+        trust_remote_code=False,
+    )
     network, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{model}: its weights lack {', '.join(missing[:3])}; download it again")
     for name, tensor in network.state_dict().items():
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{model}: the tensor {name} has NaN or infinity; download it again")
-    return kind(network, model).to(device)
+    return kind(network, model)
 
 
 def _by_length(batch: Tensor, lengths: Lengths | None) -> Iterator[tuple[int, Tensor]]:

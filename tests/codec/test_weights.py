@@ -29,6 +29,15 @@ def test_outlines_have_shapes_and_no_memory() -> None:
 def test_too_many_and_impossible_tensors() -> None:
     with pytest.raises(ValueError, match=r"more tensors than its weights have \(3\)"):
         build_outline(lambda: nn.ModuleList(nn.Linear(1, 1) for _ in range(2**40)), 3)
+
+    def build() -> nn.Module:
+        made = nn.Module()
+        for number in range(2**40):
+            made.register_buffer(str(number), torch.zeros(1))
+        return made
+
+    with pytest.raises(ValueError, match="more tensors"):
+        build_outline(build, 3)
     with pytest.raises(ValueError, match="impossible sizes"):
         build_outline(lambda: nn.Linear(2**40, 2**40), 3)
     assert len(nn.Sequential(*(nn.Linear(1, 1) for _ in range(99)))) == 99

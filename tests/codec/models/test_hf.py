@@ -331,6 +331,24 @@ def test_unsupported_configurations_are_refused(
         load_codec(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("encodec", {"sampling_rate": 2**63}, "cannot be loaded as a codec"),
+        ("mimi", {"dtype": 0.5}, "cannot be loaded as a codec"),
+        ("mimi", {"num_quantizers": 2**22}, "asks for more tensors than its weights have"),
+    ],
+)
+def test_altered_configurations_are_refused_with_the_folder(
+    tmp_path: Path, folders: dict[str, Path], kind: str, changes: dict[str, Any], reason: str
+) -> None:
+    shutil.copytree(folders[kind], tmp_path / kind)
+    file = tmp_path / kind / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ValueError, match=f"{tmp_path / kind}: .*{reason}"):
+        load_codec(tmp_path / kind)
+
+
 def test_damaged_weights_are_named(tmp_path: Path, folders: dict[str, Path]) -> None:
     folder = folders["dac"]
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
