@@ -138,8 +138,10 @@ def check_pickled(file: Path) -> None:
     while waiting:
         node = waiting.pop()
         if isinstance(node, torch.Tensor):
-            storage = node.untyped_storage()
-            storages[storage._cdata] = storage.nbytes()
+            storage: Any = node.untyped_storage()
+            # Tensors of one storage, such as tied weights, have one place in the file.
+            place = storage._checkpoint_offset
+            storages[place] = max(storages.get(place, 0), storage.nbytes())
         elif isinstance(node, dict):
             waiting += node.values()
         elif isinstance(node, list | tuple):
