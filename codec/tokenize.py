@@ -1,9 +1,10 @@
-"""Encoding of cuts to token shards: batched, split over ranks, resumable after a kill.
+"""Encoding of cuts to token shards: batched, shared by ranks, resumable after a kill.
 
-The cuts are split into numbered parts, and part i belongs to rank i % world. Parts are written
-atomically, so a restart continues at the first part that is missing.
+The cuts are split into numbered parts by their durations alone, so that any number of ranks writes
+the same files. Parts are written atomically: a restart writes those that are missing.
 """
 
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from lhotse.cut import Cut
 
 logger = logging.getLogger(__name__)
+
+PART_HOURS = 1.0
+"""Of speech in a part: a few megabytes of codes."""
 
 
 class SkippedRecording(NamedTuple):
@@ -57,31 +61,34 @@ def export_tokens(
     codec: SpeechCodec,
     folder: str | Path,
     *,
-    share: tuple[int, int] = (0, 1),
-    cuts_per_part: int = 500,
+    numbers: Iterable[int] | None = None,
+    part_hours: float = PART_HOURS,
     batch_seconds: float = 120.0,
     retry_skipped: bool = False,
     on_part: Callable[[int], object] = lambda num_cuts: None,
 ) -> None:
-    """Encodes cuts and writes this rank's missing parts, `tokens-00003-of-00042.parquet` and so on.
+    """Encodes cuts and writes missing parts, `tokens-00003-of-00042.parquet` and so on.
 
     Only one export may run in a folder. Cuts that cannot be read are skipped and listed in the
     metadata of their part.
 
     Args:
-        share: this process's rank, and the number of processes.
+        numbers: ascending numbers of the parts that this process writes, from 0; the first one
+            beyond the last part ends it. None: all parts.
+        part_hours: as `parts_of` has it.
         batch_seconds: maximum duration of a batch, with padding. A longer cut is a batch by itself;
             it is read in blocks if it spans an entire recording.
         retry_skipped: export parts again that list skipped cuts.
-        on_part: called with the number of cuts of each part, also of those that exist already.
+        on_part: called after each part, also one that exists already, with the number of cuts up
+            to its end.
 
     Raises:
         ValueError: the list of cuts is empty or has an id twice, or the folder has parts of another
-            codec, another list of cuts or another `cuts_per_part`.
+            codec, another list of cuts or another `part_hours`.
     """
     folder = Path(folder)
-    rank, world = share
-    parts = _split(cuts, cuts_per_part)
+    _check_ids(cuts)
+    parts = parts_of(cuts, part_hours)
     names = part_names(len(parts))
     strangers = sorted({path.name for path in folder.glob("*.parquet")} - set(names))
     if strangers:
@@ -90,16 +97,19 @@ def export_tokens(
             "choose an empty folder"
         )
     stamp = codec.stamp  # It hashes all weights: compute it once.
-    for part in range(rank, len(parts), world):
-        path = folder / names[part]
-        digest = _list_digest(parts[part])
+    for number in numbers if numbers is not None else itertools.count():
+        if number >= len(parts):
+            break
+        path = folder / names[number]
+        part = [cuts[index] for index in parts[number]]
+        digest = _list_digest(part)
         if not _is_done(path, stamp, digest, retry_skipped):
             for leftover in folder.glob(f".{path.name}.*.tmp"):  # Of a run that was killed.
                 leftover.unlink(missing_ok=True)
-            rows, skipped = _encode_part(parts[part], codec, batch_seconds)
+            rows, skipped = _encode_part(part, codec, batch_seconds)
             notes = {"cuts": digest, "skipped": json.dumps(skipped)}
             write_shard(path, rows, stamp, notes)
-        on_part(len(parts[part]))
+        on_part(parts[number].stop)
 
 
 def summarize(folder: str | Path, num_parts: int) -> Summary:
@@ -124,9 +134,18 @@ def summarize(folder: str | Path, num_parts: int) -> Summary:
     return Summary(len(shard), float(shard.durations.sum()) / 3600, skipped)
 
 
-def num_parts(num_cuts: int, cuts_per_part: int) -> int:
-    """Number of parts of an export."""
-    return -(-num_cuts // cuts_per_part)
+def parts_of(cuts: Sequence["Cut"], part_hours: float = PART_HOURS) -> list[range]:
+    """Returns the positions of each part's cuts.
+
+    Args:
+        part_hours: duration of a part. A cut is in the part in which it begins, so that a longer
+            cut makes a longer part.
+    """
+    milliseconds = np.array([round(1000 * cut.duration) for cut in cuts], dtype=np.int64)
+    begin = np.cumsum(milliseconds) - milliseconds
+    _, starts = np.unique(begin // max(1, round(3600_000 * part_hours)), return_index=True)
+    ends = [*starts.tolist(), len(cuts)]
+    return [range(start, end) for start, end in itertools.pairwise(ends)]
 
 
 def part_names(num_parts: int) -> list[str]:
@@ -134,7 +153,7 @@ def part_names(num_parts: int) -> list[str]:
     return [f"tokens-{part:05d}-of-{num_parts:05d}.parquet" for part in range(num_parts)]
 
 
-def _split(cuts: Sequence["Cut"], cuts_per_part: int) -> list[list["Cut"]]:
+def _check_ids(cuts: Sequence["Cut"]) -> None:
     if not cuts:
         raise ValueError("the list of cuts is empty: nothing to export")
     seen: set[str] = set()
@@ -142,8 +161,6 @@ def _split(cuts: Sequence["Cut"], cuts_per_part: int) -> list[list["Cut"]]:
         if cut.id in seen:
             raise ValueError(f"the cut id {cut.id!r} occurs twice in the list; ids must be unique")
         seen.add(cut.id)
-    total = num_parts(len(cuts), cuts_per_part)
-    return [list(cuts[part * cuts_per_part :][:cuts_per_part]) for part in range(total)]
 
 
 def _list_digest(cuts: Sequence["Cut"]) -> str:

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from codec import load_codec
 from codec.program import counted
-from codec.tokenize import export_tokens, num_parts, summarize
+from codec.tokenize import PART_HOURS, export_tokens, parts_of, summarize
 from codec.training.data import read_cuts
-from codec.training.run import lock_folder, make_accelerator
+from codec.training.run import lock_folder, make_accelerator, shared_numbers
 from recipes.lib.config import naming_key
 from recipes.lib.run import finished, load_config, run_recipe
 
@@ -36,16 +36,17 @@ class ExportConfig:
     """Codec folder or hub id."""
     out: Path = Path("out/smoke/tokens/train")
     """Folder for the shards."""
-    cuts_per_part: int = 500
-    """Cuts in one Parquet file; after an interruption at most this many are encoded again."""
+    part_hours: float = PART_HOURS
+    """Hours of speech in one Parquet file; after an interruption each process encodes at most these
+    again."""
     batch_seconds: float = 120.0
     """Seconds of audio in a batch, padding included; bounds the memory."""
     retry_skipped: bool = False
     """Export parts with skipped recordings again: these may be readable now."""
 
     def __post_init__(self) -> None:
-        if self.cuts_per_part < 1:
-            raise ValueError(f"cuts_per_part must be at least 1, got {self.cuts_per_part}")
+        if self.part_hours <= 0:
+            raise ValueError(f"part_hours must be positive, got {self.part_hours}")
         if self.batch_seconds <= 0:
             raise ValueError(f"batch_seconds must be positive, got {self.batch_seconds}")
 
@@ -58,23 +59,24 @@ def main(argv: list[str]) -> None:
         cuts = list(read_cuts(config.cuts))
     with naming_key("codec"):
         codec = load_codec(config.codec, device=str(accelerator.device))
-    rank, world = accelerator.process_index, accelerator.num_processes
     lock = lock_folder(config.out, accelerator)
-    with tqdm(total=len(cuts), desc="export", unit="cut", disable=rank > 0) as bar:
+    with tqdm(
+        total=len(cuts), desc="export", unit="cut", disable=not accelerator.is_main_process
+    ) as bar:
         export_tokens(
             cuts,
             codec,
             config.out,
-            share=(rank, world),
-            cuts_per_part=config.cuts_per_part,
+            numbers=shared_numbers(accelerator),
+            part_hours=config.part_hours,
             batch_seconds=config.batch_seconds,
             retry_skipped=config.retry_skipped,
-            # An estimate: the other ranks have about the same progress.
-            on_part=lambda num_cuts: bar.update(min(num_cuts * world, len(cuts) - bar.n)),
+            # The other ranks have the parts before it, or are about to.
+            on_part=lambda num_cuts: bar.update(num_cuts - bar.n),
         )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        summary = summarize(config.out, num_parts(len(cuts), config.cuts_per_part))
+        summary = summarize(config.out, len(parts_of(cuts, config.part_hours)))
         for skipped in summary.skipped:
             logger.warning("skipped %s: %s", skipped.id, skipped.reason)
         results = {

@@ -133,7 +133,7 @@ def programs(root: Path, codec: Path, write_wav: Callable[..., Path]) -> dict[st
             ),
             Program(
                 "export", "recipes/export_tokens.py",
-                (f"cuts={cuts}", f"codec={codec}", "cuts_per_part=1"),
+                (f"cuts={cuts}", f"codec={codec}", "part_hours=1e-6"),
             ),
             Program(
                 "benchmark", "recipes/benchmark.py",

@@ -7,6 +7,7 @@ metrics.jsonl, TensorBoard events and checkpoints/step-00000500. A stage is a su
 import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import logging
 import math
@@ -491,6 +492,18 @@ def lock_folder(folder: Path, accelerator: Accelerator) -> FileLock | None:
             failure = error
     share_failure(failure, accelerator)
     return lock
+
+
+def shared_numbers(accelerator: Accelerator) -> Iterator[int]:
+    """Yields 0, 1, 2 and so on without end, each number on one rank: the first one that asks.
+
+    All ranks call it, once: another call continues with the numbers.
+    """
+    if accelerator.num_processes == 1:
+        yield from itertools.count()
+    store = torch.distributed.distributed_c10d._get_default_store()
+    while True:
+        yield store.add("shared_numbers", 1) - 1
 
 
 def _claim(

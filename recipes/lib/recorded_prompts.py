@@ -70,7 +70,7 @@ def token_commands(codec: str, tokens: Path) -> list[Command]:
         return []
     cuts, python = OUT / "cuts", sys.executable
     prepare = [python, str(HERE / "prepare_data.py"), "prompts", "--out", str(cuts)]
-    export = [python, str(HERE / "export_tokens.py"), f"codec={codec}", "cuts_per_part=50"]
+    export = [python, str(HERE / "export_tokens.py"), f"codec={codec}"]
     listed = [] if (cuts / "dev.jsonl.gz").exists() else [
         Command("download 568 recorded prompts of one speaker", [*prepare, "--dev-cuts", "40"])
     ]  # fmt: skip

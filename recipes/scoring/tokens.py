@@ -26,7 +26,7 @@ from codec.io import FileLock, atomic_file, sha256_of
 from codec.json_lines import read_json_lines, write_json_lines
 from codec.models.base import SpeechCodec
 from codec.models.codec import check_device
-from codec.tokenize import export_tokens, num_parts, summarize
+from codec.tokenize import export_tokens, parts_of, summarize
 from codec.tokens import CodecStamp, TokenRow, TokenShard
 from codec.training.data import load_cut, read_cuts
 from eval.benchmark import (
@@ -91,8 +91,6 @@ TOKEN_COLUMNS = (
 SNR_DB = 20.0
 GAIN_DB = -6.0
 SHIFT_SECONDS = 0.005
-CUTS_PER_PART = 100
-"""After an interruption at most this many are encoded again."""
 
 
 class TokenList(NamedTuple):
@@ -251,8 +249,8 @@ def _systems(args: argparse.Namespace) -> Iterator[TokenSystem]:
             folder = args.out / "tokens" / f"{safe_name(name)}-{stamp.digest[:8]}"
             folder /= f"{safe_name(list_name)}-{digest}"
             logger.info("encoding %s with %s", path, name)
-            export_tokens(own, codec, folder, cuts_per_part=CUTS_PER_PART)
-            summarize(folder, num_parts(len(own), CUTS_PER_PART))
+            export_tokens(own, codec, folder)
+            summarize(folder, len(parts_of(own)))
             shard = TokenShard.open(folder, expect=stamp)
             encoded.append(TokenList(list_name, shard, {cut.id: cut for cut in own}))
         yield TokenSystem(name, stamp, codec, encoded[0], encoded[1:])

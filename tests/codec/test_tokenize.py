@@ -1,13 +1,14 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, plain
 from forking import ForkedRun
 from lhotse import CutSet, Recording, SupervisionSegment
 from lhotse.cut import MonoCut
@@ -15,12 +16,15 @@ from lhotse.cut import MonoCut
 from codec import load_codec, read_audio
 from codec.audio import stream_audio
 from codec.io import FileLock
-from codec.tokenize import export_tokens, num_parts, part_names, summarize
+from codec.tokenize import export_tokens, part_names, parts_of, summarize
 from codec.tokens import DamagedShard, TokenShard
 from codec.training.data import load_cut
+from codec.training.run import shared_numbers
 from recipes import export_tokens as export_recipe
 
 SECONDS = [0.5, 1.7, 0.9, 1.2, 0.7, 1.9, 0.8, 1.1]
+THREE, FOUR, ONE = 3.0 / 3600, 4.0 / 3600, 1e-6
+"""Hours of a part, by the number of cuts that most parts then have."""
 
 
 @pytest.fixture
@@ -51,9 +55,9 @@ def test_ranks_write_every_readable_cut_once_in_order(
     cuts: list[MonoCut], tiny_codec_folder: Path, tmp_path: Path
 ) -> None:
     codec = load_codec(tiny_codec_folder)
-    for rank in (1, 0):
-        export_tokens(cuts, codec, tmp_path / "out", share=(rank, 2), cuts_per_part=3)
-    summary = summarize(tmp_path / "out", num_parts(len(cuts), 3))
+    for numbers in ([1, 3], [0, 2, 4]):
+        export_tokens(cuts, codec, tmp_path / "out", numbers=numbers, part_hours=THREE)
+    summary = summarize(tmp_path / "out", len(parts_of(cuts, THREE)))
     assert sorted(path.name for path in (tmp_path / "out").glob("*.parquet")) == part_names(3)
     readable = [f"cut-{number}" for number in (0, 1, 3, 4, 6, 7)]
     shard = TokenShard.open(tmp_path / "out", expect=codec.stamp)
@@ -65,6 +69,26 @@ def test_ranks_write_every_readable_cut_once_in_order(
     listed = (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in listed] == ["cut-2", "cut-5"]
     assert summary.num_utterances == 6
+
+
+def test_parts_have_a_duration_and_keep_the_order(cuts: list[MonoCut]) -> None:
+    assert parts_of(cuts, THREE) == [range(3), range(3, 6), range(6, 8)]
+    assert parts_of(cuts, FOUR) == [range(4), range(4, 8)]
+    # A cut longer than a part: the next one begins in a later part.
+    assert parts_of(cuts, ONE) == [range(index, index + 1) for index in range(8)]
+    assert parts_of(cuts) == [range(8)]
+    hours = [SimpleNamespace(duration=each) for each in (1800.0, 9000.0, 1.0, 3600.0, 0.1)]
+    assert parts_of(hours) == [range(2), range(2, 4), range(4, 5)]
+
+
+def test_each_part_goes_to_the_rank_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    slow, fast = (plain(shared_numbers)(SimpleNamespace(num_processes=2)) for _ in range(2))
+    taken = [next(slow), *(next(fast) for _ in range(5)), next(slow), next(fast)]
+    assert taken == [0, 1, 2, 3, 4, 5, 6, 7]
+    alone = plain(shared_numbers)(SimpleNamespace(num_processes=1))
+    assert [next(alone), next(alone)] == [0, 1]
 
 
 def test_batches_give_the_codes_of_single_recordings(
@@ -94,7 +118,7 @@ def test_whole_parts_are_kept_and_damaged_ones_written_again(
     cuts: list[MonoCut], tiny_codec_folder: Path, tmp_path: Path
 ) -> None:
     codec = load_codec(tiny_codec_folder)
-    export_tokens(cuts, codec, tmp_path, cuts_per_part=3)
+    export_tokens(cuts, codec, tmp_path, part_hours=THREE)
     before = contents(tmp_path)
     first, second, third = sorted(tmp_path.glob("*.parquet"))
     rotten = bytearray(second.read_bytes())
@@ -103,17 +127,17 @@ def test_whole_parts_are_kept_and_damaged_ones_written_again(
     second.write_bytes(rotten)
     with pytest.raises(DamagedShard):
         list(TokenShard.open(second))
-    export_tokens(cuts, codec, tmp_path, cuts_per_part=3)
+    export_tokens(cuts, codec, tmp_path, part_hours=THREE)
     assert contents(tmp_path) == before
     kept = first.stat().st_mtime_ns
     second.unlink()
     third.write_bytes(third.read_bytes()[:100])
     (tmp_path / f".{second.name}.1-2.tmp").write_bytes(b"left by a killed run")
     reported: list[int] = []
-    export_tokens(cuts, codec, tmp_path, cuts_per_part=3, on_part=reported.append)
+    export_tokens(cuts, codec, tmp_path, part_hours=THREE, on_part=reported.append)
     assert contents(tmp_path) == before
     assert first.stat().st_mtime_ns == kept
-    assert reported == [3, 3, 2]
+    assert reported == [3, 6, 8]
     assert not list(tmp_path.glob(".*.tmp"))
 
 
@@ -129,7 +153,7 @@ def test_skipped_recordings_are_tried_again_when_asked(
         f"cuts={tmp_path / 'cuts.jsonl.gz'}",
         f"codec={tiny_codec_folder}",
         f"out={tmp_path / 'out'}",
-        "cuts_per_part=3",
+        f"part_hours={THREE}",
     ]
 
     def closing_line(*more: str) -> dict:
@@ -216,14 +240,14 @@ def test_other_codecs_lists_and_part_sizes_are_refused(
     cuts: list[MonoCut], tiny_codec_folder: Path, tmp_path: Path
 ) -> None:
     codec = load_codec(tiny_codec_folder)
-    export_tokens(cuts, codec, tmp_path, cuts_per_part=4)
+    export_tokens(cuts, codec, tmp_path, part_hours=FOUR)
     with pytest.raises(ValueError, match="is no part of this export"):
-        export_tokens(cuts, codec, tmp_path, cuts_per_part=3)
+        export_tokens(cuts, codec, tmp_path, part_hours=THREE)
     with pytest.raises(ValueError, match="another list of cuts"):
-        export_tokens(cuts[::-1], codec, tmp_path, cuts_per_part=4)
+        export_tokens([cuts[1], cuts[0], *cuts[2:]], codec, tmp_path, part_hours=FOUR)
     next(codec.parameters()).data.add_(1)
     with pytest.raises(ValueError, match="made by codec"):
-        export_tokens(cuts, codec, tmp_path, cuts_per_part=4)
+        export_tokens(cuts, codec, tmp_path, part_hours=FOUR)
     with pytest.raises(ValueError, match="'cut-0' occurs twice"):
         export_tokens([cuts[0], cuts[0]], codec, tmp_path / "twice")
 
@@ -246,14 +270,14 @@ def test_killed_at_any_moment_the_export_ends_as_if_it_never_was(
     cuts: list[MonoCut], tiny_codec_folder: Path, tmp_path: Path, start: Callable[..., ForkedRun]
 ) -> None:
     codec = load_codec(tiny_codec_folder)
-    export_tokens(cuts, codec, tmp_path / "whole", cuts_per_part=1)
+    export_tokens(cuts, codec, tmp_path / "whole", part_hours=ONE)
     CutSet.from_cuts(cuts).to_file(tmp_path / "cuts.jsonl.gz")
     out = tmp_path / "killed"
     command = recipe(
         f"cuts={tmp_path / 'cuts.jsonl.gz'}",
         f"codec={tiny_codec_folder}",
         f"out={out}",
-        "cuts_per_part=1",
+        f"part_hours={ONE}",
     )
     # Killed as soon as there are four files in the folder, temporary ones and the lock included.
     start(None, *command).kill_when(lambda: out.exists() and len(list(out.iterdir())) >= 4)
@@ -276,10 +300,11 @@ def test_two_launched_ranks_share_the_parts(
         f"cuts={tmp_path / 'cuts.jsonl.gz'}",
         f"codec={tiny_codec_folder}",
         f"out={tmp_path / 'two'}",
-        "cuts_per_part=3",
+        f"part_hours={THREE}",
     )
     done = launch("ddp", script, *settings)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["utterances"] == 6
-    export_tokens(cuts, load_codec(tiny_codec_folder), tmp_path / "one", cuts_per_part=3)
-    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    export_tokens(cuts, load_codec(tiny_codec_folder), tmp_path / "one", part_hours=THREE)
+    for name in part_names(3):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
