@@ -23,6 +23,8 @@ from pathlib import Path
 from types import TracebackType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
+from codec.program import one_line
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -396,7 +398,7 @@ class FileLock:
         try:
             lock_file(self._descriptor, wait=False)
         except BlockingIOError:
-            holder = os.read(self._descriptor, 32).decode(errors="replace") or "unknown"
+            holder = one_line(os.read(self._descriptor, 32).decode(errors="replace")) or "unknown"
             raise ValueError(
                 f"{folder}: another process is running in this folder (pid {holder}); wait for it, "
                 "end it, or choose another folder"

@@ -78,7 +78,12 @@ def reason_of(error: Exception) -> str:
     """Returns an exception's message as one line for users, without the name of its class."""
     if isinstance(error, KeyError):
         return f"it lacks {error}"
-    return " ".join(str(error).split()) or "its content is not as expected"
+    return one_line(error) or "its content is not as expected"
+
+
+def one_line(value: object) -> str:
+    """Returns a value, which may be a file's, as text of one line for a message."""
+    return " ".join(str(value).split())
 
 
 def run_program(program: Callable[[], None]) -> None:

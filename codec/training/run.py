@@ -54,7 +54,7 @@ from codec.io import (
     write_reason,
 )
 from codec.json_lines import append_json_lines, read_appended, write_json_lines
-from codec.program import ReportedElsewhere, reason_of
+from codec.program import ReportedElsewhere, one_line, reason_of
 from codec.training.workarounds import (
     accelerator_options,
     default_deepspeed_device,
@@ -379,7 +379,7 @@ class Run:
                 newest = path
                 break
         if damaged and newest is None:
-            shown = "; ".join(f"{path.name}: {damage}" for path, damage in damaged.items())
+            shown = one_line("; ".join(f"{path.name}: {why}" for path, why in damaged.items()))
             raise ValueError(
                 f"{self._checkpoints}: no checkpoint is complete ({shown}); copy one there from "
                 "elsewhere, or remove this folder to train from the start"
@@ -534,7 +534,9 @@ def _claim(
             key for key, value in now.items() if before[key] != value and not _is_free(key, free)
         )
         if differing:
-            changes = ", ".join(f"{key} ({before[key]} -> {now[key]})" for key in differing[:5])
+            changes = one_line(
+                ", ".join(f"{key} ({before[key]} -> {now[key]})" for key in differing[:5])
+            )
             raise ValueError(
                 f"{folder}: begun with another configuration: {changes}"
                 f"{', ...' if len(differing) > 5 else ''}; choose another folder, or remove this "

@@ -269,6 +269,14 @@ def test_a_full_disk_does_not_prevent_a_lock(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def test_the_holder_of_a_lock_is_named_in_one_line(tmp_path: Path) -> None:
+    held = FileLock(tmp_path)
+    (tmp_path / ".lock").write_bytes(b"3\n\xff")
+    with pytest.raises(ValueError, match="folder \\(pid 3 \ufffd\\); wait"):
+        FileLock(tmp_path)
+    held.close()
+
+
 def test_errors_of_reading_pass(tmp_path: Path) -> None:
     for error in (FileNotFoundError(errno.ENOENT, "input.wav"), ValueError("os error")):
         with pytest.raises(type(error)), atomic_file(tmp_path / "out"):

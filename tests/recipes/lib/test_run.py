@@ -224,6 +224,9 @@ def test_if_no_checkpoint_is_complete_none_is_removed(run: Run, accelerator: Acc
         run.resume()
     assert len(list((run.folder / "checkpoints").iterdir())) == 2
     assert (run.folder / "metrics.jsonl").read_text()
+    (run.folder / f"{CHECKPOINTS}2" / "whole.json").write_text('{"sizes": {"\\n": 1}}')
+    with pytest.raises(ValueError, match=r"step-00000002: incomplete \( ?\); step"):
+        run.resume()
 
 
 def test_a_checkpoint_of_an_earlier_version_has_no_checksums(
