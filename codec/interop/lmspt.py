@@ -222,6 +222,7 @@ def _codec_from_state(config: CodecConfig, state: Mapping[str, Tensor]) -> Codec
         size = ours[f"{book}.cluster_size"]
         size.copy_(row[: len(size)])
         ours[f"{book}.num_updates"].fill_(1)
+    codec.load_state_dict(ours)  # The numbers of updates are copies there.
     return codec.eval()
 
 

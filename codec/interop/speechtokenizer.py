@@ -138,6 +138,7 @@ def _codec_from_state(config: CodecConfig, state: Mapping[str, Tensor]) -> Codec
     for name, theirs in names.items():
         tensor = found[theirs]
         ours[name].copy_((tensor > 0).squeeze() if theirs in flags else tensor)
+    codec.load_state_dict(ours)  # The numbers of updates are copies there.
     return codec.eval()
 
 

@@ -2,13 +2,15 @@
 
 Random choices (initial centroids, revived entries) depend only on a codebook's seed and update
 counter, and statistics are summed over ranks. So all ranks stay identical to each other and to one
-process on the joined batch, and a resumed run repeats the choices.
+process on the joined batch, and a resumed run repeats the choices. After the first batch a training
+step does not wait for the device, and has one all-reduce for all codebooks.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from enum import Enum, auto
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -34,6 +36,29 @@ class CodebookOutput(NamedTuple):
     """Mean squared distance of each item's vectors to their entries, which are detached."""
     codebook_loss: Float[Tensor, " B"]
     """The same distance with the vectors detached; 0 for EMA codebooks."""
+    assigned: "Assigned"
+    """What `update_codebooks` takes."""
+
+
+class Assigned(NamedTuple):
+    """Vectors and their nearest entries: the input of a codebook's update."""
+
+    codebook: "Codebook"
+    vectors: Float[Tensor, "N D"]
+    codes: Int[Tensor, " N"]
+
+
+class Statistics(NamedTuple):
+    """Of a codebook's vectors; summed over ranks, those of the joined batch."""
+
+    counts: Float[Tensor, " K"]
+    """Vectors of each entry."""
+    sums: Float[Tensor, "K D"] | None
+    """Their sums; None for entries trained by gradient."""
+    replacements: Float[Tensor, "M D"]
+    """Vectors that replace dead entries."""
+    rows: Int[Tensor, " K"] | slice
+    """The replacement of each entry."""
 
 
 class Codebook(nn.Module):
@@ -46,7 +71,6 @@ class Codebook(nn.Module):
     entries: Tensor
     cluster_size: Tensor
     entry_sum: Tensor
-    num_updates: Tensor
 
     def __init__(self, dimension: int, size: int, config: QuantizerConfig, *, seed: int) -> None:
         super().__init__()
@@ -61,7 +85,27 @@ class Codebook(nn.Module):
         # revive all entries that it does not select.
         usage = torch.ones(size) if self.learned else torch.zeros(size)
         self.register_buffer("cluster_size", usage)
-        self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
+        self.num_updates = 0
+        """On the host, as decisions depend on it; a tensor in the state dictionary."""
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}num_updates"] = torch.tensor(self.num_updates)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        name = f"{prefix}num_updates"
+        if name in state_dict:
+            self.num_updates = int(state_dict.pop(name))
+        elif strict:
+            missing_keys.append(name)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def nearest(self, vectors: Float[Tensor, "N D"]) -> Int[Tensor, " N"]:
         """Index of the nearest entry (`normalize`: by cosine similarity); the lowest on ties."""
@@ -74,25 +118,23 @@ class Codebook(nn.Module):
         return functional.embedding(codes, self.entries)
 
     def quantize(self, residual: Float[Tensor, "B D T"]) -> CodebookOutput:
-        """The nearest entries; in training mode also initializes and updates the codebook."""
+        """The nearest entries; in training mode also initializes the codebook. `update_codebooks`
+        updates it."""
         vectors = rearrange(residual, "b d t -> (b t) d")
         if self.training:
             self.initialize(vectors.detach())
         with torch.no_grad():
             codes = self.nearest(vectors)
-        # Looked up before the update: these are the entries that the vectors were compared with.
-        looked_up = self.lookup(codes)
-        if self.training:
-            self.update(vectors.detach(), codes)
         batch = len(residual)
-        entry = rearrange(looked_up, "(b t) d -> b d t", b=batch)
+        entry = rearrange(self.lookup(codes), "(b t) d -> b d t", b=batch)
         commitment = (residual - entry.detach()).square().mean((1, 2))
         codebook_loss = torch.zeros_like(commitment)
         if self.learned:
             codebook_loss = (residual.detach() - entry).square().mean((1, 2))
         return CodebookOutput(
-            entry.detach(), rearrange(codes, "(b t) -> b t", b=batch), commitment, codebook_loss
-        )
+            entry.detach(), rearrange(codes, "(b t) -> b t", b=batch), commitment, codebook_loss,
+            Assigned(self, vectors.detach(), codes),
+        )  # fmt: skip
 
     def encode(self, residual: Float[Tensor, "B D T"]) -> Int[Tensor, "B T"]:
         """Indices of the nearest entries."""
@@ -112,7 +154,8 @@ class Codebook(nn.Module):
         samples = samples[samples.isfinite().all(1)]
         if not len(samples):
             return
-        samples = samples[self._random_indices(len(samples), self.config.kmeans_samples)]
+        chosen = self.random_indices(len(samples), self.config.kmeans_samples)
+        samples = samples[chosen.to(samples.device)]
         size = self.size
         # With fewer vectors than entries, vectors are repeated; revival spreads the copies later.
         start = torch.arange(size, device=samples.device) % len(samples)
@@ -126,59 +169,51 @@ class Codebook(nn.Module):
         if not self.learned:
             self.entry_sum.copy_(entries * counts.unsqueeze(1))
 
-    @torch.no_grad()
-    def update(self, vectors: Float[Tensor, "N D"], codes: Int[Tensor, " N"]) -> None:
-        """One EMA step on the vectors of all ranks, then revival of dead entries.
+    def statistics(
+        self, vectors: Float[Tensor, "N D"], codes: Int[Tensor, " N"], rows: Int[Tensor, " K"]
+    ) -> Statistics:
+        """Of this rank's vectors. One that is not finite counts as its entry: its step is skipped,
+        and must not leave a NaN behind.
 
-        For entries trained by gradient only the usage statistics are updated. A vector that is not
-        finite counts as its entry: its step is skipped, and must not leave a NaN behind.
+        Args:
+            rows: vectors that replace dead entries; -1: another rank has it.
         """
         is_finite = vectors.isfinite().all(1, keepdim=True)
         vectors = torch.where(is_finite, vectors, self.entries[codes])
         counts, sums = _sums(vectors, codes, self.size)
-        _all_reduce(counts)
-        decay = self.config.decay
-        self.cluster_size.mul_(decay).add_(counts, alpha=1 - decay)
-        self.num_updates += 1
-        if self.learned:
-            self._revive(vectors)
-            return
-        _all_reduce(sums)
-        self.entry_sum.mul_(decay).add_(sums, alpha=1 - decay)
-        self._revive(vectors)
-        used = self.cluster_size.unsqueeze(1) > 1e-6
-        mean = self.entry_sum / self.cluster_size.unsqueeze(1).clamp(min=1e-6)
-        self.entries.copy_(torch.where(used, mean, self.entries))
+        return Statistics(counts, None if self.learned else sums, vectors, rows)
 
-    def _revive(self, vectors: Tensor) -> None:
+    def step(self, joined: Statistics) -> None:
+        """One EMA step, then revival of dead entries. For entries trained by gradient only the
+        usage statistics are updated."""
+        decay = self.config.decay
+        self.cluster_size.mul_(decay).add_(joined.counts, alpha=1 - decay)
+        if joined.sums is not None:
+            self.entry_sum.mul_(decay).add_(joined.sums, alpha=1 - decay)
+        self._revive(joined)
+        if joined.sums is not None:
+            used = self.cluster_size.unsqueeze(1) > 1e-6
+            mean = self.entry_sum / self.cluster_size.unsqueeze(1).clamp(min=1e-6)
+            self.entries.copy_(torch.where(used, mean, self.entries))
+
+    def _revive(self, joined: Statistics) -> None:
         average = self.cluster_size.mean()
         dead: Bool[Tensor, " K"] = self.cluster_size < self.config.revival_ratio * average
-        if not dead.any():
+        # On a GPU this would wait for the step; there the work below is cheap.
+        if dead.device.type == "cpu" and not dead.any():
             return
-        replacement = self._sample(vectors)[dead]
+        replacements = joined.replacements[joined.rows]
+        self.cluster_size.copy_(torch.where(dead, average, self.cluster_size))
+        dead = dead.unsqueeze(1)
         # The EMA sums must be replaced too, or the next update would restore the dead entry.
-        self.cluster_size[dead] = average
-        if not self.learned:
-            self.entry_sum[dead] = replacement * average
-        self.entries[dead] = replacement
+        if joined.sums is not None:
+            self.entry_sum.copy_(torch.where(dead, replacements * average, self.entry_sum))
+        self.entries.copy_(torch.where(dead, replacements, self.entries))
 
-    def _sample(self, vectors: Float[Tensor, "N D"]) -> Float[Tensor, "K D"]:
-        """K random vectors of the joined batch of all ranks; each rank contributes its own."""
-        sizes = _gather_sizes(len(vectors), vectors.device)
-        rank = torch.distributed.get_rank() if _world_size() > 1 else 0
-        offset = sum(sizes[:rank])
-        size = self.size
-        chosen = self._random_indices(sum(sizes), size)
-        chosen = chosen.repeat(-(-size // len(chosen)))[:size].to(vectors.device) - offset
-        own = (chosen >= 0) & (chosen < len(vectors))
-        sample = torch.zeros(size, vectors.shape[1], device=vectors.device)
-        sample[own] = vectors[chosen[own]]
-        _all_reduce(sample)
-        return sample
-
-    def _random_indices(self, population: int, count: int) -> Int[Tensor, " n"]:
-        """Up to `count` distinct indices below `population`, determined by seed and update."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.num_updates))
+    def random_indices(self, population: int, count: int) -> Int[Tensor, " n"]:
+        """Up to `count` distinct indices below `population`, determined by seed and update. On the
+        CPU."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.num_updates)
         return torch.randperm(population, generator=generator)[:count]
 
 
@@ -204,7 +239,8 @@ class FactorizedCodebook(nn.Module):
         self.codebook = Codebook(lookup_dimension, size, config, seed=seed)
 
     def quantize(self, residual: Float[Tensor, "B D T"]) -> CodebookOutput:
-        """The nearest entries; in training mode also initializes and updates the codebook."""
+        """The nearest entries; in training mode also initializes the codebook. `update_codebooks`
+        updates it."""
         projected = self.project_in(residual)
         out = self.codebook.quantize(projected)
         return out._replace(value=self.project_out(_straight_through(projected, out.value)))
@@ -271,13 +307,27 @@ class ResidualVQ(nn.Module):
 
     def forward(self, latent: Float[Tensor, "B D T"]) -> Quantized:
         """Quantize; in training mode also initialize and update the codebooks."""
+        quantized, assigned = self.quantize(latent)
+        update_codebooks(assigned)
+        return quantized
+
+    def quantize(
+        self, latent: Float[Tensor, "B D T"]
+    ) -> tuple[Quantized, list[Assigned]]:  # fmt: skip
+        """Quantize; in training mode also initialize the codebooks.
+
+        Returns the output, and what is assigned to the codebooks in training mode, which are to be
+        updated by `update_codebooks`.
+        """
         with torch.autocast(latent.device.type, enabled=False):
             return self._quantize(latent.float())
 
-    def _quantize(self, latent: Float[Tensor, "B D T"]) -> Quantized:
+    def _quantize(
+        self, latent: Float[Tensor, "B D T"]
+    ) -> tuple[Quantized, list[Assigned]]:  # fmt: skip
         kept = self._kept_codebooks(len(latent), latent.device)
         residual, total = latent, torch.zeros_like(latent)
-        values, codes, commitments, losses = [], [], [], []
+        values, codes, commitments, losses, assigned = [], [], [], [], []
         for index, codebook in enumerate(self.codebooks):
             assert isinstance(codebook, Codebook | FactorizedCodebook)
             # Codebook `index` is initialized here, on the residual of initialized codebooks.
@@ -286,6 +336,7 @@ class ResidualVQ(nn.Module):
             commitments.append((out.commitment * inside).mean())
             losses.append((out.codebook_loss * inside).mean())
             codes.append(out.codes)
+            assigned += [out.assigned] if codebook.training else []
             total = total + out.value * inside.view(-1, 1, 1)
             values.append(out.value)
             residual = residual - out.value
@@ -293,13 +344,14 @@ class ResidualVQ(nn.Module):
             # Detached entries have no gradient: straight-through, once over the sum.
             total = _straight_through(latent, total)
             values = [_straight_through(latent, value) for value in values]
-        return Quantized(
+        quantized = Quantized(
             latent=total,
             entries=tuple(values),
             codes=torch.stack(codes, dim=1),
             commitments=torch.stack(commitments),
             codebook_losses=torch.stack(losses),
         )
+        return quantized, assigned
 
     def _kept_codebooks(self, batch: int, device: torch.device) -> Int[Tensor, " B"]:
         """Number of codebooks that each item keeps: all, or a random number (quantizer dropout)."""
@@ -373,7 +425,8 @@ class SplitVQ(nn.Module):
     def forward(self, latent: Float[Tensor, "B E T"]) -> Quantized:
         """Quantize; in training mode also initialize and update the codebooks."""
         semantic_latent, acoustic_latent = latent.chunk(2, dim=1)
-        return self._joined(self.semantic(semantic_latent), acoustic_latent)
+        semantic, assigned = self.semantic.quantize(semantic_latent)
+        return self._joined(semantic, assigned, acoustic_latent)
 
     def with_semantic_codes(
         self, codes: Int[Tensor, "B T"], acoustic_latent: Float[Tensor, "B D T"]
@@ -383,9 +436,11 @@ class SplitVQ(nn.Module):
             latent = self.semantic.decode(codes[:, None])
         zero = latent.new_zeros(1)
         semantic = Quantized(latent, (latent,), codes[:, None], zero, zero)
-        return self._joined(semantic, acoustic_latent)
+        return self._joined(semantic, [], acoustic_latent)
 
-    def _joined(self, semantic: Quantized, acoustic_latent: Float[Tensor, "B D T"]) -> Quantized:
+    def _joined(
+        self, semantic: Quantized, assigned: list[Assigned], acoustic_latent: Float[Tensor, "B D T"]
+    ) -> Quantized:
         entry, detached = semantic.latent, semantic.latent.detach()
         if self.path is SemanticPath.DETACHED:
             entry = detached
@@ -393,7 +448,8 @@ class SplitVQ(nn.Module):
             acoustic_latent = acoustic_latent - (
                 entry if self.path is SemanticPath.RESIDUAL else detached
             )
-        acoustic = self.acoustic(acoustic_latent)
+        acoustic, more = self.acoustic.quantize(acoustic_latent)
+        update_codebooks([*assigned, *more])
         return Quantized(
             latent=entry + acoustic.latent,
             entries=semantic.entries + acoustic.entries,
@@ -483,9 +539,63 @@ def _nearest(vectors: Float[Tensor, "N D"], entries: Float[Tensor, "K D"]) -> In
 
 def _sums(vectors: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Number and sum of the vectors assigned to each entry, (K,) and (K,D)."""
-    counts = torch.bincount(codes, minlength=size).to(vectors.dtype)
-    sums = torch.zeros(size, vectors.shape[1], device=vectors.device, dtype=vectors.dtype)
-    return counts, sums.index_add_(0, codes, vectors)
+    counts = vectors.new_zeros(size).index_add_(0, codes, torch.ones_like(vectors[:, 0]))
+    return counts, vectors.new_zeros(size, vectors.shape[1]).index_add_(0, codes, vectors)
+
+
+@torch.no_grad()
+def update_codebooks(assigned: Sequence[Assigned]) -> None:
+    """One EMA step of each codebook on the vectors of all ranks, then revival of dead entries.
+
+    All codebooks have the same number of vectors N.
+    """
+    if not assigned:
+        return
+    for codebook, _, _ in assigned:
+        codebook.num_updates += 1
+    rows = _replacement_rows(assigned)
+    statistics = [
+        codebook.statistics(vectors, codes, chosen)
+        for (codebook, vectors, codes), chosen in zip(assigned, rows, strict=True)
+    ]
+    if _world_size() > 1:
+        statistics = _joined(statistics)
+    for (codebook, _, _), joined in zip(assigned, statistics, strict=True):
+        codebook.step(joined)
+
+
+def _joined(statistics: Sequence[Statistics]) -> list[Statistics]:
+    """Sums over ranks, by one collective."""
+    own = []
+    for counts, sums, vectors, rows in statistics:
+        assert isinstance(rows, Tensor)
+        # Zeros where another rank has the vector.
+        replacements = vectors[rows.clamp(min=0)].masked_fill((rows < 0).unsqueeze(1), 0.0)
+        own.append(Statistics(counts, sums, replacements, slice(None)))
+    parts = [part for each in own for part in each if isinstance(part, Tensor)]
+    flat = torch.cat([part.flatten() for part in parts])
+    torch.distributed.all_reduce(flat)
+    for part, summed in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+        part.copy_(summed.view_as(part))
+    return own
+
+
+def _replacement_rows(assigned: Sequence[Assigned]) -> Sequence[Int[Tensor, " K"]]:
+    """For each codebook K random vectors of the joined batch of all ranks, as indices of this
+    rank's vectors; -1: another rank has it."""
+    device = assigned[0].vectors.device
+    sizes = _gather_sizes(len(assigned[0].vectors), device)
+    rank = torch.distributed.get_rank() if _world_size() > 1 else 0
+    rows = []
+    for codebook, _, _ in assigned:
+        chosen = codebook.random_indices(sum(sizes), codebook.size)
+        chosen = chosen.repeat(-(-codebook.size // len(chosen)))[: codebook.size]
+        chosen -= sum(sizes[:rank])
+        rows.append(torch.where((chosen >= 0) & (chosen < sizes[rank]), chosen, -1))
+    joined = torch.cat(rows)
+    # From pinned memory the copy does not wait for the device.
+    joined = joined.pin_memory() if device.type == "cuda" else joined
+    return joined.to(device, non_blocking=True).split([len(each) for each in rows])
 
 
 def _world_size() -> int:
@@ -494,18 +604,21 @@ def _world_size() -> int:
     return torch.distributed.get_world_size()
 
 
-def _all_reduce(values: Tensor) -> None:
-    if _world_size() > 1:
-        torch.distributed.all_reduce(values)
-
-
 def _gather_sizes(size: int, device: torch.device) -> list[int]:
+    """`size` of every rank; exchanged on the host, so that no rank waits for its device."""
     if _world_size() == 1:
         return [size]
-    own = torch.tensor([size], device=device)
+    own = torch.tensor([size])
     sizes = [torch.zeros_like(own) for _ in range(_world_size())]
-    torch.distributed.all_gather(sizes, own)
+    group = None if device.type == "cpu" else _host_group()
+    torch.distributed.all_gather(sizes, own, group=group)
     return [int(each) for each in sizes]
+
+
+@functools.cache
+def _host_group() -> Any:
+    """All ranks, with a backend for tensors on the CPU."""
+    return torch.distributed.new_group(backend="gloo")
 
 
 def _gather(vectors: Float[Tensor, "N D"]) -> Float[Tensor, "M D"]:

@@ -22,7 +22,7 @@ from codec import Codec, CodecConfig
 from codec.config import QuantizerConfig, SpectralConfig
 from codec.distillation.objectives import Student, Target
 from codec.modules.discriminators import Discriminators
-from codec.modules.quantize import Codebook
+from codec.modules.quantize import Codebook, Statistics, update_codebooks
 from codec.training.codec_fit import prepare_trainer, save_codec
 from codec.training.codec_step import (
     TeacherTargets,
@@ -188,16 +188,20 @@ def _train_book_on_clusters(rank: int, world: int) -> torch.Tensor:
     centres = 10 * torch.randn(4, 8, generator=generator)
     # A decay at which entries that a batch does not use are dead at the next but one.
     book = Codebook(8, 64, QuantizerConfig(decay=0.3), seed=1).train()
-    revived = []
-    sample = book._sample
-    book._sample = lambda vectors: revived.append(1) or sample(vectors)
+    revived, revive = [], book._revive
+
+    def spy(joined: Statistics) -> None:
+        before = book.cluster_size.clone()
+        revive(joined)
+        revived.append(not torch.equal(before, book.cluster_size))
+
+    book._revive = spy
     for _ in range(4):
         chosen = torch.randint(0, 4, (256,), generator=generator)
         vectors = centres[chosen] + 0.1 * torch.randn(256, 8, generator=generator)
         mine = vectors.chunk(world)[rank]
-        book.initialize(mine)
-        book.update(mine, book.nearest(mine))
-    assert revived
+        update_codebooks([book.quantize(mine.T[None]).assigned])
+    assert any(revived)
     return book.entries
 
 

@@ -11,10 +11,30 @@ import torch
 from torch.nn import functional
 
 from codec.config import QuantizerConfig
-from codec.modules.quantize import Codebook, FactorizedCodebook
+from codec.modules.quantize import (
+    Assigned,
+    Codebook,
+    CodebookOutput,
+    FactorizedCodebook,
+    SemanticPath,
+    SplitVQ,
+    Statistics,
+    update_codebooks,
+)
 
 CONFIG = QuantizerConfig(decay=0.9)
 LEARNED = replace(CONFIG, learning="gradient")
+
+
+def update(codebook: Codebook, vectors: torch.Tensor, codes: torch.Tensor | None = None) -> None:
+    codes = codebook.nearest(vectors) if codes is None else codes
+    update_codebooks([Assigned(codebook, vectors, codes)])
+
+
+def train(codebook: Codebook | FactorizedCodebook, residual: torch.Tensor) -> CodebookOutput:
+    out = codebook.quantize(residual)
+    update_codebooks([out.assigned])
+    return out
 
 
 def test_revived_entries_survive() -> None:
@@ -26,7 +46,7 @@ def test_revived_entries_survive() -> None:
         chosen = torch.randint(0, 4, (512,), generator=generator)
         vectors = centres[chosen] + 0.1 * torch.randn(512, 8, generator=generator)
         codebook.initialize(vectors)
-        codebook.update(vectors, codebook.nearest(vectors))
+        update(codebook, vectors)
     used = codebook.nearest(vectors).unique()
     assert len(used) > 55
 
@@ -37,7 +57,7 @@ def test_without_revival_dead_entries_stay_dead() -> None:
     codebook.entries[5] = 1000.0
     codebook.entry_sum[5], codebook.cluster_size[5] = 0.0, 0.0
     for _ in range(10):
-        codebook.update(torch.zeros(50, 8), codebook.nearest(torch.zeros(50, 8)))
+        update(codebook, torch.zeros(50, 8))
     assert codebook.entries[5, 0] == 1000.0
 
 
@@ -47,7 +67,7 @@ def test_entries_follow_their_vectors() -> None:
     codebook.initialize(points)
     moved = points + 0.3
     for _ in range(100):
-        codebook.update(moved, codebook.nearest(moved))
+        update(codebook, moved)
     expected = torch.tensor([[0.3, 1.3], [1.3, 0.3]])
     found = codebook.entries[codebook.entries[:, 0].argsort()]
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
@@ -59,7 +79,7 @@ def test_vectors_that_are_not_finite_leave_nothing_behind(config: QuantizerConfi
     codebook = Codebook(2, 4, config, seed=1).train()
     bad = torch.tensor([[torch.nan, 0.0], [torch.inf, 1.0]]).repeat(8, 1)
     for vectors in (bad, torch.randn(16, 2), torch.cat([bad, torch.randn(16, 2)]), bad):
-        codebook.quantize(vectors.T[None])
+        train(codebook, vectors.T[None])
         assert all(bool(each.isfinite().all()) for each in codebook.state_dict().values())
 
 
@@ -94,14 +114,14 @@ def test_gradient_trained_entries_that_die_are_revived() -> None:
     # Four clusters far from 64 random entries: hardly any is chosen, and none would learn.
     assert len(codebook.nearest(vectors).unique()) < 10
     for _ in range(50):
-        codebook.update(vectors, codebook.nearest(vectors))
+        update(codebook, vectors)
     assert len(codebook.nearest(vectors).unique()) > 55
 
 
 def test_the_first_batch_leaves_gradient_trained_entries_where_they_are() -> None:
     codebook = Codebook(8, 64, replace(LEARNED, kmeans_iterations=0), seed=1).train()
     before = codebook.entries.detach().clone()
-    codebook.quantize(torch.randn(1, 8, 30))
+    train(codebook, torch.randn(1, 8, 30))
     assert torch.equal(codebook.entries, before)
 
 
@@ -110,7 +130,7 @@ def test_gradient_trained_entries_move_by_their_loss_alone() -> None:
     codebook = Codebook(8, 16, replace(LEARNED, kmeans_iterations=0, revival_ratio=0.0), seed=1)
     residual = torch.randn(3, 8, 20, requires_grad=True)
     before = codebook.entries.detach().clone()
-    out = codebook.train().quantize(residual)
+    out = train(codebook.train(), residual)
     assert torch.equal(codebook.entries, before)
     out.codebook_loss.sum().backward()
     assert residual.grad is None
@@ -156,10 +176,10 @@ def test_factorized_entries_follow_what_is_projected() -> None:
     torch.manual_seed(0)
     codebook = FactorizedCodebook(8, 3, 2, replace(CONFIG, revival_ratio=0.0), seed=1).train()
     points = torch.randn(2, 8, 1).repeat(1, 1, 25)
-    codebook.quantize(points)
+    train(codebook, points)
     moved = points + 0.1 * torch.randn(2, 8, 1)
     for _ in range(100):
-        out = codebook.quantize(moved)
+        out = train(codebook, moved)
     expected = codebook.project_in(moved)[:, :, 0]
     torch.testing.assert_close(codebook.codebook.lookup(out.codes[:, 0]), expected)
     assert not out.codebook_loss.any()
@@ -172,7 +192,7 @@ def test_factorized_entries_follow_what_is_projected() -> None:
 def test_factorized_codes_and_values_are_those_of_the_out(config) -> None:
     torch.manual_seed(0)
     codebook, residual = FactorizedCodebook(8, 3, 16, config, seed=1), torch.randn(2, 8, 20)
-    codebook.train().quantize(residual)
+    train(codebook.train(), residual)
     codebook.eval()
     out = codebook.quantize(residual)
     assert torch.equal(codebook.encode(residual), out.codes)
@@ -187,7 +207,7 @@ def test_without_kmeans_entries_are_vectors_of_the_first_batch() -> None:
     assert len(places[:, 1].unique()) == 4
     assert torch.equal(codebook.cluster_size, torch.ones(4))
     assert torch.equal(codebook.entry_sum, codebook.entries)
-    codebook.update(vectors, codebook.nearest(vectors))
+    update(codebook, vectors)
     before = codebook.entries.clone()
     codebook.initialize(vectors + 1)
     assert torch.equal(codebook.entries, before)
@@ -210,18 +230,20 @@ def test_a_step_of_moving_averages_in_numbers() -> None:
     assert codebook.entries[order, 0].tolist() == [0, 4, 9]
     assert codebook.cluster_size[order].tolist() == [1, 2, 1]
     codes = torch.tensor([order[0], order[1], order[1], order[1]])
-    codebook.update(torch.tensor([[1.0], [5.0], [5.0], [5.0]]), codes)
+    update(codebook, torch.tensor([[1.0], [5.0], [5.0], [5.0]]), codes)
     # 0.75 * 1 + 0.25 * 1, 0.75 * 2 + 0.25 * 3, 0.75 * 1; all above a quarter of their mean.
     assert codebook.cluster_size[order].tolist() == [1, 2.25, 0.75]
     expected = torch.tensor([0.25 * 1, (0.75 * 8 + 0.25 * 15) / 2.25, 9])
     torch.testing.assert_close(codebook.entries[order, 0], expected)
     assert codebook.num_updates == 1
     # 0.75, then a little less than a quarter of the mean of 4, 4 and 0.75, and 0.75 as it is.
+    rows = torch.zeros(3, dtype=torch.long)
     for size, is_dead in ((0.727, True), (0.728, False)):
         codebook.cluster_size[order] = torch.tensor([4.0, 4.0, size])
         codebook.entry_sum[order[2]] = 9 * size
         before = codebook.entries[order[2], 0].item()
-        codebook._revive(torch.full((5, 1), 77.0))
+        joined = Statistics(torch.zeros(3), torch.zeros(3, 1), torch.tensor([[77.0]]), rows)
+        codebook._revive(joined)
         assert (codebook.entries[order[2], 0] != before) == is_dead
         if is_dead:
             average = (8 + size) / 3
@@ -236,6 +258,8 @@ class Ranks:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
         self.count, self._here = count, threading.local()
+        self.num_reduced = 0
+        """Calls of all_reduce by rank 0."""
         self._barrier, self._given = threading.Barrier(count, timeout=60), [None] * count
         for name, value in (
             *(("is_initialized", lambda: True), ("get_world_size", lambda: count)),
@@ -252,9 +276,12 @@ class Ranks:
         return given
 
     def _all_reduce(self, values: torch.Tensor) -> None:
+        self.num_reduced += self._here.rank == 0
         values.copy_(sum(self._exchange(values)))
 
-    def _all_gather(self, parts: list[torch.Tensor], values: torch.Tensor) -> None:
+    def _all_gather(
+        self, parts: list[torch.Tensor], values: torch.Tensor, group: Any = None
+    ) -> None:
         for part, given in zip(parts, self._exchange(values), strict=True):
             part.copy_(given)
 
@@ -289,7 +316,7 @@ def test_codebooks_of_ranks_are_those_of_the_joined_batch(
         if config.learning == "gradient":
             codebook.entries.data = start.clone()
         for batch in batches:
-            codebook.quantize(batch[..., share])
+            train(codebook, batch[..., share])
         return list(codebook.state_dict().values())
 
     expected = trained(slice(None))
@@ -297,3 +324,35 @@ def test_codebooks_of_ranks_are_those_of_the_joined_batch(
     for one, each in zip(expected, first, strict=True):
         torch.testing.assert_close(each, one)
     assert all(torch.equal(one, each) for one, each in zip(first, other, strict=True))
+
+
+def test_a_step_of_all_codebooks_has_one_all_reduce(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = torch.randn(3, 2, 8, 20, generator=torch.Generator().manual_seed(0))
+    config = replace(CONFIG, num_codebooks=3, codebook_size=8, revival_ratio=0.5)
+
+    def trained(share: slice) -> dict[str, torch.Tensor]:
+        quantizer = SplitVQ(4, config, SemanticPath.RESIDUAL).train()
+        for batch in batches:
+            quantizer(batch[share])
+        return quantizer.state_dict()
+
+    expected, ranks = trained(slice(None)), Ranks(monkeypatch, 2)
+    first, other = ranks.run(lambda rank: trained(slice(rank, rank + 1)))
+    assert ranks.num_reduced == len(batches)
+    for name, one in expected.items():
+        torch.testing.assert_close(first[name], one)
+        assert torch.equal(first[name], other[name])
+
+
+def test_the_number_of_updates_is_in_the_state_dictionary() -> None:
+    codebook, other = (Codebook(2, 4, CONFIG, seed=1).train() for _ in range(2))
+    train(codebook, torch.randn(1, 2, 9))
+    train(codebook, torch.randn(1, 2, 9))
+    state = codebook.state_dict()
+    assert state["num_updates"] == 2
+    other.load_state_dict(state)
+    assert other.num_updates == 2
+    assert state.keys() == other.state_dict().keys()
+    del state["num_updates"]
+    with pytest.raises(RuntimeError, match="num_updates"):
+        other.load_state_dict(state)
