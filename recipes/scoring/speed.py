@@ -22,6 +22,7 @@ from codec.training.loop import Stopwatch
 from codec.training.run import git_revision
 from eval.benchmark import Row, machine
 from recipes.lib.run import load_config
+from recipes.scoring.options import named
 
 # Published architectures in transformers. The defaults of EncodecConfig and MimiConfig are those of
 # the models named; those of DacConfig match no published model, so they are stated.
@@ -42,6 +43,8 @@ class CodecSource(NamedTuple):
     kind: str
     """codec, unfolded, config or random."""
     source: str
+    name: str = ""
+    """In the rows; empty: of the source and how it is run."""
 
 
 class TimedCodec(NamedTuple):
@@ -65,14 +68,14 @@ def add_speed_command(kinds: Any) -> None:
     about = "time of encoding and decoding, codecs in alternation; ratios are to the first codec"
     command = kinds.add_parser("speed", help=about, description=about.capitalize() + ".")
     for kind, metavar, text in (
-        ("codec", "DIR", "codec folder or hub id, weight norm folded"),
-        ("unfolded", "DIR|FILE", "codec folder or configuration, weight norm not folded"),
-        ("config", "FILE", "configuration of recipes/configs/codec, random weights, folded"),
+        ("codec", "[NAME=]DIR", "codec folder or hub id, weight norm folded"),
+        ("unfolded", "[NAME=]DIR|FILE", "codec folder or configuration, weight norm not folded"),
+        ("config", "[NAME=]FILE", "configuration of recipes/configs/codec, random weights, folded"),
         ("random", "|".join(PUBLISHED), "published architecture with random weights"),
     ):
         command.add_argument(
             f"--{kind}", dest="sources", action="append", metavar=metavar, help=text,
-            type=lambda source, kind=kind: CodecSource(kind, source),
+            type=lambda argument, kind=kind: _source_of(kind, argument),
         )  # fmt: skip
     command.add_argument("--wave", type=Path, help="recording (default: a synthetic signal)")
     command.add_argument("--seconds", type=float, default=10.0, help="of input (default: 10)")
@@ -81,6 +84,11 @@ def add_speed_command(kinds: Any) -> None:
     command.add_argument("--repeats", type=int, default=5, help="after a warm-up (default: 5)")
     command.add_argument("--device", default="cpu", help="cpu or cuda")
     command.add_argument("--out", type=Path, required=True, help="folder for rows.jsonl")
+
+
+def _source_of(kind: str, argument: str) -> CodecSource:
+    given = named(argument)
+    return CodecSource(kind, given.value, given.name if given.value != argument else "")
 
 
 def benchmark_speed(args: argparse.Namespace) -> list[Row]:
@@ -121,7 +129,7 @@ def build(source: CodecSource) -> tuple[str, SpeechCodec]:
     Raises:
         ValueError: the codec cannot be loaded, has no weight norm to unfold, or is unknown.
     """
-    kind, name = source
+    kind, name = source.kind, source.source
     fold = kind != "unfolded"
     if kind == "random":
         return _random_baseline(name)
@@ -130,16 +138,17 @@ def build(source: CodecSource) -> tuple[str, SpeechCodec]:
 
         torch.manual_seed(0)
         config = load_config(TrainCodecConfig, ["--config", name])
-        codec, name = Codec(config.codec).eval(), f"{Path(name).stem}, random weights"
+        codec = Codec(config.codec).eval()
+        name = source.name or f"{Path(name).stem}, random weights"
         if fold:
             codec.fold_weight_norm()
     else:
-        codec = load_codec(name, fold=fold)
-    if isinstance(codec, Codec):
-        return f"{name}, {'folded' if fold else 'unfolded'}", codec
-    if not fold:
+        codec, name = load_codec(name, fold=fold), source.name or name
+    if not fold and not isinstance(codec, Codec):
         raise ValueError(f"--unfolded {name}: codecs of transformers are not folded; use --codec")
-    return name, codec
+    if source.name or not isinstance(codec, Codec):
+        return name, codec
+    return f"{name}, {'folded' if fold else 'unfolded'}", codec
 
 
 def _random_baseline(kind: str) -> tuple[str, SpeechCodec]:

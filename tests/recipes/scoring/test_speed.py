@@ -42,16 +42,17 @@ def test_rows_of_all_kinds_of_codecs_in_order(
         tmp_path, "--random", "encodec", "--codec", baseline, "--unfolded", file,
         "--config", file, "--codec", tiny_codec_folder, "--unfolded", tiny_codec_folder,
         "--codec", tiny_codec_folder, "--codebooks", 3,
+        "--codec", f"a={tiny_codec_folder}", "--unfolded", f"b={file}",
     )  # fmt: skip
     tiny = str(tiny_codec_folder)
     names = [
         "tiny/encodec, random weights", str(baseline), "slow, random weights, unfolded",
         "slow, random weights, folded", f"{tiny}, folded", f"{tiny}, unfolded",
-        f"{tiny}, folded #2",
+        f"{tiny}, folded #2", "a", "b",
     ]  # fmt: skip
     assert list(dict.fromkeys(row.system for row in rows)) == names
     whole = {(row.system, row.metric): row.value for row in rows if row.utterance is None}
-    assert [whole[name, "codebooks"] for name in names] == [3, 3, 2, 2, 3, 3, 3]
+    assert [whole[name, "codebooks"] for name in names] == [3, 3, 2, 2, 3, 3, 3, 3, 2]
     printed = capsys.readouterr().out
     assert all(f"| {name} | synthetic voice, 0.3 s | 3 |" in printed for name in names)
     digests = {row.system: row.model for row in rows}
