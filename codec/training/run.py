@@ -588,21 +588,28 @@ def _damage(folder: Path) -> str:
     """What is wrong with a checkpoint, for messages; "" if it is complete."""
     try:
         seal = parse_json((folder / SEAL).read_text())
+        stored = seal.get("crc32", {})  # Earlier versions have none.
+        if not all(_is_inside(name) for name in (*seal["sizes"], *stored)):
+            return f"corrupted ({SEAL})"
         for name, size in seal["sizes"].items():
             if (folder / name).stat().st_size != size:
                 return f"incomplete ({name})"
-        stored = seal.get("crc32", {})  # Earlier versions have none.
         found = _checksums([folder / name for name in stored])
         for (name, checksum), other in zip(stored.items(), found, strict=True):
             if checksum != other:
                 return f"corrupted ({name})"
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         return f"incomplete ({Path(error.filename).name})"
     except OSError:  # Not its content: it may be readable later.
         raise
     except DAMAGE:
         return f"incomplete ({SEAL})"
     return ""
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a relative name stays in its folder."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _checksums(files: Sequence[Path]) -> list[int]:

@@ -227,6 +227,11 @@ def test_if_no_checkpoint_is_complete_none_is_removed(run: Run, accelerator: Acc
     (run.folder / f"{CHECKPOINTS}2" / "whole.json").write_text('{"sizes": {"\\n": 1}}')
     with pytest.raises(ValueError, match=r"step-00000002: incomplete \( ?\); step"):
         run.resume()
+    for outside in ("/", "../x"):
+        content = json.dumps({"sizes": {}, "crc32": {outside: 1}})
+        (run.folder / f"{CHECKPOINTS}2" / "whole.json").write_text(content)
+        with pytest.raises(ValueError, match=r"step-00000002: corrupted \(whole\.json\); step"):
+            run.resume()
 
 
 def test_a_checkpoint_of_an_earlier_version_has_no_checksums(
