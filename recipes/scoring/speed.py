@@ -34,6 +34,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         {"sampling_rate": 24_000, "downsampling_ratios": [2, 4, 5, 8], "n_codebooks": 32},
     ),
 }
+PART = "speed"
 DIRECTIONS = ("encode", "decode")
 
 
@@ -66,7 +67,7 @@ class Times(NamedTuple):
 def add_speed_command(kinds: Any) -> None:
     """Adds `speed` to the subparsers of benchmark.py."""
     about = "time of encoding and decoding, codecs in alternation; ratios are to the first codec"
-    command = kinds.add_parser("speed", help=about, description=about.capitalize() + ".")
+    command = kinds.add_parser(PART, help=about, description=about.capitalize() + ".")
     for kind, metavar, text in (
         ("codec", "[NAME=]DIR", "codec folder or hub id, weight norm folded"),
         ("unfolded", "[NAME=]DIR|FILE", "codec folder or configuration, weight norm not folded"),
@@ -220,7 +221,7 @@ def _rows(args: argparse.Namespace, timed: TimedCodec, times: Times, first: Time
 
     def row(metric: str, value: float, repeat: int | None = None, n: int = 1) -> Row:
         return Row(
-            system=timed.name, list=f"{wave}, {args.seconds:g} s",
+            part=PART, system=timed.name, list=f"{wave}, {args.seconds:g} s",
             utterance=None if repeat is None else f"repeat {repeat}", metric=metric, value=value,
             n=n, seed=0, git=git, config=config, model=digest,
             library=f"torch {torch.__version__}, transformers {version('transformers')}",

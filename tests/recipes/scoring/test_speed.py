@@ -51,6 +51,7 @@ def test_rows_of_all_kinds_of_codecs_in_order(
         f"{tiny}, folded #2", "a", "b",
     ]  # fmt: skip
     assert list(dict.fromkeys(row.system for row in rows)) == names
+    assert {row.part for row in rows} == {"speed"}
     whole = {(row.system, row.metric): row.value for row in rows if row.utterance is None}
     assert [whole[name, "codebooks"] for name in names] == [3, 3, 2, 2, 3, 3, 3, 3, 2]
     printed = capsys.readouterr().out
