@@ -6,9 +6,11 @@ metadata identifies the codec of the codes. This file imports no torch.
 
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from errno import EIO, EMFILE, ENFILE, ENOMEM, ESTALE, ETIMEDOUT
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 ROWS_PER_GROUP = 64
 """Rows of a Parquet row group. Reading a row reads the codes of its group, less than a megabyte."""
+NUM_READERS = 64
+"""Files that a `TokenShard` keeps open; a process may have 1024 where nothing else is set."""
+NO_DAMAGE = (EIO, EMFILE, ENFILE, ENOMEM, ESTALE, ETIMEDOUT)
+"""Numbers of errors of the machine: the same file may be readable later."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,7 +134,7 @@ class TokenShard:
         self.durations = np.array(_joined(tables, "duration"), dtype=np.float64)
         self.num_frames = np.array(_joined(tables, "num_frames"), dtype=np.int64)
         self._file_starts = np.cumsum([0, *(table.num_rows for table in tables)])
-        self._readers: dict[tuple[int, int], Any] = {}
+        self._readers: OrderedDict[tuple[int, int], Any] = OrderedDict()
         self._group: tuple[tuple[int, int, int], Any] | None = None
 
     @classmethod
@@ -216,7 +222,10 @@ class TokenShard:
         key = (os.getpid(), file)
         with _damage_named(self.files[file]):
             if key not in self._readers:
+                while len(self._readers) >= NUM_READERS:
+                    self._readers.popitem(last=False)[1].close()
                 self._readers[key] = _reader(self.files[file])
+            self._readers.move_to_end(key)
             reader = self._readers[key]
             group, row_in_group = _find_group(reader.metadata, row)
             if self._group is None or self._group[0] != (*key, group):
@@ -229,7 +238,7 @@ class TokenShard:
         return values.to_numpy(zero_copy_only=False).astype(np.uint16, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_readers": {}, "_group": None}
+        return {**self.__dict__, "_readers": OrderedDict(), "_group": None}
 
 
 def read_notes(path: str | Path) -> dict[str, str]:
@@ -322,6 +331,7 @@ def _read_metadata(path: Path) -> dict[str, str]:
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, UnicodeError) as error:
+        _raise_no_damage(error, path)
         raise DamagedShard(
             f"{path}: corrupted token shard (truncated, or not Parquet); export it again"
         ) from error
@@ -378,8 +388,17 @@ def _damage_named(path: Path) -> Iterator[None]:
     except (FileNotFoundError, PermissionError):
         raise
     except (*DAMAGE, pa.ArrowException, RecursionError) as error:
+        _raise_no_damage(error, path)
         reason = reason_of(error)
         raise DamagedShard(f"{path}: corrupted token shard ({reason}); export it again") from error
+
+
+def _raise_no_damage(error: Exception, path: Path) -> None:
+    """Raises OSError for an error of the machine."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is not None and number in NO_DAMAGE:
+        remedy = "; start again after `ulimit -n 8192`" if number in (EMFILE, ENFILE) else ""
+        raise OSError(f"{path}: cannot be read now ({os.strerror(number)}){remedy}") from error
 
 
 def _joined(tables: Sequence["pa.Table"], column: str) -> list[Any]:

@@ -1,7 +1,11 @@
 import dataclasses
 import multiprocessing
+import os
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from codec import tokens
 from codec.tokens import (
     FORMAT_VERSION,
     CodecStamp,
@@ -95,6 +100,44 @@ def test_several_paths_are_one_shard(shard: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(opened[2].codes, row("c", 3, 3).codes)
     with pytest.raises(ValueError, match="the id 'a' occurs twice"):
         TokenShard.open([shard, shard])
+
+
+@contextmanager
+def descriptors(spare: int) -> Iterator[None]:
+    """This number of files can be opened inside."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    probes = [os.open(os.devnull, os.O_RDONLY) for _ in range(spare + 1)]
+    for probe in probes:
+        os.close(probe)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(probes), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_there_may_be_more_files_than_a_process_can_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [row(f"{number:02d}", 1 + number % 9, number) for number in range(20)]
+    for number, each in enumerate(rows):
+        write_shard(tmp_path / f"{number:02d}.parquet", [each], STAMP)
+    monkeypatch.setattr(tokens, "NUM_READERS", 3)
+    shard = TokenShard.open(tmp_path)
+    with descriptors(spare=4):
+        for index in np.random.default_rng(0).permutation([*range(20), *range(20)]):
+            np.testing.assert_array_equal(shard[int(index)].codes, rows[index].codes)
+
+
+def test_too_many_open_files_are_no_damage(shard: Path) -> None:
+    opened, content = TokenShard.open(shard), shard.read_bytes()
+    for read in (lambda: opened[0], lambda: TokenShard.open(shard), lambda: read_notes(shard)):
+        with descriptors(spare=0), pytest.raises(OSError, match="ulimit -n") as caught:
+            read()
+        assert "corrupted" not in str(caught.value)
+        assert not isinstance(caught.value, DamagedShard)
+    assert shard.read_bytes() == content
+    np.testing.assert_array_equal(opened[0].codes, row("a", 4, 1).codes)
 
 
 def test_an_empty_part_opens(tmp_path: Path) -> None:
