@@ -19,6 +19,10 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
+ASKED_PROCESSES = "PARLANCE_NUM_PROCESSES"
+"""Environment variable with the number of processes, of all machines, that `accelerate launch` was
+asked for; recipes/lib/launcher.py sets it."""
+
 RANK_DELAY = 5.0
 """Seconds that a rank other than a machine's first one waits before it prints its error: when all
 ranks fail alike, the launcher has ended it by then."""

@@ -140,6 +140,10 @@ def check_command(words: Sequence[str]) -> None:
             check_command(arguments[1:])
     elif program == "accelerate":
         check_launch(arguments)
+    elif program == "sbatch":
+        script = arguments.index("recipes/accelerate/slurm.sh")
+        config, *launched = arguments[script + 1 :]
+        check_launch(["launch", "--config_file", f"recipes/accelerate/{config}.yaml", *launched])
     elif program == "make":
         check_make(arguments)
     elif program == "pip":

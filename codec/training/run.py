@@ -54,7 +54,7 @@ from codec.io import (
     write_reason,
 )
 from codec.json_lines import append_json_lines, read_appended, write_json_lines
-from codec.program import ReportedElsewhere, one_line, reason_of
+from codec.program import ASKED_PROCESSES, ReportedElsewhere, one_line, reason_of
 from codec.training.workarounds import (
     accelerator_options,
     default_deepspeed_device,
@@ -112,6 +112,9 @@ def make_accelerator(
 
     World size, precision and ZeRO come from accelerate's file. Where the machine lacks bf16 it is
     replaced by float32, so that one file serves both. `folder` gets the tracker's events.
+
+    Raises:
+        ValueError: the launch has another number of processes than it was asked for.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not has_bf16(device) and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
@@ -119,11 +122,19 @@ def make_accelerator(
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     options = accelerator_options(gradient_accumulation_steps)
     options["kwargs_handlers"] += handlers
-    return Accelerator(
+    accelerator = Accelerator(
         log_with=tracker if folder is not None else None,
         project_config=ProjectConfiguration(str(folder), str(folder)) if folder else None,
         **options,
     )
+    asked = os.environ.get(ASKED_PROCESSES)
+    if asked is not None and int(asked) != accelerator.num_processes:
+        raise ValueError(
+            f"{asked} process(es) were asked for, and this launch has {accelerator.num_processes}: "
+            "take ddp.yaml or zero*.yaml of recipes/accelerate for more than one, and on several "
+            "machines follow docs/gpus_and_clusters.md"
+        )
+    return accelerator
 
 
 def start_run(

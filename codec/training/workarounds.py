@@ -15,9 +15,14 @@ import logging
 import os
 import sys
 import threading
+from datetime import timedelta
 from typing import Any
 
 import torch
+
+COLLECTIVE_TIMEOUT = timedelta(hours=6)
+"""How long a rank waits for another one, which may read a list, export or score alone meanwhile. A
+rank that has ended ends the others at once."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # Of malloc.h.
 
@@ -40,8 +45,13 @@ def accelerator_options(gradient_accumulation_steps: int) -> dict[str, Any]:
     - DeepSpeed on CPUs compiles a communication kernel for inference at the first collective:
       minutes of a compiler, or an error where there is none
       (https://github.com/deepspeedai/DeepSpeed/issues/7108).
+    - Groups besides the first one, such as DeepSpeed's, have the default time-out, 10 minutes on
+      GPUs, whatever the first one has (https://github.com/pytorch/pytorch/issues/135352).
     """
     from accelerate.utils import InitProcessGroupKwargs
+
+    groups: Any = torch.distributed.distributed_c10d
+    groups.default_pg_timeout = groups.default_pg_nccl_timeout = COLLECTIVE_TIMEOUT
 
     os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(gradient_accumulation_steps)
     cpu = not torch.cuda.is_available()
@@ -54,7 +64,9 @@ def accelerator_options(gradient_accumulation_steps: int) -> dict[str, Any]:
     return {
         "cpu": cpu and not zero,
         "gradient_accumulation_steps": gradient_accumulation_steps,
-        "kwargs_handlers": [InitProcessGroupKwargs(backend="gloo")] if gloo else [],
+        "kwargs_handlers": [
+            InitProcessGroupKwargs(backend="gloo" if gloo else "nccl", timeout=COLLECTIVE_TIMEOUT)
+        ],
     }
 
 

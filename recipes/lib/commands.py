@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from codec.program import CHECKS_FAILED
+from codec.program import ASKED_PROCESSES, CHECKS_FAILED
 
 HERE = Path(__file__).resolve().parents[1]
 
 
 LAUNCHED = re.compile(
     r"((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|(MASTER|TORCHELASTIC|ACCELERATE)_.*"
+    rf"|{ASKED_PROCESSES}"
 )
 """Environment variables that a launcher sets for its ranks."""
 

@@ -2,8 +2,9 @@
 
 Accelerate and torchrun print the traceback of their own exception below what a failed process has
 printed. After Ctrl-C or SIGTERM accelerate does not wait for a process that saves a checkpoint, and
-torchrun waits for 30 seconds. `make setup` therefore writes a .pth file into .venv (`install`), by
-which the launcher, and no other program, loads this file when it starts.
+torchrun waits for 30 seconds. On several machines some options start fewer processes than they
+ask for, or none: these are refused. `make setup` therefore writes a .pth file into .venv
+(`install`), by which the launcher, and no other program, loads this file when it starts.
 """
 
 import logging
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -64,7 +66,54 @@ def adapt(words: list[str]) -> None:
     sys.excepthook = hook
     signal.signal(signal.SIGINT, _pass_on)
     signal.signal(signal.SIGTERM, _pass_on)
+    _check_machines()
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"  # torchrun's default has those two, too.
+
+
+def _check_machines() -> None:
+    """Checks the options of a launch, once accelerate has read its file, and passes the number of
+    processes on to them."""
+    import accelerate.utils
+
+    from codec.program import ASKED_PROCESSES
+
+    def checked(prepare: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def prepared(options: Any) -> Any:
+            if fault := fault_of(options):
+                print(f"error: {fault}", file=sys.stderr)
+                sys.exit(2)
+            os.environ[ASKED_PROCESSES] = str(max(1, options.num_processes))
+            return prepare(options)
+
+        return prepared
+
+    for name in (
+        "prepare_simple_launcher_cmd_env", "prepare_multi_gpu_env", "prepare_deepspeed_cmd_env"
+    ):  # fmt: skip
+        setattr(accelerate.utils, name, checked(getattr(accelerate.utils, name)))
+
+
+def fault_of(options: Any) -> str:
+    """Returns what is wrong with the options of a launch on several machines, "" if nothing is."""
+    machines = options.num_machines or 1
+    if machines == 1:
+        return ""
+    if options.num_processes % machines:
+        return (
+            f"--num_processes {options.num_processes} counts those of all machines, and is no "
+            f"multiple of --num_machines {machines}"
+        )
+    if not options.main_process_ip:
+        return "several machines need --main_process_ip, the address of machine 0, on each of them"
+    if options.main_process_port == 0:
+        return "several machines need --main_process_port, the same free port, on each of them"
+    standard = options.deepspeed_multinode_launcher == "standard" or options.deepspeed_hostfile
+    if options.use_deepspeed and not standard:
+        return (
+            "DeepSpeed on several machines needs --deepspeed_multinode_launcher standard, which "
+            "recipes/accelerate/zero*.yaml set"
+        )
+    return ""
 
 
 def status_of(error: BaseException) -> int | None:

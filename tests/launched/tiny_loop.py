@@ -3,7 +3,8 @@
 usage: tiny_loop.py FOLDER [INTERRUPT_AT [STEPS [BAD_AT]]]    the last rank sends SIGINT to itself
 
 At step BAD_AT the last rank's loss is infinite, with a finite gradient. At the end FOLDER/equal.txt
-says whether all ranks have the same weights.
+says whether all ranks have the same weights, and FOLDER/hours.txt
+how long the process groups wait for a rank.
 """
 
 import math
@@ -57,6 +58,13 @@ def main(argv: list[str]) -> None:
     train_loop(run, optim, phases, meter, "tiny")
     outputs = accelerator.gather(model(torch.ones(1, 2)).detach())
     if accelerator.is_main_process:
+        groups: Any = torch.distributed.distributed_c10d
+        timeouts = [
+            group._get_backend(accelerator.device).options._timeout.total_seconds()
+            for group in groups._world.pg_map
+            if group is not groups.GroupMember.NON_GROUP_MEMBER
+        ]
+        (Path(argv[0]) / "hours.txt").write_text(" ".join(str(each / 3600) for each in timeouts))
         equal = bool((outputs == outputs[0]).all())
         (Path(argv[0]) / "equal.txt").write_text(str(equal and bool(outputs.isfinite().all())))
 

@@ -16,7 +16,7 @@ from conftest import ROOT
 from launched.tiny_training import TinyConfig
 
 from codec.training import run as provenance
-from codec.training.run import Run, git_revision, start_run
+from codec.training.run import Run, git_revision, make_accelerator, start_run
 from recipes.lib.run import finished, run_recipe
 
 TRAINING = ROOT / "tests" / "launched" / "tiny_training.py"
@@ -62,6 +62,16 @@ def test_the_run_folder_says_what_ran(run: Run) -> None:
     assert start["packages"]["torch"] == torch.__version__.split("+")[0]
     assert start["num_processes"] == 1
     assert start["machine"]["cores"] == os.cpu_count()
+
+
+def test_a_launch_with_fewer_processes_than_asked_for_is_refused(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PARLANCE_NUM_PROCESSES", "1")
+    assert make_accelerator().num_processes == 1
+    monkeypatch.setenv("PARLANCE_NUM_PROCESSES", "4")
+    with pytest.raises(ValueError, match=r"^4 process\(es\) were asked for, and.* has 1:"):
+        make_accelerator()
 
 
 def test_two_runs_in_one_folder_are_refused_until_the_first_ends(
