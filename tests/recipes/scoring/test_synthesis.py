@@ -233,7 +233,7 @@ def test_judge_and_normalization_have_the_language(
     folder: Path, monkeypatch: pytest.MonkeyPatch, language: str, wrong: float
 ) -> None:
     monkeypatch.setattr(FakeJudge, "languages", [])
-    rows = score(folder, {"a": "Älpha"}, language=language)
+    rows = score(folder, {"a": "\u00c4lpha"}, language=language)
     assert set(FakeJudge.languages) == {language}
     own = next(row for row in rows if row.metric == "asr_wer" and row.utterance is None)
     judged = next(row for row in rows if row.metric == "wer" and row.utterance is None)
