@@ -240,7 +240,7 @@ def test_broken_folders_are_named(codec: Codec, tmp_path) -> None:
     many = {"num_codebooks": 2**40, "codebook_size": 8}
     assert "at most 1024" in damaged(config={"quantizer": many})
     many["num_codebooks"] = 1024
-    assert "its configuration asks for (8, " in damaged(config={"quantizer": many})
+    assert "asks for more tensors than its weights have" in damaged(config={"quantizer": many})
     large = {"num_codebooks": 3, "codebook_size": 8, "codebook_dimension": 2**62}
     assert "config.json" in damaged(config={"quantizer": large})
     not_a_number = torch.full_like(weights[name], float("nan"))
